@@ -1,0 +1,87 @@
+"""`ProviderConfig`: where a server keeps things and how much it may use. A job's options are in `spec`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_stack_provider_moe.spec import Block, JobDefaults
+from pydantic import Field, field_validator
+
+
+class SupervisorConfig(Block):
+    """Times and limits of the process that runs the jobs."""
+
+    start: bool = Field(
+        default=True,
+        description="Start a supervisor when a job waits and none is alive; false: run your own.",
+    )
+    max_concurrent_jobs: int = Field(default=1, ge=1, le=64, description="Training processes at a time.")
+    poll_s: float = Field(default=0.5, gt=0, le=60, description="Seconds between two looks at store and children.")
+    lease_s: float = Field(
+        default=15.0,
+        ge=2,
+        le=3600,
+        description="Seconds without a beat after which a supervisor counts as dead.",
+    )
+    idle_exit_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds without a job after which it ends; the next job starts another.",
+    )
+    cancel_grace_s: float = Field(
+        default=60.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL when a job is cancelled."
+    )
+
+
+class ProviderConfig(Block):
+    """The `config:` of provider `inline::moe` in a run YAML."""
+
+    state_dir: Path = Field(
+        default=Path("~/.llama/moe"), description="Folder of the store, the jobs and their artifacts."
+    )
+    store_url: str | None = Field(
+        default=None, description="SQLAlchemy URL of the job store; left out: SQLite in `state_dir`."
+    )
+    training_python: str = Field(
+        default=sys.executable,
+        description="Interpreter of the training processes; may be another environment.",
+    )
+    allowed_roots: list[Path] = Field(
+        default_factory=list,
+        description="Folders, beside `state_dir`, that models may be read from and checkpoints written to.",
+    )
+    child_env: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables set for training processes (HF_HOME, ...)."
+    )
+    supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
+    defaults: JobDefaults = Field(default_factory=JobDefaults)
+
+    @field_validator("state_dir", mode="after")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().resolve()
+
+    @field_validator("allowed_roots", mode="after")
+    @classmethod
+    def _all_absolute(cls, paths: list[Path]) -> list[Path]:
+        return [path.expanduser().resolve() for path in paths]
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One folder for each job, named by its id."""
+        return self.state_dir / "jobs"
+
+    @property
+    def models_dir(self) -> Path:
+        """Where models made on this machine (upcycled ones) are kept; readable by every job."""
+        return self.state_dir / "models"
+
+    @property
+    def url(self) -> str:
+        """The store's SQLAlchemy URL."""
+        return self.store_url or f"sqlite:///{self.state_dir / 'jobs.db'}"
+
+    @classmethod
+    def sample_run_config(cls, __distro_dir__: str = "", **_: Any) -> dict[str, Any]:
+        """What `llama stack` writes into a new run YAML for this provider."""
+        return {"state_dir": "${env.MOE_STATE_DIR:=~/.llama/moe}"}

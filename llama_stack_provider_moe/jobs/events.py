@@ -1,0 +1,193 @@
+"""Typed events of a job: one JSON object a line, appended by the child, read by everyone else.
+
+The file is the only channel from a training process to the outside: status, metrics, logs and the
+dashboard are views of it. A reader keeps a byte offset as its cursor; a line without its newline is still
+being written and is left for the next read.
+"""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Discriminator, Field, TypeAdapter
+
+
+def now() -> datetime:
+    """This moment, in UTC; every time of ours is aware."""
+    return datetime.now(UTC)
+
+
+class _Event(BaseModel):
+    time: datetime = Field(default_factory=now)
+
+
+class Started(_Event):
+    """The child is alive and about to load the model."""
+
+    type: Literal["started"] = "started"
+    pid: int
+    versions: dict[str, str] = Field(description="Distribution name to version, and the device.")
+
+
+class Plan(_Event):
+    """What was found and what will train, before the first step; also in `resolved.json`."""
+
+    type: Literal["plan"] = "plan"
+    plan: dict[str, Any]
+
+
+class Step(_Event):
+    """One optimiser step. Losses in nats; times in seconds; memory in bytes."""
+
+    type: Literal["step"] = "step"
+    step: int
+    max_steps: int
+    epoch: float
+    metrics: dict[str, float]
+    eta_s: float | None = None
+
+
+class LayerRouting(BaseModel):
+    """How one layer's router used its experts over one optimiser step's tokens."""
+
+    layer: int
+    share: list[float] = Field(description="Share of the routed tokens (top-k slots) an expert got; sums to 1.")
+    min: float
+    max: float
+    cv: float = Field(description="Coefficient of variation of `share`.")
+    dead: int = Field(description="Experts that got no token.")
+    load_entropy: float = Field(description="Entropy of the mean routing probabilities, in nats.")
+    token_entropy: float = Field(description="Mean over tokens of each token's routing entropy, in nats.")
+
+
+class Routing(_Event):
+    """Router health of one optimiser step, one entry a layer that has experts."""
+
+    type: Literal["routing"] = "routing"
+    step: int
+    layers: list[LayerRouting]
+
+
+class Evaluation(_Event):
+    """Held-out figures at `step` (0: before training)."""
+
+    type: Literal["evaluation"] = "evaluation"
+    step: int
+    epoch: float
+    metrics: dict[str, float]
+
+
+class Saved(_Event):
+    """An artifact is complete on disk (`jobs.folder.Artifact` as JSON)."""
+
+    type: Literal["saved"] = "saved"
+    artifact: dict[str, Any]
+
+
+class Message(_Event):
+    """A line for a person."""
+
+    type: Literal["message"] = "message"
+    level: Literal["info", "warning"] = "info"
+    text: str
+
+
+class Failed(_Event):
+    """The child is ending with an error; `reason` becomes the job's."""
+
+    type: Literal["failed"] = "failed"
+    reason: str
+    error: str = Field(description="Class of the exception.")
+
+
+class Finished(_Event):
+    """All done; the manifest follows."""
+
+    type: Literal["finished"] = "finished"
+    train_seconds: float
+
+
+class Cancelled(_Event):
+    """The child was asked to stop, and did after saving what it had."""
+
+    type: Literal["cancelled"] = "cancelled"
+    step: int
+
+
+Event = Annotated[
+    Started | Plan | Step | Routing | Evaluation | Saved | Message | Failed | Finished | Cancelled,
+    Discriminator("type"),
+]
+_EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+
+
+class EventLog:
+    """Appends events to one file; one instance, in one process, writes a job's events."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, event: _Event) -> None:
+        """Write one event in a single `write`, so that a reader never sees half of two."""
+        self._file.write(event.model_dump_json().encode() + b"\n")
+
+    def close(self) -> None:
+        """Sync and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class Page(NamedTuple):
+    """Events from one read, and the cursor of the next."""
+
+    events: list[Any]
+    cursor: int
+    unreadable: int
+
+
+def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
+    """Up to `limit` events from byte `cursor` on; a missing file has none.
+
+    A line that is no event (a disk that filled up in the middle of a write) is counted, not hidden and not
+    fatal.
+    """
+    events: list[Any] = []
+    unreadable = 0
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return Page([], cursor, 0)
+    with file:
+        file.seek(cursor)
+        while len(events) + unreadable < limit:
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                break
+            cursor += len(line)
+            try:
+                events.append(_EVENT.validate_json(line))
+            except ValueError:
+                unreadable += 1
+    return Page(events, cursor, unreadable)
+
+
+def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
+    """The newest event of each type among the last `window_bytes` of the file, by its type's name."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return {}
+    start = max(0, size - window_bytes)
+    if start:
+        with path.open("rb") as file:
+            file.seek(start)
+            start += len(file.readline())  # the rest of a line that began before the window
+    newest: dict[str, Any] = {}
+    while True:
+        page = read(path, start)
+        for event in page.events:
+            newest[event.type] = event
+        if page.cursor == start:
+            return newest
+        start = page.cursor

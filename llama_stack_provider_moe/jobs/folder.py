@@ -1,0 +1,105 @@
+"""`JobFolder`: the name of every file of a job. The server, the supervisor and the child meet here.
+
+jobs/<job_uuid>/
+  spec.json            the JobSpec in full                                    written by the service
+  data/train.jsonl     canonical rows (see `datarows`)                        written by the service
+  data/validation.jsonl  the same, where a validation data set was named      written by the service
+  resolved.json        what was decided from the model (layout, targets ...)  written by the child
+  events.jsonl         typed events, one a line                               written by the child
+  output.log           standard output and error of the child                 written by the child
+  checkpoints/<name>/  one a finished epoch, or elsewhere by `checkpoint_dir` written by the child
+  artifacts/adapter/   the final adapter, loadable by plain PEFT              written by the child
+  artifacts/model/     the final model, where all weights were trained        written by the child
+  artifacts/merged/    base plus adapter, on request                          written by the child
+  manifest.json        what the job leaves; last and atomic                   written by the child
+"""
+
+import os
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
+from pydantic import BaseModel, Field
+
+
+class Metrics(Block):
+    """The API's PostTrainingMetric: losses in nats a token (SFT) or nats a pair (DPO)."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    perplexity: float
+
+
+class Artifact(Block):
+    """One thing a job leaves: a folder, complete when it is listed."""
+
+    identifier: str = Field(description="Unique within the server: `<job_uuid>/<name>`.")
+    kind: Literal["checkpoint", "adapter", "model", "merged"]
+    path: str
+    epoch: int = Field(description="Epochs finished when it was written, from 1; 0: before the first ended.")
+    step: int = Field(description="Optimiser steps taken.")
+    created_at: datetime
+    bytes: int
+    metrics: Metrics | None = Field(default=None, description="None where nothing was held out.")
+
+
+class Manifest(Block):
+    """What a finished job leaves; its presence is what tells a finished job from a dead one."""
+
+    job_uuid: str
+    artifacts: list[Artifact]
+    summary: dict[str, float] = Field(description="Final figures, by the names of the step metrics.")
+
+
+class JobFolder:
+    """Paths of one job. `checkpoints` is the only one that may lie elsewhere."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.spec = root / "spec.json"
+        self.data = root / "data"
+        self.train_rows = root / "data" / "train.jsonl"
+        self.validation_rows = root / "data" / "validation.jsonl"
+        self.resolved = root / "resolved.json"
+        self.events = root / "events.jsonl"
+        self.output = root / "output.log"
+        self.artifacts = root / "artifacts"
+        self.adapter = root / "artifacts" / "adapter"
+        self.model = root / "artifacts" / "model"
+        self.merged = root / "artifacts" / "merged"
+        self.manifest = root / "manifest.json"
+
+    def checkpoints(self, spec: SFTSpec | DPOSpec) -> Path:
+        """Folder of the checkpoints: one of this job's own, also inside a `checkpoint_dir`."""
+        if spec.checkpoint_dir is None:
+            return self.root / "checkpoints"
+        return Path(spec.checkpoint_dir) / self.root.name
+
+    def read_spec(self) -> SFTSpec | DPOSpec:
+        """The job as submitted, defaults filled in."""
+        return JOB_SPEC.validate_json(self.spec.read_bytes())
+
+    def read_manifest(self) -> Manifest | None:
+        """What the job left, or None while it has not finished."""
+        try:
+            return Manifest.model_validate_json(self.manifest.read_bytes())
+        except FileNotFoundError:
+            return None
+
+
+def write_atomic(path: Path, content: BaseModel | str) -> None:
+    """Write `path` whole or not at all: a temporary file beside it, synced, then renamed."""
+    text = content if isinstance(content, str) else content.model_dump_json(indent=2)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
