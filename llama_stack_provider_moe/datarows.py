@@ -49,7 +49,7 @@ class _BadRow(Exception):
 
 
 def canonical(
-    row: Mapping[str, Any], number: int, recipe: Recipe, row_format: RowFormat
+    row: Any, number: int, recipe: Recipe, row_format: RowFormat
 ) -> dict[str, list[Message]] | RowProblem:
     """The canonical form of one row, or its first problem.
 
