@@ -48,9 +48,7 @@ class _BadRow(Exception):
         self.reason = reason
 
 
-def canonical(
-    row: Any, number: int, recipe: Recipe, row_format: RowFormat
-) -> dict[str, list[Message]] | RowProblem:
+def canonical(row: Any, number: int, recipe: Recipe, row_format: RowFormat) -> dict[str, list[Message]] | RowProblem:
     """The canonical form of one row, or its first problem.
 
     Args:

@@ -217,7 +217,7 @@ class _Job(Block):
         default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
     )
     model: str = Field(min_length=1, max_length=1024, description="Hub id, or a folder under an allowed root.")
-    data: Data
+    data: Data = Field(description="A block; its fields follow.")
     training: Training = Field(default_factory=Training)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     efficiency: Efficiency = Field(default_factory=Efficiency)
@@ -238,14 +238,14 @@ class _Job(Block):
 class SFTSpec(_Job):
     """Supervised fine-tuning."""
 
-    recipe: Literal["sft"]
+    recipe: Literal["sft"] = Field(description="Supervised fine-tuning on conversations.")
     options: Options = Field(default_factory=Options)
 
 
 class DPOSpec(_Job):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
 
-    recipe: Literal["dpo"]
+    recipe: Literal["dpo"] = Field(description="Direct preference optimisation on pairs of answers.")
     beta: float = Field(default=0.1, gt=0, le=100, description="Strength of the tie to the reference model.")
     loss_type: DPOLoss = Field(default="sigmoid", description="The preference loss, by TRL's name.")
     options: DPOOptions = Field(default_factory=DPOOptions)

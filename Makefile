@@ -1,0 +1,46 @@
+# Only two commands to know: `make demo` and `make test`. Each sets up what it needs, in .venv.
+PYTHON ?= python3
+PORT ?= 8321
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and the demo share two cores with whatever else runs; more threads than cores is slower.
+THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+
+.PHONY: demo test lint serve bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup --durations 15
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: $(VENV)/.demo
+	$(BIN)/llama stack run run_configs/quickstart.yaml --port $(PORT)
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/server_start.py
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+
+$(VENV)/.uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.uv pyproject.toml constraints.txt
+	$(UV) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.uv pyproject.toml constraints.txt
+	$(UV) -e '.[dev]'
+	@touch $@ $(VENV)/.demo

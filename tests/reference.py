@@ -1,0 +1,112 @@
+"""The README's reference of every setting, made from the pydantic models; `python -m tests.reference` writes it.
+
+A test compares the README with what this makes, so a field can't be added without its line.
+"""
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic.fields import FieldInfo
+
+from llama_stack_provider_moe.config import ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.spec import (
+    Adapter,
+    Block,
+    Data,
+    DPOOptions,
+    DPOSpec,
+    Efficiency,
+    Moe,
+    Optimizer,
+    Options,
+    SFTSpec,
+    Training,
+)
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
+    # title, prefix, model, fields told elsewhere
+    ("Every job", "", SFTSpec, {"options"}),
+    ("DPO jobs also", "", DPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
+    ("`data`", "data.", Data, set()),
+    ("`training`", "training.", Training, set()),
+    ("`optimizer`", "optimizer.", Optimizer, set()),
+    ("`efficiency`", "efficiency.", Efficiency, set()),
+    ("`adapter`", "adapter.", Adapter, set()),
+    ("`moe`", "moe.", Moe, set()),
+    ("`options`", "options.", Options, set()),
+    ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
+    ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
+    ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
+]
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(title, dotted name, field) of every setting there is."""
+    for title, prefix, model, elsewhere in BLOCKS:
+        for name, field in model.model_fields.items():
+            if name not in elsewhere:
+                yield title, prefix + name, field
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Block):
+        return "see below"
+    if value == sys.executable:
+        return "the server's"
+    if value is None:
+        return "-"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text}`"
+
+
+def allowed(field: FieldInfo) -> str:
+    annotation = field.annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}
+    bounds = [sign.format(rule) for rule in field.metadata for kind, sign in signs.items() if isinstance(rule, kind)]
+    bounds += [f"at least {rule.min_length} characters" for rule in field.metadata if isinstance(rule, MinLen)]
+    bounds += [f"at most {rule.max_length} characters" for rule in field.metadata if isinstance(rule, MaxLen)]
+    if bounds:
+        return ", ".join(bounds)
+    if annotation is bool:
+        return "`true`, `false`"
+    return "`A-Z a-z 0-9 . _ -`" if any(hasattr(rule, "pattern") for rule in field.metadata) else ""
+
+
+def tables() -> str:
+    """The whole reference as Markdown."""
+    lines: list[str] = []
+    last = ""
+    for title, name, field in fields():
+        if title != last:
+            lines += ["", f"**{title}**", "", "| Field | Effect | Default | Range |", "|---|---|---|---|"]
+            last = title
+        effect = (field.description or "A block; its fields follow.").replace("|", "\\|")
+        lines.append(f"| `{name}` | {effect} | {default(field)} | {allowed(field)} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+BEGIN, END = "<!-- reference: made by `python -m tests.reference` -->\n", "<!-- end of reference -->\n"
+
+
+def embedded(text: str) -> str:
+    """The README's text with the reference between its marks made anew."""
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + tables() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(embedded(README.read_text(encoding="utf-8")), encoding="utf-8")
