@@ -2,6 +2,7 @@
 
     MoeError                      500  never raised itself
     ├── InvalidInput              400  a field, its value, what would be right
+    │   ├── InvalidBody           400  a request's body: each problem with it
     │   └── InvalidRows           400  rows of a data set: number, field, reason
     ├── Forbidden                 403  known, but not allowed to this caller or on this server
     ├── NotFound                  404  no such job, data set, artifact or model
@@ -43,6 +44,14 @@ class InvalidInput(MoeError, ValueError):
         self.value = value
         self.expected = expected
         super().__init__(f"{field}: {shorten(value)} is not valid; expected {expected}")
+
+
+class InvalidBody(InvalidInput):
+    """A request's body with one or more problems, each a sentence that names its field."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        ValueError.__init__(self, "; ".join(problems))
 
 
 class RowProblem(NamedTuple):

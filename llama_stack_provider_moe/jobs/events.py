@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Discriminator, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
 
 
 def now() -> datetime:
@@ -19,6 +19,9 @@ def now() -> datetime:
 
 
 class _Event(BaseModel):
+    # A loss that became NaN is what a reader wants to see most; by default it is written as null, which is no float.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     time: datetime = Field(default_factory=now)
 
 

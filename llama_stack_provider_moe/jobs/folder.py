@@ -20,8 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
 from pydantic import BaseModel, Field
+
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
 
 
 class Metrics(Block):

@@ -1,1 +1,39 @@
-"""Where training processes run; each executor offers submit, poll and stop."""
+"""Where a job's training process runs. An executor starts, watches and stops it, and knows nothing of states."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class Child(NamedTuple):
+    """A training process, by what tells it from every other one of its machine."""
+
+    folder: Path
+    pid: int
+    birth: float  # see `processes.birth`
+
+
+class Exit(NamedTuple):
+    """How a training process ended: its exit code, -N for signal N, None where only its parent could have known."""
+
+    code: int | None
+
+
+class Executor(Protocol):
+    """What the supervisor asks of a place to run jobs."""
+
+    def submit(self, folder: Path, record: Callable[[Child], None]) -> None:
+        """Start the job in `folder`; OSError where that is not possible.
+
+        `record` is called with the process before it runs a line of ours. If it raises, or this process dies on the
+        way, the job never begins: there is no training process that the store does not know.
+        """
+
+    def poll(self, child: Child) -> Exit | None:
+        """None while it runs. Once it has ended, nothing that it started is left running.
+
+        Answers for the children of an earlier supervisor of this machine too.
+        """
+
+    def stop(self, child: Child, number: int) -> None:
+        """Send signal `number` to it and everything it started; nothing happens where it has ended."""
