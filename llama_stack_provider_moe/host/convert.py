@@ -1,0 +1,154 @@
+"""Requests of the post-training API -> the body of a JobSpec, and the way back for the names in error texts.
+
+One table says where each field goes; a field that is neither in it nor refused below would be a field nobody reads,
+and a test looks for those.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.host.wire import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+
+_BOTH = {
+    "job_uuid": "job_uuid",
+    "training_config.n_epochs": "training.n_epochs",
+    "training_config.max_steps_per_epoch": "training.max_steps_per_epoch",
+    "training_config.gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "training_config.max_validation_steps": "training.max_validation_steps",
+    "training_config.dtype": "training.dtype",
+    "training_config.data_config.dataset_id": "data.dataset_id",
+    "training_config.data_config.batch_size": "training.batch_size",
+    "training_config.data_config.shuffle": "data.shuffle",
+    "training_config.data_config.data_format": "data.format",
+    "training_config.data_config.validation_dataset_id": "data.validation_dataset_id",
+    "training_config.data_config.packed": "data.packed",
+    "training_config.data_config.train_on_input": "data.train_on_input",
+    "training_config.optimizer_config.optimizer_type": "optimizer.optimizer_type",
+    "training_config.optimizer_config.lr": "optimizer.lr",
+    "training_config.optimizer_config.weight_decay": "optimizer.weight_decay",
+    "training_config.optimizer_config.num_warmup_steps": "optimizer.num_warmup_steps",
+    "training_config.efficiency_config.enable_activation_checkpointing": "efficiency.enable_activation_checkpointing",
+    "moe": "moe",
+    "options": "options",
+}
+SFT_FIELDS = _BOTH | {
+    "model": "model",
+    "checkpoint_dir": "checkpoint_dir",
+    "algorithm_config.lora_attn_modules": "adapter.lora_attn_modules",
+    "algorithm_config.apply_lora_to_mlp": "adapter.apply_lora_to_mlp",
+    "algorithm_config.apply_lora_to_output": "adapter.apply_lora_to_output",
+    "algorithm_config.rank": "adapter.rank",
+    "algorithm_config.alpha": "adapter.alpha",
+    "algorithm_config.use_dora": "adapter.use_dora",
+}
+DPO_FIELDS = _BOTH | {
+    "finetuned_model": "model",
+    "algorithm_config.beta": "beta",
+    "algorithm_config.loss_type": "loss_type",
+}
+_ONE_PROCESS = "false, or left out: a job trains in one process, there is nothing to shard"
+# Fields of the API that this provider can't honour, and what may stand there: anything empty, false or null.
+REFUSED = {
+    "training_config.efficiency_config.enable_activation_offloading": "false, or left out: activations stay on the "
+    "device (enable_activation_checkpointing saves memory)",
+    "training_config.efficiency_config.memory_efficient_fsdp_wrap": _ONE_PROCESS,
+    "training_config.efficiency_config.fsdp_cpu_offload": _ONE_PROCESS,
+    "algorithm_config.quantize_base": "false, or left out: experts can't be held in 4 bit yet",
+    "hyperparam_search_config": "{}: there is no hyperparameter search",
+    "logger_config": "{}: metrics are in the job's status, there are no other loggers",
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job's body before the server's defaults and the validation.
+
+    Attributes:
+        body: what the caller stated, by the names of `spec`; never a default.
+        names: dotted name in `spec` -> the caller's own name for it, where that is another.
+    """
+
+    body: dict[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
+
+    def name(self, path: str) -> str:
+        """The caller's name for `path`, a dotted name in `spec` that may go on below a known one."""
+        head = path
+        while head:
+            if head in self.names:
+                return self.names[head] + path[len(head) :]
+            head = head.rpartition(".")[0]
+        return path
+
+    def reworded(self, text: str) -> str:
+        """`text` of an error with the caller's names in it."""
+        dotted = sorted((name for name in self.names if "." in name), key=len, reverse=True)
+        if not dotted:
+            return text
+        pattern = r"(?<![\w.])(" + "|".join(map(re.escape, dotted)) + r")(?![\w.]*\w)"
+        return re.sub(pattern, lambda found: self.names[found[0]], text)
+
+
+def draft(request: SupervisedFineTuneRequest | PreferenceOptimizeRequest) -> Draft:
+    """The job that `request` asks for.
+
+    Raises:
+        InvalidInput: a field of the API that is not offered, or two places that contradict each other.
+    """
+    given = request.model_dump(exclude_unset=True)
+    for path, expected in REFUSED.items():
+        value = _get(given, path)
+        if value:
+            shown = list(value) if isinstance(value, dict) else value
+            raise InvalidInput(path, shown, expected)
+    if request.training_config.data_config is None:
+        raise InvalidInput("training_config.data_config", None, "an object that names the data set")
+    sft = isinstance(request, SupervisedFineTuneRequest)
+    body: dict[str, Any] = {"recipe": "sft" if sft else "dpo"}
+    names: dict[str, str] = {}
+    for path, target in (SFT_FIELDS if sft else DPO_FIELDS).items():
+        value = _get(given, path)
+        if value is None:  # in this API null means the same as left out
+            continue
+        _put(body, target, value)
+        if path != target:
+            names[target] = path
+    if "model" not in body:
+        raise InvalidInput("model", None, "a hub id, or a folder under an allowed root; this server has no default")
+    _add_adapter(body, given)
+    return Draft(body, names)
+
+
+def _add_adapter(body: dict[str, Any], given: dict[str, Any]) -> None:
+    """The block `adapter` beside `algorithm_config`: their union, where they do not contradict each other."""
+    if "adapter" not in given:
+        return
+    block, standard = given["adapter"], body.get("adapter")
+    if standard is None:
+        body["adapter"] = block
+        return
+    if block is None:
+        raise InvalidInput("adapter", None, "an object, or left out: algorithm_config asks for LoRA")
+    for key, value in block.items():
+        if key in standard and standard[key] != value:
+            raise InvalidInput(f"adapter.{key}", value, f"{standard[key]!r}, as in algorithm_config, or left out")
+    body["adapter"] = {**standard, **block}
+
+
+def _get(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value

@@ -1,0 +1,108 @@
+"""What pydantic found wrong with a body -> one sentence for each problem: field, value, what is expected."""
+
+import difflib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from llama_stack_provider_moe.errors import InvalidBody, shorten
+from llama_stack_provider_moe.spec import JOB_ID_PATTERN, DPOSpec, SFTSpec
+
+SHOWN = 8
+A_BODY = "a JSON object, sent as content type application/json"
+RECIPES: dict[str, type[BaseModel]] = {"sft": SFTSpec, "dpo": DPOSpec}
+_TYPES = {
+    "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "dict": "an object", "model": "an object", "finite_number": "a finite number",
+}  # fmt: skip
+_BOUNDS = {
+    "greater_than": ("gt", "> "), "greater_than_equal": ("ge", ">= "),
+    "less_than": ("lt", "< "), "less_than_equal": ("le", "<= "),
+}  # fmt: skip
+
+
+def invalid_body(
+    errors: Iterable[Mapping[str, Any]],
+    model: type[BaseModel] | None,
+    name: Callable[[str], str] = str,
+    reworded: Callable[[str], str] = str,
+) -> InvalidBody:
+    """The error to raise for what `ValidationError.errors()` lists.
+
+    Args:
+        errors: as pydantic gives them.
+        model: what the body was to be, for the list of the keys that it has; None for `JobSpec`, whose errors
+            begin with the recipe.
+        name: a field's dotted path -> the caller's name for it.
+        reworded: the same for names inside a validator's own text.
+    """
+    problems = [_problem(error, model, name, reworded) for error in errors]
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return InvalidBody(problems[:SHOWN] + more)
+
+
+def _problem(
+    error: Mapping[str, Any],
+    model: type[BaseModel] | None,
+    name: Callable[[str], str],
+    reworded: Callable[[str], str],
+) -> str:
+    location = [part for part in error["loc"] if part not in ("body", "query")]
+    if model is None and location and location[0] in RECIPES:
+        model = RECIPES[location.pop(0)]
+    path = name(".".join(map(str, location))) or "the body"
+    kind, context = error["type"], error.get("ctx", {})
+    match kind:
+        case "missing":
+            return f"{path}: is missing"
+        case "extra_forbidden":
+            return f"{path}: unknown key{_known(location, model)}"
+        case "value_error":
+            text = reworded(str(context["error"]))
+            return text if path == "the body" else f"{path}: {text}"
+        case "union_tag_not_found":
+            return f"recipe: is missing; expected one of {', '.join(map(repr, RECIPES))}"
+        case "union_tag_invalid":
+            return f"recipe: {shorten(context['tag'])} is not valid; expected one of {', '.join(map(repr, RECIPES))}"
+        case "json_invalid":
+            return f"the body is not JSON ({context['error']})"
+        case _ if not location:
+            return f"the body: {shorten(error['input'])} is not valid; expected {A_BODY}"
+        case _:
+            return f"{path}: {shorten(error['input'])} is not valid; expected {_expected(error, context)}"
+
+
+def _expected(error: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+    kind: str = error["type"]
+    if kind in _BOUNDS:
+        key, sign = _BOUNDS[kind]
+        return f"{sign}{context[key]}"
+    if kind in ("literal_error", "enum"):
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch" and context["pattern"] == JOB_ID_PATTERN:
+        return "1 to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+    if kind in ("string_too_short", "string_too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        return f"at least {least} character(s)" if kind == "string_too_short" else f"at most {most} characters"
+    family = kind if kind in _TYPES else kind.partition("_")[0]
+    return _TYPES.get(family, str(error["msg"]))
+
+
+def _known(location: list[Any], model: type[BaseModel] | None) -> str:
+    """The keys that stand where an unknown one was found, the likeliest first."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part)) if model else None
+        model = _model_in(field.annotation) if field else None
+    if model is None:
+        return ""
+    keys = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), keys, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; expected {', '.join(keys)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for found in map(_model_in, get_args(annotation)) if found), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

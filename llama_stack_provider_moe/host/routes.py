@@ -1,0 +1,166 @@
+"""Every route of the post-training API: the six of llama-stack 0.6.1, the older family, and ours.
+
+    POST supervised-fine-tune, preference-optimize            0.6.1
+    GET  jobs; jobs/{id}/status, artifacts; POST jobs/{id}/cancel
+    GET  job/status, job/artifacts; POST job/cancel           clients up to 0.6.1: the id is `?job_uuid=`
+    POST jobs, jobs/validate                                  a whole JobSpec
+    GET  jobs/{id}, jobs/{id}/logs, health
+
+An error is always `{"error": {"message": ...}}`; none reaches the host's own handler, for after that one 0.6.1
+drops the connection.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Body, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, SkipValidation
+
+from llama_stack_provider_moe.errors import InvalidInput, MoeError
+from llama_stack_provider_moe.host import compat, wire
+from llama_stack_provider_moe.host.explain import invalid_body
+from llama_stack_provider_moe.host.service import PostTrainingService
+from llama_stack_provider_moe.spec import JobSpec
+
+PREFIX = "/v1alpha/post-training"
+MAX_JOBS = 1000
+MAX_LINES = 10_000
+log = logging.getLogger(__name__)
+
+# Documented as a JobSpec; validated in the service, when the server's defaults lie beneath it.
+if TYPE_CHECKING:
+    JobBody = dict[str, Any]
+else:
+    JobBody = Annotated[SkipValidation[JobSpec], Body()]
+JobUuid = Annotated[str | None, Query(description="The job; the newer routes have it in their path.")]
+
+
+class ErrorAnswers(APIRoute):
+    """A route whose exceptions are answers."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of every request to this route."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except MoeError as error:
+                return _error(error.status, str(error))
+            except RequestValidationError as error:
+                return _error(HTTPStatus.BAD_REQUEST, str(invalid_body(error.errors(), self._body_model())))
+            except HTTPException as error:
+                return _error(error.status_code, str(error.detail))
+            except Exception:
+                log.exception("%s %s failed", request.method, request.url.path)
+                return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on the server; its log says what")
+
+        return answer
+
+    def _body_model(self) -> type[BaseModel] | None:
+        annotations = [each.annotation for each in inspect.signature(self.endpoint).parameters.values()]
+        return next((each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)), None)
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    # A path or key of the caller's may hold what UTF-8 can't encode.
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return JSONResponse({"error": {"message": text}}, status_code=status)
+
+
+def create_router(impl: PostTrainingService) -> APIRouter:
+    """All routes of `impl`."""
+    router = APIRouter(
+        prefix=PREFIX, tags=["Post Training"], route_class=ErrorAnswers, responses=compat.STANDARD_RESPONSES
+    )
+    _add_creation(router, impl)
+    _add_jobs(router, impl)
+    _add_old_family(router, impl)
+
+    @router.get("/health", summary="Whether jobs can be taken and run.", openapi_extra={compat.PUBLIC_ROUTE_KEY: True})
+    async def health(response: Response) -> wire.Health:
+        found = await impl.health()
+        if found.status != "ok":
+            response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return found
+
+    return router
+
+
+def _add_creation(router: APIRouter, impl: PostTrainingService) -> None:
+    @router.post("/supervised-fine-tune", summary="Run supervised fine-tuning of a model.")
+    async def supervised_fine_tune(request: wire.SupervisedFineTuneRequest) -> wire.PostTrainingJob:
+        return await impl.supervised_fine_tune(request)
+
+    @router.post("/preference-optimize", summary="Run preference optimization of a model.")
+    async def preference_optimize(request: wire.PreferenceOptimizeRequest) -> wire.PostTrainingJob:
+        return await impl.preference_optimize(request)
+
+    @router.post("/jobs", summary="Run a job given whole, of any recipe.")
+    async def submit(body: JobBody) -> wire.PostTrainingJob:
+        return await impl.submit(body)
+
+    @router.post("/jobs/validate", summary="Check a job as its submission would, and create nothing.")
+    async def validate(body: JobBody) -> wire.Validated:
+        return await impl.validate(body)
+
+
+def _add_jobs(router: APIRouter, impl: PostTrainingService) -> None:
+    @router.get("/jobs", summary="Get all training jobs, newest first.")
+    async def jobs(
+        limit: Annotated[int, Query(ge=1, le=MAX_JOBS)] = MAX_JOBS,
+        after: Annotated[str | None, Query(description="The last job of the page before.")] = None,
+    ) -> wire.ListPostTrainingJobsResponse:
+        return await impl.jobs(limit, after)
+
+    @router.get("/jobs/{job_uuid}", summary="Get a job whole.")
+    async def detail(job_uuid: str) -> wire.JobDetail:
+        return await impl.detail(job_uuid)
+
+    @router.get("/jobs/{job_uuid}/status", summary="Get the status of a training job.")
+    async def status(job_uuid: str) -> wire.PostTrainingJobStatusResponse:
+        return await impl.status(job_uuid)
+
+    @router.post("/jobs/{job_uuid}/cancel", summary="Cancel a training job.")
+    async def cancel(job_uuid: str) -> None:
+        await impl.cancel(job_uuid)
+
+    @router.get("/jobs/{job_uuid}/artifacts", summary="Get the artifacts of a training job.")
+    async def artifacts(job_uuid: str) -> wire.PostTrainingJobArtifactsResponse:
+        return await impl.artifacts(job_uuid)
+
+    @router.get("/jobs/{job_uuid}/logs", summary="Get lines of a training job's output.")
+    async def logs(
+        job_uuid: str,
+        tail: Annotated[int, Query(ge=1, le=MAX_LINES, description="Last lines; not with `offset`.")] = 200,
+        offset: Annotated[int | None, Query(ge=0, description="Byte to go on from: `next_offset`.")] = None,
+    ) -> wire.PostTrainingJobLogStream:
+        return await impl.logs(job_uuid, tail, offset)
+
+
+def _add_old_family(router: APIRouter, impl: PostTrainingService) -> None:
+    @router.get("/job/status", summary="Get the status of a training job (old route).")
+    async def status(job_uuid: JobUuid = None) -> wire.PostTrainingJobStatusResponse:
+        return await impl.status(_named(job_uuid))
+
+    @router.get("/job/artifacts", summary="Get the artifacts of a training job (old route).")
+    async def artifacts(job_uuid: JobUuid = None) -> wire.PostTrainingJobArtifactsResponse:
+        return await impl.artifacts(_named(job_uuid))
+
+    @router.post("/job/cancel", summary="Cancel a training job (old route).")
+    async def cancel(body: wire.CancelTrainingJobRequest | None = None, job_uuid: JobUuid = None) -> None:
+        await impl.cancel(_named(body.job_uuid if body else job_uuid))
+
+
+def _named(job_uuid: str | None) -> str:
+    if job_uuid is None:
+        # llama-stack-client 0.5 to 0.6.1 call these routes and have lost the parameter.
+        raise InvalidInput("job_uuid", None, "the job's name; with llama-stack-client up to 0.6.1, pass "
+                           "extra_query={'job_uuid': ...}")  # fmt: skip
+    return job_uuid

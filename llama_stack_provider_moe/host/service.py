@@ -1,0 +1,252 @@
+"""`PostTrainingService`: wire <-> spec and store, and whose job it is. What a job does is decided elsewhere.
+
+All that may block (store, files) runs in threads; no task is started here, for llama-stack initialises a provider in
+an event loop that it then throws away.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
+from llama_stack_provider_moe.host import compat, places, rows, views, wire
+from llama_stack_provider_moe.host.convert import Draft, draft
+from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
+from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
+from llama_stack_provider_moe.jobs.state import JobState
+from llama_stack_provider_moe.jobs.store import Job, JobStore
+from llama_stack_provider_moe.jobs.supervisor import ensure_supervisor
+from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec, SFTSpec
+
+ANONYMOUS = "anonymous"
+STALE_STAGING_S = 24 * 3600
+log = logging.getLogger(__name__)
+
+
+class _Rows(NamedTuple):
+    train: int
+    validation: int | None
+
+
+class PostTrainingService:
+    """The provider. One for each server process; they share the store and the state folder.
+
+    Args:
+        config: the `config:` of the run YAML.
+        deps: the host's APIs, for the rows of data sets.
+    """
+
+    def __init__(self, config: ProviderConfig, deps: dict[Any, Any]) -> None:
+        self.config = config
+        self._deps = deps
+        self._staging = config.state_dir / "staging"
+
+    async def initialize(self) -> None:
+        """Make the state folder, open the store, and see to the jobs that an earlier server left waiting."""
+        await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        for folder in (self.config.jobs_dir, self.config.models_dir, self._staging):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.store = JobStore(self.config.url)
+        for folder in self._staging.iterdir():  # of a server that died while rows came in
+            if time.time() - folder.stat().st_mtime > STALE_STAGING_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        counts = self.store.counts()
+        if counts[JobState.SCHEDULED] or counts[JobState.IN_PROGRESS]:
+            self._see_to_jobs()
+
+    async def shutdown(self) -> None:
+        """Close the store; the supervisor and its jobs go on."""
+        await asyncio.to_thread(self.store.close)
+
+    # Requests that make a job.
+
+    async def supervised_fine_tune(self, request: wire.SupervisedFineTuneRequest) -> wire.PostTrainingJob:
+        """A job from the API's SFT request."""
+        return await self._create(draft(request))
+
+    async def preference_optimize(self, request: wire.PreferenceOptimizeRequest) -> wire.PostTrainingJob:
+        """A job from the API's DPO request."""
+        return await self._create(draft(request))
+
+    async def submit(self, body: Any) -> wire.PostTrainingJob:
+        """A job from the body of a JobSpec."""
+        return await self._create(Draft(body))
+
+    async def validate(self, body: Any) -> wire.Validated:
+        """All the checks of `submit`, and nothing else."""
+        request = Draft(body)
+        spec = await self._checked(request, _owner())
+        counted = await self._read_rows(request, spec, None)
+        return wire.Validated(
+            spec=spec.model_dump(mode="json"), train_rows=counted.train, validation_rows=counted.validation
+        )
+
+    async def _create(self, request: Draft) -> wire.PostTrainingJob:
+        owner = _owner()
+        spec = await self._checked(request, owner)
+        staging = self._staging / uuid.uuid4().hex
+        try:
+            await asyncio.to_thread((staging / "data").mkdir, mode=0o700, parents=True)
+            await self._read_rows(request, spec, JobFolder(staging))
+            job = await asyncio.to_thread(self._commit, spec, owner, staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        await asyncio.to_thread(self._see_to_jobs)
+        log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
+        return wire.PostTrainingJob(job_uuid=job.id)
+
+    async def _checked(self, request: Draft, owner: str) -> SFTSpec | DPOSpec:
+        """The job in full, its names and places resolved; all but its rows is checked."""
+        if not isinstance(request.body, dict):
+            raise InvalidInput("the body", request.body, A_BODY)
+        try:
+            spec = JOB_SPEC.validate_python(self.config.defaults.under(request.body))
+        except ValidationError as error:
+            raise invalid_body(error.errors(), None, request.name, request.reworded) from None
+        return await asyncio.to_thread(self._placed, request, spec, owner)
+
+    def _placed(self, request: Draft, spec: SFTSpec | DPOSpec, owner: str) -> SFTSpec | DPOSpec:
+        job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
+        self._must_be_free(job_id)
+
+        def may_use_job(name: str) -> None:
+            self.store.get(name, owner)
+
+        places_found: dict[str, str] = {
+            "job_uuid": job_id,
+            "model": places.resolve_model(spec.model, request.name("model"), self.config, may_use_job),
+        }
+        if spec.checkpoint_dir is not None:
+            places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
+                spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
+            )
+        return spec.model_copy(update=places_found)
+
+    def _must_be_free(self, job_id: str) -> None:
+        try:
+            self.store.get(job_id, None)
+        except NotFound:
+            return
+        raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
+
+    async def _read_rows(self, request: Draft, spec: SFTSpec | DPOSpec, folder: JobFolder | None) -> _Rows:
+        """Check the job's rows, and write them where there is a folder to write to."""
+
+        async def read(dataset_id: str, field: str, path: Path | None) -> int:
+            name = request.name(field)
+            if path is None:
+                return await rows.copy_rows(self._deps, dataset_id, name, spec.recipe, spec.data.format, None)
+            with path.open("xb") as out:
+                return await rows.copy_rows(self._deps, dataset_id, name, spec.recipe, spec.data.format, out)
+
+        data = spec.data
+        train = await read(data.dataset_id, "data.dataset_id", folder.train_rows if folder else None)
+        if data.validation_dataset_id is not None:
+            path = folder.validation_rows if folder else None
+            return _Rows(train, await read(data.validation_dataset_id, "data.validation_dataset_id", path))
+        if train < 2 and spec.options.validation_split > 0:
+            raise InvalidInput(request.name("data.dataset_id"), data.dataset_id, "at least 2 rows, of which one is "
+                               "held out; or a validation data set, or options.validation_split 0")  # fmt: skip
+        return _Rows(train, None if spec.options.validation_split > 0 else 0)
+
+    def _commit(self, spec: SFTSpec | DPOSpec, owner: str, staging: Path) -> Job:
+        """Make the staged folder the job's, and the job known; both or none."""
+        assert spec.job_uuid is not None
+        folder = self.config.jobs_dir / spec.job_uuid
+        write_atomic(JobFolder(staging).spec, spec)
+        with self._committing():
+            self._must_be_free(spec.job_uuid)
+            if folder.exists():  # a server died between the two steps below: no store knows this folder
+                shutil.rmtree(folder)
+            staging.rename(folder)
+            try:
+                return self.store.submit(spec.job_uuid, owner, spec.recipe, spec.model, str(folder))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        """One commit at a time over all processes that share the state folder: a folder without a row is an orphan."""
+        with (self.config.jobs_dir / ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _see_to_jobs(self) -> None:
+        """Have a supervisor alive. A job that is in the store is not lost when none can be started now."""
+        try:
+            ensure_supervisor(self.config, self.store)
+        except OSError:
+            log.exception("no supervisor could be started; jobs wait until one is")
+
+    # Requests about a job.
+
+    async def jobs(self, limit: int, after: str | None) -> wire.ListPostTrainingJobsResponse:
+        """The caller's jobs, newest first; `after` is the last one of the page before."""
+        found = await asyncio.to_thread(self.store.list, _owner(), limit + 1, after)
+        return wire.ListPostTrainingJobsResponse(
+            data=[views.line(job) for job in found[:limit]], has_more=len(found) > limit
+        )
+
+    async def status(self, job_id: str) -> wire.PostTrainingJobStatusResponse:
+        """How a job stands."""
+        return await self._about(job_id, lambda job: views.status(job, self.store))
+
+    async def detail(self, job_id: str) -> wire.JobDetail:
+        """A job whole."""
+        return await self._about(job_id, lambda job: views.detail(job, self.store))
+
+    async def artifacts(self, job_id: str) -> wire.PostTrainingJobArtifactsResponse:
+        """What a job has left so far."""
+        return await self._about(
+            job_id,
+            lambda job: wire.PostTrainingJobArtifactsResponse(job_uuid=job.id, checkpoints=views.checkpoints(job)),
+        )
+
+    async def logs(self, job_id: str, tail: int, offset: int | None) -> wire.PostTrainingJobLogStream:
+        """Lines of a job's output."""
+        return await self._about(job_id, lambda job: views.log(job, tail, offset))
+
+    async def cancel(self, job_id: str) -> None:
+        """Ask for a job to be cancelled; asking again changes nothing."""
+        job = await asyncio.to_thread(self.store.request_cancel, job_id, _owner())
+        if not job.state.ended:
+            await asyncio.to_thread(self._see_to_jobs)
+
+    async def health(self) -> wire.Health:
+        """Whether jobs can be taken and run."""
+        return await asyncio.to_thread(self._health)
+
+    def _health(self) -> wire.Health:
+        if not self.store.answers():
+            return wire.Health(status="error", store="unreachable", supervisor="none", jobs={})
+        alive = self.store.live_supervisor() is not None
+        return wire.Health(status="ok", store="ok", supervisor="alive" if alive else "none", jobs=self.store.counts())
+
+    async def _about[Answer](self, job_id: str, view: Callable[[Job], Answer]) -> Answer:
+        owner = _owner()
+
+        def look() -> Answer:
+            return view(self.store.get(job_id, owner))
+
+        return await asyncio.to_thread(look)
+
+
+def _owner() -> str:
+    """Whose jobs the caller's are. A principal may be a secret (OGX: the API key itself), so its hash is kept."""
+    principal = compat.principal()
+    return ANONYMOUS if principal is None else hashlib.sha256(principal.encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""A job in the store and the files of its folder -> the API's answers. Reads only; every read is bounded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_stack_provider_moe.host.wire import (
+    Checkpoint,
+    JobDetail,
+    JobLine,
+    PostTrainingJobLogStream,
+    PostTrainingJobStatusResponse,
+)
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.output import printable
+from llama_stack_provider_moe.jobs.progress import progress
+from llama_stack_provider_moe.jobs.scan import saved_artifacts
+from llama_stack_provider_moe.jobs.state import JobState
+from llama_stack_provider_moe.jobs.store import Job, JobStore
+
+LOG_WINDOW_BYTES = 1 << 20
+
+
+def line(job: Job) -> JobLine:
+    """A job in a list."""
+    return JobLine(
+        job_uuid=job.id,
+        status=job.state,
+        recipe=job.recipe,
+        model=job.model,
+        scheduled_at=job.scheduled_at,
+        started_at=job.started_at,
+        completed_at=job.ended_at,
+    )
+
+
+def status(job: Job, store: JobStore) -> PostTrainingJobStatusResponse:
+    """How a job stands."""
+    return PostTrainingJobStatusResponse(**_status(job, store))
+
+
+def detail(job: Job, store: JobStore) -> JobDetail:
+    """A job whole."""
+    folder = JobFolder(Path(job.folder))
+    manifest = folder.read_manifest()
+    return JobDetail(
+        **_status(job, store),
+        recipe=job.recipe,
+        model=job.model,
+        cancel_requested_at=job.cancel_requested_at,
+        attempts=job.attempts,
+        reason=job.reason,
+        folder=job.folder,
+        spec=_json(folder.spec),
+        resolved=_json(folder.resolved),
+        summary=manifest.summary if manifest else None,
+    )
+
+
+def checkpoints(job: Job) -> list[Checkpoint]:
+    """What a job has left, as the API's checkpoints; while it runs, what it has saved so far."""
+    artifacts = job.artifacts if job.state.ended else saved_artifacts(JobFolder(Path(job.folder)))
+    return [
+        Checkpoint(
+            identifier=artifact.identifier,
+            created_at=artifact.created_at,
+            epoch=artifact.epoch,
+            post_training_job_id=job.id,
+            path=artifact.path,
+            training_metrics=artifact.metrics,
+            kind=artifact.kind,
+            step=artifact.step,
+            bytes=artifact.bytes,
+        )
+        for artifact in artifacts
+    ]
+
+
+def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
+    """The last `tail` lines of a job's output, or the lines from byte `offset` on.
+
+    Lines are whole (one still being written waits for the next look, unless the job has ended), at most
+    `LOG_WINDOW_BYTES` of them; of a line that a progress bar wrote over with `\\r`, the last version.
+    """
+    try:
+        file = JobFolder(Path(job.folder)).output.open("rb")
+    except FileNotFoundError:
+        return PostTrainingJobLogStream(job_uuid=job.id, log_lines=[], next_offset=0)
+    with file:
+        size = file.seek(0, 2)
+        start = min(offset, size) if offset is not None else max(0, size - LOG_WINDOW_BYTES)
+        file.seek(start)
+        data = file.read(LOG_WINDOW_BYTES)
+    whole = data.rfind(b"\n") + 1
+    if job.state.ended or (not whole and len(data) == LOG_WINDOW_BYTES):
+        whole = len(data)
+    lines = [printable(_last_version(text)) for text in data[:whole].decode("utf-8", "replace").split("\n")]
+    if lines and not lines[-1]:
+        lines.pop()
+    if offset is None:
+        lines = lines[-tail:]
+    return PostTrainingJobLogStream(job_uuid=job.id, log_lines=lines, next_offset=start + whole)
+
+
+def _status(job: Job, store: JobStore) -> dict[str, Any]:
+    resources = progress(job, JobFolder(Path(job.folder)))
+    if job.state is JobState.SCHEDULED:
+        resources["queue_position"] = store.queue_position(job.id)
+    if job.reason is not None:
+        resources["reason"] = job.reason
+    return {
+        "job_uuid": job.id,
+        "status": job.state,
+        "scheduled_at": job.scheduled_at,
+        "started_at": job.started_at,
+        "completed_at": job.ended_at,
+        "resources_allocated": resources,
+        "checkpoints": checkpoints(job),
+    }
+
+
+def _last_version(text: str) -> str:
+    return text.rstrip("\r").rpartition("\r")[2]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return content

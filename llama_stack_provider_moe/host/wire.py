@@ -1,0 +1,248 @@
+"""Requests and answers of the post-training API.
+
+Field by field those of llama-stack-api 0.6.1, the last release that has them (a test compares the two), and ours on
+every host. What we add is optional: the blocks `moe`, `adapter` and `options`, for which an SDK has `extra_body`.
+Requests carry types only; the defaults and ranges stand in `spec`, where `host.convert` takes a request.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from llama_stack_provider_moe.jobs.folder import Metrics
+from llama_stack_provider_moe.jobs.state import JobState
+from llama_stack_provider_moe.spec import Adapter, DPOOptions, Moe, Options
+
+# Documented as the blocks they are, and validated with the whole job, when the server's defaults lie beneath them.
+AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schema())]
+MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
+OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(Options.model_json_schema())]
+DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
+
+
+class Wire(BaseModel):
+    """Base of every request: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class DataConfig(Wire):
+    """Which rows, and how they are read."""
+
+    dataset_id: str = Field(description="Data set of the training rows.")
+    batch_size: int = Field(description="Rows (or pairs) in one micro-batch.")
+    shuffle: bool = Field(description="Shuffle the training rows before every epoch.")
+    data_format: Literal["instruct", "dialog"] = Field(
+        description="instruct: single-turn rows; dialog: rows of messages; a row of the other kind is refused."
+    )
+    validation_dataset_id: str | None = Field(
+        default=None, description="Held-out data set; left out, a part of the rows is held out."
+    )
+    packed: bool | None = Field(default=False, description="SFT: fill sequences with several rows.")
+    train_on_input: bool | None = Field(default=False, description="SFT: loss on prompt tokens too.")
+
+
+class OptimizerConfig(Wire):
+    """The optimiser and its learning rate."""
+
+    optimizer_type: Literal["adam", "adamw", "sgd"] = Field(description="torch.optim's Adam, AdamW or SGD.")
+    lr: float = Field(description="Peak learning rate.")
+    weight_decay: float = Field(description="Weight decay.")
+    num_warmup_steps: int = Field(description="Optimiser steps over which the rate rises from 0 to `lr`.")
+
+
+class EfficiencyConfig(Wire):
+    """Memory against time."""
+
+    enable_activation_checkpointing: bool | None = Field(
+        default=False, description="Recompute activations in backward."
+    )
+    enable_activation_offloading: bool | None = Field(default=False, description="Not offered: true is refused.")
+    memory_efficient_fsdp_wrap: bool | None = Field(default=False, description="Not offered: true is refused.")
+    fsdp_cpu_offload: bool | None = Field(default=False, description="Not offered: true is refused.")
+
+
+class TrainingConfig(Wire):
+    """How long, on what and how."""
+
+    n_epochs: int = Field(description="Passes over the training rows.")
+    max_steps_per_epoch: int = Field(
+        default=0,
+        description="Optimiser steps after which an epoch ends; 0 or left out: the whole epoch. (The API's own "
+        "default of 1 would train one step.)",
+    )
+    gradient_accumulation_steps: int = Field(default=1, description="Micro-batches in one optimiser step.")
+    max_validation_steps: int | None = Field(
+        default=0, description="Micro-batches in one evaluation; 0 or left out: all held-out rows."
+    )
+    data_config: DataConfig | None = Field(default=None, description="Required: it names the rows.")
+    optimizer_config: OptimizerConfig | None = Field(default=None, description="Left out: the server's defaults.")
+    efficiency_config: EfficiencyConfig | None = Field(default=None, description="Left out: the server's defaults.")
+    dtype: str | None = Field(default="bf16", description="fp32, bf16 or fp16; left out: the server's default.")
+
+
+class LoraFinetuningConfig(Wire):
+    """LoRA, the one algorithm of the API's two that is offered."""
+
+    type: Literal["LoRA"] = "LoRA"
+    lora_attn_modules: list[str] = Field(description="Of q_proj, k_proj, v_proj and output_proj.")
+    apply_lora_to_mlp: bool = Field(description="LoRA on the MLP: every expert's own, shared experts, dense layers.")
+    apply_lora_to_output: bool = Field(description="LoRA on the output head.")
+    rank: int = Field(description="Rank of every update.")
+    alpha: float = Field(description="Updates are scaled by alpha / rank.")
+    use_dora: bool | None = Field(default=False, description="DoRA; refused where experts are targets.")
+    quantize_base: bool | None = Field(default=False, description="Not offered yet: true is refused.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora(cls, value: Any) -> Any:
+        # Told first: the fields of another algorithm would otherwise be reported one by one as unknown.
+        if isinstance(value, dict) and value.get("type", "LoRA") != "LoRA":
+            raise ValueError(f"type {str(value['type'])[:40]!r} is not offered; expected 'LoRA', or no "
+                             "algorithm_config for the server's default")  # fmt: skip
+        return value
+
+
+class DPOAlignmentConfig(Wire):
+    """Direct preference optimisation."""
+
+    beta: float = Field(description="Strength of the tie to the reference model.")
+    loss_type: str = Field(default="sigmoid", description="The preference loss, by TRL's name.")
+
+
+class SupervisedFineTuneRequest(Wire):
+    """A supervised fine-tuning job."""
+
+    job_uuid: str = Field(description="Name of the job.")
+    training_config: TrainingConfig
+    hyperparam_search_config: dict[str, Any] = Field(description="Must be empty: there is no search.")
+    logger_config: dict[str, Any] = Field(description="Must be empty: metrics are in the job's status and events.")
+    model: str | None = Field(default=None, description="Required: hub id, or a folder under an allowed root.")
+    checkpoint_dir: str | None = Field(default=None, description="Checkpoints go to a folder of the job's in this one.")
+    algorithm_config: LoraFinetuningConfig | None = Field(
+        default=None, description="Left out: the server's default adapter, or all weights where it has none."
+    )
+    adapter: AdapterBlock | None = Field(
+        default=None, description="Ours: what `algorithm_config` has no field for; null trains all weights."
+    )
+    moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
+    options: OptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+
+
+class PreferenceOptimizeRequest(Wire):
+    """A preference optimisation (DPO) job."""
+
+    job_uuid: str = Field(description="Name of the job.")
+    finetuned_model: str = Field(description="Hub id, or a folder under an allowed root.")
+    algorithm_config: DPOAlignmentConfig
+    training_config: TrainingConfig
+    hyperparam_search_config: dict[str, Any] = Field(description="Must be empty: there is no search.")
+    logger_config: dict[str, Any] = Field(description="Must be empty: metrics are in the job's status and events.")
+    adapter: AdapterBlock | None = Field(
+        default=None, description="Ours: LoRA; left out, the server's default; null trains all weights."
+    )
+    moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
+    options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+
+
+class CancelTrainingJobRequest(Wire):
+    """Body of the old family's cancel route."""
+
+    job_uuid: str
+
+
+class PostTrainingJob(BaseModel):
+    """A job, by name."""
+
+    job_uuid: str
+
+
+class JobLine(PostTrainingJob):
+    """A job in a list of jobs; all but the name are ours."""
+
+    status: JobState
+    recipe: str
+    model: str
+    scheduled_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+
+
+class ListPostTrainingJobsResponse(BaseModel):
+    """The caller's jobs, newest first."""
+
+    data: list[JobLine]
+    has_more: bool
+
+
+class Checkpoint(BaseModel):
+    """One thing a job leaves, a checkpoint or a final artifact; `kind`, `step` and `bytes` are ours."""
+
+    identifier: str
+    created_at: datetime
+    epoch: int
+    post_training_job_id: str
+    path: str
+    training_metrics: Metrics | None = None
+    kind: str
+    step: int
+    bytes: int
+
+
+class PostTrainingJobStatusResponse(BaseModel):
+    """How a job stands; `resources_allocated` carries its progress."""
+
+    job_uuid: str
+    status: JobState
+    scheduled_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = Field(default=None, description="When it ended, however it ended.")
+    resources_allocated: dict[str, Any] | None = None
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+
+
+class PostTrainingJobArtifactsResponse(BaseModel):
+    """What a job has left so far."""
+
+    job_uuid: str
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+
+
+class PostTrainingJobLogStream(BaseModel):
+    """Lines of a job's output; `next_offset` is the `offset` of the next look."""
+
+    job_uuid: str
+    log_lines: list[str]
+    next_offset: int = Field(description="Bytes of the output up to here.")
+
+
+class JobDetail(PostTrainingJobStatusResponse):
+    """A job whole."""
+
+    recipe: str
+    model: str
+    cancel_requested_at: datetime | None
+    attempts: int
+    reason: str | None = Field(description="Why it failed, or was cancelled.")
+    folder: str
+    spec: dict[str, Any] | None = Field(description="The job in full, defaults filled in.")
+    resolved: dict[str, Any] | None = Field(description="What was decided from the model, once it is loaded.")
+    summary: dict[str, float] | None = Field(description="Final figures of a completed job.")
+
+
+class Validated(BaseModel):
+    """What a job would be; nothing was created."""
+
+    spec: dict[str, Any]
+    train_rows: int
+    validation_rows: int | None = Field(description="None: they will be held out of the training rows.")
+
+
+class Health(BaseModel):
+    """Whether jobs can be taken and run."""
+
+    status: Literal["ok", "error"]
+    store: Literal["ok", "unreachable"]
+    supervisor: Literal["alive", "none"]
+    jobs: dict[JobState, int]

@@ -1,0 +1,134 @@
+"""`LocalExecutor`: training processes on this machine, each the leader of a session of its own.
+
+Output goes to a file, never through a pipe of ours: nobody has to be alive to drain it, so a training process
+outlives supervisor and server.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.executors import Child, Exit
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.processes import birth, is_alive, with_environment
+
+# What a training process gets of the environment, and why. All else (API keys of the server's other providers,
+# database passwords, ...) stays behind; `child_env` in the provider's config adds to it.
+PASSED_ON = frozenset({
+    "PATH", "HOME", "TMPDIR", "TZ",                       # find programs, caches and room for temporary files
+    "LANG", "LANGUAGE",                                   # text encoding
+    "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH",       # the same libraries as the server's own
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH",     # which devices; Triton's compiler looks for CUDA
+    "CC", "CXX",                                          # Triton compiles a launcher in C
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM",  # threads on a shared machine
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy",            # the way to a model hub
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    "XDG_CACHE_HOME",                                     # where caches live
+})  # fmt: skip
+PASSED_ON_PREFIXES = (
+    "LC_",
+    "HF_",  # caches, offline mode, and HF_TOKEN: gated models need it, and only the training process loads models
+    "TRANSFORMERS_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "PYTORCH_",  # allocator settings
+    "TRITON_",
+    "NCCL_",
+)
+JOB_VARIABLE = "MOE_JOB_FOLDER"
+
+# Waits for a line on standard input, which comes once the store knows the process, then becomes the command: pid and
+# time of birth stay. At the end of input, which is what the death of the supervisor looks like, it ends instead.
+_GATE = 'read -r go || exit 125; exec "$@" </dev/null'
+
+
+def training_command(config: ProviderConfig, folder: Path) -> list[str]:
+    """The command line of a training process."""
+    return [config.training_python, "-m", "llama_stack_provider_moe.training.main", str(folder)]
+
+
+def child_environment(environment: Mapping[str, str], config: ProviderConfig, folder: Path) -> dict[str, str]:
+    """The environment of a training process: what it needs of `environment`, then `config.child_env`."""
+    kept = {
+        name: value for name, value in environment.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    if "PYTHONPATH" in kept:  # it starts in another folder than the server did
+        kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
+    return {**kept, **config.child_env, JOB_VARIABLE: str(folder)}
+
+
+class LocalExecutor:
+    """Runs training processes on this machine.
+
+    Args:
+        config: whose `training_python` and `child_env` they get.
+        command: what to run in a job's folder; tests run something smaller than torch.
+    """
+
+    def __init__(
+        self, config: ProviderConfig, command: Callable[[ProviderConfig, Path], list[str]] = training_command
+    ) -> None:
+        self._config = config
+        self._command = command
+        self._own: dict[int, subprocess.Popen[bytes]] = {}
+
+    def submit(self, folder: Path, record: Callable[[Child], None]) -> None:
+        """See `Executor`."""
+        with JobFolder(folder).output.open("ab", buffering=0) as output:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _GATE, "moe-train", *self._command(self._config, folder)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=child_environment(os.environ, self._config, folder),
+                start_new_session=True,
+            )
+        gate = process.stdin
+        assert gate is not None
+        try:
+            born = birth(process.pid)
+            if born is None:
+                raise ChildProcessError(f"process {process.pid} was killed before it began")
+            record(Child(folder, process.pid, born))
+        except BaseException:
+            gate.close()
+            process.wait()
+            raise
+        self._own[process.pid] = process
+        with suppress(BrokenPipeError), gate:  # killed at the gate: `poll` finds out how
+            gate.write(b"go\n")
+
+    def poll(self, child: Child) -> Exit | None:
+        """See `Executor`. An own child that has ended is reaped here."""
+        process = self._own.get(child.pid)
+        if process is not None:
+            if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return None
+            # Until it is reaped its pid, and so its group, can't be anybody else's.
+            _signal_group(child.pid, signal.SIGKILL)
+            del self._own[child.pid]
+            return Exit(process.wait())
+        if is_alive(child.pid, child.birth):
+            return None
+        # The number of a group whose leader is gone may be in use again: what is ours is known by its environment.
+        for pid in with_environment(JOB_VARIABLE, str(child.folder)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return Exit(None)
+
+    def stop(self, child: Child, number: int) -> None:
+        """See `Executor`."""
+        if is_alive(child.pid, child.birth):
+            _signal_group(child.pid, number)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # all of them ended since we looked
+        os.killpg(group, number)

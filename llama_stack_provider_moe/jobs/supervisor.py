@@ -1,0 +1,275 @@
+"""The process that runs the jobs: claims, launches, watches, cancels, settles. It never imports torch.
+
+It keeps nothing that the store does not: each look begins with the store's jobs in progress, so a supervisor that
+takes over from a dead one does with its children what it does with its own. Run as
+
+    python -m llama_stack_provider_moe.jobs.supervisor [FD]   with a ProviderConfig as JSON on standard input
+
+where FD, if given, is a file descriptor to close once it is known whether this process is the store's supervisor.
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import Conflict
+from llama_stack_provider_moe.jobs.executors import Child, Executor, Exit
+from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.outcome import REASON_LIMIT, Outcome, outcome
+from llama_stack_provider_moe.jobs.processes import Place, ProcessName
+from llama_stack_provider_moe.jobs.state import JobState
+from llama_stack_provider_moe.jobs.store import CANCELLED_WAITING, Job, JobStore, LiveSupervisor
+
+# A job on another machine, whose processes can't be seen from here, is taken for dead after this silence.
+SILENCE_S = 600.0
+# A store that answers with errors for so long is given up; the children go on, for the next supervisor to adopt.
+GIVE_UP_S = 600.0
+LOG_LIMIT_BYTES = 5 << 20
+_RECORD_LIMIT = 8000  # characters
+
+log = logging.getLogger("llama_stack_provider_moe.supervisor")
+
+
+class Supervisor:
+    """One supervisor of one store.
+
+    Args:
+        store: where jobs wait.
+        config: how many at a time, how long a lease, ...
+        executor: where they run; left out: on this machine.
+    """
+
+    def __init__(self, store: JobStore, config: ProviderConfig, executor: Executor | None = None) -> None:
+        self._store = store
+        self._limits = config.supervisor
+        self._executor = LocalExecutor(config) if executor is None else executor
+        self._place = Place.here()
+        self.id = str(ProcessName.own())
+        self._leaving = False
+        self._asked_to_stop: dict[str, float] = {}  # job id -> time.monotonic() of its SIGTERM
+
+    def acquire(self) -> bool:
+        """Become the store's supervisor; False while another one lives."""
+        holder = self._store.live_supervisor()
+        if holder is not None and _has_ended(holder):
+            self._store.release_lease(holder.id, only_if_idle=False)
+        return self._store.acquire_lease(self.id, os.getpid(), self._limits.lease_s)
+
+    def leave(self) -> None:
+        """Make `run` return soon, from a signal handler or another thread; children go on."""
+        self._leaving = True
+
+    def run(self) -> bool:
+        """Run jobs until there are none for `idle_exit_s`, the lease is lost, or `leave` is called.
+
+        Returns False where the store failed for too long. The lease must be held.
+        """
+        beat_due = idle_since = last_success = time.monotonic()
+        while not self._leaving:
+            moment = time.monotonic()
+            try:
+                if moment >= beat_due:
+                    if not self._store.beat(self.id, self._limits.lease_s):
+                        log.warning("another supervisor has the lease; leaving")
+                        return True
+                    beat_due = moment + self._limits.lease_s / 3
+                if self.step():
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since >= self._limits.idle_exit_s and self._store.release_lease(
+                    self.id, only_if_idle=True
+                ):
+                    log.info("idle for %g s; leaving", self._limits.idle_exit_s)
+                    return True
+                last_success = time.monotonic()
+            except Exception:
+                log.exception("the store, or something else that jobs stand on, failed; trying again")
+                if time.monotonic() - last_success > GIVE_UP_S:
+                    log.error("giving up")
+                    return False
+            self._pause(self._limits.poll_s)
+        self._store.release_lease(self.id, only_if_idle=False)
+        log.info("asked to leave; jobs in progress go on")
+        return True
+
+    def _pause(self, seconds: float) -> None:
+        # No threading.Event: its `set` in a signal handler can wait for a lock that the interrupted `wait` holds.
+        until = time.monotonic() + seconds
+        while not self._leaving and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+
+    def step(self) -> bool:
+        """One look at every job in progress, then claims while there is room; True where any job is in progress."""
+        running = sum([self._tend(job) for job in self._store.running()])
+        while not self._leaving and running < self._limits.max_concurrent_jobs:
+            job = self._store.claim(self.id)
+            if job is None:
+                break
+            log.info("job %s: claimed, attempt %d", job.id, job.attempts)
+            running += self._launch(job)
+        return running > 0
+
+    def _tend(self, job: Job) -> bool:
+        """True where the job is still in progress afterwards."""
+        if job.pid is None or job.pid_birth is None:
+            # Whoever claimed it died before its process was let go.
+            if job.cancel_requested_at is not None:
+                return self._settle(job, Outcome(JobState.CANCELLED, CANCELLED_WAITING, ()))
+            return self._launch(job)
+        child = Child(Path(job.folder), job.pid, job.pid_birth)
+        end = self._poll(job, child)
+        if end is not None:
+            return self._settle(job, outcome(job, end))
+        if job.cancel_requested_at is not None:
+            self._cancel(job, child)
+        return True
+
+    def _launch(self, job: Job) -> bool:
+        def record(child: Child) -> None:
+            self._store.launched(job.id, child.pid, child.birth)
+
+        try:
+            self._executor.submit(Path(job.folder), record)
+        except Conflict as conflict:
+            log.warning("%s", conflict)
+            return True
+        except OSError as error:
+            reason = f"the training process could not be started: {error}"[:REASON_LIMIT]
+            return self._settle(job, Outcome(JobState.FAILED, reason, ()))
+        log.info("job %s: launched", job.id)
+        return True
+
+    def _poll(self, job: Job, child: Child) -> Exit | None:
+        launcher = None if job.supervisor is None else ProcessName.parse(job.supervisor)
+        if launcher is None or launcher.place == self._place:
+            return self._executor.poll(child)
+        if launcher.place.host == self._place.host:  # this machine or container, before it was restarted
+            return Exit(None)
+        return None if _silence_s(JobFolder(child.folder), job) < SILENCE_S else Exit(None)
+
+    def _cancel(self, job: Job, child: Child) -> None:
+        asked = self._asked_to_stop.get(job.id)
+        if asked is None:
+            log.info("job %s: cancelling", job.id)
+            self._asked_to_stop[job.id] = time.monotonic()
+            self._executor.stop(child, signal.SIGTERM)
+        elif time.monotonic() - asked >= self._limits.cancel_grace_s:
+            self._executor.stop(child, signal.SIGKILL)
+
+    def _settle(self, job: Job, end: Outcome) -> bool:
+        self._asked_to_stop.pop(job.id, None)
+        try:
+            self._store.move(job.id, end.state, end.reason, end.artifacts)
+        except Conflict as conflict:  # a supervisor that had lost the lease was quicker
+            log.warning("%s", conflict)
+            return False
+        log.info("job %s: %s%s", job.id, end.state.value, f" ({end.reason})" if end.reason else "")
+        return False
+
+
+def _silence_s(folder: JobFolder, job: Job) -> float:
+    written = [path.stat().st_mtime for path in (folder.events, folder.output) if path.exists()]
+    if job.started_at is not None:
+        written.append(job.started_at.timestamp())
+    return time.time() - max(written, default=0.0)
+
+
+def _has_ended(holder: LiveSupervisor) -> bool:
+    name = ProcessName.parse(holder.id)
+    return name is not None and name.has_ended()
+
+
+def ensure_supervisor(config: ProviderConfig, store: JobStore) -> bool:
+    """Start a supervisor unless one lives or starts already; to be called after a job is inserted.
+
+    Safe in any number of servers and threads at once: one lock file allows one start at a time, and of two supervisors
+    that start all the same, the one that does not get the lease ends. The new process is detached: it outlives the
+    server, and its output goes to `supervisor.log` in the state folder.
+
+    Returns:
+        True where one was started.
+    """
+    holder = store.live_supervisor()
+    if not config.supervisor.start or (holder is not None and not _has_ended(holder)):
+        return False
+    config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (config.state_dir / "supervisor.starting").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # It will have the lease before it lets go of the lock, and then see the job that we were called for.
+            return False
+        _start(config, lock.fileno())
+    return True
+
+
+def _start(config: ProviderConfig, lock: int) -> None:
+    path = config.state_dir / "supervisor.log"
+    if path.exists() and path.stat().st_size > LOG_LIMIT_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    with path.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, str(lock)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),  # the lock is let go when this server and the supervisor have both closed it
+        )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin:  # it has died, and supervisor.log says of what
+        process.stdin.write(config.model_dump_json().encode())
+    # Reaped by a thread that sleeps until then: a server lives long, and would collect zombies.
+    threading.Thread(target=process.wait, name="moe-supervisor", daemon=True).start()
+
+
+class _BoundedFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record)[:_RECORD_LIMIT]
+
+
+def supervise(config: ProviderConfig, lock: int | None = None) -> int:
+    """Be a supervisor until it is time to leave, logging to standard error; the process's exit code.
+
+    Args:
+        config: the provider's.
+        lock: file descriptor to close once the lease is held, or held by another.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_BoundedFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    store = JobStore(config.url)
+    try:
+        supervisor = Supervisor(store, config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: supervisor.leave())
+        acquired = supervisor.acquire()
+        if lock is not None:
+            os.close(lock)
+        if not acquired:
+            log.info("another supervisor is alive; leaving")
+            return 0
+        log.info("supervisor of %s", config.state_dir)
+        return 0 if supervisor.run() else 1
+    finally:
+        store.close()
+
+
+def main() -> int:
+    """Read the configuration from standard input, then supervise."""
+    config = ProviderConfig.model_validate_json(sys.stdin.buffer.read())
+    return supervise(config, int(sys.argv[1]) if len(sys.argv) > 1 else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Model id or folder -> the model and its tokenizer, checked to be what can be trained.
+
+Safetensors only, no code from the model's repository, nothing initialised at random.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llama_stack_provider_moe.errors import ModelError, shorten
+from llama_stack_provider_moe.spec import DPOSpec, DType, SFTSpec
+from llama_stack_provider_moe.training.chat_templates import set_template
+
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(dtype: DType) -> torch.device:
+    """The first CUDA device there is, else the CPU; half precision is refused where it can't train."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if dtype == "fp16":
+        raise ModelError(
+            "training.dtype: 'fp16' can't be trained on a CPU, and there is no CUDA device here; use 'bf16' or 'fp32'"
+        )
+    return torch.device("cpu")
+
+
+def load(spec: SFTSpec | DPOSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
+    config = _config(spec.model)
+    tokenizer = load_tokenizer(spec)
+    return load_model(spec, config, device), tokenizer
+
+
+def load_model(spec: SFTSpec | DPOSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The weights; a missing one is an error, for transformers would fill it with noise and only log it."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            config=config,
+            dtype=DTYPES[spec.training.dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name, instead of raised as a RuntimeError without one
+            **_placement(device),
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelError(_why(spec.model, error)) from error
+    missing = [str(name) for name in loading["missing_keys"]]
+    misshapen = [f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in loading["mismatched_keys"]]
+    lost = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("of another shape", misshapen))
+        if names
+    ]
+    if lost:
+        raise ModelError(
+            f"model: {spec.model!r} does not hold every weight of {type(model).__name__}: {'; '.join(lost)}"
+        )
+    return model
+
+
+def load_tokenizer(spec: SFTSpec | DPOSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token: its own, else the end-of-sequence token.
+
+    Padding is masked by position, never by id, so an end-of-sequence token in an answer still counts in the loss.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_why(spec.model, error, part="tokenizer")) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model: {spec.model!r} has a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in "
+            "the text a token stands; convert it to a tokenizer.json"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model: the tokenizer of {spec.model!r} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    set_template(tokenizer, spec.options.chat_template, spec.model)
+    return tokenizer
+
+
+def _config(model: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(_why(model, error)) from error
+    made_as = (config.architectures or ["a model without an `architectures` entry"])[0]
+    if config.get_text_config() is not config:
+        parts = ", ".join(name for name in config.sub_configs)
+        raise ModelError(
+            f"model: {model!r} is {made_as}, a composite model ({parts}); only text models are trained. If its "
+            "language model is published on its own, use that"
+        )
+    causal = set(_flat(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (config.architectures and made_as not in causal):
+        raise ModelError(
+            f"model: {model!r} is {made_as} (model_type {config.model_type!r}), not a causal language model"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"model: {model!r} is quantised; give the unquantised weights")
+    return config
+
+
+def _flat(names: Any) -> list[str]:
+    # Some entries of the auto mapping name several classes.
+    return [one for name in names for one in ((name,) if isinstance(name, str) else name)]
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    # On a GPU the weights go there straight from the file; on a CPU a device map would only cost hooks.
+    return {"device_map": {"": device}} if device.type == "cuda" else {}
+
+
+def _why(model: str, error: Exception, part: str = "model") -> str:
+    text = shorten(" ".join(str(error).split()), 300)[1:-1] or type(error).__name__
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        return f"model: there is no folder {model!r} on the training machine"
+    if Path(model).is_dir():
+        return f"model: the {part} in {model!r} can't be loaded: {text}"
+    return (
+        f"model: the {part} {model!r} can't be loaded: {text} (a hub id needs the network or an earlier download; "
+        "check its spelling, HF_TOKEN if it is gated, and HF_HUB_OFFLINE; or give a folder)"
+    )

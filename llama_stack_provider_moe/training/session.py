@@ -1,0 +1,66 @@
+"""What every part of a training process shares: the job, its folder, its events, and the wish to stop."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama_stack_provider_moe.jobs.events import EventLog, Message
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+
+
+class Stopped(Exception):
+    """The job was asked to stop and has saved what it had; never an error."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+@dataclass
+class Stop:
+    """The wish to stop, as a signal handler leaves it.
+
+    While `at_once` holds (loading, tokenising: nothing is worth saving yet) the handler raises; later it only notes
+    the wish, and training ends at the next step's end with a checkpoint.
+    """
+
+    requested: bool = False
+    at_once: bool = True
+
+    def request(self, *_: object) -> None:
+        """Note the wish; usable as a signal handler."""
+        self.requested = True
+        if self.at_once:
+            raise Stopped(0)
+
+    def between_steps(self) -> None:
+        """From now on finish the step first."""
+        self.at_once = False
+        if self.requested:
+            raise Stopped(0)
+
+
+@dataclass
+class Session[S: SFTSpec | DPOSpec]:
+    """One run of one job."""
+
+    spec: S
+    folder: JobFolder
+    events: EventLog
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def job_uuid(self) -> str:
+        """The job's id: its folder's name."""
+        return self.folder.root.name
+
+    @property
+    def cache(self) -> str:
+        """Folder of this job's tokenised rows; no job shares one with another."""
+        return str(self.folder.root / "cache")
+
+    def say(self, text: str, level: Literal["info", "warning"] = "info") -> None:
+        """A line for a person, to the events and to output.log alike."""
+        self.events.append(Message(level=level, text=text))
+        print(text if level == "info" else f"warning: {text}", file=sys.stdout, flush=True)

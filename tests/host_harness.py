@@ -1,0 +1,140 @@
+"""A real server for tests: `llama stack run` on a free port, its state in a folder of the test's own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from llama_stack_provider_moe.config import ProviderConfig
+
+RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
+QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
+API = "/v1alpha/post-training"
+START_LIMIT_S = 300.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Attributes:
+        url: without a path.
+        state_dir: what MOE_STATE_DIR was.
+        process: `llama stack run`.
+        log: its standard output and error.
+        healthy_s: seconds from start to the first healthy answer.
+    """
+
+    url: str
+    state_dir: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    healthy_s: float
+
+    def http(self, timeout_s: float = 60.0) -> httpx.Client:
+        """A client whose paths begin after the post-training prefix."""
+        return httpx.Client(base_url=self.url + API, timeout=timeout_s)
+
+    def client(self) -> Any:
+        """llama-stack-client, without retries: a test wants the first answer."""
+        from llama_stack_client import LlamaStackClient
+
+        return LlamaStackClient(base_url=self.url, max_retries=0)
+
+    def register(self, dataset_id: str, rows: list[dict[str, Any]]) -> str:
+        """Register `rows` with the host, as a user would."""
+        source = {"type": "rows", "rows": rows}
+        self.client().beta.datasets.register(dataset_id=dataset_id, purpose="post-training/messages", source=source)
+        return dataset_id
+
+    def config(self) -> ProviderConfig:
+        """The provider's part of the state folder, for a look at the store or the jobs."""
+        return ProviderConfig(state_dir=self.state_dir)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with `changes` laid over it, at every depth."""
+    result = dict(tree)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def run_config(
+    path: Path, folder: Path, provider: dict[str, Any] | None = None, stack: dict[str, Any] | None = None
+) -> Path:
+    """A copy in `folder` of the run YAML at `path` with changes to our provider's `config:` and to the whole."""
+    content = merged(yaml.safe_load(path.read_text(encoding="utf-8")), stack or {})
+    ours = content["providers"]["post_training"][0]
+    ours["config"] = merged(ours["config"], provider or {})
+    changed = folder / path.name
+    changed.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return changed
+
+
+@contextlib.contextmanager
+def serving(
+    config: Path, state_dir: Path, health: str = API + "/health", env: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """`llama stack run` of `config` until the block ends.
+
+    Args:
+        config: a run YAML.
+        state_dir: its MOE_STATE_DIR; made if need be. The server's output is kept in it.
+        health: the path that answers 200 once it serves.
+        env: added to this process's environment.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True)
+    log, port, began = state_dir / "server.log", free_port(), time.monotonic()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / "llama", "stack", "run", str(config), "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **(env or {}), "MOE_STATE_DIR": str(state_dir)},
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url + health, process, log)
+        yield Server(url, state_dir, process, log, time.monotonic() - began)
+    finally:
+        _stop(process)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no server ({process.poll()}):\n{log.read_text(errors='replace')[-4000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,76 @@
+"""What the tests of the jobs room share."""
+
+import json
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.store import Job, JobStore
+
+# An import of SQLAlchemy and pytest costs seconds of CPU, a fork nothing; the forking test holds no open store.
+FORK = multiprocessing.get_context("fork")
+TINY_CHILD = Path(__file__).with_name("tiny_child.py")
+
+
+@contextmanager
+def ram_folder() -> Iterator[Path]:
+    """A folder in memory where the system has such: the store syncs every write, and disks may be busy."""
+    ram = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="moe-test-", dir=ram if ram.is_dir() else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def tiny_interpreter(folder: Path) -> str:
+    """A `training_python` that runs `tiny_child.py` instead of the training module it is told to run."""
+    script = folder / "python"
+    # `$0 -m llama_stack_provider_moe.training.main FOLDER`; -S: no site-packages, which take long to list
+    script.write_text(f'#!/bin/sh\ntest "$2" = llama_stack_provider_moe.training.main || exit 99\n'
+                      f'exec "{sys.executable}" -S "{TINY_CHILD}" "$3"\n')  # fmt: skip
+    script.chmod(0o755)
+    return str(script)
+
+
+def tiny_config(folder: Path, **supervisor: Any) -> ProviderConfig:
+    """A provider on `folder` whose training processes are tiny children."""
+    times = {"poll_s": 0.02, "lease_s": 5, "idle_exit_s": 60, "cancel_grace_s": 30}
+    return ProviderConfig.model_validate(
+        {"state_dir": folder, "training_python": tiny_interpreter(folder), "supervisor": times | supervisor}
+    )
+
+
+def new_job(store: JobStore, config: ProviderConfig, job_id: str, **plan: Any) -> Path:
+    """Submit a job whose child does as `plan` says; its folder."""
+    folder = config.jobs_dir / job_id
+    folder.mkdir(parents=True)
+    (folder / "child.json").write_text(json.dumps(plan))
+    store.submit(job_id, "ann", "sft", "some/model", str(folder))
+    return folder
+
+
+def wait_for[T](what: Callable[[], T], timeout_s: float = 120) -> T:
+    """The first true answer of `what`."""
+    until = time.monotonic() + timeout_s
+    while not (answer := what()):
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.01)
+    return answer
+
+
+def wait_until_ended(store: JobStore, job_id: str, timeout_s: float = 120) -> Job:
+    """The job, once another process has brought it to an end."""
+
+    def ended() -> Job | None:
+        job = store.get(job_id, None)
+        return job if job.state.ended else None
+
+    job = wait_for(ended, timeout_s)
+    assert job is not None
+    return job

@@ -1,0 +1,86 @@
+"""A training process without the training: reads FOLDER/child.json and does as it says. Standard library only.
+
+It speaks to the outside as `training.main` does, by events, output, manifest and exit code, in some 50 ms.
+
+    steps, step_s       steps to take, and how long each takes
+    end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
+    print_bytes         to print before the first step, in lines
+    on_term             "save" (default: checkpoint, cancelled event, exit 0) or "ignore"
+    grandchild          start a `sleep` that outlives it
+"""
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat()
+
+
+def main(folder: Path) -> int:
+    plan: dict[str, Any] = json.loads((folder / "child.json").read_text())
+    events = (folder / "events.jsonl").open("a", buffering=1)
+    stopping = False
+
+    def emit(kind: str, **fields: Any) -> None:
+        events.write(json.dumps({"time": now(), "type": kind, **fields}, separators=(",", ":")) + "\n")
+
+    def on_term(*_: object) -> None:
+        nonlocal stopping
+        stopping = plan.get("on_term", "save") == "save"
+
+    def save(kind: str, step: int) -> dict[str, Any]:
+        path = folder / "artifacts" / f"{kind}-{step}"
+        path.mkdir(parents=True, exist_ok=True)
+        artifact = {"identifier": f"{folder.name}/{kind}-{step}", "kind": kind, "path": str(path), "epoch": 0,
+                    "step": step, "created_at": now(), "bytes": 0, "metrics": None}  # fmt: skip
+        emit("saved", artifact=artifact)
+        return artifact
+
+    signal.signal(signal.SIGTERM, on_term)
+    with (folder / "launches").open("a") as launches:
+        launches.write(f"{os.getpid()}\n")
+    (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
+    emit("started", pid=os.getpid(), versions={})
+    print("hello from the child", flush=True)
+    if plan.get("grandchild"):
+        (folder / "grandchild").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+    line = "x" * 99 + "\n"
+    for _ in range(plan.get("print_bytes", 0) // len(line)):
+        sys.stdout.write(line)
+    sys.stdout.flush()
+    steps = plan.get("steps", 2)
+    for step in range(1, steps + 1):
+        time.sleep(plan.get("step_s", 0.01))
+        emit("step", step=step, max_steps=steps, epoch=step / steps, metrics={"loss": 1 / step}, eta_s=0.0)
+        if stopping:
+            save("checkpoint", step)
+            emit("cancelled", step=step)
+            return 0
+    return finish(plan.get("end", "manifest"), folder, emit, save)
+
+
+def finish(end: str | int, folder: Path, emit: Any, save: Any) -> int:
+    if end == "failed":
+        emit("failed", reason="the rows of this job are too strange", error="DataError")
+        return 1
+    if end == "nothing":
+        return 0
+    if isinstance(end, int):
+        print("about to end badly", flush=True)
+        return end
+    manifest = {"job_uuid": folder.name, "artifacts": [save("adapter", 0)], "summary": {}}
+    (folder / "manifest.tmp").write_text(json.dumps(manifest))
+    (folder / "manifest.tmp").replace(folder / "manifest.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[-1])))
