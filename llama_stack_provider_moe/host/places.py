@@ -120,9 +120,13 @@ def _json(path: Path, field: str, model: str) -> dict[str, Any]:
 
 def _real(path: Path, field: str, value: str) -> Path:
     try:
-        return path.expanduser().resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, no such user
+        real = path.expanduser().resolve()
+        real.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return real
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a loop of links, a NUL, no such user
         raise InvalidInput(field, value, f"a path ({error})") from None
+    return real
 
 
 def _exists(path: Path, field: str, value: str) -> bool:

@@ -1,0 +1,77 @@
+"""What a job leaves on disk. Every folder is written under another name and then renamed: listed means whole."""
+
+import os
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_stack_provider_moe.jobs.events import now
+from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
+
+Kind = Literal["checkpoint", "adapter", "model", "merged"]
+
+
+def describe(
+    job_uuid: str, kind: Kind, folder: Path, epoch: int, step: int, metrics: Metrics | None = None
+) -> Artifact:
+    """The manifest's entry of a finished folder."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Artifact(
+        identifier=f"{job_uuid}/{folder.name}",
+        kind=kind,
+        path=str(folder),
+        epoch=epoch,
+        step=step,
+        created_at=now(),
+        bytes=size,
+        metrics=metrics,
+    )
+
+
+def publish(written: Path, final: Path) -> Path:
+    """Sync everything under `written` and give it the name `final`, in place of an earlier folder of that name."""
+    for path in [written, *written.rglob("*")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(written, final)
+    return final
+
+
+def save(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    final: Path,
+    as_shipped: AbstractContextManager[None],
+) -> Path:
+    """Save a model, or an adapter alone, with its tokenizer and chat template.
+
+    Args:
+        as_shipped: puts the config's training-time values back while the model writes it (`ShippedConfig.restored`).
+    """
+    written = final.with_name(f".{final.name}.writing")
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    with as_shipped:
+        if isinstance(model, PeftModel):
+            # "auto" looks up the base model's config on the hub, and copies the whole head where LoRA is on it. The
+            # vocabulary never grows here, so the embeddings are the base model's own.
+            model.save_pretrained(written, save_embedding_layers=False)
+        else:
+            model.save_pretrained(written)
+    tokenizer.save_pretrained(written)
+    return publish(written, final)
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Base plus adapter as one model; `model` itself is used up."""
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    return merged

@@ -1,0 +1,153 @@
+"""What TRL's trainers lack, once for all recipes: put before one of them in a class's bases.
+
+Router recording and z-loss in `compute_loss`, the epoch's rows, named optimisers, and held-out figures that can be
+compared: over tokens (or pairs), without the balance terms, and without moving the random state.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from llama_stack_provider_moe.errors import TrainingError
+from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
+from llama_stack_provider_moe.experts.routing import RoutingRecorder
+from llama_stack_provider_moe.experts.settings import ResolvedMoe
+from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
+from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+LARGEST_EXPONENT = 700.0  # exp of more is no double any more; a perplexity of 1e304 tells enough
+
+
+@dataclass
+class HeldOut:
+    """Sums over one evaluation."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    nll: float = 0.0
+    tokens: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """`validation_loss`: mean a token (SFT) or a pair (DPO); `perplexity` from the NLL of the right answers."""
+        return {
+            "validation_loss": self.loss / self.weight,
+            "perplexity": math.exp(min(self.nll / self.tokens, LARGEST_EXPONENT)),
+        }
+
+
+class RecordingTrainer(Trainer):
+    """Mixin over a TRL trainer; arguments beyond its own are keyword-only and come first."""
+
+    def __init__(
+        self,
+        *,
+        spec: SFTSpec | DPOSpec,
+        layout: ExpertLayout | None,
+        resolved: ResolvedMoe,
+        model: Any,
+        **arguments: Any,
+    ) -> None:
+        self.spec = spec
+        self.resolved = resolved
+        self.recorder: RoutingRecorder | None = None
+        self.held_out = HeldOut()
+        self.z_losses: list[float] = []
+        with head_without_adapter(model):
+            super().__init__(model=model, **arguments)
+        if needs_plain_head(model):
+            set_plain_head(model)
+        if layout is not None:
+            self.recorder = RoutingRecorder(self.model, layout)
+            # TRL asks for router logits only where the coefficient is not 0, and then wherever the config does, even
+            # of a family that makes no aux loss of them. Asked for with coefficient 0 they are logged all the same.
+            self.aux_loss_enabled = resolved.output_router_logits and layout.aux_loss
+            text_config(self.model).output_router_logits = self.aux_loss_enabled
+        chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
+        self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr})
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No card: TRL's would stand beside every checkpoint and name a run that is not ours."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The class that was asked for, and nothing that derives from it."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        wanted = OPTIMIZERS[self.spec.optimizer.optimizer_type]
+        assert type(optimizer) is wanted, f"{type(optimizer).__name__} was made, {wanted.__name__} was asked for"
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
+        spec = self.spec
+        return EpochSampler(rows, rows_an_epoch(spec.training, rows), spec.data.shuffle, spec.options.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; in training also each router's decisions and, where asked for, the z-loss.
+
+        The z-loss is a mean over a micro-batch, so that a step's is the mean over its micro-batches. Where the token
+        loss comes divided by the whole step's tokens (`num_items_in_batch`), the trainer divides no more.
+        """
+        if self.recorder is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.recorder.recording(inputs.get("attention_mask")):
+            loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.resolved.z_coef:
+            return loss
+        z_loss = self.recorder.z_loss()
+        self.z_losses.append(z_loss.item())
+        micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        return loss + self.resolved.z_coef * z_loss / micro_batches
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's mean z-loss."""
+        if self.z_losses:
+            logs["router_z_loss"] = sum(self.z_losses) / len(self.z_losses)
+            self.z_losses.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """TRL's figures, with `eval_validation_loss` and `eval_perplexity`, which see the model alone."""
+        self.held_out = HeldOut()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # Making an iterator of a loader draws from the global generator: without the fork an evaluated run would
+        # differ from the same run without evaluations, and from one resumed at the checkpoint before it.
+        with torch.random.fork_rng(devices=devices), self._without_balance_terms():
+            metrics: dict[str, float] = super().evaluate(*arguments, **keywords)
+        for name, value in self.held_out.figures().items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"step {self.state.global_step}: held-out {name} is {value}; the model has diverged"
+                )
+            metrics[f"eval_{name}"] = value
+        return metrics
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        """TRL's, tallied."""
+        outcome = super().prediction_step(model, inputs, *arguments, **keywords)
+        self.tally(self.held_out, inputs, outcome[0].item())
+        return outcome
+
+    def tally(self, held_out: HeldOut, inputs: dict[str, Any], loss: float) -> None:
+        """Add one micro-batch, whose mean loss is `loss`; each recipe's trainer knows what it is a mean over."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _without_balance_terms(self) -> Iterator[None]:
+        coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
+        try:
+            yield
+        finally:
+            self.router_aux_loss_coef = coefficient

@@ -1,0 +1,197 @@
+"""Which folders a job may read and write: what is inside, what is outside, and where links lead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, MoeError, NotFound
+from llama_stack_provider_moe.host.places import resolve_checkpoint_dir, resolve_model
+
+CAUSAL = {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ProviderConfig:
+    made = ProviderConfig(state_dir=tmp_path / "state", allowed_roots=[tmp_path / "shared"])
+    for folder in (made.models_dir, made.jobs_dir, tmp_path / "shared", tmp_path / "outside"):
+        folder.mkdir(parents=True)
+    return made
+
+
+def model_at(folder: Path, config: dict[str, Any] = CAUSAL, files: tuple[str, ...] = ("model.safetensors",)) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in (*files, "tokenizer.json"):
+        (folder / name).write_bytes(b"{}")
+    return folder
+
+
+def nobody(_job: str) -> None:
+    raise NotFound("not your job")
+
+
+def resolve(model: str | Path, config: ProviderConfig, may_use_job: Any = nobody) -> str:
+    return resolve_model(str(model), "model", config, may_use_job)
+
+
+def test_hub_ids_stay_as_they_are(config: ProviderConfig) -> None:
+    for name in ("gpt2", "ibm-granite/granite-3.1-3b-a800m-instruct", "Qwen/Qwen3-30B-A3B"):
+        assert resolve(name, config) == name
+
+
+def test_a_name_in_models_goes_before_the_hub(config: ProviderConfig) -> None:
+    own = model_at(config.models_dir / "smollm-moe")
+    assert resolve("smollm-moe", config) == str(own)
+    assert resolve(own, config) == str(own)
+    (config.models_dir / "alias").symlink_to(own)
+    assert resolve("alias", config) == str(own)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "a/b/c", "", ".", "./x", "a b", "x/../y", "owner/", "-x", "a\0b", "x" * 300]
+)
+def test_what_is_neither_a_hub_id_nor_a_folder(name: str, config: ProviderConfig) -> None:
+    with pytest.raises(InvalidInput, match="model"):
+        resolve(name, config)
+
+
+def test_folders_outside_the_roots(config: ProviderConfig, tmp_path: Path) -> None:
+    outside = model_at(tmp_path / "outside" / "m")
+    inside = model_at(tmp_path / "shared" / "m")
+    assert resolve(inside, config) == str(inside)
+    (config.models_dir / "link").symlink_to(outside)
+    for path in (outside, inside / ".." / ".." / "outside" / "m", config.models_dir / "link", "/etc", "~/x"):
+        with pytest.raises(Forbidden, match="no folder that models may be read from"):
+            resolve(path, config)
+    with pytest.raises(Forbidden):
+        resolve("link", config)
+    (inside / "model-2.safetensors").symlink_to(outside / "model.safetensors")
+    with pytest.raises(Forbidden, match=r"'model-2\.safetensors'"):
+        resolve(inside, config)
+
+
+def test_what_is_there_but_outside_looks_like_what_is_not(config: ProviderConfig, tmp_path: Path) -> None:
+    texts = []
+    for name in ("m", "not-there"):
+        with pytest.raises(Forbidden) as caught:
+            resolve(tmp_path / "outside" / name, config)
+        texts.append(str(caught.value).replace(f"/{name}'", "/?'"))
+    assert texts[0] == texts[1]
+
+
+def test_models_of_jobs_are_their_owners(config: ProviderConfig) -> None:
+    mine = model_at(config.jobs_dir / "mine" / "artifacts" / "merged")
+    theirs = model_at(config.jobs_dir / "theirs" / "artifacts" / "merged")
+    asked: list[str] = []
+
+    def may_use_job(name: str) -> None:
+        asked.append(name)
+        if name != "mine":
+            raise NotFound(f"job {name!r} does not exist")
+
+    assert resolve(mine, config, may_use_job) == str(mine)
+    with pytest.raises(NotFound):
+        resolve(theirs, config, may_use_job)
+    assert asked == ["mine", "theirs"]
+    (mine / "config.json").unlink()
+    (mine / "config.json").symlink_to(theirs / "config.json")
+    with pytest.raises(Forbidden):
+        resolve(mine, config, may_use_job)
+
+
+def test_no_such_folder(config: ProviderConfig, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="there is no folder"):
+        resolve(tmp_path / "shared" / "gone", config)
+
+
+@pytest.mark.parametrize(
+    ("content", "files", "text"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("model.safetensors",), "'bert' with architec"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, ("model.safetensors",), "'t5'"),
+        ({}, ("model.safetensors",), "a causal language model"),
+        (CAUSAL, (), "there are none"),
+        (CAUSAL, ("pytorch_model.bin",), "pytorch_model.bin may run code when loaded"),
+        (CAUSAL, ("model.safetensors", "adapter_config.json"), "options.save_merged"),
+        ([], ("model.safetensors",), "config.json holds an object"),
+    ],
+)
+def test_folders_that_hold_something_else(
+    content: dict[str, Any], files: tuple[str, ...], text: str, config: ProviderConfig
+) -> None:
+    folder = model_at(config.models_dir / "m", content, files)
+    with pytest.raises(InvalidInput) as caught:
+        resolve(folder, config)
+    assert text in str(caught.value)
+
+
+def test_what_is_a_causal_language_model(config: ProviderConfig) -> None:
+    for index, content in enumerate(
+        [
+            CAUSAL,
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": {}},
+        ]
+    ):
+        folder = model_at(config.models_dir / f"m{index}", content)
+        assert resolve(folder, config) == str(folder)
+
+
+def test_all_shards_must_be_there(config: ProviderConfig) -> None:
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    folder = model_at(config.models_dir / "m", CAUSAL, shards)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", shards, strict=True))})
+    )
+    assert resolve(folder, config) == str(folder)
+    (folder / shards[1]).unlink()
+    with pytest.raises(InvalidInput, match=r"model-00002-of-00002\.safetensors is missing"):
+        resolve(folder, config)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(InvalidInput, match=r"readable model\.safetensors\.index\.json"):
+        resolve(folder, config)
+
+
+def test_a_model_needs_its_tokenizer(config: ProviderConfig) -> None:
+    folder = model_at(config.models_dir / "m")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InvalidInput, match="tokenizer"):
+        resolve(folder, config)
+
+
+def checkpoints(directory: str | Path, config: ProviderConfig, job: str = "job") -> str:
+    return resolve_checkpoint_dir(str(directory), job, "checkpoint_dir", config)
+
+
+def test_checkpoints_stay_under_the_roots(config: ProviderConfig, tmp_path: Path) -> None:
+    base = config.state_dir / "checkpoints"
+    assert checkpoints("runs/a", config) == str(base / "runs" / "a")
+    assert checkpoints(base, config) == str(base)
+    assert checkpoints(tmp_path / "shared" / "new", config) == str(tmp_path / "shared" / "new")
+    assert not base.exists(), "looking creates nothing"
+    (tmp_path / "shared" / "link").symlink_to(tmp_path / "outside")
+    for outside in (
+        tmp_path / "outside", "../jobs/other", config.jobs_dir, "/", "~", "../checkpoints2",
+        tmp_path / "shared" / ".." / "outside", tmp_path / "shared" / "link" / "x",
+    ):  # fmt: skip
+        with pytest.raises(Forbidden, match="checkpoints may be written"):
+            checkpoints(outside, config)
+
+
+def test_what_is_in_the_way_of_checkpoints(config: ProviderConfig, tmp_path: Path) -> None:
+    (tmp_path / "shared" / "file").write_text("x")
+    with pytest.raises(InvalidInput, match="is in its way"):
+        checkpoints(tmp_path / "shared" / "file" / "deeper", config)
+    own = tmp_path / "shared" / "job"
+    own.mkdir()
+    assert checkpoints(tmp_path / "shared", config) == str(tmp_path / "shared")
+    (own / "epoch-1").mkdir()
+    with pytest.raises(Conflict, match="not empty"):
+        checkpoints(tmp_path / "shared", config)
+    for name in ("a\0b", "x" * 300):
+        with pytest.raises(MoeError) as caught:
+            checkpoints(name, config)
+        assert caught.value.status == 400, name

@@ -1,0 +1,313 @@
+"""Our wire models against llama-stack-api 0.6.1's, and what becomes of a request."""
+
+import types
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from llama_stack_api import post_training as api
+from llama_stack_api.common import training_types
+from llama_stack_api.post_training import models as api_models
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.host import convert, wire
+from llama_stack_provider_moe.host.explain import invalid_body
+from llama_stack_provider_moe.jobs import folder
+from llama_stack_provider_moe.spec import DPO_LOSSES, JOB_SPEC, JobDefaults
+
+PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
+    # theirs, ours, what ours has beside
+    (api.DataConfig, wire.DataConfig, set()),
+    (api.OptimizerConfig, wire.OptimizerConfig, set()),
+    (api.EfficiencyConfig, wire.EfficiencyConfig, set()),
+    (api.TrainingConfig, wire.TrainingConfig, set()),
+    (api.LoraFinetuningConfig, wire.LoraFinetuningConfig, set()),
+    (api.DPOAlignmentConfig, wire.DPOAlignmentConfig, set()),
+    (api.SupervisedFineTuneRequest, wire.SupervisedFineTuneRequest, {"adapter", "moe", "options"}),
+    (api.PreferenceOptimizeRequest, wire.PreferenceOptimizeRequest, {"adapter", "moe", "options"}),
+    (api_models.CancelTrainingJobRequest, wire.CancelTrainingJobRequest, set()),
+    (api.PostTrainingJob, wire.PostTrainingJob, set()),
+    (api.ListPostTrainingJobsResponse, wire.ListPostTrainingJobsResponse, {"has_more"}),
+    (api.PostTrainingJobStatusResponse, wire.PostTrainingJobStatusResponse, set()),
+    (api.PostTrainingJobArtifactsResponse, wire.PostTrainingJobArtifactsResponse, set()),
+    (api.PostTrainingJobLogStream, wire.PostTrainingJobLogStream, {"next_offset"}),
+    (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes"}),
+    (training_types.PostTrainingMetric, folder.Metrics, set()),
+]
+# Where we differ on purpose, each told in the README.
+OTHER_DEFAULTS = {
+    ("TrainingConfig", "max_steps_per_epoch"): 0,  # theirs: 1, one optimiser step
+    ("TrainingConfig", "max_validation_steps"): 0,  # theirs: 1
+}
+
+
+def choices(annotation: Any) -> Any:
+    """An annotation in a form that both sides can be compared in."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return frozenset(choices(part) for part in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return frozenset(get_args(annotation))
+    if get_origin(annotation) is list:
+        return ("list", choices(get_args(annotation)[0]))
+    if get_origin(annotation) is dict:
+        return "object"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return frozenset(member.value for member in annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__
+    return annotation
+
+
+SAME_THING = {
+    # theirs -> ours, where the two say it differently
+    ("LoraFinetuningConfig", "alpha"): (int, float),  # every int is a float
+    ("DPOAlignmentConfig", "loss_type"): (frozenset({"sigmoid", "hinge", "ipo", "kto_pair"}), str),  # ours has more
+    ("SupervisedFineTuneRequest", "algorithm_config"): (
+        frozenset({frozenset({"LoraFinetuningConfig", "QATFinetuningConfig"}), type(None)}),
+        frozenset({"LoraFinetuningConfig", type(None)}),
+    ),
+    ("ListPostTrainingJobsResponse", "data"): (("list", "PostTrainingJob"), ("list", "JobLine")),
+    ("Checkpoint", "training_metrics"): (
+        frozenset({"PostTrainingMetric", type(None)}),
+        frozenset({"Metrics", type(None)}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours", "extra"), PAIRS, ids=lambda value: getattr(value, "__name__", ""))
+def test_field_by_field(theirs: type[BaseModel], ours: type[BaseModel], extra: set[str]) -> None:
+    assert set(ours.model_fields) == set(theirs.model_fields) | extra
+    for name, field in theirs.model_fields.items():
+        mine, key = ours.model_fields[name], (theirs.__name__, name)
+        assert mine.is_required() == field.is_required(), key
+        if not field.is_required():
+            assert value_of(mine) == OTHER_DEFAULTS.get(key, value_of(field)), key
+        pair = (choices(field.annotation), choices(mine.annotation))
+        assert pair[0] == pair[1] or pair == SAME_THING.get(key), key
+
+
+def value_of(field: FieldInfo) -> Any:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return value.value if isinstance(value, Enum) else value
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        parts = get_args(field.annotation) or (field.annotation,)
+        inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        found |= leaves(inner[0], f"{prefix}{name}.") if inner else {prefix + name}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "table"),
+    [
+        (wire.SupervisedFineTuneRequest, convert.SFT_FIELDS),
+        (wire.PreferenceOptimizeRequest, convert.DPO_FIELDS),
+    ],
+)
+def test_every_field_is_honoured_or_refused(model: type[BaseModel], table: dict[str, str]) -> None:
+    refused = {path for path in convert.REFUSED if path in leaves(model)}
+    elsewhere = {"adapter", "algorithm_config.type"}  # merged with algorithm_config; only 'LoRA' passes
+    assert leaves(model) - elsewhere == (set(table) | refused) - elsewhere
+    assert not set(table) & set(convert.REFUSED)
+
+
+def test_every_target_is_a_field_of_the_spec() -> None:
+    for recipe, table in (("sft", convert.SFT_FIELDS), ("dpo", convert.DPO_FIELDS)):
+        body: dict[str, Any] = {"recipe": recipe}
+        for target in table.values():
+            convert._put(body, target, None)
+        body["adapter"] = body.get("adapter", {})
+        errors = error_types(body)
+        assert "extra_forbidden" not in errors.values(), errors
+
+
+def error_types(body: dict[str, Any]) -> dict[str, str]:
+    try:
+        JOB_SPEC.validate_python(body)
+    except ValidationError as error:
+        return {".".join(map(str, each["loc"])): each["type"] for each in error.errors()}
+    return {}
+
+
+def sft(**changes: Any) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "job_uuid": "job-1",
+        "model": "owner/name",
+        "training_config": {
+            "n_epochs": 2,
+            "data_config": {"dataset_id": "rows", "batch_size": 3, "shuffle": False, "data_format": "dialog"},
+            "optimizer_config": {"optimizer_type": "sgd", "lr": 0.5, "weight_decay": 0.1, "num_warmup_steps": 7},
+        },
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    }
+    return body | changes
+
+
+def dpo(**changes: Any) -> dict[str, Any]:
+    body = sft(algorithm_config={"beta": 0.3, "loss_type": "ipo"}, finetuned_model="owner/name")
+    del body["model"]
+    return body | changes
+
+
+LORA = {
+    "lora_attn_modules": ["q_proj"],
+    "apply_lora_to_mlp": True,
+    "apply_lora_to_output": False,
+    "rank": 8,
+    "alpha": 9,
+}
+
+
+def draft(body: dict[str, Any]) -> convert.Draft:
+    model = wire.PreferenceOptimizeRequest if "finetuned_model" in body else wire.SupervisedFineTuneRequest
+    return convert.draft(model.model_validate(body))
+
+
+def test_a_request_becomes_the_job_it_says() -> None:
+    made = draft(sft())
+    assert made.body == {
+        "recipe": "sft", "job_uuid": "job-1", "model": "owner/name",
+        "data": {"dataset_id": "rows", "shuffle": False, "format": "dialog"},
+        "training": {"n_epochs": 2, "batch_size": 3},
+        "optimizer": {"optimizer_type": "sgd", "lr": 0.5, "weight_decay": 0.1, "num_warmup_steps": 7},
+    }  # fmt: skip
+    spec = JOB_SPEC.validate_python(made.body)
+    assert spec.training.max_steps_per_epoch == 0
+    assert spec.training.max_validation_steps == 0
+    made = draft(dpo())
+    assert (made.body["beta"], made.body["loss_type"], made.body["model"]) == (0.3, "ipo", "owner/name")
+    assert "adapter" not in made.body
+
+
+def test_null_means_left_out_and_a_stated_value_stays() -> None:
+    body = sft()
+    body["training_config"] |= {"dtype": None, "max_validation_steps": None, "max_steps_per_epoch": 1}
+    body["training_config"]["data_config"] |= {"packed": None, "train_on_input": True}
+    made = draft(body).body
+    assert made["training"] == {"n_epochs": 2, "batch_size": 3, "max_steps_per_epoch": 1}
+    assert made["data"] == {"dataset_id": "rows", "shuffle": False, "format": "dialog", "train_on_input": True}
+
+
+def test_server_defaults_lie_beneath() -> None:
+    defaults = JobDefaults(
+        training={"dtype": "fp32", "n_epochs": 9}, adapter={"rank": 4}, moe={"router_z_loss_coef": 0.5}
+    )
+
+    def spec(body: dict[str, Any]) -> Any:
+        return JOB_SPEC.validate_python(defaults.under(draft(body).body))
+
+    plain = spec(sft())
+    assert (plain.training.dtype, plain.training.n_epochs) == ("fp32", 2)
+    assert plain.adapter.rank == 4
+    assert plain.moe.router_z_loss_coef == 0.5
+    assert spec(sft(adapter=None)).adapter is None  # all weights, said explicitly
+    assert spec(sft(adapter={"alpha": 1})).adapter.model_dump(include={"rank", "alpha"}) == {"rank": 4, "alpha": 1}
+    assert spec(sft(algorithm_config=LORA)).adapter.rank == 8
+    assert spec(dpo(adapter={"rank": 2})).adapter.rank == 2
+    assert spec(dpo(options={"label_smoothing": 0.25})).options.label_smoothing == 0.25
+    assert JOB_SPEC.validate_python(JobDefaults().under(draft(sft()).body)).adapter is None
+
+
+def test_adapter_beside_algorithm_config_is_their_union() -> None:
+    made = draft(sft(algorithm_config=LORA | {"type": "LoRA"}, adapter={"dropout": 0.5, "rank": 8}))
+    assert made.body["adapter"] == LORA | {"dropout": 0.5}
+    with pytest.raises(InvalidInput, match=r"adapter\.rank: 16 is not valid; expected 8, as in algorithm_config"):
+        draft(sft(algorithm_config=LORA, adapter={"rank": 16}))
+    with pytest.raises(InvalidInput, match="adapter: None"):
+        draft(sft(algorithm_config=LORA, adapter=None))
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (sft(hyperparam_search_config={"trials": 3}), "hyperparam_search_config: ['trials']"),
+        (sft(logger_config={"wandb": {}}), "logger_config: ['wandb']"),
+        (sft(algorithm_config=LORA | {"quantize_base": True}), "algorithm_config.quantize_base: True"),
+        (sft(model=None), "model: None"),
+        (sft(training_config={"n_epochs": 1}), "training_config.data_config: None"),
+        *[
+            (
+                sft(training_config=sft()["training_config"] | {"efficiency_config": {name: True}}),
+                f"training_config.efficiency_config.{name}: True is not valid; expected false",
+            )
+            for name in ("enable_activation_offloading", "memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
+        ],
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        draft(body)
+    assert text in str(caught.value)
+
+
+def test_what_is_not_offered_may_be_said_to_be_off() -> None:
+    off = dict.fromkeys(["enable_activation_offloading", "memory_efficient_fsdp_wrap", "fsdp_cpu_offload"], False) | {
+        "enable_activation_checkpointing": True
+    }
+    body = sft(training_config=sft()["training_config"] | {"efficiency_config": off})
+    body["algorithm_config"] = LORA | {"quantize_base": False, "use_dora": None}
+    made = draft(body).body
+    assert made["efficiency"] == {"enable_activation_checkpointing": True}
+    assert made["adapter"] == LORA
+
+
+def refusal(body: dict[str, Any]) -> str:
+    """The text that a caller of a standard route gets."""
+    made = draft(body)
+    with pytest.raises(ValidationError) as caught:
+        JOB_SPEC.validate_python(made.body)
+    return str(invalid_body(caught.value.errors(), None, made.name, made.reworded))
+
+
+def test_errors_name_the_fields_of_the_caller() -> None:
+    body = sft()
+    body["training_config"]["optimizer_config"]["lr"] = -1
+    body["training_config"]["data_config"]["batch_size"] = 0
+    assert refusal(body) == (
+        "training_config.data_config.batch_size: 0 is not valid; expected >= 1; "
+        "training_config.optimizer_config.lr: -1.0 is not valid; expected > 0"
+    )
+    text = refusal(dpo(algorithm_config={"beta": 0.1, "loss_type": "kto_pair"}))
+    assert text.startswith("algorithm_config.loss_type: 'kto_pair' is not implemented by TRL; choose one of ")
+    assert all(loss in text for loss in DPO_LOSSES)
+    body = dpo()
+    body["training_config"]["data_config"]["packed"] = True
+    assert refusal(body) == "training_config.data_config.packed: true is for SFT only; pairs can't be packed"
+    text = refusal(sft(algorithm_config=LORA | {"lora_attn_modules": ["q_proj", "gate_proj"]}))
+    assert text.startswith("algorithm_config.lora_attn_modules.1: 'gate_proj' is not valid; expected 'q_proj', ")
+    assert refusal(sft(adapter={"rank": 0})) == "adapter.rank: 0 is not valid; expected >= 1"
+    assert refusal(sft(moe={"router_aux_loss_coeff": 1})) == (
+        "moe.router_aux_loss_coeff: unknown key (did you mean router_aux_loss_coef?)"
+    )
+    assert refusal(sft(options={"label_smoothing": 0.1})).startswith("options.label_smoothing: unknown key; expected ")
+
+
+def test_errors_of_the_wire_itself() -> None:
+    def text(body: dict[str, Any]) -> str:
+        with pytest.raises(ValidationError) as caught:
+            wire.SupervisedFineTuneRequest.model_validate(body)
+        return str(invalid_body(caught.value.errors(), wire.SupervisedFineTuneRequest))
+
+    assert text({}).startswith("job_uuid: is missing; training_config: is missing; hyperparam_search_config")
+    assert text(sft(modle="x")) == "modle: unknown key (did you mean model?)"
+    body = sft(training_config=sft()["training_config"] | {"n_epochs": "two"})
+    assert text(body) == "training_config.n_epochs: 'two' is not valid; expected an integer"
+    assert text(sft(algorithm_config={"type": "QAT", "quantizer_name": "int4", "group_size": 32})) == (
+        "algorithm_config: type 'QAT' is not offered; expected 'LoRA', or no algorithm_config for the server's default"
+    )
+    long = "x" * 100_000
+    assert len(text(sft(training_config=long))) < 200
+    assert len(text(sft() | {f"key{index}": long for index in range(100)})) < 2000
+
+
+def test_problems_are_all_counted() -> None:
+    errors = [{"loc": (f"field{index}",), "type": "missing", "input": {}} for index in range(11)]
+    error = invalid_body(errors, None)
+    assert isinstance(error, InvalidBody)
+    assert str(error).endswith("field7: is missing; and 3 more")
