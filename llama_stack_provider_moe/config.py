@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_stack_provider_moe.spec import Block, JobDefaults
 from pydantic import Field, field_validator
+
+from llama_stack_provider_moe.spec import Block, JobDefaults
 
 
 class SupervisorConfig(Block):

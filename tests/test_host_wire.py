@@ -2,7 +2,7 @@
 
 import types
 from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from llama_stack_api import post_training as api
@@ -47,6 +47,8 @@ def choices(annotation: Any) -> Any:
     """An annotation in a form that both sides can be compared in."""
     if get_origin(annotation) in (Union, types.UnionType):
         return frozenset(choices(part) for part in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return choices(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return frozenset(get_args(annotation))
     if get_origin(annotation) is list:

@@ -4,6 +4,8 @@ import itertools
 import multiprocessing
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -310,6 +312,22 @@ def test_folder_and_files_are_private(store: JobStore, root: Path) -> None:
     assert stat.S_IMODE((root / "state").stat().st_mode) == 0o700
     for path in (root / "state").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_processes_that_come_and_go_leave_the_writers_connected(store: JobStore, url: str, root: Path) -> None:
+    """Opening a second store must not drop the first one's locks, see `schema._make_private_file`."""
+    look = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT id FROM moe_jobs').fetchall())"
+
+    def seen_from_outside() -> str:
+        path = root / "state" / "jobs.db"
+        return subprocess.run([sys.executable, "-SsE", "-c", look, path], capture_output=True, text=True).stdout
+
+    submit(store, "one")
+    second = JobStore(url)
+    assert seen_from_outside() == "('one',)\n"
+    submit(store, "two")
+    assert seen_from_outside() == "('one',) ('two',)\n"
+    second.close()
 
 
 def test_a_newer_schema_is_refused_and_left_alone(store: JobStore, url: str, root: Path) -> None:

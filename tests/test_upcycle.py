@@ -174,7 +174,7 @@ def test_bad_arguments_are_named(dense: Path, tmp_path: Path, arguments: dict[st
 
 def test_an_existing_folder_is_left_alone(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InvalidInput, match="out: .* a folder that does not exist yet"):
+    with pytest.raises(InvalidInput, match=r"out: .* a folder that does not exist yet"):
         upcycle(dense, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 

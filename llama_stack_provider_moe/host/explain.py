@@ -78,7 +78,7 @@ def _expected(error: Mapping[str, Any], context: Mapping[str, Any]) -> str:
     kind: str = error["type"]
     if kind in _BOUNDS:
         key, sign = _BOUNDS[kind]
-        return f"{sign}{context[key]}"
+        return f"{sign}{context[key]:.15g}"
     if kind in ("literal_error", "enum"):
         return str(context["expected"])
     if kind == "string_pattern_mismatch" and context["pattern"] == JOB_ID_PATTERN:

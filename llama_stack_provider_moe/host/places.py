@@ -12,6 +12,7 @@ from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, N
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"{_NAME}(/{_NAME})?")
+_NAME_LIMIT_BYTES = 255  # of every file system that matters
 _HEADS = ("ForCausalLM", "LMHeadModel")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -121,11 +122,11 @@ def _json(path: Path, field: str, model: str) -> dict[str, Any]:
 def _real(path: Path, field: str, value: str) -> Path:
     try:
         real = path.expanduser().resolve()
-        real.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return real
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a loop of links, a NUL, no such user
+        too_long = [part for part in real.parts if len(os.fsencode(part)) > _NAME_LIMIT_BYTES]
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, half a surrogate pair, no such user
         raise InvalidInput(field, value, f"a path ({error})") from None
+    if too_long:  # else found out when somebody makes the folder, which may be hours later
+        raise InvalidInput(field, value, f"names of at most {_NAME_LIMIT_BYTES} bytes in a path")
     return real
 
 

@@ -5,6 +5,8 @@ something to lock.
 """
 
 import os
+import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,9 +138,20 @@ def open_engine(url: str) -> Engine:
 
 
 def _make_private_file(path: Path) -> None:
+    """Make an empty database that only this user can read; SQLite gives its -wal and -shm files the same mode.
+
+    Never by opening `path`: closing a file drops all locks that this process holds on it, those of its SQLite
+    connections too (sqlite.org/howtocorrupt.html, 2.2). The next process to leave would then take itself for the last
+    one, delete the -wal file, and leave those connections writing where nobody reads.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # SQLite gives its -wal and -shm files the mode of the database.
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    if path.exists():
+        return
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    with suppress(FileExistsError):  # made by another process meanwhile
+        os.link(name, path)
+    os.unlink(name)
 
 
 def _on_sqlite_connect(connection: Any, _record: Any) -> None:

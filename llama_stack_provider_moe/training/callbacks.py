@@ -43,6 +43,7 @@ class Reporter(TrainerCallback):
         self._tokens_before = 0.0
         self._epoch_losses: list[float] = []
         self.last: dict[str, float] = {}
+        self.held_out: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a wish to stop waits for the step's end; then the untouched model's figures."""
@@ -109,6 +110,7 @@ class Reporter(TrainerCallback):
             name.removeprefix("eval_"): float(value) for name, value in metrics.items() if not name.endswith(speed)
         }
         figures = {name: value for name, value in figures.items() if name not in {*NOT_METRICS, "loss"}}
+        self.held_out = figures
         state = self._trainer.state
         self._session.events.append(Evaluation(step=state.global_step, epoch=state.epoch or 0.0, metrics=figures))
         shown = " ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items()))

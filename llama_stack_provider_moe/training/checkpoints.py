@@ -46,28 +46,38 @@ def publish(written: Path, final: Path) -> Path:
     return final
 
 
+def write(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    as_shipped: AbstractContextManager[None],
+) -> None:
+    """Write a model, or an adapter alone, with its tokenizer and chat template, into `folder`.
+
+    Args:
+        as_shipped: puts the config's own values back while the model writes it (`ShippedConfig.restored`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with as_shipped:
+        if isinstance(model, PeftModel):
+            # Left to itself PEFT asks the hub for the base's config, and copies the whole head where LoRA is on it.
+            # The vocabulary never grows here: the embeddings are the base model's own.
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def save(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     final: Path,
     as_shipped: AbstractContextManager[None],
 ) -> Path:
-    """Save a model, or an adapter alone, with its tokenizer and chat template.
-
-    Args:
-        as_shipped: puts the config's training-time values back while the model writes it (`ShippedConfig.restored`).
-    """
+    """`write`, whole or not at all."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
-    with as_shipped:
-        if isinstance(model, PeftModel):
-            # "auto" looks up the base model's config on the hub, and copies the whole head where LoRA is on it. The
-            # vocabulary never grows here, so the embeddings are the base model's own.
-            model.save_pretrained(written, save_embedding_layers=False)
-        else:
-            model.save_pretrained(written)
-    tokenizer.save_pretrained(written)
+    write(model, tokenizer, written, as_shipped)
     return publish(written, final)
 
 

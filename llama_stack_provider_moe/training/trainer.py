@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from transformers import Trainer
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.experts.routing import RoutingRecorder
-from llama_stack_provider_moe.experts.settings import ResolvedMoe
+from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
 from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch
 
@@ -56,11 +58,13 @@ class RecordingTrainer(Trainer):
         spec: SFTSpec | DPOSpec,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
+        shipped: ShippedConfig,
         model: Any,
         **arguments: Any,
     ) -> None:
         self.spec = spec
         self.resolved = resolved
+        self.shipped = shipped
         self.recorder: RoutingRecorder | None = None
         self.held_out = HeldOut()
         self.z_losses: list[float] = []
@@ -79,6 +83,10 @@ class RecordingTrainer(Trainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card: TRL's would stand beside every checkpoint and name a run that is not ours."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
+        write(self.model, self.processing_class, Path(output_dir or self.args.output_dir), self.shipped.restored())
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The class that was asked for, and nothing that derives from it."""

@@ -1,0 +1,130 @@
+"""The training process: `python -m llama_stack_provider_moe.training.main FOLDER`.
+
+Reads `spec.json` and `data/` of a job's folder, and writes everything else in it. Exit code 0: done, and
+`manifest.json` stands; 1: failed, and a `failed` event says why; 3: stopped on request (SIGTERM), after the step at
+hand and a checkpoint.
+"""
+
+import errno
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import cast
+
+from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started
+from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
+from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.training.session import Session, Stopped
+
+COMPLETED, FAILED, STOPPED = 0, 1, 3
+
+# Before any library is imported. Nothing is sent anywhere, and no bar is drawn into a file.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+LIBRARIES = ("llama-stack-provider-moe", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def run(session: Session[SFTSpec] | Session[DPOSpec]) -> Manifest:
+    """The recipe that the job names; imported here, for its libraries take many seconds."""
+    if session.spec.recipe == "sft":
+        from llama_stack_provider_moe.training.recipes import sft
+
+        return sft.run(cast(Session[SFTSpec], session))
+    from llama_stack_provider_moe.training.recipes import dpo
+
+    return dpo.run(cast(Session[DPOSpec], session))
+
+
+def train(folder: JobFolder) -> int:
+    """One job, from its folder to an exit code."""
+    events = EventLog(folder.events)
+    try:
+        session: Session[SFTSpec] | Session[DPOSpec] = Session(folder.read_spec(), folder, events)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, session.stop.request)
+        events.append(Started(pid=os.getpid(), versions=_versions()))
+        write_atomic(folder.manifest, run(session))
+        return COMPLETED
+    except Stopped as stopped:
+        events.append(Cancelled(step=stopped.step))
+        print(stopped, flush=True)
+        return STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        events.append(Failed(reason=_reason(error), error=type(error).__name__))
+        return FAILED
+    finally:
+        events.close()
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(_cores())
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    return {"python": platform.python_version(), **versions, "device": device}
+
+
+def _cores() -> int:
+    """Cores this process may use: its affinity, and its control group's share of time (cgroup v2)."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
+
+
+def _reason(error: Exception) -> str:
+    """What a person is told; the traceback stands in output.log."""
+    if isinstance(error, MoeError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if _out_of_memory(error):
+        return (
+            f"out of memory ({text.splitlines()[0]}). Try a smaller training.batch_size with more "
+            "training.gradient_accumulation_steps, a smaller options.max_length, "
+            "efficiency.enable_activation_checkpointing, or an adapter"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}); what was saved before is whole"
+    return text
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # By name: torch may not have been imported when something failed. A CPU's allocator raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Command line: the job's folder."""
+    if len(arguments) != 1:
+        print("usage: python -m llama_stack_provider_moe.training.main FOLDER", file=sys.stderr)
+        return 2
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    folder = JobFolder(Path(arguments[0]).resolve())
+    os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+    return train(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""The stages that every recipe shares: load, adapt, the trainer's common arguments, train, save."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
+from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
+from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.jobs.events import Finished, Saved
+from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.training.callbacks import Reporter, Saver
+from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
+from llama_stack_provider_moe.training.loader import load, pick_device
+from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.trainer import RecordingTrainer
+
+AnySession = Session[SFTSpec] | Session[DPOSpec]
+STAGING = ".writing"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The loaded model and all that was decided about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    layout: ExpertLayout | None
+    resolved: ResolvedMoe
+    shipped: ShippedConfig
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def load_base(session: AnySession) -> Base:
+    """Load the model, find its experts, and make it do what the `moe` block asks."""
+    spec = session.spec
+    device = pick_device(spec.training.dtype)
+    model, tokenizer = load(spec, device)
+    layout = find_layout(model)
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None)
+    return Base(model, tokenizer, device, layout, resolved, apply_moe(model, layout, resolved))
+
+
+def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport]:
+    """Put LoRA on the model, or let all of it train."""
+    spec = session.spec
+    set_seed(spec.options.seed)
+    if spec.adapter is not None:
+        return add_lora(base.model, spec.adapter, base.layout, base.resolved)
+    if spec.training.dtype == "bf16":
+        session.say(
+            "all weights train in bf16: a step that moves a weight by less than 1/256 of itself is rounded away; "
+            "training.dtype 'fp32' keeps it",
+            "warning",
+        )
+    return base.model, train_whole(base.model, base.layout, base.resolved)
+
+
+def arguments(session: AnySession, base: Base) -> dict[str, Any]:
+    """The arguments that all of TRL's trainers share; everything TRL would choose by itself is stated."""
+    spec = session.spec
+    scheduler = spec.options.lr_scheduler
+    return {
+        "output_dir": str(session.folder.checkpoints(spec) / STAGING),
+        "num_train_epochs": spec.training.n_epochs,
+        "per_device_train_batch_size": spec.training.batch_size,
+        "per_device_eval_batch_size": spec.training.batch_size,
+        "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
+        "learning_rate": spec.optimizer.lr,
+        "weight_decay": spec.optimizer.weight_decay,
+        "warmup_steps": spec.optimizer.num_warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup" if scheduler == "constant" else scheduler,
+        "max_grad_norm": spec.options.max_grad_norm,  # 0: the norm is measured, never clipped
+        "seed": spec.options.seed,
+        "bf16": spec.training.dtype == "bf16",
+        "fp16": spec.training.dtype == "fp16",
+        "use_cpu": base.device.type == "cpu",
+        "dataloader_pin_memory": base.device.type == "cuda",
+        "gradient_checkpointing": spec.efficiency.enable_activation_checkpointing,
+        # Reentrant checkpointing runs the layers without gradients: the aux loss would lose its own in silence.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "router_aux_loss_coef": base.resolved.aux_coef,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is no number is to end the run, not to be averaged over
+        "save_strategy": "no",  # `Saver` asks, at its own times
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
+    """Train, with an epoch's checkpoint and evaluation after each, and save what is left at the end."""
+    reporter = Reporter(session, trainer)
+    saver = Saver(session, trainer, reporter)
+    for callback in (reporter, saver):
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    began_s = time.monotonic()
+    trainer.train()
+    assert trainer.state.global_step == foreseen_steps, f"{trainer.state.global_step} steps, foreseen {foreseen_steps}"
+    session.events.append(Finished(train_seconds=time.monotonic() - began_s))
+    artifacts = [*saver.artifacts, *_save(session, base, trainer, saver.artifacts[-1])]
+    shutil.rmtree(session.cache)
+    shutil.rmtree(session.folder.checkpoints(session.spec) / STAGING, ignore_errors=True)
+    return Manifest(job_uuid=session.job_uuid, artifacts=artifacts, summary={**reporter.last, **reporter.held_out})
+
+
+def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
+    folder, made = session.folder, []
+
+    def keep(kind: Kind, model: PreTrainedModel | PeftModel) -> None:
+        target = {"adapter": folder.adapter, "model": folder.model, "merged": folder.merged}[kind]
+        save(model, base.tokenizer, target, base.shipped.restored())
+        made.append(describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics))
+        session.events.append(Saved(artifact=made[-1].model_dump(mode="json")))
+
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        keep("model", model)
+        if session.spec.options.save_merged:
+            session.say("options.save_merged: all weights were trained, so artifacts/model is the whole model already")
+        return made
+    keep("adapter", model)
+    if session.spec.options.save_merged:
+        keep("merged", merge(model))
+    return made
