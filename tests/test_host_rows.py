@@ -153,4 +153,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         return size
 
     peak(1)  # what is made once (caches, the thread pool) is made now
-    assert peak(20) < 1.5 * peak(4)
+    assert peak(9) < 1.5 * peak(3)

@@ -253,6 +253,7 @@ def test_a_jobs_life_as_the_api_tells_it(service: PostTrainingService) -> None:
     events.append(Evaluation(step=5, epoch=1.0, metrics={"eval_loss": 1.25}))
     saved = artifact(folder, "checkpoints/epoch-1", 1)
     events.append(Saved(artifact=saved.model_dump(mode="json")))
+    events.close()
     running = status()
     assert running.status is JobStatus.in_progress
     assert running.resources_allocated is not None

@@ -17,6 +17,7 @@ from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor, child_environment
 from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.outcome import outcome
 from llama_stack_provider_moe.jobs.output import tail
 from llama_stack_provider_moe.jobs.processes import Place, ProcessName, birth, is_alive, with_environment
 from llama_stack_provider_moe.jobs.state import JobState
@@ -233,7 +234,11 @@ def test_a_cancel_that_came_too_late_leaves_a_completed_job(
     folder = new_job(store, config, "job")
     supervisor.step()
     wait_for((folder / "manifest.json").exists)
-    store.request_cancel("job", None)
+    job = store.request_cancel("job", None)
+    assert job.cancel_requested_at is not None
+    for code in (0, None, -signal.SIGTERM, -signal.SIGKILL):  # it may be on its way out when the signal comes
+        assert outcome(job, Exit(code)).state is JobState.COMPLETED
+    assert outcome(job, Exit(1)).state is JobState.CANCELLED
     assert ended(store, supervisor, "job").state is JobState.COMPLETED
 
 

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.jobs.store import Job
 
 REASON_LIMIT = 2000  # characters
 _OUTPUT_LIMIT_BYTES = 1000
+_CANCEL_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 class Outcome(NamedTuple):
@@ -27,7 +28,8 @@ class Outcome(NamedTuple):
 def outcome(job: Job, end: Exit) -> Outcome:
     """The end of a job whose training process is gone.
 
-    Completed: it left a manifest, and exit code 0 where that is known. Else cancelled, if that was asked for; else
+    Completed: it left a manifest, and exit code 0 where that is known; the signal of a cancel that reached it between
+    the two spoils nothing. Else cancelled, if that was asked for; else
     failed, with the reason the process gave, or what can be told of its death. Checkpoints that were finished before
     are its artifacts in any case.
     """
@@ -37,7 +39,8 @@ def outcome(job: Job, end: Exit) -> Outcome:
         manifest = _manifest(job, folder)
     except (OSError, ValueError) as error:
         manifest, damage = None, f"the training process left a manifest that can't be read: {error}"
-    if manifest is not None and end.code in (0, None):
+    well_ended = end.code in (0, None) or (job.cancel_requested_at is not None and end.code in _CANCEL_SIGNALS)
+    if manifest is not None and well_ended:
         return Outcome(JobState.COMPLETED, None, tuple(manifest.artifacts))
     saved = saved_artifacts(folder)
     if job.cancel_requested_at is not None:

@@ -20,9 +20,8 @@ from transformers import TrainerCallback
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Saved, Step
 from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.checkpoints import describe, publish
-from llama_stack_provider_moe.training.session import Session, Stopped
+from llama_stack_provider_moe.training.session import AnySession, Stopped
 
 if TYPE_CHECKING:
     from llama_stack_provider_moe.training.trainer import RecordingTrainer
@@ -35,7 +34,7 @@ WINDOW = 50  # steps that the estimate of the remaining time looks back on
 class Reporter(TrainerCallback):
     """Events of steps, routers and evaluations."""
 
-    def __init__(self, session: Session[SFTSpec] | Session[DPOSpec], trainer: "RecordingTrainer") -> None:
+    def __init__(self, session: AnySession, trainer: "RecordingTrainer") -> None:
         self._session = session
         self._trainer = trainer
         self._durations_s: deque[float] = deque(maxlen=WINDOW)
@@ -142,9 +141,7 @@ class Reporter(TrainerCallback):
 class Saver(TrainerCallback):
     """Checkpoints, each followed by its evaluation."""
 
-    def __init__(
-        self, session: Session[SFTSpec] | Session[DPOSpec], trainer: "RecordingTrainer", reporter: Reporter
-    ) -> None:
+    def __init__(self, session: AnySession, trainer: "RecordingTrainer", reporter: Reporter) -> None:
         self._session = session
         self._trainer = trainer
         self._reporter = reporter

@@ -19,7 +19,7 @@ from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
-from llama_stack_provider_moe.training.session import Session, Stopped
+from llama_stack_provider_moe.training.session import AnySession, Session, Stopped
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
 
@@ -34,7 +34,7 @@ QUIET = {
 LIBRARIES = ("llama-stack-provider-moe", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def run(session: Session[SFTSpec] | Session[DPOSpec]) -> Manifest:
+def run(session: AnySession) -> Manifest:
     """The recipe that the job names; imported here, for its libraries take many seconds."""
     if session.spec.recipe == "sft":
         from llama_stack_provider_moe.training.recipes import sft
@@ -49,7 +49,7 @@ def train(folder: JobFolder) -> int:
     """One job, from its folder to an exit code."""
     events = EventLog(folder.events)
     try:
-        session: Session[SFTSpec] | Session[DPOSpec] = Session(folder.read_spec(), folder, events)
+        session = Session(folder.read_spec(), folder, events)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, session.stop.request)
         events.append(Started(pid=os.getpid(), versions=_versions()))
@@ -59,7 +59,7 @@ def train(folder: JobFolder) -> int:
         events.append(Cancelled(step=stopped.step))
         print(stopped, flush=True)
         return STOPPED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the entry: every end is told to the outside
         traceback.print_exc()
         events.append(Failed(reason=_reason(error), error=type(error).__name__))
         return FAILED

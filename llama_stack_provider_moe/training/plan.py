@@ -8,17 +8,16 @@ from pydantic import TypeAdapter
 from llama_stack_provider_moe.experts.adapters import AdapterReport
 from llama_stack_provider_moe.jobs.events import Plan
 from llama_stack_provider_moe.jobs.folder import write_atomic
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.data import Rows
 from llama_stack_provider_moe.training.sampling import steps_an_epoch
-from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.stages import Base
 
 _JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 def announce(
-    session: Session[SFTSpec] | Session[DPOSpec],
+    session: AnySession,
     base: Base,
     report: AdapterReport,
     rows: Rows,
@@ -57,7 +56,7 @@ def announce(
     return int(plan["total_steps"])
 
 
-def _text(session: Session[SFTSpec] | Session[DPOSpec], base: Base, report: AdapterReport, plan: dict[str, Any]) -> str:
+def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str, Any]) -> str:
     spec = session.spec
     packed = (
         f" packed into {plan['train_sequences']:,} sequences" if plan["train_sequences"] != plan["train_rows"] else ""

@@ -41,7 +41,7 @@ class Stop:
             raise Stopped(0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Session[S: SFTSpec | DPOSpec]:
     """One run of one job."""
 
@@ -64,3 +64,6 @@ class Session[S: SFTSpec | DPOSpec]:
         """A line for a person, to the events and to output.log alike."""
         self.events.append(Message(level=level, text=text))
         print(text if level == "info" else f"warning: {text}", file=sys.stdout, flush=True)
+
+
+AnySession = Session[SFTSpec | DPOSpec]

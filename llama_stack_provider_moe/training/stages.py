@@ -14,14 +14,12 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
 from llama_stack_provider_moe.jobs.events import Finished, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.callbacks import Reporter, Saver
 from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
-AnySession = Session[SFTSpec] | Session[DPOSpec]
 STAGING = ".writing"
 
 

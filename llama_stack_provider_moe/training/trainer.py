@@ -52,6 +52,8 @@ class HeldOut:
 class RecordingTrainer(Trainer):
     """Mixin over a TRL trainer; arguments beyond its own are keyword-only and come first."""
 
+    router_aux_loss_coef: float  # set by TRL: what it multiplies the aux loss by
+
     def __init__(
         self,
         *,
