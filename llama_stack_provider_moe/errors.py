@@ -8,6 +8,8 @@
     ├── NotFound                  404  no such job, data set, artifact or model
     ├── Conflict                  409  the job's state, or its name, does not allow it
     ├── NotOffered                501  part of the API that this provider does not implement
+    ├── ServerRefused                  raised by the command line: a server's own refusal
+    ├── ServerLost                     raised by the command line: no server, or one that stopped answering
     └── TrainingError             500  raised in the training process; ends a job as `failed`
         ├── ModelError                 the model can't be loaded, or is not one we train
         ├── LayoutError                a Mixture-of-Experts model whose parts were not all found
@@ -102,6 +104,32 @@ class NotOffered(MoeError):
     """Part of the API that this provider does not implement."""
 
     status = 501
+
+
+class ServerRefused(MoeError):
+    """A server answered the command line, and not with what was asked for.
+
+    Args:
+        message: the server's own, whole.
+        answered: its HTTP status.
+    """
+
+    def __init__(self, message: str, answered: int) -> None:
+        self.answered = answered
+        super().__init__(message)
+
+
+class ServerLost(MoeError):
+    """No server answers the command line, or it stopped before its answer was whole.
+
+    Args:
+        message: which server, and what happened.
+        asked: whether the request may have reached it.
+    """
+
+    def __init__(self, message: str, asked: bool) -> None:
+        self.asked = asked
+        super().__init__(message)
 
 
 class TrainingError(MoeError):

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import httpx
 import yaml
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.processes import ProcessName, is_alive
+from llama_stack_provider_moe.jobs.store import JobStore
 
 RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
 QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
 API = "/v1alpha/post-training"
+STOP_LIMIT_S = 30.0
 START_LIMIT_S = 300.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
 
 
@@ -54,7 +58,10 @@ class Server:
     def register(self, dataset_id: str, rows: list[dict[str, Any]]) -> str:
         """Register `rows` with the host, as a user would."""
         source = {"type": "rows", "rows": rows}
-        self.client().beta.datasets.register(dataset_id=dataset_id, purpose="post-training/messages", source=source)
+        with warnings.catch_warnings():
+            # llama-stack-client 0.6.1 marks the call deprecated, and has no other.
+            warnings.filterwarnings("ignore", "deprecated", DeprecationWarning)
+            self.client().beta.datasets.register(dataset_id=dataset_id, purpose="post-training/messages", source=source)
         return dataset_id
 
     def config(self) -> ProviderConfig:
@@ -95,7 +102,7 @@ def run_config(
 def serving(
     config: Path, state_dir: Path, health: str = API + "/health", env: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """`llama stack run` of `config` until the block ends.
+    """`llama stack run` of `config` until the block ends; no job, supervisor or server is left then.
 
     Args:
         config: a run YAML.
@@ -117,6 +124,36 @@ def serving(
         yield Server(url, state_dir, process, log, time.monotonic() - began)
     finally:
         _stop(process)
+        stop_jobs(ProviderConfig(state_dir=state_dir))
+
+
+def stop_jobs(config: ProviderConfig) -> None:
+    """Cancel every job of a store, and end the supervisor that a server of a test started and outlives it by design."""
+    if not (config.state_dir / "jobs.db").exists():
+        return
+    store = JobStore(config.url)
+    try:
+        for job in store.list(None):
+            if not job.state.ended:
+                store.request_cancel(job.id, None)
+        _until(lambda: not store.running() or store.live_supervisor() is None)
+        for job in store.running():
+            if job.pid is not None and job.pid_birth is not None and is_alive(job.pid, job.pid_birth):
+                os.killpg(job.pid, signal.SIGKILL)
+        holder = store.live_supervisor()
+        name = None if holder is None else ProcessName.parse(holder.id)
+        if name is not None and not name.has_ended():
+            os.kill(name.pid, signal.SIGTERM)
+            _until(name.has_ended)
+            assert name.has_ended(), f"supervisor {name.pid} does not leave"
+    finally:
+        store.close()
+
+
+def _until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + STOP_LIMIT_S
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

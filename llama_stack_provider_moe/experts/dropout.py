@@ -33,11 +33,12 @@ def add_expert_dropout(model: nn.Module, layout: ExpertLayout, p: float) -> None
                 f"expert_dropout: {layout.path(layer, layout.experts_path)} has no module 'act_fn'; "
                 f"it has {[name for name, _ in experts.named_children()]}"
             )
-        experts.act_fn = nn.Sequential(activation, nn.Dropout(p))
+        # A new module is in training mode, and a model just loaded is not.
+        experts.act_fn = nn.Sequential(activation, nn.Dropout(p)).train(experts.training)
 
 
 def _after_own_gate(experts: Any, p: float) -> None:
-    experts.expert_dropout = nn.Dropout(p)
+    experts.expert_dropout = nn.Dropout(p).train(experts.training)
     # On the instance, before the method of the class; a partial of the module itself, so that a deep copy of the
     # model is bound to its own copy.
     experts._apply_gate = partial(_gate_then_drop, experts)

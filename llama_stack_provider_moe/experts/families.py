@@ -81,6 +81,7 @@ def _as_in_memory(*names: str) -> Disk:
 
 
 _NAMED = _split("mlp", "mlp", "gate", "gate_proj", "up_proj", "down_proj")
+_NAMED_AND_BIAS: Disk = {**_NAMED, **_as_in_memory("mlp.gate.e_score_correction_bias")}
 _GRANITE: Disk = {
     "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
     "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
@@ -152,7 +153,10 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("minimax_m2",),
         num_experts="num_local_experts",
         scoring=_sigmoid,
-        disk=_split("mlp", "block_sparse_moe", "gate", "w1", "w3", "w2"),
+        disk={
+            **_split("mlp", "block_sparse_moe", "gate", "w1", "w3", "w2"),
+            "mlp.e_score_correction_bias": ("block_sparse_moe.e_score_correction_bias",),
+        },
     ),
     Family(
         name="Phi MoE",
@@ -221,7 +225,7 @@ FAMILIES: tuple[Family, ...] = (
         scoring=_sigmoid,
         aux_loss=False,
         peft_renames_mlp=True,
-        disk=_NAMED,
+        disk=_NAMED_AND_BIAS,
     ),
     Family(
         name="DeepSeek V3",
@@ -233,7 +237,7 @@ FAMILIES: tuple[Family, ...] = (
         scoring=_sigmoid,
         aux_loss=False,
         peft_renames_mlp=True,
-        disk=_NAMED,
+        disk=_NAMED_AND_BIAS,
     ),
     Family(
         name="LFM2 MoE",
@@ -243,7 +247,10 @@ FAMILIES: tuple[Family, ...] = (
         block="feed_forward",
         scoring=_sigmoid,
         aux_loss=False,
-        disk=_split("feed_forward", "feed_forward", "gate", "w1", "w3", "w2"),
+        disk={
+            **_split("feed_forward", "feed_forward", "gate", "w1", "w3", "w2"),
+            **_as_in_memory("feed_forward.expert_bias"),
+        },
     ),
     Family(
         name="Cohere2 MoE",

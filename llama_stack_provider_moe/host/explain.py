@@ -68,6 +68,8 @@ def _problem(
             return f"recipe: {shorten(context['tag'])} is not valid; expected one of {', '.join(map(repr, RECIPES))}"
         case "json_invalid":
             return f"the body is not JSON ({context['error']})"
+        case "string_unicode":  # of a value, or of a key in what stands at `path`
+            return f"{path}: {shorten(error['input'])} holds half of a surrogate pair, which is not text"
         case _ if not location:
             return f"the body: {shorten(error['input'])} is not valid; expected {A_BODY}"
         case _:

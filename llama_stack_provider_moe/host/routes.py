@@ -16,11 +16,12 @@ from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Body, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, SkipValidation
+from starlette.exceptions import HTTPException
 
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.host import compat, wire
@@ -31,6 +32,7 @@ from llama_stack_provider_moe.spec import JobSpec
 PREFIX = "/v1alpha/post-training"
 MAX_JOBS = 1000
 MAX_LINES = 10_000
+MAX_ERROR = 500  # characters of an error that is not ours
 log = logging.getLogger(__name__)
 
 # Documented as a JobSpec; validated in the service, when the server's defaults lie beneath it.
@@ -55,8 +57,9 @@ class ErrorAnswers(APIRoute):
                 return _error(error.status, str(error))
             except RequestValidationError as error:
                 return _error(HTTPStatus.BAD_REQUEST, str(invalid_body(error.errors(), self._body_model())))
-            except HTTPException as error:
-                return _error(error.status_code, str(error.detail))
+            except HTTPException as error:  # Starlette's: FastAPI raises it itself, as well as its own subclass
+                why = f" ({error.__cause__})" if error.__cause__ else ""
+                return _error(error.status_code, f"{error.detail}{why}"[:MAX_ERROR])
             except Exception:
                 log.exception("%s %s failed", request.method, request.url.path)
                 return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on the server; its log says what")

@@ -2,12 +2,12 @@
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
@@ -21,6 +21,9 @@ from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
 STAGING = ".writing"
+# Renamed in transformers 5.23, where the older name warns; before, there is only the older one.
+_NAMES = {field.name for field in fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         "fp16": spec.training.dtype == "fp16",
         "use_cpu": base.device.type == "cpu",
         "dataloader_pin_memory": base.device.type == "cuda",
-        "gradient_checkpointing": spec.efficiency.enable_activation_checkpointing,
+        CHECKPOINTING: spec.efficiency.enable_activation_checkpointing,
         # Reentrant checkpointing runs the layers without gradients: the aux loss would lose its own in silence.
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         "router_aux_loss_coef": base.resolved.aux_coef,
         "logging_strategy": "steps",
         "logging_steps": 1,

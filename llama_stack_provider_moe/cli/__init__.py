@@ -1,0 +1,17 @@
+"""`moe-train`, the face to a person and to scripts: a client of a running server, and the supervisor by hand.
+
+    commands    what can be typed
+    template    FILE and --set -> the body of a job
+    server      the API over HTTP
+    follow      a job's states and output until it has ended
+    views       what is said while a job is followed
+    show        documents of the API -> text
+    screen      where text, JSON and errors go
+    run_config  a run YAML -> ProviderConfig
+
+Exit codes are `exits.Exit`. Never imports torch, and SQLAlchemy only for `moe-train supervisor`.
+"""
+
+from llama_stack_provider_moe.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,55 @@
+"""What `moe-train` does without a server: run a supervisor, and upcycle a model in a process of its own."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from llama_stack_provider_moe.cli.exits import Exit
+from llama_stack_provider_moe.cli.screen import Screen
+from llama_stack_provider_moe.errors import InvalidInput
+
+_UPCYCLE = "llama_stack_provider_moe.experts.upcycle"
+_NEEDED = ("torch", "transformers", "safetensors")
+_SAID_LIMIT = 4000  # characters
+
+
+def supervise(screen: Screen, run_config: Path, provider_id: str | None, exit_when_idle: bool) -> Exit:
+    """Run jobs of the provider in `run_config` until a signal says to leave; its log goes to standard error."""
+    # SQLAlchemy takes longer to import than any other command takes to run.
+    from llama_stack_provider_moe.cli.run_config import read_run_config
+    from llama_stack_provider_moe.jobs import supervisor
+
+    config = read_run_config(run_config, provider_id)
+    if not exit_when_idle:
+        # `idle_exit_s` is for supervisors that the next job starts again; this one nobody would.
+        limits = config.supervisor.model_copy(update={"idle_exit_s": math.inf})
+        config = config.model_copy(update={"supervisor": limits})
+    if screen.as_json:
+        screen.line({"pid": os.getpid(), "state_dir": str(config.state_dir)})
+    return Exit.OK if supervisor.supervise(config) == 0 else Exit.LOST
+
+
+def upcycle(screen: Screen, arguments: list[str]) -> int:
+    """Run `experts.upcycle` with `arguments`; its exit code. In another process: this one never imports torch."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInput("python", sys.executable, "an environment for training: pip install "
+                           f"'llama-stack-provider-moe[train]' (this one lacks {', '.join(missing)})")  # fmt: skip
+    command = [sys.executable, "-m", _UPCYCLE, *arguments]
+    if not screen.as_json:
+        return _shell_code(subprocess.run(command, check=False).returncode)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    code = _shell_code(done.returncode)
+    if code == Exit.OK:
+        screen.document({"report": done.stdout.splitlines()})
+    else:
+        screen.error(None, done.stderr[-_SAID_LIMIT:].strip() or f"upcycle ended with exit code {code}", code)
+    return code
+
+
+def _shell_code(returned: int) -> int:
+    """Death by a signal as shells tell it."""
+    return returned if returned >= 0 else 128 - returned

@@ -1,0 +1,196 @@
+"""Documents of the API -> what a person reads. Figures that are not known are left out, never shown as zero."""
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from llama_stack_provider_moe.cli.screen import text
+from llama_stack_provider_moe.jobs.state import JobState
+
+# By the names of the step's and the evaluation's metrics; of those that several hold, the first found is shown.
+_LOSSES = ("validation_loss", "loss")
+_ACCURACY = "rewards/accuracies"
+
+
+def jobs(listed: dict[str, Any]) -> RenderableType:
+    """A line a job, newest first."""
+    if not listed["data"]:
+        return "no jobs"
+    rows = [
+        (job["job_uuid"], job["status"], job["recipe"], job["model"], moment(job["scheduled_at"]), took(job))
+        for job in listed["data"]
+    ]
+    table = _table(("JOB", "STATUS", "RECIPE", "MODEL", "SUBMITTED", "TOOK"), rows)
+    if not listed["has_more"]:
+        return table
+    return Group(table, text(f"there are more: moe-train ls --after {rows[-1][0]}"))
+
+
+def job(detail: dict[str, Any]) -> RenderableType:
+    """A job whole, but for the spec, which only JSON shows."""
+    data = (detail["spec"] or {}).get("data", {})
+    facts = [
+        ("job", detail["job_uuid"]),
+        ("status", standing(detail)),
+        ("reason", detail["reason"]),
+        ("recipe", f"{detail['recipe']} of {detail['model']}"),
+        ("data", ", ".join(filter(None, (data.get("dataset_id"), data.get("validation_dataset_id"))))),
+        ("submitted", moment(detail["scheduled_at"])),
+        ("started", moment(detail["started_at"])),
+        ("ended", moment(detail["completed_at"])),
+        ("took", took(detail)),
+        ("held out", held_out(detail)),
+        ("experts", _experts(detail)),
+        ("folder", detail["folder"]),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts:
+        if value:
+            grid.add_row(name, text(value))
+    return Group(grid, "", artifacts(detail)) if detail["checkpoints"] else grid
+
+
+def artifacts(document: dict[str, Any]) -> RenderableType:
+    """A line a checkpoint or final artifact."""
+    if not document["checkpoints"]:
+        return "no artifacts"
+    rows = [
+        (
+            each["identifier"], each["kind"], str(each["epoch"]), str(each["step"]), size(each["bytes"]),
+            figure(each["training_metrics"]["validation_loss"]) if each["training_metrics"] else "-", each["path"],
+        )
+        for each in document["checkpoints"]
+    ]  # fmt: skip
+    return _table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
+
+
+def validated(document: dict[str, Any]) -> RenderableType:
+    """That a job would be taken, and what it would be in full."""
+    held = document["validation_rows"]
+    split = document["spec"]["options"]["validation_split"]
+    held_rows = f"{held} held out" if held is not None else f"of which {split:.0%} will be held out"
+    head = f"valid; nothing was created. {document['train_rows']} training rows, {held_rows}. The job in full:"
+    return Group(text(head), text(json.dumps(document["spec"], indent=2)))
+
+
+def ended(status: dict[str, Any]) -> RenderableType:
+    """How a followed job ended, and what it leaves."""
+    resources = _resources(status)
+    lines = [f"{status['job_uuid']}: {status['status']}" + (f" after {took(status)}" if took(status) else "")]
+    lines += [str(resources["reason"])] if resources.get("reason") else []
+    lines += [f"held out: {held_out(status)}"] if held_out(status) else []
+    body: list[RenderableType] = [text(line) for line in lines]
+    return Group(*body, artifacts(status)) if status["checkpoints"] else Group(*body)
+
+
+def standing(status: dict[str, Any]) -> str:
+    """State and progress in one line."""
+    resources = _resources(status)
+    state, stage = str(status["status"]), str(resources.get("stage") or "")
+    parts = [state if stage in ("", state) else f"{state} ({stage})"]
+    position = resources.get("queue_position")
+    if state == JobState.SCHEDULED and position:
+        parts.append(f"number {position} in the queue")
+    if resources.get("step") is not None:
+        parts.append(f"step {resources['step']} of {resources['max_steps']}")
+        parts += figures(status)
+    return ", ".join(parts)
+
+
+def figures(status: dict[str, Any]) -> list[str]:
+    """The last step's loss (and reward accuracy), and the time left."""
+    resources = _resources(status)
+    parts = _scores(resources.get("metrics") or {})
+    left = resources.get("eta_s")
+    return [*parts, f"ETA {duration(left)}"] if isinstance(left, int | float) else parts
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """Figures on the held-out rows."""
+    return f"held out at step {found['step']}: {', '.join(_scores(found['metrics'])) or 'no loss'}"
+
+
+def held_out(status: dict[str, Any]) -> str:
+    """Held-out figures, the first evaluation's and the last one's."""
+    both = _resources(status).get("evaluation")
+    if not both:
+        return ""
+    first, last = both["first"]["metrics"], both["last"]["metrics"]
+    names = [next((name for name in _LOSSES if name in last), ""), _ACCURACY]
+    changes = [f"{_label(name)} {figure(first.get(name))} -> {figure(last[name])}" for name in names if name in last]
+    return ", ".join(changes)
+
+
+def took(job: dict[str, Any]) -> str:
+    """Time from start to end, or until now."""
+    if job["started_at"] is None:
+        return ""
+    start = datetime.fromisoformat(job["started_at"])
+    end = datetime.fromisoformat(job["completed_at"]) if job["completed_at"] else datetime.now(start.tzinfo)
+    return duration((end - start).total_seconds())
+
+
+def moment(time: str | None) -> str:
+    """A time of the server's in this machine's zone."""
+    return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}" if time else ""
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m07s`, `2h05m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    amount, unit = float(count), 0
+    while amount >= 999.5 and unit < len(units) - 1:
+        amount, unit = amount / 1000, unit + 1
+    return f"{amount:.3g} {units[unit]}"
+
+
+def figure(value: Any) -> str:
+    """A number in four digits; the server's words for what is none (`NaN`) as they are."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    loss = next((name for name in _LOSSES if name in metrics), None)
+    names = [name for name in (loss, _ACCURACY) if name is not None and name in metrics]
+    return [f"{_label(name)} {figure(metrics[name])}" for name in names]
+
+
+def _label(name: str) -> str:
+    return "reward accuracy" if name == _ACCURACY else "loss"
+
+
+def _experts(status: dict[str, Any]) -> str:
+    routing = _resources(status).get("routing")
+    if not routing:
+        return ""
+    return (
+        f"{routing['experts']} in each of {routing['layers']} layers, shares {figure(routing['min_share'])} to "
+        f"{figure(routing['max_share'])}, {routing['dead_experts']} dead"
+    )
+
+
+def _resources(status: dict[str, Any]) -> dict[str, Any]:
+    return status["resources_allocated"] or {}
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(text, row))
+    return table

@@ -1,0 +1,214 @@
+"""The `moe` block: what is decided for a model, what is refused, and that each setting acts on the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout, text_config
+from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.spec import Moe
+from tests import tiny_models
+
+IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
+NO_AUX = ("glm4_moe", "deepseek_v3", "lfm2_moe", "cohere2_moe", "llama4_text")
+AUX = tuple(family for family in tiny_models.MOE if family not in NO_AUX)
+GROUPED = tuple(family for family in tiny_models.MOE if family != "llama4_text")
+
+
+def applied(
+    family: str, full: bool = False, **moe: Any
+) -> tuple[PreTrainedModel, ExpertLayout, ResolvedMoe, ShippedConfig]:
+    model = tiny_models.model(family)
+    layout = find_layout(model)
+    assert layout is not None
+    resolved = resolve_moe(Moe(**moe), layout, full)
+    return model, layout, resolved, apply_moe(model, layout, resolved)
+
+
+def router_weights(model: PreTrainedModel, layout: ExpertLayout) -> list[Tensor]:
+    return [router.get_parameter("weight") for router in layout.routers(model).values()]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("family", tiny_models.MOE)
+def test_defaults_on_a_moe(family: str, full: bool) -> None:
+    resolved = applied(family, full)[2]
+    assert resolved.is_moe
+    assert resolved.output_router_logits
+    assert resolved.aux_coef == (0.001 if family in AUX else 0.0)
+    assert resolved.load_balancing == "switch"
+    assert (resolved.z_coef, resolved.expert_dropout) == (0.0, 0.0)
+    assert resolved.experts_implementation == ("grouped_mm" if family in GROUPED else "eager")
+    assert resolved.train_router is full
+    assert any("no aux loss" in note for note in resolved.notes) is (family in NO_AUX)
+    assert any("no grouped" in note for note in resolved.notes) is (family not in GROUPED)
+    assert all(note in resolved.text() for note in resolved.notes)
+
+
+def test_what_is_asked_for_is_what_is_decided() -> None:
+    asked = Moe(
+        output_router_logits=True,
+        router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.003,
+        expert_dropout=0.1,
+        enable_moe_optimizations=False,
+        train_router=True,
+    )
+    resolved = resolve_moe(asked, find_layout(tiny_models.model("mixtral")), full=False)
+    assert resolved == ResolvedMoe(True, True, 0.02, "switch", 0.003, 0.1, "eager", True)
+    assert "aux loss switch x 0.02; z-loss x 0.003; expert dropout 0.1; experts eager; routers train" in resolved.text()
+    assert (
+        resolve_moe(Moe(train_router=False), find_layout(tiny_models.model("mixtral")), full=True).train_router is False
+    )
+
+
+def test_no_router_logits_no_aux_loss() -> None:
+    layout = find_layout(tiny_models.model("mixtral"))
+    assert resolve_moe(Moe(output_router_logits=False), layout, full=False).aux_coef == 0
+    with pytest.raises(ModelError, match=r"router_aux_loss_coef: 0\.01 is not valid .* output_router_logits false"):
+        resolve_moe(Moe(output_router_logits=False, router_aux_loss_coef=0.01), layout, full=False)
+
+
+@pytest.mark.parametrize("family", NO_AUX)
+def test_an_aux_loss_is_refused_where_there_is_none(family: str) -> None:
+    layout = find_layout(tiny_models.model(family))
+    with pytest.raises(ModelError) as raised:
+        resolve_moe(Moe(router_aux_loss_coef=0.01), layout, full=False)
+    name = layout.family if layout else ""
+    assert str(raised.value) == (
+        "moe.router_aux_loss_coef: 0.01 is not valid for this model; "
+        f"expected 0 or nothing: {name} models compute no aux loss"
+    )
+    assert resolve_moe(Moe(router_aux_loss_coef=0), layout, full=False).aux_coef == 0
+
+
+def test_a_moe_is_not_trained_as_if_it_were_dense() -> None:
+    with pytest.raises(ModelError, match=r"moe\.auto_detect_moe: False is not valid .*Mixtral \(mixtral\): 4 experts"):
+        resolve_moe(Moe(auto_detect_moe=False), find_layout(tiny_models.model("mixtral")), full=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("output_router_logits", True),
+        ("router_aux_loss_coef", 0.01),
+        ("router_z_loss_coef", 0.01),
+        ("expert_dropout", 0.1),
+        ("train_router", True),
+    ],
+)
+def test_moe_settings_on_a_dense_model_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"moe\.{field}: {value} is not valid .* the model is dense"):
+        resolve_moe(Moe(**{field: value}), None, full=True)
+
+
+@pytest.mark.parametrize("moe", [Moe(), Moe(auto_detect_moe=False), Moe(train_router=False, router_aux_loss_coef=0)])
+def test_a_dense_model_is_left_as_it_is(moe: Moe) -> None:
+    model = tiny_models.model("llama")
+    before = model.config.to_dict()
+    resolved = resolve_moe(moe, find_layout(model), full=True)
+    assert resolved == ResolvedMoe(False, False, 0.0, "switch", 0.0, 0.0, None, False)
+    shipped = apply_moe(model, None, resolved)
+    assert model.config.to_dict() == before
+    with shipped.restored():
+        assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE)
+def test_the_config_in_training_and_as_shipped(family: str, tmp_path: Path) -> None:
+    """What training needs is in memory; what is saved is byte by byte what the model came with."""
+    tiny_models.build(family, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    layout = find_layout(model)
+    resolved = resolve_moe(Moe(**({"router_aux_loss_coef": 0.5} if family in AUX else {})), layout, full=True)
+    shipped = apply_moe(model, layout, resolved)
+    config = text_config(model)
+    assert config.output_router_logits is True
+    if family in AUX:
+        assert config.router_aux_loss_coef == model.router_aux_loss_coef == 0.5
+        assert config.num_experts == 4  # TRL reads it, of every family that has an aux loss
+    with shipped.restored():
+        model.save_pretrained(tmp_path / "saved")
+    assert config.output_router_logits is True
+    saved, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "base"))
+    assert saved == original
+    if family.startswith("granite") or family == "phimoe":
+        assert "num_experts" not in saved
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert find_layout(again) == layout
+
+
+@pytest.mark.parametrize("family", GROUPED)
+def test_grouped_and_eager_are_switched_and_equal(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients agree; a spy on the grouped function tells which one ran."""
+    calls: list[int] = []
+    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped(*args, **kwargs)
+    )
+    found = []
+    for optimised in (True, False):
+        calls.clear()
+        model, layout, _, _ = applied(family, enable_moe_optimizations=optimised)
+        outputs = model(IDS, labels=IDS)
+        assert len(calls) == (len(layout.moe_layers) if optimised else 0)
+        outputs.loss.backward()
+        gradients = [parameter.grad for parameter in layout.experts(model)[1].parameters()]
+        found.append((outputs.logits.detach(), torch.cat([one.flatten() for one in gradients])))
+    (logits, gradients), (eager_logits, eager_gradients) = found
+    assert eager_gradients.abs().max() > 1e-3
+    assert (logits - eager_logits).abs().max() <= 1e-5
+    assert (gradients - eager_gradients).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE)
+@pytest.mark.parametrize("optimised", [True, False])
+def test_expert_dropout_acts_in_training_only_and_keeps_the_mean(family: str, optimised: bool) -> None:
+    """In evaluation nothing changes; in training outputs vary, and their mean is the output without dropout."""
+    if family == "llama4_text" and optimised:
+        return  # eager only
+    plain = applied(family, enable_moe_optimizations=optimised)[0]
+    model, layout, _, _ = applied(family, enable_moe_optimizations=optimised, expert_dropout=0.3)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    layer = layout.moe_layers[-1]
+    experts = layout.experts(model)[layer]
+    seen: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        handle.remove()
+        without = experts(*seen[0])
+        torch.manual_seed(0)
+        model.train()
+        runs = torch.stack([experts(*seen[0]) for _ in range(200)])
+        assert torch.equal(layout.experts(plain)[layer](*seen[0]), without)
+    assert (runs[0] - runs[1]).abs().max() > 1e-3
+    # A mean of 200 is off by its standard error; over all elements the ratio is 1 on average.
+    error = (runs.mean(dim=0) - without).square().mean().sqrt()
+    expected = (runs.var(dim=0) / 200).mean().sqrt()
+    assert 0.8 < (error / expected).item() < 1.2
+
+
+@pytest.mark.parametrize("family", AUX)
+def test_the_aux_coefficient_changes_the_routers_gradient(family: str) -> None:
+    """gradient(c) = gradient(0) + c * gradient of the aux loss: of the model's own loss, with that coefficient."""
+
+    def gradient(coefficient: float, of_aux: bool = False) -> Tensor:
+        model, layout, _, _ = applied(family, router_aux_loss_coef=coefficient, train_router=True)
+        torch.manual_seed(0)  # Phi MoE draws its experts in training, and has no other gradient to its routers
+        outputs = model.train()(IDS, labels=IDS)
+        (outputs.aux_loss if of_aux else outputs.loss).backward()
+        return torch.stack([weight.grad for weight in router_weights(model, layout) if weight.grad is not None])
+
+    none, some, aux = gradient(0.0), gradient(0.5), gradient(0.0, of_aux=True)
+    assert none.abs().max() > 1e-5
+    assert aux.abs().max() > 1e-3
+    torch.testing.assert_close(some, none + 0.5 * aux, rtol=1e-4, atol=1e-6)
+    assert (some - none).abs().max() > 1e-3
