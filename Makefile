@@ -25,8 +25,8 @@ lint: $(VENV)/.dev
 serve: $(VENV)/.demo
 	$(BIN)/llama stack run run_configs/quickstart.yaml --port $(PORT)
 
-bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/server_start.py
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.server_start
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -23,7 +23,7 @@ from tests import tiny_models
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 RANK = 2
 EVERYTHING = Adapter(rank=RANK, alpha=4, apply_lora_to_output=True)
-# Measured over all families: 0 after reloading, at most 1.3e-6 after merging, where logits reach 4.
+# Measured over all families: 0 after reloading, at most 3.2e-6 after merging, with logits of about 2.
 RELOAD_TOLERANCE, MERGE_TOLERANCE = 1e-6, 1e-5
 
 QKVO = "self_attn.{q,k,v,o}_proj"
@@ -77,8 +77,7 @@ def spelled_out(patterns: dict[str, int]) -> dict[str, int]:
     return found
 
 
-def loaded(source: PreTrainedModel | Path, **moe: Any) -> tuple[PreTrainedModel, ExpertLayout | None, ResolvedMoe]:
-    model = AutoModelForCausalLM.from_pretrained(source).eval() if isinstance(source, Path) else source
+def resolved_for(model: PreTrainedModel, **moe: Any) -> tuple[PreTrainedModel, ExpertLayout | None, ResolvedMoe]:
     layout = find_layout(model)
     return model, layout, resolve_moe(Moe(**moe), layout, full=False)
 
@@ -122,8 +121,10 @@ class Trained:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     family = request.param
     folder = tmp_path_factory.mktemp(family)
-    tiny_models.build(family, folder / "base")
-    base, layout, resolved = loaded(folder / "base", **({} if family in tiny_models.DENSE else {"train_router": True}))
+    tiny_models.model(family).save_pretrained(folder / "base")
+    base, layout, resolved = resolved_for(
+        tiny_models.model(family), **({} if family in tiny_models.DENSE else {"train_router": True})
+    )
     shipped = apply_moe(base, layout, resolved)
     base_logits = logits(base)
     model, report = add_lora(base, EVERYTHING, layout, resolved)
@@ -220,27 +221,24 @@ def test_the_adapter_off_is_the_base_bitwise(trained: Trained) -> None:
         assert torch.equal(logits(trained.model), trained.base_logits)
 
 
-def test_plain_peft_loads_what_was_saved(trained: Trained) -> None:
-    base = AutoModelForCausalLM.from_pretrained(trained.folder / "base").eval()
-    again = PeftModel.from_pretrained(base, trained.folder / "adapter").eval()
-    assert gap(logits(again), logits(trained.model)) <= RELOAD_TOLERANCE
-    saved = {path.name for path in (trained.folder / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= saved
-
-
-def test_merged_equals_the_adapter_in_memory_and_on_disk(trained: Trained) -> None:
+def test_plain_peft_loads_what_was_saved_and_merges_it(trained: Trained) -> None:
+    """The merged model equals the adapted one in memory, and again when it is loaded without PEFT."""
     base = AutoModelForCausalLM.from_pretrained(trained.folder / "base").eval()
     expected = logits(trained.model)
-    merged = merge(PeftModel.from_pretrained(base, trained.folder / "adapter").eval())
+    again = PeftModel.from_pretrained(base, trained.folder / "adapter").eval()
+    assert gap(logits(again), expected) <= RELOAD_TOLERANCE
+    saved = {path.name for path in (trained.folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= saved
+    merged = merge(again)
     assert gap(logits(merged), expected) <= MERGE_TOLERANCE
     merged.save_pretrained(trained.folder / "merged")
-    again = AutoModelForCausalLM.from_pretrained(trained.folder / "merged").eval()
-    assert type(again) is type(base)
-    assert gap(logits(again), expected) <= MERGE_TOLERANCE
+    plain = AutoModelForCausalLM.from_pretrained(trained.folder / "merged").eval()
+    assert type(plain) is type(base)
+    assert gap(logits(plain), expected) <= MERGE_TOLERANCE
 
 
 def test_parameters_of_granite_by_formula() -> None:
-    model, layout, resolved = loaded(tiny_models.model("granitemoe"), train_router=True)
+    model, layout, resolved = resolved_for(tiny_models.model("granitemoe"), train_router=True)
     _, report = add_lora(model, Adapter(rank=3, apply_lora_to_output=True), layout, resolved)
     hidden, key_value, inner, experts, vocabulary, rank, layers = 32, 16, 24, 4, 384, 3, 2
     assert report.by_group == {
@@ -262,7 +260,7 @@ def test_parameters_of_granite_by_formula() -> None:
     ],
 )
 def test_nothing_is_adapted_beyond_what_was_asked(family: str, adapter: Adapter, groups: set[str]) -> None:
-    model, layout, resolved = loaded(tiny_models.model(family))
+    model, layout, resolved = resolved_for(tiny_models.model(family))
     _, report = add_lora(model, adapter, layout, resolved)
     assert set(report.by_group) == groups
     if adapter.lora_attn_modules == ["q_proj"]:
@@ -288,7 +286,7 @@ REFUSED: list[tuple[str, dict[str, Any], Adapter, dict[str, Any], str]] = [
 def test_what_cannot_be_had_is_refused_by_name(
     family: str, changes: dict[str, Any], adapter: Adapter, moe: dict[str, Any], expected: str
 ) -> None:
-    model, layout, resolved = loaded(tiny_models.model(family, **changes), **moe)
+    model, layout, resolved = resolved_for(tiny_models.model(family, **changes), **moe)
     with pytest.raises(AdapterError, match=expected):
         add_lora(model, adapter, layout, resolved)
     assert not any("lora" in name for name, _ in model.named_modules())
@@ -296,7 +294,7 @@ def test_what_cannot_be_had_is_refused_by_name(
 
 def test_a_target_that_peft_skips_is_an_error() -> None:
     """PEFT passes in silence over a name that matches nothing while another one matches; we do not."""
-    model, layout, resolved = loaded(tiny_models.model("mixtral"))
+    model, layout, resolved = resolved_for(tiny_models.model("mixtral"))
     assert layout is not None
     expected = r"these targets got no LoRA: model\.layers\.0\.mlp\.experts\.gone, model\.layers\.1\.mlp\.experts\.gone$"
     with pytest.raises(AdapterError, match=expected):
@@ -305,7 +303,7 @@ def test_a_target_that_peft_skips_is_an_error() -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_attention_alone_takes_dropout_and_dora(use_dora: bool) -> None:
-    model, layout, resolved = loaded(tiny_models.model("mixtral"))
+    model, layout, resolved = resolved_for(tiny_models.model("mixtral"))
     adapter = Adapter(rank=RANK, apply_lora_to_mlp=False, dropout=0.5, use_dora=use_dora)
     peft_model, report = add_lora(model, adapter, layout, resolved)
     randomised(peft_model.eval())
@@ -319,7 +317,7 @@ def test_attention_alone_takes_dropout_and_dora(use_dora: bool) -> None:
 @pytest.mark.parametrize("train_router", [False, True])
 @pytest.mark.parametrize("family", ["granitemoe", "qwen3_moe", "llama4_text", "gpt_oss"])
 def test_lora_on_the_router_is_there_only_if_asked(family: str, train_router: bool) -> None:
-    model, layout, resolved = loaded(tiny_models.model(family), train_router=train_router)
+    model, layout, resolved = resolved_for(tiny_models.model(family), train_router=train_router)
     assert layout is not None
     peft_model, report = add_lora(model, Adapter(rank=RANK), layout, resolved)
     assert ("router" in report.by_group) is train_router
@@ -331,7 +329,7 @@ def test_lora_on_the_router_is_there_only_if_asked(family: str, train_router: bo
 
 
 def test_lora_weights_are_fp32_on_a_bf16_model() -> None:
-    model, layout, resolved = loaded(tiny_models.model("granitemoe").to(torch.bfloat16), train_router=True)
+    model, layout, resolved = resolved_for(tiny_models.model("granitemoe").to(torch.bfloat16), train_router=True)
     peft_model, _ = add_lora(model, EVERYTHING, layout, resolved)
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in peft_model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -343,7 +341,7 @@ def test_lora_weights_are_fp32_on_a_bf16_model() -> None:
 def test_train_whole(family: str, train_router: bool) -> None:
     model = tiny_models.model(family)
     layout = find_layout(model)
-    resolved = resolve_moe(Moe(train_router=train_router), layout, full=True) if layout else loaded(model)[2]
+    resolved = resolve_moe(Moe(train_router=train_router), layout, full=True) if layout else resolved_for(model)[2]
     report = train_whole(model, layout, resolved)
     routers = set() if layout is None else {
         f"{layout.path(layer, layout.router_path)}.{name}"

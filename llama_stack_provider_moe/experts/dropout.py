@@ -5,6 +5,7 @@ An expert computes `down(act(gate) * up)`. Dropout keeps or drops (and scales) s
 Shared experts and dense layers are left alone.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,14 +28,28 @@ def add_expert_dropout(model: nn.Module, layout: ExpertLayout, p: float) -> None
         if layout.own_gate:
             _after_own_gate(experts, p)
             continue
-        activation = dict(experts.named_children()).get("act_fn")
+        # A module, or a plain function in LFM2's experts (transformers 5.23).
+        activation = {**vars(experts), **dict(experts.named_children())}.get("act_fn")
         if activation is None:
             raise LayoutError(
-                f"expert_dropout: {layout.path(layer, layout.experts_path)} has no module 'act_fn'; "
+                f"expert_dropout: {layout.path(layer, layout.experts_path)} has no 'act_fn'; "
                 f"it has {[name for name, _ in experts.named_children()]}"
             )
         # A new module is in training mode, and a model just loaded is not.
-        experts.act_fn = nn.Sequential(activation, nn.Dropout(p)).train(experts.training)
+        experts.act_fn = _ThenDrop(activation, p).train(experts.training)
+
+
+class _ThenDrop(nn.Module):
+    """An activation that ends in dropout."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], p: float) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, gate: torch.Tensor) -> torch.Tensor:
+        dropped: torch.Tensor = self.dropout(self.activation(gate))
+        return dropped
 
 
 def _after_own_gate(experts: Any, p: float) -> None:

@@ -1,0 +1,121 @@
+"""What our provider costs a server that has it: time to healthy, processor time and memory, with it and without it.
+
+Both serve `run_configs/quickstart.yaml`; the second one's copy lacks the post-training API. Runs alternate, and the
+pair's order too, so that a busy machine disturbs both alike; the ratios are of medians. Run `make bench`, or
+
+    python -m benchmarks.server_start [--runs N] [--out FILE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.host_harness import QUICKSTART, serving
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = [
+    "llama-stack-provider-moe", "llama-stack", "llama-stack-api", "fastapi", "pydantic", "sqlalchemy", "starlette",
+    "uvicorn",
+]  # fmt: skip
+WITH, WITHOUT = "with_provider", "without_provider"
+HEAVY = ("libtorch", "/torch/", "/triton/")  # in the path of a mapped file
+IDLE_WINDOWS, IDLE_WINDOW_S = 10, 0.5
+
+
+def configs(folder: Path) -> dict[str, Path]:
+    """The two run YAMLs, by variant."""
+    content = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    content["apis"].remove("post_training")
+    del content["providers"]["post_training"]
+    bare = folder / "bare.yaml"
+    bare.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return {WITH: QUICKSTART, WITHOUT: bare}
+
+
+def measure(config: Path, state_dir: Path) -> dict[str, float]:
+    """One start, from an empty state folder, and a look at the server when it has come to rest."""
+    with serving(config, state_dir, health="/v1/health") as server:
+        root = psutil.Process(server.process.pid)
+        processes = [root, *root.children(recursive=True)]
+        cpu_s = sum(sum(process.cpu_times()[:2]) for process in processes)
+        mapped = Path(f"/proc/{root.pid}/maps").read_text(encoding="utf-8")
+        loaded = [name for name in HEAVY if name in mapped]
+        assert "pydantic_core" in mapped, "this is the process that serves"
+        assert not loaded, f"the server has loaded {loaded}"
+        idle = []
+        for _ in range(IDLE_WINDOWS):
+            before = sum(root.cpu_times()[:2])
+            time.sleep(IDLE_WINDOW_S)
+            idle.append((sum(root.cpu_times()[:2]) - before) / IDLE_WINDOW_S)
+        return {
+            "healthy_s": server.healthy_s,
+            "cpu_s": cpu_s,
+            "rss_mib": sum(process.memory_info().rss for process in processes) / 2**20,
+            "processes": len(processes),
+            "idle_cpu_share_median": statistics.median(idle),
+            "idle_cpu_share_min": min(idle),
+        }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware that the figures are of."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]  # fmt: skip
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "kernel": platform.release(),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="runs of each variant (default: 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"server_start_{datetime.now(UTC):%Y-%m-%d}.json")
+    arguments = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {WITH: [], WITHOUT: []}
+    load_before = os.getloadavg()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        variants = configs(folder)
+        measure(variants[WITH], folder / "warm-up")  # reads the libraries from disk; not counted
+        for number in range(arguments.runs):
+            for variant in (WITH, WITHOUT) if number % 2 == 0 else (WITHOUT, WITH):
+                runs[variant].append(measure(variants[variant], folder / f"{variant}-{number}"))
+                print(variant, json.dumps(runs[variant][-1]), flush=True)
+    medians = {
+        variant: {key: round(statistics.median(run[key] for run in found), 3) for key in found[0]}
+        for variant, found in runs.items()
+    }
+    ratios = {key: round(medians[WITH][key] / medians[WITHOUT][key], 3) for key in ("healthy_s", "cpu_s", "rss_mib")}
+    result = {
+        "what": "llama stack run run_configs/quickstart.yaml, with and without inline::moe",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ratios_of_medians_with_to_without": ratios,
+        "medians": medians,
+        "torch_in_server": False,  # asserted in every run, from /proc/PID/maps
+        "runs": runs,
+        "machine": machine(),
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({"ratios": ratios, "medians": medians}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
