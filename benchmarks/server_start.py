@@ -30,6 +30,7 @@ PACKAGES = [
 ]  # fmt: skip
 WITH, WITHOUT = "with_provider", "without_provider"
 HEAVY = ("libtorch", "/torch/", "/triton/")  # in the path of a mapped file
+COMPARED = ("healthy_s", "cpu_s", "rss_mib")
 IDLE_WINDOWS, IDLE_WINDOW_S = 10, 0.5
 
 
@@ -80,6 +81,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Ratios of medians, and whether they mean anything: on a busy machine the two variants' ranges overlap."""
+    spread = {
+        variant: {key: [round(pick(run[key] for run in found), 3) for pick in (min, statistics.median, max)]
+                  for key in found[0]}
+        for variant, found in runs.items()
+    }  # fmt: skip
+    compared = {}
+    for key in COMPARED:
+        (low, median, high), (low_bare, median_bare, high_bare) = spread[WITH][key], spread[WITHOUT][key]
+        told_apart = low > high_bare or high < low_bare
+        compared[key] = {"ratio_of_medians": round(median / median_bare, 3), "ranges_told_apart": told_apart}
+    return {"with_to_without": compared, "min_median_max": spread}
+
+
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,16 +112,10 @@ def main() -> None:
             for variant in (WITH, WITHOUT) if number % 2 == 0 else (WITHOUT, WITH):
                 runs[variant].append(measure(variants[variant], folder / f"{variant}-{number}"))
                 print(variant, json.dumps(runs[variant][-1]), flush=True)
-    medians = {
-        variant: {key: round(statistics.median(run[key] for run in found), 3) for key in found[0]}
-        for variant, found in runs.items()
-    }
-    ratios = {key: round(medians[WITH][key] / medians[WITHOUT][key], 3) for key in ("healthy_s", "cpu_s", "rss_mib")}
     result = {
         "what": "llama stack run run_configs/quickstart.yaml, with and without inline::moe",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "ratios_of_medians_with_to_without": ratios,
-        "medians": medians,
+        **summary(runs),
         "torch_in_server": False,  # asserted in every run, from /proc/PID/maps
         "runs": runs,
         "machine": machine(),
@@ -114,7 +124,7 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({"ratios": ratios, "medians": medians}, indent=2))
+    print(json.dumps(summary(runs), indent=2))
 
 
 if __name__ == "__main__":

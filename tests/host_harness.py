@@ -24,7 +24,7 @@ RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
 QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
 API = "/v1alpha/post-training"
 STOP_LIMIT_S = 30.0
-START_LIMIT_S = 300.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
+START_LIMIT_S = 600.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
 
 
 @dataclass

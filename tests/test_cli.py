@@ -116,7 +116,7 @@ def supervised(server: host_harness.Server, yaml_file: Path) -> Iterator[host_ha
         yield server
         assert process.poll() is None, "idle_exit_s is 0, but nobody would start it again"
         process.terminate()
-        assert process.wait(timeout=30) == Exit.OK
+        assert process.wait(timeout=300) == Exit.OK
     finally:
         process.kill()
         process.wait()
@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_the_job_running(supervised: host_harness.Server, template
     with contextlib.suppress(OSError):  # how Linux tells that the other end of a terminal is closed
         while os.read(main_end, 65536):
             pass
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     os.close(main_end)
     assert process.returncode == Exit.INTERRUPTED
     told = err.decode()
@@ -298,7 +298,7 @@ def test_a_closed_pipe_is_no_failed_job(supervised: host_harness.Server, templat
     process = subprocess.Popen([*MOE_TRAIN, "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (Exit.PIPE_CLOSED, b"")
 
 
@@ -640,5 +640,5 @@ def test_a_client_loads_nothing_that_is_slow() -> None:
         "slow = {'torch', 'sqlalchemy', 'fastapi', 'yaml', 'llama_stack'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(slow)}' if slow else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

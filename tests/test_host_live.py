@@ -138,23 +138,25 @@ def test_healthy_and_without_torch(server: Server, http: httpx.Client) -> None:
 
 
 def assert_idle(pid: int, wakes_per_s: float) -> None:
-    """The process sleeps: of ten windows of half a second its quietest costs no CPU time to speak of.
+    """The process sleeps: again and again, not too often, and half a second of it costs little processor time.
 
-    The quietest, because a virtual machine whose host is busy books stolen time on whoever was running: here a bare
-    `asyncio.sleep(0.1)` loop costs up to 10% by that clock. A loop that spins costs much in every window.
+    Of ten windows the quietest counts, and 30% of it: a virtual machine whose host is busy books stolen time on whoever
+    runs. Where this was written, a bare `asyncio.sleep(0.1)` loop costs 5% to 15% of a core by that clock. A loop that
+    spins, though, never goes to sleep by itself, and one that polls in haste wakes up too often; those are counted.
     """
     process, windows = psutil.Process(pid), []
-    wakes = process.num_ctx_switches().voluntary
+    wakes, began = process.num_ctx_switches().voluntary, time.monotonic()
     for _ in range(10):
         before = sum(process.cpu_times()[:2])
         time.sleep(0.5)
         windows.append(sum(process.cpu_times()[:2]) - before)
-    assert min(windows) < 0.05, windows
-    assert (process.num_ctx_switches().voluntary - wakes) / 5 < wakes_per_s
+    rate = (process.num_ctx_switches().voluntary - wakes) / (time.monotonic() - began)
+    assert min(windows) < 0.15, windows
+    assert 0.5 < rate < wakes_per_s
 
 
 def test_an_idle_server_sleeps(server: Server) -> None:
-    assert_idle(server.process.pid, wakes_per_s=25)  # uvicorn 0.x looks at its flags ten times a second
+    assert_idle(server.process.pid, wakes_per_s=25)  # uvicorn looks at its flags ten times a second
 
 
 def test_an_idle_supervisor_sleeps(server: Server, taken: str) -> None:
