@@ -33,6 +33,9 @@ DPOLoss = Literal[
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
 ]  # fmt: skip
 
+# Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
+SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+
 
 class Block(BaseModel):
     """Base of every block: unknown keys are errors, numbers are finite, nothing is coerced in silence."""
@@ -205,7 +208,7 @@ class DPOOptions(Options):
         default=0.0,
         ge=0,
         lt=0.5,
-        description="Share of preference labels taken as flipped; exo_pair needs > 0.",
+        description="Share of labels taken as flipped; of exo_pair (needs > 0), robust, aot, aot_unpaired only.",
     )
     precompute_ref_log_probs: bool | None = Field(
         default=None, description="Reference log-probabilities once, ahead; left out: when an epoch repeats."
@@ -259,6 +262,9 @@ class DPOSpec(_Job):
 
     @model_validator(mode="after")
     def _settings_that_would_not_be_read(self) -> "DPOSpec":
+        if self.options.label_smoothing > 0 and self.loss_type not in SMOOTHED_LOSSES:
+            raise ValueError(f"options.label_smoothing: {self.options.label_smoothing} is not read by loss_type "
+                             f"{self.loss_type!r}; only {', '.join(SMOOTHED_LOSSES)} know it")  # fmt: skip
         if self.loss_type == "exo_pair" and self.options.label_smoothing == 0:
             raise ValueError("options.label_smoothing: 0.0 is not valid with loss_type 'exo_pair'; expected > 0")
         if self.data.packed:

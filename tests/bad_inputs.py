@@ -201,6 +201,8 @@ _METHOD_CASES = [
     Bad("DPO with expert dropout", PAIRS_JOB, {"moe.expert_dropout": 0.1}, 400, "moe.expert_dropout: is for SFT only"),
     Bad("exo_pair without smoothing", PAIRS_JOB, {"loss_type": "exo_pair"}, 400, "options.label_smoothing: 0.0 is "
         "not valid with loss_type 'exo_pair'; expected > 0"),
+    Bad("smoothing that is not read", PAIRS_JOB, {"options.label_smoothing": 0.1}, 400, "options.label_smoothing: 0.1 "
+        "is not read by loss_type 'sigmoid'; only exo_pair, robust, aot, aot_unpaired know it"),
     Bad("other balance loss", JOBS, {"moe.moe_load_balancing": "sinkhorn"}, 400, "moe.moe_load_balancing: 'sinkhorn' "
         "is not valid; expected 'switch'"),
     Bad("offloading", SFT, {_T + "efficiency_config": {"enable_activation_offloading": True}}, 400, "training_config."

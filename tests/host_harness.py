@@ -23,7 +23,7 @@ from llama_stack_provider_moe.jobs.store import JobStore
 RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
 QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
 API = "/v1alpha/post-training"
-STOP_LIMIT_S = 30.0
+STOP_LIMIT_S = 120.0
 START_LIMIT_S = 600.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
 
 

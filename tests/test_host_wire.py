@@ -212,7 +212,8 @@ def test_server_defaults_lie_beneath() -> None:
     assert spec(sft(adapter={"alpha": 1})).adapter.model_dump(include={"rank", "alpha"}) == {"rank": 4, "alpha": 1}
     assert spec(sft(algorithm_config=LORA)).adapter.rank == 8
     assert spec(dpo(adapter={"rank": 2})).adapter.rank == 2
-    assert spec(dpo(options={"label_smoothing": 0.25})).options.label_smoothing == 0.25
+    smoothed = dpo(options={"label_smoothing": 0.25}, algorithm_config={"beta": 0.3, "loss_type": "robust"})
+    assert spec(smoothed).options.label_smoothing == 0.25
     assert JOB_SPEC.validate_python(JobDefaults().under(draft(sft()).body)).adapter is None
 
 

@@ -101,7 +101,9 @@ def test_named_template_teaches_the_end_of_sequence_token(name: Any, tmp_path: P
 
 def test_long_rows_are_cut_counted_and_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     short, long = [said("user", "A"), said("assistant", "B")], [said("user", "A"), said("assistant", "five " * 99)]
-    asked = session(tmp_path, [{"messages": short}, {"messages": long}], options={"max_length": 40, "validation_split": 0})
+    asked = session(
+        tmp_path, [{"messages": short}, {"messages": long}], options={"max_length": 40, "validation_split": 0}
+    )
     rows = data.sft_rows(asked, tokenizer, VOCABULARY)
     assert rows.truncated == 1
     assert [len(row["input_ids"]) for row in rows.train][1] == 40
@@ -114,7 +116,11 @@ def test_row_whose_answer_is_cut_off_is_refused_by_number(tmp_path: Path, tokeni
     with pytest.raises(
         DataError, match=r"dataset 'rows': 1 row\(s\).* row 3: no token to learn is left within options"
     ):
-        data.sft_rows(session(tmp_path, [fine, fine, lost], options={"max_length": 40, "validation_split": 0}), tokenizer, VOCABULARY)
+        data.sft_rows(
+            session(tmp_path, [fine, fine, lost], options={"max_length": 40, "validation_split": 0}),
+            tokenizer,
+            VOCABULARY,
+        )
 
 
 def test_all_bad_rows_are_counted_and_the_first_twenty_named(
