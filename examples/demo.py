@@ -40,8 +40,8 @@ API = "/v1alpha/post-training"
 QUESTION = "How long should I boil an egg for a soft yolk?"
 ENDED = ("completed", "failed", "cancelled")
 
-# Some three minutes of training on two cores; more steps teach more. Rows of the example data are short.
-SFT_STEPS, DPO_STEPS, BATCH = 16, 12, 8
+# A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
+SFT_STEPS, DPO_STEPS, BATCH = 10, 8, 8
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,
@@ -77,6 +77,9 @@ def main() -> int:
     except DemoFailed as failure:
         console.print(f"[bold red]The demo failed:[/] {failure}")
         return 1
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; what was started has been stopped")
+        return 130
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     console.print(f"\nDone in {minutes} min {seconds} s. Everything it made is in {state}")
     return 0
@@ -207,6 +210,7 @@ def training(train_id: str, heldout_id: str, steps: int, lr: float) -> dict[str,
     return {
         "n_epochs": 1,
         "max_steps_per_epoch": steps,
+        "dtype": cpu_dtype(),
         "gradient_accumulation_steps": 1,
         "data_config": {
             "dataset_id": train_id, "validation_dataset_id": heldout_id, "batch_size": BATCH, "shuffle": True,
@@ -214,6 +218,15 @@ def training(train_id: str, heldout_id: str, steps: int, lr: float) -> dict[str,
         },
         "optimizer_config": {"optimizer_type": "adamw", "lr": lr, "weight_decay": 0.0, "num_warmup_steps": 2},
     }  # fmt: skip
+
+
+def cpu_dtype() -> str:
+    """`bf16` where the processor has instructions for it, else `fp32`."""
+    with contextlib.suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+        if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+            return "bf16"
+    return "fp32"
 
 
 def register(stack: Stack, file: str, dataset_id: str) -> str:
