@@ -280,6 +280,8 @@ def report(job: dict[str, Any], meaning: str) -> None:
     layout, adapter, routing = plan["layout"], plan["adapter"], progress["routing"]
     before, after = (progress["evaluation"][which]["metrics"] for which in ("first", "last"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is of use only whole
     table.add_row("experts", f"{layout['num_experts']}, top-{layout['top_k']}, in {len(layout['moe_layers'])} layers")
     table.add_row("LoRA on", ", ".join(f"{name} x{count}" for name, count in adapter["targets"].items()))
     share = adapter["trainable_parameters"] / adapter["total_parameters"]
