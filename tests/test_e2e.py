@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         folder,
         provider={
             "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            "supervisor": {"max_concurrent_jobs": 2, "idle_exit_s": 5},
+            "supervisor": {"max_concurrent_jobs": 2, "idle_exit_s": 5, "poll_s": 2},
         },
     )
     with serving(config, folder / "state") as running:
@@ -170,11 +170,11 @@ def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: 
         deadline = time.monotonic() + LIMIT_S
         while (http.get("/jobs/to-cancel").json()["resources_allocated"].get("step") or 0) < 3:
             assert time.monotonic() < deadline
-            time.sleep(0.5)
+            time.sleep(2)
         assert http.post("/jobs/to-cancel/cancel").status_code == 200
         while (job := http.get("/jobs/to-cancel").json())["status"] == "in_progress":
             assert time.monotonic() < deadline
-            time.sleep(0.5)
+            time.sleep(2)
         assert job["status"] == "cancelled"
         assert any(each["kind"] == "checkpoint" for each in job["checkpoints"])
         assert http.post("/jobs/to-cancel/cancel").status_code == 200  # asked again: no change
@@ -188,6 +188,6 @@ def test_hub_model_that_does_not_exist_fails_with_its_name(server: Server) -> No
         deadline = time.monotonic() + LIMIT_S
         while (job := http.get("/jobs/no-model").json())["status"] in ("scheduled", "in_progress"):
             assert time.monotonic() < deadline
-            time.sleep(0.5)
+            time.sleep(2)
     assert job["status"] == "failed"
     assert "nobody/no-such-model" in job["reason"]
