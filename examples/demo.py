@@ -77,6 +77,9 @@ def main() -> int:
     except DemoFailed as failure:
         console.print(f"[bold red]The demo failed:[/] {failure}")
         return 1
+    except httpx.HTTPError as error:
+        console.print(f"[bold red]The demo failed:[/] the server did not answer: {error!r}")
+        return 1
     except KeyboardInterrupt:
         console.print("\nInterrupted; what was started has been stopped")
         return 130
@@ -120,7 +123,8 @@ def serving(state: Path) -> Iterator[Stack]:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request would drown the bar
 
-    with httpx.Client(base_url=url + API, timeout=60) as http:
+    # No connection is kept: the server closes idle ones after 5 s, which may be just as the next request leaves.
+    with httpx.Client(base_url=url + API, timeout=60, headers={"Connection": "close"}) as http:
         stack = Stack(url, http, LlamaStackClient(base_url=url, max_retries=0), [])
         try:
             with console.status("Starting"):

@@ -84,6 +84,7 @@ def jobs(server: Server) -> dict[str, dict[str, Any]]:
     ended: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + LIMIT_S
     with server.http() as http:
+        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
         while len(ended) < len(ids) and time.monotonic() < deadline:
             for job_id in set(ids) - set(ended):
                 job = http.get(f"/jobs/{job_id}").json()
@@ -134,6 +135,7 @@ def test_old_and_new_routes_answer_alike(
 ) -> None:
     job_id = f"{family}-{recipe}"
     with server.http() as http:
+        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
         for what in ("status", "artifacts"):
             new, old = http.get(f"/jobs/{job_id}/{what}"), http.get(f"/job/{what}", params={"job_uuid": job_id})
             assert new.status_code == old.status_code == 200
@@ -166,6 +168,7 @@ def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: 
             "data": {"dataset_id": "words"}, "training": {"n_epochs": 500, "batch_size": 2},
             "adapter": {"rank": 4}, "options": {"max_length": 64}}  # fmt: skip
     with server.http() as http:
+        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
         assert http.post("/jobs", json=body).status_code == 200
         deadline = time.monotonic() + LIMIT_S
         while (http.get("/jobs/to-cancel").json()["resources_allocated"].get("step") or 0) < 3:
@@ -184,6 +187,7 @@ def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: 
 def test_hub_model_that_does_not_exist_fails_with_its_name(server: Server) -> None:
     body = {"recipe": "sft", "job_uuid": "no-model", "model": "nobody/no-such-model", "data": {"dataset_id": "words"}}
     with server.http() as http:
+        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
         assert http.post("/jobs", json=body).status_code == 200
         deadline = time.monotonic() + LIMIT_S
         while (job := http.get("/jobs/no-model").json())["status"] in ("scheduled", "in_progress"):
