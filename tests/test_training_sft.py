@@ -240,7 +240,7 @@ def test_learning_rate_rises_and_falls_as_asked(workshop: Workshop) -> None:
         ({"data": {"shuffle": False}}, "ce"),
         ({"options": {"seed": 7}}, "ce"),
         ({"options": {"max_grad_norm": 0.01}}, "ce"),
-        ({"options": {"max_length": 40}}, "ce"),
+        ({"options": {"max_length": 38}}, "ce"),
         ({"options": {"chat_template": "plain"}}, "ce"),
         ({"adapter": {"alpha": 64}}, "ce"),
         ({"adapter": {"use_rslora": True}}, "ce"),
