@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -52,6 +53,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+def asking(server: Server) -> httpx.Client:
+    """A client that keeps no connection: the server closes idle ones after 5 s, under a request if need be."""
+    http = server.http()
+    http.headers["Connection"] = "close"
+    return http
+
+
 def submit(server: Server, family: str, recipe: str) -> str:
     """Through the API's own routes, as an SDK user would, our blocks in `extra_body`."""
     job_id, model = f"{family}-{recipe}", str(server.state_dir / "models" / family)
@@ -83,8 +91,7 @@ def jobs(server: Server) -> dict[str, dict[str, Any]]:
     ids = [submit(server, family, recipe) for family in FAMILIES for recipe in RECIPES]
     ended: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + LIMIT_S
-    with server.http() as http:
-        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
+    with asking(server) as http:
         while len(ended) < len(ids) and time.monotonic() < deadline:
             for job_id in set(ids) - set(ended):
                 job = http.get(f"/jobs/{job_id}").json()
@@ -134,8 +141,7 @@ def test_old_and_new_routes_answer_alike(
     jobs: dict[str, dict[str, Any]], server: Server, family: str, recipe: str
 ) -> None:
     job_id = f"{family}-{recipe}"
-    with server.http() as http:
-        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
+    with asking(server) as http:
         for what in ("status", "artifacts"):
             new, old = http.get(f"/jobs/{job_id}/{what}"), http.get(f"/job/{what}", params={"job_uuid": job_id})
             assert new.status_code == old.status_code == 200
@@ -167,8 +173,7 @@ def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: 
     body = {"recipe": "sft", "job_uuid": "to-cancel", "model": str(server.state_dir / "models" / "mixtral"),
             "data": {"dataset_id": "words"}, "training": {"n_epochs": 500, "batch_size": 2},
             "adapter": {"rank": 4}, "options": {"max_length": 64}}  # fmt: skip
-    with server.http() as http:
-        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
+    with asking(server) as http:
         assert http.post("/jobs", json=body).status_code == 200
         deadline = time.monotonic() + LIMIT_S
         while (http.get("/jobs/to-cancel").json()["resources_allocated"].get("step") or 0) < 3:
@@ -186,8 +191,7 @@ def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: 
 
 def test_hub_model_that_does_not_exist_fails_with_its_name(server: Server) -> None:
     body = {"recipe": "sft", "job_uuid": "no-model", "model": "nobody/no-such-model", "data": {"dataset_id": "words"}}
-    with server.http() as http:
-        http.headers["Connection"] = "close"  # kept ones are closed after 5 idle seconds, under a request if need be
+    with asking(server) as http:
         assert http.post("/jobs", json=body).status_code == 200
         deadline = time.monotonic() + LIMIT_S
         while (job := http.get("/jobs/no-model").json())["status"] in ("scheduled", "in_progress"):

@@ -17,6 +17,7 @@ from llama_stack_provider_moe.training.chat_templates import set_template
 from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch, steps_an_epoch
 from llama_stack_provider_moe.training.session import Session
 from tests import tiny_models
+from tests.training_support import said
 
 VOCABULARY = tiny_models.VOCAB_SIZE
 
@@ -24,10 +25,6 @@ VOCABULARY = tiny_models.VOCAB_SIZE
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return tiny_models.tokenizer()
-
-
-def said(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 def session(root: Path, rows: list[Any], validation: list[Any] | None = None, **body: Any) -> Session[Any]:

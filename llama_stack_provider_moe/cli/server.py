@@ -75,10 +75,6 @@ class Server:
         """Ask for a job to be cancelled."""
         self._ask("POST", _path(job_id, "/cancel"))
 
-    def health(self) -> dict[str, Any]:
-        """{status, store, supervisor, jobs}."""
-        return self._document("GET", "/health")
-
     def _document(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
         answer = self._ask(method, path, body, **query)
         if not isinstance(answer, dict):

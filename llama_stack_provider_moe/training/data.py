@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -255,12 +255,3 @@ def _describe(dataset_id: str, problems: list[tuple[int, str]]) -> str:
             told.append(f"row{'s' if len(part) > 1 else ''} {', '.join(map(str, part))}: {reason}")
     more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
     return f"dataset {dataset_id!r}: {len(problems)} row(s) can't be trained on: {'; '.join(told)}{more}"
-
-
-def describe(rows: Rows) -> dict[str, Any]:
-    """Counts for the start print."""
-    return {
-        "train_rows": len(rows.train),
-        "validation_rows": 0 if rows.validation is None else len(rows.validation),
-        "truncated_rows": rows.truncated,
-    }
