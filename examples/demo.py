@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,14 +30,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from smollm2 import cache_dir, smollm2
 
+from llama_stack_provider_moe.cli.follow import Follower
+from llama_stack_provider_moe.cli.server import Server
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import MoeError, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobs.store import JobStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
-API = "/v1alpha/post-training"
 QUESTION = "How long should I boil an egg for a soft yolk?"
-ENDED = ("completed", "failed", "cancelled")
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
 SFT_STEPS, DPO_STEPS, BATCH = 10, 8, 8
@@ -57,8 +57,7 @@ class DemoFailed(Exception):
 class Stack(NamedTuple):
     """The running server."""
 
-    url: str
-    http: httpx.Client
+    server: Server
     client: Any
     submitted: list[str]
 
@@ -74,11 +73,8 @@ def main() -> int:
         with serving(state) as stack:
             sft, dpo = train(stack, moe)
         answers(moe, artifact(sft, "merged"), artifact(dpo, "adapter"))
-    except DemoFailed as failure:
+    except (DemoFailed, MoeError) as failure:
         console.print(f"[bold red]The demo failed:[/] {failure}")
-        return 1
-    except httpx.HTTPError as error:
-        console.print(f"[bold red]The demo failed:[/] the server did not answer: {error!r}")
         return 1
     except KeyboardInterrupt:
         console.print("\nInterrupted; what was started has been stopped")
@@ -123,9 +119,8 @@ def serving(state: Path) -> Iterator[Stack]:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request would drown the bar
 
-    # No connection is kept: the server closes idle ones after 5 s, which may be just as the next request leaves.
-    with httpx.Client(base_url=url + API, timeout=60, headers={"Connection": "close"}) as http:
-        stack = Stack(url, http, LlamaStackClient(base_url=url, max_retries=0), [])
+    with Server(url) as server:
+        stack = Stack(server, LlamaStackClient(base_url=url, max_retries=0), [])
         try:
             with console.status("Starting"):
                 wait_until_healthy(stack, process, log)
@@ -140,19 +135,20 @@ def serving(state: Path) -> Iterator[Stack]:
 def wait_until_healthy(stack: Stack, process: subprocess.Popen[bytes], log: Path) -> None:
     """Return once the provider answers; a server that died shows its last words."""
     while process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if stack.http.get("/health").status_code == 200:
-                return
+        with contextlib.suppress(ServerLost):
+            stack.server.health()
+            return
         time.sleep(0.2)
     raise DemoFailed(f"the server ended with {process.returncode}; the end of {log}:\n{log.read_text()[-1500:]}")
 
 
 def stop(stack: Stack, process: subprocess.Popen[bytes], state: Path) -> None:
     """Cancel what still runs, then end the supervisor and the server."""
-    with contextlib.suppress(httpx.HTTPError):
-        for job in stack.submitted:
-            if stack.http.post(f"/jobs/{job}/cancel").status_code == 200:  # 409: it has ended
-                wait_for(lambda: stack.http.get(f"/jobs/{job}").json()["status"] in ENDED, 120)  # noqa: B023
+    for job in stack.submitted:
+        with contextlib.suppress(ServerLost, ServerRefused):  # refused: it has ended
+            stack.server.cancel(job)
+            for _ in Follower(stack.server, job, note=console.print, patience_s=10).statuses():
+                pass
     store = JobStore(ProviderConfig(state_dir=state).url)
     supervisor = store.live_supervisor()
     if supervisor is not None:
@@ -253,17 +249,14 @@ def follow(stack: Stack, job: str, figures: tuple[str, ...]) -> dict[str, Any]:
     stack.submitted.append(job)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task, last = bar.add_task(job, total=None, told="queued"), None
-        while True:
-            found: dict[str, Any] = stack.http.get(f"/jobs/{job}").json()
-            now = found["resources_allocated"]
+        for status in Follower(stack.server, job, note=console.print, poll_s=2).statuses():
+            now = status["resources_allocated"]
             told = progress_text(now, figures)
             bar.update(task, completed=now["step"] or 0, total=now["max_steps"], told=told)
             if not console.is_terminal and told != last:
                 console.print(f"{job} {now['step'] or 0}/{now['max_steps'] or '?'} {told}", soft_wrap=True)
             last = told
-            if found["status"] in ENDED:
-                break
-            time.sleep(2)
+    found = stack.server.job(job)
     if found["status"] != "completed":
         raise DemoFailed(f"job {job} ended as {found['status']}: {found['reason']}")
     return found

@@ -29,8 +29,6 @@ from tests import host_harness
 from tests.host_harness import QUICKSTART, free_port, run_config, serving
 from tests.jobs_support import TINY_CHILD, wait_for
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 # A training process that does what the job's model says.
 PLANS: dict[str, dict[str, Any]] = {
     "plan/completes": {"steps": 3, "step_s": 0.2},

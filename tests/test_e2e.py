@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny_models
 from tests.host_harness import QUICKSTART, Server, run_config, serving
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
+pytestmark = pytest.mark.e2e
 
 FAMILIES = ["granitemoe", "mixtral", "qwen3_moe", "llama"]
 RECIPES = ["sft", "dpo"]

@@ -26,7 +26,7 @@ from tests.bad_inputs import BODIES, DATASETS, DPO, GOOD_BODIES, JOBS, PAIRS, RE
 from tests.host_harness import API, QUICKSTART, RUN_CONFIGS, Server, run_config, serving
 from tests.jobs_support import TINY_CHILD, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("host_live")]
+pytestmark = pytest.mark.e2e
 
 TEMPLATES = sorted((RUN_CONFIGS.parent / "job_templates").glob("*.json"))
 CAUSAL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -138,20 +138,15 @@ def test_healthy_and_without_torch(server: Server, http: httpx.Client) -> None:
 
 
 def assert_idle(pid: int, wakes_per_s: float) -> None:
-    """The process sleeps: again and again, not too often, and half a second of it costs little processor time.
+    """The process goes to sleep by itself again and again, and is not woken too often.
 
-    Of ten windows the quietest counts, and 30% of it: a virtual machine whose host is busy books stolen time on whoever
-    runs. Where this was written, a bare `asyncio.sleep(0.1)` loop costs 5% to 15% of a core by that clock. A loop that
-    spins, though, never goes to sleep by itself, and one that polls in haste wakes up too often; those are counted.
+    A loop that spins never sleeps, one that polls in haste wakes up too often. Processor time is no measure here: a
+    virtual machine whose host is busy books stolen time on whoever runs.
     """
-    process, windows = psutil.Process(pid), []
+    process = psutil.Process(pid)
     wakes, began = process.num_ctx_switches().voluntary, time.monotonic()
-    for _ in range(10):
-        before = sum(process.cpu_times()[:2])
-        time.sleep(0.5)
-        windows.append(sum(process.cpu_times()[:2]) - before)
+    time.sleep(5)
     rate = (process.num_ctx_switches().voluntary - wakes) / (time.monotonic() - began)
-    assert min(windows) < 0.15, windows
     assert 0.5 < rate < wakes_per_s
 
 

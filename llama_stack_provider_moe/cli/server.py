@@ -43,6 +43,10 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def health(self) -> dict[str, Any]:
+        """How the provider is: {status, store, supervisor, jobs}."""
+        return self._document("GET", "/health")
+
     def submit(self, body: dict[str, Any]) -> dict[str, Any]:
         """Create a job: {job_uuid}."""
         return self._document("POST", "/jobs", body)
