@@ -8,6 +8,7 @@ without a host, imports it too. A host finds here what it looks for by name:
                                                         `external_apis_dir` (`module: llama_stack_provider_moe`)
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -27,16 +28,19 @@ class PostTraining(Protocol):
         """Close the store; jobs go on."""
 
 
-async def get_provider_impl(config: "ProviderConfig", deps: dict[Any, Any]) -> "PostTrainingService":
+async def get_provider_impl(
+    config: "ProviderConfig", deps: dict[Any, Any], policy: Sequence[Any] = ()
+) -> "PostTrainingService":
     """The provider, ready to serve.
 
     Args:
         config: the `config:` of the run YAML.
         deps: the host's APIs by `Api`; `datasetio` and `datasets`, or `files`.
+        policy: the run YAML's access policy, which a host gives to a provider that has an argument of this name.
     """
     from llama_stack_provider_moe.host.service import PostTrainingService
 
-    impl = PostTrainingService(config, deps)
+    impl = PostTrainingService(config, deps, policy)
     await impl.initialize()
     return impl
 

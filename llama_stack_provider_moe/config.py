@@ -1,5 +1,6 @@
 """`ProviderConfig`: where a server keeps things and how much it may use. A job's options are in `spec`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from llama_stack_provider_moe.spec import Block, JobDefaults
+
+_DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
 
 
 class SupervisorConfig(Block):
@@ -30,8 +33,38 @@ class SupervisorConfig(Block):
         description="Seconds without a job after which it ends; the next job starts another.",
     )
     cancel_grace_s: float = Field(
-        default=60.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL when a job is cancelled."
+        default=60.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL when a job is stopped."
     )
+    max_attempts: int = Field(
+        default=3,
+        ge=1,
+        le=100,
+        description="Starts of a job whose process is lost (killed, machine restarted) before it fails; 1: no retry.",
+    )
+    stall_s: float = Field(
+        default=1800.0,
+        ge=0,
+        description="Seconds without an event or a line of output after which a job is stopped and fails; 0: never.",
+    )
+    devices: list[str] | None = Field(
+        default=None,
+        description="GPUs to give out, by index or UUID; left out: CUDA_VISIBLE_DEVICES, else all there are.",
+    )
+    retention_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Days after which an ended job is deleted with its folder; left out: it is kept.",
+    )
+
+    @field_validator("devices", mode="after")
+    @classmethod
+    def _device_ids(cls, devices: list[str] | None) -> list[str] | None:
+        for device in devices or ():
+            if not _DEVICE_ID.fullmatch(device):
+                raise ValueError(f"{device!r} is no GPU's index or UUID (such as '0', 'GPU-8a56d8e5-...', 'MIG-...')")
+        if devices is not None and len(set(devices)) < len(devices):
+            raise ValueError("a device is named twice; expected each once")
+        return devices
 
 
 class ProviderConfig(Block):

@@ -199,6 +199,27 @@ class Options(Block):
         default=None, description="Use this named chat template; left out: the model's own."
     )
     save_merged: bool = Field(default=False, description="Also save base plus adapter as one Hugging Face folder.")
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        le=8760,
+        description="Hours of training, over all starts, after which it stops with all that it has: `completed`.",
+    )
+    autosave_minutes: float = Field(
+        default=30.0, gt=0, le=10080, description="A checkpoint to go on from at least so often, beside each epoch's."
+    )
+    keep_checkpoints: int = Field(
+        default=3, ge=1, le=1000, description="Epochs' checkpoints kept: the last ones, and the best by held-out loss."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Epochs in a row without a lower held-out loss that end training; the best is then kept.",
+    )
+    dataloader_workers: int = Field(
+        default=0, ge=0, le=64, description="Processes that prepare batches; 0: the training process itself."
+    )
 
 
 class DPOOptions(Options):
@@ -215,6 +236,14 @@ class DPOOptions(Options):
     )
 
 
+class Resources(Block):
+    """What a job needs of the machine."""
+
+    gpus: int | None = Field(
+        default=None, ge=0, le=64, description="GPUs of its own; left out: one where there are any, else the CPU."
+    )
+
+
 class _Job(Block):
     job_uuid: str | None = Field(
         default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
@@ -226,6 +255,7 @@ class _Job(Block):
     efficiency: Efficiency = Field(default_factory=Efficiency)
     adapter: Adapter | None = Field(default=None, description="LoRA settings; null trains all weights.")
     moe: Moe = Field(default_factory=Moe)
+    resources: Resources = Field(default_factory=Resources)
     checkpoint_dir: str | None = Field(
         default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
     )
@@ -235,6 +265,14 @@ class _Job(Block):
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
                              "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_held_out_rows(self) -> "_Job":
+        options: Options = self.options  # type: ignore[attr-defined]  # every recipe has them, of its own kind
+        if options.early_stopping_patience and not (self.data.validation_dataset_id or options.validation_split):
+            raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
+                             "or options.validation_split > 0")  # fmt: skip
         return self
 
 

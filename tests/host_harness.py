@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import yaml
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.processes import ProcessName, is_alive
 from llama_stack_provider_moe.jobs.store import JobStore
+from tests.jobs_support import TINY_CHILD
 
 RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
 QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
@@ -45,9 +47,10 @@ class Server:
     log: Path
     healthy_s: float
 
-    def http(self, timeout_s: float = 60.0) -> httpx.Client:
-        """A client whose paths begin after the post-training prefix."""
-        return httpx.Client(base_url=self.url + API, timeout=timeout_s)
+    def http(self, timeout_s: float = 60.0, token: str | None = None) -> httpx.Client:
+        """A client whose paths begin after the post-training prefix; `token` says who it is."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return httpx.Client(base_url=self.url + API, timeout=timeout_s, headers=headers)
 
     def client(self) -> Any:
         """llama-stack-client, without retries: a test wants the first answer."""
@@ -67,6 +70,20 @@ class Server:
     def config(self) -> ProviderConfig:
         """The provider's part of the state folder, for a look at the store or the jobs."""
         return ProviderConfig(state_dir=self.state_dir)
+
+
+def tiny_interpreter(folder: Path) -> str:
+    """A `training_python` whose every job takes 2 steps, or 2,000 slow ones where its id begins with `slow`."""
+    script = folder / "python"
+    script.write_text(
+        f"""#!/bin/sh
+        case "$3" in */slow*) steps=2000 ;; *) steps=2 ;; esac
+        echo "{{\\"steps\\": $steps, \\"step_s\\": 0.02}}" > "$3/child.json"
+        exec "{sys.executable}" -S "{TINY_CHILD}" "$3"
+        """
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script)
 
 
 def free_port() -> int:

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -12,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.events import read
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.processes import with_environment
 from llama_stack_provider_moe.jobs.store import Job, JobStore
+from llama_stack_provider_moe.jobs.supervisor import Supervisor
 
 # An import of SQLAlchemy and pytest costs seconds of CPU, a fork nothing; the forking test holds no open store.
 FORK = multiprocessing.get_context("fork")
+LONG = {"steps": 1000, "step_s": 0.05}
 TINY_CHILD = Path(__file__).with_name("tiny_child.py")
 
 
@@ -26,6 +33,16 @@ def ram_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="moe-test-", dir=ram if ram.is_dir() else None))
     yield folder
     shutil.rmtree(folder)
+
+
+@contextmanager
+def job_folders() -> Iterator[Path]:
+    """The same, where jobs run: whatever a failed test leaves running is killed."""
+    with ram_folder() as folder:
+        yield folder
+        for job in (folder / "jobs").glob("*"):
+            for pid in with_environment("MOE_JOB_FOLDER", str(job)):
+                os.kill(pid, signal.SIGKILL)
 
 
 def tiny_interpreter(folder: Path) -> str:
@@ -46,12 +63,12 @@ def tiny_config(folder: Path, **supervisor: Any) -> ProviderConfig:
     )
 
 
-def new_job(store: JobStore, config: ProviderConfig, job_id: str, **plan: Any) -> Path:
+def new_job(store: JobStore, config: ProviderConfig, job_id: str, gpus: int | None = None, **plan: Any) -> Path:
     """Submit a job whose child does as `plan` says; its folder."""
     folder = config.jobs_dir / job_id
     folder.mkdir(parents=True)
     (folder / "child.json").write_text(json.dumps(plan))
-    store.submit(job_id, "ann", "sft", "some/model", str(folder))
+    store.submit(job_id, "ann", "sft", "some/model", str(folder), gpus)
     return folder
 
 
@@ -62,6 +79,23 @@ def wait_for[T](what: Callable[[], T], timeout_s: float = 120) -> T:
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.01)
     return answer
+
+
+def run_until_idle(supervisor: Supervisor) -> None:
+    """Let a supervisor of this process look until no job is in progress."""
+    wait_for(lambda: not supervisor.step())
+
+
+def ended(store: JobStore, supervisor: Supervisor, job_id: str) -> Job:
+    """The job, once a supervisor of this process has nothing more to do."""
+    run_until_idle(supervisor)
+    return store.get(job_id, None)
+
+
+def started(folder: Path) -> int:
+    """Pid of a job's child, once it has begun."""
+    wait_for(lambda: read(JobFolder(folder).events).events)
+    return int((folder / "launches").read_text().split()[-1])
 
 
 def wait_until_ended(store: JobStore, job_id: str, timeout_s: float = 120) -> Job:

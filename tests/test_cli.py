@@ -203,7 +203,7 @@ def test_what_the_server_refuses_is_told_whole(server: host_harness.Server, temp
     assert as_json.error["message"].startswith("training.batch_sise: unknown key")
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "artifacts"])
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "artifacts", "resume", "rm"])
 @pytest.mark.parametrize("name", ["nobody", "../jobs", "a/b", ".."])
 def test_jobs_that_are_not_there(server: host_harness.Server, command: str, name: str) -> None:
     done = moe_train(command, name, "--json")

@@ -5,8 +5,6 @@ know (a hub model that is not there, DoRA on a family that has experts).
 """
 
 import json
-import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +21,8 @@ from llama_stack_client import APIStatusError
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from tests.bad_inputs import BODIES, DATASETS, DPO, GOOD_BODIES, JOBS, PAIRS, REQUESTS, SFT, WORDS, Bad, BadRequest
-from tests.host_harness import API, QUICKSTART, RUN_CONFIGS, Server, run_config, serving
-from tests.jobs_support import TINY_CHILD, wait_for
+from tests.host_harness import API, QUICKSTART, RUN_CONFIGS, Server, run_config, serving, tiny_interpreter
+from tests.jobs_support import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -32,20 +30,6 @@ TEMPLATES = sorted((RUN_CONFIGS.parent / "job_templates").glob("*.json"))
 CAUSAL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 # Heavy libraries, by what a process that has loaded them maps into its memory.
 HEAVY = ("libtorch", "/torch/", "/triton/", "/tokenizers/", "/safetensors/", "/bitsandbytes/")
-
-
-def tiny_interpreter(folder: Path) -> str:
-    """A `training_python` whose every job takes 2 steps, or 2,000 slow ones where its id begins with `slow`."""
-    script = folder / "python"
-    script.write_text(
-        f"""#!/bin/sh
-        case "$3" in */slow*) steps=2000 ;; *) steps=2 ;; esac
-        echo "{{\\"steps\\": $steps, \\"step_s\\": 0.02}}" > "$3/child.json"
-        exec "{sys.executable}" -S "{TINY_CHILD}" "$3"
-        """
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return str(script)
 
 
 def model_at(folder: Path, config: dict[str, Any], *files: str) -> None:

@@ -5,46 +5,23 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from llama_stack.core.datatypes import User
 from llama_stack.core.request_headers import RequestProviderDataContext
-from llama_stack_api import DatasetNotFoundError, post_training
+from llama_stack_api import post_training
 from llama_stack_api.common.job_types import JobStatus
 
-from llama_stack_provider_moe.config import ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.errors import Conflict, InvalidRows, MoeError, NotFound
-from llama_stack_provider_moe.host import compat, views
+from llama_stack_provider_moe.host import views
 from llama_stack_provider_moe.host.service import ANONYMOUS, STALE_STAGING_S, PostTrainingService
 from llama_stack_provider_moe.jobs import store as stores
 from llama_stack_provider_moe.jobs.events import Evaluation, EventLog, Saved, Step
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
-
-ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number}."} for number in range(12)]
-BODY: dict[str, Any] = {"recipe": "sft", "model": "owner/name", "data": {"dataset_id": "good"}}
-
-
-class Datasets:
-    """The host's data sets; `during` is called while one is read."""
-
-    def __init__(self) -> None:
-        bad = [dict(row) for row in ROWS]
-        del bad[3]["prompt"]
-        self.rows = {"good": ROWS, "bad": bad, "one": ROWS[:1]}
-        self.during = lambda: None
-
-    async def get_dataset(self, request: Any) -> SimpleNamespace:
-        self.during()
-        if request.dataset_id not in self.rows:
-            raise DatasetNotFoundError(request.dataset_id)
-        source = SimpleNamespace(type="rows", rows=self.rows[request.dataset_id])
-        return SimpleNamespace(provider_id="localfs", source=source)
+from tests.host_support import BODY, ROWS, Datasets, caller, serving_in_process, submit
 
 
 @pytest.fixture
@@ -54,22 +31,8 @@ def datasets() -> Datasets:
 
 @pytest.fixture
 def service(tmp_path: Path, datasets: Datasets) -> Iterator[PostTrainingService]:
-    config = ProviderConfig(state_dir=tmp_path / "state", supervisor=SupervisorConfig(start=False))
-    made = PostTrainingService(config, {compat.Api.datasets: datasets})
-    asyncio.run(made.initialize())
-    yield made
-    asyncio.run(made.shutdown())
-
-
-@contextmanager
-def caller(principal: str) -> Iterator[None]:
-    """Requests inside come from `principal`, as the host's middleware says it."""
-    with RequestProviderDataContext({}, User(principal=principal, attributes={})):
-        yield
-
-
-def submit(service: PostTrainingService, **changes: Any) -> str:
-    return asyncio.run(service.submit(BODY | changes)).job_uuid
+    with serving_in_process(tmp_path, datasets) as made:
+        yield made
 
 
 def left(service: PostTrainingService) -> set[str]:
@@ -148,7 +111,7 @@ def test_a_store_that_fails_leaves_nothing(service: PostTrainingService, monkeyp
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(stores, "_one", full)  # inside the transaction, after the insert
+    monkeypatch.setattr(stores, "as_job", full)  # inside the transaction, after the insert
     with pytest.raises(OSError, match="no space"):
         submit(service, job_uuid="mine")
     monkeypatch.undo()

@@ -2,13 +2,13 @@
 
 import itertools
 import multiprocessing
-import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from queue import Queue
 
@@ -17,10 +17,17 @@ import pytest
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact
-from llama_stack_provider_moe.jobs.schema import SCHEMA_VERSION
 from llama_stack_provider_moe.jobs.state import MOVES, JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
 from tests.jobs_support import FORK, ram_folder
+from tests.postgres_server import new_store_urls
+
+ARTIFACTS = (
+    Artifact(
+        identifier="job/adapter", kind="adapter", path="/jobs/job/artifacts/adapter", epoch=1, step=7,
+        created_at=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC), bytes=9,
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -29,9 +36,23 @@ def root() -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def new_postgres_url() -> Iterator[Callable[[], str]]:
+    with new_store_urls() as new_url:
+        yield new_url
+
+
 @pytest.fixture
-def url(root: Path) -> str:
+def sqlite_url(root: Path) -> str:
     return f"sqlite:///{root}/state/jobs.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Every law of the store holds on both databases."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    return str(request.getfixturevalue("new_postgres_url")())
 
 
 @pytest.fixture
@@ -41,8 +62,24 @@ def store(url: str) -> Iterator[JobStore]:
     store.close()
 
 
-def submit(store: JobStore, job_id: str, owner: str = "ann") -> Job:
-    return store.submit(job_id, owner, "sft", "some/model", f"/jobs/{job_id}")
+@pytest.fixture
+def sqlite_store(sqlite_url: str) -> Iterator[JobStore]:
+    store = JobStore(sqlite_url)
+    yield store
+    store.close()
+
+
+def submit(store: JobStore, job_id: str, owner: str = "ann", gpus: int | None = None) -> Job:
+    return store.submit(job_id, owner, "sft", "some/model", f"/jobs/{job_id}", gpus)
+
+
+def moved(store: JobStore, job_id: str, new: JobState, reason: str) -> Job:
+    """Take a job to `new` by the method that does so."""
+    if new is not JobState.SCHEDULED:
+        return store.move(job_id, new, reason)
+    if store.get(job_id, None).state is JobState.IN_PROGRESS:
+        return store.requeue(job_id, reason)
+    return store.resume(job_id, None)
 
 
 def brought_to(store: JobStore, state: JobState, job_id: str = "job") -> Job:
@@ -84,14 +121,10 @@ def test_a_claim_takes_the_oldest_and_counts_the_attempt(store: JobStore) -> Non
 
 
 def test_artifacts_survive_the_move(store: JobStore) -> None:
-    artifact = Artifact(
-        identifier="job/adapter", kind="adapter", path="/jobs/job/artifacts/adapter", epoch=1, step=7,
-        created_at=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC), bytes=9,
-    )  # fmt: skip
     brought_to(store, JobState.IN_PROGRESS)
-    store.move("job", JobState.COMPLETED, artifacts=(artifact,))
+    store.move("job", JobState.COMPLETED, artifacts=ARTIFACTS)
     ended = store.get("job", None)
-    assert ended.artifacts == (artifact,)
+    assert ended.artifacts == ARTIFACTS
     assert ended.ended_at is not None
 
 
@@ -99,13 +132,19 @@ def test_artifacts_survive_the_move(store: JobStore) -> None:
 def test_every_move_is_legal_or_refused_and_then_changes_nothing(store: JobStore, old: JobState, new: JobState) -> None:
     before = brought_to(store, old)
     if new in MOVES[old]:
-        after = store.move("job", new, "why")
-        assert (after.state, after.reason) == (new, "why")
+        after = moved(store, "job", new, "why")
+        resumed = old.ended and new is JobState.SCHEDULED
+        assert (after.state, after.reason) == (new, None if resumed else "why")
         assert (after.ended_at is not None) == new.ended
     else:
-        with pytest.raises(Conflict, match=f"{old.value}; it can't become {new.value}"):
-            store.move("job", new, "why")
+        with pytest.raises(Conflict, match=f"'job' (is|has) ({old.value}|completed)"):
+            moved(store, "job", new, "why")
         assert store.get("job", None) == before
+
+
+def test_ended_is_what_no_supervisor_moves_on() -> None:
+    assert {state for state in JobState if state.ended} == {JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}
+    assert all(MOVES[state] <= {JobState.SCHEDULED} for state in JobState if state.ended)
 
 
 def test_an_id_is_taken_for_every_owner(store: JobStore) -> None:
@@ -118,7 +157,7 @@ def test_an_id_is_taken_for_every_owner(store: JobStore) -> None:
 def test_a_stranger_sees_nothing(store: JobStore) -> None:
     submit(store, "job", "ann")
     assert store.list("bob") == []
-    for look in (store.get, store.request_cancel):
+    for look in (store.get, store.request_cancel, store.resume, store.delete):
         with pytest.raises(NotFound, match="'job'"):
             look("job", "bob")
     with pytest.raises(NotFound):
@@ -178,6 +217,118 @@ def test_the_first_process_recorded_is_the_jobs(store: JobStore) -> None:
     assert (store.launched("job", 10, 1.5).pid, store.get("job", None).pid_birth) == (10, 1.5)
     with pytest.raises(Conflict, match="process 10"):
         store.launched("job", 11, 2.5)
+
+
+# Trying again, going on, deleting.
+
+
+def lost(store: JobStore, job_id: str, times: int = 1) -> Job:
+    """A waiting job, claimed (nothing else may wait) and lost so often."""
+    for _ in range(times):
+        claimed = store.claim("me")
+        assert claimed is not None
+        assert claimed.id == job_id
+        store.launched(job_id, 10, 1.5)
+        job = store.requeue(job_id, "killed", ARTIFACTS)
+    return job
+
+
+def test_a_lost_job_waits_again_before_all_others_and_says_why(store: JobStore) -> None:
+    submit(store, "job")
+    once = lost(store, "job")
+    assert (once.state, once.lost, once.reason, once.artifacts) == ("scheduled", 1, "killed", ARTIFACTS)
+    assert (once.pid, once.pid_birth, once.supervisor, once.devices, once.ended_at) == (None,) * 5
+    assert once.queued_at > once.scheduled_at
+    for owner in ("ann", "bob"):
+        submit(store, f"of-{owner}", owner)
+    assert [store.queue_position(job_id) for job_id in ("job", "of-ann", "of-bob")] == [1, 3, 2]
+    again = store.claim("me")
+    assert again is not None
+    assert (again.id, again.attempts, again.lost, again.reason) == ("job", 2, 1, "killed")
+
+
+def test_a_lost_job_that_was_to_be_cancelled_is_not_tried_again(store: JobStore) -> None:
+    before = brought_to(store, JobState.IN_PROGRESS)
+    before = store.request_cancel("job", None)
+    with pytest.raises(Conflict, match="cancelled"):
+        store.requeue("job", "killed")
+    assert store.get("job", None) == before
+
+
+def test_a_job_cancelled_while_it_waits_to_be_tried_again_keeps_what_it_saved(store: JobStore) -> None:
+    submit(store, "job")
+    lost(store, "job")
+    cancelled = store.request_cancel("job", None)
+    assert (cancelled.state, cancelled.artifacts) == (JobState.CANCELLED, ARTIFACTS)
+    assert cancelled.reason == "cancelled while it waited to go on"
+
+
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
+def test_a_resumed_job_is_as_new_but_for_what_it_did(store: JobStore, state: JobState) -> None:
+    submit(store, "job")
+    lost(store, "job", 2)
+    store.claim("me")
+    store.request_cancel("job", None)
+    ended = store.move("job", state, "why", ARTIFACTS)
+    submit(store, "other")
+    job = store.resume("job", "ann")
+    assert (job.state, job.lost, job.reason, job.ended_at, job.cancel_requested_at, job.pid) == (
+        "scheduled",
+        0,
+        *[None] * 4,
+    )
+    assert (job.attempts, job.artifacts, job.scheduled_at) == (3, ARTIFACTS, ended.scheduled_at)
+    assert job.queued_at > ended.queued_at
+    assert [store.queue_position(job_id) for job_id in ("other", "job")] == [1, 2], "it queues at the end"
+    with pytest.raises(Conflict, match="is scheduled; only a cancelled or failed job can be resumed"):
+        store.resume("job", "ann")
+
+
+def test_nothing_is_left_to_resume_of_a_completed_job(store: JobStore) -> None:
+    brought_to(store, JobState.IN_PROGRESS)
+    completed = store.move("job", JobState.COMPLETED, stopped_by="time_budget")
+    assert completed.stopped_by == "time_budget"
+    with pytest.raises(Conflict, match="'job' has completed"):
+        store.resume("job", "ann")
+    assert store.get("job", None) == completed
+
+
+@pytest.mark.parametrize("state", list(JobState))
+def test_only_what_has_ended_is_deleted(store: JobStore, state: JobState) -> None:
+    job = brought_to(store, state)
+    if not state.ended:
+        with pytest.raises(Conflict, match=f"is {state.value}"):
+            store.delete("job", "ann")
+        assert store.get("job", None) == job
+        return
+    assert store.delete("job", "ann") == job
+    for look in (store.get, store.delete):
+        with pytest.raises(NotFound):
+            look("job", None)
+    assert submit(store, "job").attempts == 0, "its id is free again"
+
+
+def test_a_job_whose_folder_can_not_be_removed_stays(store: JobStore) -> None:
+    job = brought_to(store, JobState.FAILED)
+
+    def first(seen: Job) -> None:
+        assert seen == job
+        raise OSError("read-only file system")
+
+    with pytest.raises(OSError, match="read-only"):
+        store.delete("job", "ann", first)
+    assert store.get("job", None) == job
+
+
+def test_jobs_that_ended_before_a_moment_the_oldest_first(store: JobStore) -> None:
+    for number, state in enumerate(JobState):
+        brought_to(store, state, f"early{number}")
+    store.resume("early3", None)
+    moment = now()
+    brought_to(store, JobState.FAILED, "late")
+    assert [job.id for job in store.ended_before(moment)] == ["early2", "early4"]
+    assert [job.id for job in store.ended_before(moment, limit=1)] == ["early2"]
+    assert [job.id for job in store.ended_before(now())] == ["early2", "early4", "late"]
 
 
 # The lease.
@@ -283,6 +434,30 @@ def test_each_job_is_claimed_once_by_processes_that_hammer_one_new_store(url: st
     store.close()
 
 
+def claim_devices(url: str, name: str, claimed: "multiprocessing.Queue[list[str]]") -> None:
+    store = JobStore(url)
+    mine: list[str] = []
+    while (job := store.claim(name, [str(device) for device in range(7)])) is not None:
+        mine += (job.devices or "").split(",")
+    store.close()
+    claimed.put(mine)
+
+
+def test_no_device_is_given_to_two_jobs_by_claims_at_the_same_time(url: str) -> None:
+    store = JobStore(url)
+    for number in range(8):
+        submit(store, f"job{number}", gpus=number % 2 + 1)
+    store.close()
+    claimed: multiprocessing.Queue[list[str]] = FORK.Queue()
+    processes = [FORK.Process(target=claim_devices, args=(url, f"p{number}", claimed)) for number in range(4)]
+    for process in processes:
+        process.start()
+    given = list(itertools.chain(*(claimed.get(timeout=60) for _ in processes)))
+    for process in processes:
+        process.join()
+    assert sorted(given) == [str(device) for device in range(7)]
+
+
 def test_threads_share_a_store(store: JobStore) -> None:
     failures: Queue[Exception] = Queue()
 
@@ -307,14 +482,57 @@ def test_threads_share_a_store(store: JobStore) -> None:
 # The database.
 
 
-def test_folder_and_files_are_private(store: JobStore, root: Path) -> None:
-    submit(store, "job")
+def test_a_change_is_seen_whoever_made_it(store: JobStore, url: str) -> None:
+    assert store.has_changed(), "the first look knows nothing"
+    quiet = url.startswith("sqlite")
+    other = JobStore(url)
+    store.has_changed()
+    for write in (
+        lambda: submit(store, "own"),
+        lambda: submit(other, "another's"),
+        lambda: other.request_cancel("own", None),
+        lambda: store.acquire_lease("me", 1, 30),
+    ):
+        assert store.has_changed() != quiet
+        write()
+        assert store.has_changed()
+    store.list(None)
+    other.claim("nothing fits", [])
+    other.close()
+
+
+def test_folder_and_files_are_private(sqlite_store: JobStore, root: Path) -> None:
+    submit(sqlite_store, "job")
     assert stat.S_IMODE((root / "state").stat().st_mode) == 0o700
     for path in (root / "state").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-def test_processes_that_come_and_go_leave_the_writers_connected(store: JobStore, url: str, root: Path) -> None:
+def open_together(url: str, together: Barrier, failures: "multiprocessing.Queue[str]") -> None:
+    together.wait()
+    try:
+        JobStore(url).close()
+        failures.put("")
+    except Exception as error:  # noqa: BLE001  a process's exception would be lost
+        failures.put(repr(error))
+
+
+def test_a_new_store_is_opened_by_many_processes_at_once(root: Path) -> None:
+    """SQLite refuses one of two that make a new file a WAL database, without waiting."""
+    for number in range(5):
+        together, failures = FORK.Barrier(4), FORK.Queue()
+        arguments = (f"sqlite:///{root}/{number}/jobs.db", together, failures)
+        processes = [FORK.Process(target=open_together, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        assert [failures.get(timeout=60) for _ in processes] == [""] * 4
+        for process in processes:
+            process.join()
+
+
+def test_processes_that_come_and_go_leave_the_writers_connected(
+    sqlite_store: JobStore, sqlite_url: str, root: Path
+) -> None:
     """Opening a second store must not drop the first one's locks, see `schema._make_private_file`."""
     look = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT id FROM moe_jobs').fetchall())"
 
@@ -322,22 +540,12 @@ def test_processes_that_come_and_go_leave_the_writers_connected(store: JobStore,
         path = root / "state" / "jobs.db"
         return subprocess.run([sys.executable, "-SsE", "-c", look, path], capture_output=True, text=True).stdout
 
-    submit(store, "one")
-    second = JobStore(url)
+    submit(sqlite_store, "one")
+    second = JobStore(sqlite_url)
     assert seen_from_outside() == "('one',)\n"
-    submit(store, "two")
+    submit(sqlite_store, "two")
     assert seen_from_outside() == "('one',) ('two',)\n"
     second.close()
-
-
-def test_a_newer_schema_is_refused_and_left_alone(store: JobStore, url: str, root: Path) -> None:
-    submit(store, "job")
-    store.close()
-    with sqlite3.connect(root / "state" / "jobs.db") as database:
-        database.execute("UPDATE moe_schema SET version = ?", (SCHEMA_VERSION + 1,))
-    database.close()
-    with pytest.raises(InvalidInput, match=f"version {SCHEMA_VERSION}; this one has version {SCHEMA_VERSION + 1}"):
-        JobStore(url)
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "no url at all"])
@@ -346,10 +554,10 @@ def test_a_store_that_no_other_process_could_see_is_refused(url: str) -> None:
         JobStore(url)
 
 
-def test_a_store_says_whether_it_answers(store: JobStore, root: Path) -> None:
-    assert store.answers()
-    store.close()
+def test_a_store_says_whether_it_answers(sqlite_store: JobStore, root: Path) -> None:
+    assert sqlite_store.answers()
+    sqlite_store.close()
     for path in (root / "state").iterdir():
         path.unlink()
     (root / "state" / "jobs.db").write_bytes(b"this is no database" * 1000)
-    assert not store.answers()
+    assert not sqlite_store.answers()

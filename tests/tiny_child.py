@@ -4,8 +4,9 @@ It speaks to the outside as `training.main` does, by events, output, manifest an
 
     steps, step_s       steps to take, and how long each takes
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
+    killed              how many of its starts die of a SIGKILL of their own after the first step
     print_bytes         to print before the first step, in lines
-    on_term             "save" (default: checkpoint, cancelled event, exit 0) or "ignore"
+    on_term             "save" (default: checkpoint, cancelled event, exit 3) or "ignore"
     grandchild          start a `sleep` that outlives it
 """
 
@@ -45,8 +46,10 @@ def main(folder: Path) -> int:
         return artifact
 
     signal.signal(signal.SIGTERM, on_term)
-    with (folder / "launches").open("a") as launches:
+    with (folder / "launches").open("a+") as launches:
         launches.write(f"{os.getpid()}\n")
+        launches.seek(0)
+        start = len(launches.readlines())
     (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
     emit("started", pid=os.getpid(), versions={})
     print("hello from the child", flush=True)
@@ -60,10 +63,13 @@ def main(folder: Path) -> int:
     for step in range(1, steps + 1):
         time.sleep(plan.get("step_s", 0.01))
         emit("step", step=step, max_steps=steps, epoch=step / steps, metrics={"loss": 1 / step}, eta_s=0.0)
+        if start <= plan.get("killed", 0):
+            save("checkpoint", step)
+            os.kill(os.getpid(), signal.SIGKILL)
         if stopping:
             save("checkpoint", step)
             emit("cancelled", step=step)
-            return 0
+            return 3
     return finish(plan.get("end", "manifest"), folder, emit, save)
 
 

@@ -1,6 +1,7 @@
 """One job in this process: `run_job` writes a folder as the service would, and `train`s it."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,14 @@ class Run:
         """The final adapter's tensors by name."""
         return dict(load_file(self.folder.adapter / "adapter_model.safetensors"))
 
+    def checkpoint(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors in a checkpoint."""
+        return dict(load_file(self.folder.root / "checkpoints" / name / "adapter_model.safetensors"))
+
+    def final(self) -> dict[str, Tensor]:
+        """What was trained, an adapter or all weights."""
+        return self.model() if self.folder.model.is_dir() else self.adapter()
+
     def model(self) -> dict[str, Tensor]:
         """The final model's tensors by name, where all weights were trained."""
         return dict(load_file(self.folder.model / "model.safetensors"))
@@ -145,8 +154,26 @@ class Workshop:
         _write(folder.train_rows, make(16) if rows is None else rows)
         if body["data"]["validation_dataset_id"] is not None:
             _write(folder.validation_rows, make(4, first=100) if validation is None else validation)
+        return self.again(Run(folder, 0))
+
+    def again(self, run: Run) -> Run:
+        """Start a job's process once more, as a supervisor does after it was lost."""
         with _signals_put_back():
-            return Run(folder, train(folder))
+            return Run(run.folder, train(run.folder))
+
+    def next_folder(self, recipe: str) -> Path:
+        """Folder of the job that `run` makes next."""
+        return self.root / "jobs" / f"{recipe}-{self.jobs + 1}"
+
+    def copied(self, run: Run) -> JobFolder:
+        """A second job that stands where `run` stood just before its end: all checkpoints, no manifest."""
+        self.jobs += 1
+        old, new = run.folder.root, self.root / "jobs" / f"copy-{self.jobs}"
+        shutil.copytree(old, new, ignore=shutil.ignore_patterns("manifest.json", "artifacts"))
+        for name in ("spec.json", "events.jsonl"):
+            text = (new / name).read_text(encoding="utf-8")
+            (new / name).write_text(text.replace(str(old), str(new)).replace(f'"{old.name}', f'"{new.name}'))
+        return JobFolder(new)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

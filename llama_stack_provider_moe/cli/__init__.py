@@ -3,7 +3,9 @@
     commands    what can be typed
     template    FILE and --set -> the body of a job
     server      the API over HTTP
+    sse         server-sent events out of lines
     follow      a job's states and output until it has ended
+    pull        a job's artifacts into a folder
     views       what is said while a job is followed
     show        documents of the API -> text
     screen      where text, JSON and errors go

@@ -12,11 +12,12 @@ import typer
 from llama_stack_provider_moe.cli import local, show
 from llama_stack_provider_moe.cli.exits import OUTCOMES, Exit, exit_of
 from llama_stack_provider_moe.cli.follow import Follower
+from llama_stack_provider_moe.cli.pull import Puller
 from llama_stack_provider_moe.cli.screen import Screen
 from llama_stack_provider_moe.cli.server import Server, state_of
 from llama_stack_provider_moe.cli.template import read_template
 from llama_stack_provider_moe.cli.views import view
-from llama_stack_provider_moe.errors import MoeError, ServerLost, ServerRefused
+from llama_stack_provider_moe.errors import InvalidInput, MoeError, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobs.state import JobState
 
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -175,11 +176,64 @@ def cancel(job_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = 
 
 
 @app.command()
-def artifacts(job_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
-    """List what a job has left so far: checkpoints, adapter, models."""
+def resume(
+    job_id: Id,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay until the job has ended; end as it ends.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Let a cancelled or failed job go on from its last checkpoint."""
 
     def act(server: Server, screen: Screen) -> Exit:
-        return _answer(screen, server.artifacts(job_id), show.artifacts)
+        resumed = server.resume(job_id)
+        if follow:
+            if screen.as_json:
+                screen.line(resumed)
+            return _follow(server, screen, job_id)
+        if screen.as_json:
+            screen.document(resumed)
+        else:
+            screen.say(f"job {job_id} is scheduled again, and goes on from its last checkpoint")
+            screen.note(_ways_on(server, job_id))
+        return Exit.OK
+
+    _run(_Where(url, key), as_json, act)
+
+
+@app.command()
+def rm(job_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+    """Delete a job that has ended, with all its files."""
+
+    def act(server: Server, screen: Screen) -> Exit:
+        return _answer(screen, server.delete(job_id), show.deleted)
+
+    _run(_Where(url, key), as_json, act)
+
+
+@app.command()
+def artifacts(
+    job_id: Id,
+    pull: Annotated[
+        Path | None, typer.Option("--pull", metavar="DIR", help="Fetch them into DIR, checked; again: goes on.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="With --pull: this artifact. Repeatable.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """List what a job has left so far, or fetch it: checkpoints, adapter, models."""
+
+    def act(server: Server, screen: Screen) -> Exit:
+        if pull is None:
+            if only:
+                raise InvalidInput("--only", only, "--pull DIR beside it")
+            return _answer(screen, server.artifacts(job_id), show.artifacts)
+        with _hint("what has come is kept; the same command again goes on from there"):
+            files = list(Puller(server, job_id, pull, screen.note).pull(only or []))
+        return _answer(screen, {"job_uuid": job_id, "files": files}, show.pulled)
 
     _run(_Where(url, key), as_json, act)
 

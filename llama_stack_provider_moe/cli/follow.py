@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from http import HTTPStatus
 from typing import Any
 
 from llama_stack_provider_moe.cli.exits import Exit, exit_of
 from llama_stack_provider_moe.cli.server import Server, state_of
+from llama_stack_provider_moe.cli.sse import Event
 from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 POLL_S = 1.0
@@ -55,6 +58,27 @@ class Follower:
         """Log documents that have lines, from the last `tail` on, until the job has ended and all of it was given."""
         offset: int | None = None
         while True:
+            with ExitStack() as stack:
+                opened = self._opened(stack, tail, offset)
+                if opened is None:  # a server of an earlier version
+                    yield from self._asked_again_and_again(tail)
+                    return
+                with suppress(ServerLost):  # while it was read: it is opened again where it broke off
+                    for event in opened:
+                        if event.name == "end":
+                            return
+                        if event.name == "error":
+                            raise ServerRefused(str(event.data["error"]["message"]), HTTPStatus.NOT_FOUND)
+                        offset = int(event.data["next_offset"])
+                        yield event.data
+            time.sleep(self._poll_s)
+
+    def _opened(self, stack: ExitStack, tail: int | None, offset: int | None) -> Iterator[Event] | None:
+        return self._look(lambda: stack.enter_context(self._server.follow(self._job_id, tail, offset)))
+
+    def _asked_again_and_again(self, tail: int | None) -> Iterator[dict[str, Any]]:
+        offset: int | None = None
+        while True:
             ended = state_of(self._look(lambda: self._server.status(self._job_id))).ended  # before its last output
             piece = self._piece(tail, offset)
             if piece["log_lines"]:
@@ -68,7 +92,7 @@ class Follower:
     def _piece(self, tail: int | None, offset: int | None) -> dict[str, Any]:
         return self._look(lambda: self._server.logs(self._job_id, tail=tail if offset is None else None, offset=offset))
 
-    def _look(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _look[Answer](self, ask: Callable[[], Answer]) -> Answer:
         lost_at: float | None = None
         while True:
             try:

@@ -2,19 +2,30 @@
 
 import ipaddress
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 import httpx
 
+from llama_stack_provider_moe.cli.sse import Event, events
 from llama_stack_provider_moe.errors import InvalidInput, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobs.state import JobState
 
 API = "/v1alpha/post-training"
+CHUNK_BYTES = 1 << 20
 _TIMES = httpx.Timeout(60.0, connect=10.0)
 # The server reads and checks every row of a job before it answers, however many there are.
 _NO_HURRY = httpx.Timeout(None, connect=10.0)
+
+
+class Sent(NamedTuple):
+    """What the server sends of a file."""
+
+    is_rest: bool  # else all of it
+    chunks: Iterator[bytes]
 
 
 class Server:
@@ -79,6 +90,67 @@ class Server:
         """Ask for a job to be cancelled."""
         self._ask("POST", _path(job_id, "/cancel"))
 
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Let a job go on: {job_uuid}."""
+        return self._document("POST", _path(job_id, "/resume"))
+
+    def delete(self, job_id: str) -> dict[str, Any]:
+        """Delete a job: {job_uuid, kept}."""
+        return self._document("DELETE", _path(job_id))
+
+    def artifact_files(self, job_id: str, name: str) -> dict[str, Any]:
+        """What an artifact consists of: {files}."""
+        return self._document("GET", _path(job_id, f"/artifacts/{quote(name, safe='')}"))
+
+    @contextmanager
+    def artifact_file(self, job_id: str, name: str, path: str, start: int, sha256: str) -> Iterator[Sent]:
+        """A file from byte `start` on, or all of it where it is not the one of this checksum."""
+        headers = {"Range": f"bytes={start}-", "If-Range": f'"{sha256}"'} if start else {}
+        # As it lies there: a proxy's compression would make ranges and sizes those of something else.
+        headers |= {"Accept": "*/*", "Accept-Encoding": "identity"}
+        view = f"/artifacts/{quote(name, safe='')}/{quote(path)}"
+        with self._streaming(_path(job_id, view), headers) as answer:
+            yield Sent(answer.status_code == HTTPStatus.PARTIAL_CONTENT, self._read(answer.iter_bytes(CHUNK_BYTES)))
+
+    @contextmanager
+    def follow(self, job_id: str, tail: int | None, offset: int | None) -> Iterator[Iterator[Event] | None]:
+        """Events of a job's output as they come; None from a server that has them not.
+
+        Args:
+            job_id: the job.
+            tail: lines to begin with.
+            offset: byte to begin at instead.
+        """
+        headers = {"Accept": "text/event-stream"} | ({} if offset is None else {"Last-Event-ID": str(offset)})
+        query = {"follow": True} | ({"tail": tail} if tail is not None and offset is None else {})
+        with self._streaming(_path(job_id, "/logs"), headers, query) as answer:
+            is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+            yield events(self._read(answer.iter_lines())) if is_stream else None
+
+    @contextmanager
+    def _streaming(
+        self, path: str, headers: dict[str, str], query: dict[str, Any] | None = None
+    ) -> Iterator[httpx.Response]:
+        with self._travelling(), self._http.stream("GET", path, headers=headers, params=query or {}) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise ServerRefused(self._refusal(answer), answer.status_code)
+            yield answer
+
+    def _read[Item](self, items: Iterator[Item]) -> Iterator[Item]:
+        with self._travelling():
+            yield from items
+
+    @contextmanager
+    def _travelling(self) -> Iterator[None]:
+        """What goes wrong on the way, said in our errors."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            raise ServerLost(f"no server answers at {self.url} ({_words(error)})", asked=False) from None
+        except httpx.RequestError as error:
+            raise ServerLost(f"{self.url} stopped answering ({_words(error)})", asked=True) from None
+
     def _document(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
         answer = self._ask(method, path, body, **query)
         if not isinstance(answer, dict):
@@ -89,15 +161,11 @@ class Server:
         # ASCII, whatever a template holds: half a surrogate pair has no UTF-8, and is the server's to refuse.
         content = None if body is None else json.dumps(body, allow_nan=False).encode("ascii")
         headers = {} if body is None else {"Content-Type": "application/json"}
-        try:
+        with self._travelling():
             answer = self._http.request(
                 method, path, content=content, headers=headers, timeout=_TIMES if body is None else _NO_HURRY,
                 params={name: value for name, value in query.items() if value is not None},
             )  # fmt: skip
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-            raise ServerLost(f"no server answers at {self.url} ({_words(error)})", asked=False) from None
-        except httpx.RequestError as error:
-            raise ServerLost(f"{self.url} stopped answering ({_words(error)})", asked=True) from None
         if answer.is_success:
             return self._parsed(answer)
         raise ServerRefused(self._refusal(answer), answer.status_code)

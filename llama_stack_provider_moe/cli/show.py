@@ -32,7 +32,7 @@ def jobs(listed: dict[str, Any]) -> RenderableType:
 
 def job(detail: dict[str, Any]) -> RenderableType:
     """A job whole, but for the spec, which only JSON shows."""
-    data = (detail["spec"] or {}).get("data", {})
+    data, resources = (detail["spec"] or {}).get("data", {}), _resources(detail)
     facts = [
         ("job", detail["job_uuid"]),
         ("status", standing(detail)),
@@ -45,7 +45,11 @@ def job(detail: dict[str, Any]) -> RenderableType:
         ("took", took(detail)),
         ("held out", held_out(detail)),
         ("experts", _experts(detail)),
+        ("tried", _tries(detail)),
+        ("stopped by", resources.get("stopped_by")),
+        ("GPUs", resources.get("devices")),
         ("folder", detail["folder"]),
+        ("on disk", size(resources["disk_bytes"]) if "disk_bytes" in resources else ""),
     ]
     grid = Table.grid(padding=(0, 2))
     for name, value in facts:
@@ -66,6 +70,21 @@ def artifacts(document: dict[str, Any]) -> RenderableType:
         for each in document["checkpoints"]
     ]  # fmt: skip
     return _table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
+
+
+def pulled(document: dict[str, Any]) -> str:
+    """How much was fetched."""
+    files = document["files"]
+    if not files:
+        return "no artifacts"
+    total, came = sum(file["bytes"] for file in files), sum(file["fetched"] for file in files)
+    return f"{len(files)} files, {size(total)}, of which {size(came)} had to come; every checksum is right"
+
+
+def deleted(document: dict[str, Any]) -> str:
+    """That a job is gone, and what of it is not."""
+    kept = document["kept"]
+    return f"job {document['job_uuid']} is deleted" + (f"; its checkpoints stay in {', '.join(kept)}" if kept else "")
 
 
 def validated(document: dict[str, Any]) -> RenderableType:
@@ -171,6 +190,11 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
 
 def _label(name: str) -> str:
     return "reward accuracy" if name == _ACCURACY else "loss"
+
+
+def _tries(detail: dict[str, Any]) -> str:
+    lost = _resources(detail).get("lost")
+    return f"{detail['attempts']} times; its process was lost {lost} times" if lost else ""
 
 
 def _experts(status: dict[str, Any]) -> str:

@@ -10,10 +10,12 @@ No other module names a host package. What differs:
 import asyncio
 import importlib.util
 import json
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import import_module
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from llama_stack_provider_moe.errors import InvalidInput, NotFound
 
@@ -32,7 +34,9 @@ _router_utils: Any = import_module(f"{HOST}_api.router_utils")
 Api: Any = _api.Api
 InlineProviderSpec: Any = _api.InlineProviderSpec
 PUBLIC_ROUTE_KEY: str = _router_utils.PUBLIC_ROUTE_KEY
-STANDARD_RESPONSES: dict[int | str, dict[str, Any]] = _router_utils.standard_responses
+
+Action = Literal["read", "update", "delete"]
+JOB_RESOURCE = "post_training_job"  # how rules of an access policy name our jobs: `post_training_job::*`
 
 POST_TRAINING: Any = Api.add("post_training")  # idempotent; the enum lacks it after llama-stack 0.6.1
 _HAS_DATASETS = "datasetio" in Api.__members__
@@ -58,6 +62,37 @@ def principal() -> str | None:
     request_headers: Any = import_module(f"{HOST}.core.request_headers")
     name = getattr(request_headers.get_authenticated_user(), "principal", None)
     return name if isinstance(name, str) and name else None
+
+
+def may_reach_every_job(policy: Sequence[Any], action: Action) -> bool:
+    """Whether the host's access policy allows the caller `action` on jobs that are somebody else's.
+
+    Asked as the host asks for its own resources, with the resource `post_training_job::*`. Without a policy, or
+    without authentication, nobody may: the host would then allow everything to everybody.
+
+    Args:
+        policy: `server.auth.access_policy` of the run YAML, as the host gives it to a provider.
+        action: what the caller is about to do.
+    """
+    if not policy or principal() is None:
+        return False
+    access_control: Any = import_module(f"{HOST}.core.access_control.access_control")
+    request_headers: Any = import_module(f"{HOST}.core.request_headers")
+    job = SimpleNamespace(type=JOB_RESOURCE, identifier="*", owner=SimpleNamespace(principal="", attributes={}))
+    actions: Any = import_module(f"{HOST}.core.access_control.datatypes").Action
+    return bool(
+        access_control.is_action_allowed(list(policy), actions(action), job, request_headers.get_authenticated_user())
+    )
+
+
+def is_stopping() -> bool:
+    """Whether the server was asked to end.
+
+    uvicorn, which serves every host, first waits for its connections, without a limit on 0.6.1, and then tells the
+    provider: a stream that lasts as long as a job must end of itself, or `llama stack run` hangs on SIGTERM.
+    """
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
 
 
 async def dataset_pages(

@@ -49,7 +49,9 @@ def _problem(
     name: Callable[[str], str],
     reworded: Callable[[str], str],
 ) -> str:
-    location = [part for part in error["loc"] if part not in ("body", "query")]
+    location = list(error["loc"])
+    if location and location[0] in ("body", "query", "header", "path"):
+        location.pop(0)
     if model is None and location and location[0] in RECIPES:
         model = RECIPES[location.pop(0)]
     path = name(".".join(map(str, location))) or "the body"

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.host import compat
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 
 ROWS_PER_PAGE = 1000
+MAX_ROWS = 10_000_000
 
 
 class _Checked(NamedTuple):
@@ -40,13 +41,15 @@ async def copy_rows(
 
     Raises:
         NotFound: no such data set.
-        InvalidInput: it can't be read, or has no rows.
+        InvalidInput: it can't be read, has no rows, or more than `MAX_ROWS`.
         InvalidRows: some of its rows can't be trained on; all of them were looked at.
     """
     pages: AsyncIterator[list[Any]] = compat.dataset_pages(deps, dataset_id, ROWS_PER_PAGE, field)
     total, count = 0, 0
     problems: list[RowProblem] = []
     async for page in pages:
+        if total + len(page) > MAX_ROWS:
+            raise InvalidInput(field, dataset_id, f"a data set of at most {MAX_ROWS:,} rows")
         checked = await asyncio.to_thread(_check, page, total + 1, recipe, row_format)
         total += len(page)
         count += checked.problem_count

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
-from llama_stack_provider_moe.host import compat, places, rows, views, wire
+from llama_stack_provider_moe.host import compat, files, places, rows, stream, timeline, views, wire
 from llama_stack_provider_moe.host.convert import Draft, draft
 from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
+from llama_stack_provider_moe.jobs import checkpoint_index, removal
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
@@ -45,11 +46,13 @@ class PostTrainingService:
     Args:
         config: the `config:` of the run YAML.
         deps: the host's APIs, for the rows of data sets.
+        policy: the host's access policy; see `compat.may_reach_every_job`.
     """
 
-    def __init__(self, config: ProviderConfig, deps: dict[Any, Any]) -> None:
+    def __init__(self, config: ProviderConfig, deps: dict[Any, Any], policy: Sequence[Any] = ()) -> None:
         self.config = config
         self._deps = deps
+        self._policy = policy
         self._staging = config.state_dir / "staging"
 
     async def initialize(self) -> None:
@@ -88,7 +91,7 @@ class PostTrainingService:
     async def validate(self, body: Any) -> wire.Validated:
         """All the checks of `submit`, and nothing else."""
         request = Draft(body)
-        spec = await self._checked(request, _owner())
+        spec = await self._checked(request)
         counted = await self._read_rows(request, spec, None)
         return wire.Validated(
             spec=spec.model_dump(mode="json"), train_rows=counted.train, validation_rows=counted.validation
@@ -96,7 +99,7 @@ class PostTrainingService:
 
     async def _create(self, request: Draft) -> wire.PostTrainingJob:
         owner = _owner()
-        spec = await self._checked(request, owner)
+        spec = await self._checked(request)
         staging = self._staging / uuid.uuid4().hex
         try:
             await asyncio.to_thread((staging / "data").mkdir, mode=0o700, parents=True)
@@ -109,7 +112,7 @@ class PostTrainingService:
         log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
         return wire.PostTrainingJob(job_uuid=job.id)
 
-    async def _checked(self, request: Draft, owner: str) -> SFTSpec | DPOSpec:
+    async def _checked(self, request: Draft) -> SFTSpec | DPOSpec:
         """The job in full, its names and places resolved; all but its rows is checked."""
         if not isinstance(request.body, dict):
             raise InvalidInput("the body", request.body, A_BODY)
@@ -117,14 +120,14 @@ class PostTrainingService:
             spec = JOB_SPEC.validate_python(self.config.defaults.under(request.body))
         except ValidationError as error:
             raise invalid_body(error.errors(), None, request.name, request.reworded) from None
-        return await asyncio.to_thread(self._placed, request, spec, owner)
+        return await asyncio.to_thread(self._placed, request, spec, self._whose("read"))
 
-    def _placed(self, request: Draft, spec: SFTSpec | DPOSpec, owner: str) -> SFTSpec | DPOSpec:
+    def _placed(self, request: Draft, spec: SFTSpec | DPOSpec, whose: str | None) -> SFTSpec | DPOSpec:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
         self._must_be_free(job_id)
 
         def may_use_job(name: str) -> None:
-            self.store.get(name, owner)
+            self.store.get(name, whose)
 
         places_found: dict[str, str] = {
             "job_uuid": job_id,
@@ -174,7 +177,8 @@ class PostTrainingService:
                 shutil.rmtree(folder)
             staging.rename(folder)
             try:
-                return self.store.submit(spec.job_uuid, owner, spec.recipe, spec.model, str(folder))
+                gpus = spec.resources.gpus
+                return self.store.submit(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -197,7 +201,7 @@ class PostTrainingService:
 
     async def jobs(self, limit: int, after: str | None) -> wire.ListPostTrainingJobsResponse:
         """The caller's jobs, newest first; `after` is the last one of the page before."""
-        found = await asyncio.to_thread(self.store.list, _owner(), limit + 1, after)
+        found = await asyncio.to_thread(self.store.list, self._whose("read"), limit + 1, after)
         return wire.ListPostTrainingJobsResponse(
             data=[views.line(job) for job in found[:limit]], has_more=len(found) > limit
         )
@@ -217,15 +221,69 @@ class PostTrainingService:
             lambda job: wire.PostTrainingJobArtifactsResponse(job_uuid=job.id, checkpoints=views.checkpoints(job)),
         )
 
+    async def artifact(self, job_id: str, name: str) -> wire.ArtifactFiles:
+        """The files of an artifact."""
+        return await self._about(job_id, lambda job: files.listing(job, name))
+
+    async def artifact_file(self, job_id: str, name: str, path: str) -> files.File:
+        """One file of an artifact."""
+        return await self._about(job_id, lambda job: files.file(job, name, path))
+
     async def logs(self, job_id: str, tail: int, offset: int | None) -> wire.PostTrainingJobLogStream:
         """Lines of a job's output."""
         return await self._about(job_id, lambda job: views.log(job, tail, offset))
 
+    async def follow(self, job_id: str, tail: int, offset: int | None) -> AsyncIterator[bytes]:
+        """The output of a job as server-sent events; see `stream`."""
+        whose = self._whose("read")
+
+        def look(start: int | None) -> stream.Look:
+            job = self.store.get(job_id, whose)  # before its output, so that none is missed at the end
+            return stream.Look(job.state, views.log(job, tail, start))
+
+        await asyncio.to_thread(self.store.get, job_id, whose)
+        return stream.output(look, offset)
+
+    async def events(self, job_id: str, cursor: int, limit: int) -> wire.Events:
+        """A page of a job's events."""
+        return await self._about(job_id, lambda job: timeline.page(job.id, _folder(job).events, cursor, limit))
+
+    async def metrics(
+        self, job_id: str, names: set[str] | None, since_step: int | None, limit: int
+    ) -> wire.MetricSeries:
+        """What a job's steps measured."""
+        return await self._about(
+            job_id, lambda job: timeline.metrics(job.id, _folder(job).events, names, since_step, limit)
+        )
+
     async def cancel(self, job_id: str) -> None:
         """Ask for a job to be cancelled; asking again changes nothing."""
-        job = await asyncio.to_thread(self.store.request_cancel, job_id, _owner())
+        job = await asyncio.to_thread(self.store.request_cancel, job_id, self._whose("update"))
         if not job.state.ended:
             await asyncio.to_thread(self._see_to_jobs)
+
+    async def resume(self, job_id: str) -> wire.PostTrainingJob:
+        """Let a cancelled or failed job go on from its last valid checkpoint."""
+        await asyncio.to_thread(self._resume, job_id, self._whose("update"))
+        log.info("job %s: resumed", job_id)
+        return wire.PostTrainingJob(job_uuid=job_id)
+
+    def _resume(self, job_id: str, whose: str | None) -> None:
+        job = self.store.get(job_id, whose)
+        if job.state in (JobState.FAILED, JobState.CANCELLED):
+            _must_have_checkpoint(job)
+        self.store.resume(job_id, whose)  # has its own words for the other states
+        self._see_to_jobs()
+
+    async def delete(self, job_id: str) -> wire.DeletedJob:
+        """Forget a job that has ended, with its folder; a `checkpoint_dir` elsewhere stays."""
+        return await asyncio.to_thread(self._delete, job_id, self._whose("delete"))
+
+    def _delete(self, job_id: str, whose: str | None) -> wire.DeletedJob:
+        elsewhere = views.places(self.store.get(job_id, whose))[1:]
+        removal.remove(self.store, self.config, job_id, whose)
+        log.info("job %s: deleted", job_id)
+        return wire.DeletedJob(job_uuid=job_id, kept=[str(path) for path in elsewhere if path.exists()])
 
     async def health(self) -> wire.Health:
         """Whether jobs can be taken and run."""
@@ -237,13 +295,34 @@ class PostTrainingService:
         alive = self.store.live_supervisor() is not None
         return wire.Health(status="ok", store="ok", supervisor="alive" if alive else "none", jobs=self.store.counts())
 
+    def _whose(self, action: compat.Action) -> str | None:
+        """The owner whose jobs the caller may reach; None: everybody's."""
+        return None if compat.may_reach_every_job(self._policy, action) else _owner()
+
     async def _about[Answer](self, job_id: str, view: Callable[[Job], Answer]) -> Answer:
-        owner = _owner()
+        whose = self._whose("read")
 
         def look() -> Answer:
-            return view(self.store.get(job_id, owner))
+            return view(self.store.get(job_id, whose))
 
         return await asyncio.to_thread(look)
+
+
+def _must_have_checkpoint(job: Job) -> None:
+    folder = _folder(job)
+    found = checkpoint_index.checkpoint_folders(folder, folder.read_spec()) if folder.spec.exists() else []
+    reasons = []
+    for path in found:
+        why = checkpoint_index.verify(path)
+        if why is None:
+            return
+        reasons.append(f"{path.name}: {why}")
+    told = f"none of its checkpoints is whole ({'; '.join(reasons[:3])})" if found else "it has saved no checkpoint"
+    raise Conflict(f"job {job.id!r} can't be resumed: {told}; submit it again")
+
+
+def _folder(job: Job) -> JobFolder:
+    return JobFolder(Path(job.folder))
 
 
 def _owner() -> str:

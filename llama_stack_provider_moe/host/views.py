@@ -1,6 +1,8 @@
 """A job in the store and the files of its folder -> the API's answers. Reads only; every read is bounded."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from llama_stack_provider_moe.host.wire import (
     PostTrainingJobLogStream,
     PostTrainingJobStatusResponse,
 )
-from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder
 from llama_stack_provider_moe.jobs.output import printable
 from llama_stack_provider_moe.jobs.progress import progress
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
@@ -43,8 +45,10 @@ def detail(job: Job, store: JobStore) -> JobDetail:
     """A job whole."""
     folder = JobFolder(Path(job.folder))
     manifest = folder.read_manifest()
+    facts = _status(job, store)
+    facts["resources_allocated"]["disk_bytes"] = disk_bytes(job)
     return JobDetail(
-        **_status(job, store),
+        **facts,
         recipe=job.recipe,
         model=job.model,
         cancel_requested_at=job.cancel_requested_at,
@@ -57,9 +61,35 @@ def detail(job: Job, store: JobStore) -> JobDetail:
     )
 
 
+def places(job: Job) -> list[Path]:
+    """Where a job keeps files: its folder, and beside it the job's own part of a `checkpoint_dir`."""
+    folder = JobFolder(Path(job.folder))
+    try:
+        checkpoints = folder.checkpoints(folder.read_spec())
+    except FileNotFoundError:
+        return [folder.root]
+    return [folder.root] if checkpoints.is_relative_to(folder.root) else [folder.root, checkpoints]
+
+
+def disk_bytes(job: Job) -> int:
+    """Bytes of all files of a job, those of its checkpoints elsewhere too; a file linked twice counts once."""
+    sizes = {}
+    for root in places(job):
+        for parent, _, names in os.walk(root):
+            for name in names:
+                with suppress(FileNotFoundError):  # a checkpoint that is pruned now
+                    found = os.lstat(os.path.join(parent, name))
+                    sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def artifacts(job: Job) -> tuple[Artifact, ...]:
+    """What a job has left; while it runs, what it has saved so far."""
+    return job.artifacts if job.state.ended else saved_artifacts(JobFolder(Path(job.folder)))
+
+
 def checkpoints(job: Job) -> list[Checkpoint]:
     """What a job has left, as the API's checkpoints; while it runs, what it has saved so far."""
-    artifacts = job.artifacts if job.state.ended else saved_artifacts(JobFolder(Path(job.folder)))
     return [
         Checkpoint(
             identifier=artifact.identifier,
@@ -72,7 +102,7 @@ def checkpoints(job: Job) -> list[Checkpoint]:
             step=artifact.step,
             bytes=artifact.bytes,
         )
-        for artifact in artifacts
+        for artifact in artifacts(job)
     ]
 
 
@@ -92,7 +122,8 @@ def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
         file.seek(start)
         data = file.read(LOG_WINDOW_BYTES)
     whole = data.rfind(b"\n") + 1
-    if job.state.ended or (not whole and len(data) == LOG_WINDOW_BYTES):
+    is_last = job.state.ended and len(data) < LOG_WINDOW_BYTES
+    if is_last or (not whole and len(data) == LOG_WINDOW_BYTES):
         whole = len(data)
     lines = [printable(_last_version(text)) for text in data[:whole].decode("utf-8", "replace").split("\n")]
     if lines and not lines[-1]:
@@ -106,6 +137,7 @@ def _status(job: Job, store: JobStore) -> dict[str, Any]:
     resources = progress(job, JobFolder(Path(job.folder)))
     if job.state is JobState.SCHEDULED:
         resources["queue_position"] = store.queue_position(job.id)
+    resources |= {"lost": job.lost, "devices": job.devices, "stopped_by": job.stopped_by}
     if job.reason is not None:
         resources["reason"] = job.reason
     return {

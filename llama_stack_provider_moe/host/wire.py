@@ -5,10 +5,11 @@ every host. What we add is optional: the blocks `moe`, `adapter` and `options`, 
 Requests carry types only; the defaults and ranges stand in `spec`, where `host.convert` takes a request.
 """
 
+import math
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
@@ -19,6 +20,16 @@ AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schem
 MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(Options.model_json_schema())]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
+
+
+def _spelled(value: float) -> float | str:
+    """JSON has no NaN and no infinity, and a diverged loss must not become "not known": they are given as text."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+Figure = Annotated[float, PlainSerializer(_spelled, return_type=float | Literal["NaN", "Infinity", "-Infinity"])]
 
 
 class Wire(BaseModel):
@@ -146,6 +157,18 @@ class PreferenceOptimizeRequest(Wire):
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
 
 
+class ErrorMessage(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="For a person: the field, its value, what would be right.")
+
+
+class Error(BaseModel):
+    """The answer of every request that was refused or failed."""
+
+    error: ErrorMessage
+
+
 class CancelTrainingJobRequest(Wire):
     """Body of the old family's cancel route."""
 
@@ -209,12 +232,58 @@ class PostTrainingJobArtifactsResponse(BaseModel):
     checkpoints: list[Checkpoint] = Field(default_factory=list)
 
 
+class ArtifactFile(BaseModel):
+    """One file of an artifact."""
+
+    path: str = Field(description="Within the artifact, with `/`; ends the URL that it is fetched by.")
+    bytes: int
+    sha256: str = Field(description="Of the file as the job wrote it.")
+
+
+class ArtifactFiles(BaseModel):
+    """What an artifact consists of."""
+
+    identifier: str
+    kind: str
+    bytes: int
+    files: list[ArtifactFile]
+
+
 class PostTrainingJobLogStream(BaseModel):
     """Lines of a job's output; `next_offset` is the `offset` of the next look."""
 
     job_uuid: str
     log_lines: list[str]
     next_offset: int = Field(description="Bytes of the output up to here.")
+
+
+class Events(BaseModel):
+    """A page of a job's events, as its training processes wrote them; oldest first."""
+
+    job_uuid: str
+    events: list[dict[str, Any]] = Field(
+        description="Each has `type` and `time`; a run that was resumed has all tries."
+    )
+    cursor: int = Field(description="`cursor` of the next page; the same again where there is nothing new.")
+    unreadable: int = Field(description="Lines that are no events, such as one that a full disk cut short.")
+
+
+class EvaluationPoint(BaseModel):
+    """Figures on the held-out rows after a step; 0: before training."""
+
+    step: int
+    epoch: Figure
+    metrics: dict[str, Figure]
+
+
+class MetricSeries(BaseModel):
+    """What a job's steps measured, as columns of equal length; steps that were undone by a resumption are left out."""
+
+    job_uuid: str
+    steps: list[int] = Field(description="Optimiser steps, rising.")
+    epoch: list[Figure]
+    metrics: dict[str, list[Figure | None]] = Field(description="By name; null where a step has no such figure.")
+    evaluations: list[EvaluationPoint]
 
 
 class JobDetail(PostTrainingJobStatusResponse):
@@ -224,11 +293,17 @@ class JobDetail(PostTrainingJobStatusResponse):
     model: str
     cancel_requested_at: datetime | None
     attempts: int
-    reason: str | None = Field(description="Why it failed, or was cancelled.")
+    reason: str | None = Field(description="Why it failed or was cancelled, or is tried again.")
     folder: str
     spec: dict[str, Any] | None = Field(description="The job in full, defaults filled in.")
     resolved: dict[str, Any] | None = Field(description="What was decided from the model, once it is loaded.")
     summary: dict[str, float] | None = Field(description="Final figures of a completed job.")
+
+
+class DeletedJob(PostTrainingJob):
+    """A job that is no more."""
+
+    kept: list[str] = Field(description="Folders that were left: checkpoints in a `checkpoint_dir`.")
 
 
 class Validated(BaseModel):

@@ -12,6 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
 
+StoppedBy = Literal["time_budget", "early_stopping"]
+
+# Of an earlier start of a job they say nothing about how the present one does.
+_ENDS = ("failed", "finished", "cancelled")
+
 
 def now() -> datetime:
     """This moment, in UTC; every time of ours is aware."""
@@ -31,6 +36,17 @@ class Started(_Event):
     type: Literal["started"] = "started"
     pid: int
     versions: dict[str, str] = Field(description="Distribution name to version, and the device.")
+
+
+class Resumed(_Event):
+    """A later start of the same job goes on from a checkpoint; steps after `step` that were written before are undone.
+
+    A run that begins again from the model itself, for want of a checkpoint, resumes at step 0.
+    """
+
+    type: Literal["resumed"] = "resumed"
+    step: int
+    checkpoint: str | None = Field(description="Name of the checkpoint, None at step 0.")
 
 
 class Plan(_Event):
@@ -108,7 +124,8 @@ class Finished(_Event):
     """All done; the manifest follows."""
 
     type: Literal["finished"] = "finished"
-    train_seconds: float
+    train_seconds: float = Field(description="Of this job's training, over all its starts.")
+    stopped_by: StoppedBy | None = Field(default=None, description="What ended it before its last step.")
 
 
 class Cancelled(_Event):
@@ -119,7 +136,7 @@ class Cancelled(_Event):
 
 
 Event = Annotated[
-    Started | Plan | Step | Routing | Evaluation | Saved | Message | Failed | Finished | Cancelled,
+    Started | Resumed | Plan | Step | Routing | Evaluation | Saved | Message | Failed | Finished | Cancelled,
     Discriminator("type"),
 ]
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)
@@ -176,7 +193,10 @@ def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
 
 
 def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
-    """The newest event of each type among the last `window_bytes` of the file, by its type's name."""
+    """The newest event of each type among the last `window_bytes` of the file, by its type's name.
+
+    How an earlier start of the job ended is left out: a resumed job has not failed.
+    """
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -190,6 +210,9 @@ def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
     while True:
         page = read(path, start)
         for event in page.events:
+            if event.type == "started":
+                for end in _ENDS:
+                    newest.pop(end, None)
             newest[event.type] = event
         if page.cursor == start:
             return newest

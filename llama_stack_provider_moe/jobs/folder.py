@@ -7,7 +7,7 @@ jobs/<job_uuid>/
   resolved.json        what was decided from the model (layout, targets ...)  written by the child
   events.jsonl         typed events, one a line                               written by the child
   output.log           standard output and error of the child                 written by the child
-  checkpoints/<name>/  one a finished epoch, or elsewhere by `checkpoint_dir` written by the child
+  checkpoints/<name>/  `epoch-N`, `step-N`; or elsewhere by `checkpoint_dir`  written by the child
   artifacts/adapter/   the final adapter, loadable by plain PEFT              written by the child
   artifacts/model/     the final model, where all weights were trained        written by the child
   artifacts/merged/    base plus adapter, on request                          written by the child
@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from llama_stack_provider_moe.jobs.events import StoppedBy
 from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
 
 
@@ -53,6 +54,7 @@ class Manifest(Block):
     job_uuid: str
     artifacts: list[Artifact]
     summary: dict[str, float] = Field(description="Final figures, by the names of the step metrics.")
+    stopped_by: StoppedBy | None = Field(default=None, description="What ended training before its last step.")
 
 
 class JobFolder:

@@ -1,4 +1,4 @@
-"""How a job ended, told from what its training process left behind."""
+"""How a job's process ended, and what becomes of the job; told from what the process left behind."""
 
 import signal
 from pathlib import Path
@@ -14,24 +14,35 @@ from llama_stack_provider_moe.jobs.store import Job
 
 REASON_LIMIT = 2000  # characters
 _OUTPUT_LIMIT_BYTES = 1000
-_CANCEL_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL)
+_OUT_OF_MEMORY = (
+    "the training process was killed by the kernel: out of memory (the machine's, not a GPU's); a smaller "
+    "`data.batch_size` or `options.max_length`, a LoRA instead of all weights, fewer jobs at a time "
+    "(`supervisor.max_concurrent_jobs`) or more memory will help"
+)
 
 
 class Outcome(NamedTuple):
-    """What `JobStore.move` is told."""
+    """What the store is told: an end for `JobStore.move`, or `scheduled` for `JobStore.requeue`."""
 
     state: JobState
     reason: str | None
     artifacts: tuple[Artifact, ...]
+    stopped_by: str | None = None
 
 
-def outcome(job: Job, end: Exit) -> Outcome:
-    """The end of a job whose training process is gone.
+def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None) -> Outcome:
+    """What becomes of a job whose training process is gone.
 
-    Completed: it left a manifest, and exit code 0 where that is known; the signal of a cancel that reached it between
-    the two spoils nothing. Else cancelled, if that was asked for; else
-    failed, with the reason the process gave, or what can be told of its death. Checkpoints that were finished before
-    are its artifacts in any case.
+    Completed: it left a manifest, and no exit code that says otherwise; a signal that reached it after that spoils
+    nothing. Else cancelled, if that was asked for. Else failed, if we gave it up, it gave a reason itself, ended with
+    an exit code of its own, or ran out of memory: it would do the same again. Else it was lost, and is tried again
+    unless that has happened `max_attempts` times. Checkpoints that were finished are its artifacts in any case.
+
+    Args:
+        job: as it is in the store.
+        end: how its process ended.
+        max_attempts: see `SupervisorConfig`.
+        given_up: why the supervisor stopped it, where it did.
     """
     folder = JobFolder(Path(job.folder))
     damage: str | None = None
@@ -39,14 +50,24 @@ def outcome(job: Job, end: Exit) -> Outcome:
         manifest = _manifest(job, folder)
     except (OSError, ValueError) as error:
         manifest, damage = None, f"the training process left a manifest that can't be read: {error}"
-    well_ended = end.code in (0, None) or (job.cancel_requested_at is not None and end.code in _CANCEL_SIGNALS)
-    if manifest is not None and well_ended:
-        return Outcome(JobState.COMPLETED, None, tuple(manifest.artifacts))
+    if manifest is not None and (end.code is None or end.code <= 0):
+        return Outcome(JobState.COMPLETED, None, tuple(manifest.artifacts), manifest.stopped_by)
     saved = saved_artifacts(folder)
     if job.cancel_requested_at is not None:
         return Outcome(JobState.CANCELLED, _where_cancelled(folder), saved)
-    reason = damage or _reason_given(folder) or _death(folder, end)
-    return Outcome(JobState.FAILED, printable(reason)[:REASON_LIMIT], saved)
+    newest = latest(folder.events)
+    reason = given_up or damage or (newest["failed"].reason if "failed" in newest else None)
+    state = JobState.FAILED
+    if reason is None:
+        what = _death(end, asked_to_stop="cancelled" in newest)
+        # Asked to stop, but not by us: whoever shuts the machine down.
+        if not end.out_of_memory and (end.code is None or end.code < 0 or "cancelled" in newest):
+            again = job.lost + 1 < max_attempts
+            what += f" ({job.lost + 1} of at most {max_attempts} starts lost{'; it is tried again' if again else ''})"
+            state = JobState.SCHEDULED if again else JobState.FAILED
+        last = tail(folder.output, _OUTPUT_LIMIT_BYTES).strip()
+        reason = f"{what}; last output: {last}" if last else f"{what}; it printed nothing"
+    return Outcome(state, printable(reason)[:REASON_LIMIT], saved)
 
 
 def _manifest(job: Job, folder: JobFolder) -> Manifest | None:
@@ -65,21 +86,15 @@ def _where_cancelled(folder: JobFolder) -> str:
     return "cancelled before the first step"
 
 
-def _reason_given(folder: JobFolder) -> str | None:
-    failed = latest(folder.events).get("failed")
-    return None if failed is None else failed.reason
-
-
-def _death(folder: JobFolder, end: Exit) -> str:
+def _death(end: Exit, asked_to_stop: bool) -> str:
+    if end.out_of_memory:
+        return _OUT_OF_MEMORY
+    if asked_to_stop:
+        return "the training process was asked to stop by a signal that did not come from here, and saved a checkpoint"
     if end.code is None:
-        text = "the training process ended while no supervisor watched it"
-    elif end.code == 0:
-        text = "the training process ended without a manifest, though with exit code 0"
-    elif end.code > 0:
-        text = f"the training process ended with exit code {end.code}"
-    elif -end.code == signal.SIGKILL:
-        text = "the training process was killed by SIGKILL (out of memory?)"
-    else:
-        text = f"the training process was killed by {signal.Signals(-end.code).name}"
-    last = tail(folder.output, _OUTPUT_LIMIT_BYTES).strip()
-    return f"{text}; last output: {last}" if last else f"{text}; it printed nothing"
+        return "the training process ended while no supervisor watched it"
+    if end.code == 0:
+        return "the training process ended without a manifest, though with exit code 0"
+    if end.code > 0:
+        return f"the training process ended with exit code {end.code}"
+    return f"the training process was killed by {signal.Signals(-end.code).name}"

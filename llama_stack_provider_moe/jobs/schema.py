@@ -5,8 +5,9 @@ something to lock.
 """
 
 import os
+import sqlite3
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from sqlalchemy import (
     inspect,
     select,
     text,
+    update,
 )
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from llama_stack_provider_moe.errors import InvalidInput
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 15
 # Any number of ours will do; every process that opens the store must use the same one.
 _POSTGRES_SCHEMA_LOCK = 0x6D6F65
@@ -88,6 +90,16 @@ jobs_table = Table(
     Column("pid", Integer),
     Column("pid_birth", Double),
     Column("folder", Text, nullable=False),
+    Column("queued_at", UtcDateTime, nullable=False),
+    Column("lost", Integer, nullable=False, default=0),
+    Column("stopped_by", String(64)),
+    Column("gpus", Integer),
+    Column("devices", Text),
+    # Its place in the queue, see `queue`; counted, for the same reason as `seq`.
+    Column("turn", Integer, nullable=False),
+    Index("moe_jobs_state_owner_turn", "state", "owner", "turn"),
+    Index("moe_jobs_owner_started_at", "owner", "started_at"),
+    Index("moe_jobs_ended_at", "ended_at"),
     Index("moe_jobs_state_seq", "state", "seq"),
     Index("moe_jobs_owner_seq", "owner", "seq"),
     sqlite_autoincrement=True,
@@ -101,15 +113,18 @@ supervisor_table = Table(
     Column("pid", Integer),
     Column("beat_at", UtcDateTime),
     Column("lease_s", Double),
+    Column("turns", Integer, nullable=False, server_default="0"),  # given out so far
 )
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for `url`, its schema made or checked.
+    """An engine for `url`, its schema made, migrated or checked.
 
     SQLite gets its folder (0700) and file (0600), WAL, foreign keys and a busy timeout. Transactions of an engine
     made by `engine.execution_options(writes=True)` take SQLite's write lock when they begin: one that reads first
     and asks for the lock later is refused at once when another wrote in between, whatever the busy timeout.
+
+    Tables of an older version are migrated, in the transaction that finds them.
 
     Raises:
         InvalidInput: `url` is no SQLAlchemy URL, names a database that lives in one process's memory, or holds a
@@ -120,7 +135,8 @@ def open_engine(url: str) -> Engine:
     except ArgumentError:
         raise InvalidInput("store_url", url, "an SQLAlchemy URL, such as 'sqlite:////path/jobs.db'") from None
     if parsed.get_backend_name() != "sqlite":
-        engine = create_engine(parsed, pool_pre_ping=True)
+        # Whatever the server's default: one who waited for a row's lock must then see what its holder did.
+        engine = create_engine(parsed, pool_pre_ping=True, isolation_level="READ COMMITTED")
     else:
         if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
             raise InvalidInput("store_url", url, "a file: the supervisor is another process and must see the jobs")
@@ -130,7 +146,7 @@ def open_engine(url: str) -> Engine:
         event.listen(engine, "begin", _on_sqlite_begin)
     try:
         with engine.execution_options(writes=True).begin() as connection:
-            _make_or_check_schema(connection)
+            _bring_schema_up(connection)
     except BaseException:
         engine.dispose()
         raise
@@ -138,7 +154,7 @@ def open_engine(url: str) -> Engine:
 
 
 def _make_private_file(path: Path) -> None:
-    """Make an empty database that only this user can read; SQLite gives its -wal and -shm files the same mode.
+    """Make an empty WAL database that only this user can read; SQLite gives its -wal and -shm files the same mode.
 
     Never by opening `path`: closing a file drops all locks that this process holds on it, those of its SQLite
     connections too (sqlite.org/howtocorrupt.html, 2.2). The next process to leave would then take itself for the last
@@ -149,6 +165,10 @@ def _make_private_file(path: Path) -> None:
         return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
+    # In WAL mode from the first moment it is seen: of two processes that both change the mode of a new file, SQLite
+    # refuses one at once ("database is locked"), whatever the busy timeout.
+    with closing(sqlite3.connect(name)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
     with suppress(FileExistsError):  # made by another process meanwhile
         os.link(name, path)
     os.unlink(name)
@@ -170,7 +190,7 @@ def _on_sqlite_begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _make_or_check_schema(connection: Connection) -> None:
+def _bring_schema_up(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         # Two servers that start at once would both find no table and both make it.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRES_SCHEMA_LOCK})
@@ -180,10 +200,17 @@ def _make_or_check_schema(connection: Connection) -> None:
         connection.execute(insert(supervisor_table).values(id=1))
         return
     version = connection.execute(select(schema_table.c.version)).scalar_one()
-    if version != SCHEMA_VERSION:
+    if version == SCHEMA_VERSION:
+        return
+    if version > SCHEMA_VERSION:
         raise InvalidInput(
             "store_url",
             connection.engine.url.render_as_string(hide_password=True),
             f"a store of schema version {SCHEMA_VERSION}; this one has version {version}, so another version of "
             "llama-stack-provider-moe made it: run that one, or name another store",
         )
+    # Here, and not above: hardly any start needs alembic, and every start would pay for its import.
+    from llama_stack_provider_moe.jobs.migrations import migrate
+
+    migrate(connection, version)
+    connection.execute(update(schema_table).values(version=SCHEMA_VERSION))

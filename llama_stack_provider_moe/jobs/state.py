@@ -16,16 +16,19 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True where no further move exists."""
-        return not MOVES[self]
+        """True where nothing happens any more unless somebody resumes the job."""
+        return self in ENDED
 
+
+ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
 
 MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.SCHEDULED: frozenset({JobState.IN_PROGRESS, JobState.CANCELLED, JobState.FAILED}),
-    JobState.IN_PROGRESS: frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
+    # Back to `scheduled`: its process was lost, and it is tried again.
+    JobState.IN_PROGRESS: frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.SCHEDULED}),
     JobState.COMPLETED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.FAILED: frozenset({JobState.SCHEDULED}),  # resumed
+    JobState.CANCELLED: frozenset({JobState.SCHEDULED}),  # resumed
 }
 
 

@@ -4,47 +4,33 @@ Every method is one transaction. Reads are cheap; writes of two processes are se
 claimed once and a move is checked against the state it really leaves.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic import TypeAdapter
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, PoolProxiedConnection, Row, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.errors import Conflict
+from llama_stack_provider_moe.jobs import queue
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact
+from llama_stack_provider_moe.jobs.record import ARTIFACTS, Job, as_job, change, find
 from llama_stack_provider_moe.jobs.schema import jobs_table, open_engine, supervisor_table
-from llama_stack_provider_moe.jobs.state import JobState, check_move
+from llama_stack_provider_moe.jobs.state import ENDED, JobState, check_move
+
+__all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor"]
 
 CANCELLED_WAITING = "cancelled before it began"
-_ARTIFACTS: TypeAdapter[tuple[Artifact, ...]] = TypeAdapter(tuple[Artifact, ...])
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as the store knows it; what it is asked to do stands in its folder."""
-
-    id: str
-    owner: str
-    recipe: str
-    model: str
-    state: JobState
-    scheduled_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
-    cancel_requested_at: datetime | None
-    attempts: int  # times it was claimed
-    reason: str | None
-    artifacts: tuple[Artifact, ...]
-    supervisor: str | None  # the one that claimed it
-    pid: int | None  # of the training process, which leads its own session and process group
-    pid_birth: float | None  # see `processes.birth`
-    folder: str  # absolute
-
+_CANCELLED_AGAIN = "cancelled while it waited to go on"
 
 Jobs = list[Job]  # `JobStore.list` hides the built-in inside that class
+# A job that goes back into the queue. Its artifacts stay: what it saved is still there if it is cancelled now.
+_WAITS: dict[str, Any] = {
+    "state": JobState.SCHEDULED.value, "ended_at": None, "cancel_requested_at": None, "stopped_by": None,
+    "devices": None, "supervisor": None, "pid": None, "pid_birth": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,9 +52,14 @@ class JobStore:
     def __init__(self, url: str) -> None:
         self._reading = open_engine(url)
         self._writing = self._reading.execution_options(writes=True)
+        self._looking: PoolProxiedConnection | None = None
+        self._version: int | None = None
 
     def close(self) -> None:
         """Close every connection; the store can't be used afterwards by other threads either."""
+        if self._looking is not None:
+            self._looking.close()
+            self._looking = None
         self._reading.dispose()
 
     def check(self) -> None:
@@ -84,30 +75,56 @@ class JobStore:
             return False
         return True
 
+    def has_changed(self) -> bool:
+        """False where nothing at all was written since the last call; for one caller, the supervisor.
+
+        A look at a number in shared memory (sqlite.org/pragma.html#pragma_data_version), some 400 times cheaper than
+        the queries that find nothing to do. PostgreSQL has no such number: always True.
+        """
+        if self._reading.dialect.name != "sqlite":
+            return True
+        if self._looking is None:
+            # One of its own, which never writes and never is in a transaction: it would not see its own changes.
+            self._looking = self._reading.raw_connection()
+        cursor = self._looking.cursor()
+        cursor.execute("PRAGMA data_version")
+        before, self._version = self._version, cursor.fetchone()[0]
+        cursor.close()
+        return before != self._version
+
     # Jobs, as their owners see them. `owner=None` stands for any owner: the supervisor, an administrator.
 
-    def submit(self, job_id: str, owner: str, recipe: str, model: str, folder: str) -> Job:
-        """Insert a job as `scheduled`.
+    def submit(self, job_id: str, owner: str, recipe: str, model: str, folder: str, gpus: int | None = None) -> Job:
+        """Insert a job as `scheduled`, the last in its owner's queue.
+
+        Args:
+            job_id: unique among all owners' jobs.
+            owner: who alone will see it.
+            recipe: what kind of training, for lists.
+            model: what is trained, for lists.
+            folder: absolute path of its folder.
+            gpus: devices it asks for; None: one where the machine that runs it has any, else the CPU.
 
         Raises:
             Conflict: the id is taken, by whomever.
         """
-        values = {"id": job_id, "owner": owner, "recipe": recipe, "model": model, "folder": folder}
+        values: dict[str, Any] = {
+            "id": job_id, "owner": owner, "recipe": recipe, "model": model, "folder": folder, "gpus": gpus,
+            "state": JobState.SCHEDULED.value,
+        }  # fmt: skip
         try:
             with self._writing.begin() as connection:
-                # PostgreSQL: waits for a supervisor that is just leaving, see `release_lease`.
-                connection.execute(select(supervisor_table.c.id).with_for_update(read=True))
-                connection.execute(
-                    insert(jobs_table).values(state=JobState.SCHEDULED.value, scheduled_at=now(), **values)
-                )
-                return _one(connection, job_id)
+                turn, moment = _next_turn(connection), now()
+                values |= {"scheduled_at": moment, "queued_at": moment, "turn": turn}
+                connection.execute(insert(jobs_table).values(values))
+                return as_job(find(connection, job_id))
         except IntegrityError:
             raise Conflict(f"job {job_id!r} exists already; leave out job_uuid or choose another") from None
 
     def get(self, job_id: str, owner: str | None) -> Job:
         """The job, or `NotFound`, also when it is another owner's."""
         with self._reading.begin() as connection:
-            return _one(connection, job_id, owner)
+            return as_job(find(connection, job_id, owner))
 
     def list(self, owner: str | None, limit: int = 1000, after: str | None = None) -> Jobs:
         """At most `limit` jobs, newest first; `after`: id of the last one of the page before (else `NotFound`)."""
@@ -116,8 +133,8 @@ class JobStore:
             query = query.where(jobs_table.c.owner == owner)
         with self._reading.begin() as connection:
             if after is not None:
-                query = query.where(jobs_table.c.seq < _row(connection, after, owner).seq)
-            return [_job(row) for row in connection.execute(query)]
+                query = query.where(jobs_table.c.seq < find(connection, after, owner).seq)
+            return [as_job(row) for row in connection.execute(query)]
 
     def request_cancel(self, job_id: str, owner: str | None) -> Job:
         """Ask for a job to be cancelled, any number of times.
@@ -129,10 +146,10 @@ class JobStore:
             Conflict: it has completed or failed.
         """
         with self._writing.begin() as connection:
-            row = _row(connection, job_id, owner, lock=True)
+            row = find(connection, job_id, owner, lock=True)
             state = JobState(row.state)
             if state is JobState.CANCELLED or (state is JobState.IN_PROGRESS and row.cancel_requested_at):
-                return _job(row)
+                return as_job(row)
             check_move(job_id, state, JobState.CANCELLED)
             moment = now()
             changes: dict[str, Any] = {"cancel_requested_at": moment}
@@ -140,18 +157,65 @@ class JobStore:
                 changes |= {
                     "state": JobState.CANCELLED.value,
                     "ended_at": moment,
-                    "reason": CANCELLED_WAITING,
+                    "reason": _CANCELLED_AGAIN if row.attempts else CANCELLED_WAITING,
                 }
-            return _change(connection, row, changes)
+            return change(connection, row, changes)
+
+    def resume(self, job_id: str, owner: str | None) -> Job:
+        """Put a cancelled or failed job back into the queue, the last of its owner's.
+
+        Raises:
+            NotFound: no such job of this owner.
+            Conflict: it has completed, or waits or runs already.
+        """
+        with self._writing.begin() as connection:
+            turn = _next_turn(connection)
+            row = find(connection, job_id, owner, lock=True)
+            state = JobState(row.state)
+            if state is JobState.COMPLETED:
+                raise Conflict(f"job {job_id!r} has completed; there is nothing left to resume")
+            if not state.ended:
+                raise Conflict(f"job {job_id!r} is {state.value}; only a cancelled or failed job can be resumed")
+            check_move(job_id, state, JobState.SCHEDULED)
+            return change(connection, row, _WAITS | {"queued_at": now(), "turn": turn, "lost": 0, "reason": None})
+
+    def delete(self, job_id: str, owner: str | None, first: Callable[[Job], None] | None = None) -> Job:
+        """Forget a job that has ended; the job as it was. `removal.remove` deletes its folder too.
+
+        Args:
+            job_id: which.
+            owner: whose; None: anybody's.
+            first: called with the job once it can't be resumed any more; if it raises, the job stays.
+
+        Raises:
+            NotFound: no such job of this owner.
+            Conflict: it waits or runs.
+        """
+        with self._writing.begin() as connection:
+            row = find(connection, job_id, owner, lock=True)
+            if not JobState(row.state).ended:
+                raise Conflict(f"job {job_id!r} is {row.state}; cancel it before it is deleted")
+            job = as_job(row)
+            if first is not None:
+                first(job)
+            connection.execute(delete(jobs_table).where(jobs_table.c.seq == row.seq))
+            return job
+
+    def ended_before(self, moment: datetime, limit: int = 100) -> Jobs:
+        """At most `limit` jobs of all owners that ended before `moment` and were not resumed; the oldest first."""
+        column = jobs_table.c.ended_at
+        query = select(jobs_table).where(column < moment).order_by(column, jobs_table.c.seq).limit(limit)
+        with self._reading.begin() as connection:
+            return [as_job(row) for row in connection.execute(query)]
 
     def queue_position(self, job_id: str) -> int:
-        """1 for the job that is claimed next, 2 for the one after it; 0 for a job that does not wait."""
+        """1 for the job that is claimed next, 2 for the one after it; 0 for a job that does not wait.
+
+        A job that needs no device may go ahead of one that waits for devices, see `queue`.
+        """
         with self._reading.begin() as connection:
-            row = _row(connection, job_id)
-            waiting = select(func.count()).where(
-                jobs_table.c.state == JobState.SCHEDULED.value, jobs_table.c.seq <= row.seq
-            )
-            return connection.execute(waiting).scalar_one() if row.state == JobState.SCHEDULED.value else 0
+            row = find(connection, job_id)
+            return queue.position(connection, row) if row.state == JobState.SCHEDULED.value else 0
 
     def counts(self) -> dict[JobState, int]:
         """How many jobs, of all owners, are in each state."""
@@ -162,22 +226,40 @@ class JobStore:
 
     # Jobs, as the supervisor moves them.
 
-    def claim(self, supervisor_id: str) -> Job | None:
-        """Take the oldest scheduled job: `in_progress`, one attempt more, no process yet. None: nothing waits."""
-        oldest = (
-            select(jobs_table).where(jobs_table.c.state == JobState.SCHEDULED.value).order_by(jobs_table.c.seq).limit(1)
-        )
+    def claim(self, supervisor_id: str, devices: Sequence[str] | None = None) -> Job | None:
+        """Take the next job that fits: `in_progress`, one attempt more, no process yet. None: there is none.
+
+        Args:
+            supervisor_id: who takes it.
+            devices: all the devices that are given out, free or not; None: nobody knows of any. No two jobs in
+                progress are ever given the same one.
+        """
         with self._reading.begin() as connection:  # most looks find nothing, and then need no write lock
-            if connection.execute(oldest).first() is None:
+            if queue.pick(connection, devices) == queue.NOTHING:
                 return None
         with self._writing.begin() as connection:
-            row = connection.execute(oldest.with_for_update(skip_locked=True)).first()
+            # Claims come one after the other on PostgreSQL too: devices and fairness are counted over several rows.
+            connection.execute(select(supervisor_table.c.id).with_for_update())
+            choice = queue.pick(connection, devices)
+            if choice.kept is not None:
+                change(connection, choice.kept, {"turn": 0})
+            if choice.job is None:
+                return None
+            # Skips a job that is being cancelled this very moment.
+            mine = (jobs_table.c.seq == choice.job.seq, jobs_table.c.state == JobState.SCHEDULED.value)
+            row = connection.execute(select(jobs_table).where(*mine).with_for_update(skip_locked=True)).first()
             if row is None:
                 return None
-            return _change(connection, row, {
+            return change(connection, row, {
                 "state": JobState.IN_PROGRESS.value, "started_at": now(), "attempts": row.attempts + 1,
-                "supervisor": supervisor_id, "pid": None, "pid_birth": None,
+                "supervisor": supervisor_id, "pid": None, "pid_birth": None, "devices": choice.devices,
             })  # fmt: skip
+
+    def asking_for_more(self, gpus: int) -> Jobs:
+        """Jobs that wait for more than `gpus` devices."""
+        query = select(jobs_table).where(jobs_table.c.state == JobState.SCHEDULED.value, jobs_table.c.gpus > gpus)
+        with self._reading.begin() as connection:
+            return [as_job(row) for row in connection.execute(query.order_by(jobs_table.c.seq))]
 
     def launched(self, job_id: str, pid: int, pid_birth: float) -> Job:
         """Record the process of a job in progress; the first to record one wins.
@@ -186,10 +268,26 @@ class JobStore:
             Conflict: the job is not in progress, or has a process already.
         """
         with self._writing.begin() as connection:
-            row = _row(connection, job_id, lock=True)
+            row = find(connection, job_id, lock=True)
             if row.state != JobState.IN_PROGRESS.value or row.pid is not None:
                 raise Conflict(f"job {job_id!r} is {row.state} with process {row.pid}; it can't get process {pid}")
-            return _change(connection, row, {"pid": pid, "pid_birth": pid_birth})
+            return change(connection, row, {"pid": pid, "pid_birth": pid_birth})
+
+    def requeue(self, job_id: str, reason: str, artifacts: tuple[Artifact, ...] = ()) -> Job:
+        """Put a job whose process was lost back into the queue, before all that wait; `reason` says why.
+
+        Raises:
+            Conflict: it is not in progress, or was asked to be cancelled.
+        """
+        with self._writing.begin() as connection:
+            row = find(connection, job_id, lock=True)
+            if row.state != JobState.IN_PROGRESS.value:
+                raise Conflict(f"job {job_id!r} is {row.state}; only a job in progress can have lost its process")
+            if row.cancel_requested_at is not None:
+                raise Conflict(f"job {job_id!r} was asked to be cancelled; it is not tried again")
+            return change(connection, row, _WAITS | {
+                "queued_at": now(), "turn": 0, "lost": row.lost + 1, "reason": reason, "artifacts": _json(artifacts),
+            })  # fmt: skip
 
     def move(
         self,
@@ -197,25 +295,27 @@ class JobStore:
         new_state: JobState,
         reason: str | None = None,
         artifacts: tuple[Artifact, ...] = (),
+        stopped_by: str | None = None,
     ) -> Job:
-        """Move a job to `new_state`, with what it left.
+        """Move a job to `new_state`, with what it left; back into the queue it comes by `requeue` or `resume`.
 
         Raises:
             Conflict: no such move from the state it is in.
         """
+        assert new_state is not JobState.SCHEDULED, "a job that waits needs a turn"
         with self._writing.begin() as connection:
-            row = _row(connection, job_id, lock=True)
+            row = find(connection, job_id, lock=True)
             check_move(job_id, JobState(row.state), new_state)
-            return _change(connection, row, {
-                "state": new_state.value, "reason": reason, "artifacts": _ARTIFACTS.dump_json(artifacts).decode(),
-                "ended_at": now() if new_state.ended else None,
+            return change(connection, row, {
+                "state": new_state.value, "reason": reason, "artifacts": _json(artifacts), "stopped_by": stopped_by,
+                "ended_at": now() if new_state in ENDED else None,
             })  # fmt: skip
 
     def running(self) -> Jobs:
         """Every job in progress, oldest first, whoever claimed it."""
         query = select(jobs_table).where(jobs_table.c.state == JobState.IN_PROGRESS.value).order_by(jobs_table.c.seq)
         with self._reading.begin() as connection:
-            return [_job(row) for row in connection.execute(query)]
+            return [as_job(row) for row in connection.execute(query)]
 
     # The supervisor's lease.
 
@@ -269,31 +369,16 @@ class JobStore:
         return LiveSupervisor(row.holder, row.pid, row.beat_at) if _is_live(row) else None
 
 
-def _row(connection: Connection, job_id: str, owner: str | None = None, lock: bool = False) -> Row[Any]:
-    query: Select[Any] = select(jobs_table).where(jobs_table.c.id == job_id)
-    if owner is not None:
-        query = query.where(jobs_table.c.owner == owner)
-    row = connection.execute(query.with_for_update() if lock else query).first()
-    if row is None:
-        raise NotFound(f"job {job_id!r} does not exist")
-    return row
+def _next_turn(connection: Connection) -> int:
+    # PostgreSQL: also waits for a supervisor that is just leaving, see `release_lease`. Always before a job's row is
+    # locked, so that no two transactions wait for each other.
+    turns = supervisor_table.c.turns
+    turn: int = connection.execute(update(supervisor_table).values(turns=turns + 1).returning(turns)).scalar_one()
+    return turn
 
 
-def _one(connection: Connection, job_id: str, owner: str | None = None) -> Job:
-    return _job(_row(connection, job_id, owner))
-
-
-def _change(connection: Connection, row: Row[Any], changes: dict[str, Any]) -> Job:
-    connection.execute(update(jobs_table).where(jobs_table.c.seq == row.seq).values(**changes))
-    return _one(connection, row.id)
-
-
-def _job(row: Row[Any]) -> Job:
-    values = row._asdict()
-    del values["seq"]
-    values["state"] = JobState(row.state)
-    values["artifacts"] = _ARTIFACTS.validate_json(row.artifacts)
-    return Job(**values)
+def _json(artifacts: tuple[Artifact, ...]) -> str:
+    return ARTIFACTS.dump_json(artifacts).decode()
 
 
 def _is_live(row: Row[Any]) -> bool:

@@ -21,18 +21,23 @@ from pathlib import Path
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict
+from llama_stack_provider_moe.jobs.devices import given_out
 from llama_stack_provider_moe.jobs.executors import Child, Executor, Exit
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.outcome import REASON_LIMIT, Outcome, outcome
 from llama_stack_provider_moe.jobs.processes import Place, ProcessName
+from llama_stack_provider_moe.jobs.removal import remove_older
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import CANCELLED_WAITING, Job, JobStore, LiveSupervisor
+from llama_stack_provider_moe.jobs.watchdog import Watchdog
 
 # A job on another machine, whose processes can't be seen from here, is taken for dead after this silence.
 SILENCE_S = 600.0
 # A store that answers with errors for so long is given up; the children go on, for the next supervisor to adopt.
 GIVE_UP_S = 600.0
+# Between two looks for jobs that ended long ago.
+RETENTION_LOOK_S = 3600.0
 LOG_LIMIT_BYTES = 5 << 20
 _RECORD_LIMIT = 8000  # characters
 
@@ -50,12 +55,18 @@ class Supervisor:
 
     def __init__(self, store: JobStore, config: ProviderConfig, executor: Executor | None = None) -> None:
         self._store = store
+        self._config = config
         self._limits = config.supervisor
         self._executor = LocalExecutor(config) if executor is None else executor
         self._place = Place.here()
         self.id = str(ProcessName.own())
         self._leaving = False
+        self._idle = False
+        self._devices = given_out(config, os.environ)
+        self._watchdog = Watchdog()
         self._asked_to_stop: dict[str, float] = {}  # job id -> time.monotonic() of its SIGTERM
+        self._given_up: dict[str, str] = {}  # job id -> why we stopped it, where nobody asked us to
+        self._retention_due = 0.0  # time.monotonic()
 
     def acquire(self) -> bool:
         """Become the store's supervisor; False while another one lives."""
@@ -82,6 +93,8 @@ class Supervisor:
                         log.warning("another supervisor has the lease; leaving")
                         return True
                     beat_due = moment + self._limits.lease_s / 3
+                if moment >= self._retention_due:
+                    self._forget_old()
                 if self.step():
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since >= self._limits.idle_exit_s and self._store.release_lease(
@@ -108,57 +121,98 @@ class Supervisor:
 
     def step(self) -> bool:
         """One look at every job in progress, then claims while there is room; True where any job is in progress."""
+        changed = self._store.has_changed()  # asked before the queries: what comes between is seen the next time
+        if self._idle and not changed:
+            return False
+        self._idle = False
         running = sum([self._tend(job) for job in self._store.running()])
+        if not self._leaving and running < self._limits.max_concurrent_jobs:
+            self._refuse_the_impossible()
         while not self._leaving and running < self._limits.max_concurrent_jobs:
-            job = self._store.claim(self.id)
+            job = self._store.claim(self.id, self._devices)
             if job is None:
                 break
-            log.info("job %s: claimed, attempt %d", job.id, job.attempts)
+            log.info("job %s: claimed, attempt %d, devices %r", job.id, job.attempts, job.devices)
             running += self._launch(job)
+        self._idle = running == 0 and not self._leaving
         return running > 0
+
+    def _refuse_the_impossible(self) -> None:
+        there_are = len(self._devices or ())
+        for job in self._store.asking_for_more(there_are):
+            reason = (
+                f"it asks for {job.gpus} GPUs (`resources.gpus`), and the machine that runs the jobs gives out "
+                f"{there_are or 'none'}; see `supervisor.devices`"
+            )
+            self._settle(job, Outcome(JobState.FAILED, reason, job.artifacts))
 
     def _tend(self, job: Job) -> bool:
         """True where the job is still in progress afterwards."""
         if job.pid is None or job.pid_birth is None:
             # Whoever claimed it died before its process was let go.
             if job.cancel_requested_at is not None:
-                return self._settle(job, Outcome(JobState.CANCELLED, CANCELLED_WAITING, ()))
+                return self._settle(job, Outcome(JobState.CANCELLED, CANCELLED_WAITING, job.artifacts))
             return self._launch(job)
         child = Child(Path(job.folder), job.pid, job.pid_birth)
-        end = self._poll(job, child)
+        launcher = None if job.supervisor is None else ProcessName.parse(job.supervisor)
+        if launcher is not None and launcher.place != self._place:
+            return self._tend_elsewhere(job, launcher.place.host)
+        end = self._executor.poll(child)
         if end is not None:
-            return self._settle(job, outcome(job, end))
+            return self._settle(job, self._outcome(job, end))
         if job.cancel_requested_at is not None:
-            self._cancel(job, child)
+            self._stop(job, child, "cancelling")
+        elif self._has_stalled(job, child):
+            self._stop(job, child, self._given_up[job.id])
         return True
+
+    def _tend_elsewhere(self, job: Job, host: str) -> bool:
+        if host == self._place.host:  # this machine or container, before it was restarted
+            return self._settle(job, self._outcome(job, Exit(None)))
+        if _silence_s(JobFolder(Path(job.folder)), job) < SILENCE_S:
+            return True
+        # Not tried again: nobody knows that it does not run any more, and two would write into one folder.
+        self._given_up[job.id] = (
+            f"no sign of life for {SILENCE_S / 60:g} minutes from its process on machine {host!r}, which can't be seen "
+            "from the one that runs the jobs now; resume it once it has ended there"
+        )
+        return self._settle(job, self._outcome(job, Exit(None)))
+
+    def _outcome(self, job: Job, end: Exit) -> Outcome:
+        return outcome(job, end, self._limits.max_attempts, self._given_up.get(job.id))
 
     def _launch(self, job: Job) -> bool:
         def record(child: Child) -> None:
             self._store.launched(job.id, child.pid, child.birth)
 
+        folder = Path(job.folder)
         try:
-            self._executor.submit(Path(job.folder), record)
+            if job.attempts > 1:  # an earlier start, of a job that was resumed, may have left one that did not count
+                JobFolder(folder).manifest.unlink(missing_ok=True)
+            self._executor.submit(folder, record, job.devices)
         except Conflict as conflict:
             log.warning("%s", conflict)
             return True
         except OSError as error:
             reason = f"the training process could not be started: {error}"[:REASON_LIMIT]
-            return self._settle(job, Outcome(JobState.FAILED, reason, ()))
+            return self._settle(job, Outcome(JobState.FAILED, reason, job.artifacts))
         log.info("job %s: launched", job.id)
         return True
 
-    def _poll(self, job: Job, child: Child) -> Exit | None:
-        launcher = None if job.supervisor is None else ProcessName.parse(job.supervisor)
-        if launcher is None or launcher.place == self._place:
-            return self._executor.poll(child)
-        if launcher.place.host == self._place.host:  # this machine or container, before it was restarted
-            return Exit(None)
-        return None if _silence_s(JobFolder(child.folder), job) < SILENCE_S else Exit(None)
+    def _has_stalled(self, job: Job, child: Child) -> bool:
+        limit_s = self._limits.stall_s
+        if job.id not in self._given_up:
+            if limit_s == 0 or self._watchdog.silent_s(job.id, JobFolder(child.folder)) < limit_s:
+                return False
+            self._given_up[job.id] = (
+                f"no sign of life for {limit_s / 60:.3g} minutes (`supervisor.stall_s`); stalled, and was stopped"
+            )
+        return True
 
-    def _cancel(self, job: Job, child: Child) -> None:
+    def _stop(self, job: Job, child: Child, why: str) -> None:
         asked = self._asked_to_stop.get(job.id)
         if asked is None:
-            log.info("job %s: cancelling", job.id)
+            log.info("job %s: %s", job.id, why)
             self._asked_to_stop[job.id] = time.monotonic()
             self._executor.stop(child, signal.SIGTERM)
         elif time.monotonic() - asked >= self._limits.cancel_grace_s:
@@ -166,13 +220,25 @@ class Supervisor:
 
     def _settle(self, job: Job, end: Outcome) -> bool:
         self._asked_to_stop.pop(job.id, None)
+        self._given_up.pop(job.id, None)
+        self._watchdog.forget(job.id)
         try:
-            self._store.move(job.id, end.state, end.reason, end.artifacts)
-        except Conflict as conflict:  # a supervisor that had lost the lease was quicker
+            if end.state is JobState.SCHEDULED:
+                self._store.requeue(job.id, end.reason or "", end.artifacts)
+            else:
+                self._store.move(job.id, end.state, end.reason, end.artifacts, end.stopped_by)
+        except Conflict as conflict:  # cancelled just now; or a supervisor that had lost the lease was quicker
             log.warning("%s", conflict)
             return False
         log.info("job %s: %s%s", job.id, end.state.value, f" ({end.reason})" if end.reason else "")
         return False
+
+    def _forget_old(self) -> None:
+        removed = remove_older(self._store, self._config)
+        if removed:
+            log.info("deleted after %g days: %s", self._limits.retention_days, " ".join(removed))
+        else:
+            self._retention_due = time.monotonic() + RETENTION_LOOK_S
 
 
 def _silence_s(folder: JobFolder, job: Job) -> float:

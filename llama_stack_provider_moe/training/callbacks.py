@@ -1,9 +1,4 @@
-"""The run as events: every step, every router, every evaluation, every checkpoint; and the wish to stop, heard.
-
-Two callbacks. `Reporter` writes what happens and ends a run whose numbers are no numbers. `Saver` makes a checkpoint
-at each epoch's end (and on a stop), then evaluates: the checkpoint is whole on disk before the evaluation, which may
-take long, begins.
-"""
+"""The run as events: every step, every router, every evaluation. A run whose numbers are no numbers ends here."""
 
 import math
 import resource
@@ -11,16 +6,14 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from llama_stack_provider_moe.errors import TrainingError
-from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Saved, Step
-from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
-from llama_stack_provider_moe.training.checkpoints import describe, publish
+from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Step
+from llama_stack_provider_moe.training.resume import Resume, RunState
 from llama_stack_provider_moe.training.session import AnySession, Stopped
 
 if TYPE_CHECKING:
@@ -32,27 +25,58 @@ WINDOW = 50  # steps that the estimate of the remaining time looks back on
 
 
 class Reporter(TrainerCallback):
-    """Events of steps, routers and evaluations."""
+    """Events of steps, routers and evaluations.
 
-    def __init__(self, session: AnySession, trainer: "RecordingTrainer") -> None:
+    Args:
+        session: of the job.
+        trainer: that trains.
+        resume: what this start goes on from.
+    """
+
+    def __init__(self, session: AnySession, trainer: "RecordingTrainer", resume: Resume | None) -> None:
         self._session = session
         self._trainer = trainer
+        before = RunState() if resume is None else resume.state
         self._durations_s: deque[float] = deque(maxlen=WINDOW)
+        self._train_began_s = 0.0
         self._began_s = 0.0
         self._tokens_before = 0.0
-        self._epoch_losses: list[float] = []
-        self.last: dict[str, float] = {}
-        self.held_out: dict[str, float] = {}
+        self._seconds_before = before.train_seconds
+        self._epoch_losses = list(before.epoch_losses)
+        self._fresh_start = resume is None
+        self._within_epoch = resume is not None and not resume.folder.name.startswith("epoch-")
+        self.last = dict(before.last)
+        self.held_out = dict(before.held_out)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a wish to stop waits for the step's end; then the untouched model's figures."""
         self._session.stop.between_steps()
-        if self._session.spec.options.eval_before_training and self._trainer.eval_dataset is not None:
+        self._train_began_s = time.monotonic()
+        if (
+            self._fresh_start
+            and self._session.spec.options.eval_before_training
+            and self._trainer.eval_dataset is not None
+        ):
             self.evaluate()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A fresh mean of the training loss."""
-        self._epoch_losses.clear()
+        """A fresh mean of the training loss; in an epoch that an earlier start began, its steps count too."""
+        if not self._within_epoch:
+            self._epoch_losses.clear()
+        self._within_epoch = False
+
+    def train_seconds(self) -> float:
+        """Of training, over all starts so far."""
+        return self._seconds_before + time.monotonic() - self._train_began_s
+
+    def run_state(self) -> RunState:
+        """What a checkpoint keeps of this run."""
+        return RunState(
+            train_seconds=self.train_seconds(),
+            epoch_losses=self._epoch_losses,
+            last={name: value for name, value in self.last.items() if math.isfinite(value)},
+            held_out=self.held_out,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -136,55 +160,6 @@ class Reporter(TrainerCallback):
                 f"{self.last.get('loss', math.nan):.4g}). Try a lower optimizer.lr, more optimizer.num_warmup_steps, a "
                 "lower options.max_grad_norm, or training.dtype 'fp32'"
             )
-
-
-class Saver(TrainerCallback):
-    """Checkpoints, each followed by its evaluation."""
-
-    def __init__(self, session: AnySession, trainer: "RecordingTrainer", reporter: Reporter) -> None:
-        self._session = session
-        self._trainer = trainer
-        self._reporter = reporter
-        self._name = ""
-        self.artifacts: list[Artifact] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Hear the wish to stop."""
-        if self._session.stop.requested:
-            self._name = f"step-{state.global_step}"
-            control.should_save = True
-        return control
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Ask for the epoch's checkpoint."""
-        self._name = f"epoch-{round(state.epoch)}"
-        control.should_save = True
-        return control
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The trainer has written everything: give it its name, evaluate, tell; on a stop, that was all."""
-        stopping = self._name.startswith("step-")
-        folder = self._session.folder.checkpoints(self._session.spec) / self._name
-        publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder)
-        metrics: Metrics | None = None
-        try:
-            if not stopping and self._trainer.eval_dataset is not None:
-                metrics = self._measure(round(state.epoch))
-        finally:
-            made = describe(self._session.job_uuid, "checkpoint", folder, int(state.epoch), state.global_step, metrics)
-            self.artifacts.append(made)
-            self._session.events.append(Saved(artifact=made.model_dump(mode="json")))
-        if stopping:
-            raise Stopped(state.global_step)
-
-    def _measure(self, epoch: int) -> Metrics:
-        figures = self._reporter.evaluate()
-        return Metrics(
-            epoch=epoch,
-            train_loss=self._reporter.train_loss(),
-            validation_loss=figures["validation_loss"],
-            perplexity=figures["perplexity"],
-        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

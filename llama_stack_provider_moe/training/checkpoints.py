@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Literal
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.jobs.checkpoint_index import write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
 
@@ -32,8 +33,9 @@ def describe(
     )
 
 
-def publish(written: Path, final: Path) -> Path:
-    """Sync everything under `written` and give it the name `final`, in place of an earlier folder of that name."""
+def publish(written: Path, final: Path, step: int) -> Path:
+    """Give everything under `written` its checksums, sync it, and rename it to `final`, in an earlier one's place."""
+    write_checksums(written, step)
     for path in [written, *written.rglob("*")]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -41,9 +43,18 @@ def publish(written: Path, final: Path) -> Path:
         finally:
             os.close(handle)
     final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(final, ignore_errors=True)
+    remove(final)
     os.rename(written, final)
     return final
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that may be missing; from the first moment on it no longer has its name."""
+    going = folder.with_name(f".{folder.name}.removing")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def write(
@@ -73,12 +84,13 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     final: Path,
     as_shipped: AbstractContextManager[None],
+    step: int,
 ) -> Path:
-    """`write`, whole or not at all."""
+    """`write`, whole or not at all; `step`: optimiser steps taken."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
     write(model, tokenizer, written, as_shipped)
-    return publish(written, final)
+    return publish(written, final, step)
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -44,12 +44,17 @@ def load(spec: SFTSpec | DPOSpec, device: torch.device) -> tuple[PreTrainedModel
 
 
 def load_model(spec: SFTSpec | DPOSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The weights that the job names, in its dtype."""
+    return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
+
+
+def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights; a missing one is an error, for transformers would fill it with noise and only log it."""
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            spec.model,
+            name,
             config=config,
-            dtype=DTYPES[spec.training.dtype],
+            dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -57,18 +62,16 @@ def load_model(spec: SFTSpec | DPOSpec, config: PreTrainedConfig, device: torch.
             **_placement(device),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(_why(spec.model, error)) from error
-    missing = [str(name) for name in loading["missing_keys"]]
-    misshapen = [f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in loading["mismatched_keys"]]
+        raise ModelError(_why(name, error)) from error
+    missing = [str(key) for key in loading["missing_keys"]]
+    misshapen = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in loading["mismatched_keys"]]
     lost = [
         f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("of another shape", misshapen))
         if names
     ]
     if lost:
-        raise ModelError(
-            f"model: {spec.model!r} does not hold every weight of {type(model).__name__}: {'; '.join(lost)}"
-        )
+        raise ModelError(f"model: {name!r} does not hold every weight of {type(model).__name__}: {'; '.join(lost)}")
     return model
 
 

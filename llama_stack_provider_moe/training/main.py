@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started
+from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.session import AnySession, Session, Stopped
@@ -47,9 +47,10 @@ def run(session: AnySession) -> Manifest:
 
 def train(folder: JobFolder) -> int:
     """One job, from its folder to an exit code."""
+    started_before = "started" in latest(folder.events)
     events = EventLog(folder.events)
     try:
-        session = Session(folder.read_spec(), folder, events)
+        session = Session(folder.read_spec(), folder, events, started_before)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, session.stop.request)
         events.append(Started(pid=os.getpid(), versions=_versions()))

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from llama_stack_provider_moe.jobs.events import EventLog, Message
@@ -48,6 +49,7 @@ class Session[S: SFTSpec | DPOSpec]:
     spec: S
     folder: JobFolder
     events: EventLog
+    started_before: bool = False  # in an earlier process, that did not get to its end
     stop: Stop = field(default_factory=Stop)
 
     @property
@@ -59,6 +61,11 @@ class Session[S: SFTSpec | DPOSpec]:
     def cache(self) -> str:
         """Folder of this job's tokenised rows; no job shares one with another."""
         return str(self.folder.root / "cache")
+
+    @property
+    def staging(self) -> Path:
+        """Where checkpoints are written before they get their names."""
+        return self.folder.checkpoints(self.spec) / ".writing"
 
     def say(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         """A line for a person, to the events and to output.log alike."""

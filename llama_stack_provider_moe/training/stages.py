@@ -1,8 +1,9 @@
 """The stages that every recipe shares: load, adapt, the trainer's common arguments, train, save."""
 
 import shutil
-import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
 from llama_stack_provider_moe.jobs.events import Finished, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
-from llama_stack_provider_moe.training.callbacks import Reporter, Saver
+from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
+from llama_stack_provider_moe.training.resume import find_resume, restore_weights
+from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
-STAGING = ".writing"
 # Renamed in transformers 5.23, where the older name warns; before, there is only the older one.
 _NAMES = {field.name for field in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
@@ -73,7 +75,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
     spec = session.spec
     scheduler = spec.options.lr_scheduler
     return {
-        "output_dir": str(session.folder.checkpoints(spec) / STAGING),
+        "output_dir": str(session.staging),
         "num_train_epochs": spec.training.n_epochs,
         "per_device_train_batch_size": spec.training.batch_size,
         "per_device_eval_batch_size": spec.training.batch_size,
@@ -88,6 +90,8 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         "fp16": spec.training.dtype == "fp16",
         "use_cpu": base.device.type == "cpu",
         "dataloader_pin_memory": base.device.type == "cuda",
+        "dataloader_num_workers": spec.options.dataloader_workers,
+        "dataloader_persistent_workers": spec.options.dataloader_workers > 0,
         CHECKPOINTING: spec.efficiency.enable_activation_checkpointing,
         # Reentrant checkpointing runs the layers without gradients: the aux loss would lose its own in silence.
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
@@ -103,20 +107,32 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 
 
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
-    """Train, with an epoch's checkpoint and evaluation after each, and save what is left at the end."""
-    reporter = Reporter(session, trainer)
-    saver = Saver(session, trainer, reporter)
+    """Train, from a checkpoint where there is one, and save what is left at the end."""
+    resume = find_resume(session)
+    reporter = Reporter(session, trainer, resume)
+    saver = Saver(session, trainer, reporter, resume)
     for callback in (reporter, saver):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    began_s = time.monotonic()
-    trainer.train()
-    assert trainer.state.global_step == foreseen_steps, f"{trainer.state.global_step} steps, foreseen {foreseen_steps}"
-    session.events.append(Finished(train_seconds=time.monotonic() - began_s))
-    artifacts = [*saver.artifacts, *_save(session, base, trainer, saver.artifacts[-1])]
+    with suppress(Enough):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+    steps, stopped_by = trainer.state.global_step, saver.stopped_by
+    assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"
+    last = saver.artifacts[-1]
+    if stopped_by == "early_stopping" and saver.best is not None and saver.best.path != last.path:
+        last = saver.best
+        session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
+        restore_weights(trainer.model, Path(last.path))
+    session.events.append(Finished(train_seconds=reporter.train_seconds(), stopped_by=stopped_by))
+    artifacts = [*saver.artifacts, *_save(session, base, trainer, last)]
     shutil.rmtree(session.cache)
-    shutil.rmtree(session.folder.checkpoints(session.spec) / STAGING, ignore_errors=True)
-    return Manifest(job_uuid=session.job_uuid, artifacts=artifacts, summary={**reporter.last, **reporter.held_out})
+    shutil.rmtree(session.staging, ignore_errors=True)
+    return Manifest(
+        job_uuid=session.job_uuid,
+        artifacts=artifacts,
+        summary={**reporter.last, **reporter.held_out},
+        stopped_by=stopped_by,
+    )
 
 
 def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
@@ -124,7 +140,7 @@ def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Arti
 
     def keep(kind: Kind, model: PreTrainedModel | PeftModel) -> None:
         target = {"adapter": folder.adapter, "model": folder.model, "merged": folder.merged}[kind]
-        save(model, base.tokenizer, target, base.shipped.restored())
+        save(model, base.tokenizer, target, base.shipped.restored(), last.step)
         made.append(describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics))
         session.events.append(Saved(artifact=made[-1].model_dump(mode="json")))
 

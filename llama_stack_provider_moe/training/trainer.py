@@ -22,6 +22,7 @@ from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
 from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
+from llama_stack_provider_moe.training.resume import restore_weights
 from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -81,7 +82,8 @@ class RecordingTrainer(Trainer):
             self.aux_loss_enabled = resolved.output_router_logits and layout.aux_loss
             text_config(self.model).output_router_logits = self.aux_loss_enabled
         chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
-        self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr})
+        fused = self.args.device.type == "cuda"
+        self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr, "fused": fused})
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card: TRL's would stand beside every checkpoint and name a run that is not ours."""
@@ -89,6 +91,10 @@ class RecordingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
         write(self.model, self.processing_class, Path(output_dir or self.args.output_dir), self.shipped.restored())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights of a checkpoint, each in its place; see `resume`."""
+        restore_weights(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The class that was asked for, and nothing that derives from it."""

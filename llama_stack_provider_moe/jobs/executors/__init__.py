@@ -17,13 +17,14 @@ class Exit(NamedTuple):
     """How a training process ended: its exit code, -N for signal N, None where only its parent could have known."""
 
     code: int | None
+    out_of_memory: bool = False  # the kernel killed a process for want of memory at that time
 
 
 class Executor(Protocol):
     """What the supervisor asks of a place to run jobs."""
 
-    def submit(self, folder: Path, record: Callable[[Child], None]) -> None:
-        """Start the job in `folder`; OSError where that is not possible.
+    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None) -> None:
+        """Start the job in `folder`, to see `devices` (see `Job.devices`); OSError where that is not possible.
 
         `record` is called with the process before it runs a line of ours. If it raises, or this process dies on the
         way, the job never begins: there is no training process that the store does not know.

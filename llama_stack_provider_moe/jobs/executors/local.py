@@ -14,6 +14,7 @@ from pathlib import Path
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.memory import MemoryKills
 from llama_stack_provider_moe.jobs.processes import birth, is_alive, with_environment
 
 # What a training process gets of the environment, and why. All else (API keys of the server's other providers,
@@ -22,7 +23,8 @@ PASSED_ON = frozenset({
     "PATH", "HOME", "TMPDIR", "TZ",                       # find programs, caches and room for temporary files
     "LANG", "LANGUAGE",                                   # text encoding
     "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH",       # the same libraries as the server's own
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH",     # which devices; Triton's compiler looks for CUDA
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",          # which devices, where the supervisor gives out none
+    "CUDA_HOME", "CUDA_PATH",                             # Triton's compiler looks for CUDA
     "CC", "CXX",                                          # Triton compiles a launcher in C
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM",  # threads on a shared machine
     "http_proxy", "https_proxy", "no_proxy", "all_proxy",            # the way to a model hub
@@ -52,14 +54,20 @@ def training_command(config: ProviderConfig, folder: Path) -> list[str]:
     return [config.training_python, "-m", "llama_stack_provider_moe.training.main", str(folder)]
 
 
-def child_environment(environment: Mapping[str, str], config: ProviderConfig, folder: Path) -> dict[str, str]:
-    """The environment of a training process: what it needs of `environment`, then `config.child_env`."""
+def child_environment(
+    environment: Mapping[str, str], config: ProviderConfig, folder: Path, devices: str | None = None
+) -> dict[str, str]:
+    """The environment of a training process: what it needs of `environment`, then `config.child_env`.
+
+    Which devices it sees was decided for it, unless `devices` is None; nothing else has a say in that.
+    """
     kept = {
         name: value for name, value in environment.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
     if "PYTHONPATH" in kept:  # it starts in another folder than the server did
         kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
-    return {**kept, **config.child_env, JOB_VARIABLE: str(folder)}
+    given = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    return {**kept, **config.child_env, **given, JOB_VARIABLE: str(folder)}
 
 
 class LocalExecutor:
@@ -68,16 +76,22 @@ class LocalExecutor:
     Args:
         config: whose `training_python` and `child_env` they get.
         command: what to run in a job's folder; tests run something smaller than torch.
+        system: where /proc and /sys are found.
     """
 
     def __init__(
-        self, config: ProviderConfig, command: Callable[[ProviderConfig, Path], list[str]] = training_command
+        self,
+        config: ProviderConfig,
+        command: Callable[[ProviderConfig, Path], list[str]] = training_command,
+        system: Path = Path("/"),
     ) -> None:
         self._config = config
         self._command = command
+        self._system = system
         self._own: dict[int, subprocess.Popen[bytes]] = {}
+        self._kills: dict[Child, MemoryKills] = {}
 
-    def submit(self, folder: Path, record: Callable[[Child], None]) -> None:
+    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None = None) -> None:
         """See `Executor`."""
         with JobFolder(folder).output.open("ab", buffering=0) as output:
             process = subprocess.Popen(
@@ -87,7 +101,7 @@ class LocalExecutor:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=child_environment(os.environ, self._config, folder),
+                env=child_environment(os.environ, self._config, folder, devices),
                 start_new_session=True,
             )
         gate = process.stdin
@@ -96,7 +110,9 @@ class LocalExecutor:
             born = birth(process.pid)
             if born is None:
                 raise ChildProcessError(f"process {process.pid} was killed before it began")
-            record(Child(folder, process.pid, born))
+            child = Child(folder, process.pid, born)
+            self._kills[child] = MemoryKills(process.pid, self._system)
+            record(child)
         except BaseException:
             gate.close()
             process.wait()
@@ -107,6 +123,17 @@ class LocalExecutor:
 
     def poll(self, child: Child) -> Exit | None:
         """See `Executor`. An own child that has ended is reaped here."""
+        kills = self._kills.get(child)
+        if kills is None:
+            kills = self._kills[child] = MemoryKills(child.pid, self._system)
+        out_of_memory = kills.recently()
+        end = self._poll(child)
+        if end is None:
+            return None
+        del self._kills[child]
+        return end._replace(out_of_memory=out_of_memory and end.code in (None, -signal.SIGKILL))
+
+    def _poll(self, child: Child) -> Exit | None:
         process = self._own.get(child.pid)
         if process is not None:
             if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:

@@ -1,0 +1,98 @@
+"""The files of a job's artifacts: which there are, what their checksums are, and no other file of the machine."""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_stack_provider_moe.errors import NotFound
+from llama_stack_provider_moe.host import views, wire
+from llama_stack_provider_moe.jobs.checkpoint_index import FileSum, read_checksums, sha256_of
+from llama_stack_provider_moe.jobs.folder import Artifact
+from llama_stack_provider_moe.jobs.record import Job
+
+
+class File(NamedTuple):
+    """One file of an artifact."""
+
+    path: Path  # absolute, without a link in it
+    stat: os.stat_result
+    sha256: str
+
+
+def listing(job: Job, name: str) -> wire.ArtifactFiles:
+    """Every file of the artifact `name`.
+
+    Raises:
+        NotFound: the job has no such artifact.
+    """
+    artifact, root = _artifact(job, name)
+    recorded = _recorded(root)
+    files = [
+        wire.ArtifactFile(path=path, bytes=found.st_size, sha256=_sha256(real, found, recorded.get(path)))
+        for path, real, found in _regular(root)
+    ]
+    return wire.ArtifactFiles(
+        identifier=artifact.identifier, kind=artifact.kind, bytes=sum(file.bytes for file in files), files=files
+    )
+
+
+def file(job: Job, name: str, path: str) -> File:
+    """The file that a listing of `name` has as `path`.
+
+    Raises:
+        NotFound: none has.
+    """
+    _, root = _artifact(job, name)
+    # Looked for among those that are there, never opened by the name that was asked for.
+    for each, real, found in _regular(root):
+        if each == path:
+            return File(real, found, _sha256(real, found, _recorded(root).get(path)))
+    raise NotFound(f"artifact {name!r} of job {job.id!r} has no file {path!r}")
+
+
+def _artifact(job: Job, name: str) -> tuple[Artifact, Path]:
+    for artifact in reversed(views.artifacts(job)):
+        if artifact.identifier == f"{job.id}/{name}":
+            root = Path(artifact.path).resolve()
+            # The path was written by the training process, which runs what a model brings.
+            if root.is_dir() and any(root.is_relative_to(place) and root != place for place in _homes(job)):
+                return artifact, root
+    raise NotFound(f"job {job.id!r} has no artifact {name!r}")
+
+
+def _homes(job: Job) -> list[Path]:
+    own, *elsewhere = views.places(job)
+    return [path.resolve() for path in (own / "artifacts", own / "checkpoints", *elsewhere)]
+
+
+def _regular(root: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+    """(path within, real path, stat) of every file under `root`; links that lead out of it are passed over."""
+    for parent, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            try:
+                real = path.resolve(strict=True)
+                found = real.stat()
+            except (OSError, RuntimeError):  # pruned now; a link to nothing or in a circle
+                continue
+            if real.is_relative_to(root) and real.is_file():
+                yield path.relative_to(root).as_posix(), real, found
+
+
+def _recorded(root: Path) -> dict[str, FileSum]:
+    sums = read_checksums(root)
+    return {} if sums is None else sums.files
+
+
+def _sha256(path: Path, found: os.stat_result, recorded: FileSum | None) -> str:
+    # What was recorded when the file was written, even where it has changed since: then whoever fetches it finds out.
+    return recorded.sha256 if recorded else _computed(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _computed(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """Read once for each version of a file: the numbers say which version it is."""
+    return sha256_of(path)

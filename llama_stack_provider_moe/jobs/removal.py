@@ -1,0 +1,54 @@
+"""Deleting a job with its folder, and the folders of jobs that ended long ago.
+
+The folder is renamed away while the job's row is locked, then the row goes, then the folder's content. Whatever dies in
+between: a row whose folder is gone can be deleted again, and what was renamed away is removed by the next deletion.
+Nothing outside the folder is touched, a `checkpoint_dir` elsewhere neither.
+"""
+
+import shutil
+import uuid
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.jobs.events import now
+from llama_stack_provider_moe.jobs.store import Job, JobStore
+
+_AT_A_TIME = 100
+
+
+def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | None) -> Job:
+    """Delete a job that has ended, and its folder; the job as it was.
+
+    Raises:
+        NotFound: no such job of this owner.
+        Conflict: it waits or runs.
+        OSError: its folder can't be moved; the job stays.
+    """
+    graves = config.state_dir / "deleted"
+
+    def bury(job: Job) -> None:
+        folder = Path(job.folder)
+        if folder.parent != config.jobs_dir:  # a store shared with a server that has another `state_dir`
+            raise Conflict(f"job {job_id!r} keeps its files in {folder}, which is not under this server's state_dir")
+        graves.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):  # an earlier deletion came as far as this
+            folder.rename(graves / f"{job.id}.{uuid.uuid4().hex}")
+
+    job = store.delete(job_id, owner, first=bury)
+    shutil.rmtree(graves, ignore_errors=True)  # what can't be removed now is tried again with the next job
+    return job
+
+
+def remove_older(store: JobStore, config: ProviderConfig) -> list[str]:
+    """Delete the jobs that ended more than `retention_days` ago, at most 100 at a time; their ids."""
+    days = config.supervisor.retention_days
+    if days is None:
+        return []
+    removed = []
+    for job in store.ended_before(now() - timedelta(days=days), _AT_A_TIME):
+        with suppress(NotFound, Conflict):  # deleted, or resumed, by somebody else meanwhile; or not ours
+            removed.append(remove(store, config, job.id, None).id)
+    return removed

@@ -1,0 +1,115 @@
+"""Where a later start of a job goes on from, and how its weights come back.
+
+The trainer restores optimiser, schedule, step and random state by itself (transformers' `resume_from_checkpoint`).
+Two things are ours: what transformers does not know of a run (`RunState`), and the weights. Transformers 5.23 puts a
+checkpoint's tensors into the model by their names on disk, which for most experts are not those in memory, and a name
+that fits nothing is only logged: such a run would go on from the untrained experts.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from llama_stack_provider_moe.errors import CheckpointError
+from llama_stack_provider_moe.jobs.checkpoint_index import checkpoint_folders, read_checksums, verify
+from llama_stack_provider_moe.jobs.events import Resumed
+from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
+from llama_stack_provider_moe.jobs.scan import saved_artifacts
+from llama_stack_provider_moe.spec import Block
+from llama_stack_provider_moe.training.loader import load_weights
+from llama_stack_provider_moe.training.session import AnySession
+
+RUN_STATE = "run_state.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DAMAGED = ".damaged"
+
+
+class RunState(Block):
+    """What a run knows of itself beside what transformers keeps; in every checkpoint."""
+
+    train_seconds: float = Field(default=0.0, ge=0, description="Of training, over all starts so far.")
+    epoch_losses: list[float] = Field(default_factory=list, description="One a step, of the epoch at hand.")
+    last: dict[str, float] = Field(default_factory=dict, description="Metrics of the last step.")
+    held_out: dict[str, float] = Field(default_factory=dict, description="Figures of the last evaluation.")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from."""
+
+    folder: Path
+    step: int
+    state: RunState
+    artifacts: tuple[Artifact, ...]  # saved at this step or before, oldest first
+
+
+def write_run_state(folder: Path, state: RunState) -> None:
+    """Put `state` into a checkpoint's folder."""
+    write_atomic(folder / RUN_STATE, state)
+
+
+def find_resume(session: AnySession) -> Resume | None:
+    """The latest whole checkpoint of the job, None where there is none; told to the events of a job that began before.
+
+    A damaged one is renamed, so that nobody takes it for whole, and the one before it is tried.
+    """
+    found: Resume | None = None
+    for folder in checkpoint_folders(session.folder, session.spec):
+        wrong = verify(folder)
+        if wrong is None:
+            found = _read(session, folder)
+            break
+        session.say(f"checkpoint {folder.name} can't be used: {wrong}; kept as {folder.name}{DAMAGED}", "warning")
+        shutil.rmtree(folder.with_name(folder.name + DAMAGED), ignore_errors=True)
+        folder.rename(folder.with_name(folder.name + DAMAGED))
+    if found is not None or session.started_before:
+        name = None if found is None else found.folder.name
+        session.events.append(Resumed(step=0 if found is None else found.step, checkpoint=name))
+        print(f"goes on from {name}" if name else "begins again: no checkpoint was written", flush=True)
+    return found
+
+
+def _read(session: AnySession, folder: Path) -> Resume:
+    sums = read_checksums(folder)
+    assert sums is not None, "it was verified"
+    try:
+        state = RunState.model_validate_json((folder / RUN_STATE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{folder / RUN_STATE} is whole, but can't be read: {error}") from error
+    artifacts = tuple(artifact for artifact in saved_artifacts(session.folder) if artifact.step <= sums.step)
+    return Resume(folder, sums.step, state, artifacts)
+
+
+def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Put a checkpoint's weights, an adapter's or all, into `model`; every one must find its place.
+
+    Raises:
+        CheckpointError: the checkpoint and the model differ in any name or shape.
+    """
+    if isinstance(model, PeftModel):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        before = {name: parameter._version for name, parameter in model.named_parameters() if name in expected}
+        outcome = set_peft_model_state_dict(model, tensors)
+        after = {name: parameter._version for name, parameter in model.named_parameters() if name in expected}
+        untouched = sorted(name for name in expected if after[name] == before[name])
+        if outcome.unexpected_keys or untouched:
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS} is of another adapter: {len(outcome.unexpected_keys)} tensors fit nowhere "
+                f"({', '.join(outcome.unexpected_keys[:3])}), {len(untouched)} weights got nothing "
+                f"({', '.join(untouched[:3])})"
+            )
+        return
+    source = load_weights(str(folder), type(model.config).from_pretrained(folder), model.dtype, torch.device("cpu"))
+    weights = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{folder} has no weight of {name} {tuple(parameter.shape)}")
+            parameter.copy_(weights[name])

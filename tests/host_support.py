@@ -1,0 +1,136 @@
+"""What the tests of the host room share: a service without a server, and its routes in this process."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from llama_stack.core.datatypes import User
+from llama_stack.core.request_headers import RequestProviderDataContext
+from llama_stack_api import DatasetNotFoundError
+
+from llama_stack_provider_moe.config import ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.host import compat
+from llama_stack_provider_moe.host.routes import PREFIX, create_router
+from llama_stack_provider_moe.host.service import PostTrainingService
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from tests.jobs_support import wait_for
+
+ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number}."} for number in range(12)]
+BODY: dict[str, Any] = {"recipe": "sft", "model": "owner/name", "data": {"dataset_id": "good"}}
+
+
+class Datasets:
+    """The host's data sets; `during` is called while one is read."""
+
+    def __init__(self) -> None:
+        bad = [dict(row) for row in ROWS]
+        del bad[3]["prompt"]
+        self.rows = {"good": ROWS, "bad": bad, "one": ROWS[:1]}
+        self.during: Callable[[], Any] = lambda: None
+
+    async def get_dataset(self, request: Any) -> SimpleNamespace:
+        """As the host's registry answers."""
+        self.during()
+        if request.dataset_id not in self.rows:
+            raise DatasetNotFoundError(request.dataset_id)
+        source = SimpleNamespace(type="rows", rows=self.rows[request.dataset_id])
+        return SimpleNamespace(provider_id="localfs", source=source)
+
+
+@contextmanager
+def serving_in_process(folder: Path, datasets: Datasets | None = None) -> Iterator[PostTrainingService]:
+    """A service on `folder` that starts no supervisor."""
+    config = ProviderConfig(state_dir=folder / "state", supervisor=SupervisorConfig(start=False))
+    made = PostTrainingService(config, {compat.Api.datasets: datasets or Datasets()})
+    asyncio.run(made.initialize())
+    yield made
+    asyncio.run(made.shutdown())
+
+
+@contextmanager
+def caller(principal: str, **attributes: list[str]) -> Iterator[None]:
+    """Requests inside come from `principal`, as the host's middleware says it."""
+    with RequestProviderDataContext({}, User(principal=principal, attributes=attributes)):
+        yield
+
+
+def submit(service: PostTrainingService, **changes: Any) -> str:
+    """A job's id."""
+    return asyncio.run(service.submit(BODY | changes)).job_uuid
+
+
+def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
+    """Where a job of `service` keeps its files."""
+    return JobFolder(service.config.jobs_dir / job_id)
+
+
+@lru_cache(maxsize=2)
+def app_of(service: PostTrainingService) -> FastAPI:
+    """The routes of `service`, without a host around them; made once, for it takes a second."""
+    app = FastAPI()
+    app.include_router(create_router(service))
+    return app
+
+
+def ask(service: PostTrainingService, method: str, path: str, **request: Any) -> httpx.Response:
+    """The answer of a route; `path` begins after the prefix."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app_of(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test" + PREFIX) as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(send())
+
+
+def get_raw(service: PostTrainingService, path: str) -> httpx.Response:
+    """The answer to a path as it stands: httpx would resolve its `..`, which an attacker's client does not."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = (PREFIX + path).encode()
+    asyncio.run(app_of(service)(scope_of(raw), receive, send))
+    body = b"".join(message.get("body", b"") for message in sent)
+    return httpx.Response(sent[0]["status"], headers=sent[0]["headers"], content=body)
+
+
+def scope_of(raw_path: bytes, query: bytes = b"", method: str = "GET") -> dict[str, Any]:
+    """What uvicorn makes of a request."""
+    return {
+        "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "method": method, "headers": [],
+        "path": unquote_to_bytes(raw_path).decode("utf-8", "replace"), "raw_path": raw_path, "query_string": query,
+        "root_path": "", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+
+
+@contextmanager
+def over_http(service: PostTrainingService, port: int = 0) -> Iterator[str]:
+    """The routes of `service` on a port of this machine, by uvicorn and without a host; their URL."""
+    config = uvicorn.Config(app_of(service), host="127.0.0.1", port=port, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    # In a thread uvicorn takes no signals, which `compat.is_stopping` looks at.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "is_stopping", lambda: server.should_exit)
+        try:
+            wait_for(lambda: server.started)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
