@@ -41,7 +41,7 @@ DATA = Path(__file__).resolve().parent / "data"
 QUESTION = "How long should I boil an egg for a soft yolk?"
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
-SFT_STEPS, DPO_STEPS, BATCH = 10, 8, 8
+SFT_STEPS, DPO_STEPS, BATCH = 10, 8, 4
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,

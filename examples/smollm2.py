@@ -59,9 +59,12 @@ def _download(into: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; its bars would run through the demo's lines
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     # Stated here rather than read from the GGUF, whose header transformers would parse once more for it (20 s).
     shape: dict[str, Any] = {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -19,6 +19,8 @@ CHUNK_BYTES = 1 << 20
 _TIMES = httpx.Timeout(60.0, connect=10.0)
 # The server reads and checks every row of a job before it answers, however many there are.
 _NO_HURRY = httpx.Timeout(None, connect=10.0)
+# uvicorn closes a connection that was idle for 5 s, perhaps just as the next request leaves on it.
+_LIMITS = httpx.Limits(keepalive_expiry=2.0)
 
 
 class Sent(NamedTuple):
@@ -45,8 +47,9 @@ class Server:
         # A proxy of the environment's can't lead to this machine, and NO_PROXY often lacks it.
         own_machine = _is_loopback(httpx.URL(self.url).host)
         self._http = httpx.Client(
-            base_url=self.url + API, headers=headers, timeout=_TIMES, transport=transport, trust_env=not own_machine
-        )
+            base_url=self.url + API, headers=headers, timeout=_TIMES, limits=_LIMITS, transport=transport,
+            trust_env=not own_machine,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
