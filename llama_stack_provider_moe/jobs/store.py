@@ -88,7 +88,8 @@ class JobStore:
             self._looking = self._reading.raw_connection()
         cursor = self._looking.cursor()
         cursor.execute("PRAGMA data_version")
-        before, self._version = self._version, cursor.fetchone()[0]
+        ((version,),) = cursor.fetchall()
+        before, self._version = self._version, version
         cursor.close()
         return before != self._version
 
