@@ -38,7 +38,10 @@ def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | No
             folder.rename(graves / f"{job.id}.{uuid.uuid4().hex}")
 
     job = store.delete(job_id, owner, first=bury)
-    shutil.rmtree(graves, ignore_errors=True)  # what can't be removed now is tried again with the next job
+    # The folder itself stays: another deletion may just be about to rename into it, and would take a missing one for
+    # a job's folder that is gone already. What can't be removed now is tried again with the next job.
+    for grave in graves.iterdir():
+        shutil.rmtree(grave, ignore_errors=True)
     return job
 
 
