@@ -35,6 +35,10 @@ class SupervisorConfig(Block):
     cancel_grace_s: float = Field(
         default=60.0, ge=0, le=3600, description="Seconds from SIGTERM to SIGKILL when a job is stopped."
     )
+    warm: bool = Field(
+        default=True,
+        description="Keep a process that has torch and TRL imported, and fork jobs from it: they start in seconds.",
+    )
     max_attempts: int = Field(
         default=3,
         ge=1,

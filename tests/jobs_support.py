@@ -57,7 +57,7 @@ def tiny_interpreter(folder: Path) -> str:
 
 def tiny_config(folder: Path, **supervisor: Any) -> ProviderConfig:
     """A provider on `folder` whose training processes are tiny children."""
-    times = {"poll_s": 0.02, "lease_s": 5, "idle_exit_s": 60, "cancel_grace_s": 30}
+    times = {"poll_s": 0.02, "lease_s": 5, "idle_exit_s": 60, "cancel_grace_s": 30, "warm": False}
     return ProviderConfig.model_validate(
         {"state_dir": folder, "training_python": tiny_interpreter(folder), "supervisor": times | supervisor}
     )

@@ -18,19 +18,40 @@ def birth(pid: int) -> float | None:
     from boot, not from 1970: that figure moves when somebody sets the clock. A zombie has ended, and counts as gone:
     where pid 1 reaps nothing, as in many containers, it stays for ever.
     """
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in ("Z", "X") else int(fields[19]) / _TICKS_PER_S
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on: state, parent, group, session, ..."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # Field 2 is the program's name in parentheses, and may hold spaces and parentheses itself.
-    fields = stat[stat.rindex(")") + 2 :].split()
-    state, start_ticks = fields[0], int(fields[19])
-    return None if state in ("Z", "X") else start_ticks / _TICKS_PER_S
+    return stat[stat.rindex(")") + 2 :].split()
 
 
 def is_alive(pid: int, pid_birth: float) -> bool:
     """True while the very process that was born at `pid_birth` lives."""
     return birth(pid) == pid_birth
+
+
+def is_reaped(pid: int, pid_birth: float) -> bool:
+    """True once not even a zombie is left of that process."""
+    fields = _stat(pid)
+    return fields is None or int(fields[19]) / _TICKS_PER_S != pid_birth
+
+
+def in_session(leader: int) -> list[int]:
+    """Pids of the session that process `leader` led, which has ended; none where its pid is in use again.
+
+    The kernel gives no process the number of a session that still has members (pid_namespaces(7), setsid(2)).
+    """
+    if _stat(leader) is not None:
+        return []
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+    return [pid for pid in pids if (fields := _stat(pid)) is not None and int(fields[3]) == leader]
 
 
 def with_environment(name: str, value: str) -> list[int]:

@@ -189,7 +189,8 @@ class Supervisor:
         try:
             if job.attempts > 1:  # an earlier start, of a job that was resumed, may have left one that did not count
                 JobFolder(folder).manifest.unlink(missing_ok=True)
-            self._executor.submit(folder, record, job.devices)
+            if not self._executor.submit(folder, record, job.devices):
+                return True
         except Conflict as conflict:
             log.warning("%s", conflict)
             return True

@@ -23,8 +23,10 @@ class Exit(NamedTuple):
 class Executor(Protocol):
     """What the supervisor asks of a place to run jobs."""
 
-    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None) -> None:
+    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None) -> bool:
         """Start the job in `folder`, to see `devices` (see `Job.devices`); OSError where that is not possible.
+
+        False: not yet, ask again soon.
 
         `record` is called with the process before it runs a line of ours. If it raises, or this process dies on the
         way, the job never begins: there is no training process that the store does not know.

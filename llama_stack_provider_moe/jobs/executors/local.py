@@ -10,12 +10,14 @@ import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.executors import Child, Exit
+from llama_stack_provider_moe.jobs.executors.nursery import Nursery, Warmth
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.memory import MemoryKills
-from llama_stack_provider_moe.jobs.processes import birth, is_alive, with_environment
+from llama_stack_provider_moe.jobs.processes import birth, in_session, is_alive, is_reaped, with_environment
 
 # What a training process gets of the environment, and why. All else (API keys of the server's other providers,
 # database passwords, ...) stays behind; `child_env` in the provider's config adds to it.
@@ -54,20 +56,25 @@ def training_command(config: ProviderConfig, folder: Path) -> list[str]:
     return [config.training_python, "-m", "llama_stack_provider_moe.training.main", str(folder)]
 
 
-def child_environment(
-    environment: Mapping[str, str], config: ProviderConfig, folder: Path, devices: str | None = None
-) -> dict[str, str]:
-    """The environment of a training process: what it needs of `environment`, then `config.child_env`.
-
-    Which devices it sees was decided for it, unless `devices` is None; nothing else has a say in that.
-    """
+def training_environment(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:
+    """What a training process needs of `environment`, then `config.child_env`."""
     kept = {
         name: value for name, value in environment.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
     if "PYTHONPATH" in kept:  # it starts in another folder than the server did
         kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
+    return kept | config.child_env
+
+
+def child_environment(
+    environment: Mapping[str, str], config: ProviderConfig, folder: Path, devices: str | None = None
+) -> dict[str, str]:
+    """The environment of the training process of one job.
+
+    Which devices it sees was decided for it, unless `devices` is None; nothing else has a say in that.
+    """
     given = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    return {**kept, **config.child_env, **given, JOB_VARIABLE: str(folder)}
+    return training_environment(environment, config) | given | {JOB_VARIABLE: str(folder)}
 
 
 class LocalExecutor:
@@ -75,8 +82,9 @@ class LocalExecutor:
 
     Args:
         config: whose `training_python` and `child_env` they get.
-        command: what to run in a job's folder; tests run something smaller than torch.
+        command: what to run in a job's folder, cold; tests run something smaller than torch.
         system: where /proc and /sys are found.
+        nursery: starts the process that children are forked from; left out, where `supervisor.warm` says so.
     """
 
     def __init__(
@@ -84,42 +92,76 @@ class LocalExecutor:
         config: ProviderConfig,
         command: Callable[[ProviderConfig, Path], list[str]] = training_command,
         system: Path = Path("/"),
+        nursery: Callable[[], Nursery] | None = None,
     ) -> None:
         self._config = config
         self._command = command
         self._system = system
         self._own: dict[int, subprocess.Popen[bytes]] = {}
+        self._start_nursery = nursery
+        if nursery is None and config.supervisor.warm and command is training_command:
+            self._start_nursery = lambda: Nursery(config, training_environment(os.environ, config))
+        self._nursery: Nursery | None = None
+        self._nursed: set[Child] = set()
         self._kills: dict[Child, MemoryKills] = {}
 
-    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None = None) -> None:
-        """See `Executor`."""
+    def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None = None) -> bool:
+        """See `Executor`. False while the nursery imports: a start without it would not be quicker."""
+        warmth = self._warmth()
+        if warmth is Warmth.IMPORTING:
+            return False
+        environment = child_environment(os.environ, self._config, folder, devices)
         with JobFolder(folder).output.open("ab", buffering=0) as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", _GATE, "moe-train", *self._command(self._config, folder)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=child_environment(os.environ, self._config, folder, devices),
-                start_new_session=True,
-            )
-        gate = process.stdin
-        assert gate is not None
+            if warmth is Warmth.READY and self._nursery is not None:
+                with suppress(ChildProcessError):  # it has died just now: a cold start does as well
+                    pid, gate = self._nursery.fork(folder, environment, output.fileno())
+                    self._nursed.add(self._let_go(folder, pid, gate, record))
+                    return True
+            process = self._popen(folder, environment, output)
+        assert process.stdin is not None
+        gate = os.dup(process.stdin.fileno())
+        process.stdin.close()
         try:
-            born = birth(process.pid)
-            if born is None:
-                raise ChildProcessError(f"process {process.pid} was killed before it began")
-            child = Child(folder, process.pid, born)
-            self._kills[child] = MemoryKills(process.pid, self._system)
-            record(child)
+            self._let_go(folder, process.pid, gate, record)
         except BaseException:
-            gate.close()
             process.wait()
             raise
         self._own[process.pid] = process
-        with suppress(BrokenPipeError), gate:  # killed at the gate: `poll` finds out how
-            gate.write(b"go\n")
+        return True
+
+    def _popen(self, folder: Path, environment: dict[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "moe-train", *self._command(self._config, folder)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def _let_go(self, folder: Path, pid: int, gate: int, record: Callable[[Child], None]) -> Child:
+        """Have the process at the gate recorded, then open the gate; closed, it never begins."""
+        try:
+            born = birth(pid)
+            if born is None:
+                raise ChildProcessError(f"process {pid} was killed before it began")
+            child = Child(folder, pid, born)
+            self._kills[child] = MemoryKills(pid, self._system)
+            record(child)
+            with suppress(BrokenPipeError):  # killed at the gate: `poll` finds out how
+                os.write(gate, b"go\n")
+        finally:
+            os.close(gate)
+        return child
+
+    def _warmth(self) -> Warmth:
+        if self._nursery is None:
+            if self._start_nursery is None:
+                return Warmth.GONE
+            self._nursery, self._start_nursery = self._start_nursery(), None
+        return self._nursery.warmth()
 
     def poll(self, child: Child) -> Exit | None:
         """See `Executor`. An own child that has ended is reaped here."""
@@ -142,13 +184,20 @@ class LocalExecutor:
             _signal_group(child.pid, signal.SIGKILL)
             del self._own[child.pid]
             return Exit(process.wait())
-        if is_alive(child.pid, child.birth):
+        if child in self._nursed and self._nursery is not None and self._nursery.warmth() is not Warmth.GONE:
+            if not is_reaped(child.pid, child.birth):
+                return None
+            self._nursed.discard(child)
+            end = Exit(self._nursery.end_of(child.pid))  # was told before it was reaped
+        elif is_alive(child.pid, child.birth):
             return None
-        # The number of a group whose leader is gone may be in use again: what is ours is known by its environment.
-        for pid in with_environment(JOB_VARIABLE, str(child.folder)):
+        else:
+            end = Exit(None)
+        # What it started is known by its session, and by its environment where it has left that.
+        for pid in {*in_session(child.pid), *with_environment(JOB_VARIABLE, str(child.folder))}:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return Exit(None)
+        return end
 
     def stop(self, child: Child, number: int) -> None:
         """See `Executor`."""
