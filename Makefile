@@ -31,6 +31,7 @@ serve: $(VENV)/.demo
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.server_start
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -22,7 +22,7 @@ def learnt(family: str, few_shapes: bool, tokens: int) -> tuple[torch.Tensor, di
     resolved = resolve_moe(Moe(enable_moe_optimizations=few_shapes), layout, full=True, few_shapes=few_shapes)
     apply_moe(model, layout, resolved)
     assert resolved.experts_implementation == (BUCKETED if few_shapes else "eager")
-    ids = torch.arange(tokens).unsqueeze(0) % tiny_models.VOCAB_SIZE
+    ids = 3 + torch.arange(tokens).unsqueeze(0) % (tiny_models.VOCAB_SIZE - 3)  # 0 is padding, whose embedding is 0
     logits = model(input_ids=ids).logits
     logits.square().mean().backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

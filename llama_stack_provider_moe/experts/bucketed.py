@@ -65,7 +65,9 @@ def _grouped(experts: Any, rows_SA: Tensor, counts_E: list[int], weight: Tensor,
     weights = (weight.transpose(1, 2) if experts.is_transposed else weight).unbind()
     biases = [None] * len(weights) if bias is None else bias.unbind()
     pieces = []
-    for rows, own_weight, own_bias in zip(rows_SA.to(weight.dtype).split(counts_E), weights, biases, strict=True):
+    for rows, own_weight, own_bias in zip(
+        torch.split(rows_SA.to(weight.dtype), counts_E), weights, biases, strict=True
+    ):
         count = rows.shape[0]
         if count:
             filled = F.pad(rows, (0, 0, 0, bucket(count) - count))
