@@ -21,9 +21,9 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks.server_start import RESULTS, machine
 from llama_stack_provider_moe.experts.bucketed import BUCKETED
 
-RESULTS = Path(__file__).parent / "results"
 EXPERTS, TOP_K, HIDDEN, INNER = 4, 2, 576, 1536
 IMPLEMENTATIONS = ("grouped_mm", BUCKETED)
 
@@ -75,17 +75,11 @@ def main() -> None:
         "grouped_mm_to_bucketed_mm": round(medians["grouped_mm"] / medians[BUCKETED], 2),
         "median_ms": {name: round(1e3 * value, 2) for name, value in medians.items()},
         "min_max_ms": {name: [round(1e3 * min(each), 2), round(1e3 * max(each), 2)] for name, each in seconds.items()},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                    "load_average": os.getloadavg()},
+        "machine": machine() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

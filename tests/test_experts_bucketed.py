@@ -9,10 +9,6 @@ from llama_stack_provider_moe.experts.settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.spec import Moe
 from tests import tiny_models
 
-GROUPED = [
-    family for family in tiny_models.MOE if (layout := find_layout(tiny_models.model(family))) and layout.grouped_mm
-]
-
 
 def learnt(family: str, few_shapes: bool, tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits (1, T, V) and every gradient of one backward, in double precision."""
@@ -29,7 +25,7 @@ def learnt(family: str, few_shapes: bool, tokens: int) -> tuple[torch.Tensor, di
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
-@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("family", tiny_models.GROUPED)
 def test_equal_to_the_eager_ones(family: str, tokens: int) -> None:
     logits, gradients = learnt(family, True, tokens)
     expected, expected_gradients = learnt(family, False, tokens)
