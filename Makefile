@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # Tests and the demo share two cores with whatever else runs; more threads than cores is slower.
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
-# Compiled modules are kept, also where the environment says otherwise (containers do): from bare source alone, torch
-# and transformers take every training process twice as long to import.
+# Compiled modules are kept, also where the environment says otherwise (containers do): else each training process
+# compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint serve bench clean
@@ -31,6 +31,7 @@ serve: $(VENV)/.demo
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.server_start
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info

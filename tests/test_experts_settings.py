@@ -19,7 +19,7 @@ from tests import tiny_models
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 NO_AUX = ("glm4_moe", "deepseek_v3", "lfm2_moe", "cohere2_moe", "llama4_text")
 AUX = tuple(family for family in tiny_models.MOE if family not in NO_AUX)
-GROUPED = tuple(family for family in tiny_models.MOE if family != "llama4_text")
+GROUPED = tiny_models.GROUPED
 
 
 def applied(

@@ -130,6 +130,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DENSE = ("llama", "qwen3")
 MOE = tuple(family for family in FAMILIES if family not in DENSE)
+# Those whose experts transformers can run grouped.
+GROUPED = tuple(family for family in MOE if family != "llama4_text")
 
 # Where the causal language model has a config class of its own, apart from the composite one.
 _MODEL_TYPE = {"qwen3_5_moe": "qwen3_5_moe_text"}

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from torch import nn
 
 from llama_stack_provider_moe.errors import ModelError, shorten
+from llama_stack_provider_moe.experts.bucketed import BUCKETED
 from llama_stack_provider_moe.experts.dropout import add_expert_dropout
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config, without_adapters
 from llama_stack_provider_moe.spec import LoadBalancing, Moe
 
-ExpertsImplementation = Literal["grouped_mm", "eager"]
+ExpertsImplementation = Literal["grouped_mm", "bucketed_mm", "eager"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class ShippedConfig:
             _set(self.config, training)
 
 
-def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool) -> ResolvedMoe:
+def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, few_shapes: bool = False) -> ResolvedMoe:
     """Decide every setting.
 
     Args:
         moe: what the job says; None in a field leaves it to the model.
         layout: of the model; None: dense.
         full: all weights train, not an adapter.
+        few_shapes: a matrix product of a new shape is costly where the model runs, see `bucketed`.
 
     Raises:
         ModelError: something was asked for that this model can't give.
@@ -87,6 +89,7 @@ def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool) -> ResolvedMo
         notes.append(f"{layout.family} models compute no aux loss")
     if moe.enable_moe_optimizations and not layout.grouped_mm:
         notes.append(f"{layout.family} has no grouped implementation of its experts")
+    grouped: ExpertsImplementation = BUCKETED if few_shapes else "grouped_mm"
     return ResolvedMoe(
         is_moe=True,
         output_router_logits=True if moe.output_router_logits is None else moe.output_router_logits,
@@ -94,7 +97,7 @@ def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool) -> ResolvedMo
         load_balancing=moe.moe_load_balancing,
         z_coef=moe.router_z_loss_coef,
         expert_dropout=moe.expert_dropout,
-        experts_implementation="grouped_mm" if moe.enable_moe_optimizations and layout.grouped_mm else "eager",
+        experts_implementation=grouped if moe.enable_moe_optimizations and layout.grouped_mm else "eager",
         train_router=full if moe.train_router is None else moe.train_router,
         notes=tuple(notes),
     )

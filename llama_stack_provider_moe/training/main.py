@@ -128,4 +128,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    # All that is to last is on disk by now. Taking torch's and transformers' modules down one by one takes long, and
+    # the job's end would only be known after that.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -51,7 +51,8 @@ def load_base(session: AnySession) -> Base:
     device = pick_device(spec.training.dtype)
     model, tokenizer = load(spec, device)
     layout = find_layout(model)
-    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None)
+    few_shapes = device.type == "cpu" and spec.training.dtype == "bf16"
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, few_shapes=few_shapes)
     return Base(model, tokenizer, device, layout, resolved, apply_moe(model, layout, resolved))
 
 
