@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+PROJECT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 DType = Literal["fp32", "bf16", "fp16"]
 Recipe = Literal["sft", "dpo"]
@@ -238,6 +239,38 @@ class DPOOptions(Options):
     )
 
 
+class TensorBoard(Block):
+    """Event files below the job's folder: `trackers/tensorboard`."""
+
+
+class Trackio(Block):
+    """A SQLite file for trackio's dashboard: `trackers/trackio`, or TRACKIO_DIR of the server's `child_env`."""
+
+    project: str = Field(default="moe", pattern=PROJECT_PATTERN, description="Its project there.")
+
+
+class MLflow(Block):
+    """A run in `trackers/mlflow/mlflow.db`, or at MLFLOW_TRACKING_URI of the server's `child_env`."""
+
+    experiment: str = Field(default="moe", pattern=PROJECT_PATTERN, description="Its experiment there.")
+
+
+class WandB(Block):
+    """A run in `trackers/wandb`, to be synced by hand; with WANDB_API_KEY in the server's `child_env` it is sent."""
+
+    project: str = Field(default="moe", pattern=PROJECT_PATTERN, description="Its project there.")
+    entity: str | None = Field(default=None, pattern=PROJECT_PATTERN, description="User or team it belongs to.")
+
+
+class Trackers(Block):
+    """Where a job's figures go beside its events. Keys and addresses are the server's, never a job's."""
+
+    tensorboard: TensorBoard | None = Field(default=None, description="`{}` writes for TensorBoard.")
+    trackio: Trackio | None = Field(default=None, description="`{}` writes for trackio.")
+    mlflow: MLflow | None = Field(default=None, description="`{}` writes for MLflow.")
+    wandb: WandB | None = Field(default=None, description="`{}` writes for Weights & Biases.")
+
+
 class Resources(Block):
     """What a job needs of the machine."""
 
@@ -258,6 +291,7 @@ class _Job(Block):
     adapter: Adapter | None = Field(default=None, description="LoRA settings; null trains all weights.")
     moe: Moe = Field(default_factory=Moe)
     resources: Resources = Field(default_factory=Resources)
+    trackers: Trackers = Field(default_factory=Trackers)
     checkpoint_dir: str | None = Field(
         default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
     )
@@ -332,13 +366,16 @@ class JobDefaults(Block):
     )
     moe: dict[str, Any] = Field(default_factory=dict, description="Parts of `moe`.")
     options: dict[str, Any] = Field(default_factory=dict, description="Parts of `options`.")
+    trackers: dict[str, Any] = Field(
+        default_factory=dict, description="Parts of `trackers`; a job turns one off with null."
+    )
 
     @model_validator(mode="after")
     def _each_part_is_valid(self) -> "JobDefaults":
         # A typing error in a run YAML must stop the server at its start, not the first job at night.
         blocks: dict[str, type[Block]] = {
             "training": Training, "optimizer": Optimizer, "efficiency": Efficiency,
-            "adapter": Adapter, "moe": Moe, "options": Options,
+            "adapter": Adapter, "moe": Moe, "options": Options, "trackers": Trackers,
         }  # fmt: skip
         for name, block in blocks.items():
             block.model_validate(getattr(self, name) or {})

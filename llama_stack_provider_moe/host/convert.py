@@ -31,6 +31,7 @@ _BOTH = {
     "training_config.optimizer_config.weight_decay": "optimizer.weight_decay",
     "training_config.optimizer_config.num_warmup_steps": "optimizer.num_warmup_steps",
     "training_config.efficiency_config.enable_activation_checkpointing": "efficiency.enable_activation_checkpointing",
+    "logger_config": "trackers",
     "moe": "moe",
     "options": "options",
 }
@@ -58,7 +59,6 @@ REFUSED = {
     "training_config.efficiency_config.fsdp_cpu_offload": _ONE_PROCESS,
     "algorithm_config.quantize_base": "false, or left out: experts can't be held in 4 bit yet",
     "hyperparam_search_config": "{}: there is no hyperparameter search",
-    "logger_config": "{}: metrics are in the job's status, there are no other loggers",
 }
 
 

@@ -128,7 +128,9 @@ class SupervisedFineTuneRequest(Wire):
     job_uuid: str = Field(description="Name of the job.")
     training_config: TrainingConfig
     hyperparam_search_config: dict[str, Any] = Field(description="Must be empty: there is no search.")
-    logger_config: dict[str, Any] = Field(description="Must be empty: metrics are in the job's status and events.")
+    logger_config: dict[str, Any] = Field(
+        description="Trackers: `tensorboard`, `trackio`, `mlflow`, `wandb`, each with its settings; may be empty."
+    )
     model: str | None = Field(default=None, description="Required: hub id, or a folder under an allowed root.")
     checkpoint_dir: str | None = Field(default=None, description="Checkpoints go to a folder of the job's in this one.")
     algorithm_config: LoraFinetuningConfig | None = Field(
@@ -149,7 +151,9 @@ class PreferenceOptimizeRequest(Wire):
     algorithm_config: DPOAlignmentConfig
     training_config: TrainingConfig
     hyperparam_search_config: dict[str, Any] = Field(description="Must be empty: there is no search.")
-    logger_config: dict[str, Any] = Field(description="Must be empty: metrics are in the job's status and events.")
+    logger_config: dict[str, Any] = Field(
+        description="Trackers: `tensorboard`, `trackio`, `mlflow`, `wandb`, each with its settings; may be empty."
+    )
     adapter: AdapterBlock | None = Field(
         default=None, description="Ours: LoRA; left out, the server's default; null trains all weights."
     )

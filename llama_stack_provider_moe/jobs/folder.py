@@ -11,6 +11,7 @@ jobs/<job_uuid>/
   artifacts/adapter/   the final adapter, loadable by plain PEFT              written by the child
   artifacts/model/     the final model, where all weights were trained        written by the child
   artifacts/merged/    base plus adapter, on request                          written by the child
+  trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
 
@@ -73,6 +74,7 @@ class JobFolder:
         self.adapter = root / "artifacts" / "adapter"
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
+        self.trackers = root / "trackers"
         self.manifest = root / "manifest.json"
 
     def checkpoints(self, spec: SFTSpec | DPOSpec) -> Path:

@@ -26,7 +26,7 @@ def progress(job: Job, folder: JobFolder) -> dict[str, Any]:
         eta_s: seconds left as of that step; None once the job has ended.
         metrics: that step's, by TRL's names.
         evaluation: {first, last}, each {step, epoch, metrics}: held-out figures before and now.
-        routing: the last step's expert balance over all layers, None on a dense model; see `_routing`.
+        routing: the last step's expert balance over all layers, None on a dense model; see `balance`.
         updated_at: time of the newest event, ISO 8601.
     """
     newest = latest(folder.events)
@@ -44,7 +44,7 @@ def progress(job: Job, folder: JobFolder) -> dict[str, Any]:
         "eta_s": _number(step.eta_s) if step and not ended else None,
         "metrics": _numbers(step.metrics) if step else None,
         "evaluation": _evaluations(folder.events, newest.get("evaluation")),
-        "routing": _routing(newest["routing"]) if "routing" in newest else None,
+        "routing": balance(newest["routing"]) if "routing" in newest else None,
         "updated_at": max(event.time for event in newest.values()).isoformat() if newest else None,
     }
 
@@ -79,7 +79,7 @@ def _evaluation(event: Evaluation) -> dict[str, Any]:
     return {"step": event.step, "epoch": _number(event.epoch), "metrics": _numbers(event.metrics)}
 
 
-def _routing(event: Routing) -> dict[str, Any] | None:
+def balance(event: Routing) -> dict[str, Any] | None:
     """Worst and mean over layers; shares are of the routed tokens, entropies in nats."""
     layers = event.layers
     if not layers:

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Step
 from llama_stack_provider_moe.training.resume import Resume, RunState
 from llama_stack_provider_moe.training.session import AnySession, Stopped
+from llama_stack_provider_moe.training.trackers import OpenTrackers
 
 if TYPE_CHECKING:
     from llama_stack_provider_moe.training.trainer import RecordingTrainer
@@ -30,12 +31,16 @@ class Reporter(TrainerCallback):
     Args:
         session: of the job.
         trainer: that trains.
+        trackers: told the figures too.
         resume: what this start goes on from.
     """
 
-    def __init__(self, session: AnySession, trainer: "RecordingTrainer", resume: Resume | None) -> None:
+    def __init__(
+        self, session: AnySession, trainer: "RecordingTrainer", trackers: OpenTrackers, resume: Resume | None
+    ) -> None:
         self._session = session
         self._trainer = trainer
+        self._trackers = trackers
         before = RunState() if resume is None else resume.state
         self._durations_s: deque[float] = deque(maxlen=WINDOW)
         self._train_began_s = 0.0
@@ -109,12 +114,12 @@ class Reporter(TrainerCallback):
             metrics=metrics,
             eta_s=left * sum(self._durations_s) / len(self._durations_s),
         )
-        self._session.events.append(step)
+        self._tell(step)
         print(_line(step), flush=True)
         recorder = self._trainer.recorder
         if recorder is not None:
             layers = [LayerRouting.model_validate(asdict(layer)) for layer in recorder.take()]
-            self._session.events.append(Routing(step=state.global_step, layers=layers))
+            self._tell(Routing(step=state.global_step, layers=layers))
 
     @property
     def bare_name(self) -> str:
@@ -135,10 +140,14 @@ class Reporter(TrainerCallback):
         figures = {name: value for name, value in figures.items() if name not in {*NOT_METRICS, "loss"}}
         self.held_out = figures
         state = self._trainer.state
-        self._session.events.append(Evaluation(step=state.global_step, epoch=state.epoch or 0.0, metrics=figures))
+        self._tell(Evaluation(step=state.global_step, epoch=state.epoch or 0.0, metrics=figures))
         shown = " ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items()))
         print(f"held out after step {state.global_step}: {shown}", flush=True)
         return figures
+
+    def _tell(self, event: Step | Evaluation | Routing) -> None:
+        self._session.events.append(event)
+        self._trackers.tell(event)
 
     def _bare_loss(self, metrics: dict[str, float]) -> dict[str, float]:
         resolved = self._trainer.resolved

@@ -21,6 +21,7 @@ from llama_stack_provider_moe.training.loader import load, pick_device
 from llama_stack_provider_moe.training.resume import find_resume, restore_weights
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
+from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
 # Renamed in transformers 5.23, where the older name warns; before, there is only the older one.
@@ -48,6 +49,7 @@ class Base:
 def load_base(session: AnySession) -> Base:
     """Load the model, find its experts, and make it do what the `moe` block asks."""
     spec = session.spec
+    require_trackers(spec.trackers)
     device = pick_device(spec.training.dtype)
     model, tokenizer = load(spec, device)
     layout = find_layout(model)
@@ -110,13 +112,19 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
     resume = find_resume(session)
-    reporter = Reporter(session, trainer, resume)
+    trackers = OpenTrackers(session, 0 if resume is None else resume.step)
+    reporter = Reporter(session, trainer, trackers, resume)
     saver = Saver(session, trainer, reporter, resume)
     for callback in (reporter, saver):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    with suppress(Enough):
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+    finished = False
+    try:
+        with suppress(Enough):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        finished = True
+    finally:
+        trackers.close(finished)
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
     assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"
     last = saver.artifacts[-1]
