@@ -2,6 +2,7 @@
 
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import Field, field_validator
 from llama_stack_provider_moe.spec import Block, JobDefaults
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
+_MODEL_PATTERN = re.compile(r"[A-Za-z0-9._*?-]{1,96}(/[A-Za-z0-9._*?-]{1,96})?")
 
 
 class SupervisorConfig(Block):
@@ -50,6 +52,11 @@ class SupervisorConfig(Block):
         ge=0,
         description="Seconds without an event or a line of output after which a job is stopped and fails; 0: never.",
     )
+    max_log_bytes: int = Field(
+        default=256 << 20,
+        ge=64 << 10,
+        description="Bytes of a job's output.log; of a longer one the middle is cut out while the job goes on.",
+    )
     devices: list[str] | None = Field(
         default=None,
         description="GPUs to give out, by index or UUID; left out: CUDA_VISIBLE_DEVICES, else all there are.",
@@ -69,6 +76,33 @@ class SupervisorConfig(Block):
         if devices is not None and len(set(devices)) < len(devices):
             raise ValueError("a device is named twice; expected each once")
         return devices
+
+
+class ModelsConfig(Block):
+    """Which models jobs may train; folders are ruled by `allowed_roots`."""
+
+    allowed: list[str] | None = Field(
+        default=None,
+        description="Hub ids that jobs may name, `ibm-granite/*` for all of an owner; left out: any, []: none.",
+    )
+
+    @field_validator("allowed", mode="after")
+    @classmethod
+    def _hub_ids(cls, patterns: list[str] | None) -> list[str] | None:
+        for pattern in patterns or ():
+            if not _MODEL_PATTERN.fullmatch(pattern):
+                raise ValueError(f"{pattern!r} is no hub id; expected owner/name, in which * and ? may stand, or a "
+                                 "name without an owner (folders: `allowed_roots`)")  # fmt: skip
+        return patterns
+
+    def allow(self, hub_id: str) -> bool:
+        """Whether jobs may name this hub id. A `*` stays within the owner or the name."""
+        return self.allowed is None or any(_matches(hub_id, pattern) for pattern in self.allowed)
+
+
+def _matches(hub_id: str, pattern: str) -> bool:
+    parts, patterns = hub_id.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 class ProviderConfig(Block):
@@ -91,6 +125,15 @@ class ProviderConfig(Block):
     child_env: dict[str, str] = Field(
         default_factory=dict, description="Environment variables set for training processes (HF_HOME, ...)."
     )
+    max_body_bytes: int = Field(
+        default=8 << 20, ge=1 << 16, le=1 << 30, description="Bytes that a request's body may have."
+    )
+    max_rows: int = Field(default=10_000_000, ge=1, description="Rows that a data set of a job may have.")
+    prometheus: bool = Field(
+        default=False,
+        description="Serve `GET /v1alpha/post-training/metrics`; with authentication, to administrators alone.",
+    )
+    models: ModelsConfig = Field(default_factory=ModelsConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)
 

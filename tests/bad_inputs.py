@@ -210,9 +210,31 @@ _METHOD_CASES = [
     Bad("sharding", DPO, {_T + "efficiency_config": {"fsdp_cpu_offload": True}}, 400, "fsdp_cpu_offload: True is not"),
     Bad("hyperparameter search", SFT, {"hyperparam_search_config": {"trials": 3}}, 400, "hyperparam_search_config: "
         "['trials'] is not valid; expected {}"),
-    Bad("logger", DPO, {"logger_config": {"wandb": "key"}}, 400, "logger_config: ['wandb'] is not valid; expected {}"),
 ]  # fmt: skip
-BODIES = _DATA_CASES + _NUMBER_CASES + _NAME_CASES + _KEY_CASES + _METHOD_CASES
+_TRACKER_CASES = [
+    Bad("unknown tracker", SFT, {"logger_config": {"neptune": {}}}, 400, "logger_config.neptune: unknown key; expected "
+        "tensorboard, trackio, mlflow, wandb"),
+    Bad("tracker misspelt", DPO, {"logger_config": {"tensorbord": {}}}, 400, "logger_config.tensorbord: unknown key "
+        "(did you mean tensorboard?)"),
+    Bad("a key for wandb", DPO, {"logger_config.wandb": {"api_key": "secret-" + "1" * 33}}, 400,
+        "logger_config.wandb.api_key: unknown key; expected project, entity"),
+    Bad("a key for wandb, whole job", JOBS, {"trackers.wandb": {"api_key": "secret-" + "1" * 33}}, 400,
+        "trackers.wandb.api_key: unknown key; expected project, entity"),
+    Bad("an address for MLflow", SFT, {"logger_config.mlflow": {"tracking_uri": "http://10.0.0.1"}}, 400,
+        "logger_config.mlflow.tracking_uri: unknown key; expected experiment"),
+    Bad("a folder for TensorBoard", SFT, {"logger_config.tensorboard": {"log_dir": "/etc"}}, 400,
+        "logger_config.tensorboard.log_dir: unknown key; expected none"),
+    Bad("project that climbs", DPO, {"logger_config.wandb": {"project": "../moe"}}, 400, "logger_config.wandb.project: "
+        "'../moe' is not valid; expected 1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"),
+    Bad("long project", SFT, {"logger_config.trackio": {"project": "x" * 65}}, 400, "logger_config.trackio.project: "),
+    Bad("empty experiment", JOBS, {"trackers.mlflow": {"experiment": ""}}, 400, "trackers.mlflow.experiment: '' is not "
+        "valid; expected 1 to 64 letters"),
+    Bad("text for a tracker", SFT, {"logger_config": {"wandb": "moe"}}, 400, "logger_config.wandb: 'moe' is not valid; "
+        "expected an object"),
+    Bad("list for trackers", DPO, {"logger_config": ["wandb"]}, 400, "logger_config: ['wandb'] is not valid; expected "
+        "an object"),
+]  # fmt: skip
+BODIES = _DATA_CASES + _NUMBER_CASES + _NAME_CASES + _KEY_CASES + _METHOD_CASES + _TRACKER_CASES
 
 
 class BadRequest(NamedTuple):
@@ -273,7 +295,8 @@ REQUESTS = [
     BadRequest("deletion of no job", "DELETE", "/jobs/none", 404, "job 'none' does not exist"),
     BadRequest("page of 0 events", "GET", "/jobs/taken/events?limit=0", 400, "limit: '0' is not valid; expected >= 1"),
     BadRequest("0 points", "GET", "/jobs/taken/metrics?limit=0", 400, "limit: '0' is not valid; expected >= 1"),
-    BadRequest("9 MB of body", "POST", JOBS, 413, "the body has more than 8388608 bytes", _GOOD.ljust(9_000_000)),
+    BadRequest("9 MB of body", "POST", JOBS, 413, "the body has more than 8388608 bytes (`max_body_bytes` of this",
+               _GOOD.ljust(9_000_000)),
     BadRequest("0 lines", "GET", "/jobs/taken/logs?tail=0", 400, "tail: '0' is not valid; expected >= 1"),
     BadRequest("offset below 0", "GET", "/jobs/taken/logs?offset=-1", 400, "offset: '-1' is not valid; expected >= 0"),
 ]  # fmt: skip

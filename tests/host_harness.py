@@ -26,7 +26,7 @@ RUN_CONFIGS = Path(__file__).parent.parent / "run_configs"
 QUICKSTART = RUN_CONFIGS / "quickstart.yaml"
 API = "/v1alpha/post-training"
 STOP_LIMIT_S = 120.0
-START_LIMIT_S = 600.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
+START_LIMIT_S = 1800.0  # imports alone are some 9 CPU-seconds, on a core that others may want too
 
 
 @dataclass
@@ -175,13 +175,14 @@ def _until(happened: Callable[[], bool]) -> None:
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        time.sleep(0.1)
+    with httpx.Client(timeout=30) as client:  # one: to make another for each look costs more than the look
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(url).status_code == 200:
+                    return
+            time.sleep(0.25)
     raise AssertionError(f"no server ({process.poll()}):\n{log.read_text(errors='replace')[-4000:]}")
 
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from llama_stack.core.datatypes import User
 from llama_stack.core.request_headers import RequestProviderDataContext
 from llama_stack_api import DatasetNotFoundError
+from opentelemetry.metrics import Meter
 
 from llama_stack_provider_moe.config import ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.host import compat
@@ -48,10 +49,12 @@ class Datasets:
 
 
 @contextmanager
-def serving_in_process(folder: Path, datasets: Datasets | None = None) -> Iterator[PostTrainingService]:
-    """A service on `folder` that starts no supervisor."""
-    config = ProviderConfig(state_dir=folder / "state", supervisor=SupervisorConfig(start=False))
-    made = PostTrainingService(config, {compat.Api.datasets: datasets or Datasets()})
+def serving_in_process(
+    folder: Path, datasets: Datasets | None = None, meter: Meter | None = None, **settings: Any
+) -> Iterator[PostTrainingService]:
+    """A service on `folder` that starts no supervisor; `settings` of its configuration."""
+    config = ProviderConfig(state_dir=folder / "state", supervisor=SupervisorConfig(start=False), **settings)
+    made = PostTrainingService(config, {compat.Api.datasets: datasets or Datasets()}, meter=meter)
     asyncio.run(made.initialize())
     yield made
     asyncio.run(made.shutdown())
@@ -74,7 +77,7 @@ def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
     return JobFolder(service.config.jobs_dir / job_id)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def app_of(service: PostTrainingService) -> FastAPI:
     """The routes of `service`, without a host around them; made once, for it takes a second."""
     app = FastAPI()

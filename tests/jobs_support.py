@@ -5,13 +5,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.events import read
@@ -40,9 +43,40 @@ def job_folders() -> Iterator[Path]:
     """The same, where jobs run: whatever a failed test leaves running is killed."""
     with ram_folder() as folder:
         yield folder
-        for job in (folder / "jobs").glob("*"):
-            for pid in with_environment("MOE_JOB_FOLDER", str(job)):
-                os.kill(pid, signal.SIGKILL)
+        kill_children(folder / "jobs")
+
+
+def kill_children(jobs: Path) -> None:
+    """Kill what runs for the jobs whose folders are in `jobs`."""
+    for job in jobs.glob("*"):
+        for pid in with_environment("MOE_JOB_FOLDER", str(job)):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int = 8) -> Iterator[None]:
+    """Make `folder` a file system of its own that is soon full; skips where this process may mount none."""
+    program = shutil.which("mount")
+    if program is None:
+        pytest.skip("there is no program `mount`")
+    options = f"size={megabytes}m,mode=0700"
+    done = subprocess.run([program, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here (only root may): {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        kill_children(folder / "jobs")
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room in the file system of `folder`; the file that takes it all."""
+    ballast = folder / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    return ballast
 
 
 def tiny_interpreter(folder: Path) -> str:

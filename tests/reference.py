@@ -20,11 +20,16 @@ from llama_stack_provider_moe.spec import (
     DPOOptions,
     DPOSpec,
     Efficiency,
+    MLflow,
     Moe,
     Optimizer,
     Options,
+    Resources,
     SFTSpec,
+    Trackers,
+    Trackio,
     Training,
+    WandB,
 )
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,6 +45,11 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`moe`", "moe.", Moe, set()),
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
+    ("`resources`", "resources.", Resources, set()),
+    ("`trackers`", "trackers.", Trackers, set()),
+    ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
+    ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
+    ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
 ]

@@ -4,17 +4,14 @@ Spoken to is our own router behind uvicorn, without a host; what a server of our
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
-from llama_stack_provider_moe.cli import commands
 from llama_stack_provider_moe.cli.exits import Exit
 from llama_stack_provider_moe.cli.follow import Follower
 from llama_stack_provider_moe.cli.pull import PART, Puller
@@ -26,6 +23,7 @@ from llama_stack_provider_moe.host.service import PostTrainingService
 from llama_stack_provider_moe.jobs.checkpoint_index import STATE, write_checksums
 from llama_stack_provider_moe.jobs.folder import Artifact
 from llama_stack_provider_moe.jobs.state import JobState
+from tests.cli_support import moe_train
 from tests.host_harness import free_port
 from tests.host_support import folder_of, over_http, serving_in_process, submit
 
@@ -44,16 +42,6 @@ def url(service: PostTrainingService) -> Iterator[str]:
     with over_http(service) as found, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_TRAIN_URL", found)
         yield found
-
-
-def moe_train(*words: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = commands.main(list(words))
-        except SystemExit as left:
-            code = int(left.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 def ended(service: PostTrainingService, state: JobState = JobState.COMPLETED) -> str:

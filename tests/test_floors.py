@@ -27,7 +27,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "jobs": ({"pydantic", "sqlalchemy", "alembic"}, GROUND | {"jobs"}),
     "": ({"fastapi"}, GROUND | {"host", "provider"}),  # the package itself: lazy doors, fastapi for a type alone
     "provider": (set(), GROUND | {"", "host"}),  # "": the doors themselves, not what lies behind them
-    "host": ({"pydantic", "fastapi", "starlette"}, GROUND | {"jobs", "host"}),
+    "host": ({"pydantic", "fastapi", "starlette", "opentelemetry"}, GROUND | {"jobs", "host"}),
     "host.compat": (HOSTS, GROUND),
     "cli": ({"pydantic", "httpx", "rich", "typer", "yaml", "click"}, GROUND | {"jobs", "cli"}),
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),

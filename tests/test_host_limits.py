@@ -7,18 +7,38 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
-from llama_stack_provider_moe.host import routes, rows
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.host import routes
 from llama_stack_provider_moe.host.service import PostTrainingService
-from tests.host_support import BODY, ROWS, app_of, ask, over_http, scope_of, serving_in_process
+from tests.bad_inputs import GOOD_BODIES, SFT
+from tests.host_support import BODY, ROWS, Datasets, app_of, ask, over_http, scope_of, serving_in_process
 
+LIMIT_BYTES, MAX_ROWS = 100_000, 12
 PATHS = ["/jobs", "/jobs/validate", "/supervised-fine-tune", "/preference-optimize", "/job/cancel"]
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
-    with serving_in_process(tmp_path_factory.mktemp("limits")) as made:
+    datasets = Datasets()
+    datasets.rows["one-more"] = [*ROWS, ROWS[0]]
+    folder = tmp_path_factory.mktemp("limits")
+    with serving_in_process(folder, datasets, max_body_bytes=LIMIT_BYTES, max_rows=MAX_ROWS) as made:
         yield made
+
+
+def test_the_limits_are_the_servers() -> None:
+    made = ProviderConfig()
+    assert (made.max_body_bytes, made.max_rows) == (8 << 20, 10_000_000)
+    for field, allowed, refused in (
+        ("max_body_bytes", (65536, 1 << 30), (65535, (1 << 30) + 1)), ("max_rows", (1, 10**12), (0, -1)),
+    ):  # fmt: skip
+        for value in allowed:
+            assert getattr(ProviderConfig.model_validate({field: value}), field) == value
+        for value in refused:
+            with pytest.raises(ValidationError, match=field):
+                ProviderConfig.model_validate({field: value})
 
 
 def a_body(size: int) -> bytes:
@@ -27,9 +47,9 @@ def a_body(size: int) -> bytes:
 
 def test_the_largest_body_is_taken(service: PostTrainingService) -> None:
     headers = {"content-type": "application/json"}
-    answer = ask(service, "POST", "/jobs/validate", content=a_body(routes.MAX_BODY_BYTES), headers=headers)
+    answer = ask(service, "POST", "/jobs/validate", content=a_body(LIMIT_BYTES), headers=headers)
     assert answer.status_code == 200
-    answer = ask(service, "POST", "/jobs/validate", content=a_body(routes.MAX_BODY_BYTES + 1), headers=headers)
+    answer = ask(service, "POST", "/jobs/validate", content=a_body(LIMIT_BYTES + 1), headers=headers)
     assert answer.status_code == 413
 
 
@@ -49,25 +69,35 @@ def test_a_body_without_end_is_not_read(service: PostTrainingService, path: str)
     scope = scope_of((routes.PREFIX + path).encode(), method="POST")
     asyncio.run(app_of(service)(scope, receive, send))
     assert sent[0]["status"] == 413
-    assert json.loads(sent[1]["body"])["error"]["message"].startswith("the body has more than 8388608 bytes; ")
-    assert taken <= routes.MAX_BODY_BYTES + 2 * len(chunk)
+    assert json.loads(sent[1]["body"])["error"]["message"] == (
+        "the body has more than 100000 bytes (`max_body_bytes` of this server); rows belong into a data set, not into "
+        "a job"
+    )
+    assert taken <= LIMIT_BYTES + 2 * len(chunk)
 
 
 def test_a_sender_of_too_much_hears_why_and_may_go_on(service: PostTrainingService) -> None:
     with over_http(service) as url, httpx.Client(base_url=url + routes.PREFIX) as client:
         headers = {"content-type": "application/json"}
-        answer = client.post("/jobs", content=a_body(routes.MAX_BODY_BYTES + 100_000), headers=headers)
+        answer = client.post("/jobs", content=a_body(LIMIT_BYTES + 100_000), headers=headers)
         assert answer.status_code == 413
         assert client.get("/health").status_code == 200
 
 
-def test_too_many_rows_are_refused(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_ROWS", len(ROWS))
+def test_as_many_rows_as_allowed_and_no_more(service: PostTrainingService) -> None:
+    assert len(ROWS) == MAX_ROWS
     assert ask(service, "POST", "/jobs/validate", json=BODY).status_code == 200
-    monkeypatch.setattr(rows, "MAX_ROWS", len(ROWS) - 1)
-    answer = ask(service, "POST", "/jobs", json=BODY)
+    answer = ask(service, "POST", "/jobs", json=BODY | {"data": {"dataset_id": "one-more"}})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
-        "data.dataset_id: 'good' is not valid; expected a data set of at most 11 rows"
+        "data.dataset_id: 'one-more' is not valid; expected a data set of at most 12 rows (`max_rows` of this server)"
     )
+    body = BODY | {"data": {"dataset_id": "good", "validation_dataset_id": "one-more"}}
+    assert "data.validation_dataset_id: 'one-more'" in ask(service, "POST", "/jobs", json=body).text
+    given = GOOD_BODIES[SFT]["training_config"]
+    body = GOOD_BODIES[SFT] | {
+        "training_config": given | {"data_config": given["data_config"] | {"dataset_id": "one-more"}}
+    }
+    message = ask(service, "POST", SFT, json=body).json()["error"]["message"]
+    assert message.startswith("training_config.data_config.dataset_id: 'one-more' is not valid"), "the caller's name"
     assert not any((service.config.state_dir / "staging").iterdir())

@@ -1,6 +1,7 @@
 """Whose a job is, on a real server with the host's `custom` authentication: every route is tried, new ones too."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ POLICY = [
 # Routes that are about no job in particular; each has its own test or line here.
 GENERAL = {
     ("get", "/jobs"), ("post", "/jobs"), ("post", "/jobs/validate"), ("post", "/supervised-fine-tune"),
-    ("post", "/preference-optimize"), ("get", "/health"),
+    ("post", "/preference-optimize"), ("get", "/health"), ("get", "/metrics"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 
@@ -72,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         auth = {"provider_config": {"type": "custom", "endpoint": endpoint}, "access_policy": POLICY}
         config = run_config(
             QUICKSTART, folder, stack={"server": {"auth": auth}},
-            provider={"training_python": tiny_interpreter(folder), "supervisor": {"poll_s": 0.1}},
+            provider={"training_python": tiny_interpreter(folder), "prometheus": True, "supervisor": {"poll_s": 0.1}},
         )  # fmt: skip
         with serving(config, folder / "state") as running:
             body = {"dataset_id": "words", "purpose": "post-training/messages",
@@ -144,6 +145,16 @@ def test_a_strangers_list_and_names(server: Server, clients: dict[str, httpx.Cli
         assert (answer.status_code, job in answer.json()["error"]["message"]) == (404, True), "its artifacts neither"
     answer = clients[BOB].post(JOBS, json=GOOD_BODIES[JOBS] | {"job_uuid": "bobs"})
     assert (answer.status_code, "'words'" in answer.text) == (404, True), "nor her data set"
+
+
+def test_the_figures_of_all_jobs_are_an_administrators(clients: dict[str, httpx.Client], job: str) -> None:
+    for token in (ALICE, BOB):
+        answer = clients[token].get("/metrics")
+        assert answer.status_code == 403
+        assert "the access policy must permit you to read post_training_job::*" in answer.json()["error"]["message"]
+    answer = clients[ROOT].get("/metrics")
+    assert answer.status_code == 200
+    assert re.search(r'^moe_jobs\{recipe="sft",state="completed"\} [1-9]', answer.text, re.MULTILINE)
 
 
 def test_without_a_token_only_health_is_told(server: Server, job: str) -> None:

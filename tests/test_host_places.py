@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig
 from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, MoeError, NotFound
 from llama_stack_provider_moe.host.places import resolve_checkpoint_dir, resolve_model
 
@@ -40,6 +41,62 @@ def resolve(model: str | Path, config: ProviderConfig, may_use_job: Any = nobody
 def test_hub_ids_stay_as_they_are(config: ProviderConfig) -> None:
     for name in ("gpt2", "ibm-granite/granite-3.1-3b-a800m-instruct", "Qwen/Qwen3-30B-A3B"):
         assert resolve(name, config) == name
+
+
+def allowing(config: ProviderConfig, *patterns: str) -> ProviderConfig:
+    return config.model_copy(update={"models": ModelsConfig(allowed=list(patterns))})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "model", "allowed"),
+    [
+        (["ibm-granite/*"], "ibm-granite/granite-3.1-3b-a800m-instruct", True),
+        (["ibm-granite/*"], "ibm-granite-evil/granite", False),
+        (["ibm-granite/*"], "evil/ibm-granite", False),
+        (["ibm*"], "ibm-evil/granite", False),  # no * goes beyond a /
+        (["*"], "gpt2", True),
+        (["*"], "owner/name", False),
+        (["*/*"], "owner/name", True),
+        (["Qwen/Qwen3-30B-A3B"], "Qwen/Qwen3-30B-A3B", True),
+        (["Qwen/Qwen3-30B-A3B"], "Qwen/Qwen3-30B-A3B-evil", False),
+        (["Qwen/Qwen3-30B-A3B"], "qwen/qwen3-30b-a3b", False),
+        (["a/b", "c/granite-3.?-*"], "c/granite-3.1-3b", True),
+        (["a/b", "c/granite-3.?-*"], "c/granite-3.11-3b", False),
+        ([], "gpt2", False),
+    ],
+)
+def test_which_hub_ids_a_server_allows(patterns: list[str], model: str, allowed: bool, config: ProviderConfig) -> None:
+    config = allowing(config, *patterns)
+    if allowed:
+        assert resolve(model, config) == model
+        return
+    with pytest.raises(InvalidInput) as caught:
+        resolve_model(model, "finetuned_model", config, nobody)
+    assert str(caught.value).startswith(f"finetuned_model: {model!r} is not valid; expected ")
+    assert "`models.allowed`" in str(caught.value)
+    assert all(repr(pattern) in str(caught.value) for pattern in patterns), "what would be right"
+    assert str(config.state_dir.parent) not in str(caught.value), "and no folder of the machine"
+
+
+def test_folders_are_not_the_lists_matter(config: ProviderConfig, tmp_path: Path) -> None:
+    config = allowing(config)
+    for folder in (config.models_dir / "own", tmp_path / "shared" / "m"):
+        assert resolve(model_at(folder), config) == str(folder)
+    assert resolve("own", config) == str(config.models_dir / "own")
+    with pytest.raises(Forbidden):
+        resolve(model_at(tmp_path / "outside" / "m"), allowing(config, "*/*"))
+
+
+@pytest.mark.parametrize("pattern", ["", "/models/m", "a/b/c", "a/[bc]", "own er/*", "~/m", "a/", "https://hub/a"])
+def test_a_list_holds_hub_ids_alone(pattern: str) -> None:
+    with pytest.raises(ValidationError, match="is no hub id; expected owner/name"):
+        ModelsConfig(allowed=[pattern])
+
+
+def test_a_long_list_is_not_recited(config: ProviderConfig) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        resolve("other/m", allowing(config, *(f"owner/model-{number:04}" for number in range(1000))))
+    assert len(str(caught.value)) < 700
 
 
 def test_a_name_in_models_goes_before_the_hub(config: ProviderConfig) -> None:
@@ -186,6 +243,10 @@ def test_what_is_in_the_way_of_checkpoints(config: ProviderConfig, tmp_path: Pat
     with pytest.raises(InvalidInput, match="is in its way"):
         checkpoints(tmp_path / "shared" / "file" / "deeper", config)
     own = tmp_path / "shared" / "job"
+    own.symlink_to(tmp_path / "outside")
+    with pytest.raises(Forbidden, match="is a link"):
+        checkpoints(tmp_path / "shared", config)
+    own.unlink()
     own.mkdir()
     assert checkpoints(tmp_path / "shared", config) == str(tmp_path / "shared")
     (own / "epoch-1").mkdir()

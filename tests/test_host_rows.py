@@ -60,7 +60,7 @@ def hub_source(total: int) -> SimpleNamespace:
 
 
 def copy(host: Host, dataset_id: str, recipe: Any = "sft", out: Any = None) -> int:
-    return asyncio.run(copy_rows(host.deps, dataset_id, "data.dataset_id", recipe, "auto", out))
+    return asyncio.run(copy_rows(host.deps, dataset_id, "data.dataset_id", recipe, "auto", out, max_rows=10_000_000))
 
 
 def written(out: io.BytesIO) -> Iterator[Any]:

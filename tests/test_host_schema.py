@@ -6,12 +6,13 @@ llama-stack 0.6.1, which then drops the connection, and would stand in the serve
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
+from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.host.routes import PREFIX, create_router
 from llama_stack_provider_moe.host.service import PostTrainingService
 from tests.bad_inputs import DATASETS, GOOD_BODIES, JOBS
@@ -27,7 +28,7 @@ EXAMPLES = 12  # of each kind for each route
 JOB = "known"
 ROUTES = sorted(
     (method, route.path_format)  # type: ignore[attr-defined]
-    for route in create_router(cast(PostTrainingService, None)).routes
+    for route in create_router(PostTrainingService(ProviderConfig(prometheus=True), {})).routes
     for method in route.methods  # type: ignore[attr-defined]
 )
 
@@ -35,7 +36,7 @@ ROUTES = sorted(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("schema")
-    config = run_config(QUICKSTART, folder, provider={"supervisor": {"start": False}})
+    config = run_config(QUICKSTART, folder, provider={"prometheus": True, "supervisor": {"start": False}})
     with serving(config, folder / "state") as running:
         running.register("words", DATASETS["words"])
         with running.http() as http:

@@ -178,6 +178,7 @@ def test_a_request_becomes_the_job_it_says() -> None:
         "data": {"dataset_id": "rows", "shuffle": False, "format": "dialog"},
         "training": {"n_epochs": 2, "batch_size": 3},
         "optimizer": {"optimizer_type": "sgd", "lr": 0.5, "weight_decay": 0.1, "num_warmup_steps": 7},
+        "trackers": {},
     }  # fmt: skip
     spec = JOB_SPEC.validate_python(made.body)
     assert spec.training.max_steps_per_epoch == 0
@@ -226,11 +227,22 @@ def test_adapter_beside_algorithm_config_is_their_union() -> None:
         draft(sft(algorithm_config=LORA, adapter=None))
 
 
+@pytest.mark.parametrize("request_of", [sft, dpo])
+def test_trackers_come_from_the_logger_config(request_of: Any) -> None:
+    found = draft(request_of(logger_config={"tensorboard": {}, "wandb": {"project": "runs"}}))
+    assert found.body["trackers"] == {"tensorboard": {}, "wandb": {"project": "runs"}}
+    assert found.name("trackers.wandb.project") == "logger_config.wandb.project"
+    merged = JobDefaults(trackers={"mlflow": {}, "wandb": {"project": "servers"}}).under(found.body)
+    trackers = JOB_SPEC.validate_python(merged).trackers
+    assert (trackers.mlflow is not None, trackers.trackio) == (True, None)
+    assert trackers.wandb is not None
+    assert trackers.wandb.project == "runs", "the job's own before the server's"
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         (sft(hyperparam_search_config={"trials": 3}), "hyperparam_search_config: ['trials']"),
-        (sft(logger_config={"wandb": {}}), "logger_config: ['wandb']"),
         (sft(algorithm_config=LORA | {"quantize_base": True}), "algorithm_config.quantize_base: True"),
         (sft(model=None), "model: None"),
         (sft(training_config={"n_epochs": 1}), "training_config.data_config: None"),

@@ -11,10 +11,13 @@ from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
+from llama_stack_provider_moe.jobs import queue
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact
 from llama_stack_provider_moe.jobs.state import MOVES, JobState
@@ -404,13 +407,16 @@ def test_no_job_is_stranded_by_a_supervisor_that_leaves(store: JobStore, url: st
 
 
 def submit_and_claim(url: str, name: str, n_jobs: int, claimed: "multiprocessing.Queue[list[str]]") -> None:
-    store = JobStore(url)
-    for number in range(n_jobs):
-        submit(store, f"{name}-{number}")
     mine: list[str] = []
-    while (job := store.claim(name)) is not None:
-        mine.append(job.id)
-    store.close()
+    try:
+        store = JobStore(url)
+        for number in range(n_jobs):
+            submit(store, f"{name}-{number}")
+        while (job := store.claim(name)) is not None:
+            mine.append(job.id)
+        store.close()
+    except Exception as error:  # noqa: BLE001  a process's exception would be lost
+        mine.append(repr(error))
     claimed.put(mine)
 
 
@@ -434,12 +440,65 @@ def test_each_job_is_claimed_once_by_processes_that_hammer_one_new_store(url: st
     store.close()
 
 
-def claim_devices(url: str, name: str, claimed: "multiprocessing.Queue[list[str]]") -> None:
-    store = JobStore(url)
-    mine: list[str] = []
-    while (job := store.claim(name, [str(device) for device in range(7)])) is not None:
-        mine += (job.devices or "").split(",")
+def between_the_queries(monkeypatch: pytest.MonkeyPatch, look: int, happens: Callable[[], object]) -> None:
+    """Let something happen in the middle of the `look`-th look at the queue, before its last query."""
+    owners, looks = queue._owners, itertools.count(1)
+
+    def late(connection: Connection) -> dict[str, Any]:
+        if next(looks) == look:
+            happens()
+        return owners(connection)
+
+    monkeypatch.setattr(queue, "_owners", late)
+
+
+@pytest.mark.parametrize("asked", ["claim", "position"])
+def test_one_look_at_the_queue_is_of_one_moment(
+    store: JobStore, url: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the last job that waits between two queries of the same look."""
+    other = JobStore(url)
+    submit(store, "job")
+
+    def claimed_by_another() -> None:
+        monkeypatch.undo()
+        assert other.claim("another") is not None
+
+    between_the_queries(monkeypatch, 1, claimed_by_another)
+    if asked == "claim":
+        assert store.claim("me") is None
+    else:
+        assert store.queue_position("job") == 1
+    assert [(job.supervisor, job.attempts) for job in store.running()] == [("another", 1)]
+    other.close()
+
+
+def test_a_claim_takes_another_job_where_the_next_one_is_cancelled_meanwhile(
+    new_postgres_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelling waits for no claim on PostgreSQL; SQLite has one writer at a time."""
+    url = new_postgres_url()
+    store, other = JobStore(url), JobStore(url)
+    submit(store, "first", "ann")
+    submit(store, "second", "bob")
+    between_the_queries(monkeypatch, 2, lambda: other.request_cancel("first", "ann"))
+    job = store.claim("me")
+    assert job is not None
+    assert job.id == "second"
+    assert store.get("first", None).state is JobState.CANCELLED
     store.close()
+    other.close()
+
+
+def claim_devices(url: str, name: str, claimed: "multiprocessing.Queue[list[str]]") -> None:
+    mine: list[str] = []
+    try:
+        store = JobStore(url)
+        while (job := store.claim(name, [str(device) for device in range(7)])) is not None:
+            mine += (job.devices or "").split(",")
+        store.close()
+    except Exception as error:  # noqa: BLE001  a process's exception would be lost
+        mine.append(repr(error))
     claimed.put(mine)
 
 

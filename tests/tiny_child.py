@@ -6,6 +6,7 @@ It speaks to the outside as `training.main` does, by events, output, manifest an
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
     killed              how many of its starts die of a SIGKILL of their own after the first step
     print_bytes         to print before the first step, in lines
+    fill_disk           after the first step: save a checkpoint, then write another one until the disk is full
     on_term             "save" (default: checkpoint, cancelled event, exit 3) or "ignore"
     grandchild          start a `sleep` that outlives it
 """
@@ -27,11 +28,11 @@ def now() -> str:
 
 def main(folder: Path) -> int:
     plan: dict[str, Any] = json.loads((folder / "child.json").read_text())
-    events = (folder / "events.jsonl").open("a", buffering=1)
+    events = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     stopping = False
 
     def emit(kind: str, **fields: Any) -> None:
-        events.write(json.dumps({"time": now(), "type": kind, **fields}, separators=(",", ":")) + "\n")
+        os.write(events, (json.dumps({"time": now(), "type": kind, **fields}, separators=(",", ":")) + "\n").encode())
 
     def on_term(*_: object) -> None:
         nonlocal stopping
@@ -40,6 +41,7 @@ def main(folder: Path) -> int:
     def save(kind: str, step: int) -> dict[str, Any]:
         path = folder / "artifacts" / f"{kind}-{step}"
         path.mkdir(parents=True, exist_ok=True)
+        (path / "weights").write_bytes(b"weights")
         artifact = {"identifier": f"{folder.name}/{kind}-{step}", "kind": kind, "path": str(path), "epoch": 0,
                     "step": step, "created_at": now(), "bytes": 0, "metrics": None}  # fmt: skip
         emit("saved", artifact=artifact)
@@ -63,6 +65,9 @@ def main(folder: Path) -> int:
     for step in range(1, steps + 1):
         time.sleep(plan.get("step_s", 0.01))
         emit("step", step=step, max_steps=steps, epoch=step / steps, metrics={"loss": 1 / step}, eta_s=0.0)
+        if plan.get("fill_disk"):
+            save("checkpoint", step)
+            fill_disk(folder / "artifacts" / f".checkpoint-{step + 1}.writing")
         if start <= plan.get("killed", 0):
             save("checkpoint", step)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,6 +76,14 @@ def main(folder: Path) -> int:
             emit("cancelled", step=step)
             return 3
     return finish(plan.get("end", "manifest"), folder, emit, save)
+
+
+def fill_disk(unfinished: Path) -> None:
+    """Ends with the error of a checkpoint that there is no room for; what it is may not find room in the output."""
+    unfinished.mkdir()
+    with (unfinished / "weights").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
 
 
 def finish(end: str | int, folder: Path, emit: Any, save: Any) -> int:

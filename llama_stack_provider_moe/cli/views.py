@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from llama_stack_provider_moe.cli import show
 from llama_stack_provider_moe.cli.screen import Screen
 from llama_stack_provider_moe.cli.server import state_of
+from llama_stack_provider_moe.jobs.output import printable
 
 # Steps of a job come as often as they like; lines for a person, or for a CI's log, do not.
 STEP_LINE_S = 10.0
@@ -117,9 +118,9 @@ class Bar:
         step, total = resources.get("step"), resources.get("max_steps")
         self._progress.update(
             self._task,
-            description=str(resources.get("stage") or status["status"]),
+            description=printable(str(resources.get("stage") or status["status"])),
             completed=step or 0,
             total=total,
-            steps=f"{step} of {total}" if step is not None else "",
-            figures=", ".join(show.figures(status)),
+            steps=printable(f"{step} of {total}") if step is not None else "",
+            figures=printable(", ".join(show.figures(status))),
         )

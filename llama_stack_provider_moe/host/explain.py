@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from llama_stack_provider_moe.errors import InvalidBody, shorten
-from llama_stack_provider_moe.spec import JOB_ID_PATTERN, DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import JOB_ID_PATTERN, PROJECT_PATTERN, DPOSpec, SFTSpec
 
 SHOWN = 8
 A_BODY = "a JSON object, sent as content type application/json"
@@ -17,6 +17,8 @@ _TYPES = {
     "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
     "dict": "an object", "model": "an object", "finite_number": "a finite number",
 }  # fmt: skip
+_NAME = "letters, digits, '.', '_' and '-', the first a letter or a digit"
+_PATTERNS = {JOB_ID_PATTERN: f"1 to 128 {_NAME}", PROJECT_PATTERN: f"1 to 64 {_NAME}"}
 _BOUNDS = {
     "greater_than": ("gt", "> "), "greater_than_equal": ("ge", ">= "),
     "less_than": ("lt", "< "), "less_than_equal": ("le", "<= "),
@@ -85,8 +87,8 @@ def _expected(error: Mapping[str, Any], context: Mapping[str, Any]) -> str:
         return f"{sign}{context[key]:.15g}"
     if kind in ("literal_error", "enum"):
         return str(context["expected"])
-    if kind == "string_pattern_mismatch" and context["pattern"] == JOB_ID_PATTERN:
-        return "1 to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
+        return _PATTERNS[context["pattern"]]
     if kind in ("string_too_short", "string_too_long"):
         least, most = context.get("min_length"), context.get("max_length")
         return f"at least {least} character(s)" if kind == "string_too_short" else f"at most {most} characters"
@@ -102,6 +104,8 @@ def _known(location: list[Any], model: type[BaseModel] | None) -> str:
     if model is None:
         return ""
     keys = list(model.model_fields)
+    if not keys:
+        return "; expected none"
     close = difflib.get_close_matches(str(location[-1]), keys, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; expected {', '.join(keys)}"
 

@@ -63,8 +63,11 @@ def _artifact(job: Job, name: str) -> tuple[Artifact, Path]:
 
 
 def _homes(job: Job) -> list[Path]:
+    """The folders of a job that hold artifacts; none that a link stands for, which others may have put there."""
     own, *elsewhere = views.places(job)
-    return [path.resolve() for path in (own / "artifacts", own / "checkpoints", *elsewhere)]
+    # The state folder may lie behind a link of the operator's; a `checkpoint_dir` was resolved when it was accepted.
+    homes = [own.resolve() / "artifacts", own.resolve() / "checkpoints", *elsewhere]
+    return [home for home in homes if home == home.resolve()]
 
 
 def _regular(root: Path) -> Iterator[tuple[str, Path, os.stat_result]]:

@@ -11,6 +11,7 @@ from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, NotFound
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_PATTERNS_SHOWN = 12
 _HUB_ID = re.compile(rf"{_NAME}(/{_NAME})?")
 _NAME_LIMIT_BYTES = 255  # of every file system that matters
 _HEADS = ("ForCausalLM", "LMHeadModel")
@@ -32,14 +33,16 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
         may_use_job: raises unless the caller may read that job's artifacts.
 
     Raises:
-        InvalidInput: neither a hub id nor a folder with a model that we train.
+        InvalidInput: neither a hub id that this server allows nor a folder with a model that we train.
         Forbidden: a folder outside the roots.
         NotFound: no such folder.
     """
     own = config.models_dir / model
     if not model.startswith(("/", "~")) and not (".." not in Path(model).parts and _exists(own, field, model)):
         if _HUB_ID.fullmatch(model) and ".." not in model:
-            return model
+            if config.models.allow(model):
+                return model
+            raise InvalidInput(field, model, _what_is_allowed(config.models.allowed or []))
         raise InvalidInput(field, model, "a hub id (owner/name), an absolute path, or a folder in state_dir/models")
     path = _real(Path(model) if model.startswith(("/", "~")) else own, field, model)
     root = _root_of(path, [config.models_dir, *config.allowed_roots])
@@ -55,11 +58,21 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
     return str(path)
 
 
+def _what_is_allowed(patterns: list[str]) -> str:
+    """The server's own list, which names nobody's folders or jobs."""
+    folders = "a folder in state_dir/models or under an allowed root, or a job's own artifacts"
+    if not patterns:
+        return f"{folders}; this server allows no model of the hub (`models.allowed`)"
+    more = ", ..." if len(patterns) > _PATTERNS_SHOWN else ""
+    shown = ", ".join(map(repr, patterns[:_PATTERNS_SHOWN]))
+    return f"one of {shown}{more} (`models.allowed` of this server), {folders}"
+
+
 def resolve_checkpoint_dir(directory: str, job_id: str, field: str, config: ProviderConfig) -> str:
     """The absolute path of a folder under `state_dir/checkpoints` or an allowed root; relative ones lie in the first.
 
     Raises:
-        Forbidden: it lies elsewhere.
+        Forbidden: it lies elsewhere, or would lead there.
         InvalidInput: something that is no folder, or can't be written, is in its way.
         Conflict: it has a folder of this job's name with something in it.
     """
@@ -73,6 +86,8 @@ def resolve_checkpoint_dir(directory: str, job_id: str, field: str, config: Prov
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InvalidInput(field, directory, f"a folder that the server can write; {str(parent)!r} is in its way")
     own = path / job_id
+    if own.is_symlink():
+        raise Forbidden(f"{field}: {str(own)!r} is a link; a job's checkpoints go to a folder of its own")
     if own.exists() and any(own.iterdir()):
         raise Conflict(f"{field}: {str(own)!r} exists and is not empty; choose another job_uuid or folder")
     return str(path)

@@ -7,6 +7,7 @@
     GET  jobs/{id}, jobs/{id}/logs, events, metrics; health
     GET  jobs/{id}/artifacts/{name}, artifacts/{name}/{path}  files
     POST jobs/{id}/resume; DELETE jobs/{id}
+    GET  metrics                                              for Prometheus, where the server's `prometheus` says so
 
 An error is always `{"error": {"message": ...}}`; none reaches the host's own handler, for after that one 0.6.1
 drops the connection.
@@ -16,21 +17,22 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi import HTTPException as FastAPIError
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, SkipValidation
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
-from llama_stack_provider_moe.host import compat, stream, wire
+from llama_stack_provider_moe.host import compat, exposition, stream, wire
 from llama_stack_provider_moe.host.download import download
 from llama_stack_provider_moe.host.explain import invalid_body
+from llama_stack_provider_moe.host.safe_json import made_safe
 from llama_stack_provider_moe.host.service import PostTrainingService
 from llama_stack_provider_moe.spec import JobSpec
 
@@ -39,7 +41,6 @@ MAX_JOBS = 1000
 MAX_LINES = 10_000
 MAX_EVENTS = 10_000
 MAX_POINTS = 10_000
-MAX_BODY_BYTES = 8 << 20
 MAX_ERROR = 500  # characters of an error that is not ours
 log = logging.getLogger(__name__)
 
@@ -61,16 +62,23 @@ Offset = Annotated[int, Field(ge=0, lt=2**63)]
 JobUuid = Annotated[str | None, Query(description="The job; the newer routes have it in their path.")]
 
 
-class ErrorAnswers(APIRoute):
-    """A route whose exceptions are answers."""
+class Answers(APIRoute):
+    """A route whose exceptions are answers, and whose answers are safe to show.
+
+    Attributes:
+        impl: the service that is asked; it knows the limits, and counts refusals.
+    """
+
+    impl: ClassVar[PostTrainingService]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler of every request to this route."""
         handle = super().get_route_handler()
+        limit_bytes = self.impl.config.max_body_bytes
 
-        async def answer(request: Request) -> Response:
+        async def checked(request: Request) -> Response:
             try:
-                return await handle(Request(request.scope, _bounded(request.receive)))
+                return await handle(Request(request.scope, _bounded(request.receive, limit_bytes)))
             except MoeError as error:
                 return _error(error.status, str(error))
             except RequestValidationError as error:
@@ -79,8 +87,15 @@ class ErrorAnswers(APIRoute):
                 why = f" ({error.__cause__})" if error.__cause__ else ""
                 return _error(error.status_code, f"{error.detail}{why}"[:MAX_ERROR], error.headers)
             except Exception:
-                log.exception("%s %s failed", request.method, request.url.path)
+                # %r: a path may hold what the terminal of the log's reader would obey.
+                log.exception("%s %r failed", request.method, request.url.path)
                 return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on the server; its log says what")
+
+        async def answer(request: Request) -> Response:
+            response = await checked(request)
+            if response.status_code >= HTTPStatus.BAD_REQUEST:
+                self.impl.refused(request.method, self.path_format, response.status_code)
+            return made_safe(response)
 
         return answer
 
@@ -89,18 +104,26 @@ class ErrorAnswers(APIRoute):
         return next((each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
-def _bounded(receive: Receive) -> Receive:
-    """`receive` of a request whose body may have `MAX_BODY_BYTES`; no more than these are ever held."""
+def _answers_of(service: PostTrainingService) -> type[Answers]:
+    class Bound(Answers):
+        impl = service
+
+    return Bound
+
+
+def _bounded(receive: Receive, limit_bytes: int) -> Receive:
+    """`receive` of a request whose body may have `limit_bytes`; no more than these are ever held."""
     came = 0
 
     async def bounded() -> Message:
         nonlocal came
         message = await receive()
         came += len(message.get("body", b""))
-        if came > MAX_BODY_BYTES:
+        if came > limit_bytes:
             raise FastAPIError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body has more than {MAX_BODY_BYTES} bytes; rows belong into a data set, not into a job",
+                f"the body has more than {limit_bytes} bytes (`max_body_bytes` of this server); rows belong into a "
+                "data set, not into a job",
             )
         return message
 
@@ -115,7 +138,7 @@ def _error(status: int, message: str, headers: Mapping[str, str] | None = None) 
 
 def create_router(impl: PostTrainingService) -> APIRouter:
     """All routes of `impl`."""
-    router = APIRouter(prefix=PREFIX, tags=["Post Training"], route_class=ErrorAnswers, responses=REFUSALS)
+    router = APIRouter(prefix=PREFIX, tags=["Post Training"], route_class=_answers_of(impl), responses=REFUSALS)
     _add_creation(router, impl)
     _add_jobs(router, impl)
     _add_artifacts(router, impl)
@@ -128,6 +151,12 @@ def create_router(impl: PostTrainingService) -> APIRouter:
         if found.status != "ok":
             response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
         return found
+
+    if impl.config.prometheus:
+
+        @router.get("/metrics", summary="The store's figures for Prometheus.", response_class=PlainTextResponse)
+        async def metrics() -> PlainTextResponse:
+            return PlainTextResponse(await impl.exposition(), media_type=exposition.MEDIA_TYPE)
 
     return router
 

@@ -14,7 +14,6 @@ from llama_stack_provider_moe.host import compat
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 
 ROWS_PER_PAGE = 1000
-MAX_ROWS = 10_000_000
 
 
 class _Checked(NamedTuple):
@@ -24,7 +23,13 @@ class _Checked(NamedTuple):
 
 
 async def copy_rows(
-    deps: dict[Any, Any], dataset_id: str, field: str, recipe: Recipe, row_format: RowFormat, out: BinaryIO | None
+    deps: dict[Any, Any],
+    dataset_id: str,
+    field: str,
+    recipe: Recipe,
+    row_format: RowFormat,
+    out: BinaryIO | None,
+    max_rows: int,
 ) -> int:
     """Check every row of a data set, and write each in its canonical form as a line of JSON.
 
@@ -35,21 +40,24 @@ async def copy_rows(
         recipe: decides what a row must have.
         row_format: what the job says its rows are.
         out: where the lines go; None only checks.
+        max_rows: `ProviderConfig.max_rows`; no row beyond is asked for.
 
     Returns:
         The number of rows, at least 1.
 
     Raises:
         NotFound: no such data set.
-        InvalidInput: it can't be read, has no rows, or more than `MAX_ROWS`.
+        InvalidInput: it can't be read, has no rows, or more than `max_rows`.
         InvalidRows: some of its rows can't be trained on; all of them were looked at.
     """
     pages: AsyncIterator[list[Any]] = compat.dataset_pages(deps, dataset_id, ROWS_PER_PAGE, field)
     total, count = 0, 0
     problems: list[RowProblem] = []
     async for page in pages:
-        if total + len(page) > MAX_ROWS:
-            raise InvalidInput(field, dataset_id, f"a data set of at most {MAX_ROWS:,} rows")
+        if total + len(page) > max_rows:
+            raise InvalidInput(
+                field, dataset_id, f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
+            )
         checked = await asyncio.to_thread(_check, page, total + 1, recipe, row_format)
         total += len(page)
         count += checked.problem_count

@@ -12,18 +12,21 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opentelemetry.metrics import Meter, get_meter
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.config import ProviderConfig
-from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
-from llama_stack_provider_moe.host import compat, files, places, rows, stream, timeline, views, wire
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, NotFound
+from llama_stack_provider_moe.host import compat, exposition, files, places, rows, stream, timeline, views, wire
 from llama_stack_provider_moe.host.convert import Draft, draft
 from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
+from llama_stack_provider_moe.host.telemetry import METER, Telemetry
 from llama_stack_provider_moe.jobs import checkpoint_index, removal
+from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
@@ -47,10 +50,14 @@ class PostTrainingService:
         config: the `config:` of the run YAML.
         deps: the host's APIs, for the rows of data sets.
         policy: the host's access policy; see `compat.may_reach_every_job`.
+        meter: where figures go; left out: the host's exporter, where it has one.
     """
 
-    def __init__(self, config: ProviderConfig, deps: dict[Any, Any], policy: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, config: ProviderConfig, deps: dict[Any, Any], policy: Sequence[Any] = (), meter: Meter | None = None
+    ) -> None:
         self.config = config
+        self._meter = get_meter(METER) if meter is None else meter
         self._deps = deps
         self._policy = policy
         self._staging = config.state_dir / "staging"
@@ -63,6 +70,7 @@ class PostTrainingService:
         for folder in (self.config.jobs_dir, self.config.models_dir, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
         self.store = JobStore(self.config.url)
+        self._telemetry = Telemetry(self._meter, self.store, self.config.state_dir / "telemetry.lock")
         for folder in self._staging.iterdir():  # of a server that died while rows came in
             if time.time() - folder.stat().st_mtime > STALE_STAGING_S:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -72,6 +80,7 @@ class PostTrainingService:
 
     async def shutdown(self) -> None:
         """Close the store; the supervisor and its jobs go on."""
+        self._telemetry.close()
         await asyncio.to_thread(self.store.close)
 
     # Requests that make a job.
@@ -109,6 +118,7 @@ class PostTrainingService:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         await asyncio.to_thread(self._see_to_jobs)
+        self._telemetry.submitted(job)
         log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
         return wire.PostTrainingJob(job_uuid=job.id)
 
@@ -150,11 +160,11 @@ class PostTrainingService:
         """Check the job's rows, and write them where there is a folder to write to."""
 
         async def read(dataset_id: str, field: str, path: Path | None) -> int:
-            name = request.name(field)
-            if path is None:
-                return await rows.copy_rows(self._deps, dataset_id, name, spec.recipe, spec.data.format, None)
-            with path.open("xb") as out:
-                return await rows.copy_rows(self._deps, dataset_id, name, spec.recipe, spec.data.format, out)
+            with nullcontext() if path is None else path.open("xb") as out:
+                return await rows.copy_rows(
+                    self._deps, dataset_id, request.name(field), spec.recipe, spec.data.format, out,
+                    self.config.max_rows,
+                )  # fmt: skip
 
         data = spec.data
         train = await read(data.dataset_id, "data.dataset_id", folder.train_rows if folder else None)
@@ -241,19 +251,19 @@ class PostTrainingService:
             job = self.store.get(job_id, whose)  # before its output, so that none is missed at the end
             return stream.Look(job.state, views.log(job, tail, start))
 
-        await asyncio.to_thread(self.store.get, job_id, whose)
+        views.folder_of(await asyncio.to_thread(self.store.get, job_id, whose))
         return stream.output(look, offset)
 
     async def events(self, job_id: str, cursor: int, limit: int) -> wire.Events:
         """A page of a job's events."""
-        return await self._about(job_id, lambda job: timeline.page(job.id, _folder(job).events, cursor, limit))
+        return await self._about(job_id, lambda job: timeline.page(job.id, views.folder_of(job).events, cursor, limit))
 
     async def metrics(
         self, job_id: str, names: set[str] | None, since_step: int | None, limit: int
     ) -> wire.MetricSeries:
         """What a job's steps measured."""
         return await self._about(
-            job_id, lambda job: timeline.metrics(job.id, _folder(job).events, names, since_step, limit)
+            job_id, lambda job: timeline.metrics(job.id, views.folder_of(job).events, names, since_step, limit)
         )
 
     async def cancel(self, job_id: str) -> None:
@@ -295,6 +305,27 @@ class PostTrainingService:
         alive = self.store.live_supervisor() is not None
         return wire.Health(status="ok", store="ok", supervisor="alive" if alive else "none", jobs=self.store.counts())
 
+    async def exposition(self) -> str:
+        """The store's figures for Prometheus.
+
+        Raises:
+            Forbidden: they are of all owners' jobs, and the caller may not read those.
+        """
+        if compat.principal() is not None and self._whose("read") is not None:
+            raise Forbidden(
+                "metrics count every owner's jobs; the access policy must permit you to read "
+                f"{compat.JOB_RESOURCE}::*, as it does an administrator"
+            )
+        return await asyncio.to_thread(self._exposition)
+
+    def _exposition(self) -> str:
+        alive = self.store.live_supervisor() is not None
+        return exposition.exposition(self.store.census(), now(), alive)
+
+    def refused(self, method: str, route: str, status: int) -> None:
+        """A request was answered with an error."""
+        self._telemetry.refused(method, route, status)
+
     def _whose(self, action: compat.Action) -> str | None:
         """The owner whose jobs the caller may reach; None: everybody's."""
         return None if compat.may_reach_every_job(self._policy, action) else _owner()
@@ -309,7 +340,7 @@ class PostTrainingService:
 
 
 def _must_have_checkpoint(job: Job) -> None:
-    folder = _folder(job)
+    folder = views.folder_of(job)
     found = checkpoint_index.checkpoint_folders(folder, folder.read_spec()) if folder.spec.exists() else []
     reasons = []
     for path in found:
@@ -319,10 +350,6 @@ def _must_have_checkpoint(job: Job) -> None:
         reasons.append(f"{path.name}: {why}")
     told = f"none of its checkpoints is whole ({'; '.join(reasons[:3])})" if found else "it has saved no checkpoint"
     raise Conflict(f"job {job.id!r} can't be resumed: {told}; submit it again")
-
-
-def _folder(job: Job) -> JobFolder:
-    return JobFolder(Path(job.folder))
 
 
 def _owner() -> str:

@@ -11,12 +11,12 @@ nothing twice. A stream that stops without `end` was cut off; the job goes on, a
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from llama_stack_provider_moe.errors import NotFound
 from llama_stack_provider_moe.host import compat
+from llama_stack_provider_moe.host.safe_json import dumps
 from llama_stack_provider_moe.host.views import LOG_WINDOW_BYTES
 from llama_stack_provider_moe.host.wire import PostTrainingJobLogStream
 from llama_stack_provider_moe.jobs.state import JobState
@@ -71,4 +71,4 @@ async def output(look: Callable[[int | None], Look], offset: int | None) -> Asyn
 def _event(data: dict[str, Any], name: str | None = None, number: int | None = None) -> bytes:
     head = ("" if name is None else f"event: {name}\n") + ("" if number is None else f"id: {number}\n")
     # ASCII, so that no separator of lines that Unicode knows stands in it.
-    return f"{head}data: {json.dumps(data)}\n\n".encode("ascii")
+    return f"{head}data: {dumps(data)}\n\n".encode("ascii")

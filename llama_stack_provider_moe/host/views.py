@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llama_stack_provider_moe.errors import Forbidden
 from llama_stack_provider_moe.host.wire import (
     Checkpoint,
     JobDetail,
@@ -21,6 +22,19 @@ from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
 
 LOG_WINDOW_BYTES = 1 << 20
+
+
+def folder_of(job: Job) -> JobFolder:
+    """The folder of a job, whose files are its own.
+
+    Raises:
+        Forbidden: one of them is a link, which may lead to a file of somebody else's.
+    """
+    folder = JobFolder(Path(job.folder))
+    for path in (folder.spec, folder.resolved, folder.events, folder.output, folder.manifest):
+        if path.is_symlink():
+            raise Forbidden(f"{path.name} of job {job.id!r} is a link; only files in the job's own folder are read")
+    return folder
 
 
 def line(job: Job) -> JobLine:
@@ -43,7 +57,7 @@ def status(job: Job, store: JobStore) -> PostTrainingJobStatusResponse:
 
 def detail(job: Job, store: JobStore) -> JobDetail:
     """A job whole."""
-    folder = JobFolder(Path(job.folder))
+    folder = folder_of(job)
     manifest = folder.read_manifest()
     facts = _status(job, store)
     facts["resources_allocated"]["disk_bytes"] = disk_bytes(job)
@@ -64,6 +78,8 @@ def detail(job: Job, store: JobStore) -> JobDetail:
 def places(job: Job) -> list[Path]:
     """Where a job keeps files: its folder, and beside it the job's own part of a `checkpoint_dir`."""
     folder = JobFolder(Path(job.folder))
+    if folder.spec.is_symlink():  # such a job can still be deleted
+        return [folder.root]
     try:
         checkpoints = folder.checkpoints(folder.read_spec())
     except FileNotFoundError:
@@ -75,6 +91,8 @@ def disk_bytes(job: Job) -> int:
     """Bytes of all files of a job, those of its checkpoints elsewhere too; a file linked twice counts once."""
     sizes = {}
     for root in places(job):
+        if root.is_symlink():  # the size of something else
+            continue
         for parent, _, names in os.walk(root):
             for name in names:
                 with suppress(FileNotFoundError):  # a checkpoint that is pruned now
@@ -85,7 +103,7 @@ def disk_bytes(job: Job) -> int:
 
 def artifacts(job: Job) -> tuple[Artifact, ...]:
     """What a job has left; while it runs, what it has saved so far."""
-    return job.artifacts if job.state.ended else saved_artifacts(JobFolder(Path(job.folder)))
+    return job.artifacts if job.state.ended else saved_artifacts(folder_of(job))
 
 
 def checkpoints(job: Job) -> list[Checkpoint]:
@@ -113,7 +131,7 @@ def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
     `LOG_WINDOW_BYTES` of them; of a line that a progress bar wrote over with `\\r`, the last version.
     """
     try:
-        file = JobFolder(Path(job.folder)).output.open("rb")
+        file = folder_of(job).output.open("rb")
     except FileNotFoundError:
         return PostTrainingJobLogStream(job_uuid=job.id, log_lines=[], next_offset=0)
     with file:
@@ -134,7 +152,7 @@ def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
 
 
 def _status(job: Job, store: JobStore) -> dict[str, Any]:
-    resources = progress(job, JobFolder(Path(job.folder)))
+    resources = progress(job, folder_of(job))
     if job.state is JobState.SCHEDULED:
         resources["queue_position"] = store.queue_position(job.id)
     resources |= {"lost": job.lost, "devices": job.devices, "stopped_by": job.stopped_by}

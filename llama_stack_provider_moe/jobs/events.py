@@ -6,16 +6,19 @@ being written and is left for the next read.
 """
 
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
 
 StoppedBy = Literal["time_budget", "early_stopping"]
 
 # Of an earlier start of a job they say nothing about how the present one does.
 _ENDS = ("failed", "finished", "cancelled")
+# Longer than any event: damage that has no line's end is read in pieces of this size.
+LINE_LIMIT_BYTES = 4 << 20
 
 
 def now() -> datetime:
@@ -27,7 +30,7 @@ class _Event(BaseModel):
     # A loss that became NaN is what a reader wants to see most; by default it is written as null, which is no float.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    time: datetime = Field(default_factory=now)
+    time: AwareDatetime = Field(default_factory=now)
 
 
 class Started(_Event):
@@ -60,8 +63,8 @@ class Step(_Event):
     """One optimiser step. Losses in nats; times in seconds; memory in bytes."""
 
     type: Literal["step"] = "step"
-    step: int
-    max_steps: int
+    step: int = Field(ge=0, lt=2**63)
+    max_steps: int = Field(ge=0, lt=2**63)
     epoch: float
     metrics: dict[str, float]
     eta_s: float | None = None
@@ -140,17 +143,34 @@ Event = Annotated[
     Discriminator("type"),
 ]
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+_TYPE = re.compile(rb'\s*\{\s*"time"\s*:\s*"[^"]*"\s*,\s*"type"\s*:\s*"([a-z]*)"')
 
 
 class EventLog:
-    """Appends events to one file; one instance, in one process, writes a job's events."""
+    """Appends events to one file; one instance, in one process, writes a job's events.
+
+    Half a line that an earlier process left is ended first: it spoils no event but its own.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        if self._file.seek(0, os.SEEK_END) and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
+            self._file.write(b"\n")
 
     def append(self, event: _Event) -> None:
-        """Write one event in a single `write`, so that a reader never sees half of two."""
-        self._file.write(event.model_dump_json().encode() + b"\n")
+        """Write one event whole, in a single `write` where the disk allows it, or not at all.
+
+        Raises:
+            OSError: the disk is full, ...
+        """
+        start = os.fstat(self._file.fileno()).st_size
+        rest = event.model_dump_json().encode() + b"\n"
+        try:
+            while rest:  # a full disk takes the beginning and says so at the next attempt alone
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(start)
+            raise
 
     def close(self) -> None:
         """Sync and close."""
@@ -170,7 +190,7 @@ def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
     """Up to `limit` events from byte `cursor` on; a missing file has none.
 
     A line that is no event (a disk that filled up in the middle of a write) is counted, not hidden and not
-    fatal.
+    fatal; damage without a line's end counts once for each `LINE_LIMIT_BYTES`.
     """
     events: list[Any] = []
     unreadable = 0
@@ -181,8 +201,8 @@ def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
     with file:
         file.seek(cursor)
         while len(events) + unreadable < limit:
-            line = file.readline()
-            if not line.endswith(b"\n"):
+            line = file.readline(LINE_LIMIT_BYTES)
+            if not line.endswith(b"\n") and len(line) < LINE_LIMIT_BYTES:
                 break
             cursor += len(line)
             try:
@@ -195,25 +215,29 @@ def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
 def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
     """The newest event of each type among the last `window_bytes` of the file, by its type's name.
 
-    How an earlier start of the job ended is left out: a resumed job has not failed.
+    How an earlier start of the job ended is left out: a resumed job has not failed. Every look at a job asks this, so
+    no more events are parsed than are given back.
     """
     try:
-        size = path.stat().st_size
+        file = path.open("rb")
     except FileNotFoundError:
         return {}
-    start = max(0, size - window_bytes)
-    if start:
-        with path.open("rb") as file:
-            file.seek(start)
-            start += len(file.readline())  # the rest of a line that began before the window
+    with file:
+        start = max(0, file.seek(0, os.SEEK_END) - window_bytes)
+        file.seek(start)
+        # The last piece is being written; the first one may have begun before the window.
+        lines = file.read(window_bytes).split(b"\n")[1 if start else 0 : -1]
     newest: dict[str, Any] = {}
-    while True:
-        page = read(path, start)
-        for event in page.events:
-            if event.type == "started":
-                for end in _ENDS:
-                    newest.pop(end, None)
+    settled: set[str] = set()
+    for line in reversed(lines):
+        told = _TYPE.match(line)
+        if told is not None and told[1].decode() in settled:
+            continue
+        try:
+            event = _EVENT.validate_json(line)
+        except ValueError:
+            continue
+        if event.type not in settled:
             newest[event.type] = event
-        if page.cursor == start:
-            return newest
-        start = page.cursor
+            settled |= {event.type, *_ENDS} if event.type == "started" else {event.type}
+    return newest

@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_stack_provider_moe.jobs import disk
 from llama_stack_provider_moe.jobs.events import latest
 from llama_stack_provider_moe.jobs.executors import Exit
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder, Manifest
@@ -35,8 +36,9 @@ def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None)
 
     Completed: it left a manifest, and no exit code that says otherwise; a signal that reached it after that spoils
     nothing. Else cancelled, if that was asked for. Else failed, if we gave it up, it gave a reason itself, ended with
-    an exit code of its own, or ran out of memory: it would do the same again. Else it was lost, and is tried again
-    unless that has happened `max_attempts` times. Checkpoints that were finished are its artifacts in any case.
+    an exit code of its own, ran out of memory, or left a full disk: it would do the same again. Else it was lost, and
+    is tried again unless that has happened `max_attempts` times. Checkpoints that were finished are its artifacts in
+    any case.
 
     Args:
         job: as it is in the store.
@@ -58,15 +60,18 @@ def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None)
     newest = latest(folder.events)
     reason = given_up or damage or (newest["failed"].reason if "failed" in newest else None)
     state = JobState.FAILED
+    no_room = disk.full_for(folder)
     if reason is None:
         what = _death(end, asked_to_stop="cancelled" in newest)
         # Asked to stop, but not by us: whoever shuts the machine down.
-        if not end.out_of_memory and (end.code is None or end.code < 0 or "cancelled" in newest):
+        if no_room is None and not end.out_of_memory and (end.code is None or end.code < 0 or "cancelled" in newest):
             again = job.lost + 1 < max_attempts
             what += f" ({job.lost + 1} of at most {max_attempts} starts lost{'; it is tried again' if again else ''})"
             state = JobState.SCHEDULED if again else JobState.FAILED
         last = tail(folder.output, _OUTPUT_LIMIT_BYTES).strip()
         reason = f"{what}; last output: {last}" if last else f"{what}; it printed nothing"
+    if no_room is not None and "the disk is full" not in reason:
+        reason = f"{no_room}; what was saved before is whole: free some and resume it; {reason}"
     return Outcome(state, printable(reason)[:REASON_LIMIT], saved)
 
 

@@ -1,5 +1,6 @@
-"""What a training process printed: read in bounded pieces, and made harmless to print."""
+"""What a training process printed: kept and read within bounds, and made harmless to print."""
 
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,10 @@ _ESCAPES = re.compile(
     "|(?:\x1b[\\]P^_X]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\\\|\x9c)"
     "|\x1b[ -/]*[0-~]"
 )
+
+
+# The supervisor holds this much of a file at a time.
+_TAIL_LIMIT_BYTES = 8 << 20
 
 
 def printable(text: str) -> str:
@@ -43,3 +48,30 @@ def tail(path: Path, limit_bytes: int = 64 * 1024) -> str:
         if 0 <= first_line_end < len(block) - 1:
             block = block[first_line_end + 1 :]
     return printable(block.decode("utf-8", errors="replace"))
+
+
+def bound(path: Path, limit_bytes: int) -> bool:
+    """Cut the middle out of a file of more than `limit_bytes`, and say so there; True where that was done.
+
+    About a quarter of the limit stays of its beginning and of its end (of that, 8 MiB at most). Its writer, which
+    appends, goes on undisturbed; a line that it prints in this very moment may be lost.
+    """
+    try:
+        if path.stat().st_size <= limit_bytes:
+            return False
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        return False
+    try:
+        size, keep = os.fstat(descriptor).st_size, limit_bytes // 4
+        block = os.pread(descriptor, min(keep, _TAIL_LIMIT_BYTES), max(0, keep - _TAIL_LIMIT_BYTES))
+        head = keep - len(block) + (block.rfind(b"\n") + 1 or len(block))
+        tail_bytes = min(keep, _TAIL_LIMIT_BYTES)
+        end = os.pread(descriptor, tail_bytes, size - tail_bytes)
+        end = end[end.find(b"\n") + 1 :]
+        told = f"\n[{size - head - len(end)} bytes of output were left out here: it had more than {limit_bytes}]\n"
+        os.ftruncate(descriptor, head)
+        os.write(descriptor, told.encode() + end)
+        return True
+    finally:
+        os.close(descriptor)

@@ -111,7 +111,8 @@ def _candidates(connection: Connection, count: int) -> list[Row[Any]]:
         owner = owners[row.owner]
         return (owner.level, owner.served, row.turn)
 
-    return [*first, *sorted(heads, key=order)]
+    # A claim's queries see what was committed in between: who has just cancelled his last job is no longer an owner.
+    return [*first, *sorted((row for row in heads if row.owner in owners), key=order)]
 
 
 def _lowest(condition: ColumnElement[bool]) -> Select[tuple[int]]:

@@ -3,11 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_stack_provider_moe.jobs.events import Evaluation, Saved
+from llama_stack_provider_moe.jobs.events import LINE_LIMIT_BYTES, Evaluation, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder
-
-# Longer than any event; a file that is one endless line is read in pieces, none of which is an event.
-_LINE_LIMIT_BYTES = 4 << 20
 
 
 def scan[E: (Evaluation, Saved)](
@@ -30,7 +27,7 @@ def scan[E: (Evaluation, Saved)](
     with file:
         file.seek(start)
         left = limit_bytes if limit_bytes is not None else path.stat().st_size
-        while left > 0 and (line := file.readline(_LINE_LIMIT_BYTES)):
+        while left > 0 and (line := file.readline(LINE_LIMIT_BYTES)):
             left -= len(line)
             if needle in line:
                 try:

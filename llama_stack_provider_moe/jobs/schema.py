@@ -153,6 +153,15 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+def for_reading(engine: Engine) -> Engine:
+    """`engine`, for transactions that read alone: each of their queries sees the store as it was at the first one.
+
+    SQLite's do so anyway. PostgreSQL's would otherwise see a job that waits in one query, and in the next that it was
+    claimed meanwhile.
+    """
+    return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="REPEATABLE READ")
+
+
 def _make_private_file(path: Path) -> None:
     """Make an empty WAL database that only this user can read; SQLite gives its -wal and -shm files the same mode.
 

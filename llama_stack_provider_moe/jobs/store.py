@@ -5,19 +5,20 @@ claimed once and a move is checked against the state it really leaves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, PoolProxiedConnection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, PoolProxiedConnection, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobs import queue
+from llama_stack_provider_moe.jobs.census import Census, taken
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact
+from llama_stack_provider_moe.jobs.lease import LiveSupervisor, holder
 from llama_stack_provider_moe.jobs.record import ARTIFACTS, Job, as_job, change, find
-from llama_stack_provider_moe.jobs.schema import jobs_table, open_engine, supervisor_table
+from llama_stack_provider_moe.jobs.schema import for_reading, jobs_table, open_engine, supervisor_table
 from llama_stack_provider_moe.jobs.state import ENDED, JobState, check_move
 
 __all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor"]
@@ -33,15 +34,6 @@ _WAITS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LiveSupervisor:
-    """The holder of an unexpired lease."""
-
-    id: str
-    pid: int
-    beat_at: datetime
-
-
 class JobStore:
     """Jobs and the supervisor's lease, in SQLite or PostgreSQL; safe to share between threads.
 
@@ -50,8 +42,9 @@ class JobStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._reading = open_engine(url)
-        self._writing = self._reading.execution_options(writes=True)
+        engine = open_engine(url)
+        self._reading = for_reading(engine)
+        self._writing = engine.execution_options(writes=True)
         self._looking: PoolProxiedConnection | None = None
         self._version: int | None = None
 
@@ -225,10 +218,17 @@ class JobStore:
             found = {row.state: row.jobs for row in connection.execute(query)}
         return {state: found.get(state.value, 0) for state in JobState}
 
+    def census(self, since: datetime | None = None) -> Census:
+        """All owners' jobs counted, and those that ended after `since`."""
+        with self._reading.begin() as connection:
+            return taken(connection, since)
+
     # Jobs, as the supervisor moves them.
 
     def claim(self, supervisor_id: str, devices: Sequence[str] | None = None) -> Job | None:
-        """Take the next job that fits: `in_progress`, one attempt more, no process yet. None: there is none.
+        """Take the next job that fits: `in_progress`, one attempt more, no process yet.
+
+        None: there is none, or the next one is being cancelled this very moment; ask again at the next look.
 
         Args:
             supervisor_id: who takes it.
@@ -243,10 +243,11 @@ class JobStore:
             connection.execute(select(supervisor_table.c.id).with_for_update())
             choice = queue.pick(connection, devices)
             if choice.kept is not None:
-                change(connection, choice.kept, {"turn": 0})
+                kept = (jobs_table.c.seq == choice.kept.seq, jobs_table.c.state == JobState.SCHEDULED.value)
+                connection.execute(update(jobs_table).where(*kept).values(turn=0))
             if choice.job is None:
                 return None
-            # Skips a job that is being cancelled this very moment.
+            # Skipped where whoever cancels it holds its row: the claim must not wait for him.
             mine = (jobs_table.c.seq == choice.job.seq, jobs_table.c.state == JobState.SCHEDULED.value)
             row = connection.execute(select(jobs_table).where(*mine).with_for_update(skip_locked=True)).first()
             if row is None:
@@ -324,7 +325,8 @@ class JobStore:
         """Become the store's supervisor for `lease_s` seconds; False while another one is."""
         with self._writing.begin() as connection:
             row = connection.execute(select(supervisor_table).with_for_update()).one()
-            if _is_live(row) and row.holder != supervisor_id:
+            other = holder(row)
+            if other is not None and other.id != supervisor_id and other.is_live(now()):
                 return False
             connection.execute(
                 update(supervisor_table).values(holder=supervisor_id, pid=pid, beat_at=now(), lease_s=lease_s)
@@ -365,9 +367,13 @@ class JobStore:
 
     def live_supervisor(self) -> LiveSupervisor | None:
         """Who holds the lease, or None where it is free or has run out."""
+        last = self.last_supervisor()
+        return last if last is not None and last.is_live(now()) else None
+
+    def last_supervisor(self) -> LiveSupervisor | None:
+        """Who holds the lease, also where it has run out; None where it is free."""
         with self._reading.begin() as connection:
-            row = connection.execute(select(supervisor_table)).one()
-        return LiveSupervisor(row.holder, row.pid, row.beat_at) if _is_live(row) else None
+            return holder(connection.execute(select(supervisor_table)).one())
 
 
 def _next_turn(connection: Connection) -> int:
@@ -380,11 +386,3 @@ def _next_turn(connection: Connection) -> int:
 
 def _json(artifacts: tuple[Artifact, ...]) -> str:
     return ARTIFACTS.dump_json(artifacts).decode()
-
-
-def _is_live(row: Row[Any]) -> bool:
-    if row.holder is None:
-        return False
-    # Both ways: a clock that was set back must not keep a dead supervisor's lease alive for hours.
-    age_s: float = (now() - row.beat_at).total_seconds()
-    return abs(age_s) < float(row.lease_s)

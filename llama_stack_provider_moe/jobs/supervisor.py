@@ -21,16 +21,18 @@ from pathlib import Path
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict
+from llama_stack_provider_moe.jobs import disk
 from llama_stack_provider_moe.jobs.devices import given_out
 from llama_stack_provider_moe.jobs.executors import Child, Executor, Exit
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.outcome import REASON_LIMIT, Outcome, outcome
+from llama_stack_provider_moe.jobs.output import bound
 from llama_stack_provider_moe.jobs.processes import Place, ProcessName
 from llama_stack_provider_moe.jobs.removal import remove_older
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import CANCELLED_WAITING, Job, JobStore, LiveSupervisor
-from llama_stack_provider_moe.jobs.watchdog import Watchdog
+from llama_stack_provider_moe.jobs.watchdog import WallClock, Watchdog
 
 # A job on another machine, whose processes can't be seen from here, is taken for dead after this silence.
 SILENCE_S = 600.0
@@ -38,6 +40,8 @@ SILENCE_S = 600.0
 GIVE_UP_S = 600.0
 # Between two looks for jobs that ended long ago.
 RETENTION_LOOK_S = 3600.0
+# A clock that was set by more, nobody knows which way, tells no ages to delete by.
+CLOCK_TOLERANCE_S = 3600.0
 LOG_LIMIT_BYTES = 5 << 20
 _RECORD_LIMIT = 8000  # characters
 
@@ -66,13 +70,23 @@ class Supervisor:
         self._watchdog = Watchdog()
         self._asked_to_stop: dict[str, float] = {}  # job id -> time.monotonic() of its SIGTERM
         self._given_up: dict[str, str] = {}  # job id -> why we stopped it, where nobody asked us to
+        self._unsettled: dict[Child, Outcome] = {}  # how it ended is told once; the store may not take it just now
+        self._clock = WallClock()
         self._retention_due = 0.0  # time.monotonic()
 
     def acquire(self) -> bool:
-        """Become the store's supervisor; False while another one lives."""
-        holder = self._store.live_supervisor()
+        """Become the store's supervisor; False while another one lives.
+
+        A lease that has run out by the wall clock may be a live one's, if somebody has set the clock: its holder gets
+        the time for one more beat.
+        """
+        holder = self._store.last_supervisor()
         if holder is not None and _has_ended(holder):
             self._store.release_lease(holder.id, only_if_idle=False)
+        elif holder is not None and holder.id != self.id and self._store.live_supervisor() is None:
+            until = time.monotonic() + holder.lease_s / 2  # it beats each third
+            while not self._leaving and time.monotonic() < until and self._store.last_supervisor() == holder:
+                self._pause(0.1)
         return self._store.acquire_lease(self.id, os.getpid(), self._limits.lease_s)
 
     def leave(self) -> None:
@@ -105,7 +119,8 @@ class Supervisor:
                 last_success = time.monotonic()
             except Exception:
                 log.exception("the store, or something else that jobs stand on, failed; trying again")
-                if time.monotonic() - last_success > GIVE_UP_S:
+                # A full disk is waited out: nobody else would see to the jobs once there is room again.
+                if time.monotonic() - last_success > GIVE_UP_S and disk.full(self._config.state_dir) is None:
                     log.error("giving up")
                     return False
             self._pause(self._limits.poll_s)
@@ -156,20 +171,35 @@ class Supervisor:
         child = Child(Path(job.folder), job.pid, job.pid_birth)
         launcher = None if job.supervisor is None else ProcessName.parse(job.supervisor)
         if launcher is not None and launcher.place != self._place:
-            return self._tend_elsewhere(job, launcher.place.host)
-        end = self._executor.poll(child)
-        if end is not None:
-            return self._settle(job, self._outcome(job, end))
+            return self._tend_elsewhere(job, child, launcher.place.host)
+        end = None if child in self._unsettled else self._executor.poll(child)
+        if end is not None or child in self._unsettled:
+            return self._end(job, child, end)
+        self._bound(job)
         if job.cancel_requested_at is not None:
             self._stop(job, child, "cancelling")
         elif self._has_stalled(job, child):
             self._stop(job, child, self._given_up[job.id])
         return True
 
-    def _tend_elsewhere(self, job: Job, host: str) -> bool:
+    def _end(self, job: Job, child: Child, end: Exit | None) -> bool:
+        """Settle a job whose process is gone. `end` is told once, and kept until the store has taken it."""
+        if end is not None and child not in self._unsettled:
+            self._unsettled[child] = self._outcome(job, end)  # sees a full disk, before there is room again
+        disk.clear_unfinished(JobFolder(child.folder))
+        self._bound(job)
+        self._settle(job, self._unsettled[child])
+        del self._unsettled[child]
+        return False
+
+    def _bound(self, job: Job) -> None:
+        if bound(JobFolder(Path(job.folder)).output, self._limits.max_log_bytes):
+            log.info("job %s: the middle of its output was cut out (`supervisor.max_log_bytes`)", job.id)
+
+    def _tend_elsewhere(self, job: Job, child: Child, host: str) -> bool:
         if host == self._place.host:  # this machine or container, before it was restarted
-            return self._settle(job, self._outcome(job, Exit(None)))
-        if _silence_s(JobFolder(Path(job.folder)), job) < SILENCE_S:
+            return self._end(job, child, Exit(None))
+        if self._watchdog.silent_s(job.id, JobFolder(child.folder)) < SILENCE_S:
             return True
         # Not tried again: nobody knows that it does not run any more, and two would write into one folder.
         self._given_up[job.id] = (
@@ -235,18 +265,16 @@ class Supervisor:
         return False
 
     def _forget_old(self) -> None:
+        moved_s = self._clock.moved_s()
+        if self._limits.retention_days is not None and abs(moved_s) > CLOCK_TOLERANCE_S:
+            log.warning("the clock was set by %+.0f s: this supervisor deletes nothing for its age any more", moved_s)
+            self._retention_due = time.monotonic() + RETENTION_LOOK_S
+            return
         removed = remove_older(self._store, self._config)
         if removed:
             log.info("deleted after %g days: %s", self._limits.retention_days, " ".join(removed))
         else:
             self._retention_due = time.monotonic() + RETENTION_LOOK_S
-
-
-def _silence_s(folder: JobFolder, job: Job) -> float:
-    written = [path.stat().st_mtime for path in (folder.events, folder.output) if path.exists()]
-    if job.started_at is not None:
-        written.append(job.started_at.timestamp())
-    return time.time() - max(written, default=0.0)
 
 
 def _has_ended(holder: LiveSupervisor) -> bool:

@@ -1,4 +1,4 @@
-"""How long a job has given no sign of life: not a byte more in its events or its output."""
+"""Time that nobody can set: how long a job has given no sign of life, and whether the wall clock was set."""
 
 import time
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ class _Sign:
 
 
 class Watchdog:
-    """Silences of jobs. By the clock that nobody sets, and that stands still while the machine is suspended.
+    """Silences of jobs: not a byte more in their events or their output.
 
-    Nothing is kept on disk: a supervisor that takes over begins to count anew.
+    By the clock that nobody sets, and that stands still while the machine is suspended. Nothing is kept on disk: a
+    supervisor that takes over begins to count anew.
     """
 
     def __init__(self) -> None:
@@ -41,3 +42,19 @@ class Watchdog:
     def forget(self, job_id: str) -> None:
         """The job's process is gone; the next one has all the time again."""
         self._signs.pop(job_id, None)
+
+
+class WallClock:
+    """Notices when somebody sets the clock that ages of jobs are told by."""
+
+    def __init__(self) -> None:
+        self._offset_s = self._offset()
+
+    def moved_s(self) -> float:
+        """Seconds by which it was set forward (or back, below 0) since this object was made."""
+        return self._offset() - self._offset_s
+
+    @staticmethod
+    def _offset() -> float:
+        # Goes on while the machine is suspended, as the wall clock does; Linux, as all of this room.
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

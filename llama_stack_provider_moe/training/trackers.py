@@ -80,6 +80,7 @@ class TrackioTracker(Tracker):
             resume="allow",
             embed=False,
             auto_log_gpu=False,
+            auto_log_cpu=False,
         )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
