@@ -34,16 +34,20 @@ def ram_folder() -> Iterator[Path]:
     """A folder in memory where the system has such: the store syncs every write, and disks may be busy."""
     ram = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="moe-test-", dir=ram if ram.is_dir() else None))
-    yield folder
-    shutil.rmtree(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 @contextmanager
 def job_folders() -> Iterator[Path]:
     """The same, where jobs run: whatever a failed test leaves running is killed."""
     with ram_folder() as folder:
-        yield folder
-        kill_children(folder / "jobs")
+        try:
+            yield folder
+        finally:
+            kill_children(folder / "jobs")
 
 
 def kill_children(jobs: Path) -> None:
