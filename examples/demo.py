@@ -310,6 +310,8 @@ def artifact(job: dict[str, Any], kind: str) -> str:
 def answers(moe: Path, merged: str, adapter: str) -> None:
     """One greedy answer before and after, by plain transformers and peft: no code of ours."""
     title("6. The same question, before and after (plain transformers and peft)")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a 4-bit kernel; nothing here is in 4 bit
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # peft 0.21 reads it
     with console.status("Loading"):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
