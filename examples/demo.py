@@ -38,10 +38,14 @@ from llama_stack_provider_moe.jobs.store import JobStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
+# One of the training prompts: to be looked at. What was learnt is measured on held-out rows.
 QUESTION = "How long should I boil an egg for a soft yolk?"
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
-SFT_STEPS, DPO_STEPS, BATCH = 10, 8, 4
+SFT_STEPS, DPO_STEPS, BATCH, HELD_OUT_BATCHES = 10, 6, 4, 4
+# A higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss falls
+# more, and the greedy answer is one word again and again.
+SFT_LR, DPO_LR = 2e-4, 2e-4
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,
@@ -184,7 +188,7 @@ def train(stack: Stack, moe: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     api.supervised_fine_tune(
         job_uuid=f"sft-{run}",
         model=str(moe),
-        training_config=training(names["instructions"], names["instructions_heldout"], SFT_STEPS, lr=5e-4),
+        training_config=training(names["instructions"], names["instructions_heldout"], SFT_STEPS, SFT_LR),
         algorithm_config=LORA,
         extra_body={"moe": MOE, "options": {**options, "save_merged": True}},
         **common,
@@ -195,7 +199,7 @@ def train(stack: Stack, moe: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     api.preference_optimize(
         job_uuid=f"dpo-{run}",
         finetuned_model=artifact(sft, "merged"),
-        training_config=training(names["preferences"], names["preferences_heldout"], DPO_STEPS, lr=2e-4),
+        training_config=training(names["preferences"], names["preferences_heldout"], DPO_STEPS, DPO_LR),
         algorithm_config={"beta": 0.1, "loss_type": "sigmoid"},
         extra_body={"adapter": {key: LORA[key] for key in LORA if key != "type"}, "moe": MOE, "options": options},
         **common,
@@ -210,6 +214,7 @@ def training(train_id: str, heldout_id: str, steps: int, lr: float) -> dict[str,
     return {
         "n_epochs": 1,
         "max_steps_per_epoch": steps,
+        "max_validation_steps": HELD_OUT_BATCHES,
         "dtype": cpu_dtype(),
         "gradient_accumulation_steps": 1,
         "data_config": {
@@ -310,6 +315,8 @@ def artifact(job: dict[str, Any], kind: str) -> str:
 def answers(moe: Path, merged: str, adapter: str) -> None:
     """One greedy answer before and after, by plain transformers and peft: no code of ours."""
     title("6. The same question, before and after (plain transformers and peft)")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a 4-bit kernel; nothing here is in 4 bit
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # peft 0.21 reads it
     with console.status("Loading"):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -319,10 +326,11 @@ def answers(moe: Path, merged: str, adapter: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(merged)
         before = reply(AutoModelForCausalLM.from_pretrained(moe), tokenizer)
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(merged), adapter)
+        tuned.merge_adapter()  # else PEFT adds B A to every expert's weights anew for each token
         after = reply(tuned, tokenizer)
     console.print(f"[bold]Q[/]       {QUESTION}\n[bold]before[/]  {before}\n[bold]after[/]   {after}")
-    if not after:
-        raise DemoFailed("the tuned model said nothing")
+    if repetitive(after):
+        raise DemoFailed("the tuned model says nothing, or the same again and again")
 
 
 def reply(model: Any, tokenizer: Any) -> str:
@@ -333,6 +341,12 @@ def reply(model: Any, tokenizer: Any) -> str:
     tokens = model.generate(**prompt, max_new_tokens=60, do_sample=False)
     said: str = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(said.split())
+
+
+def repetitive(text: str) -> bool:
+    """Whether fewer than a third of the words differ, or there are none: what a spoilt model says."""
+    words = text.lower().split()
+    return len(set(words)) * 3 <= len(words)
 
 
 def title(text: str) -> None:
