@@ -78,6 +78,10 @@ class SupervisorConfig(Block):
         return devices
 
 
+# Tells a training process `models.trust_remote_code`, as a JSON list. Not the job's spec: that is its owner's to write.
+TRUST_VARIABLE = "MOE_TRUST_REMOTE_CODE"
+
+
 class ModelsConfig(Block):
     """Which models jobs may train; folders are ruled by `allowed_roots`."""
 
@@ -85,6 +89,18 @@ class ModelsConfig(Block):
         default=None,
         description="Hub ids that jobs may name, `ibm-granite/*` for all of an owner; left out: any, []: none.",
     )
+    trust_remote_code: list[str] = Field(
+        default_factory=list,
+        description="Hub ids, each in full, whose repositories may run their own Python code in training processes.",
+    )
+
+    @field_validator("trust_remote_code", mode="after")
+    @classmethod
+    def _in_full(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not _MODEL_PATTERN.fullmatch(name) or set("*?[") & set(name):
+                raise ValueError(f"{name!r} is no hub id in full; whose code runs here is named one by one")
+        return names
 
     @field_validator("allowed", mode="after")
     @classmethod

@@ -7,6 +7,7 @@
     ├── Forbidden                 403  known, but not allowed to this caller or on this server
     ├── NotFound                  404  no such job, data set, artifact or model
     ├── Conflict                  409  the job's state, or its name, does not allow it
+    ├── NoRoom                    507  the server's disk is full
     ├── NotOffered                501  part of the API that this provider does not implement
     ├── ServerRefused                  raised by the command line: a server's own refusal
     ├── ServerLost                     raised by the command line: no server, or one that stopped answering
@@ -98,6 +99,12 @@ class Conflict(MoeError):
     """The state of a job, or a name already taken, does not allow it."""
 
     status = 409
+
+
+class NoRoom(MoeError):
+    """The server's disk is full; nothing was taken in."""
+
+    status = 507
 
 
 class NotOffered(MoeError):

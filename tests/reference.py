@@ -12,7 +12,7 @@ from typing import Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
     Block,
@@ -51,6 +51,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
     ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
+    ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
 ]
 

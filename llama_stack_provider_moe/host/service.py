@@ -20,12 +20,12 @@ from opentelemetry.metrics import Meter, get_meter
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.config import ProviderConfig
-from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, NotFound
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, MoeError, NoRoom, NotFound
 from llama_stack_provider_moe.host import compat, exposition, files, places, rows, stream, timeline, views, wire
 from llama_stack_provider_moe.host.convert import Draft, draft
 from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
 from llama_stack_provider_moe.host.telemetry import METER, Telemetry
-from llama_stack_provider_moe.jobs import checkpoint_index, removal
+from llama_stack_provider_moe.jobs import checkpoint_index, disk, removal
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
@@ -114,9 +114,14 @@ class PostTrainingService:
             await asyncio.to_thread((staging / "data").mkdir, mode=0o700, parents=True)
             await self._read_rows(request, spec, JobFolder(staging))
             job = await asyncio.to_thread(self._commit, spec, owner, staging)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            # Before what was staged makes room again. Rows, spec and store each fail in their own way.
+            no_room = None if isinstance(error, MoeError) else disk.full_by(error, self.config.state_dir)
+            if no_room is not None:
+                raise NoRoom(f"{no_room}; the job was not taken") from error
             raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # nothing is there, once it has become the job's folder
         await asyncio.to_thread(self._see_to_jobs)
         self._telemetry.submitted(job)
         log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
@@ -341,7 +346,10 @@ class PostTrainingService:
 
 def _must_have_checkpoint(job: Job) -> None:
     folder = views.folder_of(job)
-    found = checkpoint_index.checkpoint_folders(folder, folder.read_spec()) if folder.spec.exists() else []
+    try:
+        found = checkpoint_index.checkpoint_folders(folder, folder.read_spec()) if folder.spec.exists() else []
+    except ValidationError:
+        raise Conflict(f"job {job.id!r} can't be resumed: its spec.json is damaged; submit it again") from None
     reasons = []
     for path in found:
         why = checkpoint_index.verify(path)

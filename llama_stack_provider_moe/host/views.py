@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llama_stack_provider_moe.errors import Forbidden
 from llama_stack_provider_moe.host.wire import (
     Checkpoint,
@@ -58,7 +60,9 @@ def status(job: Job, store: JobStore) -> PostTrainingJobStatusResponse:
 def detail(job: Job, store: JobStore) -> JobDetail:
     """A job whole."""
     folder = folder_of(job)
-    manifest = folder.read_manifest()
+    manifest = None
+    with suppress(ValueError):  # a damaged one; a job that ended so has failed, and `reason` says why
+        manifest = folder.read_manifest()
     facts = _status(job, store)
     facts["resources_allocated"]["disk_bytes"] = disk_bytes(job)
     return JobDetail(
@@ -82,7 +86,7 @@ def places(job: Job) -> list[Path]:
         return [folder.root]
     try:
         checkpoints = folder.checkpoints(folder.read_spec())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValidationError):  # without a spec, or with a damaged one, it can still be deleted
         return [folder.root]
     return [folder.root] if checkpoints.is_relative_to(folder.root) else [folder.root, checkpoints]
 
@@ -174,8 +178,11 @@ def _last_version(text: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
+    """What a file of a job holds, None where it has none; of a damaged one, what is wrong with it."""
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    return content
+    except ValueError as error:
+        return {"unreadable": f"{path.name}: {error}"}
+    return content if isinstance(content, dict) else {"unreadable": f"{path.name}: not an object"}

@@ -299,7 +299,8 @@ class JobDetail(PostTrainingJobStatusResponse):
     attempts: int
     reason: str | None = Field(description="Why it failed or was cancelled, or is tried again.")
     folder: str
-    spec: dict[str, Any] | None = Field(description="The job in full, defaults filled in.")
+    spec: dict[str, Any] | None = Field(description="The job in full, defaults filled in; of a damaged file, what "
+                                        "is `unreadable`.")  # fmt: skip
     resolved: dict[str, Any] | None = Field(description="What was decided from the model, once it is loaded.")
     summary: dict[str, float] | None = Field(description="Final figures of a completed job.")
 

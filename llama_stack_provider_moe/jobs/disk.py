@@ -3,6 +3,7 @@
 Asked of the file system, for a process that can't write often can't say so either.
 """
 
+import errno
 import os
 import shutil
 from contextlib import suppress
@@ -29,6 +30,14 @@ def full(folder: Path) -> str | None:
     if found.f_files and not found.f_ffree:
         return f"the disk is full ({folder}: it has no room for one more file)"
     return None
+
+
+def full_by(error: Exception, folder: Path) -> str | None:
+    """The same, where something failed with `error`: it may say so, or be a consequence in words of its own."""
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if no_room or "database or disk is full" in str(error):  # SQLite's words
+        return full(folder) or f"the disk is full ({folder})"
+    return full(folder)
 
 
 def full_for(folder: JobFolder) -> str | None:

@@ -1,8 +1,10 @@
 """Model id or folder -> the model and its tokenizer, checked to be what can be trained.
 
-Safetensors only, no code from the model's repository, nothing initialised at random.
+Safetensors only, no code from the model's repository unless the server trusts that one, nothing initialised at random.
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llama_stack_provider_moe.config import TRUST_VARIABLE
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.spec import DPOSpec, DType, SFTSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
@@ -34,6 +37,11 @@ def pick_device(dtype: DType) -> torch.device:
             "training.dtype: 'fp16' can't be trained on a CPU, and there is no CUDA device here; use 'bf16' or 'fp32'"
         )
     return torch.device("cpu")
+
+
+def trusted(model: str) -> bool:
+    """Whether the server lets this model's repository run its own code (`models.trust_remote_code` of its config)."""
+    return model in json.loads(os.environ.get(TRUST_VARIABLE, "[]"))
 
 
 def load(spec: SFTSpec | DPOSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,7 +63,7 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
             name,
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
+            trust_remote_code=trusted(name),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name, instead of raised as a RuntimeError without one
@@ -81,7 +89,7 @@ def load_tokenizer(spec: SFTSpec | DPOSpec) -> PreTrainedTokenizerBase:
     Padding is masked by position, never by id, so an end-of-sequence token in an answer still counts in the loss.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_why(spec.model, error, part="tokenizer")) from error
     if not tokenizer.is_fast:
@@ -100,7 +108,7 @@ def load_tokenizer(spec: SFTSpec | DPOSpec) -> PreTrainedTokenizerBase:
 
 def _config(model: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trusted(model))
     except (OSError, ValueError) as error:
         raise ModelError(_why(model, error)) from error
     made_as = (config.architectures or ["a model without an `architectures` entry"])[0]
@@ -111,7 +119,11 @@ def _config(model: str) -> PreTrainedConfig:
             "language model is published on its own, use that"
         )
     causal = set(_flat(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (config.architectures and made_as not in causal):
+    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        not config.architectures or made_as in causal
+    )
+    brings_its_own = trusted(model) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not is_causal and not brings_its_own:
         raise ModelError(
             f"model: {model!r} is {made_as} (model_type {config.model_type!r}), not a causal language model"
         )
@@ -131,6 +143,11 @@ def _placement(device: torch.device) -> dict[str, Any]:
 
 
 def _why(model: str, error: Exception, part: str = "model") -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"model: {model!r} comes with Python code of its own, which this server does not run; its operator can "
+            "allow it for a hub id (models.trust_remote_code)"
+        )
     text = shorten(" ".join(str(error).split()), 300)[1:-1] or type(error).__name__
     if Path(model).is_absolute() and not Path(model).is_dir():
         return f"model: there is no folder {model!r} on the training machine"

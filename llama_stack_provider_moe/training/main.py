@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -57,15 +58,22 @@ def train(folder: JobFolder) -> int:
         write_atomic(folder.manifest, run(session))
         return COMPLETED
     except Stopped as stopped:
-        events.append(Cancelled(step=stopped.step))
-        print(stopped, flush=True)
+        _last_words(events, Cancelled(step=stopped.step), str(stopped))
         return STOPPED
     except Exception as error:  # noqa: BLE001  the entry: every end is told to the outside
-        traceback.print_exc()
-        events.append(Failed(reason=_reason(error), error=type(error).__name__))
+        _last_words(events, Failed(reason=_reason(error), error=type(error).__name__), traceback.format_exc())
         return FAILED
     finally:
-        events.close()
+        with suppress(OSError):
+            events.close()
+
+
+def _last_words(events: EventLog, event: Cancelled | Failed, text: str) -> None:
+    """How it ended, as far as there is room: on a full disk the exit code alone tells, and the supervisor finds why."""
+    with suppress(OSError):
+        events.append(event)
+    with suppress(OSError):
+        print(text.rstrip(), file=sys.stderr, flush=True)
 
 
 def _versions() -> dict[str, str]:
@@ -115,6 +123,13 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
+def flush() -> None:
+    """Write out what was printed, as far as the disk has room."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+
+
 def main(arguments: list[str]) -> int:
     """Command line: the job's folder."""
     if len(arguments) != 1:
@@ -131,6 +146,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     # All that is to last is on disk by now. Taking torch's and transformers' modules down one by one takes long, and
     # the job's end would only be known after that.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(code)

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,10 @@ def _child(request: dict[str, Any], output: int, gate: int, run: Run, ours: tupl
             os.close(descriptor)
         code = become_child(request, output, gate, run)
     except BaseException:  # noqa: BLE001  the entry: whatever it is, it must not get into the nursery's loop
-        traceback.print_exc()
+        with suppress(OSError):  # a full disk
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        entry.flush()
         os._exit(code)
 
 

@@ -13,8 +13,8 @@ from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 class Stopped(BaseException):
     """The job was asked to stop and has saved what it had; never an error.
 
-    Like `KeyboardInterrupt` it is no `Exception`: raised by a signal handler amid a library's code, it must not be taken
-    there for a failure.
+    Like `KeyboardInterrupt` it is no `Exception`: raised by a signal handler amid a library's code, it must not be
+    taken there for a failure.
     """
 
     def __init__(self, step: int) -> None:

@@ -4,6 +4,7 @@ Output goes to a file, never through a pipe of ours: nobody has to be alive to d
 outlives supervisor and server.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.config import TRUST_VARIABLE, ProviderConfig
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.executors.nursery import Nursery, Warmth
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -71,10 +72,12 @@ def child_environment(
 ) -> dict[str, str]:
     """The environment of the training process of one job.
 
-    Which devices it sees was decided for it, unless `devices` is None; nothing else has a say in that.
+    Which devices it sees was decided for it, unless `devices` is None, and whose code it may run; nothing else has a
+    say in that.
     """
     given = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    return training_environment(environment, config) | given | {JOB_VARIABLE: str(folder)}
+    trust = {TRUST_VARIABLE: json.dumps(config.models.trust_remote_code)}
+    return training_environment(environment, config) | given | trust | {JOB_VARIABLE: str(folder)}
 
 
 class LocalExecutor:

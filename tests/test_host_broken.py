@@ -1,0 +1,67 @@
+"""What a caller is told when the server's disk is full, or a job's own files are damaged."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llama_stack_provider_moe.host.service import PostTrainingService
+from llama_stack_provider_moe.jobs.state import JobState
+from tests.host_support import BODY, Datasets, ask, folder_of, serving_in_process, submit
+from tests.jobs_support import fill, small_disk
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[PostTrainingService]:
+    with serving_in_process(tmp_path) as made:
+        yield made
+
+
+def test_a_job_that_the_disk_has_no_room_for_is_not_taken(tmp_path: Path) -> None:
+    small, datasets = tmp_path / "small", Datasets()
+    small.mkdir()
+    with small_disk(small), serving_in_process(small, datasets) as service:
+        ballast = fill(small)
+        answer = ask(service, "POST", "/jobs", json=BODY | {"job_uuid": "mine"})
+        assert answer.status_code == 507
+        assert answer.json()["error"]["message"].startswith("the disk is full (")
+        assert answer.json()["error"]["message"].endswith("; the job was not taken")
+        assert ask(service, "GET", "/jobs").json()["data"] == [], "and the server answers"
+        ballast.unlink()
+        # Rows for which there is no room, where there was some before they came.
+        datasets.rows["long"] = [{"prompt": "Q" * 1000, "completion": "A" * 1000}] * 8000
+        answer = ask(service, "POST", "/jobs", json=BODY | {"job_uuid": "mine", "data": {"dataset_id": "long"}})
+        assert answer.status_code == 507
+        assert list((service.config.state_dir / "staging").iterdir()) == []
+        assert ask(service, "POST", "/jobs", json=BODY | {"job_uuid": "mine"}).status_code == 200
+        service.store.close()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "\x00" * 64], ids=["cut", "a list", "zeros"])
+def test_a_job_with_damaged_files_is_still_told_of_and_deleted(service: PostTrainingService, damage: str) -> None:
+    job_id = submit(service)
+    folder = folder_of(service, job_id)
+    for path in (folder.spec, folder.resolved, folder.manifest, folder.events):
+        path.write_text(damage)
+    service.store.move(job_id, JobState.FAILED, reason="manifest.json is damaged")
+    answer = ask(service, "GET", f"/jobs/{job_id}")
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told["reason"] == "manifest.json is damaged"
+    assert told["spec"]["unreadable"].startswith("spec.json: ")
+    assert told["resolved"]["unreadable"].startswith("resolved.json: ")
+    assert told["summary"] is None
+    for path in ("", "/logs", "/events", "/metrics", "/artifacts"):
+        assert ask(service, "GET", f"/jobs/{job_id}{path}").status_code == 200, path
+    refused = ask(service, "POST", f"/jobs/{job_id}/resume")
+    assert refused.status_code == 409
+    assert "its spec.json is damaged" in refused.json()["error"]["message"]
+    assert ask(service, "DELETE", f"/jobs/{job_id}").status_code == 200
+    assert not folder.root.exists()
+
+
+def test_figures_of_a_damaged_manifest_are_not_made_up(service: PostTrainingService) -> None:
+    job_id = submit(service)
+    folder_of(service, job_id).manifest.write_text(json.dumps({"job_uuid": job_id, "summary": {"loss": "low"}}))
+    assert ask(service, "GET", f"/jobs/{job_id}").json()["summary"] is None
