@@ -42,10 +42,10 @@ DATA = Path(__file__).resolve().parent / "data"
 QUESTION = "How long should I boil an egg for a soft yolk?"
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
-SFT_STEPS, DPO_STEPS, BATCH, HELD_OUT_BATCHES = 10, 6, 4, 4
-# A higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss falls
-# more, and the greedy answer is one word again and again.
-SFT_LR, DPO_LR = 2e-4, 2e-4
+SFT_STEPS, DPO_STEPS, BATCH = 10, 16, 4
+# SFT at a higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss
+# falls more, and the greedy answer is one word again and again. DPO at a lower one learns little from so few pairs.
+SFT_LR, DPO_LR = 2e-4, 5e-4
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,
@@ -214,7 +214,6 @@ def training(train_id: str, heldout_id: str, steps: int, lr: float) -> dict[str,
     return {
         "n_epochs": 1,
         "max_steps_per_epoch": steps,
-        "max_validation_steps": HELD_OUT_BATCHES,
         "dtype": cpu_dtype(),
         "gradient_accumulation_steps": 1,
         "data_config": {
