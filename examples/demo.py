@@ -71,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="SFT, then DPO, of a Mixture-of-Experts model through Llama Stack.")
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", help="the server's state folder")
     state: Path = parser.parse_args().state.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
     began = time.monotonic()
     try:
         moe = prepare(state)
