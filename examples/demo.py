@@ -344,7 +344,7 @@ def reply(model: Any, tokenizer: Any) -> str:
 
 
 def repetitive(text: str) -> bool:
-    """Whether fewer than a third of the words differ, or there are none: what a spoilt model says."""
+    """Whether a third of the words or fewer are distinct, or there are none: what a spoilt model says."""
     words = text.lower().split()
     return len(set(words)) * 3 <= len(words)
 
