@@ -1,8 +1,8 @@
-"""Experts on a CPU in bf16: `bucketed_mm` against transformers' `grouped_mm`, forward and backward, at new row counts.
+"""Experts on a CPU in bf16, forward and backward, at new row counts: transformers' `grouped_mm` against `bucketed_mm`.
 
-One experts module of SmolLM2-4x135M's shape (4 experts, top-2, 576 -> 1536), fully trained. Each repetition draws a
-number of tokens and a routing, as each training step does, and gives both implementations the same; which goes first
-alternates. Run
+One experts module of SmolLM2-4x135M's shape (4 experts, top-2, 576 -> 1536), fully trained and with LoRA of rank 8,
+which is folded into the weights (PEFT) or computed beside them. Each repetition draws a number of tokens and a routing,
+as each training step does, and gives all variants the same; which goes first alternates. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
@@ -18,43 +18,76 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.server_start import RESULTS, machine
 from llama_stack_provider_moe.experts.bucketed import BUCKETED
+from llama_stack_provider_moe.experts.split_lora import split_lora
 
-EXPERTS, TOP_K, HIDDEN, INNER = 4, 2, 576, 1536
-IMPLEMENTATIONS = ("grouped_mm", BUCKETED)
+EXPERTS, TOP_K, HIDDEN, INNER, RANK = 4, 2, 576, 1536, 8
+# name -> implementation, LoRA
+VARIANTS = {
+    "full, grouped_mm": ("grouped_mm", None),
+    "full, bucketed_mm": (BUCKETED, None),
+    "LoRA, grouped_mm, folded": ("grouped_mm", "folded"),
+    "LoRA, bucketed_mm, folded": (BUCKETED, "folded"),
+    "LoRA, bucketed_mm, beside": (BUCKETED, "beside"),
+}
+# what is measured against which baseline
+RATIOS = {
+    "full: bucketed_mm to grouped_mm": ("full, grouped_mm", "full, bucketed_mm"),
+    "LoRA: beside to folded, both bucketed_mm": ("LoRA, bucketed_mm, folded", "LoRA, bucketed_mm, beside"),
+    "LoRA: ours to plain PEFT and transformers": ("LoRA, grouped_mm, folded", "LoRA, bucketed_mm, beside"),
+}
 
 
-def one_step(experts: MixtralExperts, implementation: str, inputs: tuple[torch.Tensor, ...]) -> float:
+class Layer(nn.Module):
+    """What PEFT looks for experts in."""
+
+    def __init__(self, implementation: str, lora: str | None) -> None:
+        super().__init__()
+        config = MixtralConfig(
+            hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
+        )
+        config._experts_implementation = implementation
+        self.experts = MixtralExperts(config).to(torch.bfloat16)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        if lora is not None:
+            targets = ["experts.gate_up_proj", "experts.down_proj"]
+            inject_adapter_in_model(LoraConfig(r=RANK, target_modules=[], target_parameters=targets), self)
+        if lora == "beside":
+            assert split_lora(self) == len(targets)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """(T, D)"""
+        out: torch.Tensor = self.experts(*inputs)
+        return out
+
+
+def one_step(layer: Layer, inputs: tuple[torch.Tensor, ...]) -> float:
     """Seconds of one forward and backward."""
-    experts.config._experts_implementation = implementation
-    hidden, index, weights = inputs
-    experts.zero_grad(set_to_none=False)
+    layer.zero_grad(set_to_none=False)
     began = time.perf_counter()
-    experts(hidden, index, weights).float().square().mean().backward()
+    layer(*inputs).float().square().mean().backward()
     return time.perf_counter() - began
 
 
 def measure(steps: int) -> dict[str, list[float]]:
-    """Seconds a step, by implementation, after two steps that are not counted."""
+    """Seconds a step, by variant, after two steps that are not counted."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
-    )
-    experts = MixtralExperts(config).to(torch.bfloat16)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    layers = {name: Layer(*variant) for name, variant in VARIANTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
     for step in range(steps + 2):
         tokens = int(torch.randint(200, 700, ()))
         hidden = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         chosen = torch.rand(tokens, EXPERTS).topk(TOP_K)
         inputs = (hidden, chosen.indices, chosen.values.to(torch.bfloat16))
-        for name in IMPLEMENTATIONS if step % 2 else IMPLEMENTATIONS[::-1]:
-            taken = one_step(experts, name, inputs)
+        for name in list(layers)[:: 1 if step % 2 else -1]:
+            taken = one_step(layers[name], inputs)
             if step >= 2:
                 seconds[name].append(taken)
     return seconds
@@ -69,14 +102,17 @@ def main() -> None:
     seconds = measure(arguments.steps)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     result = {
-        "what": f"experts forward and backward, bf16, {EXPERTS} experts top-{TOP_K} {HIDDEN}x{INNER}",
+        "what": f"experts forward and backward, bf16, {EXPERTS} experts top-{TOP_K} {HIDDEN}x{INNER}, LoRA r={RANK}",
         "command": f"python -m benchmarks.cpu_experts --steps {arguments.steps}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "grouped_mm_to_bucketed_mm": round(medians["grouped_mm"] / medians[BUCKETED], 2),
+        "times_as_fast": {
+            title: round(medians[baseline] / medians[ours], 2) for title, (baseline, ours) in RATIOS.items()
+        },
         "median_ms": {name: round(1e3 * value, 2) for name, value in medians.items()},
         "min_max_ms": {name: [round(1e3 * min(each), 2), round(1e3 * max(each), 2)] for name, each in seconds.items()},
         "machine": machine() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "peft")},
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

@@ -42,10 +42,10 @@ DATA = Path(__file__).resolve().parent / "data"
 QUESTION = "How long should I boil an egg for a soft yolk?"
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
-SFT_STEPS, DPO_STEPS, BATCH, HELD_OUT_BATCHES = 10, 6, 4, 4
-# A higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss falls
-# more, and the greedy answer is one word again and again.
-SFT_LR, DPO_LR = 2e-4, 2e-4
+SFT_STEPS, DPO_STEPS, BATCH = 10, 16, 4
+# SFT at a higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss
+# falls more, and the greedy answer is one word again and again. DPO at a lower one learns little from so few pairs.
+SFT_LR, DPO_LR = 2e-4, 5e-4
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,
@@ -71,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="SFT, then DPO, of a Mixture-of-Experts model through Llama Stack.")
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", help="the server's state folder")
     state: Path = parser.parse_args().state.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
     began = time.monotonic()
     try:
         moe = prepare(state)
@@ -214,7 +215,6 @@ def training(train_id: str, heldout_id: str, steps: int, lr: float) -> dict[str,
     return {
         "n_epochs": 1,
         "max_steps_per_epoch": steps,
-        "max_validation_steps": HELD_OUT_BATCHES,
         "dtype": cpu_dtype(),
         "gradient_accumulation_steps": 1,
         "data_config": {
@@ -344,7 +344,7 @@ def reply(model: Any, tokenizer: Any) -> str:
 
 
 def repetitive(text: str) -> bool:
-    """Whether fewer than a third of the words differ, or there are none: what a spoilt model says."""
+    """Whether a third of the words or fewer are distinct, or there are none: what a spoilt model says."""
     words = text.lower().split()
     return len(set(words)) * 3 <= len(words)
 

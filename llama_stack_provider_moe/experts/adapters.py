@@ -6,7 +6,7 @@ k*E + e. (peft 0.21.)
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from llama_stack_provider_moe.errors import AdapterError
+from llama_stack_provider_moe.experts.bucketed import BUCKETED
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.settings import ResolvedMoe
+from llama_stack_provider_moe.experts.split_lora import split_lora
 from llama_stack_provider_moe.experts.targets import GROUPS, Targets, find_targets
 from llama_stack_provider_moe.spec import Adapter
 
@@ -75,7 +77,11 @@ def add_lora(
         target_parameters=sorted(targets.parameters) or None,
     )
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
-    return peft_model, _check(peft_model, adapter, targets)
+    report = _check(peft_model, adapter, targets)
+    if resolved.experts_implementation == BUCKETED and split_lora(peft_model):
+        beside = "LoRA on experts is computed beside their weights, not folded into them"
+        report = replace(report, notes=(*report.notes, beside))
+    return peft_model, report
 
 
 def train_whole(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedMoe) -> AdapterReport:
