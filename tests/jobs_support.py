@@ -18,6 +18,8 @@ import pytest
 
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.events import read
+from llama_stack_provider_moe.jobs.executors import Child
+from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.processes import with_environment
 from llama_stack_provider_moe.jobs.store import Job, JobStore
@@ -110,6 +112,11 @@ def new_job(store: JobStore, config: ProviderConfig, job_id: str, gpus: int | No
     return folder
 
 
+def submit(store: JobStore, job_id: str, owner: str = "ann", gpus: int | None = None) -> Job:
+    """Submit a job that is never run."""
+    return store.submit(job_id, owner, "sft", "some/model", f"/jobs/{job_id}", gpus)
+
+
 def wait_for[T](what: Callable[[], T], timeout_s: float = 120) -> T:
     """The first true answer of `what`."""
     until = time.monotonic() + timeout_s
@@ -134,6 +141,14 @@ def started(folder: Path) -> int:
     """Pid of a job's child, once it has begun."""
     wait_for(lambda: read(JobFolder(folder).events).events)
     return int((folder / "launches").read_text().split()[-1])
+
+
+def reap(job: Job, executor: LocalExecutor) -> None:
+    """Collect a dead child of this very process, through what it was started with."""
+    assert job.pid is not None
+    assert job.pid_birth is not None
+    child = Child(Path(job.folder), job.pid, job.pid_birth)
+    wait_for(lambda: executor.poll(child))
 
 
 def wait_until_ended(store: JobStore, job_id: str, timeout_s: float = 120) -> Job:

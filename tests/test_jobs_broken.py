@@ -26,29 +26,10 @@ from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.jobs_support import (
     ended,
     fill,
-    job_folders,
     new_job,
     small_disk,
     tiny_config,
 )
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
-def config(root: Path) -> ProviderConfig:
-    return tiny_config(root)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
 
 
 @pytest.fixture

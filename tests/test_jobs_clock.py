@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,25 +13,7 @@ from llama_stack_provider_moe.jobs.processes import Place, ProcessName
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor, supervise
-from tests.jobs_support import FORK, LONG, job_folders, new_job, started, tiny_config, wait_for, wait_until_ended
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
-def config(root: Path) -> ProviderConfig:
-    return tiny_config(root)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
+from tests.jobs_support import FORK, LONG, new_job, started, tiny_config, wait_for, wait_until_ended
 
 
 @pytest.fixture

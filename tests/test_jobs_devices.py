@@ -2,35 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.devices import given_out
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor
-from tests.jobs_support import job_folders, new_job, run_until_idle, tiny_config
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
-def config(root: Path) -> ProviderConfig:
-    return tiny_config(root)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
+from tests.jobs_support import new_job, run_until_idle, tiny_config
 
 
 def test_every_child_sees_the_devices_it_was_given(store: JobStore, root: Path) -> None:

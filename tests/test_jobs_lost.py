@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,7 @@ from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor
 from llama_stack_provider_moe.jobs.watchdog import Watchdog
-from tests.jobs_support import LONG, ended, job_folders, new_job, started, tiny_config, wait_for
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
-def config(root: Path) -> ProviderConfig:
-    return tiny_config(root)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
+from tests.jobs_support import LONG, ended, new_job, started, tiny_config, wait_for
 
 
 @pytest.fixture

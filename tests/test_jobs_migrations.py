@@ -1,9 +1,7 @@
 """Stores of older versions: brought up in place, with every job; newer ones are left alone."""
 
 import re
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -15,8 +13,6 @@ from llama_stack_provider_moe.jobs.migrations import STEPS
 from llama_stack_provider_moe.jobs.schema import METADATA, SCHEMA_VERSION
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
-from tests.jobs_support import ram_folder
-from tests.postgres_server import new_store_urls
 
 # What version 1 made, on SQLite; `on_postgresql` says where PostgreSQL differed.
 VERSION_1 = """
@@ -64,25 +60,6 @@ ROWS = {
 def on_postgresql(ddl: str) -> str:
     ddl = ddl.replace("INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT", "SERIAL NOT NULL PRIMARY KEY")
     return re.sub(r"\bDOUBLE\b", "DOUBLE PRECISION", ddl).replace("DATETIME", "TIMESTAMP WITH TIME ZONE")
-
-
-@pytest.fixture(scope="module")
-def new_postgres_url() -> Iterator[Callable[[], str]]:
-    with new_store_urls() as new_url:
-        yield new_url
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with ram_folder() as folder:
-        yield folder
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, root: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{root}/jobs.db"
-    return str(request.getfixturevalue("new_postgres_url")())
 
 
 @pytest.fixture

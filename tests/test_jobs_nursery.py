@@ -19,7 +19,7 @@ from llama_stack_provider_moe.jobs.processes import is_alive
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor
-from tests.jobs_support import LONG, ended, job_folders, new_job, started, tiny_config, wait_for
+from tests.jobs_support import LONG, ended, new_job, started, tiny_config, wait_for
 from tests.tiny_nursery import WAITS_FOR
 
 ROOT = str(Path(__file__).parents[1])
@@ -27,21 +27,8 @@ OF_A_SHELL = {"PWD", "OLDPWD", "SHLVL", "_"}
 
 
 @pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
 def config(root: Path) -> ProviderConfig:
     return tiny_config(root, max_attempts=1)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
 
 
 class Nursed(LocalExecutor):

@@ -3,25 +3,12 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
-from tests.jobs_support import ram_folder
-
-
-@pytest.fixture
-def store() -> Iterator[JobStore]:
-    with ram_folder() as folder:
-        store = JobStore(f"sqlite:///{folder}/jobs.db")
-        yield store
-        store.close()
-
-
-def submit(store: JobStore, job_id: str, owner: str = "ann", gpus: int | None = None) -> None:
-    store.submit(job_id, owner, "sft", "some/model", f"/jobs/{job_id}", gpus)
+from tests.jobs_support import submit
 
 
 def claim(store: JobStore, *devices: str) -> tuple[str, str | None] | None:

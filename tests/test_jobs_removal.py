@@ -1,6 +1,5 @@
 """Laws of deletion: a job goes with its folder and nothing else, whatever happens in between."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,7 @@ from llama_stack_provider_moe.jobs.removal import remove, remove_older
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor
-from tests.jobs_support import job_folders, new_job, tiny_config
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    with job_folders() as folder:
-        yield folder
-
-
-@pytest.fixture
-def config(root: Path) -> ProviderConfig:
-    return tiny_config(root)
-
-
-@pytest.fixture
-def store(config: ProviderConfig) -> Iterator[JobStore]:
-    store = JobStore(config.url)
-    yield store
-    store.close()
+from tests.jobs_support import new_job, tiny_config
 
 
 def test_jobs_that_ended_long_ago_go_with_their_folders_and_others_stay(store: JobStore, root: Path) -> None:

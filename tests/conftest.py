@@ -1,0 +1,52 @@
+"""Fixtures of the jobs room; a file with other needs has its own by the same name."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.store import JobStore
+from llama_stack_provider_moe.jobs.supervisor import Supervisor
+from tests.jobs_support import job_folders, tiny_config
+from tests.postgres_server import new_store_urls
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with job_folders() as folder:
+        yield folder
+
+
+@pytest.fixture
+def config(root: Path) -> ProviderConfig:
+    """A provider whose training processes are tiny children."""
+    return tiny_config(root)
+
+
+@pytest.fixture
+def store(config: ProviderConfig) -> Iterator[JobStore]:
+    store = JobStore(config.url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def supervisor(store: JobStore, config: ProviderConfig) -> Supervisor:
+    supervisor = Supervisor(store, config)
+    assert supervisor.acquire()
+    return supervisor
+
+
+@pytest.fixture(scope="module")
+def new_postgres_url() -> Iterator[Callable[[], str]]:
+    with new_store_urls() as new_url:
+        yield new_url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Of a new store; every law of the store holds on both databases."""
+    if request.param == "sqlite":
+        return f"sqlite:///{request.getfixturevalue('root')}/state/jobs.db"
+    return str(request.getfixturevalue("new_postgres_url")())
