@@ -199,7 +199,7 @@ def test_one_supervisor_at_a_time(store: JobStore) -> None:
     assert store.acquire_lease("two", 2, 30)
 
 
-@pytest.mark.parametrize("shift_s", [31.0, -31.0])
+@pytest.mark.parametrize("shift_s", [3600.0, -3600.0])
 def test_a_lease_runs_out_also_when_the_clock_was_set_back(
     store: JobStore, monkeypatch: pytest.MonkeyPatch, shift_s: float
 ) -> None:
