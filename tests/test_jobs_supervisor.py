@@ -324,7 +324,7 @@ def supervisor_process(config: ProviderConfig) -> Iterator[Callable[[], BaseProc
     """Starts supervisors, each in a process of its own; ends those that are left."""
     processes: list[BaseProcess] = []
 
-    def start() -> BaseProcess:
+    def start(config: ProviderConfig = config) -> BaseProcess:
         process = FORK.Process(target=supervise, args=(config,))
         process.start()
         processes.append(process)
@@ -402,20 +402,20 @@ def test_a_supervisor_asked_to_leave_frees_the_lease_and_leaves_its_children(
 
 
 def test_of_two_supervisors_the_second_ends_and_a_dead_ones_lease_is_taken_at_once(
-    config: ProviderConfig, store: JobStore, supervisor_process: Callable[[], BaseProcess]
+    root: Path, supervisor_process: Callable[..., BaseProcess]
 ) -> None:
-    store.close()
-    first = supervisor_process()
+    config = tiny_config(root, lease_s=100)
+    first = supervisor_process(config)
     store = JobStore(config.url)
     wait_for(store.live_supervisor)
     store.close()
-    second = supervisor_process()
-    second.join(10)
+    second = supervisor_process(config)
+    second.join(60)
     assert second.exitcode == 0
     assert first.is_alive()
     first.kill()
     first.join()
-    third = supervisor_process()
+    third = supervisor_process(config)
     store = JobStore(config.url)
     began = time.monotonic()
     wait_for(lambda: (live := store.live_supervisor()) is not None and live.pid == third.pid)
