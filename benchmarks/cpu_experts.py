@@ -1,20 +1,24 @@
 """Experts on a CPU in bf16, forward and backward, at new row counts: transformers' `grouped_mm` against `bucketed_mm`.
 
 One experts module of SmolLM2-4x135M's shape (4 experts, top-2, 576 -> 1536), fully trained and with LoRA of rank 8,
-which is folded into the weights (PEFT) or computed beside them. Each repetition draws a number of tokens and a routing,
-as each training step does, and gives all variants the same; which goes first alternates. Run
+which is folded into the weights (PEFT) or computed beside them. Each variant has a process of its own, as a job has:
+oneDNN keeps the code it compiles for a process, and variants that share it would crowd out or help one another. Each
+repetition draws a number of tokens and a routing, as each training step does, and gives all variants the same, one
+after the other; which goes first alternates. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -76,20 +80,41 @@ def one_step(layer: Layer, inputs: tuple[torch.Tensor, ...]) -> float:
     return time.perf_counter() - began
 
 
+def run_variant(name: str, threads: int, pipe: Connection) -> None:
+    """A process's work: the seconds of a step each time it is asked, until it is told to stop."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    layer = Layer(*VARIANTS[name])
+    draws = torch.Generator().manual_seed(0)  # the same in all, however many numbers a variant's adapter took
+    pipe.send(None)
+    while pipe.recv():
+        tokens = int(torch.randint(200, 700, (), generator=draws))
+        hidden = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, generator=draws).requires_grad_()
+        chosen = torch.rand(tokens, EXPERTS, generator=draws).topk(TOP_K)
+        pipe.send(one_step(layer, (hidden, chosen.indices, chosen.values.to(torch.bfloat16))))
+
+
 def measure(steps: int) -> dict[str, list[float]]:
     """Seconds a step, by variant, after two steps that are not counted."""
-    torch.manual_seed(0)
-    layers = {name: Layer(*variant) for name, variant in VARIANTS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in VARIANTS:
+        pipes[name], theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=run_variant, args=(name, torch.get_num_threads(), theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name].recv()
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for step in range(steps + 2):
-        tokens = int(torch.randint(200, 700, ()))
-        hidden = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-        chosen = torch.rand(tokens, EXPERTS).topk(TOP_K)
-        inputs = (hidden, chosen.indices, chosen.values.to(torch.bfloat16))
-        for name in list(layers)[:: 1 if step % 2 else -1]:
-            taken = one_step(layers[name], inputs)
+        for name in list(VARIANTS)[:: 1 if step % 2 else -1]:
+            pipes[name].send(True)
+            taken = pipes[name].recv()
             if step >= 2:
                 seconds[name].append(taken)
+    for name, process in zip(VARIANTS, processes, strict=True):
+        pipes[name].send(False)
+        process.join()
     return seconds
 
 
