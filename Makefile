@@ -32,6 +32,8 @@ serve: $(VENV)/.demo
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.server_start
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
+	$(BIN)/python -m benchmarks.job_store
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info
