@@ -140,7 +140,7 @@ def test_out_of_memory_is_told_from_another_kill_and_not_tried_again(
     else:
         assert (job.state, job.attempts) == (JobState.FAILED, 1)
         assert str(job.reason).startswith("the training process was killed by the kernel: out of memory")
-        assert "`data.batch_size`" in str(job.reason)
+        assert "`training.batch_size`" in str(job.reason)
 
 
 def test_a_job_that_gives_no_sign_of_life_is_stopped_and_fails(store: JobStore, root: Path) -> None:

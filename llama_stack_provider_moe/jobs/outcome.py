@@ -17,7 +17,7 @@ REASON_LIMIT = 2000  # characters
 _OUTPUT_LIMIT_BYTES = 1000
 _OUT_OF_MEMORY = (
     "the training process was killed by the kernel: out of memory (the machine's, not a GPU's); a smaller "
-    "`data.batch_size` or `options.max_length`, a LoRA instead of all weights, fewer jobs at a time "
+    "`training.batch_size` or `options.max_length`, a LoRA instead of all weights, fewer jobs at a time "
     "(`supervisor.max_concurrent_jobs`) or more memory will help"
 )
 
