@@ -27,7 +27,7 @@ def store(state: Path) -> Iterator[JobStore]:
     store.close()
 
 
-def test_folder_and_files_are_private(store: JobStore, root: Path) -> None:
+def test_folder_and_files_are_private(store: JobStore, state: Path) -> None:
     submit(store, "job")
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     for path in state.iterdir():
@@ -56,7 +56,7 @@ def test_a_new_store_is_opened_by_many_processes_at_once(root: Path) -> None:
             process.join()
 
 
-def test_processes_that_come_and_go_leave_the_writers_connected(store: JobStore, state: Path, root: Path) -> None:
+def test_processes_that_come_and_go_leave_the_writers_connected(store: JobStore, state: Path) -> None:
     """Opening a second store must not drop the first one's locks, see `schema._make_private_file`."""
     look = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT id FROM moe_jobs').fetchall())"
 
@@ -78,7 +78,7 @@ def test_a_store_that_no_other_process_could_see_is_refused(url: str) -> None:
         JobStore(url)
 
 
-def test_a_store_says_whether_it_answers(store: JobStore, root: Path) -> None:
+def test_a_store_says_whether_it_answers(store: JobStore, state: Path) -> None:
     assert store.answers()
     store.close()
     for path in state.iterdir():
