@@ -10,6 +10,7 @@ run. The exit code is not 0 where a job did not complete or did not help.
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ QUESTION = "How long should I boil an egg for a soft yolk?"
 
 # A few minutes of training on two cores; more steps teach more. Rows of the example data are short.
 SFT_STEPS, DPO_STEPS, BATCH = 10, 16, 4
+PAIRS = 8  # held-out ones that plain transformers and peft measure again
 # SFT at a higher rate unlearns the model's first words before so few steps teach it new ones: at 5e-4 held-out loss
 # falls more, and the greedy answer is one word again and again. DPO at a lower one learns little from so few pairs.
 SFT_LR, DPO_LR = 2e-4, 5e-4
@@ -313,10 +315,12 @@ def artifact(job: dict[str, Any], kind: str) -> str:
 
 
 def answers(moe: Path, merged: str, adapter: str) -> None:
-    """One greedy answer before and after, by plain transformers and peft: no code of ours."""
-    title("6. The same question, before and after (plain transformers and peft)")
+    """Greedy answers, and held-out pairs measured again, by plain transformers and peft: no code of ours."""
+    title("6. Before and after, by plain transformers and peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a 4-bit kernel; nothing here is in 4 bit
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # peft 0.21 reads it
+    with (DATA / "preferences_heldout.jsonl").open(encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in itertools.islice(file, PAIRS)]
     with console.status("Loading"):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -326,11 +330,36 @@ def answers(moe: Path, merged: str, adapter: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(merged)
         before = reply(AutoModelForCausalLM.from_pretrained(moe), tokenizer)
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(merged), adapter)
+        with tuned.disable_adapter():
+            reference = [preference(tuned, tokenizer, pair) for pair in pairs]
         tuned.merge_adapter()  # else PEFT adds B A to every expert's weights anew for each token
         after = reply(tuned, tokenizer)
-    console.print(f"[bold]Q[/]       {QUESTION}\n[bold]before[/]  {before}\n[bold]after[/]   {after}")
+        gains = [preference(tuned, tokenizer, pair) - was for pair, was in zip(pairs, reference, strict=True)]
+    mean = sum(gains) / len(gains)
+    console.print(
+        f"[bold]Q[/]       {QUESTION}\n[bold]before[/]  {before}\n[bold]after[/]   {after}\n"
+        f"[bold]pairs[/]   DPO moved the model to the chosen answer in {sum(gain > 0 for gain in gains)} of {PAIRS} "
+        f"held-out pairs; log p(chosen) - log p(rejected) rose by {mean:.2f} nats a pair"
+    )
     if repetitive(after):
         raise DemoFailed("the tuned model says nothing, or the same again and again")
+    if mean <= 0:
+        raise DemoFailed("the adapter, loaded by peft, does not prefer the chosen answers")
+
+
+def preference(model: Any, tokenizer: Any, pair: dict[str, str]) -> float:
+    """log p(chosen) - log p(rejected) of a pair's answers, in nats."""
+    import torch
+
+    logps = {}
+    for answer in ("chosen", "rejected"):
+        messages = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[answer]}]
+        head = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+        tokens = torch.tensor(tokenizer.apply_chat_template(messages)["input_ids"])
+        with torch.inference_mode():
+            logits = model(input_ids=tokens[None]).logits[0, len(head) - 1 : -1]  # of each token of the answer
+        logps[answer] = float(-torch.nn.functional.cross_entropy(logits, tokens[len(head) :], reduction="sum"))
+    return logps["chosen"] - logps["rejected"]
 
 
 def reply(model: Any, tokenizer: Any) -> str:
