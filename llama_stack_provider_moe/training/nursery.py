@@ -35,7 +35,8 @@ def warm_up() -> None:
 
     for recipe in ("sft", "dpo"):
         importlib.import_module(f"llama_stack_provider_moe.training.recipes.{recipe}")
-    assert not torch.cuda.is_initialized(), "an import has initialised CUDA: no child could use it"
+    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    assert not initialised, "an import has initialised CUDA: no child could use it"
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     assert not others, f"imports have started threads, which no child would have: {others}"
     gc.collect()

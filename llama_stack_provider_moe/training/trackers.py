@@ -49,21 +49,22 @@ class TensorBoardTracker(Tracker):
     """https://www.tensorflow.org/tensorboard, by `torch.utils.tensorboard`."""
 
     def __init__(self, settings: TensorBoard, folder: Path, session: AnySession, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils import tensorboard
 
+        new_writer: Any = tensorboard.SummaryWriter  # has no annotations
         # The steps after the checkpoint that a start goes on from come again: the older ones are hidden.
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)  # type: ignore[no-untyped-call]
-        self._writer.add_text("job", f"```json\n{session.spec.model_dump_json(indent=2)}\n```", first_step)  # type: ignore[no-untyped-call]
+        self._writer = new_writer(str(folder), purge_step=first_step or None)
+        self._writer.add_text("job", f"```json\n{session.spec.model_dump_json(indent=2)}\n```", first_step)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def close(self, finished: bool) -> None:
         """See `Tracker`."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class TrackioTracker(Tracker):
@@ -73,7 +74,7 @@ class TrackioTracker(Tracker):
         os.environ.setdefault("TRACKIO_DIR", str(folder))  # read at its import
         import trackio
 
-        self._run = trackio.init(
+        self._run: Any = trackio.init(
             project=settings.project,
             name=session.job_uuid,
             config=session.spec.model_dump(mode="json"),
