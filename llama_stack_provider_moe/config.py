@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from llama_stack_provider_moe.spec import Block, JobDefaults
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
-_MODEL_PATTERN = re.compile(r"[A-Za-z0-9._*?-]{1,96}(/[A-Za-z0-9._*?-]{1,96})?")
+# No part begins with a dot or a dash: the hub has no such names, and `..` would be a folder.
+_MODEL_PATTERN = re.compile(r"[A-Za-z0-9_*?][A-Za-z0-9._*?-]{0,95}(/[A-Za-z0-9_*?][A-Za-z0-9._*?-]{0,95})?")
 
 
 class SupervisorConfig(Block):

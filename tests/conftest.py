@@ -48,5 +48,5 @@ def new_postgres_url() -> Iterator[Callable[[], str]]:
 def url(request: pytest.FixtureRequest) -> str:
     """Of a new store; every law of the store holds on both databases."""
     if request.param == "sqlite":
-        return f"sqlite:///{request.getfixturevalue('root')}/state/jobs.db"
+        return f"sqlite:///{request.getfixturevalue('root')}/jobs.db"
     return str(request.getfixturevalue("new_postgres_url")())

@@ -5,8 +5,10 @@ know (a hub model that is not there, DoRA on a family that has experts).
 """
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -307,16 +309,21 @@ def test_good_bodies_are_good(http: httpx.Client) -> None:
 
 
 def test_an_exception_of_ours_is_an_answer(server: Server, http: httpx.Client, taken: str) -> None:
-    resolved = JobFolder(server.config().jobs_dir / taken).resolved
-    resolved.write_text("{ half of it")
+    """The store holds what no program of ours writes."""
+
+    def write(artifacts: str) -> None:
+        with closing(sqlite3.connect(server.config().state_dir / "jobs.db")) as database, database:
+            database.execute("UPDATE moe_jobs SET artifacts = ? WHERE id = ?", (artifacts, taken))
+
+    write("{ half of it")
     try:
         before = http.get("/health")
         answer = http.get(f"/jobs/{taken}")
         assert answer.status_code == 500
         assert message(answer) == "something went wrong on the server; its log says what"
-        assert "JSONDecodeError" in server.log.read_text(errors="replace")
+        assert "ValidationError" in server.log.read_text(errors="replace")
     finally:
-        resolved.unlink()
+        write("[]")
     assert http.get(f"/jobs/{taken}").status_code == 200
     assert port(before) == port(answer) == port(http.get("/health"))
 

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.jobs.events import Evaluation, Routing, Step
@@ -164,12 +164,22 @@ class WandBTracker(Tracker):
         self._run.finish(exit_code=0 if finished else 1)
 
 
-_KINDS: dict[str, type[Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-    "trackio": TrackioTracker,
-    "mlflow": MLflowTracker,
-    "wandb": WandBTracker,
-}
+class _Asked(NamedTuple):
+    """A tracker that a job asks for."""
+
+    name: str
+    kind: type[Tracker]
+    settings: Any
+
+
+def _asked(wanted: Trackers) -> list[_Asked]:
+    each = [
+        _Asked("tensorboard", TensorBoardTracker, wanted.tensorboard),
+        _Asked("trackio", TrackioTracker, wanted.trackio),
+        _Asked("mlflow", MLflowTracker, wanted.mlflow),
+        _Asked("wandb", WandBTracker, wanted.wandb),
+    ]
+    return [asked for asked in each if asked.settings is not None]
 
 
 def require_trackers(wanted: Trackers) -> None:
@@ -178,7 +188,7 @@ def require_trackers(wanted: Trackers) -> None:
     Raises:
         TrainingError: a package is not installed here.
     """
-    missing = [name for name in _KINDS if getattr(wanted, name) is not None and not importlib.util.find_spec(name)]
+    missing = [asked.name for asked in _asked(wanted) if not importlib.util.find_spec(asked.name)]
     if missing:
         raise TrainingError(
             f"trackers.{missing[0]}: package {missing[0]!r} is not installed in the training environment; "
@@ -199,10 +209,8 @@ class OpenTrackers:
         self._open: dict[str, Tracker] = {}
         self._lost: dict[str, int] = {}
         try:
-            for name, kind in _KINDS.items():
-                settings = getattr(session.spec.trackers, name)
-                if settings is not None:
-                    self._open[name] = _opened(kind, name, settings, session, first_step)
+            for asked in _asked(session.spec.trackers):
+                self._open[asked.name] = _opened(asked, session, first_step)
         except BaseException:
             self.close(finished=False)
             raise
@@ -232,13 +240,13 @@ class OpenTrackers:
         self._open.clear()
 
 
-def _opened(kind: type[Tracker], name: str, settings: Any, session: AnySession, first_step: int) -> Tracker:
-    folder = session.folder.trackers / name
+def _opened(asked: _Asked, session: AnySession, first_step: int) -> Tracker:
+    folder = session.folder.trackers / asked.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return kind(settings, folder, session, first_step)
+        return asked.kind(asked.settings, folder, session, first_step)
     except Exception as error:
-        raise TrainingError(f"trackers.{name}: can't be opened: {type(error).__name__}: {error}") from error
+        raise TrainingError(f"trackers.{asked.name}: can't be opened: {type(error).__name__}: {error}") from error
 
 
 def _figures(event: Step | Evaluation | Routing) -> dict[str, float]:
