@@ -32,7 +32,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"pydantic", "httpx", "rich", "typer", "yaml", "click"}, GROUND | {"jobs", "cli"}),
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
-    "training": (LEARNING | {"pydantic"}, GROUND | {"experts", "training"} | FOLDER),
+    "training": (LEARNING | {"pydantic", "mlflow", "trackio", "wandb"}, GROUND | {"experts", "training"} | FOLDER),
     "training.recipes": (LEARNING, GROUND | {"experts", "training"} | FOLDER),
 }
 

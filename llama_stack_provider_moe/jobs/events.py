@@ -90,6 +90,20 @@ class Routing(_Event):
     step: int
     layers: list[LayerRouting]
 
+    def figures(self) -> dict[str, float]:
+        """Worst and mean over layers, nothing of none; shares are of the routed tokens, entropies in nats."""
+        layers = self.layers
+        if not layers:
+            return {}
+        return {
+            "min_share": min(layer.min for layer in layers),
+            "max_share": max(layer.max for layer in layers),
+            "max_cv": max(layer.cv for layer in layers),
+            "dead_experts": sum(layer.dead for layer in layers),
+            "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
+            "token_entropy": sum(layer.token_entropy for layer in layers) / len(layers),
+        }
+
 
 class Evaluation(_Event):
     """Held-out figures at `step` (0: before training)."""

@@ -80,21 +80,11 @@ def _evaluation(event: Evaluation) -> dict[str, Any]:
 
 
 def balance(event: Routing) -> dict[str, Any] | None:
-    """Worst and mean over layers; shares are of the routed tokens, entropies in nats."""
+    """`Routing.figures`, and of what."""
     layers = event.layers
     if not layers:
         return None
-    return {
-        "step": event.step,
-        "layers": len(layers),
-        "experts": len(layers[0].share),
-        "min_share": _number(min(layer.min for layer in layers)),
-        "max_share": _number(max(layer.max for layer in layers)),
-        "max_cv": _number(max(layer.cv for layer in layers)),
-        "dead_experts": sum(layer.dead for layer in layers),
-        "load_entropy": _number(sum(layer.load_entropy for layer in layers) / len(layers)),
-        "token_entropy": _number(sum(layer.token_entropy for layer in layers) / len(layers)),
-    }
+    return {"step": event.step, "layers": len(layers), "experts": len(layers[0].share), **_numbers(event.figures())}
 
 
 def _number(value: float | None) -> float | str | None:

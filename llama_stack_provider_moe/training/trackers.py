@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.jobs.events import Evaluation, Routing, Step
-from llama_stack_provider_moe.jobs.progress import balance
 from llama_stack_provider_moe.spec import MLflow, TensorBoard, Trackers, Trackio, WandB
 from llama_stack_provider_moe.training.session import AnySession
 
@@ -254,8 +253,7 @@ def _figures(event: Step | Evaluation | Routing) -> dict[str, float]:
         return {f"train/{name}": value for name, value in event.metrics.items()} | {"train/epoch": event.epoch}
     if isinstance(event, Evaluation):
         return {f"eval/{name}": value for name, value in event.metrics.items()}
-    figures = balance(event) or {}
-    return {f"routing/{name}": value for name, value in figures.items() if name not in ("step", "layers", "experts")}
+    return {f"routing/{name}": value for name, value in event.figures().items()}
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
