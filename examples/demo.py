@@ -10,7 +10,6 @@ run. The exit code is not 0 where a job did not complete or did not help.
 
 import argparse
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -236,10 +235,15 @@ def cpu_dtype() -> str:
     return "fp32"
 
 
+def rows_of(file: str) -> list[dict[str, str]]:
+    """The rows of one file of example data."""
+    with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def register(stack: Stack, file: str, dataset_id: str) -> str:
     """Register the rows of one file as a data set."""
-    with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = rows_of(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the client marks all of its beta API so
         stack.client.beta.datasets.register(
@@ -319,8 +323,7 @@ def answers(moe: Path, merged: str, adapter: str) -> None:
     title("6. Before and after, by plain transformers and peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a 4-bit kernel; nothing here is in 4 bit
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # peft 0.21 reads it
-    with (DATA / "preferences_heldout.jsonl").open(encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in itertools.islice(file, PAIRS)]
+    pairs = rows_of("preferences_heldout")[:PAIRS]
     with console.status("Loading"):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
