@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.jobs.caretaker import Caretaker
 from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -252,3 +254,47 @@ def test_a_server_told_not_to_starts_none(store: JobStore, root: Path) -> None:
     config = tiny_config(root, start=False)
     new_job(store, config, "job")
     assert not ensure_supervisor(config, store)
+
+
+def test_a_killed_supervisor_is_replaced_though_nobody_asks_for_anything(root: Path) -> None:
+    config = tiny_config(root, lease_s=2, idle_exit_s=0.2, poll_s=0.1)
+    store = JobStore(config.url)
+    server = Caretaker(config, store)
+    server.start()
+    folder = new_job(store, config, "job", steps=100, step_s=0.1)
+    started(folder)
+    first = store.live_supervisor()
+    assert first is not None
+    os.kill(first.pid, signal.SIGKILL)
+    assert wait_until_ended(store, "job").state is JobState.COMPLETED
+    job = store.get("job", None)
+    assert (job.attempts, job.lost) == (1, 0), "its process went on"
+    wait_for(lambda: store.live_supervisor() is None)
+    server.close()
+    assert (root / "supervisor.log").read_text().count("supervisor of ") == 2
+    store.close()
+
+
+def test_a_caretaker_starts_nothing_without_work_or_where_it_must_not_and_outlives_a_broken_store(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(root, lease_s=2, idle_exit_s=0.2)
+    store = JobStore(config.url)
+    new_job(store, config, "ended")
+    assert store.request_cancel("ended", None).state is JobState.CANCELLED
+    server, forbidden = Caretaker(config, store), Caretaker(tiny_config(root, start=False), store)
+    server.start()
+    forbidden.start()
+    with sqlite3.connect(root / "jobs.db") as database:
+        database.execute("alter table moe_jobs rename to away")
+        database.commit()
+        wait_for(lambda: "could not be looked at: (sqlite3.OperationalError) no such table" in caplog.text)
+        database.execute("alter table away rename to moe_jobs")
+    database.close()
+    assert not (root / "supervisor.log").exists()
+    new_job(store, config, "job")
+    forbidden.close()
+    assert wait_until_ended(store, "job").state is JobState.COMPLETED
+    wait_for(lambda: store.live_supervisor() is None)
+    server.close()
+    store.close()

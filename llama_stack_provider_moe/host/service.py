@@ -26,11 +26,11 @@ from llama_stack_provider_moe.host.convert import Draft, draft
 from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
 from llama_stack_provider_moe.host.telemetry import METER, Telemetry
 from llama_stack_provider_moe.jobs import checkpoint_index, disk, removal
+from llama_stack_provider_moe.jobs.caretaker import Caretaker
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
-from llama_stack_provider_moe.jobs.supervisor import ensure_supervisor
 from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec, SFTSpec
 
 ANONYMOUS = "anonymous"
@@ -74,13 +74,13 @@ class PostTrainingService:
         for folder in self._staging.iterdir():  # of a server that died while rows came in
             if time.time() - folder.stat().st_mtime > STALE_STAGING_S:
                 shutil.rmtree(folder, ignore_errors=True)
-        counts = self.store.counts()
-        if counts[JobState.SCHEDULED] or counts[JobState.IN_PROGRESS]:
-            self._see_to_jobs()
+        self._caretaker = Caretaker(self.config, self.store)
+        self._caretaker.start()
 
     async def shutdown(self) -> None:
         """Close the store; the supervisor and its jobs go on."""
         self._telemetry.close()
+        await asyncio.to_thread(self._caretaker.close)
         await asyncio.to_thread(self.store.close)
 
     # Requests that make a job.
@@ -122,7 +122,7 @@ class PostTrainingService:
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # nothing is there, once it has become the job's folder
-        await asyncio.to_thread(self._see_to_jobs)
+        await asyncio.to_thread(self._caretaker.see_to_jobs)
         self._telemetry.submitted(job)
         log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
         return wire.PostTrainingJob(job_uuid=job.id)
@@ -205,13 +205,6 @@ class PostTrainingService:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _see_to_jobs(self) -> None:
-        """Have a supervisor alive. A job that is in the store is not lost when none can be started now."""
-        try:
-            ensure_supervisor(self.config, self.store)
-        except OSError:
-            log.exception("no supervisor could be started; jobs wait until one is")
-
     # Requests about a job.
 
     async def jobs(self, limit: int, after: str | None) -> wire.ListPostTrainingJobsResponse:
@@ -275,7 +268,7 @@ class PostTrainingService:
         """Ask for a job to be cancelled; asking again changes nothing."""
         job = await asyncio.to_thread(self.store.request_cancel, job_id, self._whose("update"))
         if not job.state.ended:
-            await asyncio.to_thread(self._see_to_jobs)
+            await asyncio.to_thread(self._caretaker.see_to_jobs)
 
     async def resume(self, job_id: str) -> wire.PostTrainingJob:
         """Let a cancelled or failed job go on from its last valid checkpoint."""
@@ -288,7 +281,7 @@ class PostTrainingService:
         if job.state in (JobState.FAILED, JobState.CANCELLED):
             _must_have_checkpoint(job)
         self.store.resume(job_id, whose)  # has its own words for the other states
-        self._see_to_jobs()
+        self._caretaker.see_to_jobs()
 
     async def delete(self, job_id: str) -> wire.DeletedJob:
         """Forget a job that has ended, with its folder; a `checkpoint_dir` elsewhere stays."""

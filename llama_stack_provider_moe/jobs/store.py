@@ -319,6 +319,11 @@ class JobStore:
         with self._reading.begin() as connection:
             return [as_job(row) for row in connection.execute(query)]
 
+    def has_work(self) -> bool:
+        """Whether any job, of whichever owner, waits or runs."""
+        with self._reading.begin() as connection:
+            return _has_work(connection)
+
     # The supervisor's lease.
 
     def acquire_lease(self, supervisor_id: str, pid: int, lease_s: float) -> bool:
@@ -350,17 +355,9 @@ class JobStore:
         supervisor: one of the two transactions comes first. If it is the submission, the job is counted here and
         the supervisor stays; else the server finds the lease free.
         """
-        unfinished = (JobState.SCHEDULED.value, JobState.IN_PROGRESS.value)
         with self._writing.begin() as connection:
             row = connection.execute(select(supervisor_table).with_for_update()).one()
-            if row.holder != supervisor_id:
-                return False
-            if (
-                only_if_idle
-                and connection.execute(
-                    select(jobs_table.c.seq).where(jobs_table.c.state.in_(unfinished)).limit(1)
-                ).first()
-            ):
+            if row.holder != supervisor_id or (only_if_idle and _has_work(connection)):
                 return False
             connection.execute(update(supervisor_table).values(holder=None, pid=None, beat_at=None, lease_s=None))
             return True
@@ -374,6 +371,14 @@ class JobStore:
         """Who holds the lease, also where it has run out; None where it is free."""
         with self._reading.begin() as connection:
             return holder(connection.execute(select(supervisor_table)).one())
+
+
+def _has_work(connection: Connection) -> bool:
+    unfinished = [state.value for state in JobState if not state.ended]
+    return (
+        connection.execute(select(jobs_table.c.seq).where(jobs_table.c.state.in_(unfinished)).limit(1)).first()
+        is not None
+    )
 
 
 def _next_turn(connection: Connection) -> int:
