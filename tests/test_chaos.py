@@ -26,7 +26,7 @@ from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.jobs.checkpoint_index import valid_checkpoints, verify
 from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.folder import JobFolder
-from llama_stack_provider_moe.jobs.processes import ProcessName, with_environment
+from llama_stack_provider_moe.jobs.processes import ProcessName, is_alive, with_environment
 from llama_stack_provider_moe.jobs.store import JobStore
 from tests import tiny_models
 from tests.host_harness import API, QUICKSTART, free_port, run_config, stop_jobs
@@ -124,7 +124,8 @@ def pid_of(arena: Arena, victim: str) -> int | None:
     store = JobStore(arena.provider.url)
     try:
         if victim == "child":
-            pids = [job.pid for job in store.running() if job.pid is not None]
+            jobs = store.running()
+            pids = [job.pid for job in jobs if job.pid and job.pid_birth and is_alive(job.pid, job.pid_birth)]
             return pids[0] if pids else None
         holder = store.live_supervisor()
         name = None if holder is None else ProcessName.parse(holder.id)
@@ -161,7 +162,10 @@ def strike(arena: Arena, job_id: str, victim: str, chance: random.Random) -> boo
     pid = pid_of(arena, victim)
     if pid is None:
         return False
-    os.kill(pid, signal.SIGKILL)
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended just now
+        return False
     return True
 
 
