@@ -149,7 +149,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     optimizer.zero_grad()
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
-    save(model, tiny_models.tokenizer(), folder / "adapter", shipped.restored())
+    save(model, tiny_models.tokenizer(), folder / "adapter", shipped.restored(), step=1)
     return outcome
 
 
