@@ -33,7 +33,7 @@ from tests.host_harness import API, QUICKSTART, free_port, run_config, stop_jobs
 
 pytestmark = pytest.mark.e2e
 
-ROUNDS = 4
+ROUNDS = 3  # each victim once
 SEED = 20251121
 STEPS, EPOCHS = 16, 2
 LIMIT_S = 3600.0

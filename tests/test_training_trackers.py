@@ -112,7 +112,8 @@ def test_wandb_offline(workshop: Workshop) -> None:
 
 
 def test_a_tracker_that_is_missing_or_lost(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}")
+    (tmp_path / "file").touch()  # not merely missing: MLflow makes folders that are
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
     run = workshop.run("sft", "granitemoe", trackers={"mlflow": {}})
     assert run.exit_code == FAILED
     assert run.reason.startswith("trackers.mlflow: can't be opened: ")
