@@ -9,6 +9,7 @@ their own. Run `make bench`, or
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="jobs of each way (default: 5)")
     parser.add_argument("--out", type=Path, default=RESULTS / f"job_start_{datetime.now(UTC):%Y-%m-%d}.json")
     arguments = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the client SDK's import turns its lines on
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
