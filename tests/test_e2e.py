@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         folder,
         provider={
             "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            "supervisor": {"max_concurrent_jobs": 2, "idle_exit_s": 5, "poll_s": 2},
+            "supervisor": {"max_concurrent_jobs": 2, "poll_s": 2},
         },
     )
     with serving(config, folder / "state") as running:
