@@ -375,10 +375,8 @@ class JobStore:
 
 def _has_work(connection: Connection) -> bool:
     unfinished = [state.value for state in JobState if not state.ended]
-    return (
-        connection.execute(select(jobs_table.c.seq).where(jobs_table.c.state.in_(unfinished)).limit(1)).first()
-        is not None
-    )
+    query = select(jobs_table.c.seq).where(jobs_table.c.state.in_(unfinished)).limit(1)
+    return connection.execute(query).first() is not None
 
 
 def _next_turn(connection: Connection) -> int:
