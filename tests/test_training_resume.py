@@ -25,7 +25,7 @@ from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
 from llama_stack_provider_moe.training.resume import restore_weights
 from tests import tiny_models
-from tests.training_support import Run, Workshop, workshop
+from tests.training_support import Row, Run, Workshop, said, workshop
 
 __all__ = ["workshop"]
 
@@ -171,16 +171,20 @@ def test_the_time_budget_ends_a_run_with_all_that_it_has(workshop: Workshop) -> 
 
 
 def test_early_stopping_keeps_the_best(workshop: Workshop) -> None:
-    # Each epoch takes weights further from where they were good: the first is the best.
+    # The better one answer is known by heart, the less likely the held-out rows' other one is.
+    def rows(count: int, answer: str) -> list[Row]:
+        return [{"messages": [said("user", "Say a word."), said("assistant", answer)]} for _ in range(count)]
+
     run = workshop.run(
-        "sft", "mixtral", training={"n_epochs": 9, "batch_size": 8}, optimizer={"lr": 0.3},
+        "sft", "mixtral", rows=rows(16, "A garden in spring."), validation=rows(4, "Quickly, 97 jumps!"),
+        training={"n_epochs": 20, "batch_size": 8}, optimizer={"lr": 0.05},
         options={"early_stopping_patience": 2, "keep_checkpoints": 1},
     )  # fmt: skip
     assert run.exit_code == COMPLETED, run.reason
     assert run.manifest.stopped_by == "early_stopping"
     measured = {event.epoch: event.metrics["validation_loss"] for event in run.events("evaluation") if event.epoch}
     best = min(measured, key=lambda epoch: measured[epoch])
-    assert max(measured) == best + 2 < 9
+    assert max(measured) == best + 2 < 20
     assert all(later >= measured[best] for epoch, later in measured.items() if epoch > best)
     adapter = next(each for each in run.manifest.artifacts if each.kind == "adapter")
     assert adapter.epoch == best
