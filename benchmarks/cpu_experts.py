@@ -1,10 +1,12 @@
-"""Experts on a CPU in bf16, forward and backward, at new row counts: transformers' `grouped_mm` against `bucketed_mm`.
+"""LoRA on experts on a CPU: ours against PEFT's `target_parameters`, forward and backward, time and peak memory.
 
-One experts module of SmolLM2-4x135M's shape (4 experts, top-2, 576 -> 1536), fully trained and with LoRA of rank 8,
-which is folded into the weights (PEFT) or computed beside them. Each variant has a process of its own, as a job has:
-oneDNN keeps the code it compiles for a process, and variants that share it would crowd out or help one another. Each
-repetition draws a number of tokens and a routing, as each training step does, and gives all variants the same, one
-after the other; which goes first alternates. Run
+One experts module of three mid shapes and of SmolLM2-4x135M's, in bf16 and fp32: with LoRA of rank 16, ours (beside the
+weights) against PEFT's (folded into them) over transformers' `grouped_mm` and over its eager loop; and fully trained,
+ours against `grouped_mm`. Each variant has a process of its own, as a job has: oneDNN keeps the code it compiles for a
+process, and variants that share it would crowd out or help one another. Each repetition draws a number of tokens and a
+routing, as each training step does, and gives all variants the same, one after the other; which goes first alternates.
+Memory is what the process's resident set rose to above what it was before a step. Before anything is measured, each
+variant's output and gradients are compared with the eager ones' in fp32. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
@@ -16,129 +18,205 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.server_start import RESULTS, machine
-from llama_stack_provider_moe.experts.bucketed import BUCKETED
+from llama_stack_provider_moe.experts.backend import OURS
 from llama_stack_provider_moe.experts.split_lora import split_lora
 
-EXPERTS, TOP_K, HIDDEN, INNER, RANK = 4, 2, 576, 1536, 8
+RANK = 16
+TOKENS = (768, 1280)  # of a step, drawn anew
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an experts module."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "H512 I1024 E16 top-2": Shape(512, 1024, 16, 2),
+    "H768 I512 E32 top-4": Shape(768, 512, 32, 4),
+    "H1024 I512 E32 top-8 (Granite-3.0-1b-a400m)": Shape(1024, 512, 32, 8),
+    "H576 I1536 E4 top-2 (SmolLM2-4x135M)": Shape(576, 1536, 4, 2),
+}
 # name -> implementation, LoRA
 VARIANTS = {
+    "LoRA, eager, PEFT": ("eager", "folded"),
+    "LoRA, grouped_mm, PEFT": ("grouped_mm", "folded"),
+    "LoRA, ours": (OURS, "beside"),
     "full, grouped_mm": ("grouped_mm", None),
-    "full, bucketed_mm": (BUCKETED, None),
-    "LoRA, grouped_mm, folded": ("grouped_mm", "folded"),
-    "LoRA, bucketed_mm, folded": (BUCKETED, "folded"),
-    "LoRA, bucketed_mm, beside": (BUCKETED, "beside"),
+    "full, ours": (OURS, None),
 }
 # what is measured against which baseline
 RATIOS = {
-    "full: bucketed_mm to grouped_mm": ("full, grouped_mm", "full, bucketed_mm"),
-    "LoRA: beside to folded, both bucketed_mm": ("LoRA, bucketed_mm, folded", "LoRA, bucketed_mm, beside"),
-    "LoRA: ours to plain PEFT and transformers": ("LoRA, grouped_mm, folded", "LoRA, bucketed_mm, beside"),
+    "LoRA: ours to PEFT on eager": ("LoRA, eager, PEFT", "LoRA, ours"),
+    "LoRA: ours to PEFT on grouped_mm": ("LoRA, grouped_mm, PEFT", "LoRA, ours"),
+    "full: ours to grouped_mm": ("full, grouped_mm", "full, ours"),
 }
 
 
 class Layer(nn.Module):
     """What PEFT looks for experts in."""
 
-    def __init__(self, implementation: str, lora: str | None) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, implementation: str, lora: str | None) -> None:
         super().__init__()
         config = MixtralConfig(
-            hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
-        )
+            hidden_size=shape.hidden, intermediate_size=shape.inner,
+            num_local_experts=shape.experts, num_experts_per_tok=shape.top_k,
+        )  # fmt: skip
         config._experts_implementation = implementation
-        self.experts = MixtralExperts(config).to(torch.bfloat16)
+        torch.manual_seed(0)
+        self.experts = MixtralExperts(config).to(dtype)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter, std=0.02)
-        if lora is not None:
-            targets = ["experts.gate_up_proj", "experts.down_proj"]
-            inject_adapter_in_model(LoraConfig(r=RANK, target_modules=[], target_parameters=targets), self)
+        if lora is None:
+            return
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        inject_adapter_in_model(LoraConfig(r=RANK, target_modules=[], target_parameters=targets), self)
+        for name, parameter in self.named_parameters():
+            if "lora_B" in name:  # begins at zero, and would hide mistakes
+                nn.init.normal_(parameter, std=0.02)
         if lora == "beside":
             assert split_lora(self) == len(targets)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """(T, D)"""
-        out: torch.Tensor = self.experts(*inputs)
+        out: Tensor = self.experts(*inputs)
         return out
 
 
-def one_step(layer: Layer, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Seconds of one forward and backward."""
-    layer.zero_grad(set_to_none=False)
+def drawn(shape: Shape, draws: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Tokens (T, D), their experts (T, K) and weights (T, K)."""
+    tokens = int(torch.randint(*TOKENS, (), generator=draws))
+    hidden = torch.randn(tokens, shape.hidden, generator=draws).to(dtype).requires_grad_()
+    chosen = torch.rand(tokens, shape.experts, generator=draws).topk(shape.top_k)
+    return hidden, chosen.indices, chosen.values.to(dtype)
+
+
+def one_step(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
+    """Seconds of one forward and backward, and bytes by which the resident set rose."""
+    layer.zero_grad(set_to_none=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
     began = time.perf_counter()
     layer(*inputs).float().square().mean().backward()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, status("VmHWM") - before
 
 
-def run_variant(name: str, threads: int, pipe: Connection) -> None:
-    """A process's work: the seconds of a step each time it is asked, until it is told to stop."""
+def status(field: str) -> int:
+    """Bytes, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def check(shape: Shape) -> dict[str, float]:
+    """Each LoRA variant's output and gradients in fp32 against the eager ones': the largest relative difference."""
+    found: dict[str, list[Tensor]] = {}
+    for name, variant in VARIANTS.items():
+        if not name.startswith("LoRA"):
+            continue
+        layer = Layer(shape, torch.float32, *variant)
+        inputs = drawn(shape, torch.Generator().manual_seed(1), torch.float32)
+        out = layer(*inputs)
+        out.square().mean().backward()
+        gradients = [parameter.grad for name, parameter in layer.named_parameters() if "lora_" in name]
+        found[name] = [out.detach(), inputs[0].grad, *gradients]  # type: ignore[list-item]
+    truth = found.pop("LoRA, eager, PEFT")
+    return {
+        name: max(((one - other).norm() / other.norm()).item() for one, other in zip(each, truth, strict=True))
+        for name, each in found.items()
+    }
+
+
+def run_variant(name: str, shape: Shape, dtype: torch.dtype, threads: int, pipe: Connection) -> None:
+    """A process's work: a step's figures each time it is asked, until it is told to stop."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    layer = Layer(*VARIANTS[name])
-    draws = torch.Generator().manual_seed(0)  # the same in all, however many numbers a variant's adapter took
+    layer = Layer(shape, dtype, *VARIANTS[name])
+    draws = torch.Generator().manual_seed(0)
     pipe.send(None)
     while pipe.recv():
-        tokens = int(torch.randint(200, 700, (), generator=draws))
-        hidden = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, generator=draws).requires_grad_()
-        chosen = torch.rand(tokens, EXPERTS, generator=draws).topk(TOP_K)
-        pipe.send(one_step(layer, (hidden, chosen.indices, chosen.values.to(torch.bfloat16))))
+        pipe.send(one_step(layer, drawn(shape, draws, dtype)))
 
 
-def measure(steps: int) -> dict[str, list[float]]:
-    """Seconds a step, by variant, after two steps that are not counted."""
-    fork = multiprocessing.get_context("fork")  # torch was imported, and has computed nothing yet
+def measure(shape: Shape, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
+    """(seconds, bytes) a step, by variant, after two steps that are not counted."""
+    # A process each, begun anew; large blocks go back to the system at once, so that the resident set tells them.
+    spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
     for name in VARIANTS:
-        pipes[name], theirs = fork.Pipe()
-        processes.append(fork.Process(target=run_variant, args=(name, torch.get_num_threads(), theirs), daemon=True))
+        pipes[name], theirs = spawn.Pipe()
+        arguments = (name, shape, dtype, torch.get_num_threads(), theirs)
+        processes.append(spawn.Process(target=run_variant, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
         pipes[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    figures: dict[str, list[tuple[float, int]]] = {name: [] for name in VARIANTS}
     for step in range(steps + 2):
         for name in list(VARIANTS)[:: 1 if step % 2 else -1]:
             pipes[name].send(True)
             taken = pipes[name].recv()
             if step >= 2:
-                seconds[name].append(taken)
+                figures[name].append(taken)
     for name, process in zip(VARIANTS, processes, strict=True):
         pipes[name].send(False)
         process.join()
-    return seconds
+    return figures
+
+
+def summary(figures: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
+    """Ratios first, then what they are made of."""
+    seconds = {name: [second for second, _ in each] for name, each in figures.items()}
+    peaks = {name: statistics.median(peak for _, peak in each) for name, each in figures.items()}
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return {
+        "times_as_fast": {title: round(medians[base] / medians[ours], 2) for title, (base, ours) in RATIOS.items()},
+        "times_the_memory": {title: round(peaks[ours] / peaks[base], 2) for title, (base, ours) in RATIOS.items()},
+        "median_ms": {name: round(1e3 * value, 1) for name, value in medians.items()},
+        "min_max_ms": {name: [round(1e3 * min(each), 1), round(1e3 * max(each), 1)] for name, each in seconds.items()},
+        "median_peak_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()},
+    }
 
 
 def main() -> None:
     """Measure, print, and write a result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=RESULTS / f"cpu_experts_{datetime.now(UTC):%Y-%m-%d}.json")
     arguments = parser.parse_args()
-    seconds = measure(arguments.steps)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)  # read by the processes that are begun below
+    shapes: dict[str, Any] = {}
+    for title, shape in SHAPES.items():
+        shapes[title] = {"relative_difference_to_eager_fp32": check(shape)}
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            shapes[title][name] = summary(measure(shape, dtype, arguments.steps))
+            print(title, name, json.dumps(shapes[title][name]["times_as_fast"]),
+                  json.dumps(shapes[title][name]["times_the_memory"]), flush=True)  # fmt: skip
     result = {
-        "what": f"experts forward and backward, bf16, {EXPERTS} experts top-{TOP_K} {HIDDEN}x{INNER}, LoRA r={RANK}",
+        "what": f"experts forward and backward, LoRA r={RANK} or full, {TOKENS[0]} to {TOKENS[1]} tokens a step",
         "command": f"python -m benchmarks.cpu_experts --steps {arguments.steps}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "times_as_fast": {
-            title: round(medians[baseline] / medians[ours], 2) for title, (baseline, ours) in RATIOS.items()
-        },
-        "median_ms": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        "min_max_ms": {name: [round(1e3 * min(each), 2), round(1e3 * max(each), 2)] for name, each in seconds.items()},
+        "shapes": shapes,
         "machine": machine() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "peft")},
-    }  # fmt: skip
+    }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 

@@ -182,8 +182,25 @@ _METHOD_CASES = [
         "not implemented by TRL; choose one of sigmoid, hinge"),
     Bad("unknown loss", DPO, {"algorithm_config.loss_type": "simpo"}, 400, "loss_type: 'simpo' is not valid; expected "
         "'sigmoid'"),
-    Bad("4-bit base", SFT, {"algorithm_config.quantize_base": True}, 400, "algorithm_config.quantize_base: True is not "
-        "valid; expected false, or left out: experts can't be held in 4 bit yet"),
+    Bad("bits of no base", SFT, {"adapter": {"quantize_bits": 8}}, 400, "quantize_bits: is read only with"),
+    Bad("three bits", JOBS, {"adapter": {"quantize_base": True, "quantize_bits": 3}}, 400, "adapter.quantize_bits: 3 "
+        "is not valid; expected 4 or 8"),
+    Bad("plan without rules", JOBS, {"adapter": {"plan": "per_expert"}}, 400, "adapter: rules: plan 'per_expert' "),
+    Bad("unknown plan", JOBS, {"adapter": {"plan": "some"}}, 400, "adapter.plan: 'some' is not valid; expected 'trunk"),
+    Bad("rule of no expert", JOBS, {"adapter": {"plan": "per_expert", "rules": [{"experts": {"-1": 4}}]}}, 400,
+        "'-1' is not valid; expected experts as"),
+    Bad("rank of an expert", JOBS, {"adapter": {"plan": "per_expert", "rules": [{"experts": {"0": 4096}}]}}, 400,
+        "rank 4096 of experts '0' is not valid; expected 1 to 1024"),
+    Bad("layers that are none", JOBS, {"adapter": {"layers": "first"}}, 400, "adapter.layers: 'first' is not valid"),
+    Bad("rate of nothing", JOBS, {"adapter": {"lr_multipliers": {"attention": 0}}}, 400, "attention: 0 is not valid"),
+    Bad("two backends", JOBS, {"moe": {"experts_backend": "torch", "enable_moe_optimizations": False}}, 400,
+        "experts_backend: 'torch' is not valid with enable_moe_optimizations false"),
+    Bad("experts that can't choose", JOBS, {"moe": {"experts_backend": "peft", "moe_load_balancing": "expert_choice"}},
+        400, "moe_load_balancing: 'expert_choice' needs our experts"),
+    Bad("rate of no bias", JOBS, {"moe.router_bias_rate": 0.1}, 400, "router_bias_rate: is read only with"),
+    Bad("DPO with jitter", PAIRS_JOB, {"moe.router_jitter": 0.1}, 400, "moe.router_jitter: is for SFT only"),
+    Bad("reference with moving biases", PAIRS_JOB, {"moe.moe_load_balancing": "aux_free",
+        "options.precompute_ref_log_probs": False}, 400, "precompute_ref_log_probs: false is not valid with"),
     Bad("unknown adapter module", SFT, {"algorithm_config.lora_attn_modules": ["gate_proj"]}, 400, "'gate_proj' is not "
         "valid; expected 'q_proj', 'k_proj', 'v_proj' or 'output_proj'"),
     Bad("module named twice", SFT, {"algorithm_config.lora_attn_modules": ["q_proj", "q_proj"]}, 400, "names a module"),

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec import (
     DPOOptions,
     DPOSpec,
     Efficiency,
+    ExpertRule,
     MLflow,
     Moe,
     Optimizer,
@@ -31,6 +32,8 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
+from llama_stack_provider_moe.spec.adapter import MAX_RANK
+from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
@@ -42,6 +45,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`optimizer`", "optimizer.", Optimizer, set()),
     ("`efficiency`", "efficiency.", Efficiency, set()),
     ("`adapter`", "adapter.", Adapter, set()),
+    ("Each of `adapter.rules`", "adapter.rules.N.", ExpertRule, set()),
     ("`moe`", "moe.", Moe, set()),
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
@@ -84,6 +88,14 @@ def allowed(field: FieldInfo) -> str:
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is list:
         annotation = get_args(annotation)[0]
+        if isinstance(annotation, type) and issubclass(annotation, Block):
+            return "a list of blocks, which follow"
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
+        return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
+    if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
+        return "numbers and ranges"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}

@@ -23,8 +23,9 @@ from tests import tiny_models
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 RANK = 2
 EVERYTHING = Adapter(rank=RANK, alpha=4, apply_lora_to_output=True)
-# Measured over all families: 0 after reloading, at most 3.2e-6 after merging, with logits of about 2.
-RELOAD_TOLERANCE, MERGE_TOLERANCE = 1e-6, 1e-5
+# Measured over all families, with logits of about 2: at most 1.2e-6 after reloading, where PEFT folds into the weights
+# what ours computes beside them, and 3.2e-6 after merging.
+RELOAD_TOLERANCE, MERGE_TOLERANCE = 5e-6, 1e-5
 
 QKVO = "self_attn.{q,k,v,o}_proj"
 MIXED = {"linear_attn.out_proj": 1, QKVO: 1}
@@ -127,7 +128,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     shipped = apply_moe(base, layout, resolved)
     base_logits = logits(base)
-    model, report = add_lora(base, EVERYTHING, layout, resolved)
+    adapted = add_lora(base, EVERYTHING, layout, resolved)
+    model, report = adapted.model, adapted.report
     assert gap(logits(model), base_logits) == 0  # B is zero
     randomised(model)
     outcome = Trained(family, folder, model, layout, report, base_logits)
@@ -155,7 +157,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def chosen(layout: ExpertLayout, outputs: tuple[Tensor, ...]) -> Tensor:
     """Tokens each expert got, (E,)."""
-    picked = outputs[layout.logits_at].argmax(-1) if layout.chosen_at is None else outputs[layout.chosen_at]
+    picked = outputs[layout.chosen_at] if layout.chosen_at < len(outputs) else outputs[layout.logits_at].argmax(-1)
     return picked.flatten().bincount(minlength=layout.num_experts)
 
 
@@ -239,13 +241,13 @@ def test_plain_peft_loads_what_was_saved_and_merges_it(trained: Trained) -> None
 
 def test_parameters_of_granite_by_formula() -> None:
     model, layout, resolved = resolved_for(tiny_models.model("granitemoe"), train_router=True)
-    _, report = add_lora(model, Adapter(rank=3, apply_lora_to_output=True), layout, resolved)
+    report = add_lora(model, Adapter(rank=3, apply_lora_to_output=True), layout, resolved).report
     hidden, key_value, inner, experts, vocabulary, rank, layers = 32, 16, 24, 4, 384, 3, 2
     assert report.by_group == {
         "attention": layers * rank * (2 * (hidden + hidden) + 2 * (hidden + key_value)),
         "experts": layers * experts * rank * ((hidden + 2 * inner) + (inner + hidden)),
         "router": layers * rank * (hidden + experts),
-        "output head": rank * (hidden + vocabulary),
+        "output_head": rank * (hidden + vocabulary),
     }
     assert "LoRA r=3, alpha=32" in report.text()
 
@@ -255,13 +257,13 @@ def test_parameters_of_granite_by_formula() -> None:
     [
         ("mixtral", Adapter(apply_lora_to_mlp=False), {"attention"}),
         ("mixtral", Adapter(lora_attn_modules=[]), {"experts"}),
-        ("deepseek_v3", Adapter(lora_attn_modules=[]), {"experts", "shared experts", "dense MLP"}),
+        ("deepseek_v3", Adapter(lora_attn_modules=[]), {"experts", "shared_experts", "dense_mlp"}),
         ("llama4_text", Adapter(lora_attn_modules=["q_proj"], apply_lora_to_mlp=False), {"attention"}),
     ],
 )
 def test_nothing_is_adapted_beyond_what_was_asked(family: str, adapter: Adapter, groups: set[str]) -> None:
     model, layout, resolved = resolved_for(tiny_models.model(family))
-    _, report = add_lora(model, adapter, layout, resolved)
+    report = add_lora(model, adapter, layout, resolved).report
     assert set(report.by_group) == groups
     if adapter.lora_attn_modules == ["q_proj"]:
         assert set(report.targets) == {"self_attn.q_proj"}
@@ -276,7 +278,8 @@ REFUSED: list[tuple[str, dict[str, Any], Adapter, dict[str, Any], str]] = [
     ("mixtral", {"tie_word_embeddings": True}, Adapter(apply_lora_to_output=True), {},
      r"apply_lora_to_output: true is not valid .*tie_word_embeddings"),
     ("mixtral", {}, Adapter(use_dora=True), {}, r"adapter\.use_dora: true is not valid on parameters \(experts\)"),
-    ("mixtral", {}, Adapter(dropout=0.1), {}, r"adapter\.dropout: 0\.1 is not valid on parameters \(experts\)"),
+    ("mixtral", {}, Adapter(dropout=0.1), {"experts_backend": "peft"},
+     r"adapter\.dropout: 0\.1 is not valid on experts that PEFT adapts"),
     ("mixtral", {}, Adapter(use_dora=True, apply_lora_to_mlp=False), {"train_router": True},
      r"use_dora: true is not valid on parameters \(router\)"),
 ]  # fmt: skip
@@ -305,7 +308,8 @@ def test_a_target_that_peft_skips_is_an_error() -> None:
 def test_attention_alone_takes_dropout_and_dora(use_dora: bool) -> None:
     model, layout, resolved = resolved_for(tiny_models.model("mixtral"))
     adapter = Adapter(rank=RANK, apply_lora_to_mlp=False, dropout=0.5, use_dora=use_dora)
-    peft_model, report = add_lora(model, adapter, layout, resolved)
+    adapted = add_lora(model, adapter, layout, resolved)
+    peft_model, report = adapted.model, adapted.report
     randomised(peft_model.eval())
     assert report.method.startswith("DoRA" if use_dora else "LoRA")
     assert any("magnitude" in name for name, p in peft_model.named_parameters() if p.requires_grad) is use_dora
@@ -319,7 +323,8 @@ def test_attention_alone_takes_dropout_and_dora(use_dora: bool) -> None:
 def test_lora_on_the_router_is_there_only_if_asked(family: str, train_router: bool) -> None:
     model, layout, resolved = resolved_for(tiny_models.model(family), train_router=train_router)
     assert layout is not None
-    peft_model, report = add_lora(model, Adapter(rank=RANK), layout, resolved)
+    adapted = add_lora(model, Adapter(rank=RANK), layout, resolved)
+    peft_model, report = adapted.model, adapted.report
     assert ("router" in report.by_group) is train_router
     before = {layer: router.get_parameter("weight").clone() for layer, router in layout.routers(model).items()}
     randomised(peft_model)
@@ -330,7 +335,8 @@ def test_lora_on_the_router_is_there_only_if_asked(family: str, train_router: bo
 
 def test_lora_weights_are_fp32_on_a_bf16_model() -> None:
     model, layout, resolved = resolved_for(tiny_models.model("granitemoe").to(torch.bfloat16), train_router=True)
-    peft_model, _ = add_lora(model, EVERYTHING, layout, resolved)
+    apply_moe(model, layout, resolved)
+    peft_model = add_lora(model, EVERYTHING, layout, resolved).model
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in peft_model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     assert torch.isfinite(logits(peft_model)).all()

@@ -104,7 +104,7 @@ def test_layout_is_the_same_through_adapters(family: str) -> None:
     layout = layout_of(model)
     routers, experts = layout.routers(model), layout.experts(model)
     resolved = resolve_moe(Moe(train_router=True), layout, full=False)
-    peft_model, _ = add_lora(model, Adapter(rank=2), layout, resolved)
+    peft_model = add_lora(model, Adapter(rank=2), layout, resolved).model
     assert find_layout(peft_model) == layout
     assert all(layout.routers(peft_model)[layer] is router for layer, router in routers.items())
     assert all(layout.experts(peft_model)[layer] is module for layer, module in experts.items())

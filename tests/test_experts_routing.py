@@ -59,7 +59,7 @@ class Wires:
 
     def received(self, layer: int, layout: ExpertLayout) -> Tensor:
         """Tokens that each expert of a layer was given, (E,)."""
-        if layout.chosen_at is None:  # Llama 4 sends every token to every expert, scaled to zero where not chosen
+        if len(self.sent[layer]) == 1:  # Llama 4's own way: every token to every expert, zero where not chosen
             routed_ETH = self.sent[layer][0].reshape(layout.num_experts, -1, self.hidden[layer].shape[-1])
             return (routed_ETH != 0).any(dim=-1).sum(dim=-1)
         return self.sent[layer][1].flatten().bincount(minlength=layout.num_experts)

@@ -47,10 +47,9 @@ def test_defaults_on_a_moe(family: str, full: bool) -> None:
     assert resolved.aux_coef == (0.001 if family in AUX else 0.0)
     assert resolved.load_balancing == "switch"
     assert (resolved.z_coef, resolved.expert_dropout) == (0.0, 0.0)
-    assert resolved.experts_implementation == ("grouped_mm" if family in GROUPED else "eager")
+    assert resolved.experts_implementation == "moe_torch"
     assert resolved.train_router is full
     assert any("no aux loss" in note for note in resolved.notes) is (family in NO_AUX)
-    assert any("no grouped" in note for note in resolved.notes) is (family not in GROUPED)
     assert all(note in resolved.text() for note in resolved.notes)
 
 
@@ -60,12 +59,16 @@ def test_what_is_asked_for_is_what_is_decided() -> None:
         router_aux_loss_coef=0.02,
         router_z_loss_coef=0.003,
         expert_dropout=0.1,
+        router_jitter=0.2,
         enable_moe_optimizations=False,
         train_router=True,
     )
     resolved = resolve_moe(asked, find_layout(tiny_models.model("mixtral")), full=False)
-    assert resolved == ResolvedMoe(True, True, 0.02, "switch", 0.003, 0.1, "eager", True)
-    assert "aux loss switch x 0.02; z-loss x 0.003; expert dropout 0.1; experts eager; routers train" in resolved.text()
+    assert resolved == ResolvedMoe(True, True, 0.02, False, "switch", 0.0, 0.003, 0.1, 0.2, "eager", True)
+    assert resolved.text().startswith(
+        "aux loss switch x 0.02 (the model's own); z-loss x 0.003; expert dropout 0.1; router jitter 0.2; "
+        "experts eager; routers train"
+    )
     assert (
         resolve_moe(Moe(train_router=False), find_layout(tiny_models.model("mixtral")), full=True).train_router is False
     )
@@ -79,16 +82,58 @@ def test_no_router_logits_no_aux_loss() -> None:
 
 
 @pytest.mark.parametrize("family", NO_AUX)
-def test_an_aux_loss_is_refused_where_there_is_none(family: str) -> None:
+def test_an_aux_loss_is_computed_here_where_the_family_has_none(family: str) -> None:
     layout = find_layout(tiny_models.model(family))
-    with pytest.raises(ModelError) as raised:
-        resolve_moe(Moe(router_aux_loss_coef=0.01), layout, full=False)
-    name = layout.family if layout else ""
-    assert str(raised.value) == (
-        "moe.router_aux_loss_coef: 0.01 is not valid for this model; "
-        f"expected 0 or nothing: {name} models compute no aux loss"
-    )
-    assert resolve_moe(Moe(router_aux_loss_coef=0), layout, full=False).aux_coef == 0
+    resolved = resolve_moe(Moe(router_aux_loss_coef=0.01), layout, full=False)
+    assert (resolved.own_aux, resolved.aux_coef, resolved.models_aux_coef) == (True, 0.01, 0.0)
+    assert "aux loss switch x 0.01 (computed here)" in resolved.text()
+    assert not any("no aux loss" in note for note in resolved.notes)
+    assert resolve_moe(Moe(router_aux_loss_coef=0), layout, full=False).own_aux is False
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE)
+def test_gshard_takes_the_place_of_the_models_own_loss(family: str) -> None:
+    model, _, resolved, _ = applied(family, moe_load_balancing="gshard", router_aux_loss_coef=0.02)
+    assert (resolved.own_aux, resolved.aux_coef, resolved.models_aux_coef) == (True, 0.02, 0.0)
+    if family in AUX:
+        assert text_config(model).router_aux_loss_coef == model.router_aux_loss_coef == 0
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE)
+def test_aux_free_needs_a_bias_that_the_model_keeps(family: str) -> None:
+    layout = find_layout(tiny_models.model(family))
+    assert layout is not None
+    if family in ("minimax_m2", "ernie4_5_moe", "glm4_moe", "deepseek_v3", "lfm2_moe"):
+        resolved = resolve_moe(Moe(moe_load_balancing="aux_free"), layout, full=False)
+        assert (resolved.bias_rate, resolved.aux_coef) == (0.001, 0)
+        assert "biases move by 0.001 a step" in resolved.text()
+    else:
+        with pytest.raises(ModelError, match=rf"moe_load_balancing: 'aux_free' .*{layout.family} have no bias to move"):
+            resolve_moe(Moe(moe_load_balancing="aux_free"), layout, full=False)
+
+
+def test_lfm2_without_its_bias_has_none() -> None:
+    layout = find_layout(tiny_models.model("lfm2_moe", use_expert_bias=False))
+    assert layout is not None
+    assert layout.bias_path is None
+
+
+@pytest.mark.parametrize(
+    ("family", "moe", "implementation"),
+    [
+        ("mixtral", {}, "moe_torch"),
+        ("mixtral", {"experts_backend": "torch"}, "moe_torch"),
+        ("mixtral", {"experts_backend": "peft"}, "grouped_mm"),
+        ("mixtral", {"enable_moe_optimizations": False}, "eager"),
+        ("mixtral", {"moe_load_balancing": "expert_choice"}, "moe_torch_partial"),
+        ("llama4_text", {}, "moe_torch"),
+        ("llama4_text", {"experts_backend": "peft"}, "eager"),
+    ],
+)
+def test_who_computes_the_experts(family: str, moe: dict[str, Any], implementation: str) -> None:
+    resolved = applied(family, **moe)[2]
+    assert resolved.experts_implementation == implementation
+    assert any("no grouped" in note for note in resolved.notes) is (family == "llama4_text" and bool(moe))
 
 
 def test_a_moe_is_not_trained_as_if_it_were_dense() -> None:
@@ -102,12 +147,14 @@ def test_a_moe_is_not_trained_as_if_it_were_dense() -> None:
         ("output_router_logits", True),
         ("router_aux_loss_coef", 0.01),
         ("router_z_loss_coef", 0.01),
+        ("router_jitter", 0.01),
         ("expert_dropout", 0.1),
+        ("moe_load_balancing", "gshard"),
         ("train_router", True),
     ],
 )
 def test_moe_settings_on_a_dense_model_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ModelError, match=rf"moe\.{field}: {value} is not valid .* the model is dense"):
+    with pytest.raises(ModelError, match=rf"moe\.{field}: {value!r} is not valid .* the model is dense"):
         resolve_moe(Moe(**{field: value}), None, full=True)
 
 
@@ -116,7 +163,7 @@ def test_a_dense_model_is_left_as_it_is(moe: Moe) -> None:
     model = tiny_models.model("llama")
     before = model.config.to_dict()
     resolved = resolve_moe(moe, find_layout(model), full=True)
-    assert resolved == ResolvedMoe(False, False, 0.0, "switch", 0.0, 0.0, None, False)
+    assert resolved == ResolvedMoe(False, False, 0.0, False, "switch", 0.0, 0.0, 0.0, 0.0, None, False)
     shipped = apply_moe(model, None, resolved)
     assert model.config.to_dict() == before
     with shipped.restored():
@@ -146,26 +193,34 @@ def test_the_config_in_training_and_as_shipped(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", GROUPED)
-def test_grouped_and_eager_are_switched_and_equal(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients agree; a spy on the grouped function tells which one ran."""
-    calls: list[int] = []
-    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    monkeypatch.setitem(
-        ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped(*args, **kwargs)
-    )
+def test_implementations_are_switched_and_equal(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients agree; spies on the functions tell which one ran."""
+    calls: list[str] = []
+    for name in ("grouped_mm", "moe_torch"):
+        plain = ALL_EXPERTS_FUNCTIONS[name]
+        monkeypatch.setitem(
+            ALL_EXPERTS_FUNCTIONS,
+            name,
+            lambda *args, name=name, plain=plain, **kwargs: calls.append(name) or plain(*args, **kwargs),
+        )
     found = []
-    for optimised in (True, False):
+    for moe, ran in (
+        ({}, "moe_torch"),
+        ({"experts_backend": "peft"}, "grouped_mm"),
+        ({"enable_moe_optimizations": False}, ""),
+    ):
         calls.clear()
-        model, layout, _, _ = applied(family, enable_moe_optimizations=optimised)
+        model, layout, _, _ = applied(family, **moe)
         outputs = model(IDS, labels=IDS)
-        assert len(calls) == (len(layout.moe_layers) if optimised else 0)
+        assert calls == ([ran] * len(layout.moe_layers) if ran else [])
         outputs.loss.backward()
         gradients = [parameter.grad for parameter in layout.experts(model)[1].parameters()]
         found.append((outputs.logits.detach(), torch.cat([one.flatten() for one in gradients])))
-    (logits, gradients), (eager_logits, eager_gradients) = found
+    eager_logits, eager_gradients = found.pop()
     assert eager_gradients.abs().max() > 1e-3
-    assert (logits - eager_logits).abs().max() <= 1e-5
-    assert (gradients - eager_gradients).abs().max() <= 1e-6
+    for logits, gradients in found:
+        assert (logits - eager_logits).abs().max() <= 1e-5
+        assert (gradients - eager_gradients).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,6 @@ def test_trackers_come_from_the_logger_config(request_of: Any) -> None:
     ("body", "text"),
     [
         (sft(hyperparam_search_config={"trials": 3}), "hyperparam_search_config: ['trials']"),
-        (sft(algorithm_config=LORA | {"quantize_base": True}), "algorithm_config.quantize_base: True"),
         (sft(model=None), "model: None"),
         (sft(training_config={"n_epochs": 1}), "training_config.data_config: None"),
         *[
@@ -269,7 +268,12 @@ def test_what_is_not_offered_may_be_said_to_be_off() -> None:
     body["algorithm_config"] = LORA | {"quantize_base": False, "use_dora": None}
     made = draft(body).body
     assert made["efficiency"] == {"enable_activation_checkpointing": True}
-    assert made["adapter"] == LORA
+    assert made["adapter"] == LORA | {"quantize_base": False}
+
+
+def test_a_quantised_base_is_asked_for_by_the_apis_own_field() -> None:
+    made = draft(sft(algorithm_config=LORA | {"quantize_base": True})).body
+    assert JOB_SPEC.validate_python(made | {"recipe": "sft"}).adapter.quantize_base is True
 
 
 def refusal(body: dict[str, Any]) -> str:

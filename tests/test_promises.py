@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,16 +23,21 @@ def test_template_is_a_valid_job(path: Path) -> None:
     spec = JOB_SPEC.validate_python(body)
     assert path.stem.endswith(spec.recipe)
     # Sparse in, full out: what the template states arrives, and every other field has its default.
-    full = spec.model_dump()
-    for key, value in body.items():
-        stated = value.items() if isinstance(value, dict) else [(key, value)]
-        for field, given in stated:
-            assert (full[key][field] if isinstance(value, dict) else full[key]) == given
+    assert arrives(body, spec.model_dump())
+
+
+def arrives(stated: Any, full: Any) -> bool:
+    if isinstance(stated, dict):
+        return all(key in full and arrives(value, full[key]) for key, value in stated.items())
+    if isinstance(stated, list):
+        return len(stated) == len(full) and all(map(arrives, stated, full))
+    return bool(stated == full)
 
 
 def test_there_is_a_template_for_each_recipe_and_family() -> None:
     stems = {path.stem for path in TEMPLATES}
     assert {"granite_moe_sft", "granite_moe_dpo", "mixtral_dpo", "qwen3_moe_sft", "llama_sft"} <= stems
+    assert {"qwen3_moe_experts_sft", "qwen3_moe_4bit_sft"} <= stems
 
 
 def test_readme_reference_is_current() -> None:

@@ -45,6 +45,15 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-lora-ahead": {"recipe": "dpo", "family": "mixtral", "training": {"n_epochs": 3, "batch_size": 4}},
     "dpo-whole-ahead": {"recipe": "dpo", "family": "granitemoe", "adapter": None,
                         "training": {"n_epochs": 3, "batch_size": 4}, "optimizer": {"lr": 1e-3}},
+    # Unequal ranks and rates, dropout of experts' LoRA, and noise on routers; then biases that move.
+    "sft-plan": {"recipe": "sft", "family": "mixtral", "training": {"n_epochs": 3, "batch_size": 4},
+                 "moe": {"router_jitter": 0.1, "train_router": True},
+                 "adapter": {"plan": "per_expert", "rank": 4, "dropout": 0.1, "lr_multipliers": {"router": 2.0},
+                             "rules": [{"experts": {"0": 4, "1-2": 2}, "lr_multiplier": 3.0}]}},
+    "sft-aux-free": {"recipe": "sft", "family": "deepseek_v3", "training": {"n_epochs": 3, "batch_size": 4},
+                     "moe": {"moe_load_balancing": "aux_free", "router_bias_rate": 0.05}},
+    "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
+                  "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
 }  # fmt: skip
 
 

@@ -5,24 +5,30 @@ own update: for E experts of rank r, `lora_A` is (E*r, in) with rows e*r + k, `l
 k*E + e. (peft 0.21.)
 """
 
+import math
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from llama_stack_provider_moe.errors import AdapterError
-from llama_stack_provider_moe.experts.bucketed import BUCKETED
+from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL
 from llama_stack_provider_moe.experts.layout import ExpertLayout
+from llama_stack_provider_moe.experts.rates import Rates, of_experts
 from llama_stack_provider_moe.experts.settings import ResolvedMoe
+from llama_stack_provider_moe.experts.shares import Share, share_out
 from llama_stack_provider_moe.experts.split_lora import split_lora
 from llama_stack_provider_moe.experts.targets import GROUPS, Targets, find_targets
 from llama_stack_provider_moe.spec import Adapter
 
 ADAPTER_NAME = "default"
+_RANKS = "_expert_ranks"
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,16 @@ class AdapterReport:
         return asdict(self)
 
 
-def add_lora(
-    model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, resolved: ResolvedMoe
-) -> tuple[PeftModel, AdapterReport]:
+@dataclass(frozen=True)
+class Adapted:
+    """A model with LoRA on it."""
+
+    model: PeftModel
+    report: AdapterReport
+    rates: Rates
+
+
+def add_lora(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, resolved: ResolvedMoe) -> Adapted:
     """Put LoRA on everything the job asks for, and make sure that it is there and alone in training.
 
     The adapter's weights are fp32 whatever the model's dtype.
@@ -64,24 +77,76 @@ def add_lora(
         AdapterError: a target does not exist, can't take the adapter as asked, or got none.
     """
     targets = find_targets(model, adapter, layout, resolved.train_router)
-    if targets.parameters:
-        _refuse_on_parameters(adapter, targets)
+    shares = share_out(adapter, targets, layout)
+    ours = resolved.experts_implementation in (OURS, OURS_PARTIAL)
+    _refuse_on_parameters(adapter, targets, ours)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        rank_pattern={name: share.rank for name, share in shares.items() if share.rank != adapter.rank},
+        alpha_pattern={name: share.alpha for name, share in shares.items() if share.alpha != adapter.alpha},
+        # PEFT would refuse a dropout where parameters are targets; it is put in below.
+        lora_dropout=0.0 if targets.parameters else adapter.dropout,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         target_modules=sorted(targets.modules),
         target_parameters=sorted(targets.parameters) or None,
     )
-    peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
-    report = _check(peft_model, adapter, targets)
-    if resolved.experts_implementation == BUCKETED and split_lora(peft_model):
-        beside = "LoRA on experts is computed beside their weights, not folded into them"
-        report = replace(report, notes=(*report.notes, beside))
-    return peft_model, report
+    with warnings.catch_warnings():
+        # peft 0.21 looks for the patterns' names among modules, and parameters are none; what they did is checked.
+        warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
+    found = _injected(peft_model)
+    _keep_ranks(found, shares)
+    report = _check(peft_model, found, adapter, targets, shares)
+    notes = list(report.notes)
+    if ours and split_lora(peft_model, adapter.dropout):
+        notes.append("LoRA on experts is computed beside their weights, not folded into them")
+    if adapter.dropout and targets.parameters:
+        notes += _add_dropout(found, targets, adapter.dropout)
+    return Adapted(peft_model, replace(report, notes=tuple(notes)), _rates(found, shares))
+
+
+def expert_ranks(model: nn.Module) -> dict[str, list[int]]:
+    """Name of each LoRA weight that is padded with zeros, as it is saved -> the ranks of its experts."""
+    return {
+        f"{name}.{part}.weight": list(module.__dict__[_RANKS])
+        for name, module in model.named_modules()
+        if _RANKS in module.__dict__
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def _keep_ranks(found: dict[str, LoraLayer], shares: dict[str, Share]) -> None:
+    """Put the rows of A that an expert's own rank does not reach to zero, as all of B is: no gradient moves them."""
+    for name, layer in found.items():
+        if ranks := shares[name].expert_ranks if name in shares else ():
+            weight = layer.lora_A[ADAPTER_NAME].weight
+            with torch.no_grad():
+                by_expert = weight.view(len(ranks), -1, weight.shape[1])
+                for expert, rank in enumerate(ranks):
+                    by_expert[expert, rank:] = 0
+            layer.__dict__[_RANKS] = ranks
+
+
+def _add_dropout(found: dict[str, LoraLayer], targets: Targets, p: float) -> list[str]:
+    """Dropout on the input of LoRA on modules, as PEFT's own would be; of experts it goes with the offer."""
+    for name in targets.modules:
+        found[name].lora_dropout[ADAPTER_NAME] = nn.Dropout(p)
+    without = sorted({group for group in targets.parameters.values() if group != "experts"})
+    return [f"no dropout on the LoRA of {', '.join(without)}: PEFT has none on parameters"] if without else []
+
+
+def _rates(found: dict[str, LoraLayer], shares: dict[str, Share]) -> Rates:
+    rates = Rates()
+    for name, share in shares.items():
+        for part, weight in _weights(found[name]):
+            if share.rate != 1:
+                rates.by_parameter[weight] = share.rate
+            if share.expert_rates:
+                rates.within[weight] = of_experts(part, share.expert_rates, weight)
+    return rates
 
 
 def train_whole(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedMoe) -> AdapterReport:
@@ -108,44 +173,52 @@ def train_whole(model: nn.Module, layout: ExpertLayout | None, resolved: Resolve
     )
 
 
-def _refuse_on_parameters(adapter: Adapter, targets: Targets) -> None:
+def _refuse_on_parameters(adapter: Adapter, targets: Targets, ours: bool) -> None:
     """What PEFT can't do on a bare parameter: its input is not at hand there."""
     what = ", ".join(sorted(set(targets.parameters.values())))
-    if adapter.use_dora:
+    if adapter.use_dora and what:
         raise AdapterError(
             f"adapter.use_dora: true is not valid on parameters ({what}); on a Mixture-of-Experts model it can be had "
             "for attention only (apply_lora_to_mlp false, train_router false)"
         )
-    if adapter.dropout > 0:
+    if adapter.dropout > 0 and "experts" in targets.parameters.values() and not ours:
         raise AdapterError(
-            f"adapter.dropout: {adapter.dropout} is not valid on parameters ({what}), and PEFT has one dropout for all "
-            "targets; expected 0, or attention only (apply_lora_to_mlp false, train_router false)"
+            f"adapter.dropout: {adapter.dropout} is not valid on experts that PEFT adapts; expected 0, or "
+            "moe.experts_backend 'torch'"
         )
 
 
-def _check(peft_model: PeftModel, adapter: Adapter, targets: Targets) -> AdapterReport:
+def _check(
+    peft_model: PeftModel,
+    found: dict[str, LoraLayer],
+    adapter: Adapter,
+    targets: Targets,
+    shares: dict[str, Share],
+) -> AdapterReport:
     """Read off the model what got LoRA, and compare it with what was asked for."""
     wanted = targets.all
-    found = _injected(peft_model)
     if missing := sorted(set(wanted) - set(found)):
         raise AdapterError(f"adapter: these targets got no LoRA: {', '.join(missing)}")
     if extra := sorted(set(found) - set(wanted)):
         raise AdapterError(f"adapter: LoRA went where it was not asked for: {', '.join(extra)}")
-    ours = {id(parameter): name for name, parameters in found.items() for parameter in parameters}
+    weights = {name: [weight for _, weight in _weights(layer)] for name, layer in found.items()}
+    ours = {id(weight): name for name, its in weights.items() for weight in its}
     training = {id(parameter) for parameter in peft_model.parameters() if parameter.requires_grad}
     if frozen := sorted({name for key, name in ours.items() if key not in training}):
         raise AdapterError(f"adapter: LoRA of these targets would not train: {', '.join(frozen)}")
     if len(training) > len(ours):
         others = [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in ours]
         raise AdapterError(f"adapter: these would train beside LoRA: {', '.join(others)}")
-    if coarse := sorted({name for name, ps in found.items() for p in ps if p.dtype != torch.float32}):
+    if coarse := sorted({name for name, its in weights.items() for p in its if p.dtype != torch.float32}):
         raise AdapterError(f"adapter: LoRA of these targets is not fp32: {', '.join(coarse)}")
+    for name, layer in found.items():
+        _check_scale(name, layer, shares[name], adapter.use_rslora)
     by_group: Counter[str] = Counter()
     in_order = sorted(found, key=lambda name: GROUPS.index(wanted[name]))
     for name in in_order:
-        by_group[wanted[name]] += sum(parameter.numel() for parameter in found[name])
+        by_group[wanted[name]] += sum(map(_effective(shares[name]), weights[name]))
     return AdapterReport(
-        method=f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.rank}, alpha={adapter.alpha:g}",
+        method=_method(adapter, shares),
         targets=dict(Counter(_below_layer(name) for name in in_order)),
         by_group=dict(by_group),
         trainable_parameters=sum(by_group.values()),
@@ -154,18 +227,52 @@ def _check(peft_model: PeftModel, adapter: Adapter, targets: Targets) -> Adapter
     )
 
 
-def _injected(peft_model: PeftModel) -> dict[str, list[nn.Parameter]]:
-    """Name of each adapted module or parameter, as in the model without adapters -> its LoRA weights."""
-    found: dict[str, list[nn.Parameter]] = {}
+def _check_scale(name: str, layer: LoraLayer, share: Share, use_rslora: bool) -> None:
+    scale = share.alpha / (math.sqrt(share.rank) if use_rslora else share.rank)
+    rank, scaling = layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]
+    if rank != share.rank or not math.isclose(scaling, scale):
+        raise AdapterError(
+            f"adapter: LoRA of {name} has rank {rank} and scale {scaling:g}, not {share.rank} and {scale:g} as asked"
+        )
+
+
+def _effective(share: Share) -> Callable[[Tensor], int]:
+    """How many numbers of a weight train: all, or of unequal experts those that are not kept at zero."""
+    if not share.expert_ranks:
+        return Tensor.numel
+    used = sum(share.expert_ranks) / (share.rank * len(share.expert_ranks))
+    return lambda weight: round(weight.numel() * used)
+
+
+def _method(adapter: Adapter, shares: dict[str, Share]) -> str:
+    kind = "DoRA" if adapter.use_dora else "LoRA"
+    ranks = sorted({share.rank for share in shares.values()})
+    alphas = sorted({share.alpha for share in shares.values()})
+    scale = ", scaled by its root (rsLoRA)" if adapter.use_rslora else ""
+    plan = f", plan {adapter.plan}" if adapter.plan else ""
+    return f"{kind} r={_span(ranks)}, alpha={_span(alphas)}{scale}{plan}"
+
+
+def _span(numbers: Sequence[float]) -> str:
+    return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+
+
+def _injected(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """Name of each adapted module or parameter, as in the model without adapters -> its LoRA."""
+    found: dict[str, LoraLayer] = {}
     for name, module in peft_model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = name.replace(".base_layer", "")
         if isinstance(module, ParamWrapper):
             name = f"{name}.{module.parameter_name}"
-        parts = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
-        found[name] = [parameter for part in parts for parameter in part.parameters()]
+        found[name] = module
     return found
+
+
+def _weights(layer: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        yield from ((part, weight) for weight in getattr(layer, part).parameters())
 
 
 def _below_layer(name: str) -> str:

@@ -105,9 +105,9 @@ class Family:
     transposed: bool = False  # gate_up (E, H, 2I) and down (E, I, H); else (E, 2I, H) and (E, H, I)
     biased: bool = False  # experts and router have biases
     scoring: Callable[[Any], Scoring] = _softmax  # what the router makes of its logits
-    # Where a router's forward leaves its logits and the chosen experts; None: the top-k of the logits.
+    # Where a router's forward leaves its logits and the chosen experts; where it leaves none: the top-k of the logits.
     logits_at: int = 0
-    chosen_at: int | None = 2
+    chosen_at: int = 2
     # Every family returns its router logits on request; not every one makes a balance loss of them.
     aux_loss: bool = True
     grouped_mm: bool = True  # are its experts decorated with `use_experts_implementation`
@@ -118,6 +118,8 @@ class Family:
     # (`peft/utils/transformers_weight_conversion.py`), so their shared and dense layers are named as parameters.
     peft_renames_mlp: bool = False
     frozen: tuple[str, ...] = ()  # parameters no optimiser may touch
+    # Added to the scores in the choice of experts, not to their weights (DeepSeek-V3, arXiv 2412.19437, eq. 16).
+    bias: str | None = None
     disk: Disk
 
 
@@ -150,6 +152,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="MiniMax M2",
+        bias="mlp.e_score_correction_bias",
         model_types=("minimax_m2",),
         num_experts="num_local_experts",
         scoring=_sigmoid,
@@ -210,6 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         peft_renames_mlp=True,
         # The bias steers the choice of experts only, and is moved by the balance of their load, not by a gradient.
         frozen=("mlp.gate.moe_statics.e_score_correction_bias",),
+        bias="mlp.gate.moe_statics.e_score_correction_bias",
         disk={
             **_NAMED,
             "mlp.gate.moe_statics.e_score_correction_bias": ("mlp.moe_statics.e_score_correction_bias",),
@@ -217,6 +221,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="GLM-4 MoE",
+        bias="mlp.gate.e_score_correction_bias",
         model_types=("glm4_moe",),
         num_experts="n_routed_experts",
         has_experts=_from("first_k_dense_replace"),
@@ -229,6 +234,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="DeepSeek V3",
+        bias="mlp.gate.e_score_correction_bias",
         model_types=("deepseek_v3",),
         num_experts="n_routed_experts",
         has_experts=_from("first_k_dense_replace"),
@@ -241,6 +247,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="LFM2 MoE",
+        bias="feed_forward.expert_bias",
         model_types=("lfm2_moe",),
         num_experts="num_experts",
         has_experts=_from("num_dense_layers"),
@@ -275,7 +282,6 @@ FAMILIES: tuple[Family, ...] = (
         transposed=True,
         scoring=_sigmoid,
         logits_at=1,
-        chosen_at=None,
         aux_loss=False,
         grouped_mm=False,
         disk=_as_in_memory(

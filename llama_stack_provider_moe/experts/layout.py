@@ -6,12 +6,12 @@ A Mixture-of-Experts model of a family that is not in `families` is an error too
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from llama_stack_provider_moe.errors import LayoutError
 from llama_stack_provider_moe.experts.families import BY_MODEL_TYPE, Family, Scoring
@@ -43,7 +43,7 @@ class ExpertLayout:
     biased: bool
     scoring: Scoring
     logits_at: int
-    chosen_at: int | None
+    chosen_at: int
     aux_loss: bool
     default_aux_coef: float
     grouped_mm: bool
@@ -51,15 +51,27 @@ class ExpertLayout:
     needs_num_experts: bool
     peft_renames_mlp: bool
     frozen: tuple[str, ...]
+    bias_path: str | None
     disk: dict[str, tuple[str, ...]]
 
     def routers(self, model: nn.Module) -> dict[int, nn.Module]:
         """The router of each MoE layer, itself and not an adapter around it."""
-        return {layer: _find(self._layer(model, layer), self.router_path) for layer in self.moe_layers}
+        return {layer: self.submodule(model, layer, self.router_path) for layer in self.moe_layers}
 
     def experts(self, model: nn.Module) -> dict[int, nn.Module]:
         """The module that holds the fused experts of each MoE layer, itself and not an adapter around it."""
-        return {layer: _find(self._layer(model, layer), self.experts_path) for layer in self.moe_layers}
+        return {layer: self.submodule(model, layer, self.experts_path) for layer in self.moe_layers}
+
+    def biases(self, model: nn.Module) -> dict[int, Tensor]:
+        """The bias of each MoE layer that only steers the choice of its experts; empty where the family has none."""
+        if self.bias_path is None:
+            return {}
+        parent, _, name = self.bias_path.rpartition(".")
+        return {layer: getattr(self.submodule(model, layer, parent), name) for layer in self.moe_layers}
+
+    def submodule(self, model: nn.Module, layer: int, below: str) -> nn.Module:
+        """The module at `below` in decoder layer `layer`, itself and not an adapter around it."""
+        return _find(self._layer(model, layer), below)
 
     def path(self, layer: int, below: str) -> str:
         """Full name, in the model without adapters, of what is at `below` in decoder layer `layer`."""
@@ -117,6 +129,8 @@ def find_layout(model: nn.Module) -> ExpertLayout | None:
     if not found:
         return None
     layout = _layout(family, config, layers_path, len(layers), found, num_experts)
+    if family.bias is not None and not _holds(layers[found[0]], family.bias):
+        layout = replace(layout, bias_path=None)  # LFM2 has it on request only
     for layer in found:
         _check_layer(layout, layers[layer], layer, config.hidden_size)
     return layout
@@ -184,6 +198,7 @@ def _layout(
         needs_num_experts=family.needs_num_experts,
         peft_renames_mlp=family.peft_renames_mlp,
         frozen=family.frozen,
+        bias_path=family.bias,
         disk=dict(family.disk),
     )
 
@@ -265,6 +280,12 @@ def _has(module: nn.Module, path: str) -> bool:
             return False
         module = child
     return True
+
+
+def _holds(module: nn.Module, path: str) -> bool:
+    """Whether there is a parameter or buffer at `path`."""
+    names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    return path in (name.replace(".base_layer", "") for name in names)
 
 
 def _bare(module: nn.Module) -> nn.Module:

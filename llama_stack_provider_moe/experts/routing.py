@@ -42,7 +42,13 @@ def probabilities(logits_TE: Tensor, scoring: Scoring) -> Tensor:
 
 
 def switch_loss(
-    router_logits: Sequence[Tensor], top_k: int, num_experts: int, attention_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    num_experts: int,
+    attention_mask: Tensor | None = None,
+    *,
+    scoring: Scoring = "softmax",
+    chosen: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Switch Transformer's balance loss in its top-k form (arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e.
 
@@ -50,15 +56,18 @@ def switch_loss(
     all layers; the loss is K at perfect balance. Equals the `aux_loss` of transformers' models.
 
     Args:
-        router_logits: (T, E) of each layer, before softmax.
+        router_logits: (T, E) of each layer.
         attention_mask: (batch, sequence), 0 where a token is padding; None: all tokens count.
+        scoring: what the router makes of its logits; DeepSeek-V3's loss (arXiv 2412.19437, eq. 17) is the sigmoid one.
+        chosen: (T, K) of each layer, the experts chosen; None: the K most likely.
     """
-    weight_T = _weights(attention_mask, router_logits[0])
+    weight_T = token_weights(attention_mask, router_logits[0])
     counts_E = torch.zeros(num_experts, device=router_logits[0].device)
     probs_E = torch.zeros_like(counts_E)
-    for logits_TE in router_logits:
-        probs_TE = probabilities(logits_TE, "softmax").to(counts_E.device)
-        counts_E = counts_E + _count(probs_TE.topk(top_k, dim=-1).indices, weight_T, num_experts)
+    for layer, logits_TE in enumerate(router_logits):
+        probs_TE = probabilities(logits_TE, scoring).to(counts_E.device)
+        chosen_TK = probs_TE.topk(top_k, dim=-1).indices if chosen is None else chosen[layer].to(counts_E.device)
+        counts_E = counts_E + count_choices(chosen_TK, weight_T, num_experts)
         probs_E = probs_E + weight_T @ probs_TE
     rows = weight_T.sum() * len(router_logits)
     return num_experts * (counts_E / rows * (probs_E / rows)).sum()
@@ -66,7 +75,7 @@ def switch_loss(
 
 def router_z_loss(logits_TE: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits)^2."""
-    weight_T = _weights(attention_mask, logits_TE)
+    weight_T = token_weights(attention_mask, logits_TE)
     return weight_T @ logits_TE.float().logsumexp(dim=-1).square() / weight_T.sum()
 
 
@@ -90,7 +99,7 @@ class _Tally:
 
 def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> _Tally:
     return _Tally(
-        counts_E=_count(chosen_TK, weight_T, probs_TE.shape[-1]),
+        counts_E=count_choices(chosen_TK, weight_T, probs_TE.shape[-1]),
         probs_E=weight_T @ probs_TE,
         entropy=weight_T @ torch.special.entr(probs_TE).sum(dim=-1),
         tokens=weight_T.sum(),
@@ -99,7 +108,7 @@ def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> _Tally:
 
 def usage(layer: int, probs_TE: Tensor, chosen_TK: Tensor, attention_mask: Tensor | None = None) -> LayerRouting:
     """Use of one layer's experts: probabilities and the experts chosen, over the tokens that are no padding."""
-    return _summary(layer, _tally(probs_TE.float(), chosen_TK, _weights(attention_mask, probs_TE)))
+    return _summary(layer, _tally(probs_TE.float(), chosen_TK, token_weights(attention_mask, probs_TE)))
 
 
 def _summary(layer: int, tally: _Tally) -> LayerRouting:
@@ -130,9 +139,11 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module, layout: ExpertLayout) -> None:
-        self._layout = layout
+        self.layout = layout
         self._tallies: dict[int, _Tally] = {}
         self._logits: dict[int, list[Tensor]] = {}
+        self._chosen: dict[int, list[Tensor]] = {}
+        self._counts: dict[int, Tensor] = {}
         self._attention_mask: Tensor | None = None
         self._open = False
         self._grad_mode = False
@@ -149,7 +160,7 @@ class RoutingRecorder:
             attention_mask: (batch, sequence) of those passes, 0 where a token is padding; None: no padding.
         """
         self._attention_mask = attention_mask
-        self._logits = {}
+        self._logits, self._chosen = {}, {}
         self._grad_mode = torch.is_grad_enabled()
         self._open = True
         try:
@@ -157,22 +168,39 @@ class RoutingRecorder:
         finally:
             self._open = False
 
-    def z_loss(self) -> Tensor:
-        """Router z-loss of the last recording, the mean over its layers, with its gradient.
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Of the last recording."""
+        return self._attention_mask
+
+    def logits(self) -> list[Tensor]:
+        """Router logits (T, E) of the last recording, layer by layer, with their gradient.
 
         Raises:
             RuntimeError: nothing was recorded (reentrant checkpointing runs the layers without gradients).
         """
         if not self._logits:
             raise RuntimeError("no router ran in the gradient mode of the recording; is checkpointing reentrant?")
-        losses = [
-            router_z_loss(logits_TE, self._attention_mask) for passes in self._logits.values() for logits_TE in passes
-        ]
+        return [logits_TE for passes in self._logits.values() for logits_TE in passes]
+
+    def chosen(self) -> list[Tensor]:
+        """The experts (T, K) that were chosen, in the order of `logits`; E stands for none."""
+        return [chosen_TK for passes in self._chosen.values() for chosen_TK in passes]
+
+    def z_loss(self) -> Tensor:
+        """Router z-loss of the last recording, the mean over its layers, with its gradient."""
+        losses = [router_z_loss(logits_TE, self._attention_mask) for logits_TE in self.logits()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def take_counts(self) -> dict[int, Tensor]:
+        """Tokens that each expert of a layer got, (E,), since the last `take_counts`."""
+        counts, self._counts = self._counts, {}
+        return counts
 
     def take(self) -> list[LayerRouting]:
         """Every layer's routing since the last `take`, in order; empty where no token was recorded."""
-        tallies, self._tallies, self._logits = self._tallies, {}, {}
+        tallies, self._tallies = self._tallies, {}
+        self._logits, self._chosen = {}, {}
         return [_summary(layer, tally) for layer, tally in sorted(tallies.items()) if tally.tokens.item() > 0]
 
     def close(self) -> None:
@@ -183,24 +211,23 @@ class RoutingRecorder:
     def _decided(self, layer: int, router: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
         if not self._open or torch.is_grad_enabled() != self._grad_mode:
             return
-        layout = self._layout
+        layout = self.layout
         logits_TE = outputs[layout.logits_at].reshape(-1, layout.num_experts)
         # A checkpointed layer must save the same tensors for backward when it runs again without this hook: what is
         # computed here is computed without gradients, and the logits' own gradient is left to `z_loss`.
         self._logits.setdefault(layer, []).append(logits_TE)
         with torch.no_grad():
             detached_TE = logits_TE.detach()
-            chosen_TK = (
-                detached_TE.topk(layout.top_k, dim=-1).indices
-                if layout.chosen_at is None
-                else outputs[layout.chosen_at].reshape(-1, layout.top_k)
-            )
-            weight_T = _weights(self._attention_mask, detached_TE)
+            chosen_TK = chosen_experts(layout, outputs, detached_TE)
+            self._chosen.setdefault(layer, []).append(chosen_TK)
+            weight_T = token_weights(self._attention_mask, detached_TE)
             tally = _tally(probabilities(detached_TE, layout.scoring), chosen_TK, weight_T)
             self._tallies[layer] = self._tallies[layer] + tally if layer in self._tallies else tally
+            seen = self._counts.get(layer)
+            self._counts[layer] = tally.counts_E if seen is None else seen + tally.counts_E
 
 
-def _weights(attention_mask: Tensor | None, rows: Tensor) -> Tensor:
+def token_weights(attention_mask: Tensor | None, rows: Tensor) -> Tensor:
     """1.0 for each token that counts, 0.0 for padding: (T,) fp32 on the device of `rows` (T, ...)."""
     if attention_mask is None:
         return torch.ones(rows.shape[0], device=rows.device)
@@ -211,7 +238,17 @@ def _weights(attention_mask: Tensor | None, rows: Tensor) -> Tensor:
     return attention_mask.reshape(-1).to(device=rows.device, dtype=torch.float32)
 
 
-def _count(chosen_TK: Tensor, weight_T: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen: (E,). `scatter_add` and not `bincount`, which waits for the GPU."""
-    counts_E = torch.zeros(num_experts, device=chosen_TK.device)
-    return counts_E.scatter_add(0, chosen_TK.reshape(-1), weight_T.repeat_interleave(chosen_TK.shape[-1]))
+def count_choices(chosen_TK: Tensor, weight_T: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was chosen: (E,), E itself standing for none.
+
+    `scatter_add` and not `bincount`, which waits for the GPU.
+    """
+    counts = torch.zeros(num_experts + 1, device=chosen_TK.device)
+    return counts.scatter_add(0, chosen_TK.reshape(-1), weight_T.repeat_interleave(chosen_TK.shape[-1]))[:num_experts]
+
+
+def chosen_experts(layout: ExpertLayout, outputs: tuple[Tensor, ...], logits_TE: Tensor) -> Tensor:
+    """(T, K) from what a router's forward gave, or (T, E) where experts chose tokens; E stands for none."""
+    if layout.chosen_at < len(outputs):  # Llama 4's gives its scores and logits only
+        return outputs[layout.chosen_at].reshape(logits_TE.shape[0], -1)
+    return logits_TE.topk(layout.top_k, dim=-1).indices

@@ -12,41 +12,66 @@ from typing import Any, Literal
 from torch import nn
 
 from llama_stack_provider_moe.errors import ModelError, shorten
-from llama_stack_provider_moe.experts.bucketed import BUCKETED
+from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL, route_llama4
 from llama_stack_provider_moe.experts.dropout import add_expert_dropout
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config, without_adapters
 from llama_stack_provider_moe.spec import LoadBalancing, Moe
 
-ExpertsImplementation = Literal["grouped_mm", "bucketed_mm", "eager"]
+ExpertsImplementation = Literal["moe_torch", "moe_torch_partial", "grouped_mm", "eager"]
 
 
 @dataclass(frozen=True)
 class ResolvedMoe:
-    """Every setting of the `moe` block, decided; of a dense model all are off."""
+    """Every setting of the `moe` block, decided; of a dense model all are off.
+
+    Attributes:
+        aux_coef: weight of the balance loss.
+        own_aux: the balance loss is computed here, and the model's own, where it has one, is off.
+        bias_rate: of `aux_free`, else 0.
+    """
 
     is_moe: bool
     output_router_logits: bool
     aux_coef: float
+    own_aux: bool
     load_balancing: LoadBalancing
+    bias_rate: float
     z_coef: float
     expert_dropout: float
+    router_jitter: float
     experts_implementation: ExpertsImplementation | None
     train_router: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def models_aux_coef(self) -> float:
+        """Weight of the balance loss that the model itself computes; 0 where ours takes its place."""
+        return 0.0 if self.own_aux else self.aux_coef
 
     def text(self) -> str:
         """What was decided, for the start of a job's log."""
         if not self.is_moe:
             return "dense model: no Mixture-of-Experts settings apply"
         parts = [
-            f"aux loss {self.load_balancing} x {self.aux_coef:g}" if self.aux_coef else "no aux loss",
+            self._balance(),
             f"z-loss x {self.z_coef:g}" if self.z_coef else "no z-loss",
             f"expert dropout {self.expert_dropout:g}" if self.expert_dropout else "no expert dropout",
+            f"router jitter {self.router_jitter:g}" if self.router_jitter else "no router jitter",
             f"experts {self.experts_implementation}",
             f"routers {'train' if self.train_router else 'frozen'}",
             *self.notes,
         ]
         return "; ".join(parts)
+
+    def _balance(self) -> str:
+        form = self.load_balancing if self.load_balancing in ("switch", "gshard") else "switch"
+        whose = "computed here" if self.own_aux else "the model's own"
+        loss = f"aux loss {form} x {self.aux_coef:g} ({whose})" if self.aux_coef else "no aux loss"
+        if self.load_balancing == "expert_choice":
+            return f"experts choose tokens in training; {loss}"
+        if self.load_balancing == "aux_free":
+            return f"aux-loss-free balance, biases move by {self.bias_rate:g} a step; {loss}"
+        return loss
 
 
 @dataclass(frozen=True)
@@ -67,14 +92,13 @@ class ShippedConfig:
             _set(self.config, training)
 
 
-def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, few_shapes: bool = False) -> ResolvedMoe:
+def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool) -> ResolvedMoe:
     """Decide every setting.
 
     Args:
         moe: what the job says; None in a field leaves it to the model.
         layout: of the model; None: dense.
         full: all weights train, not an adapter.
-        few_shapes: a matrix product of a new shape is costly where the model runs, see `bucketed`.
 
     Raises:
         ModelError: something was asked for that this model can't give.
@@ -84,23 +108,42 @@ def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, few_shapes: b
     if not moe.auto_detect_moe:
         raise _refusal("auto_detect_moe", False, f"true: the model has experts ({layout.text()})")
     aux_coef = _aux_coef(moe, layout)
+    own_aux = aux_coef > 0 and (moe.moe_load_balancing == "gshard" or not layout.aux_loss)
+    if moe.moe_load_balancing == "aux_free" and layout.bias_path is None:
+        raise _refusal(
+            "moe_load_balancing",
+            "aux_free",
+            f"'switch', 'gshard' or 'expert_choice': routers of {layout.family} have no bias to move, so what was "
+            "trained with one would run without it",
+        )
+    implementation = _implementation(moe, layout)
     notes = []
-    if not layout.aux_loss:
+    if not layout.aux_loss and not own_aux:
         notes.append(f"{layout.family} models compute no aux loss")
-    if moe.enable_moe_optimizations and not layout.grouped_mm:
-        notes.append(f"{layout.family} has no grouped implementation of its experts")
-    grouped: ExpertsImplementation = BUCKETED if few_shapes else "grouped_mm"
+    if implementation == "eager" and moe.enable_moe_optimizations:
+        notes.append(f"{layout.family} has no grouped implementation of its experts in transformers")
     return ResolvedMoe(
         is_moe=True,
         output_router_logits=True if moe.output_router_logits is None else moe.output_router_logits,
         aux_coef=aux_coef,
+        own_aux=own_aux,
         load_balancing=moe.moe_load_balancing,
+        bias_rate=moe.router_bias_rate if moe.moe_load_balancing == "aux_free" else 0.0,
         z_coef=moe.router_z_loss_coef,
         expert_dropout=moe.expert_dropout,
-        experts_implementation=grouped if moe.enable_moe_optimizations and layout.grouped_mm else "eager",
+        router_jitter=moe.router_jitter,
+        experts_implementation=implementation,
         train_router=full if moe.train_router is None else moe.train_router,
         notes=tuple(notes),
     )
+
+
+def _implementation(moe: Moe, layout: ExpertLayout) -> ExpertsImplementation:
+    if not moe.enable_moe_optimizations:
+        return "eager"
+    if moe.experts_backend == "peft":
+        return "grouped_mm" if layout.grouped_mm else "eager"
+    return OURS_PARTIAL if moe.moe_load_balancing == "expert_choice" else OURS
 
 
 def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedMoe) -> ShippedConfig:
@@ -115,14 +158,17 @@ def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedM
     base = without_adapters(model)
     values: dict[str, Any] = {"output_router_logits": resolved.output_router_logits}
     if layout.aux_loss:
-        values["router_aux_loss_coef"] = resolved.aux_coef
+        values["router_aux_loss_coef"] = resolved.models_aux_coef
         # The model copied the coefficient from its config when it was built, and weighs its own loss by the copy.
-        base.router_aux_loss_coef = resolved.aux_coef
+        base.router_aux_loss_coef = resolved.models_aux_coef
     shipped = ShippedConfig(config, {key: getattr(config, key) for key in values})
     _set(config, values)
     if layout.needs_num_experts:
         _alias_num_experts(type(config))
-    if resolved.experts_implementation is not None:
+    if not layout.grouped_mm:
+        if resolved.experts_implementation in (OURS, OURS_PARTIAL):
+            route_llama4(model, layout)
+    elif resolved.experts_implementation is not None:
         base.set_experts_implementation(resolved.experts_implementation)
         if config._experts_implementation != resolved.experts_implementation:
             raise ModelError(
@@ -139,18 +185,24 @@ def _resolve_dense(moe: Moe) -> ResolvedMoe:
         "output_router_logits",
         "router_aux_loss_coef",
         "router_z_loss_coef",
+        "router_jitter",
         "expert_dropout",
         "train_router",
     ):
         if value := getattr(moe, field):
             raise _refusal(field, value, "nothing (or off): the model is dense, it has no experts and no router")
+    if moe.moe_load_balancing != "switch":
+        raise _refusal("moe_load_balancing", moe.moe_load_balancing, "nothing: the model is dense, it has no experts")
     return ResolvedMoe(
         is_moe=False,
         output_router_logits=False,
         aux_coef=0.0,
+        own_aux=False,
         load_balancing=moe.moe_load_balancing,
+        bias_rate=0.0,
         z_coef=0.0,
         expert_dropout=0.0,
+        router_jitter=0.0,
         experts_implementation=None,
         train_router=False,
     )
@@ -159,9 +211,8 @@ def _resolve_dense(moe: Moe) -> ResolvedMoe:
 def _aux_coef(moe: Moe, layout: ExpertLayout) -> float:
     asked = moe.router_aux_loss_coef
     if asked is None:
-        return 0.0 if moe.output_router_logits is False else layout.default_aux_coef
-    if asked > 0 and not layout.aux_loss:
-        raise _refusal("router_aux_loss_coef", asked, f"0 or nothing: {layout.family} models compute no aux loss")
+        by_loss = moe.moe_load_balancing in ("switch", "gshard")
+        return layout.default_aux_coef if by_loss and moe.output_router_logits is not False else 0.0
     if asked > 0 and moe.output_router_logits is False:
         raise _refusal(
             "router_aux_loss_coef",

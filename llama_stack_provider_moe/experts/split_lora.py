@@ -1,17 +1,14 @@
-"""LoRA on experts as two thin products beside x W^T (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+"""LoRA's factors on their way from PEFT's wrapper to our experts, which compute them beside the weights.
 
 PEFT (0.21) folds W + B A of every expert at each forward, and once more when it registers the parametrization that
-does so; backward then makes a gradient as large as W. Where a step has few tokens that costs more than all else in it.
-And in bf16 the sum loses what is smaller than half of W's last digit, which is most of an update while it is young.
-
-Here PEFT's wrapper offers its factors to the experts module for the time of a forward instead, and an experts
-implementation that can (`bucketed`) takes them. An offer that nobody took is an error: LoRA would have had no effect.
+does so. Here its wrapper offers its factors to the experts module for the time of a forward instead, and our experts
+implementation (`backend`) takes them. An offer that nobody took is an error: LoRA would have had no effect.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
@@ -21,27 +18,35 @@ from llama_stack_provider_moe.errors import AdapterError
 _OFFERS = "_split_lora_offers"
 
 
+class Factors(NamedTuple):
+    """What LoRA adds to a parameter (E, a, b): the product of left (E, a, R), the scale in it, and right (E, R, b)."""
+
+    left: Tensor
+    right: Tensor
+    dropout: float
+
+
 class _Offer:
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.factors = left, right
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
         self.was_taken = False
 
 
-def split_lora(model: nn.Module) -> int:
-    """Have the LoRA of all expert parameters of `model` offered, not folded; how many there are."""
+def split_lora(model: nn.Module, dropout: float = 0.0) -> int:
+    """Have the LoRA of all expert parameters of `model` offered, not folded; how many there are.
+
+    Args:
+        dropout: on the input of LoRA, in training; PEFT has none on parameters.
+    """
     wrappers = [each for each in model.modules() if isinstance(each, ParamWrapper) and each.num_experts > 1]
     for wrapper in wrappers:
         # On the instance, over PEFT's method of that name; merging and saving go other ways and stay PEFT's.
-        wrapper._activate_lora = partial(_offered, wrapper)
+        wrapper._activate_lora = partial(_offered, wrapper, dropout)
     return len(wrappers)
 
 
-def take_lora(experts: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
-    """What LoRA adds to parameter `name` of `experts` in this forward, or None.
-
-    Returns:
-        left (E, a, R) and right (E, R, b), whose product, the scale in it, is to be added to the parameter (E, a, b).
-    """
+def take_lora(experts: nn.Module, name: str) -> Factors | None:
+    """What LoRA adds to parameter `name` of `experts` in this forward, or None."""
     offer: _Offer | None = getattr(experts, _OFFERS, {}).get(name)
     if offer is None:
         return None
@@ -49,18 +54,18 @@ def take_lora(experts: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
     return offer.factors
 
 
-def _offered(wrapper: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
+def _offered(wrapper: Any, dropout: float, active_adapters: list[str]) -> AbstractContextManager[None]:
     known = [name for name in active_adapters if name in wrapper.lora_A]
     if len(known) != 1:  # none, or several: PEFT's own way, whose result the implementation reads as a weight
         folded: AbstractContextManager[None] = ParamWrapper._activate_lora(wrapper, active_adapters)
         return folded
-    return _offer(wrapper, known[0])
+    return _offer(wrapper, known[0], dropout)
 
 
 @contextmanager
-def _offer(wrapper: Any, adapter: str) -> Iterator[None]:
+def _offer(wrapper: Any, adapter: str, dropout: float) -> Iterator[None]:
     left, right, scaling = wrapper.get_delta_factors(adapter)
-    offer = _Offer(left * scaling, right)
+    offer = _Offer(Factors(left * scaling, right, dropout))
     offers: dict[str, _Offer] = wrapper.get_base_layer().__dict__.setdefault(_OFFERS, {})
     offers[wrapper.parameter_name] = offer
     try:

@@ -6,16 +6,15 @@ would mistake for something else. Every layer is named: PEFT's own layer filters
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import get_args
 
 from torch import nn
 
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.experts.layout import ExpertLayout, decoder_layers, text_config
-from llama_stack_provider_moe.spec import Adapter, AttentionModule
+from llama_stack_provider_moe.spec import Adapter, AdapterGroup, AttentionModule, numbers
 
-Group = Literal["attention", "experts", "shared experts", "dense MLP", "router", "output head"]
-GROUPS: tuple[Group, ...] = ("attention", "experts", "shared experts", "dense MLP", "router", "output head")
+GROUPS: tuple[AdapterGroup, ...] = get_args(AdapterGroup)
 
 _Q: AttentionModule = "q_proj"
 _K: AttentionModule = "k_proj"
@@ -48,14 +47,20 @@ _MLP_MODULES = ("mlp", "feed_forward", "shared_mlp")
 class Targets:
     """Full name (in the model without adapters) of each target -> the group it is counted in."""
 
-    modules: dict[str, Group] = field(default_factory=dict)
-    parameters: dict[str, Group] = field(default_factory=dict)
+    modules: dict[str, AdapterGroup] = field(default_factory=dict)
+    parameters: dict[str, AdapterGroup] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def all(self) -> dict[str, Group]:
+    def all(self) -> dict[str, AdapterGroup]:
         """Modules and parameters."""
         return {**self.modules, **self.parameters}
+
+    def keep_layers(self, wanted: set[int]) -> None:
+        """Forget the targets in other decoder layers; those outside of the layers stay."""
+        for targets in (self.modules, self.parameters):
+            for name in [name for name in targets if layer_of(name) not in {None, *wanted}]:
+                del targets[name]
 
 
 def find_targets(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, train_router: bool) -> Targets:
@@ -67,17 +72,41 @@ def find_targets(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None
     targets = Targets()
     if adapter.lora_attn_modules:
         _add_attention(targets, model, frozenset(adapter.lora_attn_modules))
+    if layout is None and adapter.plan not in (None, "trunk"):
+        raise AdapterError(f"adapter.plan: {adapter.plan!r} is not valid for this model: it is dense, without experts")
     if adapter.apply_lora_to_mlp:
         if layout is None:
             _add_dense_mlp(targets, model)
         else:
-            _add_experts(targets, model, layout)
+            _add_mlp(targets, model, layout)
+            if adapter.plan != "trunk":
+                _add_experts(targets, adapter, layout)
     if adapter.apply_lora_to_output:
-        targets.modules[_output_head(model)] = "output head"
+        targets.modules[_output_head(model)] = "output_head"
     if train_router and layout is not None:
         for layer in layout.moe_layers:
             targets.parameters[layout.path(layer, f"{layout.router_path}.weight")] = "router"
+    if adapter.layers is not None:
+        _keep_layers(targets, model, adapter.layers)
+    if adapter.plan == "trunk" and layout is not None:
+        targets.notes.append("experts are frozen (adapter.plan trunk)")
     return targets
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the decoder layer that `name` is in; None outside of the layers."""
+    _, found, below = name.partition(".layers.")
+    return int(below.partition(".")[0]) if found else None
+
+
+def _keep_layers(targets: Targets, model: nn.Module, layers: str) -> None:
+    wanted, there = set(numbers(layers)), len(decoder_layers(model)[1])
+    if beyond := sorted(wanted - set(range(there))):
+        raise AdapterError(f"adapter.layers: {layers!r} names layer {beyond[0]}; this model has 0 to {there - 1}")
+    asked = set(targets.all.values())
+    targets.keep_layers(wanted)
+    if lost := sorted(asked - set(targets.all.values())):
+        raise AdapterError(f"adapter.layers: {layers!r} leaves nothing to adapt of {', '.join(lost)}")
 
 
 def _add_attention(targets: Targets, model: nn.Module, wanted: frozenset[AttentionModule]) -> None:
@@ -107,17 +136,23 @@ def _add_attention(targets: Targets, model: nn.Module, wanted: frozenset[Attenti
         targets.notes.append(f"layers {', '.join(without)} have no attention to adapt")
 
 
-def _add_experts(targets: Targets, model: nn.Module, layout: ExpertLayout) -> None:
+def _add_experts(targets: Targets, adapter: Adapter, layout: ExpertLayout) -> None:
+    weights = {"gate_up_proj": layout.gate_up, "down_proj": layout.down}
     for layer in layout.moe_layers:
-        for weight in (layout.gate_up, layout.down):
-            targets.parameters[layout.path(layer, f"{layout.experts_path}.{weight}")] = "experts"
+        for module in adapter.expert_modules:
+            targets.parameters[layout.path(layer, f"{layout.experts_path}.{weights[module]}")] = "experts"
+
+
+def _add_mlp(targets: Targets, model: nn.Module, layout: ExpertLayout) -> None:
+    """What of the MLP every token goes through: shared experts, and layers without experts."""
+    for layer in layout.moe_layers:
         if layout.shared_path is not None:
-            _add_linear_below(targets, model, layout.path(layer, layout.shared_path), "shared experts", layout)
+            _add_linear_below(targets, model, layout.path(layer, layout.shared_path), "shared_experts", layout)
     for layer in layout.dense_layers:
-        _add_linear_below(targets, model, layout.path(layer, layout.block), "dense MLP", layout)
+        _add_linear_below(targets, model, layout.path(layer, layout.block), "dense_mlp", layout)
 
 
-def _add_linear_below(targets: Targets, model: nn.Module, path: str, group: Group, layout: ExpertLayout) -> None:
+def _add_linear_below(targets: Targets, model: nn.Module, path: str, group: AdapterGroup, layout: ExpertLayout) -> None:
     names = [name for name, _, _ in _linear_layers(model) if name.startswith(f"{path}.")]
     if not names:
         raise AdapterError(f"adapter.apply_lora_to_mlp: {path} ({group}) has no linear layer to adapt")
@@ -133,8 +168,8 @@ def _add_dense_mlp(targets: Targets, model: nn.Module) -> None:
     for name, parent, leaf in _linear_layers(model):
         seen.append(f"{parent}.{leaf}")
         if parent in _MLP_MODULES:
-            targets.modules[name] = "dense MLP"
-    if "dense MLP" not in targets.modules.values():
+            targets.modules[name] = "dense_mlp"
+    if "dense_mlp" not in targets.modules.values():
         raise AdapterError(
             f"adapter.apply_lora_to_mlp: no linear layer under {', '.join(_MLP_MODULES)} in this "
             f"{text_config(model).model_type} model; its linear layers are {sorted(set(seen))}"

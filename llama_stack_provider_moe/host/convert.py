@@ -44,6 +44,7 @@ SFT_FIELDS = _BOTH | {
     "algorithm_config.rank": "adapter.rank",
     "algorithm_config.alpha": "adapter.alpha",
     "algorithm_config.use_dora": "adapter.use_dora",
+    "algorithm_config.quantize_base": "adapter.quantize_base",
 }
 DPO_FIELDS = _BOTH | {
     "finetuned_model": "model",
@@ -57,7 +58,6 @@ REFUSED = {
     "device (enable_activation_checkpointing saves memory)",
     "training_config.efficiency_config.memory_efficient_fsdp_wrap": _ONE_PROCESS,
     "training_config.efficiency_config.fsdp_cpu_offload": _ONE_PROCESS,
-    "algorithm_config.quantize_base": "false, or left out: experts can't be held in 4 bit yet",
     "hyperparam_search_config": "{}: there is no hyperparameter search",
 }
 

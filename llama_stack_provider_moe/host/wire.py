@@ -103,7 +103,7 @@ class LoraFinetuningConfig(Wire):
     rank: int = Field(description="Rank of every update.")
     alpha: float = Field(description="Updates are scaled by alpha / rank.")
     use_dora: bool | None = Field(default=False, description="DoRA; refused where experts are targets.")
-    quantize_base: bool | None = Field(default=False, description="Not offered yet: true is refused.")
+    quantize_base: bool | None = Field(default=False, description="Hold the frozen base in 4 bits.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """What a job leaves on disk. Every folder is written under another name and then renamed: listed means whole."""
 
+import json
 import os
 import shutil
 from contextlib import AbstractContextManager, suppress
@@ -7,12 +8,17 @@ from pathlib import Path
 from typing import Literal
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.experts.adapters import expert_ranks
+from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.jobs.checkpoint_index import write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
 
+EXPERT_RANKS = "expert_ranks"
 Kind = Literal["checkpoint", "adapter", "model", "merged"]
 
 
@@ -62,11 +68,13 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     as_shipped: AbstractContextManager[None],
+    steering: Steering | None = None,
 ) -> None:
     """Write a model, or an adapter alone, with its tokenizer and chat template, into `folder`.
 
     Args:
         as_shipped: puts the config's own values back while the model writes it (`ShippedConfig.restored`).
+        steering: of its routers; their moved biases, where there are such, go into a file of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with as_shipped:
@@ -74,9 +82,22 @@ def write(
             # Left to itself PEFT asks the hub for the base's config, and copies the whole head where LoRA is on it.
             # The vocabulary never grows here: the embeddings are the base model's own.
             model.save_pretrained(folder, save_embedding_layers=False)
+            _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
         else:
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if steering is not None:
+        steering.save(folder)
+
+
+def _tell_ranks(weights: Path, ranks: dict[str, list[int]]) -> None:
+    """Say in the metadata of a saved adapter which of its weights are padded with zeros, and each expert's rank.
+
+    The field is `expert_ranks`, JSON: name of a tensor -> ranks. It is there and not in adapter_config.json, which
+    PEFT reads with a warning about every key that it does not know.
+    """
+    if ranks:
+        save_file(load_file(weights), weights, metadata={"format": "pt", EXPERT_RANKS: json.dumps(ranks)})
 
 
 def save(
@@ -85,11 +106,12 @@ def save(
     final: Path,
     as_shipped: AbstractContextManager[None],
     step: int,
+    steering: Steering | None = None,
 ) -> Path:
     """`write`, whole or not at all; `step`: optimiser steps taken."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
-    write(model, tokenizer, written, as_shipped)
+    write(model, tokenizer, written, as_shipped, steering)
     return publish(written, final, step)
 
 

@@ -42,6 +42,7 @@ def announce(
         "layout": None if base.layout is None else base.layout.as_json(),
         "moe": asdict(base.resolved),
         "adapter": report.as_json(),
+        "quantized": None if base.quantized is None else base.quantized.as_json(),
         "train_rows": len(rows.train),
         "train_sequences": sequences,
         "validation_rows": 0 if rows.validation is None else len(rows.validation),
@@ -66,6 +67,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
         f"model     {spec.model} ({plan['architecture']}, {spec.training.dtype} on {base.device})",
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
+        *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens",

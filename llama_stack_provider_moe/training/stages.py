@@ -10,15 +10,20 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
+from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
+from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
+from llama_stack_provider_moe.experts.quantize import QuantizeReport, dequantize, quantize
+from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.jobs.events import Finished, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import find_resume, restore_weights
+from llama_stack_provider_moe.training.resume import find_resume
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -39,6 +44,8 @@ class Base:
     layout: ExpertLayout | None
     resolved: ResolvedMoe
     shipped: ShippedConfig
+    steering: Steering | None
+    quantized: QuantizeReport | None
 
     @property
     def vocabulary(self) -> int:
@@ -51,26 +58,36 @@ def load_base(session: AnySession) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     device = pick_device(spec.training.dtype)
-    model, tokenizer = load(spec, device)
+    bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
+    # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
+    model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
-    few_shapes = device.type == "cpu" and spec.training.dtype == "bf16"
-    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, few_shapes=few_shapes)
-    return Base(model, tokenizer, device, layout, resolved, apply_moe(model, layout, resolved))
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None)
+    if bits is not None and layout is not None and resolved.experts_implementation not in (OURS, OURS_PARTIAL):
+        raise ModelError(
+            f"adapter.quantize_base: true is not valid with experts {resolved.experts_implementation}; expected "
+            "moe.experts_backend 'auto' or 'torch', and moe.enable_moe_optimizations true"
+        )
+    quantized = None if bits is None else quantize(model, layout, bits, device)
+    shipped = apply_moe(model, layout, resolved)
+    steering = None if layout is None else Steering(model, layout, resolved)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
 
 
-def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport]:
+def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
     """Put LoRA on the model, or let all of it train."""
     spec = session.spec
     set_seed(spec.options.seed)
     if spec.adapter is not None:
-        return add_lora(base.model, spec.adapter, base.layout, base.resolved)
+        adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
+        return adapted.model, adapted.report, adapted.rates
     if spec.training.dtype == "bf16":
         session.say(
             "all weights train in bf16: a step that moves a weight by less than 1/256 of itself is rounded away; "
             "training.dtype 'fp32' keeps it",
             "warning",
         )
-    return base.model, train_whole(base.model, base.layout, base.resolved)
+    return base.model, train_whole(base.model, base.layout, base.resolved), Rates()
 
 
 def arguments(session: AnySession, base: Base) -> dict[str, Any]:
@@ -98,7 +115,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         CHECKPOINTING: spec.efficiency.enable_activation_checkpointing,
         # Reentrant checkpointing runs the layers without gradients: the aux loss would lose its own in silence.
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
-        "router_aux_loss_coef": base.resolved.aux_coef,
+        "router_aux_loss_coef": base.resolved.models_aux_coef,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a loss that is no number is to end the run, not to be averaged over
@@ -131,7 +148,7 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     if stopped_by == "early_stopping" and saver.best is not None and saver.best.path != last.path:
         last = saver.best
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
-        restore_weights(trainer.model, Path(last.path))
+        trainer.restore(trainer.model, Path(last.path))
     session.events.append(Finished(train_seconds=reporter.train_seconds(), stopped_by=stopped_by))
     artifacts = [*saver.artifacts, *_save(session, base, trainer, last)]
     shutil.rmtree(session.cache)
@@ -149,7 +166,7 @@ def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Arti
 
     def keep(kind: Kind, model: PreTrainedModel | PeftModel) -> None:
         target = {"adapter": folder.adapter, "model": folder.model, "merged": folder.merged}[kind]
-        save(model, base.tokenizer, target, base.shipped.restored(), last.step)
+        save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
         made.append(describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics))
         session.events.append(Saved(artifact=made[-1].model_dump(mode="json")))
 
@@ -161,5 +178,7 @@ def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Arti
         return made
     keep("adapter", model)
     if session.spec.options.save_merged:
+        if base.quantized is not None:
+            dequantize(model, base.layout)
         keep("merged", merge(model))
     return made

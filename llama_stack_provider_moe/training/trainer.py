@@ -1,7 +1,7 @@
 """What TRL's trainers lack, once for all recipes: put before one of them in a class's bases.
 
-Router recording and z-loss in `compute_loss`, the epoch's rows, named optimisers, and held-out figures that can be
-compared: over tokens (or pairs), without the balance terms, and without moving the random state.
+Router recording and balance terms in `compute_loss`, the epoch's rows, named optimisers, and held-out figures that can
+be compared: over tokens (or pairs), without the balance terms, and without moving the random state.
 """
 
 import math
@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from llama_stack_provider_moe.errors import TrainingError
+from llama_stack_provider_moe.experts.balance import balance_loss
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
+from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.routing import RoutingRecorder
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
+from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
 from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -62,25 +65,34 @@ class RecordingTrainer(Trainer):
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,
+        steering: Steering | None,
+        rates: Rates,
         model: Any,
         **arguments: Any,
     ) -> None:
         self.spec = spec
         self.resolved = resolved
         self.shipped = shipped
+        self.steering = steering
+        self.rates = rates
         self.recorder: RoutingRecorder | None = None
         self.held_out = HeldOut()
-        self.z_losses: list[float] = []
+        self.balance_terms: dict[str, list[float]] = {}  # of the step at hand, by the name they are logged under
+        wants_models_aux_loss = layout is not None and (
+            resolved.output_router_logits and layout.aux_loss and not resolved.own_aux
+        )
+        if layout is not None:
+            # Models return router logits wherever their config says so, and some that make no aux loss of them (GLM-4
+            # MoE, DeepSeek V3) fail then. Before TRL's own, which may compute a reference's log-probabilities.
+            text_config(model).output_router_logits = wants_models_aux_loss
         with head_without_adapter(model):
             super().__init__(model=model, **arguments)
         if needs_plain_head(model):
             set_plain_head(model)
         if layout is not None:
             self.recorder = RoutingRecorder(self.model, layout)
-            # TRL asks for router logits only where the coefficient is not 0, and then wherever the config does, even
-            # of a family that makes no aux loss of them. Asked for with coefficient 0 they are logged all the same.
-            self.aux_loss_enabled = resolved.output_router_logits and layout.aux_loss
-            text_config(self.model).output_router_logits = self.aux_loss_enabled
+            # TRL computes the aux loss only where its coefficient is not 0; with 0 it is logged all the same.
+            self.aux_loss_enabled = wants_models_aux_loss
         chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
         fused = self.args.device.type == "cuda"
         self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr, "fused": fused})
@@ -90,18 +102,34 @@ class RecordingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
-        write(self.model, self.processing_class, Path(output_dir or self.args.output_dir), self.shipped.restored())
+        folder = Path(output_dir or self.args.output_dir)
+        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint, each in its place; see `resume`."""
-        restore_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        self.restore(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def restore(self, model: Any, folder: Path) -> None:
+        """Put a checkpoint's weights, and its routers' biases, into `model`."""
+        restore_weights(model, folder)
+        if self.steering is not None:
+            self.steering.restore(folder)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The class that was asked for, and nothing that derives from it."""
+        """The class that was asked for, and nothing that derives from it; with the job's own learning rates."""
+        made_before = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made_before:
+            return optimizer
         wanted = OPTIMIZERS[self.spec.optimizer.optimizer_type]
         assert type(optimizer) is wanted, f"{type(optimizer).__name__} was made, {wanted.__name__} was asked for"
+        self.rates.apply(optimizer)
+        optimizer.register_step_post_hook(self._after_step)
         return optimizer
+
+    def _after_step(self, *_: Any) -> None:
+        if self.steering is not None and self.recorder is not None:
+            self.steering.after_step(self.recorder.take_counts())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
@@ -111,32 +139,41 @@ class RecordingTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss; in training also each router's decisions and, where asked for, the z-loss.
+        """TRL's loss; in training also each router's decisions and the balance terms that are ours.
 
-        The z-loss is a mean over a micro-batch, so that a step's is the mean over its micro-batches. Where the token
-        loss comes divided by the whole step's tokens (`num_items_in_batch`), the trainer divides no more.
+        Those are means over a micro-batch, so that a step's is the mean over its micro-batches. Where the token loss
+        comes divided by the whole step's tokens (`num_items_in_batch`), the trainer divides no more.
         """
-        if self.recorder is None or not self.model.training:
+        if self.recorder is None or self.steering is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.recorder.recording(inputs.get("attention_mask")):
+        mask = inputs.get("attention_mask")
+        self.steering.act(mask)
+        with self.recorder.recording(mask):
             loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.resolved.z_coef:
-            return loss
-        z_loss = self.recorder.z_loss()
-        self.z_losses.append(z_loss.item())
         micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        return loss + self.resolved.z_coef * z_loss / micro_batches
+        if self.resolved.z_coef:
+            loss = loss + self._weighed("router_z_loss", self.resolved.z_coef, self.recorder.z_loss()) / micro_batches
+        if self.resolved.own_aux:
+            aux_loss = balance_loss(self.recorder, self.resolved.load_balancing)
+            loss = loss + self._weighed("aux_loss", self.resolved.aux_coef, aux_loss) / micro_batches
+        return loss
+
+    def _weighed(self, name: str, coefficient: float, term: Tensor) -> Tensor:
+        self.balance_terms.setdefault(name, []).append(term.item())
+        return coefficient * term
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the step's mean z-loss."""
-        if self.z_losses:
-            logs["router_z_loss"] = sum(self.z_losses) / len(self.z_losses)
-            self.z_losses.clear()
+        """Adds the step's means of our balance terms."""
+        for name, values in self.balance_terms.items():
+            logs[name] = sum(values) / len(values)
+        self.balance_terms.clear()
         super().log(logs, start_time)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """TRL's figures, with `eval_validation_loss` and `eval_perplexity`, which see the model alone."""
         self.held_out = HeldOut()
+        if self.steering is not None:
+            self.steering.rest()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         # Making an iterator of a loader draws from the global generator: without the fork an evaluated run would
         # differ from the same run without evaluations, and from one resumed at the checkpoint before it.

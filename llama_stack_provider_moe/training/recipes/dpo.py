@@ -56,15 +56,16 @@ def run(session: Session[DPOSpec]) -> Manifest:
     base = load_base(session)
     disable_dropout_in_model(base.model)
     rows = dpo_rows(session, base.tokenizer, base.vocabulary)
-    ahead = spec.options.precompute_ref_log_probs
-    ahead = spec.training.n_epochs > 1 if ahead is None else ahead
-    model, report = adapt(session, base)
+    ahead = reference_ahead(spec)
+    model, report, rates = adapt(session, base)
     reference = None if spec.adapter is not None or ahead else load_reference(session, base)
     trainer = DPO(
         spec=spec,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
+        steering=base.steering,
+        rates=rates,
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -86,10 +87,26 @@ def run(session: Session[DPOSpec]) -> Manifest:
     return fit(session, base, trainer, steps)
 
 
+def reference_ahead(spec: DPOSpec) -> bool:
+    """Whether the reference's log-probabilities are computed once, before training.
+
+    Biases that move (`aux_free`) are not the reference's; experts that choose tokens (`expert_choice`) do so in a
+    training step alone, and the reference must see what the policy sees.
+    """
+    asked, balancing = spec.options.precompute_ref_log_probs, spec.moe.moe_load_balancing
+    if balancing == "aux_free":
+        return True
+    if balancing == "expert_choice":
+        return False
+    return spec.training.n_epochs > 1 if asked is None else asked
+
+
 def load_reference(session: Session[DPOSpec], base: Base) -> PreTrainedModel:
     """A frozen copy of the untrained model that runs its experts as the policy does."""
     model = load_model(session.spec, type(base.model.config).from_pretrained(session.spec.model), base.device)
     apply_moe(model, base.layout, replace(base.resolved, expert_dropout=0.0))
     text_config(model).output_router_logits = False  # TRL would compute an aux loss of it, and drop it
     disable_dropout_in_model(model)
+    if base.steering is not None:
+        base.steering.attach(model)
     return model.requires_grad_(False)

@@ -33,12 +33,14 @@ def run(session: Session[SFTSpec]) -> Manifest:
     if spec.data.packed:
         refuse_leaks(base)
     rows = sft_rows(session, base.tokenizer, base.vocabulary)
-    model, report = adapt(session, base)
+    model, report, rates = adapt(session, base)
     trainer = SFT(
         spec=spec,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
+        steering=base.steering,
+        rates=rates,
         model=model,
         args=SFTConfig(
             **arguments(session, base),

@@ -1,0 +1,106 @@
+"""How a router's load is balanced: losses, and ways of choosing experts, as pure tensor functions.
+
+T tokens, E experts, K experts a token. Where all experts get the same share each loss is at its least: K for the
+Switch loss (`routing.switch_loss`, which counts all K choices), 1 for GShard's, which counts the first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama_stack_provider_moe.experts.families import Scoring
+from llama_stack_provider_moe.experts.routing import (
+    RoutingRecorder,
+    count_choices,
+    probabilities,
+    switch_loss,
+    token_weights,
+)
+from llama_stack_provider_moe.spec import LoadBalancing
+
+
+def gshard_loss(
+    router_logits: Sequence[Tensor], scoring: Scoring = "softmax", attention_mask: Tensor | None = None
+) -> Tensor:
+    """GShard's auxiliary loss (arXiv 2006.16668, section 2.2): E * sum_e c_e * m_e, the mean over layers.
+
+    c_e is the share of tokens whose first choice is e, m_e the mean probability of e; each layer is balanced by
+    itself. (The paper divides by E instead: the same up to a factor, and 1 at balance whatever E here.)
+
+    >>> even = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    >>> round(gshard_loss([even]).item(), 4)
+    1.0
+    >>> one = torch.tensor([[50.0, 0.0], [50.0, 0.0]])  # E * (1 * 1 + 0 * 0)
+    >>> round(gshard_loss([one]).item(), 4)
+    2.0
+    """
+    losses = []
+    for logits_TE in router_logits:
+        num_experts = logits_TE.shape[1]
+        weight_T = token_weights(attention_mask, logits_TE)
+        probs_TE = probabilities(logits_TE, scoring)
+        first_E = count_choices(probs_TE.argmax(dim=-1, keepdim=True), weight_T, num_experts)
+        losses.append(num_experts * (first_E * (weight_T @ probs_TE)).sum() / weight_T.sum().square())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def expert_choice(probs_TE: Tensor, top_k: int, attention_mask: Tensor | None = None) -> Tensor:
+    """Expert choice (arXiv 2202.09368, section 3.2): each expert takes its most likely tokens, T * K / E of them.
+
+    Balanced by construction, but not causal: whether a token is taken depends on the tokens after it, in its row and in
+    the other rows of the batch, which a model that writes one token after the other does not have. So it is a way to
+    train, and what was trained is run with its own top-k; every evaluation here is, too.
+
+    Args:
+        probs_TE: of each token, its probabilities.
+        top_k: K, experts a token on average.
+        attention_mask: (batch, sequence), 0 where a token is padding, which no expert takes.
+
+    Returns:
+        (T, E), bool: does this expert take this token.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+    >>> expert_choice(probs, 1).int().tolist()  # two tokens each
+    [[1, 0], [1, 0], [0, 1], [0, 1]]
+    """
+    tokens, num_experts = probs_TE.shape
+    weight_T = token_weights(attention_mask, probs_TE)
+    # Of a batch's real tokens; known to the device alone, so ranks are compared with it instead of a `topk` of it.
+    capacity = (weight_T.sum() * top_k / num_experts).ceil()
+    order_TE = (
+        probs_TE.detach().masked_fill(weight_T.unsqueeze(1) == 0, -1).argsort(dim=0, descending=True, stable=True)
+    )
+    ranks_TE = torch.empty_like(order_TE)
+    places_TE = torch.arange(tokens, device=probs_TE.device).unsqueeze(1).expand_as(order_TE)
+    ranks_TE.scatter_(0, order_TE, places_TE)
+    return (ranks_TE < capacity) & (weight_T.unsqueeze(1) > 0)
+
+
+def balance_loss(recorder: RoutingRecorder, load_balancing: LoadBalancing) -> Tensor:
+    """Of the last recording: GShard's loss where that was asked for, else Switch's, of what was chosen."""
+    layout, logits = recorder.layout, recorder.logits()
+    if load_balancing == "gshard":
+        return gshard_loss(logits, layout.scoring, recorder.attention_mask)
+    return switch_loss(
+        logits,
+        layout.top_k,
+        layout.num_experts,
+        recorder.attention_mask,
+        scoring=layout.scoring,
+        chosen=recorder.chosen(),
+    )
+
+
+def bias_step(counts_E: Tensor, rate: float) -> Tensor:
+    """What the biases move by after a step (Wang et al. 2024, arXiv 2408.15664, algorithm 1): rate * sign(mean - load).
+
+    >>> bias_step(torch.tensor([4.0, 0.0, 2.0, 2.0]), 0.5).tolist()
+    [-0.5, 0.5, 0.0, 0.0]
+    """
+    return rate * torch.sign(counts_E.mean() - counts_E)
+
+
+def jitter(inputs: Tensor, amount: float) -> Tensor:
+    """Inputs times noise, uniform in 1 - amount to 1 + amount (Switch Transformer, arXiv 2101.03961, section 2.4)."""
+    return inputs * torch.empty_like(inputs).uniform_(1 - amount, 1 + amount)

@@ -1,0 +1,100 @@
+"""Which rows are whose: tokens sorted by their experts.
+
+oneDNN, which computes torch's half-precision products on a CPU, generates code for each shape. How many rows an
+expert gets differs from step to step, so nearly every product is of a new shape: where this was found (AMX, torch
+2.15) one of 576 x 3072 took 75 to 140 ms when its shape was new, and 1 to 2 ms when it was not. There each expert's
+rows are filled up to one of few counts, `bucket`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+SMALLEST = 16  # rows; oneDNN's tiles hold as many
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Expert e's rows are those from `ends_E[e - 1]` (0 for the first) up to `ends_E[e]`.
+
+    Attributes:
+        ends_E: int32, on the device of the rows.
+        partial: there may be rows after the last end, which belong to no expert; products give zeros for them.
+    """
+
+    ends_E: Tensor
+    partial: bool = False
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, one after its last) of each expert that has rows; waits for the device."""
+        ends: list[int] = self.ends_E.tolist()
+        pairs = zip([0, *ends[:-1]], ends, strict=True)
+        return [(expert, begin, end) for expert, (begin, end) in enumerate(pairs) if end > begin]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Tokens in the order of their experts.
+
+    Attributes:
+        order_S: of each row, its position in the flattened (T, K) choices; position // K is the token. Of rows that
+            fill up, any: nobody reads what becomes of them.
+        places_TK: of each choice, its row; S for a choice of no expert, which has none.
+        some_without_row: there are such choices.
+    """
+
+    order_S: Tensor
+    places_TK: Tensor
+    groups: Groups
+    some_without_row: bool = False
+
+
+def bucket(rows: Tensor) -> Tensor:
+    """Counts rounded up to a multiple of about an eighth to a sixteenth: at most eight between powers of two.
+
+    >>> bucket(torch.tensor([0, 1, 16, 17, 100, 129, 300])).tolist()
+    [0, 16, 16, 32, 112, 144, 320]
+    """
+    bits = torch.frexp(rows.float()).exponent  # as `int.bit_length`
+    granule = (2.0 ** (bits - 4)).clamp(min=SMALLEST).long()
+    return (rows + granule - 1).div(granule, rounding_mode="floor") * granule
+
+
+def sort_by_expert(index_TK: Tensor, num_experts: int, dtype: torch.dtype, *, partial: bool = False) -> Sorted:
+    """Put every (token, choice) pair beside the others of its expert.
+
+    Args:
+        index_TK: of each token, its experts; `num_experts` stands for none, where `partial` says that there are such.
+        dtype: of the products to come; in half precision on a CPU each expert's rows are filled up.
+
+    >>> found = sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3, torch.float32)
+    >>> found.order_S.tolist(), found.places_TK.tolist(), found.groups.ends_E.tolist()
+    ([1, 2, 3, 0], [[3, 0], [1, 2]], [2, 3, 4])
+    """
+    flat_S = index_TK.reshape(-1)
+    order_S = torch.argsort(flat_S, stable=True)
+    # Not `bincount`, which waits for the device.
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=flat_S.device)
+    counts = counts.scatter_add(0, flat_S, torch.ones_like(flat_S))
+    on_cpu = flat_S.device.type == "cpu"
+    if not on_cpu or not (partial or dtype in HALVES):
+        places_S = torch.empty_like(order_S)
+        places_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
+        ends_E = counts[:num_experts].cumsum(0).int()
+        return Sorted(order_S, places_S.view_as(index_TK), Groups(ends_E, partial))
+    kept_E = counts[:num_experts]
+    roomy_E = bucket(kept_E) if dtype in HALVES else kept_E
+    ends_E = roomy_E.cumsum(0)
+    total, kept = int(ends_E[-1]), int(kept_E.sum())
+    # A row's place: where its expert begins, and how many of its expert's are before it.
+    shift_E = (ends_E - roomy_E) - (kept_E.cumsum(0) - kept_E)
+    rows_S = torch.arange(kept) + shift_E[flat_S[order_S[:kept]]]
+    roomy_order = torch.zeros(total, dtype=torch.long)
+    roomy_order[rows_S] = order_S[:kept]
+    places_S = torch.full_like(order_S, total)
+    places_S[order_S[:kept]] = rows_S
+    return Sorted(roomy_order, places_S.view_as(index_TK), Groups(ends_E.int()), kept < order_S.shape[0])

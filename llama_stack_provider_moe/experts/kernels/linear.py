@@ -1,0 +1,116 @@
+"""A linear layer an expert, with LoRA beside its weight (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+PEFT (0.21) folds W + B A of every expert at each forward, and its backward makes a gradient as large as W to get from
+it those of A and B. Here the forward is x W^T + (x A^T) B^T, two thin products beside the one of the weight, and the
+backward makes a gradient of W only where W trains. In half precision the fold loses, too, what is smaller than half of
+W's last digit, which is most of an update while it is young.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels.reference import (
+    Stored,
+    experts_of_rows,
+    rows_by_rows,
+    sums_of_rows,
+    times_weights,
+)
+
+
+class Lora(NamedTuple):
+    """Factors of all experts' updates, B A, the scale in B."""
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+    dropout: float = 0.0
+
+
+def grouped_linear(
+    rows_SI: Tensor, weight: Tensor | Stored, groups: Groups, bias_EO: Tensor | None = None, lora: Lora | None = None
+) -> Tensor:
+    """x W_e^T + b_e + (drop(x) A_e^T) B_e^T, e the expert of each row.
+
+    Computed in the weight's dtype; autocast does not reach inside.
+
+    Args:
+        rows_SI: sorted by expert.
+        weight: (E, O, I), of any strides; or one that is stored in another form, which then can't train.
+        groups: whose rows are whose.
+        bias_EO: of each expert.
+        lora: its update; None: none.
+
+    Returns:
+        (S, O), in the weight's dtype.
+    """
+    rows_SI = rows_SI.to(weight.dtype)
+    lora_rows_SI = a_ERI = b_EOR = None
+    if lora is not None:
+        lora_rows_SI = torch.nn.functional.dropout(rows_SI, lora.dropout) if lora.dropout else None
+        a_ERI, b_EOR = lora.a_ERI.to(weight.dtype), lora.b_EOR.to(weight.dtype)
+    tensor, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    out: Tensor = _Product.apply(rows_SI, lora_rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups)
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """Saves the rows and x A^T, the only things that backward needs beside the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_SI: Tensor,
+        lora_rows_SI: Tensor | None,
+        weight_EOI: Tensor | None,
+        bias_EO: Tensor | None,
+        a_ERI: Tensor | None,
+        b_EOR: Tensor | None,
+        stored: Stored | None,
+        groups: Groups,
+    ) -> Tensor:
+        """(S, O)"""
+        weight = stored if weight_EOI is None else weight_EOI
+        assert weight is not None
+        with torch.autocast(rows_SI.device.type, enabled=False):
+            out_SO = times_weights(rows_SI, weight, groups)
+            if bias_EO is not None:
+                out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
+            low_SR = None
+            if a_ERI is not None and b_EOR is not None:
+                low_SR = times_weights(rows_SI if lora_rows_SI is None else lora_rows_SI, a_ERI, groups)
+                times_weights(low_SR, b_EOR, groups, onto=out_SO)
+        needs_rows = a_ERI is not None or ctx.needs_input_grad[2]
+        ctx.save_for_backward(rows_SI if needs_rows else None, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR)
+        ctx.stored, ctx.groups = stored, groups
+        return out_SO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Gradients of what needs one, None for all else."""
+        rows_SI, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        weight = ctx.stored if weight_EOI is None else weight_EOI
+        d_out_SO = gradients[0].to(weight.dtype).contiguous()
+        d_rows = d_lora_rows = d_weight = d_bias = d_a = d_b = None
+        needs_rows, needs_lora_rows, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        with torch.autocast(d_out_SO.device.type, enabled=False):
+            if needs_rows:
+                d_rows = times_weights(d_out_SO, weight, groups, flip=True)
+            if needs_weight:
+                d_weight = rows_by_rows(d_out_SO, rows_SI, groups)
+            if needs_bias:
+                d_bias = sums_of_rows(d_out_SO, groups).to(bias_EO.dtype)
+            if needs_b:
+                d_b = rows_by_rows(d_out_SO, low_SR, groups)
+            if a_ERI is not None and (needs_a or needs_rows or needs_lora_rows):
+                d_low_SR = times_weights(d_out_SO, b_EOR, groups, flip=True)
+                if needs_a:
+                    d_a = rows_by_rows(d_low_SR, rows_SI if lora_rows_SI is None else lora_rows_SI, groups)
+                if lora_rows_SI is not None:
+                    d_lora_rows = times_weights(d_low_SR, a_ERI, groups, flip=True)
+                elif needs_rows:
+                    times_weights(d_low_SR, a_ERI, groups, flip=True, onto=d_rows)
+        return d_rows, d_lora_rows, d_weight, d_bias, d_a, d_b, None, None

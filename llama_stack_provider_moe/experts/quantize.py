@@ -1,0 +1,233 @@
+"""A frozen base in 4 or 8 bits: experts, which others leave as they are, and the linear layers beside them.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the base is held as NF4 (or 8-bit dynamic) numbers in blocks with a
+scale each, decoded for each product and again in backward, and never kept decoded. The codec is bitsandbytes'.
+
+transformers 5.23 quantises linear layers, and experts are none in it: `load_in_4bit` passes over them in silence. Here
+each fused parameter gives way to a code and to a placeholder of the same shape that is NaN all over and takes no
+memory. Whatever reads a weight without its code shows in the first loss.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import bitsandbytes.functional as codec
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.experts.backend import code_of, drop_codes, keep_code
+from llama_stack_provider_moe.experts.layout import ExpertLayout, decoder_layers, without_adapters
+
+Bits = Literal[4, 8]
+BLOCKS: dict[Bits, int] = {4: 64, 8: 256}  # numbers that share a scale; the codec's usual ones
+_ATTENTION = "self_attn"  # not the linear kinds, whose fused kernels read weights themselves
+_DENSE_MLP = "mlp"
+
+
+class Code:
+    """Matrices (E, O, I) in `bits` a number and a scale a block; `Stored`, for the ragged products."""
+
+    def __init__(self, weight_EOI: Tensor, bits: Bits) -> None:
+        self.dtype, self.shape = weight_EOI.dtype, tuple(weight_EOI.shape)
+        self._bits: Bits = bits
+        self._matrices = [_encode(matrix.contiguous(), bits) for matrix in weight_EOI]
+
+    @property
+    def nbytes(self) -> int:
+        """Of numbers and scales."""
+        return sum(packed.nbytes + state.absmax.nbytes for packed, state in self._matrices)
+
+    def expert(self, number: int) -> Tensor:
+        """(O, I), decoded."""
+        packed, state = self._matrices[number]
+        decode = codec.dequantize_4bit if self._bits == 4 else codec.dequantize_blockwise
+        matrix: Tensor = decode(packed, state)
+        return matrix.view(self.shape[1:])
+
+    def whole(self) -> Tensor:
+        """(E, O, I), decoded."""
+        return torch.stack([self.expert(number) for number in range(self.shape[0])])
+
+
+def _encode(matrix: Tensor, bits: Bits) -> tuple[Tensor, Any]:
+    # Flat: bitsandbytes 0.50 decodes a matrix on a CPU row by row, and wrongly, without a word, where the rows are no
+    # multiple of a block long.
+    matrix = matrix.flatten()
+    encoded: tuple[Tensor, Any] = (
+        codec.quantize_4bit(matrix, blocksize=BLOCKS[4], quant_type="nf4")
+        if bits == 4
+        else codec.quantize_blockwise(matrix, blocksize=BLOCKS[8])
+    )
+    return encoded
+
+
+class CodedLinear(nn.Linear):
+    """A linear layer whose weight is a code; frozen."""
+
+    def __init__(self, linear: nn.Linear, code: Code) -> None:
+        nn.Module.__init__(self)  # not `Linear`'s own, which would make the weight that is not to be there
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = _placeholder(linear.weight)
+        self.bias = linear.bias
+        self.code = code
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As a linear layer's."""
+        out: Tensor = _CodedProduct.apply(input.to(self.code.dtype), self.code)
+        return out if self.bias is None else out + self.bias
+
+    def decoded(self) -> nn.Linear:
+        """A plain layer with the weight that this one computes with."""
+        weight = self.code.expert(0)
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
+
+class _CodedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, code: Code) -> Tensor:
+        ctx.code = code
+        return F.linear(rows, code.expert(0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        code: Code = ctx.code
+        return gradients[0].to(code.dtype) @ code.expert(0), None
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was quantised: numbers of matrices, and bytes of all weights and buffers of the model."""
+
+    bits: Bits
+    experts: int
+    linear_layers: int
+    bytes_before: int
+    bytes_after: int
+
+    def text(self) -> str:
+        """The same, for the start of a job's log."""
+        kind = "NF4" if self.bits == 4 else "8-bit"
+        return (
+            f"{kind}: {self.experts:,} expert matrices and {self.linear_layers:,} linear layers; the model takes "
+            f"{self.bytes_after / 2**20:,.1f} MiB, {self.bytes_before / 2**20:,.1f} MiB before"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, for `resolved.json`."""
+        return asdict(self)
+
+
+def quantize(model: nn.Module, layout: ExpertLayout | None, bits: Bits, device: torch.device) -> QuantizeReport:
+    """Quantise a model that was loaded on the CPU, and bring it to `device`.
+
+    One fused parameter at a time is on the device as it was; the rest follows at the end.
+
+    Args:
+        layout: None: dense, linear layers only.
+
+    Raises:
+        ModelError: something that should be quantised is not.
+    """
+    before = resident_bytes(model)
+    experts = 0
+    if layout is not None:
+        for module in layout.experts(model).values():
+            for name in (layout.gate_up, layout.down):
+                weight = module.get_parameter(name).detach().to(device)
+                code = Code(weight.transpose(1, 2) if layout.transposed else weight, bits)
+                keep_code(module, name, code)
+                setattr(module, name, _placeholder(weight))
+                experts += code.shape[0]
+                del weight
+    linear = 0
+    for parent, name, module in _linear_layers(model, layout):
+        code = Code(module.weight.detach().to(device).unsqueeze(0), bits)
+        setattr(parent, name, CodedLinear(module, code))
+        linear += 1
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    report = QuantizeReport(bits, experts, linear, before, resident_bytes(model))
+    _check(model, layout, report)
+    return report
+
+
+def dequantize(model: nn.Module, layout: ExpertLayout | None) -> None:
+    """Make the weights that a quantised model computes with its own, in the dtype that they had; a plain one stays."""
+    base = without_adapters(model)
+    for module in (layout.experts(model) if layout is not None else {}).values():
+        for name in (layout.gate_up, layout.down) if layout is not None else ():
+            if isinstance(code := code_of(module, name), Code):
+                weight = code.whole()
+                weight = weight.transpose(1, 2).contiguous() if layout is not None and layout.transposed else weight
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        drop_codes(module)
+    for parent in list(base.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, CodedLinear):
+                setattr(parent, name, module.decoded())
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of all weights, buffers and codes; a placeholder counts with the one number that it holds."""
+    base = without_adapters(model)
+    tensors = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+               for tensor in [*base.parameters(), *base.buffers()]}  # fmt: skip
+    return int(sum(tensors.values())) + sum(code.nbytes for code in _codes(base))
+
+
+def _codes(base: nn.Module) -> Iterator[Code]:
+    for module in base.modules():
+        if isinstance(module, CodedLinear):
+            yield module.code
+        for name, _ in module.named_parameters(recurse=False):
+            if isinstance(code := code_of(module, name), Code):
+                yield code
+
+
+def _placeholder(weight: Tensor) -> nn.Parameter:
+    nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)
+    return nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
+
+
+def _linear_layers(model: nn.Module, layout: ExpertLayout | None) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of the linear layers that are known to be run as such."""
+    _, layers = decoder_layers(model)
+    found = []
+    for number, layer in enumerate(layers):
+        below = {_ATTENTION}
+        if layout is None:
+            below.add(_DENSE_MLP)
+        # Where PEFT takes these for experts their LoRA is folded into the weight, which has to be there then.
+        elif not layout.peft_renames_mlp:
+            if number in layout.dense_layers:
+                below.add(layout.block)
+            elif layout.shared_path is not None:
+                below.add(layout.shared_path)
+        for path, module in layer.named_modules():
+            for name, child in module.named_children():
+                whole = f"{path}.{name}" if path else name
+                if type(child) is nn.Linear and any(whole.startswith(f"{root}.") for root in below):
+                    found.append((module, name, child))
+    return found
+
+
+def _check(model: nn.Module, layout: ExpertLayout | None, report: QuantizeReport) -> None:
+    wanted = 0 if layout is None else 2 * layout.num_experts * len(layout.moe_layers)
+    left = [] if layout is None else [
+        layout.path(layer, f"{layout.experts_path}.{name}")
+        for layer, module in layout.experts(model).items() for name in (layout.gate_up, layout.down)
+        if code_of(module, name) is None or not module.get_parameter(name).isnan().all()
+    ]  # fmt: skip
+    if report.experts != wanted or left:
+        raise ModelError(
+            f"adapter.quantize_base: {report.experts} of {wanted} expert matrices are quantised; not {left}"
+        )
+    if not report.experts and not report.linear_layers:
+        raise ModelError("adapter.quantize_base: true is not valid for this model: nothing in it can be quantised")

@@ -1,0 +1,131 @@
+"""What each target of an adapter gets: rank, alpha, learning rate; of experts, each its own (plan `per_expert`).
+
+One LoRA of fused experts has one rank R in PEFT. Experts of smaller ranks have the rest of their rows of A, and with
+it their columns of B, at zero, where no gradient moves them: all experts share the scale alpha / R, and an expert of
+rank 0 adds nothing at all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llama_stack_provider_moe.errors import AdapterError
+from llama_stack_provider_moe.experts.layout import ExpertLayout
+from llama_stack_provider_moe.experts.targets import Targets, layer_of
+from llama_stack_provider_moe.spec import Adapter, AdapterGroup, numbers
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of one target.
+
+    Attributes:
+        rank: the largest, of experts.
+        rate: what the learning rate is multiplied by.
+        expert_ranks: of each expert; empty where all have `rank`.
+        expert_rates: of each expert, beside `rate`; empty where all are 1.
+    """
+
+    group: AdapterGroup
+    rank: int
+    alpha: float
+    rate: float
+    expert_ranks: tuple[int, ...] = ()
+    expert_rates: tuple[float, ...] = ()
+
+
+def share_out(adapter: Adapter, targets: Targets, layout: ExpertLayout | None) -> dict[str, Share]:
+    """Target's name -> its share; targets of layers in which no expert is named are dropped from `targets`.
+
+    Raises:
+        AdapterError: a rule names what this model has not, or a setting is for a group that is not adapted.
+    """
+    experts = _by_rule(adapter, layout) if adapter.plan == "per_expert" and layout is not None else None
+    if experts is not None:
+        _drop_unnamed(adapter, targets, experts)
+    groups = set(targets.all.values())
+    for field, values in (("alphas", adapter.alphas), ("lr_multipliers", adapter.lr_multipliers)):
+        _refuse_unread(field, values, groups)
+    if adapter.router_rank is not None and "router" not in groups:
+        raise AdapterError(
+            f"adapter.router_rank: {adapter.router_rank} would not be read: routers get no LoRA without "
+            "moe.train_router true"
+        )
+    if adapter.expert_modules != Adapter().expert_modules and "experts" not in groups:
+        raise AdapterError("adapter.expert_modules: would not be read: this adapter leaves experts alone")
+    return {name: _share(adapter, name, group, experts) for name, group in targets.all.items()}
+
+
+def _share(adapter: Adapter, name: str, group: AdapterGroup, experts: Mapping[int, "_LayersExperts"] | None) -> Share:
+    rank = (adapter.router_rank if group == "router" else None) or adapter.rank
+    alpha, rate = adapter.alphas.get(group, adapter.alpha), adapter.lr_multipliers.get(group, 1.0)
+    if group != "experts" or experts is None:
+        return Share(group, rank, alpha, rate)
+    layer = layer_of(name)
+    assert layer is not None, name
+    mine = experts[layer]
+    largest = max(mine.ranks)
+    return Share(
+        group,
+        largest,
+        alpha,
+        rate,
+        expert_ranks=() if min(mine.ranks) == largest else tuple(mine.ranks),
+        expert_rates=() if set(mine.rates) == {1.0} else tuple(mine.rates),
+    )
+
+
+@dataclass
+class _LayersExperts:
+    ranks: list[int]
+    rates: list[float]
+
+
+def _by_rule(adapter: Adapter, layout: ExpertLayout) -> dict[int, _LayersExperts]:
+    """MoE layer -> ranks and rates of its experts."""
+    count = layout.num_experts
+    found = {layer: _LayersExperts([0] * count, [1.0] * count) for layer in layout.moe_layers}
+    for index, rule in enumerate(adapter.rules):
+        layers = list(found) if rule.layers is None else list(numbers(rule.layers))
+        if strange := [layer for layer in layers if layer not in found]:
+            raise AdapterError(
+                f"adapter.rules.{index}.layers: {rule.layers!r} names layer {strange[0]}, which has no experts; "
+                f"expected some of {_listed(layout.moe_layers)}"
+            )
+        for text, rank in rule.experts.items():
+            for expert in numbers(text):
+                if expert >= count:
+                    raise AdapterError(
+                        f"adapter.rules.{index}.experts: {text!r} names expert {expert}; a layer has 0 to {count - 1}"
+                    )
+                for layer in layers:
+                    found[layer].ranks[expert] = rank
+                    found[layer].rates[expert] = rule.lr_multiplier
+    return found
+
+
+def _drop_unnamed(adapter: Adapter, targets: Targets, experts: Mapping[int, _LayersExperts]) -> None:
+    still = {layer for layer, its in experts.items() if not any(its.ranks)}
+    inside = {layer_of(name) for name, group in targets.parameters.items() if group == "experts"}
+    if adapter.layers is not None and (outside := sorted(set(experts) - still - inside)):
+        raise AdapterError(
+            f"adapter.layers: {adapter.layers!r} leaves out layer {outside[0]}, of which adapter.rules name experts"
+        )
+    for name in [name for name, group in targets.parameters.items() if group == "experts" and layer_of(name) in still]:
+        del targets.parameters[name]
+    named = {layer: [e for e, rank in enumerate(its.ranks) if rank] for layer, its in experts.items()}
+    total = sum(len(each) for each in named.values())
+    targets.notes.append(
+        f"{total} of {sum(len(its.ranks) for its in experts.values())} experts get LoRA, in "
+        f"{sum(bool(each) for each in named.values())} of {len(experts)} layers; the others stay as they are"
+    )
+
+
+def _refuse_unread(field: str, values: Mapping[AdapterGroup, float], groups: set[AdapterGroup]) -> None:
+    if unread := sorted(set(values) - groups):
+        raise AdapterError(
+            f"adapter.{field}: {unread[0]} would not be read: this adapter has {', '.join(sorted(groups))} only"
+        )
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")

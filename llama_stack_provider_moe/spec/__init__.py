@@ -1,0 +1,214 @@
+"""What a job is asked to do: `JobSpec`, one tagged union by `recipe`.
+
+Every default, every range and every one-line meaning of a job's options stands here and nowhere else.
+A template states the few fields a person cares about; `spec.json` in the job's folder states them all.
+`None` means "decide from the model" wherever it is a default, and the training process writes what it
+decided to `resolved.json`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
+
+from llama_stack_provider_moe.spec.adapter import (
+    Adapter,
+    AdapterGroup,
+    AttentionModule,
+    ExpertRule,
+)
+from llama_stack_provider_moe.spec.blocks import (
+    Block,
+    Data,
+    DType,
+    Efficiency,
+    Optimizer,
+    Resources,
+    RowFormat,
+    Training,
+    numbers,
+)
+from llama_stack_provider_moe.spec.moe import (
+    LoadBalancing,
+    Moe,
+)
+from llama_stack_provider_moe.spec.options import (
+    PROJECT_PATTERN,
+    DPOOptions,
+    MLflow,
+    Options,
+    TensorBoard,
+    Trackers,
+    Trackio,
+    WandB,
+)
+
+__all__ = [
+    "DPO_LOSSES",
+    "JOB_ID_PATTERN",
+    "JOB_SPEC",
+    "PROJECT_PATTERN",
+    "SMOOTHED_LOSSES",
+    "Adapter",
+    "AdapterGroup",
+    "AttentionModule",
+    "Block",
+    "DPOLoss",
+    "DPOOptions",
+    "DPOSpec",
+    "DType",
+    "Data",
+    "Efficiency",
+    "ExpertRule",
+    "JobDefaults",
+    "JobSpec",
+    "LoadBalancing",
+    "MLflow",
+    "Moe",
+    "Optimizer",
+    "Options",
+    "Recipe",
+    "Resources",
+    "RowFormat",
+    "SFTSpec",
+    "TensorBoard",
+    "Trackers",
+    "Trackio",
+    "Training",
+    "WandB",
+    "numbers",
+]
+
+JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+Recipe = Literal["sft", "dpo"]
+
+# The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
+# API also names `kto_pair`, which TRL has no twin of.
+DPOLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+]  # fmt: skip
+
+# Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
+SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
+class _Job(Block):
+    job_uuid: str | None = Field(
+        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
+    )
+    model: str = Field(min_length=1, max_length=1024, description="Hub id, or a folder under an allowed root.")
+    data: Data = Field(description="A block; its fields follow.")
+    training: Training = Field(default_factory=Training)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    efficiency: Efficiency = Field(default_factory=Efficiency)
+    adapter: Adapter | None = Field(default=None, description="LoRA settings; null trains all weights.")
+    moe: Moe = Field(default_factory=Moe)
+    resources: Resources = Field(default_factory=Resources)
+    trackers: Trackers = Field(default_factory=Trackers)
+    checkpoint_dir: str | None = Field(
+        default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
+    )
+
+    @model_validator(mode="after")
+    def _fp16_needs_an_adapter(self) -> "_Job":
+        if self.training.dtype == "fp16" and self.adapter is None:
+            raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
+                             "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_held_out_rows(self) -> "_Job":
+        options: Options = self.options  # type: ignore[attr-defined]  # every recipe has them, of its own kind
+        if options.early_stopping_patience and not (self.data.validation_dataset_id or options.validation_split):
+            raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
+                             "or options.validation_split > 0")  # fmt: skip
+        return self
+
+
+class SFTSpec(_Job):
+    """Supervised fine-tuning."""
+
+    recipe: Literal["sft"] = Field(description="Supervised fine-tuning on conversations.")
+    options: Options = Field(default_factory=Options)
+
+
+class DPOSpec(_Job):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    recipe: Literal["dpo"] = Field(description="Direct preference optimisation on pairs of answers.")
+    beta: float = Field(default=0.1, gt=0, le=100, description="Strength of the tie to the reference model.")
+    loss_type: DPOLoss = Field(default="sigmoid", description="The preference loss, by TRL's name.")
+    options: DPOOptions = Field(default_factory=DPOOptions)
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _kto_pair_has_no_twin(cls, loss: Any) -> Any:
+        if loss == "kto_pair":
+            raise ValueError(f"'kto_pair' is not implemented by TRL; choose one of {', '.join(DPO_LOSSES)}")
+        return loss
+
+    @model_validator(mode="after")
+    def _settings_that_would_not_be_read(self) -> "DPOSpec":
+        if self.options.label_smoothing > 0 and self.loss_type not in SMOOTHED_LOSSES:
+            raise ValueError(f"options.label_smoothing: {self.options.label_smoothing} is not read by loss_type "
+                             f"{self.loss_type!r}; only {', '.join(SMOOTHED_LOSSES)} know it")  # fmt: skip
+        if self.loss_type == "exo_pair" and self.options.label_smoothing == 0:
+            raise ValueError("options.label_smoothing: 0.0 is not valid with loss_type 'exo_pair'; expected > 0")
+        if self.data.packed:
+            raise ValueError("data.packed: true is for SFT only; pairs can't be packed")
+        if self.data.train_on_input:
+            raise ValueError("data.train_on_input: true is for SFT only; DPO compares answers to one prompt")
+        if self.moe.expert_dropout > 0:
+            raise ValueError("moe.expert_dropout: is for SFT only; DPO compares two passes, which must not differ")
+        ahead, balancing = self.options.precompute_ref_log_probs, self.moe.moe_load_balancing
+        if (balancing == "aux_free" and ahead is False) or (balancing == "expert_choice" and ahead is True):
+            raise ValueError(f"options.precompute_ref_log_probs: {str(ahead).lower()} is not valid with "
+                             f"moe.moe_load_balancing {balancing!r}, whose reference would be another")  # fmt: skip
+        if self.moe.router_jitter > 0:
+            raise ValueError("moe.router_jitter: is for SFT only; DPO compares two passes, which must not differ")
+        return self
+
+
+JobSpec = Annotated[SFTSpec | DPOSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[SFTSpec | DPOSpec] = TypeAdapter(JobSpec)
+DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]
+
+
+class JobDefaults(Block):
+    """A server's own defaults for jobs: any part of these blocks; a job's own values go before them."""
+
+    training: dict[str, Any] = Field(default_factory=dict, description="Parts of `training`.")
+    optimizer: dict[str, Any] = Field(default_factory=dict, description="Parts of `optimizer`.")
+    efficiency: dict[str, Any] = Field(default_factory=dict, description="Parts of `efficiency`.")
+    adapter: dict[str, Any] | None = Field(
+        default=None, description="Parts of `adapter`; given, jobs that name no adapter get this one."
+    )
+    moe: dict[str, Any] = Field(default_factory=dict, description="Parts of `moe`.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Parts of `options`.")
+    trackers: dict[str, Any] = Field(
+        default_factory=dict, description="Parts of `trackers`; a job turns one off with null."
+    )
+
+    @model_validator(mode="after")
+    def _each_part_is_valid(self) -> "JobDefaults":
+        # A typing error in a run YAML must stop the server at its start, not the first job at night.
+        blocks: dict[str, type[Block]] = {
+            "training": Training, "optimizer": Optimizer, "efficiency": Efficiency,
+            "adapter": Adapter, "moe": Moe, "options": Options, "trackers": Trackers,
+        }  # fmt: skip
+        for name, block in blocks.items():
+            block.model_validate(getattr(self, name) or {})
+        return self
+
+    def under(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`body` of a job with these defaults beneath it, block by block; `body` itself is left as it is.
+
+        `"adapter": null` in a body is a choice (train all weights) and stays null.
+        """
+        merged = dict(body)
+        for name in type(self).model_fields:
+            defaults = getattr(self, name)
+            given = body.get(name, {} if defaults is not None else None)
+            if isinstance(given, dict) and defaults:
+                merged[name] = {**defaults, **given}
+        return merged

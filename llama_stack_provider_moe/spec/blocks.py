@@ -1,0 +1,91 @@
+"""The blocks that every job has, whatever it trains: data, length, optimiser, machine."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DType = Literal["fp32", "bf16", "fp16"]
+RowFormat = Literal["auto", "instruct", "dialog"]
+NUMBERS_PATTERN = r"^\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*$"
+
+
+def numbers(text: str) -> Iterator[int]:
+    """`0-3,7` -> 0, 1, 2, 3, 7."""
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+class Block(BaseModel):
+    """Base of every block: unknown keys are errors, numbers are finite, nothing is coerced in silence."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=False)
+
+
+class Data(Block):
+    """Which rows, and how they are read."""
+
+    dataset_id: str = Field(min_length=1, max_length=512, description="Data set registered with the host.")
+    validation_dataset_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="Held-out data set; left out, `options.validation_split` of the rows are held out.",
+    )
+    format: RowFormat = Field(
+        default="auto",
+        description="instruct: single-turn rows; dialog: rows of messages; auto: each row says by its keys.",
+    )
+    shuffle: bool = Field(default=True, description="Shuffle the training rows before every epoch.")
+    packed: bool = Field(
+        default=False, description="SFT: fill sequences of `options.max_length` tokens with several rows."
+    )
+    train_on_input: bool = Field(default=False, description="SFT: loss on prompt tokens too, not on the answers alone.")
+
+
+class Training(Block):
+    """How long, and in what pieces."""
+
+    n_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the training rows.")
+    max_steps_per_epoch: int = Field(
+        default=0, ge=0, description="Optimiser steps after which an epoch ends; 0: the whole epoch."
+    )
+    batch_size: int = Field(default=4, ge=1, le=4096, description="Rows (or pairs) in one micro-batch.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, le=4096, description="Micro-batches in one optimiser step."
+    )
+    max_validation_steps: int = Field(
+        default=0, ge=0, description="Micro-batches in one evaluation; 0: all held-out rows."
+    )
+    dtype: DType = Field(default="bf16", description="Parameters of the model and autocast; adapters stay in fp32.")
+
+
+class Optimizer(Block):
+    """The optimiser and its learning-rate curve."""
+
+    optimizer_type: Literal["adam", "adamw", "sgd"] = Field(
+        default="adamw", description="torch.optim.Adam, AdamW (decoupled weight decay) or SGD (no momentum)."
+    )
+    lr: float = Field(default=1e-4, gt=0, le=10, description="Peak learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, le=10, description="Weight decay.")
+    num_warmup_steps: int = Field(
+        default=0, ge=0, description="Optimiser steps over which the rate rises from 0 to `lr`."
+    )
+
+
+class Efficiency(Block):
+    """Memory against time."""
+
+    enable_activation_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in backward; always non-reentrant, or the aux loss loses its gradient.",
+    )
+
+
+class Resources(Block):
+    """What a job needs of the machine."""
+
+    gpus: int | None = Field(
+        default=None, ge=0, le=64, description="GPUs of its own; left out: one where there are any, else the CPU."
+    )
