@@ -29,9 +29,10 @@ lint: $(VENV)/.dev
 serve: $(VENV)/.demo
 	$(BIN)/llama stack run run_configs/quickstart.yaml --port $(PORT)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.server_start
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
+	$(BIN)/python -m benchmarks.quantized_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
 

@@ -1,12 +1,12 @@
 """LoRA on experts on a CPU: ours against PEFT's `target_parameters`, forward and backward, time and peak memory.
 
-One experts module of three mid shapes and of SmolLM2-4x135M's, in bf16 and fp32: with LoRA of rank 16, ours (beside the
-weights) against PEFT's (folded into them) over transformers' `grouped_mm` and over its eager loop; and fully trained,
-ours against `grouped_mm`. Each variant has a process of its own, as a job has: oneDNN keeps the code it compiles for a
-process, and variants that share it would crowd out or help one another. Each repetition draws a number of tokens and a
-routing, as each training step does, and gives all variants the same, one after the other; which goes first alternates.
-Memory is what the process's resident set rose to above what it was before a step. Before anything is measured, each
-variant's output and gradients are compared with the eager ones' in fp32. Run
+One experts module of three mid shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of rank
+16, ours (beside the weights) against PEFT's (folded into them) over transformers' `grouped_mm` and over its eager loop;
+and fully trained, ours against `grouped_mm`. Each variant has a process of its own, as a job has: oneDNN keeps the code
+it compiles for a process, and variants that share it would crowd out or help one another. Each repetition draws a
+number of tokens and a routing, as each training step does, and gives all variants the same, one after the other; which
+goes first alternates. Memory is what the process's resident set rose to above what it was before a step. Before
+anything is measured, each variant's output and gradients are compared with the eager ones' in fp32. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
@@ -36,7 +36,7 @@ from llama_stack_provider_moe.experts.backend import OURS
 from llama_stack_provider_moe.experts.split_lora import split_lora
 
 RANK = 16
-TOKENS = (768, 1280)  # of a step, drawn anew
+TOKENS = {"256 tokens": (192, 320), "1024 tokens": (768, 1280)}  # of a step, drawn anew
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ SHAPES = {
     "H512 I1024 E16 top-2": Shape(512, 1024, 16, 2),
     "H768 I512 E32 top-4": Shape(768, 512, 32, 4),
     "H1024 I512 E32 top-8 (Granite-3.0-1b-a400m)": Shape(1024, 512, 32, 8),
-    "H576 I1536 E4 top-2 (SmolLM2-4x135M)": Shape(576, 1536, 4, 2),
 }
 # name -> implementation, LoRA
 VARIANTS = {
@@ -101,9 +100,9 @@ class Layer(nn.Module):
         return out
 
 
-def drawn(shape: Shape, draws: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def drawn(shape: Shape, tokens_of: str, draws: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Tokens (T, D), their experts (T, K) and weights (T, K)."""
-    tokens = int(torch.randint(*TOKENS, (), generator=draws))
+    tokens = int(torch.randint(*TOKENS[tokens_of], (), generator=draws))
     hidden = torch.randn(tokens, shape.hidden, generator=draws).to(dtype).requires_grad_()
     chosen = torch.rand(tokens, shape.experts, generator=draws).topk(shape.top_k)
     return hidden, chosen.indices, chosen.values.to(dtype)
@@ -132,7 +131,7 @@ def check(shape: Shape) -> dict[str, float]:
         if not name.startswith("LoRA"):
             continue
         layer = Layer(shape, torch.float32, *variant)
-        inputs = drawn(shape, torch.Generator().manual_seed(1), torch.float32)
+        inputs = drawn(shape, "256 tokens", torch.Generator().manual_seed(1), torch.float32)
         out = layer(*inputs)
         out.square().mean().backward()
         gradients = [parameter.grad for name, parameter in layer.named_parameters() if "lora_" in name]
@@ -144,17 +143,17 @@ def check(shape: Shape) -> dict[str, float]:
     }
 
 
-def run_variant(name: str, shape: Shape, dtype: torch.dtype, threads: int, pipe: Connection) -> None:
+def run_variant(name: str, shape: Shape, tokens_of: str, dtype: torch.dtype, threads: int, pipe: Connection) -> None:
     """A process's work: a step's figures each time it is asked, until it is told to stop."""
     torch.set_num_threads(threads)
     layer = Layer(shape, dtype, *VARIANTS[name])
     draws = torch.Generator().manual_seed(0)
     pipe.send(None)
     while pipe.recv():
-        pipe.send(one_step(layer, drawn(shape, draws, dtype)))
+        pipe.send(one_step(layer, drawn(shape, tokens_of, draws, dtype)))
 
 
-def measure(shape: Shape, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
+def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
     """(seconds, bytes) a step, by variant, after two steps that are not counted."""
     # A process each, begun anew; large blocks go back to the system at once, so that the resident set tells them.
     spawn = multiprocessing.get_context("spawn")
@@ -162,7 +161,7 @@ def measure(shape: Shape, dtype: torch.dtype, steps: int) -> dict[str, list[tupl
     processes = []
     for name in VARIANTS:
         pipes[name], theirs = spawn.Pipe()
-        arguments = (name, shape, dtype, torch.get_num_threads(), theirs)
+        arguments = (name, shape, tokens_of, dtype, torch.get_num_threads(), theirs)
         processes.append(spawn.Process(target=run_variant, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -197,19 +196,20 @@ def summary(figures: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write a result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS / f"cpu_experts_{datetime.now(UTC):%Y-%m-%d}.json")
     arguments = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)  # read by the processes that are begun below
     shapes: dict[str, Any] = {}
     for title, shape in SHAPES.items():
         shapes[title] = {"relative_difference_to_eager_fp32": check(shape)}
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            shapes[title][name] = summary(measure(shape, dtype, arguments.steps))
-            print(title, name, json.dumps(shapes[title][name]["times_as_fast"]),
-                  json.dumps(shapes[title][name]["times_the_memory"]), flush=True)  # fmt: skip
+        for tokens_of in TOKENS:
+            for dtype in (torch.bfloat16, torch.float32):
+                name = f"{str(dtype).removeprefix('torch.')}, {tokens_of}"
+                found = shapes[title][name] = summary(measure(shape, tokens_of, dtype, arguments.steps))
+                print(title, name, found["times_as_fast"], found["times_the_memory"], flush=True)
     result = {
-        "what": f"experts forward and backward, LoRA r={RANK} or full, {TOKENS[0]} to {TOKENS[1]} tokens a step",
+        "what": f"experts forward and backward, LoRA r={RANK} or full, new row counts at each step",
         "command": f"python -m benchmarks.cpu_experts --steps {arguments.steps}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "shapes": shapes,

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from llama_stack_provider_moe.errors import AdapterError, LayoutError
 from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted, sort_by_expert
 from llama_stack_provider_moe.experts.kernels.linear import Lora, grouped_linear
+from llama_stack_provider_moe.experts.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.experts.kernels.reference import Stored
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.split_lora import take_lora
@@ -59,29 +60,13 @@ def run_experts(
         (T, D), in the dtype of `hidden_TD`.
     """
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=some_have_fewer)
-    inner_SI = _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", _rows(hidden_TD, found), found)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner_SI = _product(experts, up, dispatch(hidden_TD, found), found)
     inner_SI = experts._apply_gate(inner_SI) if experts.has_gate else experts.act_fn(inner_SI)
     out_SD = _product(experts, "down_proj", inner_SI, found)
     if experts.has_post_expert_norm:
         out_SD = experts.post_expert_norm(out_SD)
-    return _by_token(out_SD * _weight_of_rows(weights_TK, found), found).to(hidden_TD.dtype)
-
-
-def _rows(hidden_TD: Tensor, found: Sorted) -> Tensor:
-    """(S, D)"""
-    return hidden_TD[found.order_S // found.places_TK.shape[1]]
-
-
-def _weight_of_rows(weights_TK: Tensor, found: Sorted) -> Tensor:
-    """(S, 1)"""
-    return weights_TK.reshape(-1)[found.order_S].unsqueeze(-1)
-
-
-def _by_token(rows_SD: Tensor, found: Sorted) -> Tensor:
-    """Each token's rows, summed in the order of its choices: unlike `index_add_` the same every time."""
-    if found.some_without_row:  # a row of zeros stands for them
-        rows_SD = torch.cat([rows_SD, rows_SD.new_zeros(1, rows_SD.shape[1])])
-    return rows_SD[found.places_TK].sum(dim=1)
+    return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
 
 
 def _product(experts: Any, name: str, rows_SI: Tensor, found: Sorted) -> Tensor:
@@ -134,10 +119,10 @@ def _llama4_experts(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_T
     """The router's score weighs what goes in, not what comes out."""
     chosen_by_experts = index_TK.shape[1] == experts.num_experts
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=chosen_by_experts)
-    rows_SD = _rows(hidden_TD, found) * _weight_of_rows(weights_TK, found)
+    rows_SD = dispatch(hidden_TD, found) * weights_TK.reshape(-1)[found.order_S].unsqueeze(-1)
     gate_SI, up_SI = _linear(experts, "gate_up_proj", rows_SD, found.groups, True).chunk(2, dim=-1)
     out_SD = _linear(experts, "down_proj", up_SI * experts.act_fn(gate_SI), found.groups, True)
-    return _by_token(out_SD, found).to(hidden_TD.dtype)
+    return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)
 
 
 def _llama4_block(block: Any, top_k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:

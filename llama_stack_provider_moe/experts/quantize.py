@@ -16,6 +16,7 @@ import bitsandbytes.functional as codec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.experts.backend import code_of, drop_codes, keep_code
@@ -180,6 +181,16 @@ def resident_bytes(model: nn.Module) -> int:
     tensors = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                for tensor in [*base.parameters(), *base.buffers()]}  # fmt: skip
     return int(sum(tensors.values())) + sum(code.nbytes for code in _codes(base))
+
+
+def spare_ddp(model: nn.Module) -> None:
+    """Have DistributedDataParallel leave placeholders alone: it would write to them to make all processes agree."""
+    names = [name for name, parameter in model.named_parameters() if _is_placeholder(parameter)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
+
+
+def _is_placeholder(parameter: Tensor) -> bool:
+    return parameter.numel() > 1 and not any(parameter.stride())
 
 
 def _codes(base: nn.Module) -> Iterator[Code]:

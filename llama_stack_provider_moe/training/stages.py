@@ -14,7 +14,7 @@ from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
-from llama_stack_provider_moe.experts.quantize import QuantizeReport, dequantize, quantize
+from llama_stack_provider_moe.experts.quantize import QuantizeReport, dequantize, quantize, spare_ddp
 from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
 from llama_stack_provider_moe.experts.steering import Steering
@@ -80,6 +80,8 @@ def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel,
     set_seed(spec.options.seed)
     if spec.adapter is not None:
         adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
+        if base.quantized is not None:
+            spare_ddp(adapted.model)
         return adapted.model, adapted.report, adapted.rates
     if spec.training.dtype == "bf16":
         session.say(

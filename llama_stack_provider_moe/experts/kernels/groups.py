@@ -45,22 +45,24 @@ class Sorted:
             fill up, any: nobody reads what becomes of them.
         places_TK: of each choice, its row; S for a choice of no expert, which has none.
         some_without_row: there are such choices.
+        filled_S: True in rows that fill up; None: there are none.
     """
 
     order_S: Tensor
     places_TK: Tensor
     groups: Groups
     some_without_row: bool = False
+    filled_S: Tensor | None = None
 
 
 def bucket(rows: Tensor) -> Tensor:
-    """Counts rounded up to a multiple of about an eighth to a sixteenth: at most eight between powers of two.
+    """Counts rounded up to a multiple of 16, or of a sixteenth to a 32nd of it: at most 16 between powers of two.
 
-    >>> bucket(torch.tensor([0, 1, 16, 17, 100, 129, 300])).tolist()
-    [0, 16, 16, 32, 112, 144, 320]
+    >>> bucket(torch.tensor([0, 1, 16, 17, 100, 300, 1000])).tolist()
+    [0, 16, 16, 32, 112, 304, 1024]
     """
     bits = torch.frexp(rows.float()).exponent  # as `int.bit_length`
-    granule = (2.0 ** (bits - 4)).clamp(min=SMALLEST).long()
+    granule = (2.0 ** (bits - 5)).clamp(min=SMALLEST).long()
     return (rows + granule - 1).div(granule, rounding_mode="floor") * granule
 
 
@@ -97,4 +99,9 @@ def sort_by_expert(index_TK: Tensor, num_experts: int, dtype: torch.dtype, *, pa
     roomy_order[rows_S] = order_S[:kept]
     places_S = torch.full_like(order_S, total)
     places_S[order_S[:kept]] = rows_S
-    return Sorted(roomy_order, places_S.view_as(index_TK), Groups(ends_E.int()), kept < order_S.shape[0])
+    filled_S = torch.ones(total, dtype=torch.bool)
+    filled_S[rows_S] = False
+    return Sorted(
+        roomy_order, places_S.view_as(index_TK), Groups(ends_E.int()), kept < order_S.shape[0],
+        filled_S if total > kept else None,
+    )  # fmt: skip

@@ -50,7 +50,8 @@ def grouped_linear(
     lora_rows_SI = a_ERI = b_EOR = None
     if lora is not None:
         lora_rows_SI = torch.nn.functional.dropout(rows_SI, lora.dropout) if lora.dropout else None
-        a_ERI, b_EOR = lora.a_ERI.to(weight.dtype), lora.b_EOR.to(weight.dtype)
+        # PEFT keeps B with its experts innermost: a matrix of it would be copied for every product.
+        a_ERI, b_EOR = lora.a_ERI.to(weight.dtype).contiguous(), lora.b_EOR.to(weight.dtype).contiguous()
     tensor, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     out: Tensor = _Product.apply(rows_SI, lora_rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups)
     return out

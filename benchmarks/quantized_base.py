@@ -1,0 +1,167 @@
+"""A real Mixture-of-Experts model over 4, 8 and 16 bits: bytes it takes, and its loss, step by step.
+
+SmolLM2-4x135M (380 million parameters), the model of `make demo`, which has to have made it. Bytes are of weights and
+codes, and of a process's resident set before and after quantising. Then the same SFT job, LoRA on all experts, over
+each base, through the HTTP API: same rows, same order, same seed. Run
+
+    python -m benchmarks.quantized_base [--model FOLDER] [--steps N] [--out FILE]
+"""
+
+import argparse
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server_start import RESULTS, machine
+from llama_stack_provider_moe.jobs.events import read
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from tests.host_harness import QUICKSTART, Server, run_config, serving
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / ".cache" / "demo" / "models" / "SmolLM2-4x135M"
+BASES: dict[str, dict[str, Any]] = {
+    "16 bits": {},
+    "8 bits": {"quantize_base": True, "quantize_bits": 8},
+    "4 bits": {"quantize_base": True},
+}
+BATCH, LIMIT_S = 4, 3600.0
+
+
+def weigh(model: Path, bits: int, pipe: Connection) -> None:
+    """A process's work: load in bf16, quantise, and tell bytes of tensors and of the resident set."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.cpu_experts import status
+    from llama_stack_provider_moe.experts.layout import find_layout
+    from llama_stack_provider_moe.experts.quantize import quantize
+
+    torch.set_num_threads(1)
+    bare = status("VmRSS")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    for parameter in loaded.parameters():  # of its own, no longer a view of the file
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    before = status("VmRSS")
+    report = quantize(loaded, find_layout(loaded), 4 if bits == 4 else 8, torch.device("cpu"))
+    gc.collect()
+    after = status("VmRSS")
+    pipe.send(report.as_json() | {"resident_before": before - bare, "resident_after": after - bare})
+
+
+def weighed(model: Path, bits: int) -> dict[str, Any]:
+    """In a process of its own, whose large blocks go back to the system at once."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=weigh, args=(model, bits, theirs))
+    process.start()
+    found: dict[str, Any] = ours.recv()
+    process.join()
+    return found
+
+
+def losses(server: Server, name: str, adapter: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run the job and read its figures."""
+    job_id = name.replace(" ", "-")
+    body = {
+        "recipe": "sft", "job_uuid": job_id, "model": str(server.state_dir / "models" / MODEL.name),
+        "data": {"dataset_id": "train", "validation_dataset_id": "held-out"},
+        "training": {"batch_size": BATCH, "max_steps_per_epoch": steps, "dtype": "bf16"},
+        "optimizer": {"lr": 2e-4}, "adapter": {"rank": 8, "alpha": 16, **adapter},
+        "moe": {"router_aux_loss_coef": 0.01}, "options": {"max_length": 256},
+    }  # fmt: skip
+    with server.http() as http:
+        http.headers["Connection"] = "close"
+        answer = http.post("/jobs", json=body)
+        assert answer.status_code == 200, answer.text
+        deadline = time.monotonic() + LIMIT_S
+        while (job := http.get(f"/jobs/{job_id}/status").json())["status"] in ("scheduled", "in_progress"):
+            assert time.monotonic() < deadline, job
+            time.sleep(2)
+    assert job["status"] == "completed", job
+    events = read(JobFolder(server.config().jobs_dir / job_id).events, limit=10_000).events
+    held_out = [event.metrics["validation_loss"] for event in events if event.type == "evaluation"]
+    return {
+        "held_out_before_after": [round(held_out[0], 4), round(held_out[-1], 4)],
+        "median_step_s": round(statistics.median(_durations(events)), 2),
+        "cross_entropy": [round(event.metrics["ce"], 4) for event in events if event.type == "step"],
+    }
+
+
+def _durations(events: list[Any]) -> list[float]:
+    times = [event.time for event in events if event.type == "step"]
+    return [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """Of the demo's data."""
+    lines = (ROOT / "examples" / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"quantized_base_{datetime.now(UTC):%Y-%m-%d}.json")
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        parser.error(f"{arguments.model} is no model; `make demo` makes it")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the client SDK's import turns its lines on
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)
+    weights = {f"{bits} bits": weighed(arguments.model, bits) for bits in (8, 4)}
+    print(json.dumps(weights, indent=2), flush=True)
+    curves: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        changes = {"child_env": {"HF_HUB_OFFLINE": "1"}}
+        with serving(run_config(QUICKSTART, Path(name), provider=changes), Path(name) / "state") as server:
+            shutil.copytree(arguments.model, server.state_dir / "models" / MODEL.name)
+            server.register("train", rows("instructions.jsonl"))
+            server.register("held-out", rows("instructions_heldout.jsonl"))
+            for base, adapter in BASES.items():
+                curves[base] = losses(server, base, adapter, arguments.steps)
+                print(base, json.dumps(curves[base]), flush=True)
+    plain = curves["16 bits"]["cross_entropy"]
+    result = {
+        "what": f"{MODEL.name}, LoRA r=8 on attention and all experts, {arguments.steps} steps of {BATCH} rows, bf16",
+        "command": f"python -m benchmarks.quantized_base --steps {arguments.steps}",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bytes_to_16_bits": {
+            base: round(each["bytes_after"] / each["bytes_before"], 3) for base, each in weights.items()
+        },
+        "mean_cross_entropy_above_16_bits": {
+            base: round(statistics.mean(each["cross_entropy"]) - statistics.mean(plain), 4)
+            for base, each in curves.items()
+            if base != "16 bits"
+        },
+        "step_time_to_16_bits": {
+            base: round(each["median_step_s"] / curves["16 bits"]["median_step_s"], 2)
+            for base, each in curves.items()
+            if base != "16 bits"
+        },
+        "bytes": weights,
+        "curves": curves,
+        "machine": machine() | {"load_average": os.getloadavg()},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
+    }
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key != "curves"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
