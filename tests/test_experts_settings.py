@@ -124,6 +124,8 @@ def test_lfm2_without_its_bias_has_none() -> None:
         ("mixtral", {}, "moe_torch"),
         ("mixtral", {"experts_backend": "torch"}, "moe_torch"),
         ("mixtral", {"experts_backend": "peft"}, "grouped_mm"),
+        ("mixtral", {"experts_backend": "triton"}, "moe_triton"),
+        ("llama4_text", {"experts_backend": "triton", "moe_load_balancing": "expert_choice"}, "moe_triton_partial"),
         ("mixtral", {"enable_moe_optimizations": False}, "eager"),
         ("mixtral", {"moe_load_balancing": "expert_choice"}, "moe_torch_partial"),
         ("llama4_text", {}, "moe_torch"),
@@ -133,7 +135,9 @@ def test_lfm2_without_its_bias_has_none() -> None:
 def test_who_computes_the_experts(family: str, moe: dict[str, Any], implementation: str) -> None:
     resolved = applied(family, **moe)[2]
     assert resolved.experts_implementation == implementation
-    assert any("no grouped" in note for note in resolved.notes) is (family == "llama4_text" and bool(moe))
+    assert any("no grouped" in note for note in resolved.notes) is (
+        implementation == "eager" and "experts_backend" in moe
+    )
 
 
 def test_a_moe_is_not_trained_as_if_it_were_dense() -> None:

@@ -149,6 +149,28 @@ def test_quantised_experts_need_our_implementation(workshop: Workshop) -> None:
     assert "adapter.quantize_base: true is not valid with experts grouped_mm" in run.reason
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_is_refused_where_there_is_no_gpu(workshop: Workshop) -> None:
+    run = workshop.run("sft", "mixtral", moe={"experts_backend": "triton"})
+    assert run.exit_code == FAILED
+    assert "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU" in run.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize("adapter", [{"rank": 4}, {"rank": 4, "quantize_base": True}, None])
+def test_triton_learns_as_torch_does(workshop: Workshop, family: str, adapter: Any) -> None:
+    runs = [
+        finished(
+            workshop.run("sft", family, adapter=adapter, moe={"experts_backend": backend},
+                         **({} if adapter else {"optimizer": {"lr": 1e-3}}))
+        )
+        for backend in ("torch", "triton")
+    ]  # fmt: skip
+    assert runs[1].resolved["moe"]["experts_implementation"] == "moe_triton"
+    assert runs[1].steps("ce") == pytest.approx(runs[0].steps("ce"), rel=1e-3)
+
+
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_family_trains_quantised(workshop: Workshop, family: str) -> None:
     run = finished(

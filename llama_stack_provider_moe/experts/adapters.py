@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.errors import AdapterError
-from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL
+from llama_stack_provider_moe.experts.backend import ALL_OURS
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.rates import Rates, of_experts
 from llama_stack_provider_moe.experts.settings import ResolvedMoe
@@ -78,7 +78,7 @@ def add_lora(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, re
     """
     targets = find_targets(model, adapter, layout, resolved.train_router)
     shares = share_out(adapter, targets, layout)
-    ours = resolved.experts_implementation in (OURS, OURS_PARTIAL)
+    ours = resolved.experts_implementation in ALL_OURS
     _refuse_on_parameters(adapter, targets, ours)
     config = LoraConfig(
         task_type="CAUSAL_LM",

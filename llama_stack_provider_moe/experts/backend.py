@@ -5,7 +5,6 @@ does not dispatch, are patched, one by one, to the same arithmetic. `moe_torch_p
 number of experts (expert choice): there the index that is the number of experts stands for none.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llama_stack_provider_moe.errors import AdapterError, LayoutError
+from llama_stack_provider_moe.experts.kernels import reference
 from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted, sort_by_expert
-from llama_stack_provider_moe.experts.kernels.linear import Lora, grouped_linear
+from llama_stack_provider_moe.experts.kernels.linear import Kernels, Lora, grouped_linear
 from llama_stack_provider_moe.experts.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.experts.kernels.reference import Stored
 from llama_stack_provider_moe.experts.layout import ExpertLayout
@@ -23,6 +23,9 @@ from llama_stack_provider_moe.experts.split_lora import take_lora
 
 OURS: Literal["moe_torch"] = "moe_torch"
 OURS_PARTIAL: Literal["moe_torch_partial"] = "moe_torch_partial"
+TRITON: Literal["moe_triton"] = "moe_triton"
+TRITON_PARTIAL: Literal["moe_triton_partial"] = "moe_triton_partial"
+ALL_OURS = (OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL)
 _CODES = "_expert_codes"
 
 
@@ -45,7 +48,13 @@ def drop_codes(experts: nn.Module) -> None:
 # A compiled model breaks its graph here: which rows are whose is known only when it runs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_experts(
-    experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, *, some_have_fewer: bool = False
+    experts: Any,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    some_have_fewer: bool = False,
+    kernels: Kernels = reference,
 ) -> Tensor:
     """The forward of an experts module of transformers, of any layout that its `grouped_mm` takes.
 
@@ -55,27 +64,34 @@ def run_experts(
         index_TK: of each token, the experts it goes to.
         weights_TK: and how much each of them counts.
         some_have_fewer: `index_TK` holds E where a token has fewer than K experts.
+        kernels: that compute the products.
 
     Returns:
         (T, D), in the dtype of `hidden_TD`.
     """
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=some_have_fewer)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner_SI = _product(experts, up, dispatch(hidden_TD, found), found)
+    inner_SI = _product(experts, up, dispatch(hidden_TD, found), found, kernels)
     inner_SI = experts._apply_gate(inner_SI) if experts.has_gate else experts.act_fn(inner_SI)
-    out_SD = _product(experts, "down_proj", inner_SI, found)
+    out_SD = _product(experts, "down_proj", inner_SI, found, kernels)
     if experts.has_post_expert_norm:
         out_SD = experts.post_expert_norm(out_SD)
     return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
 
 
-def _product(experts: Any, name: str, rows_SI: Tensor, found: Sorted) -> Tensor:
+def _product(experts: Any, name: str, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return _linear(experts, name, rows_SI, found.groups, experts.is_transposed, bias)
+    return _linear(experts, name, rows_SI, found.groups, kernels, experts.is_transposed, bias)
 
 
 def _linear(
-    experts: nn.Module, name: str, rows_SI: Tensor, groups: Groups, transposed: bool, bias: Tensor | None = None
+    experts: nn.Module,
+    name: str,
+    rows_SI: Tensor,
+    groups: Groups,
+    kernels: Kernels,
+    transposed: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
     lora = take_lora(experts, name)
     code = code_of(experts, name)
@@ -89,13 +105,13 @@ def _linear(
         own: Tensor = getattr(experts, name)
         weight = own.mT if transposed else own
     if lora is None:
-        return grouped_linear(rows_SI, weight, groups, bias)
+        return grouped_linear(rows_SI, weight, groups, bias, kernels=kernels)
     a, b = (lora.left.mT, lora.right.mT) if transposed else (lora.right, lora.left)
     dropout = lora.dropout if experts.training else 0.0
-    return grouped_linear(rows_SI, weight, groups, bias, Lora(a, b, dropout))
+    return grouped_linear(rows_SI, weight, groups, bias, Lora(a, b, dropout), kernels)
 
 
-def route_llama4(model: nn.Module, layout: ExpertLayout) -> None:
+def route_llama4(model: nn.Module, layout: ExpertLayout, kernels: Kernels) -> None:
     """Have Llama 4's blocks send each token to its own experts alone.
 
     transformers 5.23 runs every expert over every token, most of them over zeros, and knows no other way for it.
@@ -110,18 +126,18 @@ def route_llama4(model: nn.Module, layout: ExpertLayout) -> None:
             raise LayoutError(f"{layout.path(layer, layout.block)} has no {', '.join(sorted(missing))}")
         # On the instances, before the methods of their classes; partials of the modules themselves, so that a deep
         # copy of the model is bound to its own copies.
-        experts.forward = partial(_llama4_experts, experts)
+        experts.forward = partial(_llama4_experts, kernels, experts)
         block.forward = partial(_llama4_block, block, layout.top_k)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _llama4_experts(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _llama4_experts(kernels: Kernels, experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The router's score weighs what goes in, not what comes out."""
     chosen_by_experts = index_TK.shape[1] == experts.num_experts
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=chosen_by_experts)
     rows_SD = dispatch(hidden_TD, found) * weights_TK.reshape(-1)[found.order_S].unsqueeze(-1)
-    gate_SI, up_SI = _linear(experts, "gate_up_proj", rows_SD, found.groups, True).chunk(2, dim=-1)
-    out_SD = _linear(experts, "down_proj", up_SI * experts.act_fn(gate_SI), found.groups, True)
+    gate_SI, up_SI = _linear(experts, "gate_up_proj", rows_SD, found.groups, kernels, True).chunk(2, dim=-1)
+    out_SD = _linear(experts, "down_proj", up_SI * experts.act_fn(gate_SI), found.groups, kernels, True)
     return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)
 
 
@@ -135,9 +151,20 @@ def _llama4_block(block: Any, top_k: int, hidden: Tensor) -> tuple[Tensor, Tenso
     return out, logits_TE
 
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    OURS: run_experts,
-    OURS_PARTIAL: partial(run_experts, some_have_fewer=True),
-}
-for _name, _function in _FUNCTIONS.items():
-    ALL_EXPERTS_FUNCTIONS.register(_name, _function)
+def kernels_of(implementation: str) -> Kernels:
+    """The products of one of `ALL_OURS`, which transformers knows from here on."""
+    if implementation in (TRITON, TRITON_PARTIAL):
+        from llama_stack_provider_moe.experts.kernels import grouped  # triton is not everywhere
+
+        kernels: Kernels = grouped
+    else:
+        kernels = reference
+    some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)
+    if implementation not in ALL_EXPERTS_FUNCTIONS:
+        forward = partial(run_experts, some_have_fewer=some_have_fewer, kernels=kernels)
+        ALL_EXPERTS_FUNCTIONS.register(implementation, forward)
+    return kernels
+
+
+for _name in (OURS, OURS_PARTIAL):
+    kernels_of(_name)

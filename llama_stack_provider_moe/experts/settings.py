@@ -12,12 +12,22 @@ from typing import Any, Literal
 from torch import nn
 
 from llama_stack_provider_moe.errors import ModelError, shorten
-from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL, route_llama4
+from llama_stack_provider_moe.experts.backend import (
+    ALL_OURS,
+    OURS,
+    OURS_PARTIAL,
+    TRITON,
+    TRITON_PARTIAL,
+    kernels_of,
+    route_llama4,
+)
 from llama_stack_provider_moe.experts.dropout import add_expert_dropout
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config, without_adapters
 from llama_stack_provider_moe.spec import LoadBalancing, Moe
 
-ExpertsImplementation = Literal["moe_torch", "moe_torch_partial", "grouped_mm", "eager"]
+ExpertsImplementation = Literal[
+    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager"
+]
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,10 @@ def _implementation(moe: Moe, layout: ExpertLayout) -> ExpertsImplementation:
         return "eager"
     if moe.experts_backend == "peft":
         return "grouped_mm" if layout.grouped_mm else "eager"
-    return OURS_PARTIAL if moe.moe_load_balancing == "expert_choice" else OURS
+    some_have_fewer = moe.moe_load_balancing == "expert_choice"
+    if moe.experts_backend == "triton":
+        return TRITON_PARTIAL if some_have_fewer else TRITON
+    return OURS_PARTIAL if some_have_fewer else OURS
 
 
 def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedMoe) -> ShippedConfig:
@@ -166,9 +179,11 @@ def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedM
     if layout.needs_num_experts:
         _alias_num_experts(type(config))
     if not layout.grouped_mm:
-        if resolved.experts_implementation in (OURS, OURS_PARTIAL):
-            route_llama4(model, layout)
+        if resolved.experts_implementation in ALL_OURS:
+            route_llama4(model, layout, kernels_of(resolved.experts_implementation))
     elif resolved.experts_implementation is not None:
+        if resolved.experts_implementation in ALL_OURS:
+            kernels_of(resolved.experts_implementation)
         base.set_experts_implementation(resolved.experts_implementation)
         if config._experts_implementation != resolved.experts_implementation:
             raise ModelError(

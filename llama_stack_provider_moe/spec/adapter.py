@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN, Block, numbers
+from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, numbers
 
 AdapterPlan = Literal["trunk", "all_experts", "per_expert"]
 AdapterGroup = Literal["attention", "experts", "shared_experts", "dense_mlp", "router", "output_head"]
@@ -19,7 +19,10 @@ class ExpertRule(Block):
     """Which experts of which layers get LoRA of which rank, in plan `per_expert`."""
 
     layers: str | None = Field(
-        default=None, pattern=NUMBERS_PATTERN, description="Layers, as `0-3,12`; left out: every MoE layer."
+        default=None,
+        pattern=NUMBERS_PATTERN,
+        max_length=NUMBERS_LENGTH,
+        description="Layers, as `0-3,12`; left out: every MoE layer.",
     )
     experts: dict[str, int] = Field(
         min_length=1, description='Expert, or experts as `0-3,7`, -> rank: `{"0": 16, "4-7": 8}`.'
@@ -28,12 +31,17 @@ class ExpertRule(Block):
         default=1.0, gt=0, le=1000, description="Of the learning rate of these experts' LoRA, beside their group's."
     )
 
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: str | None) -> str | None:
+        return _checked(layers)
+
     @field_validator("experts")
     @classmethod
     def _numbers_and_ranks(cls, experts: dict[str, int]) -> dict[str, int]:
         seen: set[int] = set()
         for key, rank in experts.items():
-            if not re.fullmatch(NUMBERS_PATTERN, key):
+            if len(key) > NUMBERS_LENGTH or not re.fullmatch(NUMBERS_PATTERN, key):
                 raise ValueError(f"{key!r} is not valid; expected experts as '0', '0-3' or '0-3,7'")
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"rank {rank} of experts {key!r} is not valid; expected 1 to {MAX_RANK}")
@@ -41,6 +49,12 @@ class ExpertRule(Block):
                 raise ValueError(f"expert {min(twice)} is named twice")
             seen |= set(numbers(key))
         return experts
+
+
+def _checked(layers: str | None) -> str | None:
+    if layers is not None:
+        list(numbers(layers))
+    return layers
 
 
 class Adapter(Block):
@@ -52,7 +66,7 @@ class Adapter(Block):
         "the experts of `rules`. Left out: all_experts where `apply_lora_to_mlp`, else attention alone.",
     )
     rules: list[ExpertRule] = Field(
-        default=[], max_length=1000, description="per_expert: which experts; of two that name one, the later counts."
+        default=[], max_length=100, description="per_expert: which experts; of two that name one, the later counts."
     )
     rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of every update that has none of its own.")
     router_rank: int | None = Field(
@@ -78,7 +92,10 @@ class Adapter(Block):
     )
     apply_lora_to_output: bool = Field(default=False, description="LoRA on the output head (lm_head).")
     layers: str | None = Field(
-        default=None, pattern=NUMBERS_PATTERN, description="Layers that get LoRA, as `0-3,12`; left out: all."
+        default=None,
+        pattern=NUMBERS_PATTERN,
+        max_length=NUMBERS_LENGTH,
+        description="Layers that get LoRA, as `0-3,12`; left out: all.",
     )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout on LoRA's input; on routers, which PEFT adapts, there is none."
@@ -95,6 +112,11 @@ class Adapter(Block):
     quantize_bits: Literal[4, 8] = Field(
         default=4, description="Of `quantize_base`: 4 (NF4) or 8 (dynamic), in blocks with a scale each."
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: str | None) -> str | None:
+        return _checked(layers)
 
     @field_validator("lora_attn_modules", "expert_modules")
     @classmethod

@@ -7,13 +7,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
-NUMBERS_PATTERN = r"^\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*$"
+NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
+NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
 
 
 def numbers(text: str) -> Iterator[int]:
-    """`0-3,7` -> 0, 1, 2, 3, 7."""
+    """`0-3,7` -> 0, 1, 2, 3, 7.
+
+    Raises:
+        ValueError: a range ends before it begins.
+    """
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f"range {part!r} ends before it begins")
         yield from range(int(first), int(last or first) + 1)
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from llama_stack_provider_moe.spec.blocks import Block
 
 LoadBalancing = Literal["switch", "gshard", "expert_choice", "aux_free"]
-ExpertsBackend = Literal["auto", "torch", "peft"]
+ExpertsBackend = Literal["auto", "torch", "triton", "peft"]
 BIAS_RATE = 0.001  # DeepSeek-V3's (arXiv 2412.19437, section 4.2)
 
 
@@ -23,8 +23,9 @@ class Moe(Block):
     )
     experts_backend: ExpertsBackend = Field(
         default="auto",
-        description="Who computes the experts: torch: ours, LoRA beside the weights; peft: transformers' grouped "
-        "products, LoRA folded in by PEFT; auto: ours.",
+        description="Who computes the experts: torch: ours, LoRA beside the weights; triton: ours, by Triton on "
+        "a GPU (interpreted and compiled in tests, not yet run on one); peft: transformers' grouped products, LoRA "
+        "folded in by PEFT; auto: torch.",
     )
     router_aux_loss_coef: float | None = Field(
         default=None,
@@ -68,12 +69,13 @@ class Moe(Block):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Moe":
-        if not self.enable_moe_optimizations and self.experts_backend == "torch":
-            raise ValueError("experts_backend: 'torch' is not valid with enable_moe_optimizations false")
+        if not self.enable_moe_optimizations and self.experts_backend in ("torch", "triton"):
+            raise ValueError(f"experts_backend: {self.experts_backend!r} is not valid with enable_moe_optimizations "
+                             "false")  # fmt: skip
         ours = self.enable_moe_optimizations and self.experts_backend != "peft"
         if self.moe_load_balancing == "expert_choice" and not ours:
-            raise ValueError("moe_load_balancing: 'expert_choice' needs our experts: experts_backend 'auto' or "
-                             "'torch', enable_moe_optimizations true")  # fmt: skip
+            raise ValueError("moe_load_balancing: 'expert_choice' needs our experts: experts_backend 'auto', "
+                             "'torch' or 'triton', enable_moe_optimizations true")  # fmt: skip
         if self.router_bias_rate != BIAS_RATE and self.moe_load_balancing != "aux_free":
             raise ValueError("router_bias_rate: is read only with moe_load_balancing 'aux_free'")
         return self

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
-from llama_stack_provider_moe.experts.backend import OURS, OURS_PARTIAL
+from llama_stack_provider_moe.experts.backend import ALL_OURS, TRITON, TRITON_PARTIAL
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.quantize import QuantizeReport, dequantize, quantize, spare_ddp
 from llama_stack_provider_moe.experts.rates import Rates
@@ -63,7 +63,12 @@ def load_base(session: AnySession) -> Base:
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
     resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None)
-    if bits is not None and layout is not None and resolved.experts_implementation not in (OURS, OURS_PARTIAL):
+    if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
+        raise ModelError(
+            "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
+            "'torch'"
+        )
+    if bits is not None and layout is not None and resolved.experts_implementation not in ALL_OURS:
         raise ModelError(
             f"adapter.quantize_base: true is not valid with experts {resolved.experts_implementation}; expected "
             "moe.experts_backend 'auto' or 'torch', and moe.enable_moe_optimizations true"

@@ -6,19 +6,36 @@ backward makes a gradient of W only where W trains. In half precision the fold l
 W's last digit, which is most of an update while it is young.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from llama_stack_provider_moe.experts.kernels import reference
 from llama_stack_provider_moe.experts.kernels.groups import Groups
-from llama_stack_provider_moe.experts.kernels.reference import (
-    Stored,
-    experts_of_rows,
-    rows_by_rows,
-    sums_of_rows,
-    times_weights,
-)
+from llama_stack_provider_moe.experts.kernels.reference import Stored
+
+
+class Kernels(Protocol):
+    """The ragged products: `reference` in plain torch, `grouped` in Triton."""
+
+    def product(
+        self,
+        rows_SI: Tensor,
+        weight: Tensor | Stored,
+        groups: Groups,
+        first_ERI: Tensor | None = None,
+        second_EOR: Tensor | None = None,
+        bias_EO: Tensor | None = None,
+        *,
+        flip: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `reference.product`."""
+        ...
+
+    def rows_by_rows(self, left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+        """See `reference.rows_by_rows`."""
+        ...
 
 
 class Lora(NamedTuple):
@@ -30,7 +47,12 @@ class Lora(NamedTuple):
 
 
 def grouped_linear(
-    rows_SI: Tensor, weight: Tensor | Stored, groups: Groups, bias_EO: Tensor | None = None, lora: Lora | None = None
+    rows_SI: Tensor,
+    weight: Tensor | Stored,
+    groups: Groups,
+    bias_EO: Tensor | None = None,
+    lora: Lora | None = None,
+    kernels: Kernels = reference,
 ) -> Tensor:
     """x W_e^T + b_e + (drop(x) A_e^T) B_e^T, e the expert of each row.
 
@@ -42,6 +64,7 @@ def grouped_linear(
         groups: whose rows are whose.
         bias_EO: of each expert.
         lora: its update; None: none.
+        kernels: that compute it.
 
     Returns:
         (S, O), in the weight's dtype.
@@ -53,7 +76,7 @@ def grouped_linear(
         # PEFT keeps B with its experts innermost: a matrix of it would be copied for every product.
         a_ERI, b_EOR = lora.a_ERI.to(weight.dtype).contiguous(), lora.b_EOR.to(weight.dtype).contiguous()
     tensor, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-    out: Tensor = _Product.apply(rows_SI, lora_rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups)
+    out: Tensor = _Product.apply(rows_SI, lora_rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups, kernels)
     return out
 
 
@@ -71,21 +94,23 @@ class _Product(torch.autograd.Function):
         b_EOR: Tensor | None,
         stored: Stored | None,
         groups: Groups,
+        kernels: Kernels,
     ) -> Tensor:
         """(S, O)"""
         weight = stored if weight_EOI is None else weight_EOI
         assert weight is not None
         with torch.autocast(rows_SI.device.type, enabled=False):
-            out_SO = times_weights(rows_SI, weight, groups)
-            if bias_EO is not None:
-                out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
-            low_SR = None
-            if a_ERI is not None and b_EOR is not None:
-                low_SR = times_weights(rows_SI if lora_rows_SI is None else lora_rows_SI, a_ERI, groups)
-                times_weights(low_SR, b_EOR, groups, onto=out_SO)
+            if lora_rows_SI is None:
+                out_SO, low_SR = kernels.product(rows_SI, weight, groups, a_ERI, b_EOR, bias_EO)
+            else:
+                assert a_ERI is not None
+                assert b_EOR is not None
+                out_SO, _ = kernels.product(rows_SI, weight, groups, bias_EO=bias_EO)
+                low_SR, _ = kernels.product(lora_rows_SI, a_ERI, groups)
+                out_SO += kernels.product(low_SR, b_EOR, groups)[0]
         needs_rows = a_ERI is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(rows_SI if needs_rows else None, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR)
-        ctx.stored, ctx.groups = stored, groups
+        ctx.stored, ctx.groups, ctx.kernels = stored, groups, kernels
         return out_SO
 
     @staticmethod
@@ -93,25 +118,29 @@ class _Product(torch.autograd.Function):
         """Gradients of what needs one, None for all else."""
         rows_SI, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR = ctx.saved_tensors
         groups: Groups = ctx.groups
+        kernels: Kernels = ctx.kernels
         weight = ctx.stored if weight_EOI is None else weight_EOI
         d_out_SO = gradients[0].to(weight.dtype).contiguous()
         d_rows = d_lora_rows = d_weight = d_bias = d_a = d_b = None
+        d_low_SR: Any = None
         needs_rows, needs_lora_rows, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         with torch.autocast(d_out_SO.device.type, enabled=False):
-            if needs_rows:
-                d_rows = times_weights(d_out_SO, weight, groups, flip=True)
+            turned: Any = (None, None) if a_ERI is None else (b_EOR.mT, a_ERI.mT)
+            if needs_rows and lora_rows_SI is None:
+                d_rows, d_low_SR = kernels.product(d_out_SO, weight, groups, *turned, flip=True)
+            elif needs_rows:
+                d_rows, _ = kernels.product(d_out_SO, weight, groups, flip=True)
+            if d_low_SR is None and a_ERI is not None and (needs_a or needs_lora_rows):
+                d_low_SR, _ = kernels.product(d_out_SO, turned[0], groups)
+            if needs_lora_rows and lora_rows_SI is not None:
+                d_lora_rows, _ = kernels.product(d_low_SR, turned[1], groups)
             if needs_weight:
-                d_weight = rows_by_rows(d_out_SO, rows_SI, groups)
+                d_weight = kernels.rows_by_rows(d_out_SO, rows_SI, groups)
             if needs_bias:
-                d_bias = sums_of_rows(d_out_SO, groups).to(bias_EO.dtype)
+                ones = d_out_SO.new_ones(d_out_SO.shape[0], 1)
+                d_bias = kernels.rows_by_rows(d_out_SO, ones, groups)[:, :, 0].to(bias_EO.dtype)
             if needs_b:
-                d_b = rows_by_rows(d_out_SO, low_SR, groups)
-            if a_ERI is not None and (needs_a or needs_rows or needs_lora_rows):
-                d_low_SR = times_weights(d_out_SO, b_EOR, groups, flip=True)
-                if needs_a:
-                    d_a = rows_by_rows(d_low_SR, rows_SI if lora_rows_SI is None else lora_rows_SI, groups)
-                if lora_rows_SI is not None:
-                    d_lora_rows = times_weights(d_low_SR, a_ERI, groups, flip=True)
-                elif needs_rows:
-                    times_weights(d_low_SR, a_ERI, groups, flip=True, onto=d_rows)
-        return d_rows, d_lora_rows, d_weight, d_bias, d_a, d_b, None, None
+                d_b = kernels.rows_by_rows(d_out_SO, low_SR, groups)
+            if needs_a:
+                d_a = kernels.rows_by_rows(d_low_SR, rows_SI if lora_rows_SI is None else lora_rows_SI, groups)
+        return d_rows, d_lora_rows, d_weight, d_bias, d_a, d_b, None, None, None

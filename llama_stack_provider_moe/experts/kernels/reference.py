@@ -64,6 +64,39 @@ def times_weights(
     return out_SO
 
 
+def product(
+    rows_SI: Tensor,
+    weight: Tensor | Stored,
+    groups: Groups,
+    first_ERI: Tensor | None = None,
+    second_EOR: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+    *,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T that a gradient of G needs.
+
+    Args:
+        rows_SI: sorted by expert, in the dtype of the weights.
+        weight: (E, O, I).
+        first_ERI: F; None: no thin product.
+        second_EOR: G, beside F.
+        bias_EO: b.
+        flip: W_e in the place of W_e^T, so that rows are (S, O), and F and G are (E, R, O) and (E, I, R).
+
+    Returns:
+        (S, O) and (S, R); with `flip` (S, I) and (S, R).
+    """
+    out_SO = times_weights(rows_SI, weight, groups, flip=flip)
+    if bias_EO is not None:
+        out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
+    if first_ERI is None or second_EOR is None:
+        return out_SO, None
+    low_SR = times_weights(rows_SI, first_ERI, groups)
+    times_weights(low_SR, second_EOR, groups, onto=out_SO)
+    return out_SO, low_SR
+
+
 def rows_by_rows(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
     """Of each expert the sum over its rows of left_O right_I^T: what a weight's gradient is.
 

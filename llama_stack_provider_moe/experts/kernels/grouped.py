@@ -1,0 +1,236 @@
+"""The ragged products as Triton kernels: base and LoRA in one pass, and the sums of outer products.
+
+Two kernels serve forward and backward. `_times` computes rows W_e^T + (rows F_e^T) G_e^T: with F = A and G = B it is
+the forward, with W, B and A turned round it is the gradient of the rows. The thin product rows F_e^T shares the loop
+over the inputs, and G_e joins at its end, so rows are read once (kernels.md calls it the fused split). `_outer` sums
+left_O right_I^T over each expert's rows: gradients of A and B, and of W where it trains.
+
+Arithmetic, for S rows, I inputs, O outputs, rank R, E experts, b bytes a number:
+
+| | FLOPs | bytes at least |
+|---|---|---|
+| forward | 2 S (I O + R I + R O) | b (S I + S O + S R + E (I O + R I + R O)) |
+| gradient of rows | the same | the same |
+| gradients of A, B | 2 S R (I + O) | b (S I + S O + 2 S R + E R (I + O)) |
+| gradient of W | 2 S I O | b (S I + S O + E I O) |
+
+On Qwen3-30B's gate_up (S 65,536 = 8,192 tokens x 8, I 2,048, O 1,536, R 16, E 128) the forward is 0.42 TFLOP and
+1.3 GB in bf16: bound by arithmetic on any Hopper GPU. Each tile of `BLOCK_O` outputs computes the thin product anew,
+R / BLOCK_O of its work (1/8 at 16 and 128).
+
+Which expert a tile of rows is of is told by a table made on the device (`schedule`): nothing waits for the host. Its
+length is a bound, S / BLOCK_S + E tiles; those past the end return at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels.reference import Stored
+
+# triton 3.9's interpreter multiplies bf16 matrices wrongly, without a word; there they are widened first.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+WIDEST_RANK = 64  # of the one-pass kernel: the thin accumulator is held beside the wide one
+_LANES = 8  # row tiles that share a weight's blocks in the second-level cache
+
+
+def schedule(groups: Groups, rows: int, block: int) -> Tensor:
+    """(tiles, 3), int32: of each tile of `block` rows its expert, first row, and the end of its expert's rows.
+
+    Made on the device. Tiles past the last have no rows: their first row is their end.
+
+    >>> schedule(Groups(torch.tensor([3, 3, 8], dtype=torch.int32)), 8, 4).tolist()
+    [[0, 0, 3], [2, 3, 8], [2, 7, 8], [2, 8, 8], [2, 8, 8]]
+    """
+    ends_E = groups.ends_E.long()
+    begins_E = torch.nn.functional.pad(ends_E[:-1], (1, 0))
+    tiles_E = (ends_E - begins_E + block - 1) // block
+    tile_ends_E = tiles_E.cumsum(0)
+    tile = torch.arange(triton.cdiv(rows, block) + ends_E.shape[0], device=ends_E.device)
+    expert = torch.searchsorted(tile_ends_E, tile, right=True).clamp_(max=ends_E.shape[0] - 1)
+    first = begins_E[expert] + (tile - (tile_ends_E - tiles_E)[expert]) * block
+    return torch.stack([expert, torch.minimum(first, ends_E[expert]), ends_E[expert]], dim=1).int()
+
+
+@triton.jit
+def _times(
+    rows, weight, first, second, bias, out, low, table, total, outputs, inputs, rank, tiles_o,
+    rows_s, rows_i, weight_e, weight_o, weight_i, first_e, first_r, first_i, second_e, second_o, second_r,
+    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    LANES: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Persistent over (row tile, output tile); `LANES` row tiles at a time go through all output tiles."""
+    tiles_s = total // tiles_o
+    for job in range(tl.program_id(0), total, tl.num_programs(0)):
+        lane = job // (LANES * tiles_o)
+        lanes = tl.minimum(tiles_s - lane * LANES, LANES)
+        tile = lane * LANES + (job % (LANES * tiles_o)) % lanes
+        tile_o = (job % (LANES * tiles_o)) // lanes
+        expert = tl.load(table + tile * 3).to(tl.int64)
+        row_first = tl.load(table + tile * 3 + 1)
+        row_end = tl.load(table + tile * 3 + 2)
+        if row_first < row_end:
+            at_s = (row_first + tl.arange(0, BLOCK_S)).to(tl.int64)
+            at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+            at_r = tl.arange(0, BLOCK_R)
+            is_s, is_o, is_r = at_s < row_end, at_o < outputs, at_r < rank
+            acc = tl.zeros((BLOCK_S, BLOCK_O), tl.float32)
+            thin = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
+            for start in range(0, inputs, BLOCK_I):
+                at_i = start + tl.arange(0, BLOCK_I)
+                is_i = at_i < inputs
+                x = tl.load(rows + at_s[:, None] * rows_s + at_i[None, :] * rows_i, is_s[:, None] & is_i[None, :], 0.0)
+                w = tl.load(
+                    weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i,
+                    is_o[None, :] & is_i[:, None], 0.0,
+                )  # fmt: skip
+                if WIDEN:
+                    x, w = x.to(tl.float32), w.to(tl.float32)
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+                if HAS_LORA:
+                    f = tl.load(
+                        first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i,
+                        is_r[None, :] & is_i[:, None], 0.0,
+                    )  # fmt: skip
+                    if WIDEN:
+                        f = f.to(tl.float32)
+                    thin = tl.dot(x, f, thin, input_precision="ieee")
+            if HAS_LORA:
+                narrow = thin.to(low.dtype.element_ty)
+                if tile_o == 0:
+                    tl.store(low + at_s[:, None] * rank + at_r[None, :], narrow, is_s[:, None] & is_r[None, :])
+                g = tl.load(
+                    second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r,
+                    is_o[None, :] & is_r[:, None], 0.0,
+                )  # fmt: skip
+                if WIDEN:
+                    narrow, g = narrow.to(tl.float32), g.to(tl.float32)
+                acc = tl.dot(narrow, g, acc, input_precision="ieee")
+            if HAS_BIAS:
+                acc += tl.load(bias + expert * outputs + at_o, is_o, 0.0).to(tl.float32)[None, :]
+            tl.store(
+                out + at_s[:, None] * outputs + at_o[None, :], acc.to(out.dtype.element_ty),
+                is_s[:, None] & is_o[None, :],
+            )  # fmt: skip
+
+
+@triton.jit
+def _outer(
+    left, right, out, ends, total, outputs, inputs, tiles_o, tiles_i, left_s, left_o, right_s, right_i,
+    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Persistent over (expert, output tile, input tile); the loop runs over the expert's rows."""
+    for job in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert = job // (tiles_o * tiles_i)
+        tile_o = job % (tiles_o * tiles_i) // tiles_i
+        tile_i = job % tiles_i
+        row_end = tl.load(ends + expert)
+        row_first = tl.load(ends + expert - 1, expert > 0, 0)
+        at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+        at_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+        is_o, is_i = at_o < outputs, at_i < inputs
+        acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+        for start in range(row_first, row_end, BLOCK_S):
+            at_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+            is_s = at_s < row_end
+            lhs = tl.load(left + at_s[None, :] * left_s + at_o[:, None] * left_o, is_s[None, :] & is_o[:, None], 0.0)
+            rhs = tl.load(right + at_s[:, None] * right_s + at_i[None, :] * right_i, is_s[:, None] & is_i[None, :], 0.0)
+            if WIDEN:
+                lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
+            acc = tl.dot(lhs, rhs, acc, input_precision="ieee")
+        place = out + (expert.to(tl.int64) * outputs + at_o[:, None]) * inputs + at_i[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), is_o[:, None] & is_i[None, :])
+
+
+def product(
+    rows_SI: Tensor,
+    weight: Tensor | Stored,
+    groups: Groups,
+    first_ERI: Tensor | None = None,
+    second_EOR: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+    *,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T; twin of `reference.product`.
+
+    A weight that is stored in another form is decoded whole, into memory that is free again afterwards.
+    """
+    matrices = weight if isinstance(weight, Tensor) else weight.whole()
+    return _product(rows_SI, matrices.mT if flip else matrices, groups, first_ERI, second_EOR, bias_EO)
+
+
+def _product(
+    rows_SI: Tensor,
+    weight_EOI: Tensor,
+    groups: Groups,
+    first_ERI: Tensor | None = None,
+    second_EOR: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Views of any strides will do, so that the gradient of the rows is the same with W, F and G turned round."""
+    rank = 0 if first_ERI is None else first_ERI.shape[1]
+    if rank > WIDEST_RANK:
+        assert first_ERI is not None
+        assert second_EOR is not None
+        low_SR, _ = _product(rows_SI, first_ERI, groups)
+        out_SO, _ = _product(rows_SI, weight_EOI, groups, bias_EO=bias_EO)
+        return out_SO.add_(_product(low_SR, second_EOR, groups)[0]), low_SR
+    experts, outputs, inputs = weight_EOI.shape
+    make = rows_SI.new_zeros if groups.partial else rows_SI.new_empty
+    out_SO = make(rows_SI.shape[0], outputs)
+    low_SR = make(rows_SI.shape[0], rank) if rank else None
+    first = weight_EOI if first_ERI is None else first_ERI  # not read
+    second = weight_EOI if second_EOR is None else second_EOR
+    block = _blocks(rows_SI.shape[0], experts, outputs, rank, rows_SI.element_size())
+    table = schedule(groups, rows_SI.shape[0], block["BLOCK_S"])
+    tiles_o = triton.cdiv(outputs, block["BLOCK_O"])
+    total = table.shape[0] * tiles_o
+    _times[(_programs(rows_SI, total),)](
+        rows_SI, weight_EOI, first, second, out_SO if bias_EO is None else bias_EO, out_SO,
+        out_SO if low_SR is None else low_SR, table, total, outputs, inputs, rank, tiles_o,
+        *rows_SI.stride(), *weight_EOI.stride(), *first.stride(), *second.stride(),
+        **block, LANES=_LANES, HAS_LORA=rank > 0, HAS_BIAS=bias_EO is not None,
+        WIDEN=_INTERPRETED and rows_SI.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out_SO, low_SR
+
+
+def rows_by_rows(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+    """Of each expert the sum over its rows of left_O right_I^T, (E, O, I); twin of `reference.rows_by_rows`."""
+    experts, outputs, inputs = groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1]
+    out_EOI = left_SO.new_empty(experts, outputs, inputs)
+    block_o, block_i = _side(outputs), _side(inputs)
+    tiles_o, tiles_i = triton.cdiv(outputs, block_o), triton.cdiv(inputs, block_i)
+    total = experts * tiles_o * tiles_i
+    _outer[(_programs(left_SO, total),)](
+        left_SO, right_SI, out_EOI, groups.ends_E, total, outputs, inputs, tiles_o, tiles_i,
+        *left_SO.stride(), *right_SI.stride(),
+        BLOCK_S=32 if left_SO.dtype == torch.float32 else 64, BLOCK_O=block_o, BLOCK_I=block_i,
+        WIDEN=_INTERPRETED and left_SO.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out_EOI
+
+
+def _blocks(rows: int, experts: int, outputs: int, rank: int, bytes_each: int) -> dict[str, int]:
+    """Tile sizes: small tiles of rows where an expert has few, for a tile is one expert's; half the depth in fp32."""
+    of_an_expert = triton.next_power_of_2(max(1, rows // experts))
+    return {
+        "BLOCK_S": min(64 if _INTERPRETED else 128, max(16, of_an_expert)),
+        "BLOCK_O": min(128, max(16, triton.next_power_of_2(outputs))),
+        "BLOCK_I": 32 if bytes_each == 4 or _INTERPRETED else 64,
+        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+    }
+
+
+def _side(size: int) -> int:
+    return min(128, max(16, triton.next_power_of_2(size)))
+
+
+def _programs(rows: Tensor, total: int) -> int:
+    """Two for each multiprocessor, where there are so many tiles: one loads while the other multiplies."""
+    if _INTERPRETED or not rows.is_cuda:
+        return min(total, 4)
+    return min(total, 2 * torch.cuda.get_device_properties(rows.device).multi_processor_count)
