@@ -111,7 +111,7 @@ def _linear(
     return grouped_linear(rows_SI, weight, groups, bias, Lora(a, b, dropout), kernels)
 
 
-def route_llama4(model: nn.Module, layout: ExpertLayout, kernels: Kernels) -> None:
+def route_llama4(model: nn.Module, layout: ExpertLayout, implementation: str) -> None:
     """Have Llama 4's blocks send each token to its own experts alone.
 
     transformers 5.23 runs every expert over every token, most of them over zeros, and knows no other way for it.
@@ -125,14 +125,17 @@ def route_llama4(model: nn.Module, layout: ExpertLayout, kernels: Kernels) -> No
         if missing:
             raise LayoutError(f"{layout.path(layer, layout.block)} has no {', '.join(sorted(missing))}")
         # On the instances, before the methods of their classes; partials of the modules themselves, so that a deep
-        # copy of the model is bound to its own copies.
-        experts.forward = partial(_llama4_experts, kernels, experts)
+        # copy of the model is bound to its own copies; kernels by name, for a module can't be copied.
+        experts.forward = partial(_llama4_experts, implementation, experts)
         block.forward = partial(_llama4_block, block, layout.top_k)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _llama4_experts(kernels: Kernels, experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _llama4_experts(
+    implementation: str, experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
     """The router's score weighs what goes in, not what comes out."""
+    kernels = kernels_of(implementation)
     chosen_by_experts = index_TK.shape[1] == experts.num_experts
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=chosen_by_experts)
     rows_SD = dispatch(hidden_TD, found) * weights_TK.reshape(-1)[found.order_S].unsqueeze(-1)

@@ -180,7 +180,7 @@ def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedM
         _alias_num_experts(type(config))
     if not layout.grouped_mm:
         if resolved.experts_implementation in ALL_OURS:
-            route_llama4(model, layout, kernels_of(resolved.experts_implementation))
+            route_llama4(model, layout, resolved.experts_implementation)
     elif resolved.experts_implementation is not None:
         if resolved.experts_implementation in ALL_OURS:
             kernels_of(resolved.experts_implementation)
