@@ -137,8 +137,7 @@ class _Product(torch.autograd.Function):
             if needs_weight:
                 d_weight = kernels.rows_by_rows(d_out_SO, rows_SI, groups)
             if needs_bias:
-                ones = d_out_SO.new_ones(d_out_SO.shape[0], 1)
-                d_bias = kernels.rows_by_rows(d_out_SO, ones, groups)[:, :, 0].to(bias_EO.dtype)
+                d_bias = reference.sums_of_rows(d_out_SO, groups, kernels.rows_by_rows).to(bias_EO.dtype)
             if needs_b:
                 d_b = kernels.rows_by_rows(d_out_SO, low_SR, groups)
             if needs_a:

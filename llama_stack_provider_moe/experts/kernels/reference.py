@@ -1,5 +1,6 @@
 """The ragged products in plain torch: one matrix product an expert, or torch's own grouped one where it can."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -116,9 +117,11 @@ def rows_by_rows(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
     return out_EOI
 
 
-def sums_of_rows(rows_SO: Tensor, groups: Groups) -> Tensor:
-    """Of each expert the sum of its rows, (E, O): what a bias's gradient is."""
-    return rows_by_rows(rows_SO, rows_SO.new_ones(rows_SO.shape[0], 1), groups)[:, :, 0]
+def sums_of_rows(
+    rows_SO: Tensor, groups: Groups, outer: Callable[[Tensor, Tensor, Groups], Tensor] = rows_by_rows
+) -> Tensor:
+    """Of each expert the sum of its rows, (E, O), by `outer`: what a bias's gradient is."""
+    return outer(rows_SO, rows_SO.new_ones(rows_SO.shape[0], 1), groups)[:, :, 0]
 
 
 def experts_of_rows(groups: Groups, rows: int) -> Tensor:
