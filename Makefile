@@ -37,7 +37,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.job_store
 
 kernels-report: $(VENV)/.dev
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile table
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.errors import AdapterError
+from llama_stack_provider_moe.experts import backend
 from llama_stack_provider_moe.experts.adapters import add_lora
 from llama_stack_provider_moe.experts.layout import find_layout
 from llama_stack_provider_moe.experts.settings import apply_moe, resolve_moe
@@ -20,6 +21,13 @@ from llama_stack_provider_moe.training.stages import CHECKPOINTING
 from tests import tiny_models
 
 OURS, EAGER = Moe(), Moe(enable_moe_optimizations=False)
+
+
+@pytest.fixture(params=["keeps", "computes again"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer does with its activations: on a CPU it keeps them, on a GPU it computes them again."""
+    again = request.param == "computes again"
+    monkeypatch.setattr(backend, "forgets", lambda kernels, device: again)
 
 
 def ids(tokens: int = 37) -> Tensor:
@@ -64,6 +72,7 @@ def adapted(family: str, moe: Moe, **adapter: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("family", tiny_models.MOE)
 def test_equal_to_the_eager_ones(family: str, tokens: int) -> None:
     logits, gradients = learnt(base(family, OURS), tokens)
@@ -77,6 +86,7 @@ def test_equal_to_the_eager_ones(family: str, tokens: int) -> None:
 ROUNDING = 1e-5
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("family", tiny_models.MOE)
 def test_in_fp32_the_difference_is_rounding(family: str) -> None:
     """Logits, and each gradient of LoRA, against PEFT's fold over the eager loop."""
@@ -95,6 +105,7 @@ def no_fold(*_: object, **__: object) -> None:
     raise AssertionError("LoRA was folded into the weights")
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("family", tiny_models.MOE)
 def test_lora_beside_the_weights_equals_the_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folded, beside = adapted(family, EAGER), adapted(family, OURS)

@@ -364,3 +364,12 @@ def test_bad_rows_fail_by_number_before_the_first_step(workshop: Workshop) -> No
     run = workshop.run("sft", "llama", rows)
     assert run.exit_code == FAILED
     assert "dataset 'train': 1 row(s) can't be trained on: row 6: no token to learn" in run.reason
+
+
+def test_deterministic_is_for_this_job_alone(workshop: Workshop) -> None:
+    """Torch is told so while the job runs, and told otherwise by the next; the plan shows what was asked for."""
+    finished = workshop.run("sft", "mixtral", sft_rows(8), options={"deterministic": True})
+    assert finished.exit_code == COMPLETED, finished.reason
+    assert torch.are_deterministic_algorithms_enabled()
+    assert workshop.run("sft", "mixtral", sft_rows(8)).exit_code == COMPLETED
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,7 +1,7 @@
 """What `test_kernels_triton` runs in processes of their own: kernels interpreted on the CPU, and compiled for GPUs.
 
 Whether triton interprets is decided when it is imported, so `python -m tests.triton_cases interpret` has to be started
-with TRITON_INTERPRET=1, so has `models`, and `compile` without. All print one line of JSON a case.
+with TRITON_INTERPRET=1, so have `layers` and `models`, and `compile` without. All print one line of JSON a case.
 """
 
 import itertools
@@ -10,14 +10,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llama_stack_provider_moe.experts.kernels import grouped, reference
-from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels import grouped, pointwise, reference
+from llama_stack_provider_moe.experts.kernels.gate import Gate
+from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted
+from llama_stack_provider_moe.experts.kernels.layer import Projection, expert_layer
 from llama_stack_provider_moe.experts.kernels.linear import Lora, grouped_linear
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,6 +81,7 @@ def learnt(kernels: Any, dtype: torch.dtype, shape: str, bias: bool, lora: bool)
 
 def interpret() -> None:
     poison()
+    describe = grouped._can_describe
     for (name, dtype), shape, (bias, lora) in itertools.product(
         DTYPES.items(), SHAPES, ((False, True), (True, False), (True, True))
     ):
@@ -86,12 +91,81 @@ def interpret() -> None:
         again = learnt(grouped, dtype, shape, bias, lora)
         twin = learnt(reference, dtype, shape, bias, lora)
         truth = learnt(reference, torch.float64, shape, bias, lora)
-        errors = {
-            what: [_error(ours[what], true), _error(twin[what], true)] for what, true in truth.items() if true.numel()
-        }
-        same = all(torch.equal(ours[what], again[what]) for what in ours)
-        case = f"{shape}, {name}{', bias' if bias else ''}{', LoRA' if lora else ''}"
-        print(json.dumps({"case": case, "dtype": name, "errors": errors, "same_again": same}), flush=True)
+        grouped._can_describe = lambda tensor: False
+        plain = learnt(grouped, dtype, shape, bias, lora)
+        grouped._can_describe = describe
+        case = f"{shape}{', bias' if bias else ''}{', LoRA' if lora else ''}"
+        report(case, name, [ours, again], [ours, plain], twin, truth)
+
+
+def report(
+    case: str,
+    dtype: str,
+    repeated: list[dict[str, Tensor]],
+    ours: list[dict[str, Tensor]],
+    twin: dict[str, Tensor],
+    truth: dict[str, Tensor],
+) -> None:
+    """Errors of the worst of `ours` and of the twin, and whether those of `repeated` are all the same."""
+    errors = {
+        what: [max(_error(each[what], true) for each in ours), _error(twin[what], true)]
+        for what, true in truth.items()
+        if true.numel()
+    }
+    same = all(torch.equal(each[what], repeated[0][what]) for each in repeated for what in truth)
+    print(json.dumps({"case": f"{case}, {dtype}", "dtype": dtype, "errors": errors, "same": same}), flush=True)
+
+
+GATES: dict[str, Gate] = {
+    "silu": Gate(lambda inner: inner.chunk(2, -1)[1] * F.silu(inner.chunk(2, -1)[0]), "silu"),
+    "clamped": Gate(lambda inner: clamped(inner), "clamped", 1.7, 1.0),
+    "other": Gate(lambda inner: inner.chunk(2, -1)[1] * F.gelu(inner.chunk(2, -1)[0]), "other"),
+}
+
+
+def clamped(inner_SJ: Tensor) -> Tensor:
+    """gpt-oss's, written down once more."""
+    gate, up = inner_SJ[:, ::2].clamp(max=1.0), inner_SJ[:, 1::2].clamp(-1.0, 1.0)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.7)
+
+
+def layer_learnt(kernels: Any, dtype: torch.dtype, gate: str, partial: bool, tokens: int) -> dict[str, Tensor]:
+    """As `learnt`, of a whole layer with LoRA and biases: 3 experts, 2 choices."""
+    shapes = {
+        "hidden": (tokens, 48), "weights": (tokens, 2), "up": (3, 72, 48), "up bias": (3, 72), "up a": (3, 5, 48),
+        "up b": (3, 72, 5), "down": (3, 48, 36), "down bias": (3, 48), "down a": (3, 5, 36), "down b": (3, 48, 5),
+    }  # fmt: skip
+    leaves = {name: made(seed, *shape) / shape[-1] ** 0.5 for seed, (name, shape) in enumerate(shapes.items())}
+    leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    index_TK = torch.randint(0, 3 + partial, (tokens, 2), generator=torch.Generator().manual_seed(1))
+    order = torch.argsort(index_TK.flatten(), stable=True)
+    # As on a GPU: nothing is filled up, and rows of no expert are at the end.
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.shape[0])
+    ends = torch.bincount(index_TK.flatten(), minlength=4)[:3].cumsum(0).int()
+    found = Sorted(order, places.view_as(index_TK), Groups(ends, partial))
+    up, down = (
+        Projection(leaves[name], leaves[f"{name} bias"], Lora(leaves[f"{name} a"], leaves[f"{name} b"]))
+        for name in ("up", "down")
+    )
+    weights_TK = leaves["weights"] * (index_TK < 3)
+    out = expert_layer(leaves["hidden"], weights_TK, up, down, GATES[gate], found, kernels)
+    out.backward(made(20, tokens, 48).to(out.dtype))
+    found_too = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"out": out.detach(), **found_too}
+
+
+def layers() -> None:
+    poison()
+    for (name, dtype), (gate, partial, tokens) in itertools.product(
+        DTYPES.items(),
+        (("silu", False, 30), ("silu", True, 11), ("silu", False, 1), ("clamped", False, 30), ("other", False, 9)),
+    ):
+        ours, again = (layer_learnt(grouped, dtype, gate, partial, tokens) for _ in range(2))
+        twin = layer_learnt(reference, dtype, gate, partial, tokens)
+        truth = layer_learnt(reference, torch.float64, gate, partial, tokens)
+        case = f"{gate}, {tokens} tokens{', some of none' if partial else ''}"
+        report(case, name, [ours, again], [ours], twin, truth)
 
 
 def models() -> None:
@@ -131,44 +205,98 @@ def _error(found: Tensor, true: Tensor) -> float:
 
 
 def compile_all() -> None:
+    """One line of JSON for each kernel, device and dtype; with `table` as a second argument a table."""
+    if sys.argv[2:] == ["table"]:
+        titles = ("registers", "spilt bytes", "shared bytes", "wgmma", "TMA loads")
+        print(f"{'kernel':<44}" + "".join(f"{title:>13}" for title in titles))
+    for arch, name in itertools.product((80, 90, 100), ("bf16", "fp16", "fp32")):
+        for kind, kernel, constants, options in _variants(arch, name):
+            found = {"case": f"{kind}, sm_{arch}, {name}", **_compiled(kernel, arch, name, constants, options)}
+            if sys.argv[2:] == ["table"]:
+                columns = ("registers", "local_bytes", "shared_bytes", "wgmma", "tma")
+                print(f"{found['case']:<44}" + "".join(f"{found[each]:>13}" for each in columns), flush=True)
+            else:
+                print(json.dumps(found), flush=True)
+
+
+def _variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """(what it is, kernel, constants, options): the first candidate of `tiles`, and on Hopper those by descriptors."""
+    depth = 32 if name == "fp32" else 64
+    plain: dict[str, Any] = {
+        "BLOCK_S": 128, "BLOCK_O": 128, "BLOCK_I": depth, "BLOCK_R": 16, "LANES": 8, "HAS_LORA": True,
+        "HAS_BIAS": False, "HAS_INDEX": False, "ROWS_DESCRIBED": False, "WEIGHT_DESCRIBED": False,
+        "WEIGHT_TURNED": False, "WIDEN": False, "rows_i": 1, "weight_i": 1, "first_i": 1, "second_r": 1,
+    }  # fmt: skip
+    turned = {"WEIGHT_TURNED": True, "weight_o": 1, "first_r": 1, "second_o": 1}
+    backward = {key: value for key, value in plain.items() if key not in ("weight_i", "first_i", "second_r")} | turned
+    eight = {"num_warps": 8, "num_stages": 3}
+    yield "times, LoRA, gathered", grouped._times, plain | {"HAS_INDEX": True}, eight
+    yield "times, LoRA, turned", grouped._times, backward, eight
+    yield "times, bias", grouped._times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
+    if arch >= 90 and name != "fp32":
+        described = {"WEIGHT_DESCRIBED": True}
+        wide = {"BLOCK_O": 256} if name == "bf16" else {}
+        yield "times, LoRA, gathered, TMA", grouped._times, plain | described | {"HAS_INDEX": True} | wide, eight
+        yield "times, LoRA, TMA", grouped._times, plain | described | {"ROWS_DESCRIBED": True} | wide, eight
+        yield "times, LoRA, turned, TMA", grouped._times, backward | described | {"ROWS_DESCRIBED": True}, eight
+    outer = {"BLOCK_S": depth, "BLOCK_O": 128, "BLOCK_I": 128, "LEFT_INDEX": False, "RIGHT_INDEX": True,
+             "WIDEN": False, "left_o": 1, "right_i": 1}  # fmt: skip
+    yield "outer", grouped._outer, outer, eight
+    gate = {"CLAMPED": False, "BLOCK_S": 4, "BLOCK_I": 256}
+    four = {"num_warps": 4, "num_stages": 3}
+    for kind, is_clamped in (("silu", False), ("clamped", True)):
+        yield f"gate, {kind}", pointwise._gated, gate | {"CLAMPED": is_clamped}, four
+        yield f"gate backward, {kind}", pointwise._gated_backward, gate | {"CLAMPED": is_clamped}, four
+    yield "sum of rows", pointwise._weighted_sum, {"CHOICES": 8, "HAS_WEIGHTS": True, "BLOCK_D": 1024}, four
+
+
+def _compiled(kernel: Any, arch: int, name: str, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    sizes: dict[str, Any] = {"BLOCK_S": 128, "BLOCK_O": 128, "BLOCK_R": 16, "LANES": 8, "WIDEN": False}
-    for arch, (name, depth) in itertools.product((80, 90, 100), {"bf16": 64, "fp16": 64, "fp32": 32}.items()):
-        for kernel, more in (
-            (grouped._times, sizes | {"BLOCK_I": depth, "HAS_LORA": True, "HAS_BIAS": False, "rows_i": 1,
-                                      "weight_i": 1, "first_i": 1, "second_r": 1}),
-            (grouped._times, sizes | {"BLOCK_I": depth, "HAS_LORA": False, "HAS_BIAS": True, "rows_i": 1,
-                                      "weight_i": 1}),
-            (grouped._outer, {"BLOCK_S": depth, "BLOCK_O": 128, "BLOCK_I": 128, "WIDEN": False, "left_o": 1,
-                              "right_i": 1}),
-        ):  # fmt: skip
-            signature = {argument: _type(argument, name, more) for argument in kernel.arg_names}
-            # Strides and sizes that are multiples of 16, as a launch would find them.
-            attributes = {
-                (index,): [["tt.divisibility", 16]]
-                for index, argument in enumerate(kernel.arg_names)
-                if signature[argument] != "constexpr" and argument not in ("total", "tiles_o", "tiles_i")
-            }
-            made = triton.compile(
-                ASTSource(fn=kernel, signature=signature, constexprs=more, attrs=attributes),
-                target=GPUTarget("cuda", arch, 32), options={"num_warps": 8, "num_stages": 3},
-            )  # fmt: skip
-            kind = "LoRA" if more.get("HAS_LORA") else "bias" if more.get("HAS_BIAS") else "outer"
-            case = f"{kernel.__name__.strip('_')}, {kind}, sm_{arch}, {name}"
-            found = {"case": case, "shared_bytes": made.metadata.shared, **_resources(made.asm["cubin"])}
-            print(json.dumps(found), flush=True)
+    signature = {argument: _type(argument, name, constants) for argument in kernel.arg_names}
+    # Strides and sizes that are multiples of 16, as a launch would find them.
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, argument in enumerate(kernel.arg_names)
+        if signature[argument] not in ("constexpr", "fp32")
+        and not signature[argument].startswith("tensordesc")
+        and argument not in ("total", "tiles_o", "tiles_i")
+    }
+    made = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", arch, 32), options=options,
+    )  # fmt: skip
+    ptx = made.asm["ptx"]
+    return {
+        "shared_bytes": made.metadata.shared, **_resources(made.asm["cubin"]),
+        "wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor"),
+    }  # fmt: skip
 
 
 def _type(argument: str, name: str, constants: dict[str, Any]) -> str:
     if argument in constants:
         return "constexpr"
-    if argument in ("table", "ends"):
-        return "*i32"
-    pointers = ("rows", "weight", "first", "second", "bias", "out", "low", "left", "right")
-    return f"*{name}" if argument in pointers else "i32"
+    if argument == "rows" and constants.get("ROWS_DESCRIBED"):
+        return f"tensordesc<{name}[{constants['BLOCK_S']}, {constants['BLOCK_I']}]>"
+    if argument == "weight" and constants.get("WEIGHT_DESCRIBED"):
+        sides = [constants["BLOCK_O"], constants["BLOCK_I"]]
+        sides = sides[::-1] if constants["WEIGHT_TURNED"] else sides
+        return f"tensordesc<{name}[1, {sides[0]}, {sides[1]}]>"
+    if argument in ("table", "ends", "index", "left_index", "right_index"):
+        return "*i32" if argument in ("table", "ends") else "*i64"
+    if argument == "places":
+        return "*i64"
+    if argument in ("alpha", "limit"):
+        return "fp32"
+    if argument in ("weights", "d_weight") or (argument == "weight" and "CLAMPED" in constants):
+        return "*fp32"
+    pointers = (
+        "rows", "weight", "first", "second", "bias", "out", "low", "left", "right", "inner", "made", "d_made", "d_inner"
+    )  # fmt: skip
+    is_size = argument == "rows" and "CLAMPED" in constants
+    return f"*{name}" if argument in pointers and not is_size else "i32"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -188,4 +316,4 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "models": models, "compile": compile_all}[sys.argv[1]]()
+    {"interpret": interpret, "layers": layers, "models": models, "compile": compile_all}[sys.argv[1]]()

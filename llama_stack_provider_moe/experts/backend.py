@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from llama_stack_provider_moe.errors import AdapterError, LayoutError
 from llama_stack_provider_moe.experts.kernels import reference
-from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted, sort_by_expert
+from llama_stack_provider_moe.experts.kernels.gate import Gate
+from llama_stack_provider_moe.experts.kernels.groups import Sorted, sort_by_expert
+from llama_stack_provider_moe.experts.kernels.layer import Projection, expert_layer
 from llama_stack_provider_moe.experts.kernels.linear import Kernels, Lora, grouped_linear
 from llama_stack_provider_moe.experts.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.experts.kernels.reference import Stored
@@ -70,29 +75,103 @@ def run_experts(
         (T, D), in the dtype of `hidden_TD`.
     """
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=some_have_fewer)
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner_SI = _product(experts, up, dispatch(hidden_TD, found), found, kernels)
-    inner_SI = experts._apply_gate(inner_SI) if experts.has_gate else experts.act_fn(inner_SI)
-    out_SD = _product(experts, "down_proj", inner_SI, found, kernels)
-    if experts.has_post_expert_norm:
+    up, down = projections(experts)
+    if forgets(kernels, hidden_TD.device) and may_forget(experts) and not draws(experts, up, down):
+        return expert_layer(hidden_TD, weights_TK, up, down, gate_of(experts), found, kernels).to(hidden_TD.dtype)
+    inner_SI = gate_of(experts).function(_times(up, dispatch(hidden_TD, found), found, kernels))
+    out_SD = _times(down, inner_SI, found, kernels)
+    if not may_forget(experts):
         out_SD = experts.post_expert_norm(out_SD)
     return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
 
 
-def _product(experts: Any, name: str, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return _linear(experts, name, rows_SI, found.groups, kernels, experts.is_transposed, bias)
+def projections(experts: Any) -> tuple[Projection, Projection]:
+    """The up (with its gate) and the down projection of an experts module, with what LoRA adds in this forward."""
+    if isinstance(experts, Llama4TextExperts):  # not decorated, so it does not say how it is made
+        return _projection(experts, "gate_up_proj", True), _projection(experts, "down_proj", True)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases = (getattr(experts, f"{name}_bias") if experts.has_bias else None for name in (up, "down_proj"))
+    transposed = experts.is_transposed
+    return _projection(experts, up, transposed, next(biases)), _projection(
+        experts, "down_proj", transposed, next(biases)
+    )
 
 
-def _linear(
-    experts: nn.Module,
-    name: str,
-    rows_SI: Tensor,
-    groups: Groups,
-    kernels: Kernels,
-    transposed: bool,
-    bias: Tensor | None = None,
-) -> Tensor:
+def forgets(kernels: Kernels, device: torch.device) -> bool:
+    """Whether a layer keeps only what `kernels.layer` needs, and computes the rest again.
+
+    On a GPU memory is what is short. On a CPU torch's products gather rows into memory of their own, three times over,
+    and what is kept is little anyway: the layer takes 1.2 to 1.6 times as long for a third to a half of the memory.
+    """
+    return kernels is not reference or device.type != "cpu"
+
+
+def may_forget(experts: Any) -> bool:
+    """Whether `kernels.layer` can compute such experts: not with a norm after the down projection."""
+    # transformers 5.17 knows no such norm.
+    return isinstance(experts, Llama4TextExperts) or not getattr(experts, "has_post_expert_norm", False)
+
+
+def unserved(experts: Any, implementation: str, device: torch.device, *, drops: bool, rank: int) -> list[str]:
+    """What the kernels of `implementation` can't do as they should here, and what is done instead.
+
+    Args:
+        experts: of one layer.
+        device: of the model.
+        drops: dropout on the experts or on their LoRA.
+        rank: of LoRA on experts; 0: none.
+    """
+    kernels = kernels_of(implementation)
+    told = []
+    if kernels is not reference:
+        gate = gate_of(experts)
+        if gate.kind == "other":
+            told.append(f"{type(experts).__name__}'s activation by torch: no kernel has its formula")
+        if rank > kernels.WIDEST_RANK:
+            told.append(
+                f"LoRA of rank {rank} beside the base's pass, not in it: that has room for {kernels.WIDEST_RANK}"
+            )
+    if forgets(kernels, device) and not may_forget(experts):
+        told.append("all activations of experts are kept: they have a norm after the down projection")
+    elif forgets(kernels, device) and drops:
+        told.append("all activations of experts are kept: dropout would be drawn anew")
+    return told
+
+
+def draws(experts: nn.Module, up: Projection, down: Projection) -> bool:
+    """Whether dropout draws something in this forward, which backward would draw anew."""
+    inside = experts.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in experts.modules())
+    return inside or any(each.lora is not None and each.lora.dropout > 0 for each in (up, down))
+
+
+def gate_of(experts: Any) -> Gate:
+    """The activation of an experts module, and whether it is a formula that kernels know."""
+    if isinstance(experts, Llama4TextExperts):
+        return Gate(partial(_gate_first, experts), _kind(experts.act_fn))
+    if not experts.has_gate:
+        return Gate(experts.act_fn)
+    own = type(experts)._apply_gate
+    if own is GptOssExperts._apply_gate:
+        return Gate(experts._apply_gate, "clamped", experts.alpha, experts.limit)
+    return Gate(experts._apply_gate, _kind(experts.act_fn) if own is _default_apply_gate else "other")
+
+
+def _kind(act_fn: Any) -> Literal["silu", "other"]:
+    return "silu" if isinstance(act_fn, (nn.SiLU, SiLUActivation)) else "other"
+
+
+def _gate_first(experts: Any, inner_SJ: Tensor) -> Tensor:
+    gate_SI, up_SI = inner_SJ.chunk(2, dim=-1)
+    product: Tensor = up_SI * experts.act_fn(gate_SI)
+    return product
+
+
+def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
+    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels)
+
+
+def _projection(experts: nn.Module, name: str, transposed: bool, bias: Tensor | None = None) -> Projection:
+    """With the LoRA that PEFT's wrapper offers for this forward."""
     lora = take_lora(experts, name)
     code = code_of(experts, name)
     if code is not None:  # in the order (E, O, I) whatever the parameter's own
@@ -105,10 +184,9 @@ def _linear(
         own: Tensor = getattr(experts, name)
         weight = own.mT if transposed else own
     if lora is None:
-        return grouped_linear(rows_SI, weight, groups, bias, kernels=kernels)
+        return Projection(weight, bias)
     a, b = (lora.left.mT, lora.right.mT) if transposed else (lora.right, lora.left)
-    dropout = lora.dropout if experts.training else 0.0
-    return grouped_linear(rows_SI, weight, groups, bias, Lora(a, b, dropout), kernels)
+    return Projection(weight, bias, Lora(a, b, lora.dropout if experts.training else 0.0))
 
 
 def route_llama4(model: nn.Module, layout: ExpertLayout, implementation: str) -> None:
@@ -138,9 +216,13 @@ def _llama4_experts(
     kernels = kernels_of(implementation)
     chosen_by_experts = index_TK.shape[1] == experts.num_experts
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=chosen_by_experts)
-    rows_SD = dispatch(hidden_TD, found) * weights_TK.reshape(-1)[found.order_S].unsqueeze(-1)
-    gate_SI, up_SI = _linear(experts, "gate_up_proj", rows_SD, found.groups, kernels, True).chunk(2, dim=-1)
-    out_SD = _linear(experts, "down_proj", up_SI * experts.act_fn(gate_SI), found.groups, kernels, True)
+    up, down = projections(experts)
+    if forgets(kernels, hidden_TD.device) and index_TK.shape[1] == 1 and not draws(experts, up, down):
+        weighted_TD = hidden_TD * weights_TK
+        ones_TK = torch.ones_like(weights_TK)
+        return expert_layer(weighted_TD, ones_TK, up, down, gate_of(experts), found, kernels).to(hidden_TD.dtype)
+    rows_SD = dispatch(hidden_TD, found) * found.of_rows(weights_TK).unsqueeze(-1)
+    out_SD = _times(down, gate_of(experts).function(_times(up, rows_SD, found, kernels)), found, kernels)
     return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)
 
 
@@ -156,10 +238,11 @@ def _llama4_block(block: Any, top_k: int, hidden: Tensor) -> tuple[Tensor, Tenso
 
 def kernels_of(implementation: str) -> Kernels:
     """The products of one of `ALL_OURS`, which transformers knows from here on."""
+    kernels: Kernels
     if implementation in (TRITON, TRITON_PARTIAL):
         from llama_stack_provider_moe.experts.kernels import grouped  # triton is not everywhere
 
-        kernels: Kernels = grouped
+        kernels = grouped
     else:
         kernels = reference
     some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)

@@ -8,6 +8,7 @@ each fused parameter gives way to a code and to a placeholder of the same shape 
 memory. Whatever reads a weight without its code shows in the first loss.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import bitsandbytes.functional as codec
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,33 +26,58 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, decoder_layers
 
 Bits = Literal[4, 8]
 BLOCKS: dict[Bits, int] = {4: 64, 8: 256}  # numbers that share a scale; the codec's usual ones
+_MOST_NUMBERS = 2**30  # in one code; the codec's kernels count in 32 bits
 _ATTENTION = "self_attn"  # not the linear kinds, whose fused kernels read weights themselves
 _DENSE_MLP = "mlp"
 
 
 class Code:
-    """Matrices (E, O, I) in `bits` a number and a scale a block; `Stored`, for the ragged products."""
+    """Matrices (E, O, I) in `bits` a number and a scale a block; `Stored`, for the ragged products.
+
+    As many experts as may be are one code, so that a GPU decodes them all in one launch.
+    """
 
     def __init__(self, weight_EOI: Tensor, bits: Bits) -> None:
         self.dtype, self.shape = weight_EOI.dtype, tuple(weight_EOI.shape)
         self._bits: Bits = bits
-        self._matrices = [_encode(matrix.contiguous(), bits) for matrix in weight_EOI]
+        self._numbers = math.prod(self.shape[1:])
+        # A block that two experts share would tie the scale of one to the other, and could not be cut in two.
+        blocks, rest = divmod(self._numbers, BLOCKS[bits])
+        self._blocks = blocks
+        self._together = 1 if rest else max(1, _MOST_NUMBERS // self._numbers)
+        self._parts = [
+            _encode(weight_EOI[first : first + self._together].contiguous(), bits)
+            for first in range(0, self.shape[0], self._together)
+        ]
 
     @property
     def nbytes(self) -> int:
         """Of numbers and scales."""
-        return sum(packed.nbytes + state.absmax.nbytes for packed, state in self._matrices)
+        return sum(packed.nbytes + state.absmax.nbytes for packed, state in self._parts)
 
     def expert(self, number: int) -> Tensor:
         """(O, I), decoded."""
-        packed, state = self._matrices[number]
-        decode = codec.dequantize_4bit if self._bits == 4 else codec.dequantize_blockwise
-        matrix: Tensor = decode(packed, state)
-        return matrix.view(self.shape[1:])
+        part, place = divmod(number, self._together)
+        packed, state = self._parts[part]
+        if self._together > 1:
+            flat = packed.flatten()
+            size = self._numbers * self._bits // 8
+            packed = flat[place * size : (place + 1) * size].unsqueeze(-1)
+            state = QuantState(
+                state.absmax[place * self._blocks : (place + 1) * self._blocks],
+                (self._numbers,), state.code, state.blocksize, state.quant_type, state.dtype,
+            )  # fmt: skip
+        return self._decode(packed, state).view(self.shape[1:])
 
     def whole(self) -> Tensor:
         """(E, O, I), decoded."""
-        return torch.stack([self.expert(number) for number in range(self.shape[0])])
+        decoded = [self._decode(packed, state) for packed, state in self._parts]
+        return (decoded[0] if len(decoded) == 1 else torch.cat(decoded)).view(self.shape)
+
+    def _decode(self, packed: Tensor, state: QuantState) -> Tensor:
+        decode = codec.dequantize_4bit if self._bits == 4 else codec.dequantize_blockwise
+        numbers: Tensor = decode(packed, state)
+        return numbers.flatten()
 
 
 def _encode(matrix: Tensor, bits: Bits) -> tuple[Tensor, Any]:

@@ -25,7 +25,8 @@ class Moe(Block):
         default="auto",
         description="Who computes the experts: torch: ours, LoRA beside the weights; triton: ours, by Triton on "
         "a GPU (interpreted and compiled in tests, not yet run on one); peft: transformers' grouped products, LoRA "
-        "folded in by PEFT; auto: torch.",
+        "folded in by PEFT; auto: on a CPU torch, on a GPU the quicker of torch and triton in a trial on a layer of "
+        "the model, in which both must agree.",
     )
     router_aux_loss_coef: float | None = Field(
         default=None,

@@ -49,6 +49,11 @@ class Options(Block):
         le=1000,
         description="Epochs in a row without a lower held-out loss that end training; the best is then kept.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Only operations that give the same twice (torch.use_deterministic_algorithms), and kernels with "
+        "fixed tiles, not timed ones; one that has no such form ends the job.",
+    )
     dataloader_workers: int = Field(
         default=0, ge=0, le=64, description="Processes that prepare batches; 0: the training process itself."
     )

@@ -1,8 +1,9 @@
 """The stages that every recipe shares: load, adapt, the trainer's common arguments, train, save."""
 
+import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
-from llama_stack_provider_moe.experts.backend import ALL_OURS, TRITON, TRITON_PARTIAL
-from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
+from llama_stack_provider_moe.experts.backend import (
+    ALL_OURS,
+    OURS,
+    OURS_PARTIAL,
+    TRITON,
+    TRITON_PARTIAL,
+    kernels_of,
+    may_forget,
+    unserved,
+)
+from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout, text_config
 from llama_stack_provider_moe.experts.quantize import QuantizeReport, dequantize, quantize, spare_ddp
 from llama_stack_provider_moe.experts.rates import Rates
-from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.experts.settings import (
+    ExpertsImplementation,
+    ResolvedMoe,
+    ShippedConfig,
+    apply_moe,
+    resolve_moe,
+)
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.jobs.events import Finished, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
@@ -30,6 +46,7 @@ from llama_stack_provider_moe.training.trackers import OpenTrackers, require_tra
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
 # Renamed in transformers 5.23, where the older name warns; before, there is only the older one.
+MOST_TRIED_TOKENS = 8192
 _NAMES = {field.name for field in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 
@@ -57,6 +74,7 @@ def load_base(session: AnySession) -> Base:
     """Load the model, find its experts, and make it do what the `moe` block asks."""
     spec = session.spec
     require_trackers(spec.trackers)
+    repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
@@ -74,9 +92,59 @@ def load_base(session: AnySession) -> Base:
             "moe.experts_backend 'auto' or 'torch', and moe.enable_moe_optimizations true"
         )
     quantized = None if bits is None else quantize(model, layout, bits, device)
+    if layout is not None and device.type == "cuda" and resolved.experts_implementation in (OURS, OURS_PARTIAL):
+        resolved = _choose_kernels(session, model, layout, resolved)
+    if layout is not None and resolved.experts_implementation in ALL_OURS:
+        told = unserved(
+            next(iter(layout.experts(model).values())), resolved.experts_implementation, device,
+            drops=resolved.expert_dropout > 0 or (spec.adapter is not None and spec.adapter.dropout > 0),
+            rank=0 if spec.adapter is None or spec.adapter.plan == "trunk" else spec.adapter.rank,
+        )  # fmt: skip
+        resolved = replace(resolved, notes=(*resolved.notes, *told))
     shipped = apply_moe(model, layout, resolved)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+
+
+def repeatable(asked: bool) -> None:
+    """Have torch take, or no longer take, only operations that give the same twice; kernels of ours heed it too."""
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with it
+    torch.use_deterministic_algorithms(asked)
+    # Memory nobody has written is not read here; filling it costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _choose_kernels(
+    session: AnySession, model: PreTrainedModel, layout: ExpertLayout, resolved: ResolvedMoe
+) -> ResolvedMoe:
+    """`moe.experts_backend: auto` on a GPU: torch's or Triton's kernels, by a trial on a layer of the model."""
+    spec = session.spec
+    if spec.moe.experts_backend != "auto":
+        return resolved
+    experts = next(iter(layout.experts(model).values()))
+    if not may_forget(experts):
+        return replace(
+            resolved, notes=(*resolved.notes, "no trial of Triton's kernels: experts have a norm of their own")
+        )
+    if torch.cuda.get_device_capability() < (8, 0):
+        return replace(resolved, notes=(*resolved.notes, "no trial of Triton's kernels: they need sm_80 or newer"))
+    from llama_stack_provider_moe.experts.trial import quickest, tell, try_layer  # triton is not everywhere
+
+    tokens = min(spec.training.batch_size * spec.options.max_length, MOST_TRIED_TOKENS)
+    trials = try_layer(
+        experts,
+        {name: kernels_of(name) for name in (OURS, TRITON)},
+        tokens=tokens,
+        hidden=int(text_config(model).hidden_size),
+        top_k=layout.top_k,
+        rank=0 if spec.adapter is None else spec.adapter.rank,
+    )
+    partial = resolved.experts_implementation == OURS_PARTIAL
+    taken: ExpertsImplementation = OURS if quickest(trials) == OURS else TRITON
+    if partial:
+        taken = OURS_PARTIAL if taken == OURS else TRITON_PARTIAL
+    return replace(resolved, experts_implementation=taken, notes=(*resolved.notes, tell(trials, tokens)))
 
 
 def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:

@@ -18,6 +18,10 @@ On Qwen3-30B's gate_up (S 65,536 = 8,192 tokens x 8, I 2,048, O 1,536, R 16, E 1
 1.3 GB in bf16: bound by arithmetic on any Hopper GPU. Each tile of `BLOCK_O` outputs computes the thin product anew,
 R / BLOCK_O of its work (1/8 at 16 and 128).
 
+Rows may be tokens that are gathered as they are loaded (`index_S`): the (S, I) copy of them, S I b bytes written and
+read again, is never made. Rows in order, and the weights, are loaded through tensor descriptors (TMA) where the device
+has them and that was quicker (`tiles`).
+
 Which expert a tile of rows is of is told by a table made on the device (`schedule`): nothing waits for the host. Its
 length is a bound, S / BLOCK_S + E tiles; those past the end return at once.
 """
@@ -26,12 +30,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels.pointwise import gated, gated_backward, weighted_sum
 from llama_stack_provider_moe.experts.kernels.reference import Stored
+from llama_stack_provider_moe.experts.kernels.tiles import INTERPRETED, Tiles, best, for_outers, for_products
 
-# triton 3.9's interpreter multiplies bf16 matrices wrongly, without a word; there they are widened first.
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+__all__ = ["WIDEST_RANK", "gated", "gated_backward", "product", "rows_by_rows", "schedule", "weighted_sum"]
+
 WIDEST_RANK = 64  # of the one-pass kernel: the thin accumulator is held beside the wide one
 _LANES = 8  # row tiles that share a weight's blocks in the second-level cache
 
@@ -56,19 +63,24 @@ def schedule(groups: Groups, rows: int, block: int) -> Tensor:
 
 @triton.jit
 def _times(
-    rows, weight, first, second, bias, out, low, table, total, outputs, inputs, rank, tiles_o,
+    rows, weight, first, second, bias, out, low, index, table, total, outputs, inputs, rank, tiles_o,
     rows_s, rows_i, weight_e, weight_o, weight_i, first_e, first_r, first_i, second_e, second_o, second_r,
     BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    LANES: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    LANES: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    ROWS_DESCRIBED: tl.constexpr, WEIGHT_DESCRIBED: tl.constexpr, WEIGHT_TURNED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over (row tile, output tile); `LANES` row tiles at a time go through all output tiles."""
+    """Persistent over (row tile, output tile); `LANES` row tiles at a time go through all output tiles.
+
+    Described, `rows` and `weight` are tensor descriptors, of (S, I) and of (E, O, I), or, turned, of (E, I, O).
+    """
     tiles_s = total // tiles_o
     for job in range(tl.program_id(0), total, tl.num_programs(0)):
         lane = job // (LANES * tiles_o)
         lanes = tl.minimum(tiles_s - lane * LANES, LANES)
         tile = lane * LANES + (job % (LANES * tiles_o)) % lanes
         tile_o = (job % (LANES * tiles_o)) // lanes
-        expert = tl.load(table + tile * 3).to(tl.int64)
+        expert_32 = tl.load(table + tile * 3)
+        expert = expert_32.to(tl.int64)
         row_first = tl.load(table + tile * 3 + 1)
         row_end = tl.load(table + tile * 3 + 2)
         if row_first < row_end:
@@ -76,16 +88,30 @@ def _times(
             at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
             at_r = tl.arange(0, BLOCK_R)
             is_s, is_o, is_r = at_s < row_end, at_o < outputs, at_r < rank
+            from_s = at_s
+            if HAS_INDEX:
+                from_s = tl.load(index + at_s, is_s, 0).to(tl.int64)
             acc = tl.zeros((BLOCK_S, BLOCK_O), tl.float32)
             thin = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
             for start in range(0, inputs, BLOCK_I):
                 at_i = start + tl.arange(0, BLOCK_I)
                 is_i = at_i < inputs
-                x = tl.load(rows + at_s[:, None] * rows_s + at_i[None, :] * rows_i, is_s[:, None] & is_i[None, :], 0.0)
-                w = tl.load(
-                    weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i,
-                    is_o[None, :] & is_i[:, None], 0.0,
-                )  # fmt: skip
+                if ROWS_DESCRIBED:
+                    x = rows.load([row_first, start])  # rows of the next expert among them, which are not stored
+                else:
+                    x = tl.load(
+                        rows + from_s[:, None] * rows_s + at_i[None, :] * rows_i, is_s[:, None] & is_i[None, :], 0.0
+                    )
+                if WEIGHT_DESCRIBED:
+                    if WEIGHT_TURNED:
+                        w = weight.load([expert_32, start, tile_o * BLOCK_O]).reshape(BLOCK_I, BLOCK_O)
+                    else:
+                        w = weight.load([expert_32, tile_o * BLOCK_O, start]).reshape(BLOCK_O, BLOCK_I).T
+                else:
+                    w = tl.load(
+                        weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i,
+                        is_o[None, :] & is_i[:, None], 0.0,
+                    )  # fmt: skip
                 if WIDEN:
                     x, w = x.to(tl.float32), w.to(tl.float32)
                 acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -118,8 +144,10 @@ def _times(
 
 @triton.jit
 def _outer(
-    left, right, out, ends, total, outputs, inputs, tiles_o, tiles_i, left_s, left_o, right_s, right_i,
-    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, WIDEN: tl.constexpr,
+    left, right, out, left_index, right_index, ends, total, outputs, inputs, tiles_o, tiles_i,
+    left_s, left_o, right_s, right_i,
+    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    LEFT_INDEX: tl.constexpr, RIGHT_INDEX: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (expert, output tile, input tile); the loop runs over the expert's rows."""
     for job in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -135,8 +163,15 @@ def _outer(
         for start in range(row_first, row_end, BLOCK_S):
             at_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
             is_s = at_s < row_end
-            lhs = tl.load(left + at_s[None, :] * left_s + at_o[:, None] * left_o, is_s[None, :] & is_o[:, None], 0.0)
-            rhs = tl.load(right + at_s[:, None] * right_s + at_i[None, :] * right_i, is_s[:, None] & is_i[None, :], 0.0)
+            left_at, right_at = at_s, at_s
+            if LEFT_INDEX:
+                left_at = tl.load(left_index + at_s, is_s, 0).to(tl.int64)
+            if RIGHT_INDEX:
+                right_at = tl.load(right_index + at_s, is_s, 0).to(tl.int64)
+            lhs = tl.load(left + left_at[None, :] * left_s + at_o[:, None] * left_o, is_s[None, :] & is_o[:, None], 0.0)
+            rhs = tl.load(
+                right + right_at[:, None] * right_s + at_i[None, :] * right_i, is_s[:, None] & is_i[None, :], 0.0
+            )
             if WIDEN:
                 lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
             acc = tl.dot(lhs, rhs, acc, input_precision="ieee")
@@ -153,13 +188,14 @@ def product(
     bias_EO: Tensor | None = None,
     *,
     flip: bool = False,
+    index_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T; twin of `reference.product`.
 
     A weight that is stored in another form is decoded whole, into memory that is free again afterwards.
     """
     matrices = weight if isinstance(weight, Tensor) else weight.whole()
-    return _product(rows_SI, matrices.mT if flip else matrices, groups, first_ERI, second_EOR, bias_EO)
+    return _product(rows_SI, matrices.mT if flip else matrices, groups, first_ERI, second_EOR, bias_EO, index_S)
 
 
 def _product(
@@ -169,68 +205,104 @@ def _product(
     first_ERI: Tensor | None = None,
     second_EOR: Tensor | None = None,
     bias_EO: Tensor | None = None,
+    index_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Views of any strides will do, so that the gradient of the rows is the same with W, F and G turned round."""
     rank = 0 if first_ERI is None else first_ERI.shape[1]
     if rank > WIDEST_RANK:
         assert first_ERI is not None
         assert second_EOR is not None
-        low_SR, _ = _product(rows_SI, first_ERI, groups)
-        out_SO, _ = _product(rows_SI, weight_EOI, groups, bias_EO=bias_EO)
+        low_SR, _ = _product(rows_SI, first_ERI, groups, index_S=index_S)
+        out_SO, _ = _product(rows_SI, weight_EOI, groups, bias_EO=bias_EO, index_S=index_S)
         return out_SO.add_(_product(low_SR, second_EOR, groups)[0]), low_SR
     experts, outputs, inputs = weight_EOI.shape
+    rows = rows_SI.shape[0] if index_S is None else index_S.shape[0]
     make = rows_SI.new_zeros if groups.partial else rows_SI.new_empty
-    out_SO = make(rows_SI.shape[0], outputs)
-    low_SR = make(rows_SI.shape[0], rank) if rank else None
+    out_SO = make(rows, outputs)
+    low_SR = make(rows, rank) if rank else None
+    if not rows:
+        return out_SO, low_SR
     first = weight_EOI if first_ERI is None else first_ERI  # not read
     second = weight_EOI if second_EOR is None else second_EOR
-    block = _blocks(rows_SI.shape[0], experts, outputs, rank, rows_SI.element_size())
-    table = schedule(groups, rows_SI.shape[0], block["BLOCK_S"])
-    tiles_o = triton.cdiv(outputs, block["BLOCK_O"])
-    total = table.shape[0] * tiles_o
-    _times[(_programs(rows_SI, total),)](
-        rows_SI, weight_EOI, first, second, out_SO if bias_EO is None else bias_EO, out_SO,
-        out_SO if low_SR is None else low_SR, table, total, outputs, inputs, rank, tiles_o,
-        *rows_SI.stride(), *weight_EOI.stride(), *first.stride(), *second.stride(),
-        **block, LANES=_LANES, HAS_LORA=rank > 0, HAS_BIAS=bias_EO is not None,
-        WIDEN=_INTERPRETED and rows_SI.dtype == torch.bfloat16,
+    weight_described, rows_described = _can_describe(weight_EOI), index_S is None and _can_describe(rows_SI)
+    weight_turned = weight_EOI.stride(2) != 1
+
+    def run(tiles: Tiles) -> None:
+        table = schedule(groups, rows, tiles.rows)
+        tiles_o = triton.cdiv(outputs, tiles.outputs)
+        total = table.shape[0] * tiles_o
+        described = tiles.descriptors and weight_described
+        rows_too = tiles.descriptors and rows_described
+        matrices = weight_EOI.mT if weight_turned else weight_EOI
+        sides = (tiles.inputs, tiles.outputs) if weight_turned else (tiles.outputs, tiles.inputs)
+        _times[(_programs(rows_SI, total),)](
+            TensorDescriptor.from_tensor(rows_SI, [tiles.rows, tiles.inputs]) if rows_too else rows_SI,
+            TensorDescriptor.from_tensor(matrices, [1, *sides]) if described else weight_EOI,
+            first, second, out_SO if bias_EO is None else bias_EO, out_SO,
+            out_SO if low_SR is None else low_SR, table if index_S is None else index_S,
+            table, total, outputs, inputs, rank, tiles_o,
+            *rows_SI.stride(), *weight_EOI.stride(), *first.stride(), *second.stride(),
+            BLOCK_S=tiles.rows, BLOCK_O=tiles.outputs, BLOCK_I=tiles.inputs,
+            BLOCK_R=max(16, triton.next_power_of_2(rank)), LANES=_LANES, HAS_LORA=rank > 0,
+            HAS_BIAS=bias_EO is not None, HAS_INDEX=index_S is not None, ROWS_DESCRIBED=rows_too,
+            WEIGHT_DESCRIBED=described, WEIGHT_TURNED=weight_turned,
+            WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    per_expert = triton.next_power_of_2(max(1, rows // experts))
+    asked = (
+        per_expert, experts, outputs, inputs, rank, str(rows_SI.dtype), bias_EO is not None, index_S is not None,
+        weight_turned, weight_described, rows_described,
     )  # fmt: skip
+    found = for_products(per_expert, outputs, rows_SI.dtype, rows_SI.device, weight_described)
+    run(best("times", asked, found, rows_SI.device, run))
     return out_SO, low_SR
 
 
-def rows_by_rows(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+def rows_by_rows(
+    left_SO: Tensor,
+    right_SI: Tensor,
+    groups: Groups,
+    *,
+    left_index_S: Tensor | None = None,
+    right_index_S: Tensor | None = None,
+) -> Tensor:
     """Of each expert the sum over its rows of left_O right_I^T, (E, O, I); twin of `reference.rows_by_rows`."""
     experts, outputs, inputs = groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1]
     out_EOI = left_SO.new_empty(experts, outputs, inputs)
-    block_o, block_i = _side(outputs), _side(inputs)
-    tiles_o, tiles_i = triton.cdiv(outputs, block_o), triton.cdiv(inputs, block_i)
-    total = experts * tiles_o * tiles_i
-    _outer[(_programs(left_SO, total),)](
-        left_SO, right_SI, out_EOI, groups.ends_E, total, outputs, inputs, tiles_o, tiles_i,
-        *left_SO.stride(), *right_SI.stride(),
-        BLOCK_S=32 if left_SO.dtype == torch.float32 else 64, BLOCK_O=block_o, BLOCK_I=block_i,
-        WIDEN=_INTERPRETED and left_SO.dtype == torch.bfloat16,
+
+    def run(tiles: Tiles) -> None:
+        tiles_o, tiles_i = triton.cdiv(outputs, tiles.outputs), triton.cdiv(inputs, tiles.inputs)
+        total = experts * tiles_o * tiles_i
+        _outer[(_programs(left_SO, total),)](
+            left_SO, right_SI, out_EOI, groups.ends_E if left_index_S is None else left_index_S,
+            groups.ends_E if right_index_S is None else right_index_S, groups.ends_E,
+            total, outputs, inputs, tiles_o, tiles_i, *left_SO.stride(), *right_SI.stride(),
+            BLOCK_S=tiles.rows, BLOCK_O=tiles.outputs, BLOCK_I=tiles.inputs,
+            LEFT_INDEX=left_index_S is not None, RIGHT_INDEX=right_index_S is not None,
+            WIDEN=INTERPRETED and left_SO.dtype == torch.bfloat16, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    index = left_index_S if right_index_S is None else right_index_S
+    rows = left_SO.shape[0] if index is None else index.shape[0]
+    asked = (
+        triton.next_power_of_2(max(1, rows // experts)), experts, outputs, inputs, str(left_SO.dtype),
+        left_index_S is not None, right_index_S is not None,
     )  # fmt: skip
+    run(best("outer", asked, for_outers(outputs, inputs, left_SO.dtype), left_SO.device, run))
     return out_EOI
 
 
-def _blocks(rows: int, experts: int, outputs: int, rank: int, bytes_each: int) -> dict[str, int]:
-    """Tile sizes: small tiles of rows where an expert has few, for a tile is one expert's; half the depth in fp32."""
-    of_an_expert = triton.next_power_of_2(max(1, rows // experts))
-    return {
-        "BLOCK_S": min(64 if _INTERPRETED else 128, max(16, of_an_expert)),
-        "BLOCK_O": min(128, max(16, triton.next_power_of_2(outputs))),
-        "BLOCK_I": 32 if bytes_each == 4 or _INTERPRETED else 64,
-        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-    }
-
-
-def _side(size: int) -> int:
-    return min(128, max(16, triton.next_power_of_2(size)))
+def _can_describe(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can hold it: one of the last two strides 1, the others multiples of 16 bytes."""
+    inner, *outer = sorted(tensor.stride())
+    aligned = all(stride * tensor.element_size() % 16 == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
+    last = tensor.stride()[-2:] if tensor.dim() == 3 else tensor.stride()[-1:]
+    return inner == 1 and 1 in last and aligned and tensor.numel() > 0
 
 
 def _programs(rows: Tensor, total: int) -> int:
     """Two for each multiprocessor, where there are so many tiles: one loads while the other multiplies."""
-    if _INTERPRETED or not rows.is_cuda:
+    if INTERPRETED or not rows.is_cuda:
         return min(total, 4)
     return min(total, 2 * torch.cuda.get_device_properties(rows.device).multi_processor_count)

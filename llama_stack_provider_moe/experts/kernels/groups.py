@@ -54,6 +54,27 @@ class Sorted:
     some_without_row: bool = False
     filled_S: Tensor | None = None
 
+    @cached_property
+    def tokens_S(self) -> Tensor:
+        """Of each row, its token."""
+        return self.order_S // self.places_TK.shape[1]
+
+    def of_rows(self, choices_TK: Tensor) -> Tensor:
+        """(S,): of each row, what its choice has; 0 in rows that fill up or are of no expert."""
+        found_S = choices_TK.reshape(-1)[self.order_S]
+        if self.filled_S is not None:
+            found_S = found_S.masked_fill(self.filled_S, 0)
+        if self.groups.partial:
+            places_S = torch.arange(found_S.shape[0], device=found_S.device)
+            found_S = found_S.masked_fill(places_S >= self.groups.ends_E[-1], 0)
+        return found_S
+
+    def of_choices(self, rows: Tensor) -> Tensor:
+        """(T, K, ...) of (S, ...): what each choice's row has; 0 for a choice that has none."""
+        if self.some_without_row:  # a row of zeros stands for them
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return rows[self.places_TK]
+
 
 def bucket(rows: Tensor) -> Tensor:
     """Counts rounded up to a multiple of 16, or of a sixteenth to a 32nd of it: at most 16 between powers of two.

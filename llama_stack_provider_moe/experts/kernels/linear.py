@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.experts.kernels import reference
-from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels.gate import Gate
+from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted
 from llama_stack_provider_moe.experts.kernels.reference import Stored
 
 
 class Kernels(Protocol):
     """The ragged products: `reference` in plain torch, `grouped` in Triton."""
+
+    @property
+    def WIDEST_RANK(self) -> int:
+        """Of LoRA in one pass with the base."""
+        ...
 
     def product(
         self,
@@ -29,12 +35,35 @@ class Kernels(Protocol):
         bias_EO: Tensor | None = None,
         *,
         flip: bool = False,
+        index_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.product`."""
         ...
 
-    def rows_by_rows(self, left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+    def rows_by_rows(
+        self,
+        left_SO: Tensor,
+        right_SI: Tensor,
+        groups: Groups,
+        *,
+        left_index_S: Tensor | None = None,
+        right_index_S: Tensor | None = None,
+    ) -> Tensor:
         """See `reference.rows_by_rows`."""
+        ...
+
+    def gated(self, inner_SJ: Tensor, gate: Gate) -> Tensor:
+        """See `reference.gated`."""
+        ...
+
+    def gated_backward(
+        self, inner_SJ: Tensor, gate: Gate, d_inner_SI: Tensor, weight_S: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.gated_backward`."""
+        ...
+
+    def weighted_sum(self, rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = None) -> Tensor:
+        """See `reference.weighted_sum`."""
         ...
 
 

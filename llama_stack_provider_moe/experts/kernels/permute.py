@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.experts.kernels.groups import Sorted
+from llama_stack_provider_moe.experts.kernels.reference import weighted_sum
 
 
 def dispatch(hidden_TD: Tensor, found: Sorted) -> Tensor:
@@ -24,22 +25,15 @@ def combine(rows_SD: Tensor, weights_TK: Tensor, found: Sorted) -> Tensor:
     return summed
 
 
-def _of_tokens(rows_SD: Tensor, found: Sorted) -> Tensor:
-    """(T, K, D)"""
-    if found.some_without_row:  # a row of zeros stands for them
-        rows_SD = torch.cat([rows_SD, rows_SD.new_zeros(1, rows_SD.shape[1])])
-    return rows_SD[found.places_TK]
-
-
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, found: Sorted) -> Tensor:
         ctx.found = found
-        return hidden_TD[found.order_S // found.places_TK.shape[1]]
+        return hidden_TD[found.tokens_S]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _of_tokens(gradients[0], ctx.found).sum(dim=1), None
+        return ctx.found.of_choices(gradients[0]).sum(dim=1), None
 
 
 class _Combine(torch.autograd.Function):
@@ -47,20 +41,17 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows_SD: Tensor, weights_TK: Tensor, found: Sorted) -> Tensor:
         ctx.save_for_backward(rows_SD, weights_TK)
         ctx.found = found
-        return (_of_tokens(rows_SD, found) * weights_TK.unsqueeze(-1)).sum(dim=1)
+        return weighted_sum(rows_SD, found, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         rows_SD, weights_TK = ctx.saved_tensors
         found: Sorted = ctx.found
         d_rows = d_weights = None
-        d_out_SD = gradients[0][found.order_S // found.places_TK.shape[1]]
+        d_out_SD = gradients[0][found.tokens_S]
         if ctx.needs_input_grad[1]:
             d_weight_S = (rows_SD * d_out_SD).sum(dim=-1, keepdim=True)
-            d_weights = _of_tokens(d_weight_S, found).squeeze(-1).to(weights_TK.dtype)
+            d_weights = found.of_choices(d_weight_S).squeeze(-1).to(weights_TK.dtype)
         if ctx.needs_input_grad[0]:
-            weight_S = weights_TK.reshape(-1)[found.order_S]
-            if found.filled_S is not None:
-                weight_S = weight_S.masked_fill(found.filled_S, 0)
-            d_rows = (d_out_SD * weight_S.unsqueeze(-1)).to(rows_SD.dtype)
+            d_rows = (d_out_SD * found.of_rows(weights_TK).unsqueeze(-1)).to(rows_SD.dtype)
         return d_rows, d_weights, None

@@ -1,5 +1,6 @@
 """The ragged products in plain torch: one matrix product an expert, or torch's own grouped one where it can."""
 
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_stack_provider_moe.experts.kernels.groups import Groups
+from llama_stack_provider_moe.experts.kernels.gate import Gate
+from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted
 
+WIDEST_RANK = sys.maxsize  # of LoRA in one pass with the base
 ALIGNED = 8  # elements: `F.grouped_mm` wants strides of 16 bytes
 
 
@@ -16,6 +19,7 @@ class Stored(Protocol):
     """Weights (E, O, I) that are kept in another form and decoded where they are needed, never kept decoded."""
 
     dtype: torch.dtype
+    shape: tuple[int, ...]
 
     def expert(self, number: int) -> Tensor:
         """(O, I) of one expert."""
@@ -74,6 +78,7 @@ def product(
     bias_EO: Tensor | None = None,
     *,
     flip: bool = False,
+    index_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T that a gradient of G needs.
 
@@ -84,10 +89,12 @@ def product(
         second_EOR: G, beside F.
         bias_EO: b.
         flip: W_e in the place of W_e^T, so that rows are (S, O), and F and G are (E, R, O) and (E, I, R).
+        index_S: the row of `rows_SI` that stands for each row: tokens, unsorted, of which one is read several times.
 
     Returns:
         (S, O) and (S, R); with `flip` (S, I) and (S, R).
     """
+    rows_SI = _gathered(rows_SI, index_S)
     out_SO = times_weights(rows_SI, weight, groups, flip=flip)
     if bias_EO is not None:
         out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
@@ -98,12 +105,24 @@ def product(
     return out_SO, low_SR
 
 
-def rows_by_rows(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+def rows_by_rows(
+    left_SO: Tensor,
+    right_SI: Tensor,
+    groups: Groups,
+    *,
+    left_index_S: Tensor | None = None,
+    right_index_S: Tensor | None = None,
+) -> Tensor:
     """Of each expert the sum over its rows of left_O right_I^T: what a weight's gradient is.
+
+    Args:
+        left_index_S: the row of `left_SO` that stands for each row, as in `product`.
+        right_index_S: of `right_SI`.
 
     Returns:
         (E, O, I); zeros for an expert without rows.
     """
+    left_SO, right_SI = _gathered(left_SO, left_index_S), _gathered(right_SI, right_index_S)
     shape = (groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1])
     if _can_group(left_SO):
         return _grouped_outer(left_SO, right_SI, groups)
@@ -122,6 +141,51 @@ def sums_of_rows(
 ) -> Tensor:
     """Of each expert the sum of its rows, (E, O), by `outer`: what a bias's gradient is."""
     return outer(rows_SO, rows_SO.new_ones(rows_SO.shape[0], 1), groups)[:, :, 0]
+
+
+def weighted_sum(rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, D): of each token the sum of its rows in the order of its choices, each times its weight (None: 1).
+
+    In the wider dtype of rows and weights.
+    """
+    rows_TKD = found.of_choices(rows_SD)
+    return (rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
+def gated(inner_SJ: Tensor, gate: Gate) -> Tensor:
+    """(S, I): what `gate` makes of the up projection's (S, J)."""
+    return gate.function(inner_SJ)
+
+
+def gated_backward(inner_SJ: Tensor, gate: Gate, d_inner_SI: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `weight * gated(inner)`, from the gradient of what comes out, before its weight.
+
+    Args:
+        inner_SJ: what the up projection gave.
+        d_inner_SI: gradient of `weight * gated(inner)`.
+        weight_S: of each row.
+
+    Returns:
+        Gradient of `inner_SJ`; `weight * gated(inner)`, (S, I), which is computed again; gradient of `weight_S`.
+    """
+    with torch.enable_grad():
+        leaf_SJ = inner_SJ.detach().requires_grad_()
+        inner_SI = gate.function(leaf_SJ)
+    weight_S1 = weight_S.to(inner_SI.dtype).unsqueeze(-1)
+    (d_inner_SJ,) = torch.autograd.grad(inner_SI, leaf_SJ, d_inner_SI * weight_S1)
+    inner_SI = inner_SI.detach()
+    return d_inner_SJ, inner_SI * weight_S1, _row_dots(inner_SI, d_inner_SI)
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """(S,): of each row the sum of the products; in fp32 where they are narrower."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    dots: Tensor = torch.linalg.vecdot(left.to(wide), right.to(wide))
+    return dots
+
+
+def _gathered(rows: Tensor, index_S: Tensor | None) -> Tensor:
+    return rows if index_S is None else rows[index_S]
 
 
 def experts_of_rows(groups: Groups, rows: int) -> Tensor:
