@@ -177,7 +177,9 @@ def models() -> None:
     from tests import tiny_models
 
     ids = torch.arange(3, 15).unsqueeze(0)
-    for family in ("mixtral", "granitemoe", "llama4_text", "gpt_oss"):
+    for family, checkpointed in (
+        ("mixtral", False), ("granitemoe", True), ("llama4_text", False), ("gpt_oss", True)
+    ):  # fmt: skip
         found = []
         for backend in ("triton", "torch"):
             model = tiny_models.model(family)
@@ -190,12 +192,15 @@ def models() -> None:
                 for name, parameter in adapted.named_parameters():
                     if "lora_B" in name:
                         parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+            if checkpointed:
+                adapted.train().gradient_checkpointing_enable({"use_reentrant": False})
             logits = adapted(input_ids=ids).logits
             logits.square().mean().backward()
             gradients = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
             found.append({"logits": logits.detach(), **gradients})
         errors = {name: _error(one, found[1][name].double()) for name, one in found[0].items()}
-        print(json.dumps({"case": family, "worst": max(errors.values()), "compared": len(errors)}), flush=True)
+        case = f"{family}{', checkpointed' if checkpointed else ''}"
+        print(json.dumps({"case": case, "worst": max(errors.values()), "compared": len(errors)}), flush=True)
 
 
 def _error(found: Tensor, true: Tensor) -> float:
