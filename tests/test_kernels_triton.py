@@ -104,7 +104,7 @@ def test_a_choice_of_tiles_is_timed_once_and_kept(tmp_path: Path, monkeypatch: p
     asked.clear()
     assert remembered("some GPU", "times", (1, 2), candidates, time).rows == 32
     assert asked == [16, 32, 64], "a file that is cut short is as none"
-    with pytest.raises(RuntimeError, match=r"times \(1, 2\): none of 1 ways to cut it up fits some GPU"):
+    with pytest.raises(RuntimeError, match=r"times \(1, 2\): none of 1 ways to cut it up runs on some GPU"):
         remembered("some GPU", "times", (1, 2), candidates[2:], time)
 
 
