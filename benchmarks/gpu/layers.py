@@ -230,26 +230,38 @@ class Layer:
         """Each expert's own tokens times its own matrices, LoRA folded in; nobody's code but this and PEFT's layout."""
         layout, experts = self.layout, self.experts
         weighs_inputs = layout.model_type == "llama4_text"
+        linear = {name: self._linears(name) for name in (GATE_UP, DOWN)}
         out_TD = torch.zeros_like(hidden_TD)
         for expert in range(self.shape.experts):
             token, choice = torch.where(index_TK == expert)
             weight = weights_TK[token, choice, None]
             rows = hidden_TD[token] * weight if weighs_inputs else hidden_TD[token]
-            inner = self._linear(GATE_UP, expert, rows)
+            inner = linear[GATE_UP](expert, rows)
             if layout.own_gate:
                 inner = experts._apply_gate(inner)
             else:
                 gate, up = inner.chunk(2, dim=-1)
                 inner = nn.functional.silu(gate) * up
-            rows = self._linear(DOWN, expert, inner)
+            rows = linear[DOWN](expert, inner)
             out_TD.index_add_(0, token, rows if weighs_inputs else rows * weight)
         return out_TD
 
-    def _linear(self, name: str, expert: int, rows: Tensor) -> Tensor:
-        matrix = getattr(self.experts, name)[expert]
-        for module in self.model.modules():
-            if getattr(module, "parameter_name", None) == name:
-                left, right, scale = module.get_delta_factors("default")
+    def _linears(self, name: str) -> Callable[[int, Tensor], Tensor]:
+        """(expert, rows) -> rows times its matrix; unbound once, for each `[expert]` would have a whole gradient."""
+        experts, layout = self.experts, self.layout
+        matrices = getattr(experts, name).unbind()
+        biases = getattr(experts, f"{name}_bias").unbind() if layout.biased else None
+        wrappers = [each for each in self.model.modules() if getattr(each, "parameter_name", None) == name]
+        factors = []
+        for wrapper in wrappers:
+            left, right, scale = wrapper.get_delta_factors("default")
+            factors.append((left.unbind(), right.unbind(), scale))
+
+        def linear(expert: int, rows: Tensor) -> Tensor:
+            matrix = matrices[expert]
+            for left, right, scale in factors:
                 matrix = matrix + scale * left[expert] @ right[expert]
-        out = rows @ (matrix if self.layout.transposed else matrix.T)
-        return out + getattr(self.experts, f"{name}_bias")[expert] if self.layout.biased else out
+            out = rows @ (matrix if layout.transposed else matrix.T)
+            return out if biases is None else out + biases[expert]
+
+        return linear

@@ -94,10 +94,12 @@ def table(result: Found) -> str:
         for baseline, ratio in case["ratios"].get("times_as_fast_as", {}).items():
             lines.append(f"{'':<62}   {OURS} to {baseline}: {ratio['forward']:.2f} forward, {ratio[BOTH]:.2f} both")
     for one in result["end_to_end"]:
-        figures = one["why"] if one["status"] != "ok" else (
-            f"{one['tokens_per_s']:,.0f} tokens/s, {one['step_ms']['median']:.1f} ms a step, peak {one['peak_mib']} MiB"
-        )  # fmt: skip
-        lines.append(f"{one['run']:<62} {one['backend']:<11} {figures}")
+        if one["status"] == "ok":
+            peak = "" if one["peak_mib"] is None else f", at most {one['peak_mib']:,.0f} MiB"
+            told = f"{one['tokens_per_s']:,.0f} tokens/s, {one['step_ms']['median']:.1f} ms a step{peak}"
+        else:
+            told = f"{one['status']}: {one['why']}"
+        lines.append(f"{one['run']:<62} {one['backend']:<11}{told}")
     for name, target in result["targets"].items():
         if isinstance(target, dict):
             lines.append(f"target: {name}: {target}")

@@ -53,17 +53,17 @@ class Clock:
         self.wait()
         return time.perf_counter() - began
 
-    def times(self, prepare: Work, work: Work) -> Times:
+    def times(self, prepare: Work, work: Work, share: float = 1.0) -> Times:
         """Of `work` alone, which was called before; before each call `prepare`, and the cache is flushed.
+
+        `share`: of the time that a measurement may take.
 
         Eager launches as in training, no CUDA graph: work that is shorter than its launches shows their time.
         """
         prepare()
         once_s = self.first_s(work)
-        count = max(LEAST, min(self.repetitions, int(self.limit_s / max(once_s, 1e-6))))
+        count = max(LEAST, min(self.repetitions, int(share * self.limit_s / max(once_s, 1e-6))))
         found = self._by_events(count, prepare, work) if self._cuda else self._by_clock(count, prepare, work)
-        if count < 2:
-            return Times(found[0], found[0], found[0], count)
         tenths = statistics.quantiles(found, n=10, method="inclusive")
         return Times(statistics.median(found), tenths[0], tenths[-1], count)
 
