@@ -74,7 +74,7 @@ def run_experts(
     inner_SI = _product(experts, up, dispatch(hidden_TD, found), found, kernels)
     inner_SI = experts._apply_gate(inner_SI) if experts.has_gate else experts.act_fn(inner_SI)
     out_SD = _product(experts, "down_proj", inner_SI, found, kernels)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # transformers 5.17 knows no such norm
         out_SD = experts.post_expert_norm(out_SD)
     return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
 
