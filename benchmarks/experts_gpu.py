@@ -14,6 +14,7 @@ baseline that is not installed. It needs torch, triton, transformers and peft. R
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -53,6 +54,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")  # the truth is fp32, not tf32
     result = empty(arguments)
     units = planned(arguments, result)
+    gc.freeze()  # libraries' objects, which would be gone through at each `tidy`
     for number, (name, work) in enumerate(units):
         if time.monotonic() - began > 60 * arguments.minutes:
             result["left_out"] = [left for left, _ in units[number:]]
@@ -67,7 +69,7 @@ def main() -> None:
             result["skipped"][name] = f"no memory for its inputs and its truth: {str(error)[:200]}"
         print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
         write(result, arguments.out, time.monotonic() - began)
-    write(result, arguments.out, time.monotonic() - began)
+    gc.unfreeze()
     if why := report.chart(result, arguments.out.with_suffix(".png")):
         result["skipped"]["chart"] = why
     write(result, arguments.out, time.monotonic() - began)
@@ -117,6 +119,7 @@ def empty(arguments: argparse.Namespace) -> Result:
         "targets": {},
         "layers": [],
         "end_to_end": [],
+        "end_to_end_ratios": {},
         "skipped": skipped,
         "left_out": [],
         "machine": machine() | {"load_average": os.getloadavg()},
@@ -156,6 +159,7 @@ def planned(arguments: argparse.Namespace, result: Result) -> list[Unit]:
 def write(result: Result, path: Path, seconds: float) -> None:
     """What there is so far: a run that is cut off leaves what it had."""
     result["seconds"] = round(seconds, 1)
+    result["end_to_end_ratios"] = report.step_ratios(result["end_to_end"])
     result["targets"] = report.targets(result["layers"], result["device"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

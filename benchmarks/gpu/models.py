@@ -74,7 +74,7 @@ TINY = Model("tiny Granite", "granitemoe", {
     "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 384,
     "max_position_embeddings": 256, "tie_word_embeddings": True,
-}, rows=4, length=24)  # fmt: skip
+}, rows=2, length=24)  # fmt: skip
 
 
 @dataclass(frozen=True)

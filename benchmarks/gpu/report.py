@@ -1,6 +1,7 @@
 """What the figures say: ratios of variants, the project's targets hit and missed, a table, a chart."""
 
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def ratios(case: Found) -> dict[str, Any]:
         if ms(case, baseline) is not None and ours["peak_mib"] is not None:
             peak = case["variants"][baseline]["peak_mib"]
             found["of_the_peak_memory_of"][baseline] = round(ours["peak_mib"] / peak, 3)
+    return found
+
+
+def step_ratios(runs: list[Found]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each end-to-end run: how many times the tokens a second of one backend another has, and its peak memory."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    ran = [run for run in runs if run["status"] == "ok"]
+    for one, other in product(ran, ran):
+        order = ("triton", "torch", "peft")
+        if one["run"] != other["run"] or order.index(one["backend"]) >= order.index(other["backend"]):
+            continue
+        ratios = {"tokens_per_s": round(one["tokens_per_s"] / other["tokens_per_s"], 3)}
+        if one["peak_mib"] is not None:
+            ratios["peak_memory"] = round(one["peak_mib"] / other["peak_mib"], 3)
+        found.setdefault(one["run"], {})[f"{one['backend']} to {other['backend']}"] = ratios
     return found
 
 
@@ -100,6 +116,8 @@ def table(result: Found) -> str:
         else:
             told = f"{one['status']}: {one['why']}"
         lines.append(f"{one['run']:<62} {one['backend']:<11}{told}")
+    for run, pairs in result["end_to_end_ratios"].items():
+        lines += [f"{run:<62}   {pair}: {ratios}" for pair, ratios in pairs.items()]
     for name, target in result["targets"].items():
         if isinstance(target, dict):
             lines.append(f"target: {name}: {target}")

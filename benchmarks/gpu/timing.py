@@ -101,9 +101,9 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def tidy(self) -> None:
-        """Give back what nobody holds."""
-        gc.collect()
+        """Give back what nobody holds, where memory is counted; raises what went wrong on the device."""
         if self._cuda:
+            gc.collect()
             self.wait()
             torch.cuda.empty_cache()
 
