@@ -28,10 +28,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import models, report
-from benchmarks.gpu.cases import Bench, Case, DeviceLost, in_order, tiny
+from benchmarks.gpu.cases import Bench, Case, in_order, tiny
 from benchmarks.gpu.layers import PEERS, VARIANTS
 from benchmarks.gpu.shapes import TINY, arithmetic
-from benchmarks.gpu.timing import Clock, ceilings
+from benchmarks.gpu.timing import Clock, DeviceLost, ceilings
 from benchmarks.machine import RESULTS, gpu, machine, versions
 
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -61,12 +61,12 @@ def main() -> None:
             break
         try:
             work()
-        except DeviceLost as lost:
-            result["skipped"]["the rest"] = f"the device was lost in {lost}"
-            result["left_out"] = [left for left, _ in units[number:]]
-            break
         except torch.OutOfMemoryError as error:
             result["skipped"][name] = f"no memory for its inputs and its truth: {str(error)[:200]}"
+        except (DeviceLost, RuntimeError) as error:  # torch.AcceleratorError among them: all later work fails, too
+            result["skipped"]["the rest"] = f"lost the device in {name}: {str(error)[:300]}"
+            result["left_out"] = [left for left, _ in units[number:]]
+            break
         print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
         write(result, arguments.out, time.monotonic() - began)
     gc.unfreeze()

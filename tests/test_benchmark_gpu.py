@@ -16,7 +16,7 @@ from benchmarks.gpu import models, report
 from benchmarks.gpu.cases import PASSES, Bench, Case, Found, in_order, tiny
 from benchmarks.gpu.layers import VARIANTS, Layer, draw, replaced, why_not
 from benchmarks.gpu.shapes import BANDWIDTH, DENSE_FLOPS, SHAPES, TINY
-from benchmarks.gpu.timing import LEAST, Clock, Times
+from benchmarks.gpu.timing import LEAST, Clock, DeviceLost, Times
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def smoke(out: Path, *options: str, blocked: tuple[str, ...] = (), **environment
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    assert "left out for want of time: 0" in done.stdout
+    assert "left out: 0 case(s)" in done.stdout
     return found
 
 
@@ -154,6 +154,51 @@ def test_a_variant_that_breaks_is_told_and_the_others_go_on(monkeypatch: pytest.
         "peak_mib": None, "relative_errors": {},
     }  # fmt: skip
     assert {found["variants"][name]["status"] for name in ("eager", "grouped_mm")} == {"ok"}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict[str, Any]:
+    """The result of `--smoke` in this process."""
+    monkeypatch.setattr(sys, "argv", ["experts_gpu", "--smoke", "--out", str(out), *options])
+    experts_gpu.main()
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def test_what_there_was_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = command(monkeypatch, tmp_path / "found.json", "--minutes", "1e-9")
+    assert found["layers"] == []
+    names = [case.name for case in tiny(TINY)]
+    assert found["left_out"][0] == "ceilings"
+    assert set(names) < set(found["left_out"])
+
+
+@pytest.mark.parametrize("error", [DeviceLost("gone"), RuntimeError("illegal memory access")])
+def test_a_lost_device_ends_it_with_what_there_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    right = Bench.run
+
+    def lost(bench: Bench, case: Case) -> dict[str, Any]:
+        if "Mixtral" in case.name:
+            raise error
+        return right(bench, case)
+
+    monkeypatch.setattr(Bench, "run", lost)
+    found = command(monkeypatch, tmp_path / "found.json", "--repetitions", "3", "--only", "LoRA r=4")
+    names = [case.name for case in tiny(TINY) if "LoRA r=4" in case.name]
+    assert [case["case"] for case in found["layers"]] == names[:1]
+    assert found["left_out"] == names[1:]
+    assert str(error) in found["skipped"]["the rest"]
+
+
+def test_no_memory_for_a_truth_ends_that_case_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(bench: Bench, case: Case) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Bench, "run", full)
+    found = command(monkeypatch, tmp_path / "found.json", "--only", "LoRA r=4")
+    assert found["left_out"] == []
+    assert {case.name for case in tiny(TINY) if "LoRA r=4" in case.name} < set(found["skipped"])
 
 
 def test_targets_are_computed_from_the_figures() -> None:

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from benchmarks.gpu.layers import VARIANTS, Inputs, Layer, Routing, Variant, draw, replaced, why_not
 from benchmarks.gpu.shapes import SHAPES, Mode, Pass, Shape
-from benchmarks.gpu.timing import Clock, Times
+from benchmarks.gpu.timing import Clock, DeviceLost, Times
 
 WORSE = 2.0
 ROUNDING = 1e-5  # errors below it are fp32's own, and nobody's failure
 SLOW = 0.25  # of a measurement's time, for what is known to be slow
 PASSES: tuple[Pass, Pass] = ("forward", "forward+backward")
-
-
-class DeviceLost(Exception):
-    """The device answers no more: nothing that this process measures from here on would mean anything."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +155,8 @@ class Bench:
         inputs.hidden.grad = inputs.weights.grad = None
         try:
             self.clock.tidy()
-        except RuntimeError as error:  # torch.AcceleratorError among them
-            raise DeviceLost(f"{case.name}, {variant}: {found.why or error}") from error
+        except DeviceLost as lost:
+            raise DeviceLost(f"{variant}: {found.why or lost}") from lost
         return found
 
     def _measured(self, case: Case, variant: Variant, inputs: Inputs, truth: dict[str, Tensor]) -> Found:

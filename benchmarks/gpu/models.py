@@ -71,7 +71,7 @@ MODELS = (
     }),
 )  # fmt: skip
 TINY = Model("tiny Granite", "granitemoe", {
-    "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 384,
     "max_position_embeddings": 256, "tie_word_embeddings": True,
 }, rows=2, length=24)  # fmt: skip
@@ -142,14 +142,15 @@ class Steps:
         return why_not("triton", SHAPES[0], "LoRA", self.clock.device, self.interpreted)
 
     def _by_loop(self, run: Run) -> dict[str, Any]:
-        clock, device = self.clock, self.clock.device
+        device = self.clock.device
+        clock = Clock(device, self.counted, 4 * self.clock.limit_s)
+        cuda = device.type == "cuda"
+        before = torch.cuda.memory_allocated(device) if cuda else 0
         with torch.device(device):
             plain = AutoModelForCausalLM.from_config(run.model.config, dtype=self.dtype)
         model, how = adapted(plain, run.backend)
         model.train()
-        optimizer = torch.optim.AdamW(
-            [each for each in model.parameters() if each.requires_grad], lr=RATE, fused=device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=RATE, fused=cuda)
         loss_of = sft_loss if run.recipe == "sft" else dpo_loss
         random = torch.Generator(device).manual_seed(0)
         ids = torch.empty(run.model.rows, run.model.length, dtype=torch.long, device=device)
@@ -171,10 +172,10 @@ class Steps:
             renew()
             step()
         clock.tidy()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        times = Clock(device, self.counted, clock.limit_s * 4).times(renew, step)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        times = clock.times(renew, step)
+        peak = torch.cuda.max_memory_allocated(device) - before if cuda else None
         tokens = run.model.rows * run.model.length
         return _figures(times, tokens, peak) | {"first_step_s": round(first_s, 2), "adapted_by": how}
 

@@ -123,7 +123,7 @@ def table(result: Found) -> str:
             lines.append(f"target: {name}: {target}")
     lines += [f"skipped: {name}: {why}" for name, why in result["skipped"].items()]
     left = result["left_out"]
-    lines.append(f"left out for want of time: {len(left)} case(s){': ' if left else ''}{'; '.join(left[:8])}"
+    lines.append(f"left out: {len(left)} case(s){': ' if left else ''}{'; '.join(left[:8])}"
                  f"{' ...' if len(left) > 8 else ''}")  # fmt: skip
     return "\n".join(lines)
 

@@ -14,6 +14,10 @@ LEAST = 3  # repetitions, however slow
 Work = Callable[[], Any]
 
 
+class DeviceLost(Exception):
+    """The device answers no more: nothing that this process measures from here on would mean anything."""
+
+
 @dataclass(frozen=True)
 class Times:
     """Milliseconds, over `repetitions`; of few the outer percentiles are the extremes."""
@@ -101,11 +105,19 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def tidy(self) -> None:
-        """Give back what nobody holds, where memory is counted; raises what went wrong on the device."""
-        if self._cuda:
-            gc.collect()
+        """Give back what nobody holds, where memory is counted.
+
+        Raises:
+            DeviceLost: the device has failed.
+        """
+        if not self._cuda:
+            return
+        gc.collect()
+        try:
             self.wait()
             torch.cuda.empty_cache()
+        except RuntimeError as error:  # torch.AcceleratorError among them
+            raise DeviceLost(str(error)) from error
 
 
 def ceilings(clock: Clock, size: int, dtype: torch.dtype) -> dict[str, float]:
