@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constrai
 # compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint serve bench kernels-report clean
+.PHONY: demo test lint serve bench bench-gpu kernels-report clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +35,10 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.quantized_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+
+# Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.experts_gpu
 
 kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile table

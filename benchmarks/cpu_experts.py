@@ -15,12 +15,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from benchmarks.server_start import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, versions
 from llama_stack_provider_moe.experts.backend import OURS
 from llama_stack_provider_moe.experts.split_lora import split_lora
 
@@ -214,8 +212,7 @@ def main() -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "shapes": shapes,
         "machine": machine() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": versions("torch", "transformers", "peft"),
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

@@ -11,17 +11,15 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server_start import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.served_job import LIMIT_S, run_to_end
 from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from tests import tiny_models
@@ -30,7 +28,6 @@ from tests.host_harness import QUICKSTART, Server, run_config, serving
 PACKAGES = ["llama-stack-provider-moe", "llama-stack", "torch", "transformers", "trl", "peft", "datasets"]
 WAYS = {"cold": False, "warm": True}
 ROWS = [{"prompt": f"Write word {number}.", "completion": "The capital of France is Paris."} for number in range(16)]
-LIMIT_S = 1800.0
 
 
 def start(folder: Path, warm: bool, stack: ExitStack) -> Server:
@@ -55,14 +52,7 @@ def first_step(server: Server, job_id: str) -> dict[str, float]:
         "adapter": {"rank": 4, "alpha": 8}, "options": {"max_length": 64, "validation_split": 0},
     }  # fmt: skip
     began = datetime.now(UTC)
-    with server.http() as http:
-        answer = http.post("/jobs", json=body)
-        assert answer.status_code == 200, answer.text
-        deadline = time.monotonic() + LIMIT_S
-        while (job := http.get(f"/jobs/{job_id}/status").json())["status"] in ("scheduled", "in_progress"):
-            assert time.monotonic() < deadline, job
-            time.sleep(0.5)
-    assert job["status"] == "completed", job
+    run_to_end(server, body, poll_s=0.5)
     events = read(JobFolder(server.config().jobs_dir / job_id).events).events
     at = {kind: next(event.time for event in events if event.type == kind) for kind in ("started", "step")}
     return {
@@ -110,7 +100,7 @@ def main() -> None:
         "runs": runs,
         "machine": machine(),
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(*PACKAGES),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,6 @@ import asyncio
 import json
 import math
 import os
-import platform
 import random
 import sqlite3
 import statistics
@@ -25,14 +24,14 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from datetime import datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 from sqlalchemy import insert, update
 
-from benchmarks.server_start import PACKAGES, RESULTS, machine
+from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.server_start import PACKAGES
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.host.service import ANONYMOUS
 from llama_stack_provider_moe.jobs.events import Evaluation, EventLog, LayerRouting, Routing, Started, Step, now
@@ -298,11 +297,7 @@ def main() -> None:
         "seconds": arguments.seconds,
         "databases": figures,
         "machine": machine() | {"load_average": {"before": load_before, "after": os.getloadavg()}},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: told for name, (_, told) in found.items()},
-            **{package: version(package) for package in [*PACKAGES, "psycopg"]},
-        },
+        "versions": versions(*PACKAGES, "psycopg") | {name: told for name, (_, told) in found.items()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -13,19 +13,17 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
-import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server_start import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.served_job import run_to_end
 from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from tests.host_harness import QUICKSTART, Server, run_config, serving
@@ -37,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
     "8 bits": {"quantize_base": True, "quantize_bits": 8},
     "4 bits": {"quantize_base": True},
 }
-BATCH, LIMIT_S = 4, 3600.0
+BATCH = 4
 
 
 def weigh(model: Path, bits: int, pipe: Connection) -> None:
@@ -83,15 +81,7 @@ def losses(server: Server, name: str, adapter: dict[str, Any], steps: int) -> di
         "optimizer": {"lr": 2e-4}, "adapter": {"rank": 8, "alpha": 16, **adapter},
         "moe": {"router_aux_loss_coef": 0.01}, "options": {"max_length": 256},
     }  # fmt: skip
-    with server.http() as http:
-        http.headers["Connection"] = "close"
-        answer = http.post("/jobs", json=body)
-        assert answer.status_code == 200, answer.text
-        deadline = time.monotonic() + LIMIT_S
-        while (job := http.get(f"/jobs/{job_id}/status").json())["status"] in ("scheduled", "in_progress"):
-            assert time.monotonic() < deadline, job
-            time.sleep(2)
-    assert job["status"] == "completed", job
+    run_to_end(server, body, poll_s=2)
     events = read(JobFolder(server.config().jobs_dir / job_id).events, limit=10_000).events
     held_out = [event.metrics["validation_loss"] for event in events if event.type == "evaluation"]
     return {
@@ -156,8 +146,7 @@ def main() -> None:
         "bytes": weights,
         "curves": curves,
         "machine": machine() | {"load_average": os.getloadavg()},
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
+        "versions": versions("torch", "transformers", "peft", "trl", "bitsandbytes"),
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "curves"}, indent=2))

@@ -9,21 +9,19 @@ pair's order too, so that a busy machine disturbs both alike; the ratios are of 
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from benchmarks.machine import RESULTS, machine, versions
 from tests.host_harness import QUICKSTART, serving
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = [
     "llama-stack-provider-moe", "llama-stack", "llama-stack-api", "fastapi", "pydantic", "sqlalchemy", "starlette",
     "uvicorn",
@@ -69,18 +67,6 @@ def measure(config: Path, state_dir: Path) -> dict[str, float]:
         }
 
 
-def machine() -> dict[str, Any]:
-    """The hardware that the figures are of."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "kernel": platform.release(),
-    }
-
-
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Ratios of medians, and whether they mean anything: on a busy machine the two variants' ranges overlap."""
     spread = {
@@ -120,7 +106,7 @@ def main() -> None:
         "runs": runs,
         "machine": machine(),
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(*PACKAGES),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
