@@ -70,8 +70,8 @@ def _maps(
 ) -> "Figure":
     """Heat maps one below the other, on one scale of colours."""
     layers, experts = len(report.moe_layers), report.num_experts
-    width = min(16.0, max(5.0, 2.2 + 0.11 * experts))
-    height = min(12.0, max(1.8, 1.1 + 0.2 * layers))
+    width = min(14.0, max(5.0, 2.2 + 0.11 * experts))
+    height = min(7.0, max(1.8, 1.1 + 0.2 * layers))
     figure = _figure(width, height * len(maps) + 0.2)
     axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
@@ -79,7 +79,7 @@ def _maps(
         axis.set_title(titles[name], fontsize=10)
         axis.set_xlabel("expert")
         _experts_and_layers(axis, report)
-    figure.colorbar(image, ax=list(axes), label=label, fraction=0.05, pad=0.02)
+        figure.colorbar(image, ax=axis, label=label, fraction=0.05, pad=0.02)
     return figure
 
 
@@ -122,7 +122,7 @@ def _information(report: RoutingReport) -> "Figure":
 def _top(report: RoutingReport) -> "Figure":
     """Each set's experts of the greatest difference, with intervals."""
     names = list(report.sets)
-    count = max(len(ranked) for ranked in report.top.values())
+    count = max([1, *(len(ranked) for ranked in report.top.values())])
     figure = _figure(4.6 * len(names), max(2.4, 1.2 + 0.22 * min(count, 2 * MOST_TICKS)))
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers.utils import logging
 
 from llama_stack_provider_moe.analysis.routing_run import analyse, load_routed, text, write_report
 from llama_stack_provider_moe.datarows import canonical
-from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, MoeError, RowProblem
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, InvalidRows, MoeError, RowProblem
 from llama_stack_provider_moe.spec import Analysis, AnalysisOptions, AnalysisTraining, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
 
@@ -49,6 +50,7 @@ def canonical_rows(path: Path, spec: RoutingAnalysisSpec, into: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code is 0 when the report was written."""
     arguments = _parser().parse_args(argv)
+    logging.disable_progress_bar()
     said = sys.stderr
 
     def say(line: str) -> None:
@@ -96,8 +98,10 @@ def _spec(arguments: argparse.Namespace) -> tuple[RoutingAnalysisSpec, dict[str,
     try:
         return RoutingAnalysisSpec.model_validate(body), {name: Path(path) for name, path in sets.items()}
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(".".join(map(str, first["loc"])), first["input"], str(first["msg"])) from None
+        told = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors()
+        ]
+        raise InvalidBody(told) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -148,7 +148,7 @@ def analyse(
         layers=found.layers,
         top={},
     )
-    top = {name: report.ranked(name)[: spec.analysis.top] for name in prompts}
+    top = {name: [one for one in report.ranked(name) if one.difference > 0][: spec.analysis.top] for name in prompts}
     return report.model_copy(update={"top": top})
 
 

@@ -65,7 +65,8 @@ class FromAnalysis(Block):
     top: int = Field(
         ge=1,
         le=65536,
-        description="At most so many, over all layers, of the greatest difference; never one whose interval holds 0.",
+        description="At most so many, over all layers, of the greatest difference; none that chance explains "
+        "(interval above 0, difference above the report's `chance_difference`).",
     )
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK, description="Of their LoRA; left out: `adapter.rank`.")
 

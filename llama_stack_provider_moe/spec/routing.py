@@ -133,7 +133,7 @@ class RoutingReport(Block):
         "below it may be the luck of looking at many."
     )
     layers: list[LayerReport]
-    top: dict[str, list[RankedExpert]]
+    top: dict[str, list[RankedExpert]] = Field(description="Of each set, experts that it uses more than the others.")
 
     @model_validator(mode="after")
     def _of_one_piece(self) -> "RoutingReport":
@@ -163,7 +163,7 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
     Args:
         report: an analysis.
         name: of one of its sets.
-        top: at most so many; those whose interval holds 0 are never among them.
+        top: at most so many, each with an interval above 0 and a difference above what chance shows.
         rank: of their LoRA.
         field: the caller's name of the block that asks, for errors.
 
@@ -172,11 +172,13 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
     """
     if name not in report.sets:
         raise InvalidInput(f"{field}.set", name, f"a set of the analysis: {', '.join(map(repr, report.sets))}")
-    chosen = [one for one in report.ranked(name) if one.low > 0][:top]
+    # Of thousands of experts hundreds have intervals above 0 by luck alone, and these are at the top of the ranking.
+    sure = [one for one in report.ranked(name) if one.low > 0 and one.difference > report.chance_difference]
+    chosen = sure[:top]
     if not chosen:
         raise InvalidInput(
-            f"{field}.set", name, "a set with experts that it uses more than the others do; at "
-            f"{report.confidence:.0%} no interval of this one's differences lies above 0"
+            f"{field}.set", name, "a set with experts that it surely uses more than the others do; of this one's "
+            f"none has a difference above {report.chance_difference:.4f}, what chance shows, and an interval above 0"
         )  # fmt: skip
     rules = []
     for layer in sorted({one.layer for one in chosen}):

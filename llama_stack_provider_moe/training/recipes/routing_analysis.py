@@ -51,9 +51,8 @@ def run(session: Session[RoutingAnalysisSpec]) -> Manifest:
     artifact = describe(session.job_uuid, "analysis", folder.routing, epoch=0, step=0)
     session.events.append(Saved(artifact=artifact.model_dump(mode="json")))
     session.events.append(Finished(train_seconds=time.monotonic() - began))
-    greatest = max(one.difference for ranked in report.top.values() for one in ranked)
     summary = {
-        "greatest_difference": greatest,
+        "greatest_difference": max(max(each) for layer in report.layers for each in layer.difference.values()),
         "chance_difference": report.chance_difference,
         "greatest_mutual_information": max(layer.mutual_information for layer in report.layers),
     }
