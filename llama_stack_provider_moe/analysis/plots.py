@@ -130,11 +130,12 @@ def _top(report: RoutingReport) -> "Figure":
         places = list(range(len(ranked)))
         values = np.array([one.difference for one in ranked])
         ends = np.array([[one.difference - one.low, one.high - one.difference] for one in ranked]).clip(min=0).T
-        axis.errorbar(values, places, xerr=ends, fmt="o", color="#2166ac", ecolor="0.5", markersize=4, capsize=2)
+        colours = ["#b2182b" if one.is_sure else "0.6" for one in ranked]
+        axis.errorbar(values, places, xerr=ends, fmt="none", ecolor="0.5", capsize=2)
+        axis.scatter(values, places, c=colours, s=22, zorder=3)
         axis.axvline(0, color="0.3", linewidth=0.8)
-        axis.axvline(report.chance_difference, color="0.6", linewidth=0.8, linestyle="--")
         axis.set_yticks(places, [f"layer {one.layer}, expert {one.expert}" for one in ranked], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel(f"difference of rates, {report.confidence:.0%} intervals")
-        axis.set_title(f"{name} more than the others (dashed: by chance)", fontsize=9)
+        axis.set_title(f"{name} more than the others (red: beyond chance)", fontsize=9)
     return figure

@@ -23,6 +23,7 @@ from llama_stack_provider_moe.experts.routing import RoutingRecorder
 from llama_stack_provider_moe.spec.routing import Analysis, LayerReport
 
 Floats = NDArray[np.floating[Any]]
+ROUNDING = 1e-6  # of a rate: sums are made in fp32
 
 
 class Prompt(NamedTuple):
@@ -94,14 +95,7 @@ def _by_row(chosen_TK: torch.Tensor, counts_BT: torch.Tensor, num_experts: int) 
     return made_BE.scatter_add_(1, chosen_BX, weight_BX)[:, :num_experts]
 
 
-class Comparison(NamedTuple):
-    """A report a layer, and the greatest difference that shuffled rows stay below (`RoutingReport`)."""
-
-    layers: list[LayerReport]
-    chance_difference: float
-
-
-def compare(sets: Mapping[str, Counts], layers: Sequence[int], settings: Analysis, seed: int) -> Comparison:
+def compare(sets: Mapping[str, Counts], layers: Sequence[int], settings: Analysis, seed: int) -> list[LayerReport]:
     """Rates, differences and mutual information of each layer, each with how sure it is."""
     names, counted = list(sets), list(sets.values())
     rate_SLE = np.stack([one.rate_LE() for one in counted])
@@ -110,24 +104,25 @@ def compare(sets: Mapping[str, Counts], layers: Sequence[int], settings: Analysi
     chance = by_chance(counted, settings.permutations, seed)
     mean_L = chance.information_LR.mean(axis=1)
     upper_L = np.quantile(chance.information_LR, settings.confidence, axis=1)
+    needed_SLE = np.quantile(chance.greatest_R, settings.confidence) * chance.spread_SLE
 
     def lists(figures_SLE: Floats, place: int) -> dict[str, list[float]]:
         return {name: np.round(figures_SLE[s, place], 8).tolist() for s, name in enumerate(names)}
 
-    reports = [
+    return [
         LayerReport(
             layer=layer,
             rate=lists(rate_SLE, place),
             difference=lists(difference_SLE, place),
             low=lists(low_SLE, place),
             high=lists(high_SLE, place),
+            chance_difference=lists(needed_SLE, place),
             mutual_information=round(float(found_L[place]), 8),
             chance_mean=round(float(mean_L[place]), 8),
             chance_high=round(float(upper_L[place]), 8),
         )
         for place, layer in enumerate(layers)
     ]
-    return Comparison(reports, round(float(np.quantile(chance.greatest_R, settings.confidence)), 8))
 
 
 def differences(rate_SLE: Floats) -> Floats:
@@ -188,26 +183,42 @@ def _drawn(rows: int, resamples: int, generator: np.random.Generator) -> Floats:
 
 
 class Chance(NamedTuple):
-    """Of shuffled rows: mutual information (L, R), and the greatest difference over sets, layers and experts (R,)."""
+    """Of shuffled rows.
+
+    Attributes:
+        information_LR: mutual information.
+        spread_SLE: root mean square of each expert's differences.
+        greatest_R: the greatest difference of all sets, layers and experts, each in units of its own spread.
+    """
 
     information_LR: Floats
+    spread_SLE: Floats
     greatest_R: Floats
 
 
 def by_chance(sets: Sequence[Counts], permutations: int, seed: int) -> Chance:
-    """What is found where rows are dealt to the sets at random, each as large as it was: no set differs then."""
+    """What is found where rows are dealt to the sets at random, each as large as it was: no set differs then.
+
+    An expert whose difference is beyond what the greatest of all reach by chance, in units of spread, is not found by
+    luck of looking at many (Westfall & Young 1993: the permutation distribution of the maximum, one step).
+    """
     generator = np.random.default_rng([seed, 1])
     routed_NLE = np.concatenate([one.routed_NLE for one in sets])
     tokens_N = np.concatenate([one.tokens_N for one in sets])
     labels_N = np.repeat(np.arange(len(sets)), [len(one.tokens_N) for one in sets])
     dealt_RN = generator.permuted(np.tile(labels_N, (permutations, 1)), axis=1)
     dealt_SRN = [(dealt_RN == label).astype(np.float32) for label in range(len(sets))]
-    information, greatest_R = [], np.zeros(permutations)
+    information, spread, greatest_R = [], [], np.zeros(permutations)
     for place in range(routed_NLE.shape[1]):
         rates_SRE = np.stack([_rates(one_RN, routed_NLE[:, place], tokens_N) for one_RN in dealt_SRN])
         information.append(mutual_information(rates_SRE))
-        greatest_R = np.maximum(greatest_R, differences(rates_SRE).max(axis=(0, 2)))
-    return Chance(np.stack(information), greatest_R)
+        differences_SRE = differences(rates_SRE)
+        spread_SE = np.sqrt((differences_SRE**2).mean(axis=1))
+        spread.append(spread_SE)
+        # Of an expert that all rows use alike only rounding errors are left.
+        unit_SE = np.where(spread_SE > ROUNDING, spread_SE, np.inf)
+        greatest_R = np.maximum(greatest_R, (differences_SRE / unit_SE[:, None]).max(axis=(0, 2)))
+    return Chance(np.stack(information), np.stack(spread, axis=1), greatest_R)
 
 
 def _rates(weight_RN: Floats, routed_NE: Floats, tokens_N: Floats) -> Floats:

@@ -144,8 +144,7 @@ def analyse(
             name: SetSummary(source=spec.data.sets[name], rows=len(each), tokens=int(counted[name].tokens_N.sum()))
             for name, each in prompts.items()
         },
-        chance_difference=found.chance_difference,
-        layers=found.layers,
+        layers=found,
         top={},
     )
     top = {name: [one for one in report.ranked(name) if one.difference > 0][: spec.analysis.top] for name in prompts}
@@ -181,10 +180,7 @@ def text(report: RoutingReport) -> str:
         lines.append(
             f"experts that {name} uses more than the others do, difference of rates [{report.confidence:.0%}]:"
         )
-        lines += [
-            f"  layer {one.layer:3d} expert {one.expert:3d}  {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
-            f"  rate {one.rate:.4f}"
-            for one in ranked[:SHOWN]
-        ]
-    lines.append(f"a difference below {report.chance_difference:.4f} may be the luck of looking at every expert")
+        for one in ranked[:SHOWN]:
+            figures = f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]  rate {one.rate:.4f}"
+            lines.append(f"{'*' if one.is_sure else ' '} layer {one.layer:3d} expert {one.expert:3d}  {figures}")
     return "\n".join(lines)

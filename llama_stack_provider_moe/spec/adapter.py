@@ -66,7 +66,7 @@ class FromAnalysis(Block):
         ge=1,
         le=65536,
         description="At most so many, over all layers, of the greatest difference; none that chance explains "
-        "(interval above 0, difference above the report's `chance_difference`).",
+        "(`is_sure` in the report).",
     )
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK, description="Of their LoRA; left out: `adapter.rank`.")
 

@@ -93,6 +93,10 @@ class LayerReport(Block):
     difference: dict[str, list[float]] = Field(description="Rate less the mean rate of the other sets.")
     low: dict[str, list[float]] = Field(description="Lower end of the difference's interval.")
     high: dict[str, list[float]] = Field(description="Upper end.")
+    chance_difference: dict[str, list[float]] = Field(
+        description="What the difference must exceed: with rows shuffled among sets, no expert of any layer does, at "
+        "`confidence`."
+    )
     mutual_information: float = Field(
         description="Of set and expert in nats, sets of equal weight: 0 where they are routed alike, at most ln(sets)."
     )
@@ -109,6 +113,7 @@ class RankedExpert(Block):
     difference: float
     low: float
     high: float
+    is_sure: bool = Field(description="The interval lies above 0, and the difference above what chance shows.")
 
 
 class RoutingReport(Block):
@@ -128,10 +133,6 @@ class RoutingReport(Block):
     permutations: int
     seed: int
     sets: dict[str, SetSummary]
-    chance_difference: float = Field(
-        description="Greatest difference of any expert with rows shuffled among sets, quantile at `confidence`: one "
-        "below it may be the luck of looking at many."
-    )
     layers: list[LayerReport]
     top: dict[str, list[RankedExpert]] = Field(description="Of each set, experts that it uses more than the others.")
 
@@ -140,7 +141,7 @@ class RoutingReport(Block):
         if [layer.layer for layer in self.layers] != self.moe_layers:
             raise ValueError("layers are not those of moe_layers")
         for layer in self.layers:
-            for by_set in (layer.rate, layer.difference, layer.low, layer.high):
+            for by_set in (layer.rate, layer.difference, layer.low, layer.high, layer.chance_difference):
                 if set(by_set) != set(self.sets) or any(len(row) != self.num_experts for row in by_set.values()):
                     raise ValueError(f"layer {layer.layer} has not {self.num_experts} experts for each set")
         return self
@@ -148,11 +149,18 @@ class RoutingReport(Block):
     def ranked(self, name: str) -> list[RankedExpert]:
         """Every expert of every layer, by how much more set `name` uses it than the others do."""
         found = [
-            RankedExpert(layer=layer.layer, expert=expert, rate=rate, difference=difference, low=low, high=high)
-            for layer in self.layers
-            for expert, (rate, difference, low, high) in enumerate(
-                zip(layer.rate[name], layer.difference[name], layer.low[name], layer.high[name], strict=True)
+            RankedExpert(
+                layer=layer.layer,
+                expert=expert,
+                rate=layer.rate[name][expert],
+                difference=layer.difference[name][expert],
+                low=layer.low[name][expert],
+                high=layer.high[name][expert],
+                is_sure=layer.low[name][expert] > 0
+                and layer.difference[name][expert] > layer.chance_difference[name][expert],
             )
+            for layer in self.layers
+            for expert in range(self.num_experts)
         ]
         return sorted(found, key=lambda one: (-one.difference, one.layer, one.expert))
 
@@ -163,7 +171,7 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
     Args:
         report: an analysis.
         name: of one of its sets.
-        top: at most so many, each with an interval above 0 and a difference above what chance shows.
+        top: at most so many, of those that are sure.
         rank: of their LoRA.
         field: the caller's name of the block that asks, for errors.
 
@@ -173,12 +181,11 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
     if name not in report.sets:
         raise InvalidInput(f"{field}.set", name, f"a set of the analysis: {', '.join(map(repr, report.sets))}")
     # Of thousands of experts hundreds have intervals above 0 by luck alone, and these are at the top of the ranking.
-    sure = [one for one in report.ranked(name) if one.low > 0 and one.difference > report.chance_difference]
-    chosen = sure[:top]
+    chosen = [one for one in report.ranked(name) if one.is_sure][:top]
     if not chosen:
         raise InvalidInput(
-            f"{field}.set", name, "a set with experts that it surely uses more than the others do; of this one's "
-            f"none has a difference above {report.chance_difference:.4f}, what chance shows, and an interval above 0"
+            f"{field}.set", name, "a set with experts that it surely uses more than the others do; of this one's none "
+            "has a difference beyond what chance shows, and an interval above 0"
         )  # fmt: skip
     rules = []
     for layer in sorted({one.layer for one in chosen}):

@@ -53,7 +53,7 @@ def run(session: Session[RoutingAnalysisSpec]) -> Manifest:
     session.events.append(Finished(train_seconds=time.monotonic() - began))
     summary = {
         "greatest_difference": max(max(each) for layer in report.layers for each in layer.difference.values()),
-        "chance_difference": report.chance_difference,
+        "experts_beyond_chance": sum(one.is_sure for name in report.sets for one in report.ranked(name)),
         "greatest_mutual_information": max(layer.mutual_information for layer in report.layers),
     }
     return Manifest(job_uuid=session.job_uuid, artifacts=[artifact], summary=summary)
