@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 
 from llama_stack_provider_moe.analysis import plots, routing, routing_report
 from llama_stack_provider_moe.analysis.routing_report import Counts, Prompt, bootstrap, by_chance, compare, count
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import CheckpointError, InvalidInput
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.masking import masked_experts
+from llama_stack_provider_moe.experts.settings import resolve_moe
+from llama_stack_provider_moe.experts.steering import Steering, restore_biases
+from llama_stack_provider_moe.spec import Moe
 from llama_stack_provider_moe.spec.routing import Analysis, RoutingReport, SetSummary
 from tests import tiny_models
 
@@ -316,3 +319,19 @@ def test_a_dense_model_has_no_routing(files: dict[str, Path], tmp_path: Path, ca
     model = tiny_models.build("llama", tmp_path / "model")
     assert routing.main(typed(model, files, tmp_path / "out")) == 1
     assert "is dense; it has no experts" in capsys.readouterr().err
+
+
+def test_moved_biases_come_with_an_adapter(tmp_path: Path) -> None:
+    """An `aux_free` job leaves its routers' biases beside its adapter; plain PEFT would load the adapter alone."""
+    model, layout = made("deepseek_v3")
+    moved = Steering(model, layout, resolve_moe(Moe(moe_load_balancing="aux_free"), layout, full=False))
+    moved.after_step({layer: torch.tensor([9.0, 0.0, 0.0, 0.0]) for layer in layout.moe_layers})
+    moved.save(tmp_path)
+    fresh, _ = made("deepseek_v3")
+    restore_biases(tmp_path, fresh, layout)
+    for layer, bias in layout.biases(fresh).items():
+        assert bias.tolist() == layout.biases(model)[layer].tolist() != [0, 0, 0, 0]
+    other, other_layout = made("glm4_moe", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="is of another model"):
+        restore_biases(tmp_path, other, other_layout)
+    restore_biases(tmp_path / "none", other, other_layout)

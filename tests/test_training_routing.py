@@ -20,7 +20,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, JobDefaults, numbers
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, resolve_adapter
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, train
 from tests import tiny_models
-from tests.host_support import Datasets, caller, folder_of, serving_in_process
+from tests.host_support import Datasets, ask, caller, folder_of, serving_in_process
 from tests.training_support import _signals_put_back
 
 GARDEN = [{"prompt": f"Write {i} words about the garden.", "completion": "In spring."} for i in range(8)]
@@ -104,6 +104,21 @@ def test_a_job_leaves_its_report_and_charts(service: PostTrainingService, analys
     assert detail.resources_allocated["percent"] == 100
 
 
+def test_over_http(service: PostTrainingService, analysed: str) -> None:
+    with caller("ann"):
+        report = ask(service, "GET", f"/jobs/{analysed}/artifacts/routing/{REPORT_FILE}")
+        refused = ask(service, "POST", "/jobs", json=ANALYSIS | {"model": "granite", "data": {"sets": {"a": "garden"}}})
+        checked = ask(service, "POST", "/jobs/validate", json=ANALYSIS | {"model": "granite"})
+    assert set(report.json()["sets"]) == {"garden", "sums"}
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        400, "data.sets: 1 set(s) can't be compared; expected 2 to 16",
+    )  # fmt: skip
+    assert checked.json()["rows"] == {"set-garden": 8, "set-sums": 9}
+    assert (checked.json()["train_rows"], checked.json()["validation_rows"]) == (0, None)
+    with caller("eve"):
+        assert ask(service, "GET", f"/jobs/{analysed}/artifacts/routing/{REPORT_FILE}").status_code == 404
+
+
 def test_its_experts_are_what_the_next_job_trains(service: PostTrainingService, analysed: str) -> None:
     with caller("ann"):
         job_id, code = run(service, asking())
@@ -113,20 +128,20 @@ def test_its_experts_are_what_the_next_job_trains(service: PostTrainingService, 
     best = sure_ones(report)["sums"][:2]
     assert len(best) == 2
     adapter = json.loads(folder.spec.read_text())["adapter"]
-    named = [(int(rule["layers"]), e) for rule in adapter["rules"] for key in rule["experts"] for e in numbers(key)]
-    assert sorted(named) == sorted(best), "resolved at the door"
+    rules = [(int(rule["layers"]), e) for rule in adapter["rules"] for key in rule["experts"] for e in numbers(key)]
+    assert sorted(rules) == sorted(best), "resolved at the door"
     assert adapter["from_analysis"] is None
     assert adapter["rules_from"] == {
         "analysis": "job analysis, set sums, top 2", "moe_layers": [0, 1], "num_experts": 4,
     }  # fmt: skip
     assert any("job analysis, set sums, top 2: layer" in note for note in notes(folder))
-    trained = set()
+    named = set()
     for name, tensor in load_file(folder.adapter / "adapter_model.safetensors").items():
-        if ".experts." in name and "lora_B" in name:
+        if ".experts." in name and "lora_A" in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
-            moved = tensor.view(tensor.shape[0], -1, 4).abs().amax(dim=(0, 1))  # columns k * E + e
-            trained |= {(layer, expert) for expert in torch.nonzero(moved).flatten().tolist()}
-    assert trained == set(best)
+            has_rank = tensor.view(4, -1).abs().amax(dim=1)  # rows e * R + k; zeros where an expert has no rank
+            named |= {(layer, expert) for expert in torch.nonzero(has_rank).flatten().tolist()}
+    assert named == set(best)
 
 
 def sure_ones(report: RoutingReport) -> dict[str, list[tuple[int, int]]]:

@@ -77,7 +77,7 @@ def count(
             mask_BT = (torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None]).long()
             counts_BT = pad_sequence([torch.tensor(prompts[row].counts) for row in rows], batch_first=True).to(device)
             with torch.no_grad(), recorder.recording(mask_BT):
-                model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+                model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
             for place, chosen_TK in enumerate(recorder.chosen()):
                 routed_NLE[rows, place] = _by_row(chosen_TK, counts_BT, layout.num_experts).cpu().numpy()
             tell(start + len(rows))
