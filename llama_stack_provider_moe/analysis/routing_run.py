@@ -177,8 +177,10 @@ def text(report: RoutingReport) -> str:
         ),
     ]
     for name, ranked in report.top.items():
+        sure = sum(one.is_sure for one in report.ranked(name))
+        confidence = f"{report.confidence:.0%}"
         lines.append(
-            f"experts that {name} uses more than the others do, difference of rates [{report.confidence:.0%}]:"
+            f"experts that {name} uses more than the others, {sure} beyond chance (*); difference [{confidence}]:"
         )
         for one in ranked[:SHOWN]:
             figures = f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]  rate {one.rate:.4f}"
