@@ -15,17 +15,24 @@ from pydantic.fields import FieldInfo
 from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
+    Analysis,
+    AnalysisData,
+    AnalysisOptions,
+    AnalysisTraining,
     Block,
     Data,
     DPOOptions,
     DPOSpec,
     Efficiency,
     ExpertRule,
+    FromAnalysis,
     MLflow,
     Moe,
     Optimizer,
     Options,
     Resources,
+    RoutingAnalysisSpec,
+    RulesFrom,
     SFTSpec,
     Trackers,
     Trackio,
@@ -46,6 +53,8 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`efficiency`", "efficiency.", Efficiency, set()),
     ("`adapter`", "adapter.", Adapter, set()),
     ("Each of `adapter.rules`", "adapter.rules.N.", ExpertRule, set()),
+    ("`adapter.from_analysis`", "adapter.from_analysis.", FromAnalysis, set()),
+    ("`adapter.rules_from`", "adapter.rules_from.", RulesFrom, set()),
     ("`moe`", "moe.", Moe, set()),
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
@@ -54,6 +63,16 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
     ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
     ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
+    (
+        "Routing analysis jobs: `job_uuid`, `model` and `resources` as above, and",
+        "",
+        RoutingAnalysisSpec,
+        {"job_uuid", "model", "resources"},
+    ),
+    ("`data` of routing analysis jobs", "data.", AnalysisData, set()),
+    ("`analysis`", "analysis.", Analysis, set()),
+    ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
+    ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
@@ -92,6 +111,8 @@ def allowed(field: FieldInfo) -> str:
             return "a list of blocks, which follow"
     if get_origin(annotation) is dict:
         key, value = get_args(annotation)
+        if value is str:
+            return ""
         groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):

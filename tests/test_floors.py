@@ -33,7 +33,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
     "training": (LEARNING | {"pydantic", "mlflow", "trackio", "wandb"}, GROUND | {"experts", "training"} | FOLDER),
-    "training.recipes": (LEARNING, GROUND | {"experts", "training"} | FOLDER),
+    "training.recipes": (LEARNING | {"pydantic"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
+    "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
 
 

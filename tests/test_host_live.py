@@ -259,12 +259,20 @@ def test_validation_says_what_a_job_would_be_and_creates_nothing(server: Server,
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_validate_on_the_server(http: httpx.Client, server: Server, path: Path) -> None:
     body = json.loads(path.read_text(encoding="utf-8"))
-    registered = {"sft": "words", "dpo": "pairs"}[body["recipe"]]
-    body["data"]["dataset_id"] = registered  # the name in a template stands for the user's own
+    # The names in a template stand for the user's own.
+    if body["recipe"] == "routing_analysis":
+        body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
+    else:
+        registered = {"sft": "words", "dpo": "pairs"}[body["recipe"]]
+        body["data"]["dataset_id"] = registered
     answer = http.post("/jobs/validate", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["spec"]["model"] == body["model"]
-    assert answer.json()["train_rows"] == len(DATASETS[registered])
+    rows = answer.json()["rows"]
+    if body["recipe"] == "routing_analysis":
+        assert rows == {"set-cooking": len(WORDS), "set-other": len(WORDS)}
+    else:
+        assert rows == {"train": answer.json()["train_rows"]} == {"train": len(DATASETS[registered])}
 
 
 # Bad requests: the code, the text, nothing created, and the connection goes on.

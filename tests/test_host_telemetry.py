@@ -236,7 +236,7 @@ def test_the_store_is_told_also_by_a_server_that_has_just_begun(tmp_path: Path) 
     assert found["moe_jobs_lost", "sft", "completed"] == 1
     assert found["moe_supervisor_alive",] == 0
     assert {key[1:] for key in found if key[0] == "moe_jobs"} == {
-        (recipe, state.value) for recipe in ("sft", "dpo") for state in JobState
+        (recipe, state.value) for recipe in telemetry.RECIPES for state in JobState
     }, "0 is told too"
 
 

@@ -249,6 +249,23 @@ def upcycle(
     _end(as_json, lambda screen: local.upcycle(screen, arguments or []))
 
 
+analyze = typer.Typer(help="Find out about a model, here; needs torch, no server.", no_args_is_help=True)
+app.add_typer(analyze, name="analyze")
+
+
+@analyze.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def routing(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL --set NAME=FILE --set NAME=FILE ...", help="--help lists them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which experts serve which prompts, by comparing two or more files of rows."""
+    _end(as_json, lambda screen: local.analyze_routing(screen, arguments or []))
+
+
 @app.command()
 def supervisor(
     run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="The server's run YAML.")],

@@ -38,7 +38,14 @@ def job(detail: dict[str, Any]) -> RenderableType:
         ("status", standing(detail)),
         ("reason", detail["reason"]),
         ("recipe", f"{detail['recipe']} of {detail['model']}"),
-        ("data", ", ".join(filter(None, (data.get("dataset_id"), data.get("validation_dataset_id"))))),
+        (
+            "data",
+            ", ".join(
+                filter(
+                    None, (data.get("dataset_id"), data.get("validation_dataset_id"), *data.get("sets", {}).values())
+                )
+            ),
+        ),
         ("submitted", moment(detail["scheduled_at"])),
         ("started", moment(detail["started_at"])),
         ("ended", moment(detail["completed_at"])),
@@ -89,6 +96,10 @@ def deleted(document: dict[str, Any]) -> str:
 
 def validated(document: dict[str, Any]) -> RenderableType:
     """That a job would be taken, and what it would be in full."""
+    if "validation_split" not in document["spec"]["options"]:
+        counted = ", ".join(f"{count} rows of {name}" for name, count in document["rows"].items())
+        head = f"valid; nothing was created. {counted}. The job in full:"
+        return Group(text(head), text(json.dumps(document["spec"], indent=2)))
     held = document["validation_rows"]
     split = document["spec"]["options"]["validation_split"]
     held_rows = f"{held} held out" if held is not None else f"of which {split:.0%} will be held out"

@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec import FromAnalysis
+from llama_stack_provider_moe.spec.adapter import MAX_RANK
+from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, rules_of
 
 
 def read_template(file: str, changes: Iterable[str]) -> dict[str, Any]:
     """The job in `file` (`-`: standard input) with `changes` laid over it, one after the other.
 
     Raises:
-        InvalidInput: not a readable JSON object, or a change that has no place in it.
+        InvalidInput: not a readable JSON object, a change that has no place in it, or no readable analysis.
     """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -27,7 +32,44 @@ def read_template(file: str, changes: Iterable[str]) -> dict[str, Any]:
         raise InvalidInput("FILE", file, f"a job template, which is a JSON object; this is {_kind(body)}")
     for change in changes:
         _change(body, change)
-    return body
+    return _with_experts(body, Path() if file == "-" else Path(file).parent)
+
+
+def _with_experts(body: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """`adapter.from_analysis.file`, a path on this machine, becomes the rules that it holds: a server reads no paths.
+
+    Args:
+        body: of a job.
+        beside: the folder that a relative path begins in.
+    """
+    adapter = body.get("adapter")
+    asked = adapter.get("from_analysis") if isinstance(adapter, dict) else None
+    if not isinstance(adapter, dict) or not isinstance(asked, dict) or "file" not in asked:
+        return body
+    field = "adapter.from_analysis"
+    if "job" in asked:
+        raise InvalidInput(field, asked, "one of job and file")
+    own_rules = adapter.get("rules", [])
+    if not isinstance(own_rules, list):
+        raise InvalidInput("adapter.rules", own_rules, f"a list; this is {_kind(own_rules)}")
+    path = beside / str(asked["file"])
+    others = {name: value for name, value in asked.items() if name != "file"}
+    try:
+        wanted = FromAnalysis.model_validate({**others, "job": "none"})  # in whose place the file stands
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"{field}.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+    rank = wanted.rank or adapter.get("rank")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise InvalidInput(f"{field}.rank", rank, f"a rank of 1 to {MAX_RANK}, here or as adapter.rank")
+    try:
+        report = RoutingReport.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{field}.file", str(path), f"a routing analysis ({type(error).__name__})") from None
+    rules = [rule.model_dump() for rule in rules_of(report, wanted.set, wanted.top, rank, field)]
+    origin = made_for(report, f"{path.name}, set {wanted.set}, top {wanted.top}").model_dump()
+    kept = {name: value for name, value in adapter.items() if name != "from_analysis"}
+    return {**body, "adapter": {**kept, "rules": [*rules, *own_rules], "rules_from": origin}}
 
 
 def _change(body: dict[str, Any], change: str) -> None:

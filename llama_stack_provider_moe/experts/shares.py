@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.targets import Targets, layer_of
-from llama_stack_provider_moe.spec import Adapter, AdapterGroup, numbers
+from llama_stack_provider_moe.spec import Adapter, AdapterGroup, numbers, ranges
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class _LayersExperts:
 
 def _by_rule(adapter: Adapter, layout: ExpertLayout) -> dict[int, _LayersExperts]:
     """MoE layer -> ranks and rates of its experts."""
+    _refuse_other_models_rules(adapter, layout)
     count = layout.num_experts
     found = {layer: _LayersExperts([0] * count, [1.0] * count) for layer in layout.moe_layers}
     for index, rule in enumerate(adapter.rules):
@@ -103,6 +104,17 @@ def _by_rule(adapter: Adapter, layout: ExpertLayout) -> dict[int, _LayersExperts
     return found
 
 
+def _refuse_other_models_rules(adapter: Adapter, layout: ExpertLayout) -> None:
+    origin = adapter.rules_from
+    if origin is None or (origin.moe_layers, origin.num_experts) == (list(layout.moe_layers), layout.num_experts):
+        return
+    raise AdapterError(
+        f"adapter.rules_from: {origin.analysis!r} is an analysis of another model, of {origin.num_experts} experts in "
+        f"layers {', '.join(ranges(origin.moe_layers))}; this one has {layout.num_experts} in layers "
+        f"{', '.join(ranges(layout.moe_layers))}"
+    )
+
+
 def _drop_unnamed(adapter: Adapter, targets: Targets, experts: Mapping[int, _LayersExperts]) -> None:
     still = {layer for layer, its in experts.items() if not any(its.ranks)}
     inside = {layer_of(name) for name, group in targets.parameters.items() if group == "experts"}
@@ -118,6 +130,9 @@ def _drop_unnamed(adapter: Adapter, targets: Targets, experts: Mapping[int, _Lay
         f"{total} of {sum(len(its.ranks) for its in experts.values())} experts get LoRA, in "
         f"{sum(bool(each) for each in named.values())} of {len(experts)} layers; the others stay as they are"
     )
+    if adapter.rules_from is not None:
+        told = "; ".join(f"layer {layer}: {', '.join(ranges(each))}" for layer, each in named.items() if each)
+        targets.notes.append(f"experts by {adapter.rules_from.analysis}: {told}")
 
 
 def _refuse_unread(field: str, values: Mapping[AdapterGroup, float], groups: set[AdapterGroup]) -> None:

@@ -44,18 +44,45 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
                 return model
             raise InvalidInput(field, model, _what_is_allowed(config.models.allowed or []))
         raise InvalidInput(field, model, "a hub id (owner/name), an absolute path, or a folder in state_dir/models")
-    path = _real(Path(model) if model.startswith(("/", "~")) else own, field, model)
+    path, root = _readable(Path(model) if model.startswith(("/", "~")) else own, field, model, config, may_use_job)
+    _check_model(path, root, field, model)
+    return str(path)
+
+
+def resolve_adapter_folder(folder: str, field: str, config: ProviderConfig, may_use_job: Callable[[str], None]) -> str:
+    """The absolute path of a folder that holds a LoRA adapter; a relative one lies in `state_dir/models`.
+
+    Raises:
+        InvalidInput: no adapter that can be read.
+        Forbidden: a folder outside the roots.
+        NotFound: no such folder.
+    """
+    given = Path(folder)
+    where = given if folder.startswith(("/", "~")) else config.models_dir / given
+    path, root = _readable(where, field, folder, config, may_use_job)
+    _no_links_out(path, root, field, folder)
+    if _json(path / "adapter_config.json", field, folder).get("peft_type") != "LORA":
+        raise InvalidInput(field, folder, "a folder with a LoRA adapter; its adapter_config.json is of another kind")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise InvalidInput(field, folder, "a folder with an adapter's weights, adapter_model.safetensors")
+    return str(path)
+
+
+def _readable(
+    where: Path, field: str, given: str, config: ProviderConfig, may_use_job: Callable[[str], None]
+) -> tuple[Path, Path]:
+    """The real path of a folder that jobs may read, and the root that it and its files must lie under."""
+    path = _real(where, field, given)
     root = _root_of(path, [config.models_dir, *config.allowed_roots])
     if root is None and path.is_relative_to(config.jobs_dir) and path != config.jobs_dir:
         root = config.jobs_dir / path.relative_to(config.jobs_dir).parts[0]
         may_use_job(root.name)
     if root is None:
-        raise Forbidden(f"{field}: {model!r} is in no folder that models may be read from: "
+        raise Forbidden(f"{field}: {given!r} is in no folder that models may be read from: "
                         f"{_listed([config.models_dir, *config.allowed_roots])}, or a job's own artifacts")  # fmt: skip
     if not path.is_dir():
-        raise NotFound(f"{field}: there is no folder {model!r}")
-    _check_model(path, root, field, model)
-    return str(path)
+        raise NotFound(f"{field}: there is no folder {given!r}")
+    return path, root
 
 
 def _what_is_allowed(patterns: list[str]) -> str:
@@ -95,9 +122,7 @@ def resolve_checkpoint_dir(directory: str, job_id: str, field: str, config: Prov
 
 def _check_model(folder: Path, root: Path, field: str, model: str) -> None:
     """Raise unless `folder` has what the training process will load, and only files from under `root`."""
-    for file in folder.iterdir():
-        if not file.resolve().is_relative_to(root):
-            raise Forbidden(f"{field}: {model!r} has a link, {file.name!r}, that leads out of {str(root)!r}")
+    _no_links_out(folder, root, field, model)
     if (folder / "adapter_config.json").exists():
         raise InvalidInput(field, model, "a whole model; this folder holds an adapter. Train it with "
                            "options.save_merged, and use the merged model")  # fmt: skip
@@ -109,6 +134,12 @@ def _check_model(folder: Path, root: Path, field: str, model: str) -> None:
     _check_weights(folder, field, model)
     if not any((folder / name).exists() for name in _TOKENIZERS):
         raise InvalidInput(field, model, f"a folder with its tokenizer (one of {', '.join(_TOKENIZERS)})")
+
+
+def _no_links_out(folder: Path, root: Path, field: str, given: str) -> None:
+    for file in folder.iterdir():
+        if not file.resolve().is_relative_to(root):
+            raise Forbidden(f"{field}: {given!r} has a link, {file.name!r}, that leads out of {str(root)!r}")
 
 
 def _check_weights(folder: Path, field: str, model: str) -> None:

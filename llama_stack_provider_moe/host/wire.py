@@ -315,8 +315,11 @@ class Validated(BaseModel):
     """What a job would be; nothing was created."""
 
     spec: dict[str, Any]
-    train_rows: int
-    validation_rows: int | None = Field(description="None: they will be held out of the training rows.")
+    train_rows: int = Field(description="0 where nothing is trained.")
+    validation_rows: int | None = Field(
+        description="None: they will be held out of the training rows, or nothing is trained."
+    )
+    rows: dict[str, int] = Field(description="Of each data set, by the name of its file in the job's folder.")
 
 
 class Health(BaseModel):

@@ -4,6 +4,7 @@ jobs/<job_uuid>/
   spec.json            the JobSpec in full                                    written by the service
   data/train.jsonl     canonical rows (see `datarows`)                        written by the service
   data/validation.jsonl  the same, where a validation data set was named      written by the service
+  data/set-<name>.jsonl  the same, of a routing analysis's sets               written by the service
   resolved.json        what was decided from the model (layout, targets ...)  written by the child
   events.jsonl         typed events, one a line                               written by the child
   output.log           standard output and error of the child                 written by the child
@@ -11,6 +12,7 @@ jobs/<job_uuid>/
   artifacts/adapter/   the final adapter, loadable by plain PEFT              written by the child
   artifacts/model/     the final model, where all weights were trained        written by the child
   artifacts/merged/    base plus adapter, on request                          written by the child
+  artifacts/routing/   a routing analysis: routing.json, and its charts       written by the child
   trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
@@ -24,7 +26,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.jobs.events import StoppedBy
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec, RoutingAnalysisSpec
 
 
 class Metrics(Block):
@@ -40,7 +42,7 @@ class Artifact(Block):
     """One thing a job leaves: a folder, complete when it is listed."""
 
     identifier: str = Field(description="Unique within the server: `<job_uuid>/<name>`.")
-    kind: Literal["checkpoint", "adapter", "model", "merged"]
+    kind: Literal["checkpoint", "adapter", "model", "merged", "analysis"]
     path: str
     epoch: int = Field(description="Epochs finished when it was written, from 1; 0: before the first ended.")
     step: int = Field(description="Optimiser steps taken.")
@@ -65,8 +67,8 @@ class JobFolder:
         self.root = root
         self.spec = root / "spec.json"
         self.data = root / "data"
-        self.train_rows = root / "data" / "train.jsonl"
-        self.validation_rows = root / "data" / "validation.jsonl"
+        self.train_rows = self.rows("train")
+        self.validation_rows = self.rows("validation")
         self.resolved = root / "resolved.json"
         self.events = root / "events.jsonl"
         self.output = root / "output.log"
@@ -74,16 +76,21 @@ class JobFolder:
         self.adapter = root / "artifacts" / "adapter"
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
+        self.routing = root / "artifacts" / "routing"
         self.trackers = root / "trackers"
         self.manifest = root / "manifest.json"
 
-    def checkpoints(self, spec: SFTSpec | DPOSpec) -> Path:
+    def rows(self, part: str) -> Path:
+        """Canonical rows of one of the job's data sets (`RowSource.part`)."""
+        return self.data / f"{part}.jsonl"
+
+    def checkpoints(self, spec: JobSpec) -> Path:
         """Folder of the checkpoints: one of this job's own, also inside a `checkpoint_dir`."""
-        if spec.checkpoint_dir is None:
+        if isinstance(spec, RoutingAnalysisSpec) or spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 
-    def read_spec(self) -> SFTSpec | DPOSpec:
+    def read_spec(self) -> JobSpec:
         """The job as submitted, defaults filled in."""
         return JOB_SPEC.validate_json(self.spec.read_bytes())
 

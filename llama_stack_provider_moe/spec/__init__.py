@@ -6,7 +6,7 @@ A template states the few fields a person cares about; `spec.json` in the job's 
 decided to `resolved.json`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
@@ -15,8 +15,11 @@ from llama_stack_provider_moe.spec.adapter import (
     AdapterGroup,
     AttentionModule,
     ExpertRule,
+    FromAnalysis,
+    RulesFrom,
 )
 from llama_stack_provider_moe.spec.blocks import (
+    JOB_ID_PATTERN,
     Block,
     Data,
     DType,
@@ -26,6 +29,7 @@ from llama_stack_provider_moe.spec.blocks import (
     RowFormat,
     Training,
     numbers,
+    ranges,
 )
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
@@ -41,6 +45,12 @@ from llama_stack_provider_moe.spec.options import (
     Trackio,
     WandB,
 )
+from llama_stack_provider_moe.spec.routing import (
+    Analysis,
+    AnalysisData,
+    AnalysisOptions,
+    AnalysisTraining,
+)
 
 __all__ = [
     "DPO_LOSSES",
@@ -50,6 +60,10 @@ __all__ = [
     "SMOOTHED_LOSSES",
     "Adapter",
     "AdapterGroup",
+    "Analysis",
+    "AnalysisData",
+    "AnalysisOptions",
+    "AnalysisTraining",
     "AttentionModule",
     "Block",
     "DPOLoss",
@@ -59,6 +73,7 @@ __all__ = [
     "Data",
     "Efficiency",
     "ExpertRule",
+    "FromAnalysis",
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
@@ -68,18 +83,22 @@ __all__ = [
     "Options",
     "Recipe",
     "Resources",
+    "RoutingAnalysisSpec",
     "RowFormat",
+    "RowSource",
+    "RulesFrom",
     "SFTSpec",
     "TensorBoard",
     "Trackers",
     "Trackio",
     "Training",
+    "TrainingSpec",
     "WandB",
     "numbers",
+    "ranges",
 ]
 
-JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-Recipe = Literal["sft", "dpo"]
+Recipe = Literal["sft", "dpo", "routing_analysis"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -92,18 +111,43 @@ DPOLoss = Literal[
 SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
-class _Job(Block):
+class RowSource(NamedTuple):
+    """One data set of a job.
+
+    Attributes:
+        field: dotted name of the setting that names it.
+        dataset_id: its name with the host.
+        format: what its rows are said to be.
+        part: name of its rows in the job's folder (`JobFolder.rows`).
+        least: rows it must have.
+        why_least: the same, for an error's text.
+        answered: must each end with the assistant's turn.
+    """
+
+    field: str
+    dataset_id: str
+    format: RowFormat
+    part: str
+    least: int = 1
+    why_least: str = ""
+    answered: bool = True
+
+
+class _AnyJob(Block):
     job_uuid: str | None = Field(
         default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
     )
     model: str = Field(min_length=1, max_length=1024, description="Hub id, or a folder under an allowed root.")
+    resources: Resources = Field(default_factory=Resources)
+
+
+class _Job(_AnyJob):
     data: Data = Field(description="A block; its fields follow.")
     training: Training = Field(default_factory=Training)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     efficiency: Efficiency = Field(default_factory=Efficiency)
     adapter: Adapter | None = Field(default=None, description="LoRA settings; null trains all weights.")
     moe: Moe = Field(default_factory=Moe)
-    resources: Resources = Field(default_factory=Resources)
     trackers: Trackers = Field(default_factory=Trackers)
     checkpoint_dir: str | None = Field(
         default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
@@ -123,6 +167,18 @@ class _Job(Block):
             raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
                              "or options.validation_split > 0")  # fmt: skip
         return self
+
+    def row_sources(self) -> list[RowSource]:
+        """The data sets that the job reads, each of which is copied into its folder."""
+        options: Options = self.options  # type: ignore[attr-defined]
+        data, validation_id = self.data, self.data.validation_dataset_id
+        split = validation_id is None and options.validation_split > 0
+        few = "at least 2 rows, of which one is held out; or a validation data set, or options.validation_split 0"
+        least = (2, few) if split else (1, "")
+        sources = [RowSource("data.dataset_id", data.dataset_id, data.format, "train", *least)]
+        if validation_id is not None:
+            sources.append(RowSource("data.validation_dataset_id", validation_id, data.format, "validation"))
+        return sources
 
 
 class SFTSpec(_Job):
@@ -169,8 +225,36 @@ class DPOSpec(_Job):
         return self
 
 
-JobSpec = Annotated[SFTSpec | DPOSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[SFTSpec | DPOSpec] = TypeAdapter(JobSpec)
+class RoutingAnalysisSpec(_AnyJob):
+    """Which experts serve which prompts; trains nothing."""
+
+    recipe: Literal["routing_analysis"] = Field(
+        description="Routing analysis: how often each expert is chosen on two or more data sets, compared."
+    )
+    data: AnalysisData = Field(description="A block; its fields follow.")
+    analysis: Analysis = Field(default_factory=Analysis)
+    training: AnalysisTraining = Field(default_factory=AnalysisTraining)
+    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
+    adapter_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Adapter to put on the model: a folder of this machine's as for `model`, a job's own too.",
+    )
+
+    def row_sources(self) -> list[RowSource]:
+        """The sets that are compared."""
+        answered = self.analysis.tokens == "response"
+        few = "at least 2 rows, for what differs between rows tells how sure a figure is"
+        return [
+            RowSource(f"data.sets.{name}", dataset_id, self.data.format, f"set-{name}", 2, few, answered)
+            for name, dataset_id in self.data.sets.items()
+        ]
+
+
+TrainingSpec = SFTSpec | DPOSpec
+JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]
 
 
@@ -206,8 +290,12 @@ class JobDefaults(Block):
         `"adapter": null` in a body is a choice (train all weights) and stays null.
         """
         merged = dict(body)
+        analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
         for name in type(self).model_fields:
             defaults = getattr(self, name)
+            if body.get("recipe") == "routing_analysis":  # which has few of the blocks, and few of their fields
+                known = analysis[name].model_fields if name in analysis else {}
+                defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
             given = body.get(name, {} if defaults is not None else None)
             if isinstance(given, dict) and defaults:
                 merged[name] = {**defaults, **given}

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, numbers
+from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, NUMBERS_LENGTH, NUMBERS_PATTERN, Block, numbers
 
 AdapterPlan = Literal["trunk", "all_experts", "per_expert"]
 AdapterGroup = Literal["attention", "experts", "shared_experts", "dense_mlp", "router", "output_head"]
@@ -51,6 +51,34 @@ class ExpertRule(Block):
         return experts
 
 
+class FromAnalysis(Block):
+    """The experts that a routing analysis found; they become `rules` when the job is taken, before its own ones."""
+
+    job: str = Field(
+        pattern=JOB_ID_PATTERN,
+        description="A completed routing_analysis job of the same owner. (`moe-train submit` takes `file`, the path of "
+        "a routing.json, in its place, and sends the rules.)",
+    )
+    set: str = Field(
+        min_length=1, max_length=32, description="Experts that this data set uses more than the others do."
+    )
+    top: int = Field(
+        ge=1,
+        le=65536,
+        description="At most so many, over all layers, of the greatest difference; none that chance explains "
+        "(`is_sure` in the report).",
+    )
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK, description="Of their LoRA; left out: `adapter.rank`.")
+
+
+class RulesFrom(Block):
+    """Where rules come from, and the model that they are meant for; any other is refused."""
+
+    analysis: str = Field(min_length=1, max_length=512, description="Which one, for a person.")
+    moe_layers: list[int] = Field(description="Layers with experts that the model must have.")
+    num_experts: int = Field(ge=1, le=65536, description="Experts that each of them must have.")
+
+
 def _checked(layers: str | None) -> str | None:
     if layers is not None:
         list(numbers(layers))
@@ -67,6 +95,12 @@ class Adapter(Block):
     )
     rules: list[ExpertRule] = Field(
         default=[], max_length=100, description="per_expert: which experts; of two that name one, the later counts."
+    )
+    from_analysis: FromAnalysis | None = Field(
+        default=None, description="per_expert: experts that a routing analysis found, beneath those of `rules`."
+    )
+    rules_from: RulesFrom | None = Field(
+        default=None, description="Made of `from_analysis`: its source, and the model it was of."
     )
     rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of every update that has none of its own.")
     router_rank: int | None = Field(
@@ -144,11 +178,13 @@ class Adapter(Block):
     def _plan_and_its_settings_agree(self) -> "Adapter":
         if self.plan in ("all_experts", "per_expert") and not self.apply_lora_to_mlp:
             raise ValueError(f"plan: {self.plan!r} adapts experts; apply_lora_to_mlp must be true with it")
-        if self.plan == "per_expert" and not self.rules:
+        if self.plan == "per_expert" and not (self.rules or self.from_analysis):
             raise ValueError("rules: plan 'per_expert' needs at least one, as {\"layers\": \"0-3\", "
-                             "\"experts\": {\"0\": 16}}")  # fmt: skip
-        if self.rules and self.plan != "per_expert":
-            raise ValueError(f"rules: are read by plan 'per_expert' only, and this is {self.plan!r}")
+                             "\"experts\": {\"0\": 16}}, or from_analysis")  # fmt: skip
+        for name in ("rules", "from_analysis", "rules_from"):
+            if getattr(self, name) and self.plan != "per_expert":
+                verb = "are" if name == "rules" else "is"
+                raise ValueError(f"{name}: {verb} read by plan 'per_expert' only, and this is {self.plan!r}")
         if self.quantize_bits != 4 and not self.quantize_base:
             raise ValueError("quantize_bits: is read only with quantize_base true")
         if self.quantize_base and self.use_dora:

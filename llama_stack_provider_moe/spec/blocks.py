@@ -1,12 +1,13 @@
 """The blocks that every job has, whatever it trains: data, length, optimiser, machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
+JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
 
@@ -22,6 +23,17 @@ def numbers(text: str) -> Iterator[int]:
         if last and int(last) < int(first):
             raise ValueError(f"range {part!r} ends before it begins")
         yield from range(int(first), int(last or first) + 1)
+
+
+def ranges(ascending: Iterable[int]) -> list[str]:
+    """0, 1, 2, 3, 7 -> `0-3`, `7`: the parts of a text that `numbers` reads."""
+    runs: list[list[int]] = []
+    for number in ascending:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
 class Block(BaseModel):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.datarows import Message
 from llama_stack_provider_moe.errors import DataError
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.training.rendering import Renderer, Tokens, Unrenderable
 from llama_stack_provider_moe.training.session import Session
 
@@ -147,7 +147,7 @@ def _last(tokens: Tokens) -> int:
     return len(tokens.said) - 1 - tokens.said[::-1].index(True)
 
 
-def _prepare[S: SFTSpec | DPOSpec](session: Session[S], encode: Encode, features: Features, vocabulary: int) -> Rows:
+def _prepare[S: TrainingSpec](session: Session[S], encode: Encode, features: Features, vocabulary: int) -> Rows:
     spec, folder = session.spec, session.folder
     cache = Path(session.cache)
     shutil.rmtree(cache, ignore_errors=True)

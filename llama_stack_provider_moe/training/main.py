@@ -19,8 +19,8 @@ from typing import cast
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
-from llama_stack_provider_moe.training.session import AnySession, Session, Stopped
+from llama_stack_provider_moe.spec import DPOSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.training.session import Session, Stopped
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
 
@@ -35,12 +35,16 @@ QUIET = {
 LIBRARIES = ("llama-stack-provider-moe", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def run(session: AnySession) -> Manifest:
+def run(session: Session[JobSpec]) -> Manifest:
     """The recipe that the job names; imported here, for its libraries take many seconds."""
     if session.spec.recipe == "sft":
         from llama_stack_provider_moe.training.recipes import sft
 
         return sft.run(cast(Session[SFTSpec], session))
+    if session.spec.recipe == "routing_analysis":
+        from llama_stack_provider_moe.training.recipes import routing_analysis
+
+        return routing_analysis.run(cast(Session[RoutingAnalysisSpec], session))
     from llama_stack_provider_moe.training.recipes import dpo
 
     return dpo.run(cast(Session[DPOSpec], session))

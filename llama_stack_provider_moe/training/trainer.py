@@ -22,7 +22,7 @@ from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.routing import RoutingRecorder
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
 from llama_stack_provider_moe.experts.steering import Steering
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.resume import restore_weights
@@ -61,7 +61,7 @@ class RecordingTrainer(Trainer):
     def __init__(
         self,
         *,
-        spec: SFTSpec | DPOSpec,
+        spec: TrainingSpec,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,

@@ -1,0 +1,1 @@
+"""What is known of a model before and after training: reports, and their charts."""
