@@ -239,19 +239,15 @@ def _even_routing(device: Device) -> Iterator[None]:
 
     def even(index_TK: Tensor, num_experts: int, dtype: torch.dtype, *, partial: bool = False) -> Sorted:
         rows, tokens = index_TK.numel(), index_TK.shape[0]
-        ends = [rows * (expert + 1) // num_experts for expert in range(num_experts)]
-        counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        many, left = divmod(rows, num_experts)
+        size = rows
         if device == "cpu" and dtype in HALVES:  # see `kernels.groups`
-            counts = [_filled(count) for count in counts]
+            size = left * _filled(many + 1) + (num_experts - left) * _filled(many)
         groups = Groups(torch.empty(num_experts, dtype=torch.int32), partial)
-        spans, begin = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                spans.append((expert, begin, begin + count))
-            begin += count
-        groups.__dict__["spans"] = spans  # a cached property, which would read the fake ends
-        filled = torch.empty(begin, dtype=torch.bool) if begin > rows else None
-        order = torch.empty(begin, dtype=torch.long)
+        # A cached property, which would read the fake ends. One product of all rows makes what one an expert does.
+        groups.__dict__["spans"] = [(0, 0, size)]
+        filled = torch.empty(size, dtype=torch.bool) if size > rows else None
+        order = torch.empty(size, dtype=torch.long)
         return Sorted(order, torch.empty(tokens, rows // tokens, dtype=torch.long), groups, filled_S=filled)
 
     backend.sort_by_expert = even

@@ -72,6 +72,11 @@ class Estimate:
     moment: str
     terms: Terms
 
+    @property
+    def static_bytes(self) -> int:
+        """What is there all the time."""
+        return self.terms.weights + self.terms.adapter + self.terms.optimizer
+
 
 @dataclass(frozen=True)
 class Batch:
