@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
     "training": (LEARNING | {"pydantic", "mlflow", "trackio", "wandb"}, GROUND | {"experts", "training"} | FOLDER),
+    "analysis": (LEARNING | {"pydantic"}, GROUND | {"experts", "training", "analysis"}),
     "training.recipes": (LEARNING, GROUND | {"experts", "training"} | FOLDER),
 }
 

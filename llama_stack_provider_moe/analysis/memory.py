@@ -184,8 +184,11 @@ class _Step:
                 decoded=ready.decoded,
             )  # fmt: skip
             if not checkpointing:
-                yield f"forward of layer {number}", replace(
-                    base, activations=below, working=passes * self.run.shared + layer.forward, decoded=self.decoded
+                yield (
+                    f"forward of layer {number}",
+                    replace(
+                        base, activations=below, working=passes * self.run.shared + layer.forward, decoded=self.decoded
+                    ),
                 )
         all_held = replace(base, activations=passes * held)
         if not breaker:
