@@ -35,6 +35,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.quantized_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
 
 kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile

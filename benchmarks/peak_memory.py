@@ -71,21 +71,11 @@ def compared(name: str, case: Case, measured: Measured) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print, and write a result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"peak_memory_{datetime.now(UTC):%Y-%m-%d}.json")
-    options = parser.parse_args()
-    found = []
-    for name, recipe, bits, checkpointing in CASES:
-        case = replace(SHAPES[name], recipe=recipe, bits=bits, checkpointing=checkpointing)
-        if options.only in name:
-            found.append(compared(name, case, measure(case)))
-            print(json.dumps(found[-1]), flush=True)
+def result(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is written down."""
     ratios = [case["ratio"] for case in found]
     on_top = [case["ratio_on_top"] for case in found]
-    result = {
+    return {
         "what": "peak bytes of a training step: estimated from the config, to measured by torch's CPU allocator; "
         "'on top' leaves weights, adapter and optimiser out of both",
         "command": "python -m benchmarks.peak_memory",
@@ -98,8 +88,21 @@ def main() -> None:
         "packages": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
         "machine": machine(),
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("cases", "ratio_least_and_most", "ratio_on_top_least_and_most")}))
+
+
+def main() -> None:
+    """Measure and print; the result file is written anew after each case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"peak_memory_{datetime.now(UTC):%Y-%m-%d}.json")
+    options = parser.parse_args()
+    found = []
+    for name, recipe, bits, checkpointing in CASES:
+        case = replace(SHAPES[name], recipe=recipe, bits=bits, checkpointing=checkpointing)
+        if options.only in name:
+            found.append(compared(name, case, measure(case)))
+            print(json.dumps(found[-1]), flush=True)
+            options.out.write_text(json.dumps(result(found), indent=2) + "\n")
 
 
 if __name__ == "__main__":

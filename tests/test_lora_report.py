@@ -39,7 +39,7 @@ def by_hand(stem: str) -> dict[str, int]:
     head = c.get("head_dim", hidden // c["num_attention_heads"])
     queries, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     experts = c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts") or 0
-    dense_layers = (c["first_k_dense_replace"] if "first_k_dense_replace" in c else 0) if experts else layers
+    dense_layers = c.get("first_k_dense_replace", 0) if experts else layers
     moe_layers = layers - dense_layers
     inner = c.get("moe_intermediate_size", c["intermediate_size"])  # of an expert
     shared_inner = {"llama-4-scout-17b-16e": inner, "glm-4.5-air": inner * c.get("n_shared_experts", 0)}.get(stem, 0)
@@ -53,8 +53,6 @@ def by_hand(stem: str) -> dict[str, int]:
     norms = 2 * hidden + (2 * head if stem == "qwen3-30b-a3b" else 0)  # Qwen3 has one of queries, one of keys
     base_layer = hidden * queries + 2 * hidden * keys + queries * hidden + biases + norms
     base_moe = experts * 3 * hidden * inner + experts * hidden + 3 * hidden * shared_inner
-    if stem == "glm-4.5-air":
-        base_moe += 0  # the router's bias is a buffer, no parameter
     embeddings = vocabulary * hidden * (1 if c["tie_word_embeddings"] else 2) + hidden
     return {
         "routed_matches": 2 * moe_layers if experts else 0,
@@ -161,9 +159,7 @@ def test_what_a_linear_layer_keeps_for_its_backward() -> None:
         del out
 
 
-@pytest.mark.parametrize(
-    "family", ["granitemoe", "llama4_text", "glm4_moe", "gpt_oss", "qwen3_next", "lfm2_moe", "llama"]
-)
+@pytest.mark.parametrize("family", ["granitemoe", "llama4_text", "glm4_moe", "gpt_oss", "llama"])
 def test_every_adapter_weight_has_its_gradient_in_the_dry_run(family: str) -> None:
     adapted = blank(tiny_models.config(family), Adapter(rank=4), Moe())
     trainable = sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
@@ -172,9 +168,8 @@ def test_every_adapter_weight_has_its_gradient_in_the_dry_run(family: str) -> No
     assert sum(layer.gradients for layer in one.layers) == 4 * trainable
     for single, double in zip(one.layers, two.layers, strict=True):
         assert double.output == 2 * single.output == 2 * 64 * 32 * 2
-        # What does not grow with the batch is the adapter in 16 bits.
+        # What does not grow with the batch: the adapter in 16 bits, and weights that PEFT folds it into.
         assert single.kept < double.kept <= 2 * single.kept
-        assert double.kept >= 2 * single.kept - single.gradients
         assert single.backward >= single.kept
         assert single.without_graph < single.forward
 
@@ -194,11 +189,10 @@ def test_terms_of_the_estimate() -> None:
         for recipe in ("sft", "dpo", "circuit_breaker"):
             assert by_bits[bits][recipe, True].peak_bytes <= by_bits[bits][recipe, False].peak_bytes
         assert by_bits[bits]["dpo", False].terms.activations > by_bits[bits]["sft", False].terms.activations
-    inner, hidden, layers = config.intermediate_size, config.hidden_size, config.num_hidden_layers
-    # Half a byte for two, and a scale for each 64 numbers begun, matrix by matrix (the attention's are in 4 bits, too).
-    coded = {shape: layers * count * (shape[0] * shape[1] * 3 // 2 + 0) for count, shape in ((4, (inner, hidden)),)}
+    # Of the experts alone: two bytes a number, against half a byte and four for each 64 begun.
+    numbers = 3 * config.num_local_experts * config.intermediate_size * config.hidden_size
     saved = by_bits[16]["sft", False].terms.weights - by_bits[4]["sft", False].terms.weights
-    assert saved > sum(coded.values())
+    assert saved > config.num_hidden_layers * numbers * (2 - 0.5 - 4 / 64 * 1.1)
 
 
 def test_codes_take_what_real_ones_do() -> None:

@@ -29,7 +29,7 @@ from llama_stack_provider_moe.training.heads import needs_plain_head, set_plain_
 Device = Literal["cuda", "cpu"]
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own hooks have no types
     """Bytes of the tensors made inside that are alive, and the most there were at once; each storage counts once.
 
     Attributes:
@@ -38,7 +38,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._alive: dict[int, int] = {}
         self._older: set[int] = set()
@@ -235,7 +235,8 @@ def _skipping(layers: nn.ModuleList, keep: set[int]) -> Iterator[dict[int, _Call
 @contextmanager
 def _even_routing(device: Device) -> Iterator[None]:
     """Our experts sort tokens as if each expert got as many as the next."""
-    own = backend.sort_by_expert
+    names = vars(backend)  # the module's own; `run_experts` looks the name up at each call
+    own = names["sort_by_expert"]
 
     def even(index_TK: Tensor, num_experts: int, dtype: torch.dtype, *, partial: bool = False) -> Sorted:
         rows, tokens = index_TK.numel(), index_TK.shape[0]
@@ -250,11 +251,11 @@ def _even_routing(device: Device) -> Iterator[None]:
         order = torch.empty(size, dtype=torch.long)
         return Sorted(order, torch.empty(tokens, rows // tokens, dtype=torch.long), groups, filled_S=filled)
 
-    backend.sort_by_expert = even
+    names["sort_by_expert"] = even
     try:
         yield
     finally:
-        backend.sort_by_expert = own
+        names["sort_by_expert"] = own
 
 
 def _filled(rows: int) -> int:
@@ -275,7 +276,8 @@ def _put_on(model: nn.Module, mode: FakeTensorMode) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for tensors in held:
             for name, tensor in list(tensors.items()):
                 if isinstance(tensor, Tensor):
                     tensors[name] = fake(tensor)

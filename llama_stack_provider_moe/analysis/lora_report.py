@@ -300,8 +300,8 @@ def _recommended(parts: Sequence[PartSum], memory: Sequence[Estimate], layout: E
         card = next((card for card in _cards(memory) if card.setups[recipe] is not None), None)
         if card is None:
             least = min(peak for (its, _), peak in peaks.items() if its == recipe)
-            yield (f"{recipe}: no GPU of up to {CARDS_GB[-1]} GB holds it alone, the least is {least / 1e9:.1f} GB: take "
-                   "a smaller batch, length or rank, or fewer targets")  # fmt: skip
+            yield (f"{recipe}: no GPU of up to {CARDS_GB[-1]} GB holds it alone, the least is {least / 1e9:.1f} GB; "
+                   "expected a smaller batch, length or rank, or fewer targets")  # fmt: skip
         else:
             setup = card.setups[recipe] or ""
             yield f"{recipe}: one GPU of {card.memory_gb} GB, with {setup} ({peaks[recipe, setup] / 1e9:.1f} GB)"

@@ -195,8 +195,8 @@ class _Step:
             yield "head, forward", replace(all_held, working=ends.forward)
             yield "head, backward", replace(all_held, working=ends.backward)
         if self.recipe == "dpo":
-            alone = max(layer.without_graph for layer in layers)
-            for where, working in (("reference's layers", self.run.shared + alone), ("reference's head", ends.forward)):
+            alone = self.run.shared + max(layer.without_graph for layer in layers)
+            for where, working in (("reference's layers", alone), ("reference's head", ends.without_graph)):
                 yield where, replace(all_held, working=ends.kept + working, decoded=self.decoded)
         gradients = sum(layer.gradients for layer in self.run.layers) + ends.gradients
         yield "optimiser's step", Terms(gradients=gradients, working=self.scratch)
