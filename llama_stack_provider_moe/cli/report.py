@@ -64,7 +64,7 @@ def lora(screen: Screen, question: Question, out: str | None) -> Exit:
         raise TrainingError(done.stderr[-_SAID_LIMIT:].strip() or f"the report ended with exit code {done.returncode}")
     document = json.loads(lines[-1])
     if "error" in document:
-        raise InvalidInput("report", question.words[0], document["error"])
+        raise TrainingError(document["error"])
     if out == "-":
         screen.document(document)
         return Exit.OK
