@@ -35,6 +35,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.quantized_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
 
 # Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.
 bench-gpu: $(VENV)/.dev

@@ -7,6 +7,7 @@
     follow      a job's states and output until it has ended
     pull        a job's artifacts into a folder
     views       what is said while a job is followed
+    report      `moe-train report`: what a model would train and take
     show        documents of the API -> text
     screen      where text, JSON and errors go
     run_config  a run YAML -> ProviderConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from llama_stack_provider_moe.cli import local, show
+from llama_stack_provider_moe.cli import local, report, show
 from llama_stack_provider_moe.cli.exits import OUTCOMES, Exit, exit_of
 from llama_stack_provider_moe.cli.follow import Follower
 from llama_stack_provider_moe.cli.pull import Puller
@@ -30,6 +30,8 @@ app = typer.Typer(
     name="moe-train", help="Post-training jobs of a Llama Stack server with provider inline::moe.", epilog=EPILOG,
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+app.add_typer(report.app, name="report")
 
 Url = Annotated[str, typer.Option("--url", envvar="MOE_TRAIN_URL", help="The server.")]
 Key = Annotated[
@@ -246,7 +248,7 @@ def upcycle(
     as_json: Json = False,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts of the same function; needs torch, no server."""
-    _end(as_json, lambda screen: local.upcycle(screen, arguments or []))
+    end(as_json, lambda screen: local.upcycle(screen, arguments or []))
 
 
 analyze = typer.Typer(help="Find out about a model, here; needs torch, no server.", no_args_is_help=True)
@@ -276,7 +278,7 @@ def supervisor(
     as_json: Json = False,
 ) -> None:
     """Run a server's jobs here, on a machine that shares its store and state folder."""
-    _end(as_json, lambda screen: local.supervise(screen, run_config, provider_id, exit_when_idle))
+    end(as_json, lambda screen: local.supervise(screen, run_config, provider_id, exit_when_idle))
 
 
 def _answer(screen: Screen, document: dict[str, Any], shown: Callable[[dict[str, Any]], Any]) -> Exit:
@@ -332,10 +334,10 @@ def _run(where: _Where, as_json: bool, act: Callable[[Server, Screen], int]) -> 
         with Server(where.url, where.key) as server:
             return act(server, screen)
 
-    _end(as_json, ask)
+    end(as_json, ask)
 
 
-def _end(as_json: bool, act: Callable[[Screen], int]) -> NoReturn:
+def end(as_json: bool, act: Callable[[Screen], int]) -> NoReturn:
     """Do it, say what went wrong, and leave with the exit code."""
     screen = Screen(as_json)
     try:

@@ -97,7 +97,7 @@ def add_lora(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, re
         # peft 0.21 looks for the patterns' names among modules, and parameters are none; what they did is checked.
         warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
-    found = _injected(peft_model)
+    found = injected(peft_model)
     _keep_ranks(found, shares)
     report = _check(peft_model, found, adapter, targets, shares)
     notes = list(report.notes)
@@ -219,7 +219,7 @@ def _check(
         by_group[wanted[name]] += sum(map(_effective(shares[name]), weights[name]))
     return AdapterReport(
         method=_method(adapter, shares),
-        targets=dict(Counter(_below_layer(name) for name in in_order)),
+        targets=dict(Counter(below_layer(name) for name in in_order)),
         by_group=dict(by_group),
         trainable_parameters=sum(by_group.values()),
         total_parameters=sum(parameter.numel() for parameter in peft_model.parameters()),
@@ -257,7 +257,7 @@ def _span(numbers: Sequence[float]) -> str:
     return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
 
 
-def _injected(peft_model: PeftModel) -> dict[str, LoraLayer]:
+def injected(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """Name of each adapted module or parameter, as in the model without adapters -> its LoRA."""
     found: dict[str, LoraLayer] = {}
     for name, module in peft_model.get_base_model().named_modules():
@@ -275,14 +275,14 @@ def _weights(layer: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
         yield from ((part, weight) for weight in getattr(layer, part).parameters())
 
 
-def _below_layer(name: str) -> str:
+def below_layer(name: str) -> str:
     """`model.layers.3.mlp.gate.weight` -> `mlp.gate.weight`; the name itself outside the layers."""
     _, number, below = name.partition(".layers.")
     return below.partition(".")[2] if number else name
 
 
 def _part(name: str, layout: ExpertLayout | None) -> str:
-    below = _below_layer(name)
+    below = below_layer(name)
     if below == name:
         return "embeddings, head, norms"
     if layout is None:

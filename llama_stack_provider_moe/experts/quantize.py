@@ -98,7 +98,7 @@ class CodedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, code: Code) -> None:
         nn.Module.__init__(self)  # not `Linear`'s own, which would make the weight that is not to be there
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = _placeholder(linear.weight)
+        self.weight = placeholder(linear.weight)
         self.bias = linear.bias
         self.code = code
 
@@ -170,11 +170,11 @@ def quantize(model: nn.Module, layout: ExpertLayout | None, bits: Bits, device: 
                 weight = module.get_parameter(name).detach().to(device)
                 code = Code(weight.transpose(1, 2) if layout.transposed else weight, bits)
                 keep_code(module, name, code)
-                setattr(module, name, _placeholder(weight))
+                setattr(module, name, placeholder(weight))
                 experts += code.shape[0]
                 del weight
     linear = 0
-    for parent, name, module in _linear_layers(model, layout):
+    for parent, name, module in linear_layers(model, layout):
         code = Code(module.weight.detach().to(device).unsqueeze(0), bits)
         setattr(parent, name, CodedLinear(module, code))
         linear += 1
@@ -229,13 +229,14 @@ def _codes(base: nn.Module) -> Iterator[Code]:
                 yield code
 
 
-def _placeholder(weight: Tensor) -> nn.Parameter:
+def placeholder(weight: Tensor) -> nn.Parameter:
+    """A parameter of the shape of `weight` that is NaN all over and takes no memory."""
     nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)
     return nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
 
 
-def _linear_layers(model: nn.Module, layout: ExpertLayout | None) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer) of the linear layers that are known to be run as such."""
+def linear_layers(model: nn.Module, layout: ExpertLayout | None) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of the linear layers that are known to be run as such: those that are quantised."""
     _, layers = decoder_layers(model)
     found = []
     for number, layer in enumerate(layers):
