@@ -265,7 +265,7 @@ def routing(
     as_json: Json = False,
 ) -> None:
     """Tell which experts serve which prompts, by comparing two or more files of rows."""
-    _end(as_json, lambda screen: local.analyze_routing(screen, arguments or []))
+    end(as_json, lambda screen: local.analyze_routing(screen, arguments or []))
 
 
 @app.command()
