@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from opentelemetry.metrics import Meter, get_meter
 from pydantic import ValidationError
@@ -31,16 +31,11 @@ from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
-from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec
 
 ANONYMOUS = "anonymous"
 STALE_STAGING_S = 24 * 3600
 log = logging.getLogger(__name__)
-
-
-class _Rows(NamedTuple):
-    train: int
-    validation: int | None
 
 
 class PostTrainingService:
@@ -103,7 +98,10 @@ class PostTrainingService:
         spec = await self._checked(request)
         counted = await self._read_rows(request, spec, None)
         return wire.Validated(
-            spec=spec.model_dump(mode="json"), train_rows=counted.train, validation_rows=counted.validation
+            spec=spec.model_dump(mode="json"),
+            train_rows=counted["train"],
+            validation_rows=counted.get("validation", None if spec.options.validation_split > 0 else 0),
+            rows=counted,
         )
 
     async def _create(self, request: Draft) -> wire.PostTrainingJob:
@@ -127,7 +125,7 @@ class PostTrainingService:
         log.info("job %s: %s of %s, scheduled", job.id, job.recipe, job.model)
         return wire.PostTrainingJob(job_uuid=job.id)
 
-    async def _checked(self, request: Draft) -> SFTSpec | DPOSpec:
+    async def _checked(self, request: Draft) -> JobSpec:
         """The job in full, its names and places resolved; all but its rows is checked."""
         if not isinstance(request.body, dict):
             raise InvalidInput("the body", request.body, A_BODY)
@@ -137,7 +135,7 @@ class PostTrainingService:
             raise invalid_body(error.errors(), None, request.name, request.reworded) from None
         return await asyncio.to_thread(self._placed, request, spec, self._whose("read"))
 
-    def _placed(self, request: Draft, spec: SFTSpec | DPOSpec, whose: str | None) -> SFTSpec | DPOSpec:
+    def _placed(self, request: Draft, spec: JobSpec, whose: str | None) -> JobSpec:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
         self._must_be_free(job_id)
 
@@ -161,27 +159,21 @@ class PostTrainingService:
             return
         raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
 
-    async def _read_rows(self, request: Draft, spec: SFTSpec | DPOSpec, folder: JobFolder | None) -> _Rows:
-        """Check the job's rows, and write them where there is a folder to write to."""
+    async def _read_rows(self, request: Draft, spec: JobSpec, folder: JobFolder | None) -> dict[str, int]:
+        """Check the job's rows, and write them where there is a folder to write to; how many, by part."""
+        counted: dict[str, int] = {}
+        for source in spec.row_sources():
+            field = request.name(source.field)
+            with nullcontext() if folder is None else folder.rows(source.part).open("xb") as out:
+                counted[source.part] = await rows.copy_rows(
+                    self._deps, source.dataset_id, field, spec.recipe, source.format, out, self.config.max_rows
+                )
+            if counted[source.part] < source.least:
+                raise InvalidInput(field, source.dataset_id, f"at least {source.least} rows, of which one is held "
+                                   "out; or a validation data set, or options.validation_split 0")  # fmt: skip
+        return counted
 
-        async def read(dataset_id: str, field: str, path: Path | None) -> int:
-            with nullcontext() if path is None else path.open("xb") as out:
-                return await rows.copy_rows(
-                    self._deps, dataset_id, request.name(field), spec.recipe, spec.data.format, out,
-                    self.config.max_rows,
-                )  # fmt: skip
-
-        data = spec.data
-        train = await read(data.dataset_id, "data.dataset_id", folder.train_rows if folder else None)
-        if data.validation_dataset_id is not None:
-            path = folder.validation_rows if folder else None
-            return _Rows(train, await read(data.validation_dataset_id, "data.validation_dataset_id", path))
-        if train < 2 and spec.options.validation_split > 0:
-            raise InvalidInput(request.name("data.dataset_id"), data.dataset_id, "at least 2 rows, of which one is "
-                               "held out; or a validation data set, or options.validation_split 0")  # fmt: skip
-        return _Rows(train, None if spec.options.validation_split > 0 else 0)
-
-    def _commit(self, spec: SFTSpec | DPOSpec, owner: str, staging: Path) -> Job:
+    def _commit(self, spec: JobSpec, owner: str, staging: Path) -> Job:
         """Make the staged folder the job's, and the job known; both or none."""
         assert spec.job_uuid is not None
         folder = self.config.jobs_dir / spec.job_uuid

@@ -13,12 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, DPOOptions, Moe, Options
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options
+
+
+class SFTOptions(Options):
+    """The options of a supervised fine-tuning request, in which the block of another recipe may stand."""
+
+    circuit_breaker: CircuitBreaker | None = Field(
+        default=None, description="Makes it a job of recipe `circuit_breaker`, with this block."
+    )
+
 
 # Documented as the blocks they are, and validated with the whole job, when the server's defaults lie beneath them.
 AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schema())]
 MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
-OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(Options.model_json_schema())]
+OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(SFTOptions.model_json_schema())]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
 
 
@@ -140,7 +149,9 @@ class SupervisedFineTuneRequest(Wire):
         default=None, description="Ours: what `algorithm_config` has no field for; null trains all weights."
     )
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
-    options: OptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+    options: OptionsBlock | None = Field(
+        default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
+    )
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -317,6 +328,7 @@ class Validated(BaseModel):
     spec: dict[str, Any]
     train_rows: int
     validation_rows: int | None = Field(description="None: they will be held out of the training rows.")
+    rows: dict[str, int] = Field(description="Of every data set, by its name in the job's folder.")
 
 
 class Health(BaseModel):

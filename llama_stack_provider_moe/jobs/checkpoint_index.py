@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
-from llama_stack_provider_moe.spec import Block, DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import Block, JobSpec
 
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"  # without it a folder has weights, and nothing to go on from
@@ -82,7 +82,7 @@ def verify(folder: Path, deep: bool = True) -> str | None:
     return None
 
 
-def checkpoint_folders(folder: JobFolder, spec: SFTSpec | DPOSpec) -> list[Path]:
+def checkpoint_folders(folder: JobFolder, spec: JobSpec) -> list[Path]:
     """The job's checkpoint folders, valid or not, the one of the latest step first."""
     try:
         found = [path for path in folder.checkpoints(spec).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -91,7 +91,7 @@ def checkpoint_folders(folder: JobFolder, spec: SFTSpec | DPOSpec) -> list[Path]
     return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
 
 
-def valid_checkpoints(folder: JobFolder, spec: SFTSpec | DPOSpec, deep: bool = True) -> list[Path]:
+def valid_checkpoints(folder: JobFolder, spec: JobSpec, deep: bool = True) -> list[Path]:
     """Those that a run can go on from, the latest first."""
     return [path for path in checkpoint_folders(folder, spec) if verify(path, deep) is None]
 

@@ -4,6 +4,7 @@ jobs/<job_uuid>/
   spec.json            the JobSpec in full                                    written by the service
   data/train.jsonl     canonical rows (see `datarows`)                        written by the service
   data/validation.jsonl  the same, where a validation data set was named      written by the service
+  data/<part>.jsonl    the same of a job's further data sets (`row_sources`)  written by the service
   resolved.json        what was decided from the model (layout, targets ...)  written by the child
   events.jsonl         typed events, one a line                               written by the child
   output.log           standard output and error of the child                 written by the child
@@ -24,7 +25,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.jobs.events import StoppedBy
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec
 
 
 class Metrics(Block):
@@ -65,8 +66,8 @@ class JobFolder:
         self.root = root
         self.spec = root / "spec.json"
         self.data = root / "data"
-        self.train_rows = root / "data" / "train.jsonl"
-        self.validation_rows = root / "data" / "validation.jsonl"
+        self.train_rows = self.rows("train")
+        self.validation_rows = self.rows("validation")
         self.resolved = root / "resolved.json"
         self.events = root / "events.jsonl"
         self.output = root / "output.log"
@@ -77,13 +78,17 @@ class JobFolder:
         self.trackers = root / "trackers"
         self.manifest = root / "manifest.json"
 
-    def checkpoints(self, spec: SFTSpec | DPOSpec) -> Path:
+    def rows(self, part: str) -> Path:
+        """Canonical rows of one of the job's data sets, by the `part` of its `RowSource`."""
+        return self.root / "data" / f"{part}.jsonl"
+
+    def checkpoints(self, spec: JobSpec) -> Path:
         """Folder of the checkpoints: one of this job's own, also inside a `checkpoint_dir`."""
         if spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 
-    def read_spec(self) -> SFTSpec | DPOSpec:
+    def read_spec(self) -> JobSpec:
         """The job as submitted, defaults filled in."""
         return JOB_SPEC.validate_json(self.spec.read_bytes())
 

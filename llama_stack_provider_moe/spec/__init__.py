@@ -6,7 +6,7 @@ A template states the few fields a person cares about; `spec.json` in the job's 
 decided to `resolved.json`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
@@ -27,6 +27,7 @@ from llama_stack_provider_moe.spec.blocks import (
     Training,
     numbers,
 )
+from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
     Moe,
@@ -52,6 +53,9 @@ __all__ = [
     "AdapterGroup",
     "AttentionModule",
     "Block",
+    "BreakerSpec",
+    "CircuitBreaker",
+    "Curve",
     "DPOLoss",
     "DPOOptions",
     "DPOSpec",
@@ -63,12 +67,15 @@ __all__ = [
     "JobSpec",
     "LoadBalancing",
     "MLflow",
+    "MixedData",
     "Moe",
     "Optimizer",
     "Options",
     "Recipe",
+    "RepBend",
     "Resources",
     "RowFormat",
+    "RowSource",
     "SFTSpec",
     "TensorBoard",
     "Trackers",
@@ -79,7 +86,7 @@ __all__ = [
 ]
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-Recipe = Literal["sft", "dpo"]
+Recipe = Literal["sft", "dpo", "circuit_breaker"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -90,6 +97,24 @@ DPOLoss = Literal[
 
 # Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
 SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
+class RowSource(NamedTuple):
+    """One data set of a job.
+
+    Attributes:
+        field: dotted name of the setting that names it.
+        dataset_id: its name with the host.
+        format: what its rows are said to be.
+        part: name of its rows in the job's folder (`JobFolder.rows`).
+        least: rows it must have.
+    """
+
+    field: str
+    dataset_id: str
+    format: RowFormat
+    part: str
+    least: int = 1
 
 
 class _Job(Block):
@@ -123,6 +148,19 @@ class _Job(Block):
             raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
                              "or options.validation_split > 0")  # fmt: skip
         return self
+
+    def row_sources(self) -> list[RowSource]:
+        """The data sets that the job reads, each of which is copied into its folder."""
+        return self._sources("data", "train", "validation", self.data)
+
+    def _sources(self, block: str, part: str, held_out: str, data: Data | MixedData) -> list[RowSource]:
+        options: Options = self.options  # type: ignore[attr-defined]
+        validation_id, row_format = data.validation_dataset_id, data.format
+        split = validation_id is None and options.validation_split > 0
+        sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, least=2 if split else 1)]
+        if validation_id is not None:
+            sources.append(RowSource(f"{block}.validation_dataset_id", validation_id, row_format, held_out))
+        return sources
 
 
 class SFTSpec(_Job):
@@ -169,8 +207,60 @@ class DPOSpec(_Job):
         return self
 
 
-JobSpec = Annotated[SFTSpec | DPOSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[SFTSpec | DPOSpec] = TypeAdapter(JobSpec)
+class BreakerSpec(_Job):
+    """Circuit breakers (Zou et al. 2024, arXiv 2406.04313); the rows of `data` are those that are broken."""
+
+    recipe: Literal["circuit_breaker"] = Field(
+        description="Circuit breakers: representations of one data set are rerouted, those of another retained."
+    )
+    circuit_breaker: CircuitBreaker = Field(description="A block; its fields follow.")
+    # The official code's LoRA, for a job that says nothing of it.
+    adapter: Adapter | None = Field(
+        default_factory=lambda: Adapter(rank=16, alpha=16, dropout=0.05),
+        description="LoRA settings; left out: rank 16, alpha 16, dropout 0.05, as the official code's.",
+    )
+    options: Options = Field(default_factory=Options)
+
+    @model_validator(mode="after")
+    def _settings_that_would_not_be_read(self) -> "BreakerSpec":
+        if self.adapter is None:
+            raise ValueError("adapter: null is not valid with recipe 'circuit_breaker'; the reference is the model "
+                             "with its adapter off")  # fmt: skip
+        if self.data.packed:
+            raise ValueError("data.packed: true is for SFT only; the answers of break rows must be known")
+        if self.data.train_on_input:
+            raise ValueError("data.train_on_input: true is for SFT only; circuit_breaker.mask says what counts")
+        if self.moe.moe_load_balancing in ("expert_choice", "aux_free"):
+            raise ValueError(f"moe.moe_load_balancing: {self.moe.moe_load_balancing!r} is not valid with recipe "
+                             "'circuit_breaker', whose reference routes as the base does; expected 'switch' or "
+                             "'gshard'")  # fmt: skip
+        for name in ("expert_dropout", "router_jitter"):
+            if getattr(self.moe, name) > 0:
+                raise ValueError(f"moe.{name}: is for SFT only; circuit breakers compare two passes, which must not "
+                                 "differ")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _all_sets_are_held_out_or_none(self) -> "BreakerSpec":
+        named = {"data": self.data.validation_dataset_id}
+        for name, data in self.circuit_breaker.parts().items():
+            named[f"circuit_breaker.{name}"] = data.validation_dataset_id
+        without = [name for name, validation_id in named.items() if validation_id is None]
+        if without and len(without) < len(named) and not self.options.validation_split:
+            raise ValueError(f"{without[0]}.validation_dataset_id: is missing, while other sets have one; name one, or "
+                             "set options.validation_split > 0")  # fmt: skip
+        return self
+
+    def row_sources(self) -> list[RowSource]:
+        """The rows that are broken, those that are retained, and what is held out of each."""
+        sources = super().row_sources()
+        for name, data in self.circuit_breaker.parts().items():
+            sources += self._sources(f"circuit_breaker.{name}", name, f"{name}-validation", data)
+        return sources
+
+
+JobSpec = Annotated[SFTSpec | DPOSpec | BreakerSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[SFTSpec | DPOSpec | BreakerSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from llama_stack_provider_moe.jobs.events import EventLog, Message
 from llama_stack_provider_moe.jobs.folder import JobFolder
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec
+from llama_stack_provider_moe.spec import JobSpec
 
 
 class Stopped(BaseException):
@@ -47,7 +47,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Session[S: SFTSpec | DPOSpec]:
+class Session[S: JobSpec]:
     """One run of one job."""
 
     spec: S
@@ -77,4 +77,4 @@ class Session[S: SFTSpec | DPOSpec]:
         print(text if level == "info" else f"warning: {text}", file=sys.stdout, flush=True)
 
 
-AnySession = Session[SFTSpec | DPOSpec]
+AnySession = Session[JobSpec]
