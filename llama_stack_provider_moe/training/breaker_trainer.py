@@ -193,12 +193,12 @@ class BreakerTrainer(Trainer):
             self.sums.add(f"cosine/{part}/{block}", breaker.token_mean(cosine_BT, mask, one))
         self.sums.add(f"positive_cosine/{part}", breaker.reroute_loss(here, there, mask, one))
         kept = plan.targets if part == "break" else plan.retained_at
-        self.sums.add(
-            f"distance/{part}",
-            breaker.retain_loss(mine.at(kept, everything), base.at(kept, everything), mask, one),
-        )
-        norms = breaker.layer_means([state.float().norm(dim=-1) for state in base.at(kept, everything)], mask, one)
-        self.sums.add(f"norm/{part}", norms.mean())
+        still, was = mine.at(kept, everything), base.at(kept, everything)
+        moved = breaker.distances(still, was)
+        self.sums.add(f"distance/{part}", breaker.layer_means(moved, mask, one).mean())
+        # A mean of the tokens' own shares: some models' first token has a norm that dwarfs all others.
+        shares = [far_BT / state.float().norm(dim=-1).clamp(min=1e-8) for far_BT, state in zip(moved, was, strict=True)]
+        self.sums.add(f"relative_distance/{part}", breaker.layer_means(shares, mask, one).mean())
 
 
 def counted(counted_BT: Tensor, part_B: Tensor) -> Tensor:

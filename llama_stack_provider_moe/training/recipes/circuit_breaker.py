@@ -70,10 +70,8 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         found = {
             name: value / tokens[name.split("/")[1]]
             for name, value in sums.items()
-            if name.startswith(("cosine/", "positive_cosine/", "distance/"))
+            if name.startswith(("cosine/", "positive_cosine/", "distance/", "relative_distance/"))
         }
-        for part in tokens:
-            found[f"relative_distance/{part}"] = sums[f"distance/{part}"] / sums[f"norm/{part}"]
         kept = [part for part in tokens if part != "break"]
         distance = sum(sums[f"distance/{part}"] for part in kept) / sum(tokens[part] for part in kept)
         self._as_held_out(found, distance, sums)
