@@ -39,9 +39,7 @@ class Alive(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(t.untyped_storage()._cdata) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
-        del inputs
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -80,7 +78,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def held_by_all(model: PeftModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """All hidden states, as the official code takes them."""
-    states: tuple[Tensor, ...] = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    states: tuple[Tensor, ...] = model(
+        ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
     return states
 
 
@@ -113,7 +113,9 @@ def measure(checkpointing: bool) -> dict[str, float]:
         with torch.no_grad(), model.disable_adapter():
             given = states()
         tensors = given if isinstance(given, tuple) else tuple(given.values())
-        found[f"{name}_held_bytes"] = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+        found[f"{name}_held_bytes"] = sum(
+            {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values()
+        )
         del given, tensors
         with Alive() as alive:
             step(model, states, pick, mask)
@@ -143,7 +145,9 @@ def differences() -> dict[str, float]:
         "retain_ours": retain_loss(hidden, was, mask).item(),
         "retain_official": official_breaker.retain_loss(hidden, was, mask).item(),
         "reroute_ours": reroute_loss([mine[b] for b in TARGETS], [base[b] for b in TARGETS], mask).item(),
-        "reroute_official": official_breaker.reroute_loss([hidden[i] for i in numbers], [was[i] for i in numbers], mask).item(),
+        "reroute_official": official_breaker.reroute_loss(
+            [hidden[i] for i in numbers], [was[i] for i in numbers], mask
+        ).item(),
         "reroute_ours_at_their_numbers": reroute_loss(
             [mine[i] for i in numbers], [base[i] for i in numbers], mask
         ).item(),
@@ -158,16 +162,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    results = {
+    results: dict[str, Any] = {
         "blocks": BLOCKS, "width": WIDTH, "rows": ROWS, "length": LENGTH, "targets": TARGETS,
         "plain": measure(checkpointing=False), "checkpointed": measure(checkpointing=True),
         "official_and_ours": differences(),
     }  # fmt: skip
     text = json.dumps(results, indent=2)
     print(text)
-    for name in ("plain", "checkpointed"):
-        figures = results[name]
-        print(f"{name}: hidden states held {figures['held_less']:.1%} less, peak of a step {figures['peak_less']:.1%} less")  # type: ignore[index]
+    for name, figures in {"plain": results["plain"], "checkpointed": results["checkpointed"]}.items():
+        held, peak = figures["held_less"], figures["peak_less"]
+        print(f"{name}: hidden states held {held:.1%} less, peak of a step {peak:.1%} less")
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")
 
