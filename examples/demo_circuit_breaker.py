@@ -34,14 +34,18 @@ FOOD = re.compile(
     r"dough|tablespoon|wine|fridge|spice|sugar|\bpan\b|lunch|breakfast|pizza|potato|banana",
     re.IGNORECASE,
 )
-STEPS, BATCH, LR = 48, 2, 6e-3
+EPOCHS, BATCH, LR = 3, 2, 2e-3
+TARGETS, LORA_LAYERS = "15,20", "10-20"  # LoRA below would move every prompt before it is told what it is about
 LORA = {
-    "type": "LoRA", "rank": 16, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+    "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True, "apply_lora_to_output": False,
 }  # fmt: skip
 # States of this model have a norm of some 200 a token where Llama-3's have some 10, and a cosine's gradient goes by
 # one over the norm: the paper's equal weights would let nothing move.
-CURVES = {"reroute_curve": {"start": 10, "end": 5}, "retain_curve": {"start": 0, "end": 0.2}}
+CURVES = {
+    "reroute_curve": {"start": 10, "end": 10},
+    "retain_curve": {"start": 0, "end": 1, "schedule": "cosine"},
+}
 GOALS = {"cosine": 0.3, "distance": 0.03, "perplexity": 0.03}
 SHOWN = 2  # prompts of each set whose answers are shown
 
@@ -106,8 +110,7 @@ def train(stack: Stack, model: Path) -> dict[str, Any]:
         job_uuid=job,
         model=str(model),
         training_config={
-            "n_epochs": 1,
-            "max_steps_per_epoch": STEPS,
+            "n_epochs": EPOCHS,
             "dtype": cpu_dtype(),
             "data_config": {
                 "dataset_id": f"cooking-{run}", "validation_dataset_id": f"cooking_heldout-{run}",
@@ -118,11 +121,14 @@ def train(stack: Stack, model: Path) -> dict[str, Any]:
         algorithm_config=LORA,
         hyperparam_search_config={},
         logger_config={},
-        extra_body={"options": {
+        extra_body={"adapter": {"layers": LORA_LAYERS}, "options": {
             "max_length": 128,
             "lr_scheduler": "cosine",
             "circuit_breaker": {
-                "retain": {"dataset_id": f"everyday-{run}", "validation_dataset_id": f"everyday_heldout-{run}"},
+                "retain": {
+                    "dataset_id": f"everyday-{run}", "validation_dataset_id": f"everyday_heldout-{run}", "ratio": 2,
+                },
+                "target_layers": TARGETS,
                 "weighting": "dual",
                 **CURVES,
             },

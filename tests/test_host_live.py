@@ -259,8 +259,11 @@ def test_validation_says_what_a_job_would_be_and_creates_nothing(server: Server,
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_validate_on_the_server(http: httpx.Client, server: Server, path: Path) -> None:
     body = json.loads(path.read_text(encoding="utf-8"))
-    registered = {"sft": "words", "dpo": "pairs"}[body["recipe"]]
-    body["data"]["dataset_id"] = registered  # the name in a template stands for the user's own
+    registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words"}[body["recipe"]]
+    # The names in a template stand for the user's own.
+    for data in (body["data"], *(body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe"))):
+        if data is not None:
+            data["dataset_id"] = registered
     answer = http.post("/jobs/validate", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["spec"]["model"] == body["model"]
