@@ -16,8 +16,9 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
 
+# MODEL=--dense: the dense model instead of the upcycled one.
 demo-circuit-breaker: $(VENV)/.demo
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py $(MODEL)
 
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
 test: lint

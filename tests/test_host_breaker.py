@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.host.service import PostTrainingService
-from tests.host_support import ROWS, Datasets, ask, folder_of, serving_in_process
+from tests.host_support import ROWS, Datasets, app_of, ask, folder_of, serving_in_process
 
 DIALOGS = [
     {"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "Hello"}]} for n in range(5)
@@ -124,6 +125,14 @@ def test_mistakes_are_named_as_the_caller_wrote_them(service: PostTrainingServic
         answer = ask(service, "POST", "/supervised-fine-tune", json=body)
         assert answer.status_code == status, answer.text
         assert expected in answer.json()["error"]["message"]
+
+
+def test_the_document_describes_the_block_without_dead_references(service: PostTrainingService) -> None:
+    document = app_of(service).openapi()
+    references = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
+    assert all(each.startswith("#/components/schemas/") for each in references), references
+    options = json.dumps(document["components"]["schemas"]["SupervisedFineTuneRequest"]["properties"]["options"])
+    assert all(name in options for name in ("circuit_breaker", "target_layers", "ratio", "reroute_curve"))
 
 
 def test_spec_comes_back_as_it_was_written(service: PostTrainingService) -> None:

@@ -24,11 +24,29 @@ class SFTOptions(Options):
     )
 
 
+def _schema(block: type[BaseModel]) -> dict[str, Any]:
+    """A block's JSON schema without references: within a larger document `#/$defs/...` would lead nowhere."""
+    schema = block.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, list):
+            return [whole(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            node = {**parts[node["$ref"].rpartition("/")[2]], **{k: v for k, v in node.items() if k != "$ref"}}
+        return {key: whole(value) for key, value in node.items()}
+
+    found: dict[str, Any] = whole(schema)
+    return found
+
+
 # Documented as the blocks they are, and validated with the whole job, when the server's defaults lie beneath them.
-AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schema())]
-MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
-OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(SFTOptions.model_json_schema())]
-DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
+AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Adapter))]
+MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
+OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
+DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 
 
 def _spelled(value: float) -> float | str:
