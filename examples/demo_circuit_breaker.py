@@ -180,7 +180,7 @@ def report(job: dict[str, Any]) -> list[str]:
     change = after["perplexity"] / before["perplexity"] - 1
     row("its change", 0.0, change, GOALS["perplexity"], change)
     console.print(table)
-    console.print(f"blocks {plan['target_layers']}, LoRA on {plan['lora_layers']}; {plan['source']}")
+    console.print(f"rerouted at blocks {plan['target_layers']}, counted from 0; LoRA on blocks {plan['lora_layers']}")
     for part, figures in ((progress["routing"] or {}).get("sets") or {}).items():
         console.print(
             f"routing of {part} rows in the last step: an expert gets {figures['min_share']:.0%} to "
