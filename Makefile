@@ -10,11 +10,15 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constrai
 # compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint serve bench bench-gpu kernels-report clean
+.PHONY: demo demo-circuit-breaker test lint serve bench bench-gpu kernels-report clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
+
+# MODEL=--dense: the dense model instead of the upcycled one.
+demo-circuit-breaker: $(VENV)/.demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py $(MODEL)
 
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
 test: lint
@@ -33,6 +37,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.server_start
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
 	$(BIN)/python -m benchmarks.quantized_base
+	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory

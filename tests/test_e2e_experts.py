@@ -1,10 +1,14 @@
-"""Jobs over HTTP with each adapter plan, each balance strategy and a quantised base: SFT and DPO, a real server."""
+"""Jobs over HTTP with each adapter plan, each balance strategy and a quantised base: SFT and DPO, a real server.
+
+Circuit breakers, of the families that acceptance names, run on the same server.
+"""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -37,6 +41,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
               {"quantized.bits": 4, "quantized.experts": 16}),
 }  # fmt: skip
 RECIPES = ["sft", "dpo"]
+# Of two blocks both are rerouted at the second, where Llama 4's and GLM-4's experts are.
+BREAKERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "qwen3": ("qwen3_moe", {"adapter": {"rank": 4, "plan": "trunk"}}),
+    "granite-4-bit": ("granitemoe", {"adapter": {"rank": 4, "quantize_base": True}}),
+    "llama-4": ("llama4_text", {"moe": {"router_aux_loss_coef": 0.01}}),
+    "glm-4": ("glm4_moe", {"adapter": {"rank": 4, "plan": "per_expert", "rules": [{"experts": {"1": 4}}]}}),
+}
+KEPT_ROWS = [{"prompt": f"Add {i} and {i + 3}.", "completion": f"That makes {2 * i + 3}."} for i in range(16)]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +60,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "supervisor": {"max_concurrent_jobs": 2, "poll_s": 2},
     }
     with serving(run_config(QUICKSTART, folder, provider=provider), folder / "state") as running:
-        for family in {family for family, _, _ in CASES.values()}:
+        for family in {family for family, *_ in [*CASES.values(), *BREAKERS.values()]}:
             tiny_models.build(family, running.state_dir / "models" / family)
         running.register("words", SFT_ROWS)
         running.register("pairs", DPO_ROWS)
+        running.register("kept", KEPT_ROWS)
         yield running
 
 
@@ -74,16 +88,65 @@ def jobs(server: Server) -> dict[str, dict[str, Any]]:
                 answer = http.post("/jobs", json=body)
                 assert answer.status_code == 200, answer.text
                 ids.append(body["job_uuid"])
-        ended: dict[str, dict[str, Any]] = {}
-        deadline = time.monotonic() + LIMIT_S
-        while len(ended) < len(ids) and time.monotonic() < deadline:
-            for job_id in set(ids) - set(ended):
-                job = http.get(f"/jobs/{job_id}").json()
-                if job["status"] not in ("scheduled", "in_progress"):
-                    ended[job_id] = job
-            time.sleep(5)
-    assert set(ended) == set(ids), f"not ended after {LIMIT_S} s: {set(ids) - set(ended)}"
-    return ended
+        return ended(http, ids)
+
+
+@pytest.fixture(scope="module")
+def breakers(server: Server) -> dict[str, dict[str, Any]]:
+    """The circuit-breaker jobs, the same way."""
+    with asking(server) as http:
+        for name, (family, parts) in BREAKERS.items():
+            answer = post_breaker(http, name, str(server.state_dir / "models" / family), parts)
+            assert answer.status_code == 200, answer.text
+        return ended(http, [f"breaker-{name}" for name in BREAKERS])
+
+
+def ended(http: httpx.Client, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """Each job whole, once all of them have ended."""
+    found: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + LIMIT_S
+    while len(found) < len(ids) and time.monotonic() < deadline:
+        for job_id in set(ids) - set(found):
+            job = http.get(f"/jobs/{job_id}").json()
+            if job["status"] not in ("scheduled", "in_progress"):
+                found[job_id] = job
+        time.sleep(5)
+    assert set(found) == set(ids), f"not ended after {LIMIT_S} s: {set(ids) - set(found)}"
+    return found
+
+
+def post_breaker(http: httpx.Client, name: str, model: str, parts: dict[str, Any]) -> httpx.Response:
+    """A circuit-breaker job; that of Qwen3 by the API's own route, with the block in its options."""
+    block = {"retain": {"dataset_id": "kept"}, "target_layers": "1"}
+    options = {"lr_scheduler": "constant", "max_length": 64}
+    if name != "qwen3":
+        body = {"recipe": "circuit_breaker", "model": model, "data": {"dataset_id": "words"},
+                "circuit_breaker": block, "training": {"batch_size": 4}, "optimizer": {"lr": 2e-2},
+                "adapter": {"rank": 4}, "options": options, **parts}  # fmt: skip
+        return http.post("/jobs", json={**body, "job_uuid": f"breaker-{name}"})
+    optimizer = {"optimizer_type": "adamw", "lr": 2e-2, "weight_decay": 0.0, "num_warmup_steps": 0}
+    data = {"dataset_id": "words", "batch_size": 4, "shuffle": True, "data_format": "instruct"}
+    return http.post("/supervised-fine-tune", json={
+        "job_uuid": f"breaker-{name}", "model": model, "hyperparam_search_config": {}, "logger_config": {},
+        "training_config": {"n_epochs": 1, "data_config": data, "optimizer_config": optimizer},
+        "options": {**options, "circuit_breaker": block}, **parts,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKERS)
+def test_circuit_breaker_reroutes(breakers: dict[str, dict[str, Any]], name: str) -> None:
+    job = breakers[f"breaker-{name}"]
+    assert job["status"] == "completed", job.get("reason")
+    assert job["recipe"] == "circuit_breaker"
+    progress = job["resources_allocated"]
+    before, after = (progress["evaluation"][which]["metrics"] for which in ("first", "last"))
+    assert before["cosine/break/1"] == pytest.approx(1, abs=1e-3)
+    assert after["cosine/break/1"] < 0.9
+    assert after["cosine/break/1"] < after["cosine/retain/1"]
+    assert sorted(progress["routing"]["sets"]) == ["break", "retain"]
+    told = job["resolved"]["circuit_breaker"]
+    assert (told["target_layers"], told["lora_layers"]) == ([1], "0-1")
+    assert {each["kind"] for each in job["checkpoints"]} == {"checkpoint", "adapter"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

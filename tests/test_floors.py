@@ -30,10 +30,17 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "host": ({"pydantic", "fastapi", "starlette", "opentelemetry"}, GROUND | {"jobs", "host"}),
     "host.compat": (HOSTS, GROUND),
     "cli": ({"pydantic", "httpx", "rich", "typer", "yaml", "click"}, GROUND | {"jobs", "cli"}),
+    "losses": ({"torch"}, {"losses"}),
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
-    "training": (LEARNING | {"pydantic", "mlflow", "trackio", "wandb"}, GROUND | {"experts", "training"} | FOLDER),
-    "training.recipes": (LEARNING | {"pydantic"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
+    "training": (
+        LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
+        GROUND | {"experts", "losses", "training"} | FOLDER,
+    ),
+    "training.recipes": (
+        LEARNING | {"pydantic"},
+        GROUND | {"experts", "losses", "training", "analysis"} | FOLDER,
+    ),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
 

@@ -263,8 +263,10 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     if body["recipe"] == "routing_analysis":
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
     else:
-        registered = {"sft": "words", "dpo": "pairs"}[body["recipe"]]
-        body["data"]["dataset_id"] = registered
+        registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words"}[body["recipe"]]
+        for data in (body["data"], *(body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe"))):
+            if data is not None:
+                data["dataset_id"] = registered
     answer = http.post("/jobs/validate", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["spec"]["model"] == body["model"]

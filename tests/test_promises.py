@@ -38,6 +38,7 @@ def test_there_is_a_template_for_each_recipe_and_family() -> None:
     stems = {path.stem for path in TEMPLATES}
     assert {"granite_moe_sft", "granite_moe_dpo", "mixtral_dpo", "qwen3_moe_sft", "llama_sft"} <= stems
     assert {"qwen3_moe_experts_sft", "qwen3_moe_4bit_sft"} <= stems
+    assert {"llama_circuit_breaker", "qwen3_moe_circuit_breaker"} <= stems
 
 
 def test_readme_reference_is_current() -> None:

@@ -52,8 +52,18 @@ CASES: dict[str, dict[str, Any]] = {
                              "rules": [{"experts": {"0": 4, "1-2": 2}, "lr_multiplier": 3.0}]}},
     "sft-aux-free": {"recipe": "sft", "family": "deepseek_v3", "training": {"n_epochs": 3, "batch_size": 4},
                      "moe": {"moe_load_balancing": "aux_free", "router_bias_rate": 0.05}},
+    "circuit-breaker": {"recipe": "circuit_breaker", "family": "mixtral", "adapter": {"rank": 4, "dropout": 0.1},
+                        "training": {"n_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2},
+                        "circuit_breaker": {"target_layers": "0", "schedule": "cosine",
+                                            "retain": {"dataset_id": "a", "ratio": 1.5, "validation_dataset_id": "b"},
+                                            "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
+    **{f"circuit-breaker-{family}": {
+        "recipe": "circuit_breaker", "family": family, "training": {"n_epochs": 3, "batch_size": 4},
+        "optimizer": {"lr": 2e-2}, "adapter": {"rank": 4, "dropout": 0.1, "quantize_base": family == "granitemoe"},
+        "circuit_breaker": {"target_layers": "1", "retain": {"dataset_id": "a", "validation_dataset_id": "b"}},
+    } for family in ("qwen3_moe", "granitemoe", "llama4_text", "glm4_moe")},
 }  # fmt: skip
 
 

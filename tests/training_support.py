@@ -55,6 +55,14 @@ def dpo_rows(count: int, first: int = 0) -> list[Row]:
     ]
 
 
+def kept_rows(count: int, first: int = 0) -> list[Row]:
+    """Canonical rows about something else than `sft_rows`, for a circuit breaker to retain."""
+    return [
+        {"messages": [said("user", f"Add {i} and {i + 3}, please."), said("assistant", f"That makes {2 * i + 3}.")]}
+        for i in range(first, first + count)
+    ]
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left."""
@@ -133,7 +141,7 @@ class Workshop:
 
         `adapter=None` trains all weights.
         """
-        make = sft_rows if recipe == "sft" else dpo_rows
+        make = dpo_rows if recipe == "dpo" else sft_rows
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
         folder.data.mkdir(parents=True)
@@ -147,6 +155,9 @@ class Workshop:
             "adapter": {"rank": 4, "alpha": 8},
             "options": {"max_length": 96, "lr_scheduler": "constant"},
         }
+        if recipe == "circuit_breaker":
+            body["circuit_breaker"] = {"retain": {"dataset_id": "kept", "validation_dataset_id": "kept-held-out"}}
+            body["training"]["batch_size"] = 4
         for name, block in blocks.items():
             inside = isinstance(block, dict) and isinstance(body.get(name), dict)
             body[name] = {**body[name], **block} if inside else block
@@ -154,6 +165,9 @@ class Workshop:
         _write(folder.train_rows, make(16) if rows is None else rows)
         if body["data"]["validation_dataset_id"] is not None:
             _write(folder.validation_rows, make(4, first=100) if validation is None else validation)
+        for part in body.get("circuit_breaker", {}).keys() & {"retain", "safe"}:
+            _write(folder.rows(part), kept_rows(12))
+            _write(folder.rows(f"{part}-validation"), kept_rows(3, first=100))
         return self.again(Run(folder, 0))
 
     def again(self, run: Run) -> Run:

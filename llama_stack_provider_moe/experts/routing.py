@@ -5,7 +5,7 @@ fp32 whatever the model's dtype.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -144,6 +144,8 @@ class RoutingRecorder:
         self._logits: dict[int, list[Tensor]] = {}
         self._chosen: dict[int, list[Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+        self._part_tallies: dict[tuple[str, int], _Tally] = {}
         self._attention_mask: Tensor | None = None
         self._open = False
         self._grad_mode = False
@@ -153,13 +155,15 @@ class RoutingRecorder:
         ]
 
     @contextmanager
-    def recording(self, attention_mask: Tensor | None) -> Iterator[None]:
+    def recording(self, attention_mask: Tensor | None, parts: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Record the passes inside.
 
         Args:
             attention_mask: (batch, sequence) of those passes, 0 where a token is padding; None: no padding.
+            parts: name -> (batch, sequence), 1 at the tokens that are also counted apart, under that name.
         """
         self._attention_mask = attention_mask
+        self._parts = dict(parts or {})
         self._logits, self._chosen = {}, {}
         self._grad_mode = torch.is_grad_enabled()
         self._open = True
@@ -203,6 +207,15 @@ class RoutingRecorder:
         self._logits, self._chosen = {}, {}
         return [_summary(layer, tally) for layer, tally in sorted(tallies.items()) if tally.tokens.item() > 0]
 
+    def take_parts(self) -> dict[str, list[LayerRouting]]:
+        """Routing of each part by itself since the last `take_parts`; a part without a token is left out."""
+        tallies, self._part_tallies = self._part_tallies, {}
+        found: dict[str, list[LayerRouting]] = {}
+        for (part, layer), tally in sorted(tallies.items()):
+            if tally.tokens.item() > 0:
+                found.setdefault(part, []).append(_summary(layer, tally))
+        return found
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
@@ -221,8 +234,13 @@ class RoutingRecorder:
             chosen_TK = chosen_experts(layout, outputs, detached_TE)
             self._chosen.setdefault(layer, []).append(chosen_TK)
             weight_T = token_weights(self._attention_mask, detached_TE)
-            tally = _tally(probabilities(detached_TE, layout.scoring), chosen_TK, weight_T)
+            probs_TE = probabilities(detached_TE, layout.scoring)
+            tally = _tally(probs_TE, chosen_TK, weight_T)
             self._tallies[layer] = self._tallies[layer] + tally if layer in self._tallies else tally
+            for part, mask in self._parts.items():
+                of_part = _tally(probs_TE, chosen_TK, token_weights(mask, detached_TE))
+                before = self._part_tallies.get((part, layer))
+                self._part_tallies[part, layer] = of_part if before is None else before + of_part
             seen = self._counts.get(layer)
             self._counts[layer] = tally.counts_E if seen is None else seen + tally.counts_E
 

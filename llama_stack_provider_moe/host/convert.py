@@ -116,10 +116,23 @@ def draft(request: SupervisedFineTuneRequest | PreferenceOptimizeRequest) -> Dra
         _put(body, target, value)
         if path != target:
             names[target] = path
+    if sft:
+        _become_circuit_breaker(body, names)
     if "model" not in body:
         raise InvalidInput("model", None, "a hub id, or a folder under an allowed root; this server has no default")
     _add_adapter(body, given)
     return Draft(body, names)
+
+
+def _become_circuit_breaker(body: dict[str, Any], names: dict[str, str]) -> None:
+    """A block `circuit_breaker` in the options makes the job one of that recipe; the rows it names are broken."""
+    options = body.get("options")
+    if not isinstance(options, dict) or options.get("circuit_breaker") is None:
+        return
+    body["recipe"] = "circuit_breaker"
+    body["circuit_breaker"] = options["circuit_breaker"]
+    body["options"] = {key: value for key, value in options.items() if key != "circuit_breaker"}
+    names["circuit_breaker"] = "options.circuit_breaker"
 
 
 def _add_adapter(body: dict[str, Any], given: dict[str, Any]) -> None:

@@ -8,11 +8,23 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from llama_stack_provider_moe.errors import InvalidBody, shorten
-from llama_stack_provider_moe.spec import JOB_ID_PATTERN, PROJECT_PATTERN, DPOSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.spec import (
+    JOB_ID_PATTERN,
+    PROJECT_PATTERN,
+    BreakerSpec,
+    DPOSpec,
+    RoutingAnalysisSpec,
+    SFTSpec,
+)
 
 SHOWN = 8
 A_BODY = "a JSON object, sent as content type application/json"
-RECIPES: dict[str, type[BaseModel]] = {"sft": SFTSpec, "dpo": DPOSpec, "routing_analysis": RoutingAnalysisSpec}
+RECIPES: dict[str, type[BaseModel]] = {
+    "sft": SFTSpec,
+    "dpo": DPOSpec,
+    "circuit_breaker": BreakerSpec,
+    "routing_analysis": RoutingAnalysisSpec,
+}
 _TYPES = {
     "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
     "dict": "an object", "model": "an object", "finite_number": "a finite number",

@@ -13,13 +13,40 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, DPOOptions, Moe, Options
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options
+
+
+class SFTOptions(Options):
+    """The options of a supervised fine-tuning request, in which the block of another recipe may stand."""
+
+    circuit_breaker: CircuitBreaker | None = Field(
+        default=None, description="Makes it a job of recipe `circuit_breaker`, with this block."
+    )
+
+
+def _schema(block: type[BaseModel]) -> dict[str, Any]:
+    """A block's JSON schema without references: within a larger document `#/$defs/...` would lead nowhere."""
+    schema = block.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, list):
+            return [whole(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            node = {**parts[node["$ref"].rpartition("/")[2]], **{k: v for k, v in node.items() if k != "$ref"}}
+        return {key: whole(value) for key, value in node.items()}
+
+    found: dict[str, Any] = whole(schema)
+    return found
+
 
 # Documented as the blocks they are, and validated with the whole job, when the server's defaults lie beneath them.
-AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schema())]
-MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
-OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(Options.model_json_schema())]
-DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
+AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Adapter))]
+MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
+OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
+DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 
 
 def _spelled(value: float) -> float | str:
@@ -140,7 +167,9 @@ class SupervisedFineTuneRequest(Wire):
         default=None, description="Ours: what `algorithm_config` has no field for; null trains all weights."
     )
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
-    options: OptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+    options: OptionsBlock | None = Field(
+        default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
+    )
 
 
 class PreferenceOptimizeRequest(Wire):

@@ -89,20 +89,30 @@ class Routing(_Event):
     type: Literal["routing"] = "routing"
     step: int
     layers: list[LayerRouting]
+    sets: dict[str, list[LayerRouting]] = Field(
+        default_factory=dict, description="The same of each data set's tokens by themselves, where a step mixes sets."
+    )
 
     def figures(self) -> dict[str, float]:
         """Worst and mean over layers, nothing of none; shares are of the routed tokens, entropies in nats."""
-        layers = self.layers
-        if not layers:
-            return {}
-        return {
-            "min_share": min(layer.min for layer in layers),
-            "max_share": max(layer.max for layer in layers),
-            "max_cv": max(layer.cv for layer in layers),
-            "dead_experts": sum(layer.dead for layer in layers),
-            "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
-            "token_entropy": sum(layer.token_entropy for layer in layers) / len(layers),
-        }
+        return _routing_figures(self.layers)
+
+    def figures_by_set(self) -> dict[str, dict[str, float]]:
+        """The same of each set."""
+        return {name: _routing_figures(layers) for name, layers in self.sets.items()}
+
+
+def _routing_figures(layers: list[LayerRouting]) -> dict[str, float]:
+    if not layers:
+        return {}
+    return {
+        "min_share": min(layer.min for layer in layers),
+        "max_share": max(layer.max for layer in layers),
+        "max_cv": max(layer.cv for layer in layers),
+        "dead_experts": sum(layer.dead for layer in layers),
+        "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
+        "token_entropy": sum(layer.token_entropy for layer in layers) / len(layers),
+    }
 
 
 class Evaluation(_Event):

@@ -4,7 +4,7 @@ jobs/<job_uuid>/
   spec.json            the JobSpec in full                                    written by the service
   data/train.jsonl     canonical rows (see `datarows`)                        written by the service
   data/validation.jsonl  the same, where a validation data set was named      written by the service
-  data/set-<name>.jsonl  the same, of a routing analysis's sets               written by the service
+  data/<part>.jsonl    the same of a job's further data sets (`row_sources`)  written by the service
   resolved.json        what was decided from the model (layout, targets ...)  written by the child
   events.jsonl         typed events, one a line                               written by the child
   output.log           standard output and error of the child                 written by the child

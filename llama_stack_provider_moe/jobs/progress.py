@@ -84,7 +84,9 @@ def balance(event: Routing) -> dict[str, Any] | None:
     layers = event.layers
     if not layers:
         return None
-    return {"step": event.step, "layers": len(layers), "experts": len(layers[0].share), **_numbers(event.figures())}
+    told = {"step": event.step, "layers": len(layers), "experts": len(layers[0].share), **_numbers(event.figures())}
+    by_set = {name: _numbers(figures) for name, figures in event.figures_by_set().items()}
+    return {**told, "sets": by_set} if by_set else told
 
 
 def _number(value: float | None) -> float | str | None:

@@ -31,6 +31,7 @@ from llama_stack_provider_moe.spec.blocks import (
     numbers,
     ranges,
 )
+from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
     Moe,
@@ -66,6 +67,9 @@ __all__ = [
     "AnalysisTraining",
     "AttentionModule",
     "Block",
+    "BreakerSpec",
+    "CircuitBreaker",
+    "Curve",
     "DPOLoss",
     "DPOOptions",
     "DPOSpec",
@@ -78,10 +82,12 @@ __all__ = [
     "JobSpec",
     "LoadBalancing",
     "MLflow",
+    "MixedData",
     "Moe",
     "Optimizer",
     "Options",
     "Recipe",
+    "RepBend",
     "Resources",
     "RoutingAnalysisSpec",
     "RowFormat",
@@ -98,7 +104,7 @@ __all__ = [
     "ranges",
 ]
 
-Recipe = Literal["sft", "dpo", "routing_analysis"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "routing_analysis"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -170,14 +176,17 @@ class _Job(_AnyJob):
 
     def row_sources(self) -> list[RowSource]:
         """The data sets that the job reads, each of which is copied into its folder."""
+        return self._sources("data", "train", "validation", self.data)
+
+    def _sources(self, block: str, part: str, held_out: str, data: Data | MixedData) -> list[RowSource]:
         options: Options = self.options  # type: ignore[attr-defined]
-        data, validation_id = self.data, self.data.validation_dataset_id
+        validation_id, row_format = data.validation_dataset_id, data.format
         split = validation_id is None and options.validation_split > 0
         few = "at least 2 rows, of which one is held out; or a validation data set, or options.validation_split 0"
         least = (2, few) if split else (1, "")
-        sources = [RowSource("data.dataset_id", data.dataset_id, data.format, "train", *least)]
+        sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least)]
         if validation_id is not None:
-            sources.append(RowSource("data.validation_dataset_id", validation_id, data.format, "validation"))
+            sources.append(RowSource(f"{block}.validation_dataset_id", validation_id, row_format, held_out))
         return sources
 
 
@@ -225,6 +234,58 @@ class DPOSpec(_Job):
         return self
 
 
+class BreakerSpec(_Job):
+    """Circuit breakers (Zou et al. 2024, arXiv 2406.04313); the rows of `data` are those that are broken."""
+
+    recipe: Literal["circuit_breaker"] = Field(
+        description="Circuit breakers: representations of one data set are rerouted, those of another retained."
+    )
+    circuit_breaker: CircuitBreaker = Field(description="A block; its fields follow.")
+    # The official code's LoRA, for a job that says nothing of it.
+    adapter: Adapter | None = Field(
+        default_factory=lambda: Adapter(rank=16, alpha=16, dropout=0.05),
+        description="LoRA settings; left out: rank 16, alpha 16, dropout 0.05, as the official code's.",
+    )
+    options: Options = Field(default_factory=Options)
+
+    @model_validator(mode="after")
+    def _settings_that_would_not_be_read(self) -> "BreakerSpec":
+        if self.adapter is None:
+            raise ValueError("adapter: null is not valid with recipe 'circuit_breaker'; the reference is the model "
+                             "with its adapter off")  # fmt: skip
+        if self.data.packed:
+            raise ValueError("data.packed: true is for SFT only; the answers of break rows must be known")
+        if self.data.train_on_input:
+            raise ValueError("data.train_on_input: true is for SFT only; circuit_breaker.mask says what counts")
+        if self.moe.moe_load_balancing in ("expert_choice", "aux_free"):
+            raise ValueError(f"moe.moe_load_balancing: {self.moe.moe_load_balancing!r} is not valid with recipe "
+                             "'circuit_breaker', whose reference routes as the base does; expected 'switch' or "
+                             "'gshard'")  # fmt: skip
+        for name in ("expert_dropout", "router_jitter"):
+            if getattr(self.moe, name) > 0:
+                raise ValueError(f"moe.{name}: is for SFT only; circuit breakers compare two passes, which must not "
+                                 "differ")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _all_sets_are_held_out_or_none(self) -> "BreakerSpec":
+        named = {"data": self.data.validation_dataset_id}
+        for name, data in self.circuit_breaker.parts().items():
+            named[f"circuit_breaker.{name}"] = data.validation_dataset_id
+        without = [name for name, validation_id in named.items() if validation_id is None]
+        if without and len(without) < len(named) and not self.options.validation_split:
+            raise ValueError(f"{without[0]}.validation_dataset_id: is missing, while other sets have one; name one, or "
+                             "set options.validation_split > 0")  # fmt: skip
+        return self
+
+    def row_sources(self) -> list[RowSource]:
+        """The rows that are broken, those that are retained, and what is held out of each."""
+        sources = super().row_sources()
+        for name, data in self.circuit_breaker.parts().items():
+            sources += self._sources(f"circuit_breaker.{name}", name, f"{name}-validation", data)
+        return sources
+
+
 class RoutingAnalysisSpec(_AnyJob):
     """Which experts serve which prompts; trains nothing."""
 
@@ -252,7 +313,7 @@ class RoutingAnalysisSpec(_AnyJob):
         ]
 
 
-TrainingSpec = SFTSpec | DPOSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
 JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec, Discriminator("recipe")]
 JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -12,7 +12,9 @@ import torch
 from transformers import TrainerCallback
 
 from llama_stack_provider_moe.errors import TrainingError
+from llama_stack_provider_moe.experts.routing import LayerRouting as Recorded
 from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Step
+from llama_stack_provider_moe.spec import Recipe
 from llama_stack_provider_moe.training.resume import Resume, RunState
 from llama_stack_provider_moe.training.session import AnySession, Stopped
 from llama_stack_provider_moe.training.trackers import OpenTrackers
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # What TRL and transformers log that is bookkeeping and no metric of a step.
 NOT_METRICS = frozenset({"epoch", "num_tokens", "step", "total_flos"})
+BARE_LOSS: dict[Recipe, str] = {"sft": "ce", "dpo": "preference_loss", "circuit_breaker": "breaker_loss"}
 WINDOW = 50  # steps that the estimate of the remaining time looks back on
 
 
@@ -118,13 +121,13 @@ class Reporter(TrainerCallback):
         print(_line(step), flush=True)
         recorder = self._trainer.recorder
         if recorder is not None:
-            layers = [LayerRouting.model_validate(asdict(layer)) for layer in recorder.take()]
-            self._tell(Routing(step=state.global_step, layers=layers))
+            sets = {name: _layers(found) for name, found in recorder.take_parts().items()}
+            self._tell(Routing(step=state.global_step, layers=_layers(recorder.take()), sets=sets))
 
     @property
     def bare_name(self) -> str:
         """Name of the loss without balance terms, the one that held-out loss compares with."""
-        return "ce" if self._session.spec.recipe == "sft" else "preference_loss"
+        return BARE_LOSS[self._session.spec.recipe]
 
     def train_loss(self) -> float:
         """Mean of that loss over the steps of this epoch."""
@@ -171,6 +174,10 @@ class Reporter(TrainerCallback):
             )
 
 
+def _layers(found: list[Recorded]) -> list[LayerRouting]:
+    return [LayerRouting.model_validate(asdict(layer)) for layer in found]
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Greatest memory so far: of this process's tensors on a GPU, of the process itself on a CPU."""
     if device.type == "cuda":
@@ -180,7 +187,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _line(step: Step) -> str:
-    first = ("loss", "ce", "preference_loss", "aux_loss", "router_z_loss", "rewards/accuracies", "rewards/margins")
+    first = (
+        "loss", "ce", "preference_loss", "reroute_loss", "retain_loss", "aux_loss", "router_z_loss",
+        "rewards/accuracies", "rewards/margins",
+    )  # fmt: skip
     shown = [
         f"{name} {step.metrics[name]:.4g}" for name in (*first, "grad_norm", "learning_rate") if name in step.metrics
     ]

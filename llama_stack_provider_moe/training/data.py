@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.datarows import Message
 from llama_stack_provider_moe.errors import DataError
-from llama_stack_provider_moe.spec import DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import Data as SpecData
+from llama_stack_provider_moe.spec import DPOSpec, MixedData, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.training.rendering import Renderer, Tokens, Unrenderable
-from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.session import AnySession, Session
 
 IGNORED = -100
 CHUNK = 256
@@ -73,7 +74,7 @@ def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, voca
             labels = [token if learnt else IGNORED for token, learnt in zip(ids, said, strict=True)]
             return Encoded({"input_ids": ids, "labels": labels}, len(tokens.ids) > length, max(ids))
 
-        return [one if isinstance(one, str) else finish(one) for one in _tokens(renderer, rows, _dialog)]
+        return [one if isinstance(one, str) else finish(one) for one in tokens_of(renderer, rows, dialog)]
 
     return _prepare(session, encode, SFT_FEATURES, vocabulary)
 
@@ -83,14 +84,15 @@ def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, voca
     renderer, length = Renderer(tokenizer), session.spec.options.max_length
 
     def encode(rows: list[Row]) -> list[Encoded | str]:
-        chosen = _tokens(renderer, rows, lambda row: _answer(row, "chosen"))
-        rejected = _tokens(renderer, rows, lambda row: _answer(row, "rejected"))
+        chosen = tokens_of(renderer, rows, lambda row: _answer(row, "chosen"))
+        rejected = tokens_of(renderer, rows, lambda row: _answer(row, "rejected"))
         return [_pair(good, bad, length) for good, bad in zip(chosen, rejected, strict=True)]
 
     return _prepare(session, encode, DPO_FEATURES, vocabulary)
 
 
-def _dialog(row: Row) -> tuple[list[Message], int]:
+def dialog(row: Row) -> tuple[list[Message], int]:
+    """The messages of a row, and the first of them whose answer counts."""
     return row["messages"], 0
 
 
@@ -100,7 +102,7 @@ def _answer(row: Row, column: str) -> tuple[list[Message], int]:
     return row["prompt"] + row[column], len(row["prompt"])
 
 
-def _tokens(
+def tokens_of(
     renderer: Renderer, rows: list[Row], pick: Callable[[Row], tuple[list[Message], int]]
 ) -> list[Tokens | str]:
     """The tokens of each row's messages, or why there are none."""
@@ -122,10 +124,10 @@ def _pair(chosen: Tokens | str, rejected: Tokens | str, length: int) -> Encoded 
     if not (any(chosen.said) and any(rejected.said)):
         return "the chat template renders nothing of the answer"
     # Both answers begin where the common part ends: a tokenizer may merge a prompt's end with an answer's start.
-    begins = min(_first(chosen), _first(rejected))
+    begins = min(first_said(chosen), first_said(rejected))
     while chosen.ids[:begins] != rejected.ids[:begins]:
         begins -= 1
-    ends = [_last(tokens) + 1 for tokens in (chosen, rejected)]
+    ends = [last_said(tokens) + 1 for tokens in (chosen, rejected)]
     if begins == 0 or begins >= length:
         return f"its prompt of {begins} tokens leaves no room for an answer in options.max_length = {length}"
     prompt = chosen.ids[:begins]
@@ -139,41 +141,34 @@ def _pair(chosen: Tokens | str, rejected: Tokens | str, length: int) -> Encoded 
     )
 
 
-def _first(tokens: Tokens) -> int:
+def first_said(tokens: Tokens) -> int:
+    """Index of the assistant's first token."""
     return tokens.said.index(True)
 
 
-def _last(tokens: Tokens) -> int:
+def last_said(tokens: Tokens) -> int:
+    """Index of the assistant's last token."""
     return len(tokens.said) - 1 - tokens.said[::-1].index(True)
 
 
 def _prepare[S: TrainingSpec](session: Session[S], encode: Encode, features: Features, vocabulary: int) -> Rows:
-    spec, folder = session.spec, session.folder
-    cache = Path(session.cache)
-    shutil.rmtree(cache, ignore_errors=True)
-    cache.mkdir(parents=True)
-    maker = _Maker(encode, features, vocabulary, cache)
-    if spec.data.validation_dataset_id is not None:
-        train = maker.make(folder.train_rows, spec.data.dataset_id, {"train": None})["train"]
-        validation: Dataset | None = maker.make(
-            folder.validation_rows, spec.data.validation_dataset_id, {"validation": None}
-        )["validation"]
-    else:
-        chosen = held_out(_count(folder.train_rows), spec.options.validation_split, spec.options.seed)
-        made = maker.make(folder.train_rows, spec.data.dataset_id, {"train": None, "validation": chosen})
-        train, validation = made["train"], made.get("validation")
+    maker = Maker(encode, features, vocabulary, fresh_cache(session))
+    train, validation = maker.split(session, session.spec.data, "train", "validation")
     if maker.truncated:
         session.say(
             f"{maker.truncated} of {maker.rows} rows were longer than options.max_length = "
-            f"{spec.options.max_length} tokens; their ends were cut off",
+            f"{session.spec.options.max_length} tokens; their ends were cut off",
             "warning",
         )
-    if validation is None and spec.options.validation_split > 0:
-        session.say("a single row can't be split; nothing is held out", "warning")
-    if validation is not None and spec.training.max_validation_steps:
-        most = spec.training.max_validation_steps * spec.training.batch_size
-        validation = validation.select(range(min(most, len(validation))))
     return Rows(train, validation, maker.truncated)
+
+
+def fresh_cache(session: AnySession) -> Path:
+    """The folder of the job's tokenised rows, empty."""
+    cache = Path(session.cache)
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True)
+    return cache
 
 
 def held_out(count: int, share: float, seed: int) -> frozenset[int]:
@@ -183,7 +178,7 @@ def held_out(count: int, share: float, seed: int) -> frozenset[int]:
     return frozenset(random.Random(seed).sample(range(count), max(1, round(count * share))))
 
 
-class _Maker:
+class Maker:
     """Makes Arrow files of JSONL files, counting as it goes."""
 
     def __init__(self, encode: Encode, features: Features, vocabulary: int, cache: Path) -> None:
@@ -193,6 +188,28 @@ class _Maker:
         self.cache = cache
         self.rows = 0
         self.truncated = 0
+
+    def split(
+        self, session: AnySession, data: SpecData | MixedData, part: str, held_out_part: str
+    ) -> tuple[Dataset, Dataset | None]:
+        """What is trained on and what is held out of one of the job's data sets, by the parts of its `RowSource`s."""
+        spec, folder = session.spec, session.folder
+        validation: Dataset | None
+        if data.validation_dataset_id is not None:
+            train = self.make(folder.rows(part), data.dataset_id, {part: None})[part]
+            validation = self.make(folder.rows(held_out_part), data.validation_dataset_id, {held_out_part: None})[
+                held_out_part
+            ]
+        else:
+            chosen = held_out(_count(folder.rows(part)), spec.options.validation_split, spec.options.seed)
+            made = self.make(folder.rows(part), data.dataset_id, {part: None, held_out_part: chosen})
+            train, validation = made[part], made.get(held_out_part)
+        if validation is None and spec.options.validation_split > 0:
+            session.say("a single row can't be split; nothing is held out", "warning")
+        if validation is not None and spec.training.max_validation_steps:
+            most = spec.training.max_validation_steps * spec.training.batch_size
+            validation = validation.select(range(min(most, len(validation))))
+        return train, validation
 
     def make(self, source: Path, dataset_id: str, parts: dict[str, frozenset[int] | None]) -> dict[str, Dataset]:
         """One data set a part: that of the row indices named, or (None) of all others."""

@@ -70,8 +70,8 @@ class Base:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
-def load_base(session: AnySession) -> Base:
-    """Load the model, find its experts, and make it do what the `moe` block asks."""
+def load_base(session: AnySession, models_loss: bool = True) -> Base:
+    """Load the model, find its experts, and make it do what the `moe` block asks; `models_loss`: see `resolve_moe`."""
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
@@ -80,7 +80,7 @@ def load_base(session: AnySession) -> Base:
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
-    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None)
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss)
     if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
         raise ModelError(
             "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
@@ -166,7 +166,7 @@ def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel,
 
 
 def arguments(session: AnySession, base: Base) -> dict[str, Any]:
-    """The arguments that all of TRL's trainers share; everything TRL would choose by itself is stated."""
+    """The arguments that all trainers share; everything a library would choose by itself is stated."""
     spec = session.spec
     scheduler = spec.options.lr_scheduler
     return {
@@ -190,7 +190,6 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         CHECKPOINTING: spec.efficiency.enable_activation_checkpointing,
         # Reentrant checkpointing runs the layers without gradients: the aux loss would lose its own in silence.
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
-        "router_aux_loss_coef": base.resolved.models_aux_coef,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a loss that is no number is to end the run, not to be averaged over

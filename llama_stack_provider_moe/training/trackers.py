@@ -253,7 +253,8 @@ def _figures(event: Step | Evaluation | Routing) -> dict[str, float]:
         return {f"train/{name}": value for name, value in event.metrics.items()} | {"train/epoch": event.epoch}
     if isinstance(event, Evaluation):
         return {f"eval/{name}": value for name, value in event.metrics.items()}
-    return {f"routing/{name}": value for name, value in event.figures().items()}
+    by_set = {f"{part}/{name}": value for part, each in event.figures_by_set().items() for name, value in each.items()}
+    return {f"routing/{name}": value for name, value in {**event.figures(), **by_set}.items()}
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:

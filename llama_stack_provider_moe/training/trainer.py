@@ -76,7 +76,7 @@ class RecordingTrainer(Trainer):
         self.steering = steering
         self.rates = rates
         self.recorder: RoutingRecorder | None = None
-        self.held_out = HeldOut()
+        self.held_out = self.new_held_out()
         self.balance_terms: dict[str, list[float]] = {}  # of the step at hand, by the name they are logged under
         wants_models_aux_loss = layout is not None and (
             resolved.output_router_logits and layout.aux_loss and not resolved.own_aux
@@ -148,7 +148,7 @@ class RecordingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         self.steering.act(mask)
-        with self.recorder.recording(mask):
+        with self.recorder.recording(mask, self.parts(inputs)):
             loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         if self.resolved.z_coef:
@@ -157,6 +157,14 @@ class RecordingTrainer(Trainer):
             aux_loss = balance_loss(self.recorder, self.resolved.load_balancing)
             loss = loss + self._weighed("aux_loss", self.resolved.aux_coef, aux_loss) / micro_batches
         return loss
+
+    def parts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Tokens of a micro-batch whose routing is also told apart, (batch, sequence) by name."""
+        return {}
+
+    def new_held_out(self) -> HeldOut:
+        """The sums of one evaluation, at zero."""
+        return HeldOut()
 
     def _weighed(self, name: str, coefficient: float, term: Tensor) -> Tensor:
         self.balance_terms.setdefault(name, []).append(term.item())
@@ -171,7 +179,7 @@ class RecordingTrainer(Trainer):
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """TRL's figures, with `eval_validation_loss` and `eval_perplexity`, which see the model alone."""
-        self.held_out = HeldOut()
+        self.held_out = self.new_held_out()
         if self.steering is not None:
             self.steering.rest()
         devices = [self.args.device] if self.args.device.type == "cuda" else []

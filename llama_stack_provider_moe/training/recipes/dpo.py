@@ -70,6 +70,7 @@ def run(session: Session[DPOSpec]) -> Manifest:
         ref_model=reference,
         args=DPOConfig(
             **arguments(session, base),
+            router_aux_loss_coef=base.resolved.models_aux_coef,
             beta=spec.beta,
             loss_type=[spec.loss_type],
             label_smoothing=spec.options.label_smoothing,

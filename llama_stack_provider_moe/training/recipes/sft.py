@@ -44,6 +44,7 @@ def run(session: Session[SFTSpec]) -> Manifest:
         model=model,
         args=SFTConfig(
             **arguments(session, base),
+            router_aux_loss_coef=base.resolved.models_aux_coef,
             packing=spec.data.packed,
             eval_packing=False,
             # Rows are cut to length when they are tokenised; TRL asks for it again where it packs.

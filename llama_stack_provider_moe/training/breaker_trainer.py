@@ -1,0 +1,207 @@
+"""A transformers Trainer whose loss is that of circuit breakers, over batches of break and retained rows.
+
+A step's loss is over all its tokens, however they lie in micro-batches: 4 micro-batches of 2 rows give what one of 8
+gives. The coefficients go by optimiser steps.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+
+from llama_stack_provider_moe.losses import breaker
+from llama_stack_provider_moe.training.breaker_plan import BreakerPlan
+from llama_stack_provider_moe.training.capture import Blocks
+from llama_stack_provider_moe.training.mixture import PARTS
+
+States = dict[int, Tensor]
+
+
+@dataclass
+class Passed:
+    """What one pass gave: states (B, T, D) by block, and logits (R, T, V) of retained rows where they are needed."""
+
+    states: States
+    logits: Tensor | None = None
+
+    def at(self, blocks: tuple[int, ...], rows: slice) -> list[Tensor]:
+        """States of some rows, block by block."""
+        return [self.states[block][rows] for block in blocks]
+
+
+@dataclass
+class Sums:
+    """Named sums of a step or an evaluation, on the device until they are read."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add to the sum `name`."""
+        value = value.detach().float()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def take(self) -> dict[str, float]:
+        """All sums as numbers; they begin again at zero."""
+        values, self.values = self.values, {}
+        return {name: value.item() for name, value in values.items()}
+
+
+class BreakerTrainer(Trainer):
+    """The loss; arguments beyond transformers' own are keyword-only."""
+
+    router_aux_loss_coef = 0.0  # the model's own loss is never computed here
+
+    def __init__(self, *, plan: BreakerPlan, model: Any, **arguments: Any) -> None:
+        super().__init__(model=model, **arguments)
+        assert isinstance(model, PeftModel), "the reference is the model with its adapter off"
+        self.plan = plan
+        self.blocks = Blocks(model)
+        self.sums = Sums()
+        self.tokens_seen = 0.0
+        # The loss comes divided by the tokens of the whole step: transformers is not to divide it by micro-batches.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and how many tokens of each part (P,) they have together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [counted(batch["counted"], batch["part"]).to(device) for batch in batches]
+        return batches, torch.stack(counts).sum(dim=0) if counts else None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The two losses of a micro-batch, each divided by its tokens in the whole step, by their coefficients.
+
+        Args:
+            num_items_in_batch: (P,) tokens of each part in the whole step.
+        """
+        plan, tokens_P = self.plan, num_items_in_batch
+        coefficients = plan.coefficients(self.state.global_step + 1, self.state.max_steps)
+        # The reference first: switching an adapter off and on again is not to come between a pass and its backward.
+        with torch.no_grad(), self.model.disable_adapter():
+            base = self._passed(inputs)
+        mine = self._passed(inputs)
+        rows = int((inputs["part"] == 0).sum())
+        reroute, retain = self._losses(mine, base, inputs, rows, tokens_P)
+        self._note(mine, base, inputs, tokens_P)
+        self.sums.add("reroute_loss", reroute)
+        self.sums.add("retain_loss", retain)
+        self.tokens_seen += float(inputs["attention_mask"].sum())
+        return coefficients.reroute * reroute + coefficients.retain * retain
+
+    def _passed(self, inputs: dict[str, Any]) -> Passed:
+        """One pass over a micro-batch, no further than its losses need."""
+        wanted = {*self.plan.targets, *self.plan.retained_at}
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with self.accelerator.autocast():
+            if not self.plan.logits:
+                return Passed(self.blocks.states(wanted, ids, mask, self.plan.whole))
+            with self.blocks.kept(wanted) as states:
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return Passed(states, logits[int((inputs["part"] == 0).sum()) :])
+
+    def _losses(
+        self, mine: Passed, base: Passed, inputs: dict[str, Any], rows: int, tokens_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of break rows, the first `rows`, and of the others."""
+        plan, mask = self.plan, inputs["counted"]
+        first, rest = slice(0, rows), slice(rows, None)
+        of_break, of_rest = tokens_P[0], tokens_P[1:].sum()
+        here, there = mine.at(plan.targets, first), base.at(plan.targets, first)
+        kept = breaker.retain_loss(
+            mine.at(plan.retained_at, rest), base.at(plan.retained_at, rest), mask[rest], of_rest
+        )
+        if plan.block.variant == "rr":
+            return breaker.reroute_loss(here, there, mask[first], of_break), kept
+        weights = plan.block.repbend
+        pushed = breaker.retain_loss(here, there, mask[first], of_break)
+        alike = breaker.gathered(here, inputs["answer_at"][first]) * mask[first].sum() / of_break.clamp(min=1)
+        kl = kept.new_zeros(())
+        if mine.logits is not None and base.logits is not None:
+            kl = breaker.kl_from_base(mine.logits, base.logits, mask[rest], of_rest)
+        for name, value in (("push_distance", pushed), ("alike", alike), ("kl", kl), ("retain_distance", kept)):
+            self.sums.add(name, value)
+        return breaker.bend_losses(kept, pushed, alike, kl, weights.push, weights.gather, weights.kl)
+
+    def _note(self, mine: Passed, base: Passed, inputs: dict[str, Any], tokens_P: Tensor) -> None:
+        """Mean cosine with the base at each target, of each part."""
+        everything = slice(None)
+        with torch.no_grad():
+            found = breaker.cosines(mine.at(self.plan.targets, everything), base.at(self.plan.targets, everything))
+            for index, part in enumerate(PARTS):
+                mask = inputs["counted"] * (inputs["part"] == index).unsqueeze(-1)
+                if not tokens_P[index]:
+                    continue
+                for block, cosine_BT in zip(self.plan.targets, found, strict=True):
+                    self.sums.add(f"cosine/{part}/{block}", breaker.token_mean(cosine_BT, mask, tokens_P[index]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's figures."""
+        if "loss" in logs:
+            weights = self.plan.coefficients(self.state.global_step, self.state.max_steps)
+            logs |= self.sums.take()
+            logs |= {"reroute_coefficient": weights.reroute, "retain_coefficient": weights.retain}
+            logs["num_tokens"] = self.tokens_seen
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        """Sums over held-out rows; retained ones go one by one, for the logits of a batch would not fit."""
+        inputs = self._prepare_inputs(inputs)
+        rows = int((inputs["part"] == 0).sum())
+        with torch.no_grad():
+            if rows:
+                batch = {name: value[:rows] for name, value in inputs.items()}
+                wanted = self.plan.targets
+                self._measure(batch, self._states(batch, wanted), self._base_states(batch, wanted))
+            for row in range(rows, inputs["part"].shape[0]):
+                length = int(inputs["attention_mask"][row].sum())
+                self._measure_retained(
+                    {name: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
+                     for name, value in inputs.items()}
+                )  # fmt: skip
+        return torch.zeros(1, device=self.args.device), None, None
+
+    def _states(self, batch: dict[str, Tensor], wanted: tuple[int, ...]) -> Passed:
+        with self.accelerator.autocast():
+            return Passed(self.blocks.states(wanted, batch["input_ids"], batch["attention_mask"]))
+
+    def _base_states(self, batch: dict[str, Tensor], wanted: tuple[int, ...]) -> Passed:
+        with self.model.disable_adapter():
+            return self._states(batch, wanted)
+
+    def _measure_retained(self, row: dict[str, Tensor]) -> None:
+        wanted = tuple(sorted({*self.plan.targets, *self.plan.retained_at}))
+        ids, mask = row["input_ids"], row["attention_mask"]
+        with self.accelerator.autocast(), self.blocks.kept(wanted) as states:
+            logits_TV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1].float()
+        labels_T = row["labels"][0, 1:]
+        self.sums.add("nll", cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum"))
+        self.sums.add("answer_tokens", (labels_T != -100).sum())
+        self._measure(row, Passed(states), self._base_states(row, wanted))
+
+    def _measure(self, batch: dict[str, Tensor], mine: Passed, base: Passed) -> None:
+        """Sums over tokens, by part and block."""
+        part, mask, plan = PARTS[int(batch["part"][0])], batch["counted"], self.plan
+        one, everything = torch.ones((), device=mask.device), slice(None)
+        self.sums.add(f"tokens/{part}", mask.sum())
+        here, there = mine.at(plan.targets, everything), base.at(plan.targets, everything)
+        for block, cosine_BT in zip(plan.targets, breaker.cosines(here, there), strict=True):
+            self.sums.add(f"cosine/{part}/{block}", breaker.token_mean(cosine_BT, mask, one))
+        self.sums.add(f"positive_cosine/{part}", breaker.reroute_loss(here, there, mask, one))
+        kept = plan.targets if part == "break" else plan.retained_at
+        still, was = mine.at(kept, everything), base.at(kept, everything)
+        moved = breaker.distances(still, was)
+        self.sums.add(f"distance/{part}", breaker.layer_means(moved, mask, one).mean())
+        # A mean of the tokens' own shares: some models' first token has a norm that dwarfs all others.
+        shares = [far_BT / state.float().norm(dim=-1).clamp(min=1e-8) for far_BT, state in zip(moved, was, strict=True)]
+        self.sums.add(f"relative_distance/{part}", breaker.layer_means(shares, mask, one).mean())
+
+
+def counted(counted_BT: Tensor, part_B: Tensor) -> Tensor:
+    """Tokens of each part that the losses see: (P,)."""
+    parts_P = torch.arange(len(PARTS), device=part_B.device)
+    return ((part_B[:, None] == parts_P) * counted_BT.sum(dim=1, keepdim=True)).sum(dim=0)

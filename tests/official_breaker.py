@@ -1,0 +1,37 @@
+"""What the official circuit-breaker code computes (arXiv 2406.04313, version of 2024), in our words: the yardstick of
+the traps that it holds.
+
+Its `hidden_states` are transformers': entry 0 is the embeddings, entry i the output of block i - 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def retain_loss(hidden: Sequence[Tensor], base: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
+    """Padding is put to zero in both, and its distance of zero then counts in the mean (`nanmean`)."""
+    mask = mask_BT.unsqueeze(-1)
+    return torch.stack(
+        [(one * mask - other * mask).norm(dim=-1) for one, other in zip(hidden, base, strict=True)]
+    ).mean()
+
+
+def reroute_loss(hidden: Sequence[Tensor], base: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
+    """The sum over layers and tokens of the positive cosines, over the number of both."""
+    total = sum(
+        ((one / one.norm(dim=-1, keepdim=True)) * (other / other.norm(dim=-1, keepdim=True)))
+        .sum(-1)
+        .relu()
+        .mul(mask_BT)
+        .sum()
+        for one, other in zip(hidden, base, strict=True)
+    )
+    return torch.as_tensor(total) / (mask_BT.sum() * len(hidden))
+
+
+def coefficients(micro_batch: int, alpha: float) -> tuple[float, float]:
+    """(rerouting, retaining) at a micro-batch, from 1: it counts every call, and its length of 300 is written in."""
+    progress = micro_batch / 300
+    return alpha * (1 - progress), alpha * progress
