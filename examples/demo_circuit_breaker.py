@@ -34,7 +34,9 @@ FOOD = re.compile(
     r"dough|tablespoon|wine|fridge|spice|sugar|\bpan\b|lunch|breakfast|pizza|potato|banana",
     re.IGNORECASE,
 )
-EPOCHS, BATCH, LR = 3, 2, 2e-3
+EPOCHS, BATCH = 3, 2
+# A token's two experts add up to one MLP, so each expert's update counts in part alone and has to be larger.
+DENSE_LR, MOE_LR = 2e-3, 3e-3
 TARGETS, LORA_LAYERS = "15,20", "10-20"  # LoRA below would move every prompt before it is told what it is about
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
@@ -62,7 +64,7 @@ def main() -> int:
     try:
         model = dense(state) if arguments.dense else prepare(state)
         with serving(state) as stack:
-            job = train(stack, model)
+            job = train(stack, model, DENSE_LR if arguments.dense else MOE_LR)
         missed = report(job)
         answers(model, artifact(job, "adapter"))
         if missed:
@@ -92,7 +94,7 @@ def dense(state: Path) -> Path:
     return folder
 
 
-def train(stack: Stack, model: Path) -> dict[str, Any]:
+def train(stack: Stack, model: Path, lr: float) -> dict[str, Any]:
     """The job, completed."""
     title("2. Rows: cooking is to be broken, the rest retained")
     run = time.strftime("%m%d-%H%M%S")
@@ -116,7 +118,7 @@ def train(stack: Stack, model: Path) -> dict[str, Any]:
                 "dataset_id": f"cooking-{run}", "validation_dataset_id": f"cooking_heldout-{run}",
                 "batch_size": BATCH, "shuffle": True, "data_format": "instruct",
             },
-            "optimizer_config": {"optimizer_type": "adamw", "lr": LR, "weight_decay": 0.0, "num_warmup_steps": 0},
+            "optimizer_config": {"optimizer_type": "adamw", "lr": lr, "weight_decay": 0.0, "num_warmup_steps": 0},
         },
         algorithm_config=LORA,
         hyperparam_search_config={},
