@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,13 +72,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="SFT, then DPO, of a Mixture-of-Experts model through Llama Stack.")
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", help="the server's state folder")
     state: Path = parser.parse_args().state.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
-    began = time.monotonic()
-    try:
+
+    def work() -> None:
         moe = prepare(state)
         with serving(state) as stack:
             sft, dpo = train(stack, moe)
         answers(moe, artifact(sft, "merged"), artifact(dpo, "adapter"))
+
+    return ended(work, state)
+
+
+def ended(work: Callable[[], None], state: Path) -> int:
+    """The exit code of a demo, which tells how it went and how long it took."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
+    began = time.monotonic()
+    try:
+        work()
     except (DemoFailed, MoeError) as failure:
         console.print(f"[bold red]The demo failed:[/] {failure}")
         return 1

@@ -11,7 +11,6 @@ code is not 0 where a goal is missed.
 import argparse
 import logging
 import re
-import signal
 import sys
 import time
 import warnings
@@ -21,10 +20,8 @@ from typing import Any
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import DemoFailed, Stack, artifact, console, cpu_dtype, follow, prepare, rows_of, serving, title
+from demo import DemoFailed, Stack, artifact, console, cpu_dtype, ended, follow, prepare, rows_of, serving, title
 from smollm2 import cache_dir, smollm2
-
-from llama_stack_provider_moe.errors import MoeError
 
 Row = dict[str, str]
 # What the example data's rows about food and kitchens hold; the retained set is to be about everything else.
@@ -59,9 +56,8 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", help="the server's state folder")
     arguments = parser.parse_args()
     state: Path = arguments.state.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
-    began = time.monotonic()
-    try:
+
+    def work() -> None:
         model = dense(state) if arguments.dense else prepare(state)
         with serving(state) as stack:
             job = train(stack, model, DENSE_LR if arguments.dense else MOE_LR)
@@ -69,15 +65,8 @@ def main() -> int:
         answers(model, artifact(job, "adapter"))
         if missed:
             raise DemoFailed(f"goals missed: {'; '.join(missed)}")
-    except (DemoFailed, MoeError) as failure:
-        console.print(f"[bold red]The demo failed:[/] {failure}")
-        return 1
-    except KeyboardInterrupt:
-        console.print("\nInterrupted; what was started has been stopped")
-        return 130
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    console.print(f"\nDone in {minutes} min {seconds} s. Everything it made is in {state}")
-    return 0
+
+    return ended(work, state)
 
 
 def dense(state: Path) -> Path:

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from llama_stack_provider_moe.cli.exits import Exit
-from llama_stack_provider_moe.cli.screen import Screen, text
+from llama_stack_provider_moe.cli.screen import Screen, table, text
 from llama_stack_provider_moe.cli.show import size
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
 
@@ -122,7 +121,7 @@ def _targets(report: dict[str, Any]) -> Table:
         )
         for each in report["targets"]
     ]  # fmt: skip
-    return _table(("TARGET", "PART", "MATCHES", "WEIGHT", "A", "B", "ADAPTERS", "PARAMETERS"), rows)
+    return table(("TARGET", "PART", "MATCHES", "WEIGHT", "A", "B", "ADAPTERS", "PARAMETERS"), rows)
 
 
 def _parts(report: dict[str, Any]) -> Table:
@@ -130,7 +129,7 @@ def _parts(report: dict[str, Any]) -> Table:
         (each["part"], f"{each['matches']:,}", f"{each['adapters']:,}", f"{each['parameters']:,}")
         for each in report["parts"]
     ]
-    return _table(("PART", "MATCHES", "ADAPTERS", "PARAMETERS"), rows)
+    return table(("PART", "MATCHES", "ADAPTERS", "PARAMETERS"), rows)
 
 
 def _memory(report: dict[str, Any]) -> Table:
@@ -143,7 +142,7 @@ def _memory(report: dict[str, Any]) -> Table:
         for each in report["memory"]
     ]  # fmt: skip
     heads = ("RECIPE", "BITS", "CHECKPOINTING", "PEAK", *(term.replace("_", " ").upper() for term in used), "AT")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _cards(report: dict[str, Any]) -> Table:
@@ -151,20 +150,11 @@ def _cards(report: dict[str, Any]) -> Table:
     rows = [
         (f"{each['memory_gb']} GB", *(each["setups"][recipe] or "-" for recipe in recipes)) for each in report["cards"]
     ]
-    return _table(("GPU", *(recipe.upper().replace("_", " ") for recipe in recipes)), rows)
+    return table(("GPU", *(recipe.upper().replace("_", " ") for recipe in recipes)), rows)
 
 
 def _shape(sizes: list[int]) -> str:
     return "x".join(map(str, sizes))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*map(text, row))
-    return table
 
 
 app = typer.Typer(help="What a model would train and take, from its config alone; needs torch, no server.",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from llama_stack_provider_moe.errors import ServerRefused
@@ -87,3 +88,13 @@ def text(content: str) -> Text:
 def problems(message: str) -> list[str]:
     """A server's message, one problem a line; every character of it is kept but the joints."""
     return _NEXT_PROBLEM.split(_FIRST_ROW.sub(r"\1; ", message))
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Columns of text under bold heads, without lines."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*map(text, row))
+    return made

@@ -1,14 +1,13 @@
 """Documents of the API -> what a person reads. Figures that are not known are left out, never shown as zero."""
 
 import json
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from llama_stack_provider_moe.cli.screen import text
+from llama_stack_provider_moe.cli.screen import table, text
 from llama_stack_provider_moe.jobs.state import JobState
 
 # By the names of the step's and the evaluation's metrics; of those that several hold, the first found is shown.
@@ -24,10 +23,10 @@ def jobs(listed: dict[str, Any]) -> RenderableType:
         (job["job_uuid"], job["status"], job["recipe"], job["model"], moment(job["scheduled_at"]), took(job))
         for job in listed["data"]
     ]
-    table = _table(("JOB", "STATUS", "RECIPE", "MODEL", "SUBMITTED", "TOOK"), rows)
+    jobs = table(("JOB", "STATUS", "RECIPE", "MODEL", "SUBMITTED", "TOOK"), rows)
     if not listed["has_more"]:
-        return table
-    return Group(table, text(f"there are more: moe-train ls --after {rows[-1][0]}"))
+        return jobs
+    return Group(jobs, text(f"there are more: moe-train ls --after {rows[-1][0]}"))
 
 
 def job(detail: dict[str, Any]) -> RenderableType:
@@ -76,7 +75,7 @@ def artifacts(document: dict[str, Any]) -> RenderableType:
         )
         for each in document["checkpoints"]
     ]  # fmt: skip
-    return _table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
+    return table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
 
 
 def pulled(document: dict[str, Any]) -> str:
@@ -220,12 +219,3 @@ def _experts(status: dict[str, Any]) -> str:
 
 def _resources(status: dict[str, Any]) -> dict[str, Any]:
     return status["resources_allocated"] or {}
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*map(text, row))
-    return table
