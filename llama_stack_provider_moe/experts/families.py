@@ -120,6 +120,8 @@ class Family:
     frozen: tuple[str, ...] = ()  # parameters no optimiser may touch
     # Added to the scores in the choice of experts, not to their weights (DeepSeek-V3, arXiv 2412.19437, eq. 16).
     bias: str | None = None
+    # Config attributes: groups of experts, and of how many of them a token's experts come (arXiv 2412.19437, 2.1.2).
+    groups: tuple[str, str] | None = None
     disk: Disk
 
 
@@ -222,6 +224,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="GLM-4 MoE",
         bias="mlp.gate.e_score_correction_bias",
+        groups=("n_group", "topk_group"),
         model_types=("glm4_moe",),
         num_experts="n_routed_experts",
         has_experts=_from("first_k_dense_replace"),
@@ -235,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="DeepSeek V3",
         bias="mlp.gate.e_score_correction_bias",
+        groups=("n_group", "topk_group"),
         model_types=("deepseek_v3",),
         num_experts="n_routed_experts",
         has_experts=_from("first_k_dense_replace"),

@@ -52,6 +52,8 @@ class ExpertLayout:
     peft_renames_mlp: bool
     frozen: tuple[str, ...]
     bias_path: str | None
+    groups: int
+    groups_chosen: int
     disk: dict[str, tuple[str, ...]]
 
     def routers(self, model: nn.Module) -> dict[int, nn.Module]:
@@ -199,6 +201,8 @@ def _layout(
         peft_renames_mlp=family.peft_renames_mlp,
         frozen=family.frozen,
         bias_path=family.bias,
+        groups=getattr(config, family.groups[0]) if family.groups else 1,
+        groups_chosen=getattr(config, family.groups[1]) if family.groups else 1,
         disk=dict(family.disk),
     )
 
