@@ -7,6 +7,8 @@ Accepted for SFT (`instruct` and `dialog` are the API's `data_format`):
     dialog    {"messages": [messages]}
     dialog    {"dialog": [messages] | JSON text of it}
 
+(where no answer is needed, `prompt` may stand alone, and messages may end with the user's),
+
 and for DPO, where `prompt` is a string (instruct) or messages (dialog), and so are the answers:
 
     {"prompt": ..., "chosen": ..., "rejected": ...}
@@ -16,7 +18,7 @@ turn and a string answer an assistant turn, so the model's chat template applies
 
 Canonical, one JSON object a line in the job's folder:
 
-    SFT  {"messages": [...]}                                  ends with an assistant turn
+    SFT  {"messages": [...]}                                  ends with an assistant turn, where one is needed
     DPO  {"prompt": [...], "chosen": [...], "rejected": [...]}   prompt ends with user or tool; answers are assistant's
 """
 
@@ -48,26 +50,29 @@ class _BadRow(Exception):
         self.reason = reason
 
 
-def canonical(row: Any, number: int, recipe: Recipe, row_format: RowFormat) -> dict[str, list[Message]] | RowProblem:
+def canonical(
+    row: Any, number: int, recipe: Recipe, row_format: RowFormat, answered: bool = True
+) -> dict[str, list[Message]] | RowProblem:
     """The canonical form of one row, or its first problem.
 
     Args:
         row: as the host gave it. A data frame fills a column that this row lacks with NaN or None: both count
             as "not there".
         number: the row's number from 1, for the problem's text.
-        recipe: `sft` or `dpo`.
+        recipe: `dpo` takes pairs, any other conversations.
         row_format: what the job says its rows are; a row of the other kind is a problem.
+        answered: must a conversation end with the assistant's turn.
     """
     if not isinstance(row, Mapping):
         return RowProblem(number, "row", f"is {type(row).__name__}, not an object")
     present = {key: value for key, value in row.items() if not _absent(value)}
     try:
-        return _dpo(present, row_format) if recipe == "dpo" else _sft(present, row_format)
+        return _dpo(present, row_format) if recipe == "dpo" else _sft(present, row_format, answered)
     except _BadRow as problem:
         return RowProblem(number, problem.field, problem.reason)
 
 
-def _sft(row: dict[str, Any], row_format: RowFormat) -> dict[str, list[Message]]:
+def _sft(row: dict[str, Any], row_format: RowFormat, answered: bool) -> dict[str, list[Message]]:
     found = [columns for columns in SFT_FORMATS if columns[0] in row]
     if not found:
         raise _BadRow("row", f"has columns {sorted(row)}; expected one of {_formats(row_format)}")
@@ -77,13 +82,15 @@ def _sft(row: dict[str, Any], row_format: RowFormat) -> dict[str, list[Message]]
     if row_format not in ("auto", SFT_FORMATS[columns]):
         raise _BadRow(columns[0], f"is a {SFT_FORMATS[columns]} row, but data_format is {row_format!r}")
     for column in columns[1:]:
-        if column not in row:
+        if column not in row and answered:
             raise _BadRow(column, f"is missing beside {columns[0]!r}")
     messages = _turns(row, columns[0], "user")
-    if len(columns) == 2:
+    if len(columns) == 2 and columns[1] in row:
         messages = messages + _turns(row, columns[1], "assistant")
-    if messages[-1]["role"] != "assistant":
+    if answered and messages[-1]["role"] != "assistant":
         raise _BadRow(columns[-1], f"ends with a {messages[-1]['role']} turn; the last turn must be the assistant's")
+    if messages[-1]["role"] == "system":
+        raise _BadRow(columns[-1], "ends with a system turn, to which nothing is said")
     return {"messages": messages}
 
 

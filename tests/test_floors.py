@@ -32,7 +32,16 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"pydantic", "httpx", "rich", "typer", "yaml", "click"}, GROUND | {"jobs", "cli"}),
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
-    "training": (LEARNING | {"pydantic", "mlflow", "trackio", "wandb"}, GROUND | {"experts", "training"} | FOLDER),
+    # Of `training` an evaluation knows what lies below both: how rows are rendered, how a model is loaded.
+    "evaluation": (
+        LEARNING | {"pydantic", "lm_eval"},
+        GROUND | {"experts", "evaluation", "training.rendering", "training.loader"},
+    ),
+    "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
+    "training": (
+        LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
+        GROUND | {"experts", "training", "evaluation"} | FOLDER,
+    ),
     "training.recipes": (LEARNING, GROUND | {"experts", "training"} | FOLDER),
 }
 

@@ -71,12 +71,12 @@ def _masked_logits(router: nn.Module, index: Tensor, num_experts: int) -> Iterat
 
     def begin(*_: Any) -> None:
         running.append(_Masking(index, num_experts))
-        running[-1].__enter__()
+        running[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def end(_router: nn.Module, _inputs: Any, outputs: Any) -> None:
         if running:  # not if another hook failed before ours began
             mode = running.pop()
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             failed = outputs is None
             assert failed or mode.masked == 1, f"{type(router).__name__} made its logits {mode.masked} times"
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from opentelemetry.metrics import Meter, get_meter
 from pydantic import ValidationError
@@ -36,11 +36,6 @@ from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec, SFTSpec
 ANONYMOUS = "anonymous"
 STALE_STAGING_S = 24 * 3600
 log = logging.getLogger(__name__)
-
-
-class _Rows(NamedTuple):
-    train: int
-    validation: int | None
 
 
 class PostTrainingService:
@@ -103,7 +98,10 @@ class PostTrainingService:
         spec = await self._checked(request)
         counted = await self._read_rows(request, spec, None)
         return wire.Validated(
-            spec=spec.model_dump(mode="json"), train_rows=counted.train, validation_rows=counted.validation
+            spec=spec.model_dump(mode="json"),
+            train_rows=counted["train"],
+            validation_rows=counted.get("validation", None if spec.options.validation_split > 0 else 0),
+            rows=counted,
         )
 
     async def _create(self, request: Draft) -> wire.PostTrainingJob:
@@ -144,7 +142,7 @@ class PostTrainingService:
         def may_use_job(name: str) -> None:
             self.store.get(name, whose)
 
-        places_found: dict[str, str] = {
+        places_found: dict[str, Any] = {
             "job_uuid": job_id,
             "model": places.resolve_model(spec.model, request.name("model"), self.config, may_use_job),
         }
@@ -152,6 +150,11 @@ class PostTrainingService:
             places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
                 spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
             )
+        if spec.eval is not None and spec.eval.judge.model is not None:
+            field = request.name("eval.judge.model")
+            model = places.resolve_model(spec.eval.judge.model, field, self.config, may_use_job)
+            judge = spec.eval.judge.model_copy(update={"model": model})
+            places_found["eval"] = spec.eval.model_copy(update={"judge": judge})
         return spec.model_copy(update=places_found)
 
     def _must_be_free(self, job_id: str) -> None:
@@ -161,25 +164,19 @@ class PostTrainingService:
             return
         raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
 
-    async def _read_rows(self, request: Draft, spec: SFTSpec | DPOSpec, folder: JobFolder | None) -> _Rows:
-        """Check the job's rows, and write them where there is a folder to write to."""
-
-        async def read(dataset_id: str, field: str, path: Path | None) -> int:
-            with nullcontext() if path is None else path.open("xb") as out:
-                return await rows.copy_rows(
-                    self._deps, dataset_id, request.name(field), spec.recipe, spec.data.format, out,
-                    self.config.max_rows,
+    async def _read_rows(self, request: Draft, spec: SFTSpec | DPOSpec, folder: JobFolder | None) -> dict[str, int]:
+        """Check the rows of each of the job's data sets, and write them where there is a folder to write to."""
+        counted = {}
+        for source in spec.row_sources():
+            with nullcontext() if folder is None else folder.rows(source.part).open("xb") as out:
+                count = await rows.copy_rows(
+                    self._deps, source.dataset_id, request.name(source.field), spec.recipe, source.format, out,
+                    self.config.max_rows, source.answered, source.kind,
                 )  # fmt: skip
-
-        data = spec.data
-        train = await read(data.dataset_id, "data.dataset_id", folder.train_rows if folder else None)
-        if data.validation_dataset_id is not None:
-            path = folder.validation_rows if folder else None
-            return _Rows(train, await read(data.validation_dataset_id, "data.validation_dataset_id", path))
-        if train < 2 and spec.options.validation_split > 0:
-            raise InvalidInput(request.name("data.dataset_id"), data.dataset_id, "at least 2 rows, of which one is "
-                               "held out; or a validation data set, or options.validation_split 0")  # fmt: skip
-        return _Rows(train, None if spec.options.validation_split > 0 else 0)
+            if count < source.least:
+                raise InvalidInput(request.name(source.field), source.dataset_id, source.why_least)
+            counted[source.part] = count
+        return counted
 
     def _commit(self, spec: SFTSpec | DPOSpec, owner: str, staging: Path) -> Job:
         """Make the staged folder the job's, and the job known; both or none."""

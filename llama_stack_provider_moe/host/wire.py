@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, DPOOptions, Moe, Options
+from llama_stack_provider_moe.spec import Adapter, DPOOptions, Moe, Options, SafetyEvaluation
 
 # Documented as the blocks they are, and validated with the whole job, when the server's defaults lie beneath them.
 AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(Adapter.model_json_schema())]
 MoeBlock = Annotated[dict[str, Any], WithJsonSchema(Moe.model_json_schema())]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(Options.model_json_schema())]
+EvalBlock = Annotated[dict[str, Any], WithJsonSchema(SafetyEvaluation.model_json_schema())]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(DPOOptions.model_json_schema())]
 
 
@@ -141,6 +142,7 @@ class SupervisedFineTuneRequest(Wire):
     )
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: OptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+    eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -159,6 +161,7 @@ class PreferenceOptimizeRequest(Wire):
     )
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+    eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
 
 
 class ErrorMessage(BaseModel):
@@ -315,8 +318,11 @@ class Validated(BaseModel):
     """What a job would be; nothing was created."""
 
     spec: dict[str, Any]
-    train_rows: int
-    validation_rows: int | None = Field(description="None: they will be held out of the training rows.")
+    train_rows: int = Field(description="0 where nothing is trained.")
+    validation_rows: int | None = Field(
+        description="None: they will be held out of the training rows, or nothing is trained."
+    )
+    rows: dict[str, int] = Field(description="Of each data set, by the name of its file in the job's folder.")
 
 
 class Health(BaseModel):

@@ -4,6 +4,7 @@ jobs/<job_uuid>/
   spec.json            the JobSpec in full                                    written by the service
   data/train.jsonl     canonical rows (see `datarows`)                        written by the service
   data/validation.jsonl  the same, where a validation data set was named      written by the service
+  data/eval-<set>.jsonl  rows of the evaluation's sets (`row_sources`)          written by the service
   resolved.json        what was decided from the model (layout, targets ...)  written by the child
   events.jsonl         typed events, one a line                               written by the child
   output.log           standard output and error of the child                 written by the child
@@ -11,6 +12,8 @@ jobs/<job_uuid>/
   artifacts/adapter/   the final adapter, loadable by plain PEFT              written by the child
   artifacts/model/     the final model, where all weights were trained        written by the child
   artifacts/merged/    base plus adapter, on request                          written by the child
+  before.json          what `eval` measured before training                   written by the child
+  artifacts/evaluation/  eval.json: before, after, differences                written by the child
   trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
@@ -40,7 +43,7 @@ class Artifact(Block):
     """One thing a job leaves: a folder, complete when it is listed."""
 
     identifier: str = Field(description="Unique within the server: `<job_uuid>/<name>`.")
-    kind: Literal["checkpoint", "adapter", "model", "merged"]
+    kind: Literal["checkpoint", "adapter", "model", "merged", "evaluation"]
     path: str
     epoch: int = Field(description="Epochs finished when it was written, from 1; 0: before the first ended.")
     step: int = Field(description="Optimiser steps taken.")
@@ -65,8 +68,8 @@ class JobFolder:
         self.root = root
         self.spec = root / "spec.json"
         self.data = root / "data"
-        self.train_rows = root / "data" / "train.jsonl"
-        self.validation_rows = root / "data" / "validation.jsonl"
+        self.train_rows = self.rows("train")
+        self.validation_rows = self.rows("validation")
         self.resolved = root / "resolved.json"
         self.events = root / "events.jsonl"
         self.output = root / "output.log"
@@ -74,8 +77,14 @@ class JobFolder:
         self.adapter = root / "artifacts" / "adapter"
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
+        self.before = root / "before.json"
+        self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
         self.manifest = root / "manifest.json"
+
+    def rows(self, part: str) -> Path:
+        """Canonical rows of one of the job's data sets (`RowSource.part`)."""
+        return self.data / f"{part}.jsonl"
 
     def checkpoints(self, spec: SFTSpec | DPOSpec) -> Path:
         """Folder of the checkpoints: one of this job's own, also inside a `checkpoint_dir`."""

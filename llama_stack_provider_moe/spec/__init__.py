@@ -6,7 +6,7 @@ A template states the few fields a person cares about; `spec.json` in the job's 
 decided to `resolved.json`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
@@ -27,6 +27,7 @@ from llama_stack_provider_moe.spec.blocks import (
     Training,
     numbers,
 )
+from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
     Moe,
@@ -59,6 +60,7 @@ __all__ = [
     "Data",
     "Efficiency",
     "ExpertRule",
+    "Gate",
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
@@ -67,9 +69,13 @@ __all__ = [
     "Optimizer",
     "Options",
     "Recipe",
+    "RefusalJudge",
     "Resources",
     "RowFormat",
+    "RowKind",
+    "RowSource",
     "SFTSpec",
+    "SafetyEvaluation",
     "TensorBoard",
     "Trackers",
     "Trackio",
@@ -80,6 +86,8 @@ __all__ = [
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Recipe = Literal["sft", "dpo"]
+# recipe: what the recipe trains on; the others are an evaluation's (`spec.evaluation_rows`).
+RowKind = Literal["recipe", "conversation", "scenario", "judged"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -90,6 +98,30 @@ DPOLoss = Literal[
 
 # Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
 SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
+class RowSource(NamedTuple):
+    """One data set of a job.
+
+    Attributes:
+        field: dotted name of the setting that names it.
+        dataset_id: its name with the host.
+        format: what its rows are said to be.
+        part: name of its rows in the job's folder (`JobFolder.rows`).
+        least: rows it must have.
+        why_least: the same, for an error's text.
+        answered: must each end with the assistant's turn.
+        kind: of its rows.
+    """
+
+    field: str
+    dataset_id: str
+    format: RowFormat
+    part: str
+    least: int = 1
+    why_least: str = ""
+    answered: bool = True
+    kind: RowKind = "recipe"
 
 
 class _Job(Block):
@@ -108,6 +140,9 @@ class _Job(Block):
     checkpoint_dir: str | None = Field(
         default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
     )
+    eval: SafetyEvaluation | None = Field(
+        default=None, description="Refusals, capability and tool calls before and after; left out: not measured."
+    )
 
     @model_validator(mode="after")
     def _fp16_needs_an_adapter(self) -> "_Job":
@@ -123,6 +158,40 @@ class _Job(Block):
             raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
                              "or options.validation_split > 0")  # fmt: skip
         return self
+
+    def row_sources(self) -> list[RowSource]:
+        """The data sets that the job reads, each of which is copied into its folder."""
+        options: Options = self.options  # type: ignore[attr-defined]
+        data, validation_id = self.data, self.data.validation_dataset_id
+        split = validation_id is None and options.validation_split > 0
+        few = "at least 2 rows, of which one is held out; or a validation data set, or options.validation_split 0"
+        least = (2, few) if split else (1, "")
+        sources = [RowSource("data.dataset_id", data.dataset_id, data.format, "train", *least)]
+        if validation_id is not None:
+            sources.append(RowSource("data.validation_dataset_id", validation_id, data.format, "validation"))
+        return sources + self.evaluation_sources()
+
+    def evaluation_sources(self) -> list[RowSource]:
+        """Those of `eval`; its parts are `eval-<set>`."""
+        if self.eval is None:
+            return []
+        asked, labelled_id = self.eval, self.eval.judge.labelled_dataset_id
+        named: list[tuple[str, str | None, RowKind]] = [
+            ("refuse", asked.refuse_dataset_id, "conversation"),
+            ("safe", asked.safe_dataset_id, "conversation"),
+            ("retain", asked.retain_dataset_id, "conversation"),
+            ("scenarios", asked.scenarios_dataset_id, "scenario"),
+        ]
+        sources = [
+            RowSource(f"eval.{name}_dataset_id", dataset_id, asked.format, f"eval-{name}",
+                      answered=name == "retain", kind=kind)
+            for name, dataset_id, kind in named
+            if dataset_id is not None
+        ]  # fmt: skip
+        if labelled_id is not None:
+            field = "eval.judge.labelled_dataset_id"
+            sources.append(RowSource(field, labelled_id, "auto", "eval-labelled", kind="judged"))
+        return sources
 
 
 class SFTSpec(_Job):

@@ -71,6 +71,10 @@ class Renderer:
             spans.append((len(before), self._end_of_turn(upto)))
         return Rendered(whole, spans)
 
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """Render `messages` as they are sent to a model that is to answer; nothing of it has a span."""
+        return Rendered(self._text(messages, answer_next=True), [])
+
     def _end_of_turn(self, text: str) -> int:
         # White space behind the token that ends a turn is the template's, never the model's, to write.
         closed = text.rstrip()
