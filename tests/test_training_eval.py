@@ -1,4 +1,4 @@
-"""Laws of a job's `eval` block, on tiny models: before and after, the gate, and that training is what it was without."""
+"""Laws of a job's `eval` block, on tiny models: before and after, the gate, and that training is as without."""
 
 import json
 from pathlib import Path
@@ -43,17 +43,22 @@ def figures(run: Run) -> dict[str, Any]:
     return found
 
 
-def test_a_model_that_learns_to_refuse_is_seen_to(workshop: Workshop) -> None:
-    """Taught one refusal on every prompt: both rates go from 0 to 1, and the over-refusal is as plain as the refusal."""
-    taught = [
+@pytest.fixture(scope="module")
+def taught(workshop: Workshop) -> Run:
+    """A dense model that is taught one refusal on every prompt; what it should answer stays answered, says its gate."""
+    rows = [
         {"messages": [said("user", f"{verb} {i}."), said("assistant", REFUSAL)]}
         for i in range(8)
         for verb in ("Open door", "Name a tree,")
     ]
-    run = evaluated(workshop, "sft", "llama", {}, rows=taught, adapter=None, optimizer={"lr": 1e-2},
-                    training={"n_epochs": 12})  # fmt: skip
-    assert run.exit_code == COMPLETED, run.reason
-    report = figures(run)
+    gate = {"over_refusal_rise": 0.5, "refusal_drop": 0.1}
+    return evaluated(workshop, "sft", "llama", {"fail_if": gate}, rows=rows, adapter=None, optimizer={"lr": 1e-2},
+                     training={"n_epochs": 12}, options={"keep_checkpoints": 1})  # fmt: skip
+
+
+def test_a_model_that_learns_to_refuse_is_seen_to(taught: Run) -> None:
+    """Both rates go from 0 to 1, over-refusal as plainly as refusal."""
+    report = figures(taught)
     assert report["measured"]["before"]["refusal_rate"]["value"] == 0.0
     after = report["measured"]["after"]
     assert (after["refusal_rate"]["n"], after["refusal_rate"]["value"]) == (6, 1.0)
@@ -64,10 +69,35 @@ def test_a_model_that_learns_to_refuse_is_seen_to(workshop: Workshop) -> None:
     assert said_after == [REFUSAL] * 2
     [agreement] = report["agreement"]
     assert agreement["n"] >= 40
-    artifact = next(each for each in run.manifest.artifacts if each.kind == "evaluation")
-    assert artifact.identifier.endswith("/evaluation")
-    states = [set(event.measured) for event in run.events("assessed")]
+    states = [set(event.measured) for event in taught.events("assessed")]
     assert states == [{"before"}, {"before", "after"}]
+
+
+def test_the_gate_fails_a_job_and_keeps_what_it_made(taught: Run) -> None:
+    assert taught.exit_code == FAILED
+    assert taught.folder.read_manifest() is None
+    [verdict] = [each for each in figures(taught)["gate"] if each["exceeded"]]
+    assert (verdict["name"], verdict["value"], verdict["limit"]) == ("over_refusal_rise", 1.0, 0.5)
+    assert taught.reason.startswith("eval.fail_if.over_refusal_rise: 1 is above 0.5 (0 before, 1 after)")
+    [event] = taught.events("failed")
+    assert event.error == "GateFailed"
+    kept = saved_artifacts(taught.folder)
+    assert {artifact.kind for artifact in kept} == {"checkpoint", "model", "evaluation"}
+    assert all(Path(artifact.path).is_dir() for artifact in kept)
+
+
+def test_a_job_failed_by_its_gate_goes_on_with_another_limit(taught: Run, workshop: Workshop) -> None:
+    """Nothing is trained again, what was measured before is taken from its file, and no artifact stands twice."""
+    body = json.loads(taught.folder.spec.read_text(encoding="utf-8"))
+    body["eval"]["fail_if"] = {}
+    write_atomic(taught.folder.spec, JOB_SPEC.validate_python(body))
+    steps, told = len(taught.events("step")), len(taught.events("assessed"))
+    again = workshop.again(taught)
+    assert again.exit_code == COMPLETED, again.reason
+    assert (len(again.events("step")), len(again.events("assessed"))) == (steps, told + 1)
+    names = [each.identifier for each in again.manifest.artifacts]
+    assert len(set(names)) == len(names)
+    assert {each.kind for each in again.manifest.artifacts} == {"checkpoint", "model", "evaluation"}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +107,7 @@ def granite(workshop: Workshop) -> Run:
         workshop, "sft", "granitemoe", {"masked_experts": {"1": "0,2"}, "fail_if": {"capability_drop": 10}},
         training={"n_epochs": 2}, efficiency={"enable_activation_checkpointing": True},
         adapter={"dropout": 0.2}, moe={"router_aux_loss_coef": 0.02, "router_jitter": 0.01},
+        options={"save_merged": True},
     )  # fmt: skip
 
 
@@ -132,40 +163,6 @@ def test_masked_experts_are_measured_beside(granite: Run) -> None:
     assert masked != before
     ratio = report["differences"]["before_masked - before"]["perplexity_ratio"]["value"]
     assert ratio == pytest.approx(masked / before)
-
-
-@pytest.fixture(scope="module")
-def failed(workshop: Workshop) -> Run:
-    """A rate that ruins the model, and a limit of 2% on the rise of perplexity."""
-    return evaluated(workshop, "sft", "granitemoe", {"fail_if": {"capability_drop": 0.02, "refusal_drop": 0.5}},
-                     optimizer={"lr": 5.0}, options={"max_grad_norm": 0, "save_merged": True})  # fmt: skip
-
-
-def test_the_gate_fails_a_job_and_keeps_what_it_made(failed: Run) -> None:
-    assert failed.exit_code == FAILED
-    assert failed.folder.read_manifest() is None
-    [verdict] = [each for each in figures(failed)["gate"] if each["exceeded"]]
-    assert verdict["name"] == "capability_drop"
-    before, after = verdict["before"], verdict["after"]
-    assert verdict["value"] == pytest.approx(after / before - 1)
-    assert failed.reason.startswith(f"eval.fail_if.capability_drop: {verdict['value']:.4g} is above 0.02 ({before:.4g} ")
-    [event] = failed.events("failed")
-    assert event.error == "GateFailed"
-    kinds = [artifact.kind for artifact in saved_artifacts(failed.folder)]
-    assert kinds == ["checkpoint", "adapter", "evaluation", "merged"]
-    assert all(Path(artifact.path).is_dir() for artifact in saved_artifacts(failed.folder))
-
-
-def test_a_job_failed_by_its_gate_can_be_resumed_with_another_limit(failed: Run, workshop: Workshop) -> None:
-    """Nothing is trained again, what was measured before is taken from its file, and no artifact stands twice."""
-    body = json.loads(failed.folder.spec.read_text(encoding="utf-8"))
-    body["eval"]["fail_if"] = {}
-    write_atomic(failed.folder.spec, JOB_SPEC.validate_python(body))
-    steps, told = len(failed.events("step")), len(failed.events("assessed"))
-    again = workshop.again(failed)
-    assert again.exit_code == COMPLETED, again.reason
-    assert (len(again.events("step")), len(again.events("assessed"))) == (steps, told + 1)
-    assert [each.kind for each in again.manifest.artifacts] == ["checkpoint", "adapter", "evaluation", "merged"]
 
 
 @pytest.mark.parametrize("adapter", [{"rank": 4, "alpha": 8}, None], ids=["lora", "whole"])

@@ -249,6 +249,20 @@ def upcycle(
     _end(as_json, lambda screen: local.upcycle(screen, arguments or []))
 
 
+@app.command(
+    name="eval",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def evaluate(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL --refuse FILE --safe FILE ...", help="--help lists them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure refusals, over-refusals, perplexity and tool calls of a model; needs torch, no server of ours."""
+    _end(as_json, lambda screen: local.evaluate(screen, arguments or []))
+
+
 @app.command()
 def supervisor(
     run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="The server's run YAML.")],

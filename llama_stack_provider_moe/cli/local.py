@@ -1,17 +1,20 @@
-"""What `moe-train` does without a server: run a supervisor, and upcycle a model in a process of its own."""
+"""What `moe-train` does without a server: run a supervisor, and what needs torch in a process of its own."""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from llama_stack_provider_moe.cli.exits import Exit
 from llama_stack_provider_moe.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput
 
 _UPCYCLE = "llama_stack_provider_moe.experts.upcycle"
+_EVAL = "llama_stack_provider_moe.evaluation.command"
 _NEEDED = ("torch", "transformers", "safetensors")
 _SAID_LIMIT = 4000  # characters
 
@@ -33,21 +36,40 @@ def supervise(screen: Screen, run_config: Path, provider_id: str | None, exit_wh
 
 
 def upcycle(screen: Screen, arguments: list[str]) -> int:
-    """Run `experts.upcycle` with `arguments`; its exit code. In another process: this one never imports torch."""
+    """Run `experts.upcycle` with `arguments`; its exit code."""
+    return _in_training_python(screen, _UPCYCLE, arguments)
+
+
+def evaluate(screen: Screen, arguments: list[str]) -> int:
+    """Run `evaluation.command` with `arguments`; its exit code."""
+    return _in_training_python(screen, _EVAL, [*arguments, *(["--json"] if screen.as_json else [])])
+
+
+def _in_training_python(screen: Screen, module: str, arguments: list[str]) -> int:
+    """Run a module that needs torch, in another process: this one never imports it."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InvalidInput("python", sys.executable, "an environment for training: pip install "
                            f"'llama-stack-provider-moe[train]' (this one lacks {', '.join(missing)})")  # fmt: skip
-    command = [sys.executable, "-m", _UPCYCLE, *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     if not screen.as_json:
         return _shell_code(subprocess.run(command, check=False).returncode)
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     code = _shell_code(done.returncode)
     if code == Exit.OK:
-        screen.document({"report": done.stdout.splitlines()})
+        screen.document(_document(done.stdout))
     else:
-        screen.error(None, done.stderr[-_SAID_LIMIT:].strip() or f"upcycle ended with exit code {code}", code)
+        name = module.rpartition(".")[2]
+        screen.error(None, done.stderr[-_SAID_LIMIT:].strip() or f"{name} ended with exit code {code}", code)
     return code
+
+
+def _document(printed: str) -> dict[str, Any]:
+    """One that was printed as JSON, or lines for a person."""
+    if printed.startswith("{"):
+        document: dict[str, Any] = json.loads(printed)
+        return document
+    return {"report": printed.splitlines()}
 
 
 def _shell_code(returned: int) -> int:

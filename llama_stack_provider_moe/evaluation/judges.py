@@ -72,7 +72,9 @@ class ModelJudge:
         self._max_length = max_length
         yes, no = _first_tokens(tokenizer, YES), _first_tokens(tokenizer, NO)
         if not yes or not no or yes & no:
-            raise ModelError(f"eval.judge.model: {name!r} begins Yes and No with the same token; choose another model")
+            raise ModelError(
+                f"eval.judge.model: {name!r} has no tokens of their own for Yes and No; choose another model"
+            )
         self._yes, self._no = sorted(yes), sorted(no)
 
     def refusals(self, exchanges: Sequence[Exchange]) -> list[bool]:

@@ -117,6 +117,24 @@ class Steering:
         return choose(outputs, probs_TE, taken_TE, index_TE)
 
 
+def restore_biases(folder: Path, model: nn.Module, layout: ExpertLayout) -> None:
+    """Give a model, not to be trained further, the biases that lie beside its adapter; nothing where none do.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    if not (folder / ROUTER_BIAS).is_file():
+        return
+    found, biases = load_file(folder / ROUTER_BIAS), layout.biases(model)
+    assert layout.bias_path is not None or not biases
+    names = {layout.path(layer, layout.bias_path or ""): layer for layer in biases}
+    if set(found) != set(names):
+        raise CheckpointError(f"{folder / ROUTER_BIAS} is of another model: it has {sorted(found)[:3]}")
+    with torch.no_grad():
+        for name, layer in names.items():
+            biases[layer].copy_(found[name])
+
+
 def _choice(outputs: tuple[Tensor, ...], probs_TE: Tensor, taken_TE: Tensor, index_TE: Tensor) -> tuple[Tensor, ...]:
     """Logits as they were, weights (T, E) and experts (T, E).
 
