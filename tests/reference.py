@@ -21,11 +21,14 @@ from llama_stack_provider_moe.spec import (
     DPOSpec,
     Efficiency,
     ExpertRule,
+    Gate,
     MLflow,
     Moe,
     Optimizer,
     Options,
+    RefusalJudge,
     Resources,
+    SafetyEvaluation,
     SFTSpec,
     Trackers,
     Trackio,
@@ -49,6 +52,9 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`moe`", "moe.", Moe, set()),
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
+    ("`eval`", "eval.", SafetyEvaluation, set()),
+    ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
+    ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
@@ -92,6 +98,8 @@ def allowed(field: FieldInfo) -> str:
             return "a list of blocks, which follow"
     if get_origin(annotation) is dict:
         key, value = get_args(annotation)
+        if value is str:
+            return ""
         groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):

@@ -181,7 +181,7 @@ def text(report: EvaluationReport) -> str:
     for state, found in report.measured.items():
         lines += [f"{state:<14} {name:<22} {_shown(each)}" for name, each in found.items()]
     for pair, found in report.differences.items():
-        lines += [f"{pair}: {name} {_shown(each)}" for name, each in found.items()]
+        lines += [f"{pair}: {name} {_shown(each)}{_unmoved(each)}" for name, each in found.items()]
     lines += [agreement_text(report.judge, each) for each in report.agreement]
     for verdict in report.gate:
         said = "EXCEEDED" if verdict.exceeded else "kept"
@@ -198,6 +198,11 @@ def agreement_text(judge: str, found: JudgeAgreement) -> str:
         f"({accuracy.low:.1%} to {accuracy.high:.1%}), Cohen's kappa {kappa}; refusals: both {found.both_refusal}, "
         f"judge alone {found.judge_alone}, people alone {found.people_alone}, neither {found.neither}"
     )
+
+
+def _unmoved(each: Figure) -> str:
+    # Resampling rows that all stayed as they were gives the same again: that is no certainty.
+    return "; no row changed, so the bootstrap has no width" if each.low == each.value == each.high else ""
 
 
 def _shown(each: Figure) -> str:

@@ -41,7 +41,10 @@ def wilson(successes: int, n: int) -> Estimate:
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool], resamples: int, seed: int) -> Estimate:
-    """Rate after less rate before on the same rows, with a percentile bootstrap over rows."""
+    """Rate after less rate before on the same rows, with a percentile bootstrap over rows.
+
+    With few rows that changed it is too narrow; with none it has no width, and says nothing of the next rows.
+    """
     steps = [int(late) - int(early) for early, late in zip(before, after, strict=True)]
 
     def mean(rows: Sequence[int]) -> float:
