@@ -10,7 +10,8 @@ import torch
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JOB_SPEC
-from llama_stack_provider_moe.training.main import COMPLETED, FAILED
+from llama_stack_provider_moe.training.assess import Assessment
+from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
 from tests.test_training_sft import mean_nll
 from tests.training_support import Row, Run, Workshop, said, sft_rows, workshop
 
@@ -165,12 +166,30 @@ def test_masked_experts_are_measured_beside(granite: Run) -> None:
     assert ratio == pytest.approx(masked / before)
 
 
-@pytest.mark.parametrize("adapter", [{"rank": 4, "alpha": 8}, None], ids=["lora", "whole"])
-def test_dpo_jobs_too(workshop: Workshop, adapter: Any) -> None:
-    run = evaluated(workshop, "dpo", "mixtral", {"fail_if": {"over_refusal_rise": 0.5}}, adapter=adapter,
-                    training={"dtype": "bf16"})  # fmt: skip
+def test_dpo_jobs_too(workshop: Workshop) -> None:
+    run = evaluated(workshop, "dpo", "mixtral", {"fail_if": {"over_refusal_rise": 0.5}}, training={"dtype": "bf16"})
     assert run.exit_code == COMPLETED, run.reason
     assert {"before", "after"} == set(figures(run)["measured"])
+
+
+def test_a_stop_amid_the_last_measurement_loses_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is saved by then: the job ends cancelled, and its resumption only measures."""
+    after = Assessment.after
+
+    def stopped(self: Assessment, epoch: int, step: int) -> Any:
+        self._session.stop.request()
+        return after(self, epoch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Assessment, "after", stopped)
+        run = evaluated(workshop, "sft", "llama", {})
+    assert run.exit_code == STOPPED
+    assert [event.step for event in run.events("cancelled")] == [2]
+    assert {artifact.kind for artifact in saved_artifacts(run.folder)} == {"checkpoint", "adapter"}
+    again = workshop.again(run)
+    assert again.exit_code == COMPLETED, again.reason
+    assert len(again.events("step")) == 2
+    assert [each.kind for each in again.manifest.artifacts] == ["checkpoint", "adapter", "evaluation"]
 
 
 def test_masking_a_dense_model_ends_the_job_before_it_trains(workshop: Workshop) -> None:
