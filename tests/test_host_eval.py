@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.cli import show
 from llama_stack_provider_moe.errors import Forbidden, InvalidBody, InvalidRows
 from llama_stack_provider_moe.host import wire
 from llama_stack_provider_moe.host.convert import draft
@@ -108,4 +109,12 @@ def test_the_status_tells_what_was_measured_last(service: PostTrainingService) -
     assert safety["measured"]["before"]["refusal_rate"] == figure
     events.append(Assessed(step=4000, measured={}, differences={}, exceeded=["refusal_drop"]))
     assert progress(job, folder)["safety"]["exceeded"] == ["refusal_drop"]
+    shown = show.safety(
+        {
+            "resources_allocated": {
+                "safety": {"measured": {"before": {"refusal_rate": figure}, "after": {"refusal_rate": figure}}}
+            }
+        }
+    )
+    assert shown == "refusal_rate 0.5 -> 0.5 (n=4)"
     events.close()
