@@ -1,17 +1,21 @@
 """Laws of a job's `eval` block, on tiny models: before and after, the gate, and that training is as without."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
+from llama_stack_provider_moe.evaluation.generate import evaluating
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.training.assess import Assessment
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
+from tests import tiny_models
 from tests.test_training_sft import mean_nll
 from tests.training_support import Row, Run, Workshop, said, sft_rows, workshop
 
@@ -190,6 +194,29 @@ def test_a_stop_amid_the_last_measurement_loses_nothing(workshop: Workshop, monk
     assert again.exit_code == COMPLETED, again.reason
     assert len(again.events("step")) == 2
     assert [each.kind for each in again.manifest.artifacts] == ["checkpoint", "adapter", "evaluation"]
+
+
+def test_everything_that_an_evaluation_changes_is_put_back() -> None:
+    model = tiny_models.model("mixtral", output_router_logits=True).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    settings = model.generation_config
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    def evaluate_and_fail() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            assert model.config.output_router_logits is False
+            torch.rand(1), random.random(), numpy.random.rand()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_and_fail()
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is settings
+    assert model.config.output_router_logits is True
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states[1:]
 
 
 def test_masking_a_dense_model_ends_the_job_before_it_trains(workshop: Workshop) -> None:

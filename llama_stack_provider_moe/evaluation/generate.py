@@ -4,11 +4,13 @@ The model may be one that is being trained: what an evaluation needs otherwise (
 cache, its own generation settings, the random state) is put back behind it.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
@@ -59,6 +61,7 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     config, generation = text_config(base), base.generation_config
     logits = getattr(config, "output_router_logits", None)  # only MoE families have it
     devices = [model.device] if model.device.type == "cuda" else []
+    states = random.getstate(), numpy.random.get_state()  # lm-eval seeds these too
     with torch.random.fork_rng(devices=devices):
         try:
             model.eval()
@@ -73,6 +76,8 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             base.generation_config = generation
             for module, training in modes.items():
                 module.training = training
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
 
 
 class LocalModel:

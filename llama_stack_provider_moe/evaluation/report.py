@@ -111,7 +111,8 @@ def figures(measured: Measurement, resamples: int, seed: int) -> dict[str, Figur
         found[FORBIDDEN] = statistics.wilson(sum(measured.forbidden), len(measured.forbidden))
     for task, score in measured.tasks.items():
         half = statistics.Z * score.standard_error
-        found[f"{task} {score.metric}"] = Estimate(score.n, score.value, score.value - half, score.value + half)
+        low, high = max(0.0, score.value - half), min(1.0, score.value + half)
+        found[f"{task} {score.metric}"] = Estimate(score.n, score.value, low, high)
     return {name: figure(estimate) for name, estimate in found.items()}
 
 

@@ -32,7 +32,7 @@ def run_tasks(
     found = {}
     for name in names:
         try:
-            told = lm_eval.simple_evaluate(model=wrapped, tasks=[name], bootstrap_iters=0, log_samples=False)
+            told = lm_eval.simple_evaluate(model=wrapped, tasks=[name], log_samples=False)
         except (OSError, ValueError, KeyError) as error:  # no such task; its data is neither here nor to be fetched
             skip(f"task {name}: {type(error).__name__}: {error}")
             continue
