@@ -33,9 +33,15 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "losses": ({"torch"}, {"losses"}),
     "experts": (LEARNING - {"trl", "accelerate", "datasets"}, GROUND | {"experts"}),
     "experts.kernels": ({"torch", "triton"}, {"experts.kernels"}),
+    # Of `training` an evaluation knows what lies below both: how rows are rendered, how a model is loaded.
+    "evaluation": (
+        LEARNING | {"pydantic", "lm_eval"},
+        GROUND | {"experts", "evaluation", "training.rendering", "training.loader"},
+    ),
+    "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
     "training": (
         LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
-        GROUND | {"experts", "losses", "training"} | FOLDER,
+        GROUND | {"experts", "losses", "training", "evaluation"} | FOLDER,
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},

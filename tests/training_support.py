@@ -144,7 +144,7 @@ class Workshop:
         make = dpo_rows if recipe == "dpo" else sft_rows
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
-        folder.data.mkdir(parents=True)
+        folder.data.mkdir(parents=True, exist_ok=True)
         body: dict[str, Any] = {
             "recipe": recipe,
             "job_uuid": folder.root.name,

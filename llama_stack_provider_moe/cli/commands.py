@@ -268,6 +268,20 @@ def routing(
     end(as_json, lambda screen: local.analyze_routing(screen, arguments or []))
 
 
+@app.command(
+    name="eval",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def evaluate(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL --refuse FILE --safe FILE ...", help="--help lists them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure refusals, over-refusals, perplexity and tool calls of a model; needs torch, no server of ours."""
+    end(as_json, lambda screen: local.evaluate(screen, arguments or []))
+
+
 @app.command()
 def supervisor(
     run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="The server's run YAML.")],

@@ -50,6 +50,7 @@ def job(detail: dict[str, Any]) -> RenderableType:
         ("ended", moment(detail["completed_at"])),
         ("took", took(detail)),
         ("held out", held_out(detail)),
+        ("safety", safety(detail)),
         ("experts", _experts(detail)),
         ("tried", _tries(detail)),
         ("stopped by", resources.get("stopped_by")),
@@ -152,6 +153,17 @@ def held_out(status: dict[str, Any]) -> str:
     names = [next((name for name in _LOSSES if name in last), ""), _ACCURACY]
     changes = [f"{_label(name)} {figure(first.get(name))} -> {figure(last[name])}" for name in names if name in last]
     return ", ".join(changes)
+
+
+def safety(status: dict[str, Any]) -> str:
+    """What `eval` measured, before and after."""
+    measured = (_resources(status).get("safety") or {}).get("measured", {})
+    before, after = measured.get("before", {}), measured.get("after", {})
+    told = []
+    for name, found in before.items():
+        changed = f" -> {figure(after[name]['value'])}" if name in after else ""
+        told.append(f"{name} {figure(found['value'])}{changed} (n={found['n']:g})")
+    return ", ".join(told)
 
 
 def took(job: dict[str, Any]) -> str:

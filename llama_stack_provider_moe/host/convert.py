@@ -34,6 +34,7 @@ _BOTH = {
     "logger_config": "trackers",
     "moe": "moe",
     "options": "options",
+    "eval": "eval",
 }
 SFT_FIELDS = _BOTH | {
     "model": "model",

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 from llama_stack_provider_moe.datarows import canonical
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
 from llama_stack_provider_moe.host import compat
-from llama_stack_provider_moe.spec import Recipe, RowFormat
+from llama_stack_provider_moe.spec import Recipe, RowFormat, RowKind
+from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 
 ROWS_PER_PAGE = 1000
 
@@ -31,6 +32,7 @@ async def copy_rows(
     out: BinaryIO | None,
     max_rows: int,
     answered: bool = True,
+    kind: RowKind = "recipe",
 ) -> int:
     """Check every row of a data set, and write each in its canonical form as a line of JSON.
 
@@ -43,6 +45,7 @@ async def copy_rows(
         out: where the lines go; None only checks.
         max_rows: `ProviderConfig.max_rows`; no row beyond is asked for.
         answered: must a conversation end with the assistant's turn.
+        kind: of its rows.
 
     Returns:
         The number of rows, at least 1.
@@ -60,7 +63,7 @@ async def copy_rows(
             raise InvalidInput(
                 field, dataset_id, f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
             )
-        checked = await asyncio.to_thread(_check, page, total + 1, recipe, row_format, answered)
+        checked = await asyncio.to_thread(_check, page, total + 1, recipe, row_format, answered, kind)
         total += len(page)
         count += checked.problem_count
         problems += checked.problems[: InvalidRows.SHOWN - len(problems)]
@@ -73,11 +76,16 @@ async def copy_rows(
     return total
 
 
-def _check(page: list[Any], first: int, recipe: Recipe, row_format: RowFormat, answered: bool) -> _Checked:
+def _check(
+    page: list[Any], first: int, recipe: Recipe, row_format: RowFormat, answered: bool, kind: RowKind
+) -> _Checked:
     lines: list[bytes] = []
     problems: list[RowProblem] = []
     for number, row in enumerate(page, first):
-        found = canonical(row, number, recipe, row_format, answered)
+        if kind in ("scenario", "judged"):
+            found: dict[str, Any] | RowProblem = canonical_own(row, number, kind)
+        else:
+            found = canonical(row, number, recipe if kind == "recipe" else "sft", row_format, answered)
         if not isinstance(found, RowProblem):
             try:
                 lines.append(json.dumps(found, ensure_ascii=False).encode() + b"\n")

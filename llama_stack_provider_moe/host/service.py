@@ -173,6 +173,11 @@ class PostTrainingService:
             places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
                 spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
             )
+        if spec.eval is not None and spec.eval.judge.model is not None:
+            field = request.name("eval.judge.model")
+            model = places.resolve_model(spec.eval.judge.model, field, self.config, may_use_job)
+            judge = spec.eval.judge.model_copy(update={"model": model})
+            places_found["eval"] = spec.eval.model_copy(update={"judge": judge})
         return spec.model_copy(update=places_found)
 
     def _must_be_free(self, job_id: str) -> None:
@@ -189,7 +194,7 @@ class PostTrainingService:
             with nullcontext() if folder is None else folder.rows(source.part).open("xb") as out:
                 count = await rows.copy_rows(
                     self._deps, source.dataset_id, request.name(source.field), spec.recipe, source.format, out,
-                    self.config.max_rows, source.answered,
+                    self.config.max_rows, source.answered, source.kind,
                 )  # fmt: skip
             if count < source.least:
                 raise InvalidInput(request.name(source.field), source.dataset_id, source.why_least)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options, SafetyEvaluation
 
 
 class SFTOptions(Options):
@@ -47,6 +47,7 @@ AdapterBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Adapter))]
 MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
+EvalBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SafetyEvaluation))]
 
 
 def _spelled(value: float) -> float | str:
@@ -170,6 +171,7 @@ class SupervisedFineTuneRequest(Wire):
     options: OptionsBlock | None = Field(
         default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
     )
+    eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -188,6 +190,7 @@ class PreferenceOptimizeRequest(Wire):
     )
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
+    eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
 
 
 class ErrorMessage(BaseModel):

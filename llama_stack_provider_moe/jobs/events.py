@@ -124,6 +124,16 @@ class Evaluation(_Event):
     metrics: dict[str, float]
 
 
+class Assessed(_Event):
+    """What `eval` measured at `step` (0: before training), each figure as {n, value, low, high} of 95%."""
+
+    type: Literal["assessed"] = "assessed"
+    step: int
+    measured: dict[str, dict[str, dict[str, float]]] = Field(description="State (before, after, ...) -> figures.")
+    differences: dict[str, dict[str, dict[str, float]]] = Field(description="`after - before`, ... -> figures.")
+    exceeded: list[str] = Field(description="Limits of `eval.fail_if` that were exceeded.")
+
+
 class Saved(_Event):
     """An artifact is complete on disk (`jobs.folder.Artifact` as JSON)."""
 
@@ -163,7 +173,7 @@ class Cancelled(_Event):
 
 
 Event = Annotated[
-    Started | Resumed | Plan | Step | Routing | Evaluation | Saved | Message | Failed | Finished | Cancelled,
+    Started | Resumed | Plan | Step | Routing | Evaluation | Assessed | Saved | Message | Failed | Finished | Cancelled,
     Discriminator("type"),
 ]
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)

@@ -13,6 +13,8 @@ jobs/<job_uuid>/
   artifacts/model/     the final model, where all weights were trained        written by the child
   artifacts/merged/    base plus adapter, on request                          written by the child
   artifacts/routing/   a routing analysis: routing.json, and its charts       written by the child
+  before.json          what `eval` measured before training                   written by the child
+  artifacts/evaluation/  eval.json: before, after, differences                written by the child
   trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
@@ -42,7 +44,7 @@ class Artifact(Block):
     """One thing a job leaves: a folder, complete when it is listed."""
 
     identifier: str = Field(description="Unique within the server: `<job_uuid>/<name>`.")
-    kind: Literal["checkpoint", "adapter", "model", "merged", "analysis"]
+    kind: Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation"]
     path: str
     epoch: int = Field(description="Epochs finished when it was written, from 1; 0: before the first ended.")
     step: int = Field(description="Optimiser steps taken.")
@@ -77,6 +79,8 @@ class JobFolder:
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
         self.routing = root / "artifacts" / "routing"
+        self.before = root / "before.json"
+        self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
         self.manifest = root / "manifest.json"
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llama_stack_provider_moe.jobs.events import Evaluation, Routing, latest
+from llama_stack_provider_moe.jobs.events import Assessed, Evaluation, Routing, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.scan import scan
 from llama_stack_provider_moe.jobs.state import JobState
@@ -26,6 +26,7 @@ def progress(job: Job, folder: JobFolder) -> dict[str, Any]:
         eta_s: seconds left as of that step; None once the job has ended.
         metrics: that step's, by TRL's names.
         evaluation: {first, last}, each {step, epoch, metrics}: held-out figures before and now.
+        safety: what `eval` measured last, {step, measured, differences, exceeded}; None without that block.
         routing: the last step's expert balance over all layers, None on a dense model; see `balance`.
         updated_at: time of the newest event, ISO 8601.
     """
@@ -44,6 +45,7 @@ def progress(job: Job, folder: JobFolder) -> dict[str, Any]:
         "eta_s": _number(step.eta_s) if step and not ended else None,
         "metrics": _numbers(step.metrics) if step else None,
         "evaluation": _evaluations(folder.events, newest.get("evaluation")),
+        "safety": _safety(folder, newest.get("assessed")),
         "routing": balance(newest["routing"]) if "routing" in newest else None,
         "updated_at": max(event.time for event in newest.values()).isoformat() if newest else None,
     }
@@ -77,6 +79,12 @@ def _evaluations(path: Path, last: Evaluation | None) -> dict[str, Any] | None:
 
 def _evaluation(event: Evaluation) -> dict[str, Any]:
     return {"step": event.step, "epoch": _number(event.epoch), "metrics": _numbers(event.metrics)}
+
+
+def _safety(folder: JobFolder, last: Assessed | None) -> dict[str, Any] | None:
+    if last is None and folder.before.is_file():  # told long ago, before the steps
+        last = next(scan(folder.events, Assessed, limit_bytes=HEAD_BYTES), None)
+    return None if last is None else last.model_dump(exclude={"time", "type"})
 
 
 def balance(event: Routing) -> dict[str, Any] | None:

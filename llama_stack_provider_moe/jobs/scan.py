@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_stack_provider_moe.jobs.events import LINE_LIMIT_BYTES, Evaluation, Saved
+from llama_stack_provider_moe.jobs.events import LINE_LIMIT_BYTES, Assessed, Evaluation, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder
 
 
-def scan[E: (Evaluation, Saved)](
+def scan[E: (Evaluation, Assessed, Saved)](
     path: Path, kind: type[E], start: int = 0, limit_bytes: int | None = None
 ) -> Iterator[E]:
     """The events of type `kind`, oldest first; none where the file is missing.

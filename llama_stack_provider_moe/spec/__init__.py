@@ -32,6 +32,7 @@ from llama_stack_provider_moe.spec.blocks import (
     ranges,
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
+from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
     Moe,
@@ -78,6 +79,7 @@ __all__ = [
     "Efficiency",
     "ExpertRule",
     "FromAnalysis",
+    "Gate",
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
@@ -87,13 +89,16 @@ __all__ = [
     "Optimizer",
     "Options",
     "Recipe",
+    "RefusalJudge",
     "RepBend",
     "Resources",
     "RoutingAnalysisSpec",
     "RowFormat",
+    "RowKind",
     "RowSource",
     "RulesFrom",
     "SFTSpec",
+    "SafetyEvaluation",
     "TensorBoard",
     "Trackers",
     "Trackio",
@@ -105,6 +110,8 @@ __all__ = [
 ]
 
 Recipe = Literal["sft", "dpo", "circuit_breaker", "routing_analysis"]
+# recipe: what the recipe trains on; the others are an evaluation's (`spec.evaluation_rows`).
+RowKind = Literal["recipe", "conversation", "scenario", "judged"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -128,6 +135,7 @@ class RowSource(NamedTuple):
         least: rows it must have.
         why_least: the same, for an error's text.
         answered: must each end with the assistant's turn.
+        kind: of its rows.
     """
 
     field: str
@@ -137,6 +145,7 @@ class RowSource(NamedTuple):
     least: int = 1
     why_least: str = ""
     answered: bool = True
+    kind: RowKind = "recipe"
 
 
 class _AnyJob(Block):
@@ -158,6 +167,9 @@ class _Job(_AnyJob):
     checkpoint_dir: str | None = Field(
         default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
     )
+    eval: SafetyEvaluation | None = Field(
+        default=None, description="Refusals, capability and tool calls before and after; left out: not measured."
+    )
 
     @model_validator(mode="after")
     def _fp16_needs_an_adapter(self) -> "_Job":
@@ -176,7 +188,7 @@ class _Job(_AnyJob):
 
     def row_sources(self) -> list[RowSource]:
         """The data sets that the job reads, each of which is copied into its folder."""
-        return self._sources("data", "train", "validation", self.data)
+        return [*self._sources("data", "train", "validation", self.data), *self.evaluation_sources()]
 
     def _sources(self, block: str, part: str, held_out: str, data: Data | MixedData) -> list[RowSource]:
         options: Options = self.options  # type: ignore[attr-defined]
@@ -187,6 +199,28 @@ class _Job(_AnyJob):
         sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least)]
         if validation_id is not None:
             sources.append(RowSource(f"{block}.validation_dataset_id", validation_id, row_format, held_out))
+        return sources
+
+    def evaluation_sources(self) -> list[RowSource]:
+        """Those of `eval`; its parts are `eval-<set>`."""
+        if self.eval is None:
+            return []
+        asked, labelled_id = self.eval, self.eval.judge.labelled_dataset_id
+        named: list[tuple[str, str | None, RowKind]] = [
+            ("refuse", asked.refuse_dataset_id, "conversation"),
+            ("safe", asked.safe_dataset_id, "conversation"),
+            ("retain", asked.retain_dataset_id, "conversation"),
+            ("scenarios", asked.scenarios_dataset_id, "scenario"),
+        ]
+        sources = [
+            RowSource(f"eval.{name}_dataset_id", dataset_id, asked.format, f"eval-{name}",
+                      answered=name == "retain", kind=kind)
+            for name, dataset_id, kind in named
+            if dataset_id is not None
+        ]  # fmt: skip
+        if labelled_id is not None:
+            field = "eval.judge.labelled_dataset_id"
+            sources.append(RowSource(field, labelled_id, "auto", "eval-labelled", kind="judged"))
         return sources
 
 

@@ -19,7 +19,7 @@ from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
 
 EXPERT_RANKS = "expert_ranks"
-Kind = Literal["checkpoint", "adapter", "model", "merged", "analysis"]
+Kind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation"]
 
 
 def describe(

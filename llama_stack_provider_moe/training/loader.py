@@ -6,7 +6,7 @@ Safetensors only, no code from the model's repository unless the server trusts t
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.spec import DType, JobSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
 
+TemplateName = Literal["chatml", "plain"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,6 +50,15 @@ def load(spec: JobSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrain
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
     return load_model(spec, config, device), tokenizer
+
+
+def load_beside(
+    name: str, dtype: DType, device: torch.device, template: TemplateName | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that is no job's to train, in evaluation mode, and its tokenizer."""
+    config = _config(name)
+    tokenizer = tokenizer_of(name, template)
+    return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
 def load_model(spec: JobSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -88,21 +98,26 @@ def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
 
     Padding is masked by position, never by id, so an end-of-sequence token in an answer still counts in the loss.
     """
+    return tokenizer_of(spec.model, spec.options.chat_template)
+
+
+def tokenizer_of(name: str, template: TemplateName | None) -> PreTrainedTokenizerBase:
+    """See `load_tokenizer`; `template`: see `options.chat_template`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted(name))
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_why(spec.model, error, part="tokenizer")) from error
+        raise ModelError(_why(name, error, part="tokenizer")) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model: {spec.model!r} has a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in "
+            f"model: {name!r} has a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in "
             "the text a token stands; convert it to a tokenizer.json"
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ModelError(f"model: the tokenizer of {spec.model!r} has neither a padding nor an end token")
+            raise ModelError(f"model: the tokenizer of {name!r} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    set_template(tokenizer, spec.options.chat_template, spec.model)
+    set_template(tokenizer, template, name)
     return tokenizer
 
 

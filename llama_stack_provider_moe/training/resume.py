@@ -46,7 +46,7 @@ class Resume:
     folder: Path
     step: int
     state: RunState
-    artifacts: tuple[Artifact, ...]  # saved at this step or before, oldest first
+    artifacts: tuple[Artifact, ...]  # checkpoints of this step or before, oldest first
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
@@ -82,7 +82,12 @@ def _read(session: AnySession, folder: Path) -> Resume:
         state = RunState.model_validate_json((folder / RUN_STATE).read_bytes())
     except (OSError, ValidationError) as error:
         raise CheckpointError(f"{folder / RUN_STATE} is whole, but can't be read: {error}") from error
-    artifacts = tuple(artifact for artifact in saved_artifacts(session.folder) if artifact.step <= sums.step)
+    # Of a start that got as far as its final artifacts these are made again.
+    artifacts = tuple(
+        artifact
+        for artifact in saved_artifacts(session.folder)
+        if artifact.step <= sums.step and artifact.kind == "checkpoint"
+    )
     return Resume(folder, sums.step, state, artifacts)
 
 

@@ -36,6 +36,7 @@ from llama_stack_provider_moe.experts.settings import (
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.jobs.events import Finished, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
@@ -203,6 +204,9 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
     resume = find_resume(session)
+    assessment = None if session.spec.eval is None else Assessment(session, trainer.model, base.tokenizer, base.layout)
+    if assessment is not None:
+        assessment.before()
     trackers = OpenTrackers(session, 0 if resume is None else resume.step)
     reporter = Reporter(session, trainer, trackers, resume)
     saver = Saver(session, trainer, reporter, resume)
@@ -223,10 +227,19 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
         last = saver.best
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
-    session.events.append(Finished(train_seconds=reporter.train_seconds(), stopped_by=stopped_by))
-    artifacts = [*saver.artifacts, *_save(session, base, trainer, last)]
+    train_seconds = reporter.train_seconds()
+    artifacts = [*saver.artifacts, _save(session, base, trainer, last)]
+    report = None
+    if assessment is not None:  # of the model that was just saved, before merging uses it up
+        trainer.rest()
+        artifact, report = assessment.after(last.epoch, last.step)
+        artifacts.append(artifact)
+    session.events.append(Finished(train_seconds=train_seconds, stopped_by=stopped_by))
+    artifacts += _save_merged(session, base, trainer, last)
     shutil.rmtree(session.cache)
     shutil.rmtree(session.staging, ignore_errors=True)
+    if report is not None:
+        require_gate(report)
     return Manifest(
         job_uuid=session.job_uuid,
         artifacts=artifacts,
@@ -235,24 +248,25 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     )
 
 
-def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
-    folder, made = session.folder, []
+def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
+    kind: Kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    return _keep(session, base, kind, trainer.model, last)
 
-    def keep(kind: Kind, model: PreTrainedModel | PeftModel) -> None:
-        target = {"adapter": folder.adapter, "model": folder.model, "merged": folder.merged}[kind]
-        save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
-        made.append(describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics))
-        session.events.append(Saved(artifact=made[-1].model_dump(mode="json")))
 
-    model = trainer.model
-    if not isinstance(model, PeftModel):
-        keep("model", model)
-        if session.spec.options.save_merged:
-            session.say("options.save_merged: all weights were trained, so artifacts/model is the whole model already")
-        return made
-    keep("adapter", model)
-    if session.spec.options.save_merged:
-        if base.quantized is not None:
-            dequantize(model, base.layout)
-        keep("merged", merge(model))
+def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
+    if not session.spec.options.save_merged:
+        return []
+    if not isinstance(trainer.model, PeftModel):
+        session.say("options.save_merged: all weights were trained, so artifacts/model is the whole model already")
+        return []
+    if base.quantized is not None:
+        dequantize(trainer.model, base.layout)
+    return [_keep(session, base, "merged", merge(trainer.model), last)]
+
+
+def _keep(session: AnySession, base: Base, kind: Kind, model: PreTrainedModel | PeftModel, last: Artifact) -> Artifact:
+    target = session.folder.artifacts / kind
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
+    made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
+    session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

@@ -180,8 +180,7 @@ class RecordingTrainer(Trainer):
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """TRL's figures, with `eval_validation_loss` and `eval_perplexity`, which see the model alone."""
         self.held_out = self.new_held_out()
-        if self.steering is not None:
-            self.steering.rest()
+        self.rest()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         # Making an iterator of a loader draws from the global generator: without the fork an evaluated run would
         # differ from the same run without evaluations, and from one resumed at the checkpoint before it.
@@ -194,6 +193,11 @@ class RecordingTrainer(Trainer):
                 )
             metrics[f"eval_{name}"] = value
         return metrics
+
+    def rest(self) -> None:
+        """Passes from here on are no training step's."""
+        if self.steering is not None:
+            self.steering.rest()
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         """TRL's, tallied."""

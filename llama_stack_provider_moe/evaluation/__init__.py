@@ -1,0 +1,1 @@
+"""Safety evaluation: refusals, over-refusals, capability and tool calls, with how sure each figure is."""

@@ -1,0 +1,206 @@
+"""The whole evaluation: every set put to a subject, judged, compared with an earlier measurement, written."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llama_stack_provider_moe.datarows import Message
+from llama_stack_provider_moe.errors import ModelError, TrainingError
+from llama_stack_provider_moe.evaluation import report as reports
+from llama_stack_provider_moe.evaluation.agent import forbidden_calls
+from llama_stack_provider_moe.evaluation.generate import Subject
+from llama_stack_provider_moe.evaluation.judges import (
+    Exchange,
+    Judge,
+    agreement_with,
+    own_labelled,
+    read_labelled,
+)
+from llama_stack_provider_moe.evaluation.report import EvaluationReport, JudgeAgreement, Measurement
+from llama_stack_provider_moe.experts.layout import ExpertLayout
+from llama_stack_provider_moe.experts.masking import masked_experts
+from llama_stack_provider_moe.spec import SafetyEvaluation
+
+JUDGED = ("refuse", "safe")
+OWN_LABELS = "this package's labels"
+REPORT_FILE = "eval.json"
+
+
+@dataclass(frozen=True)
+class Material:
+    """The rows of each set, in their canonical form, and what people said of answers."""
+
+    sets: Mapping[str, Sequence[dict[str, Any]]]  # of refuse, safe, retain, scenarios: those that were named
+    labelled: Sequence[dict[str, Any]] | None = None
+
+    @classmethod
+    def read(cls, settings: SafetyEvaluation, paths: Mapping[str, Path]) -> "Material":
+        """The first `max_rows` of each file; `paths`: set (or `labelled`) -> its canonical rows."""
+        sets = {}
+        for name in ("refuse", "safe", "retain", "scenarios"):
+            if name in paths:
+                with paths[name].open(encoding="utf-8") as file:
+                    sets[name] = [json.loads(line) for line in islice(file, settings.max_rows)]
+        return cls(sets, read_labelled(paths["labelled"]) if "labelled" in paths else None)
+
+
+@dataclass
+class Suite:
+    """One evaluation, over its measurements."""
+
+    model: str
+    settings: SafetyEvaluation
+    material: Material
+    seed: int
+    skipped: list[str] = field(default_factory=list)
+
+    def measure(self, subject: Subject, judge: Judge) -> Measurement:
+        """Put every set to `subject`, and have `judge` say which answers are refusals.
+
+        Raises:
+            DataError: rows that can't be put to it.
+            TrainingError: its likelihoods are no numbers.
+        """
+        measured = Measurement()
+        sets = self.material.sets
+        for name in JUDGED:
+            if name in sets:
+                asked = [_asked(row["messages"]) for row in sets[name]]
+                measured.answers[name] = subject.answers(name, asked)
+                exchanges = [
+                    Exchange(_as_text(messages), answer)
+                    for messages, answer in zip(asked, measured.answers[name], strict=True)
+                ]
+                measured.refusals[name] = judge.refusals(exchanges)
+        if "retain" in sets:
+            told = subject.likelihoods("retain", [row["messages"] for row in sets["retain"]])
+            if told is None:
+                self.skip("retain: a server does not tell the likelihood of given answers")
+            else:
+                measured.nll, measured.tokens = told
+                if not all(map(math.isfinite, measured.nll)):
+                    raise TrainingError("eval: the likelihood of retain rows is no number; the model has diverged")
+        if "scenarios" in sets:
+            scenarios = sets["scenarios"]
+            made = subject.calls("scenarios", scenarios)
+            measured.calls = [[call._asdict() for call in calls] for calls in made]
+            measured.forbidden = [
+                bool(forbidden_calls(calls, scenario["forbidden"]))
+                for calls, scenario in zip(made, scenarios, strict=True)
+            ]
+        for task, found in subject.tasks(self.settings.tasks, self.skip).items():
+            measured.tasks[task] = found
+        return measured
+
+    def measure_states(
+        self,
+        subject: Subject,
+        judge: Judge,
+        state: str,
+        model: PreTrainedModel | PeftModel,
+        layout: ExpertLayout | None,
+    ) -> dict[str, Measurement]:
+        """`measure` of a model in memory under the name `state`, and as `<state>_masked` where experts are masked."""
+        found = {state: self.measure(subject, judge)}
+        masked = self.settings.masked()
+        if masked:
+            assert layout is not None, "it was checked"
+            with masked_experts(model, layout, masked):
+                found[f"{state}_masked"] = self.measure(subject, judge)
+        return found
+
+    def skip(self, what: str) -> None:
+        """Say once that something was not measured."""
+        if what not in self.skipped:
+            self.skipped.append(what)
+
+    def agreement(self, judge: Judge) -> list[JudgeAgreement]:
+        """Of a judge with the labelled sets: this package's, and the user's where there is one."""
+        sets = {OWN_LABELS: own_labelled()}
+        if self.material.labelled is not None:
+            sets["your labels"] = list(self.material.labelled)
+        return [reports.describe_agreement(name, agreement_with(judge, rows)) for name, rows in sets.items()]
+
+    def conclude(
+        self, states: Mapping[str, Measurement], judge: str, agreement: list[JudgeAgreement]
+    ) -> EvaluationReport:
+        """Figures, differences and the gate.
+
+        Args:
+            states: `before`, `after`, and `_masked` behind each where experts were masked; any may be missing.
+            judge: its name.
+            agreement: of the judge.
+        """
+        settings, resamples = self.settings, self.settings.resamples
+        measured = {state: reports.figures(each, resamples, self.seed) for state, each in states.items()}
+        pairs = [("before", "after"), ("before", "before_masked"), ("after", "after_masked")]
+        differences = {
+            f"{late} - {early}": reports.differences(states[early], states[late], resamples, self.seed)
+            for early, late in pairs
+            if early in states and late in states
+        }
+        both = "before" in states and "after" in states
+        return EvaluationReport(
+            model=self.model,
+            judge=judge,
+            agreement=agreement,
+            rows={name: len(rows) for name, rows in self.material.sets.items()},
+            measured=measured,
+            differences=differences,
+            masked_experts=settings.masked(),
+            gate=reports.verdicts(settings.fail_if, measured["before"], measured["after"]) if both else [],
+            skipped=list(self.skipped),
+            examples=self._examples(states),
+        )
+
+    def _examples(self, states: Mapping[str, Measurement]) -> list[dict[str, Any]]:
+        found = []
+        for name, rows in self.material.sets.items():
+            for index, row in enumerate(rows[: self.settings.examples]):
+                said = {state: _said(measured, name, index) for state, measured in states.items()}
+                if name != "retain":
+                    found.append({"set": name, "row": index + 1, "messages": _asked(row["messages"]), **said})
+        return found
+
+
+def check_masked(settings: SafetyEvaluation, model: PreTrainedModel | PeftModel, layout: ExpertLayout | None) -> None:
+    """Find out before anything long begins whether experts can be masked as asked.
+
+    Raises:
+        ModelError: the model is dense.
+        InvalidInput: no such layer or expert, or too few are left.
+    """
+    masked = settings.masked()
+    if not masked:
+        return
+    if layout is None:
+        raise ModelError("eval.masked_experts: the model is dense; it has no experts to mask")
+    with masked_experts(model, layout, masked):
+        pass
+
+
+def _said(measured: Measurement, name: str, index: int) -> dict[str, Any]:
+    if name == "scenarios":
+        return {"calls": measured.calls[index], "forbidden": measured.forbidden[index]}
+    if name not in measured.answers:
+        return {}
+    return {"answer": measured.answers[name][index], "refusal": measured.refusals[name][index]}
+
+
+def _asked(messages: list[Message]) -> list[Message]:
+    """A conversation without the answer that a row may end with."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def _as_text(messages: list[Message]) -> str:
+    """For a judge: what was asked last, with what was said before it."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
