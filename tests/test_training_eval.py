@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from llama_stack_provider_moe.evaluation.generate import evaluating
+from llama_stack_provider_moe.jobs.executors import Exit
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
+from llama_stack_provider_moe.jobs.outcome import outcome
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
+from llama_stack_provider_moe.jobs.state import JobState
+from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.training.assess import Assessment
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
@@ -89,6 +93,18 @@ def test_the_gate_fails_a_job_and_keeps_what_it_made(taught: Run) -> None:
     kept = saved_artifacts(taught.folder)
     assert {artifact.kind for artifact in kept} == {"checkpoint", "model", "evaluation"}
     assert all(Path(artifact.path).is_dir() for artifact in kept)
+
+
+def test_the_supervisor_lists_what_such_a_job_leaves(taught: Run, tmp_path: Path) -> None:
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    name = taught.folder.root.name
+    store.submit(name, "owner", "sft", "model", str(taught.folder.root), None)
+    store.claim("me")
+    job = store.launched(name, 1, 1.0)
+    end = outcome(job, Exit(taught.exit_code), 3)
+    assert (end.state, end.reason) == (JobState.FAILED, taught.reason)
+    assert {artifact.kind for artifact in end.artifacts} == {"checkpoint", "model", "evaluation"}
+    store.close()
 
 
 def test_a_job_failed_by_its_gate_goes_on_with_another_limit(taught: Run, workshop: Workshop) -> None:
