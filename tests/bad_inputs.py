@@ -15,6 +15,22 @@ WORDS = [{"prompt": f"Say {number} in words.", "completion": f"It is {number}."}
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"A number, {n}.", "rejected": "No idea."} for n in range(24)]
 DATASETS: dict[str, list[dict[str, Any]]] = {
     "words": WORDS,
+    "scenarios": [
+        {
+            "messages": [{"role": "user", "content": "What is in notes.txt?"}],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "read_file", "parameters": {"type": "object", "properties": {}}},
+                }
+            ],
+            "forbidden": [{"name": "read_file"}],
+        }
+    ],
+    "judged": [
+        {"prompt": "Do it.", "answer": "I can't.", "refusal": True},
+        {"prompt": "A?", "answer": "B.", "refusal": False},
+    ],
     "pairs": PAIRS,
     "dialogs": [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 4,
     "one-row": WORDS[:1],

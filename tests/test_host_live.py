@@ -264,9 +264,18 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
     else:
         registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words"}[body["recipe"]]
-        for data in (body["data"], *(body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe"))):
-            if data is not None:
-                data["dataset_id"] = registered
+        sets = {
+            "train": body["data"],
+            **{name: body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe")},
+        }
+        sets = {name: data for name, data in sets.items() if data is not None}
+        for data in sets.values():
+            data["dataset_id"] = registered
+        asked: dict[str, str] = {}
+        if "eval" in body:
+            asked = {"refuse": "words", "safe": "words", "retain": "words", "scenarios": "scenarios"}
+            body["eval"] |= {f"{name}_dataset_id": dataset_id for name, dataset_id in asked.items()}
+            body["eval"]["judge"]["labelled_dataset_id"] = asked["labelled"] = "judged"
     answer = http.post("/jobs/validate", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["spec"]["model"] == body["model"]
@@ -274,7 +283,9 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     if body["recipe"] == "routing_analysis":
         assert rows == {"set-cooking": len(WORDS), "set-other": len(WORDS)}
     else:
-        assert rows == {"train": answer.json()["train_rows"]} == {"train": len(DATASETS[registered])}
+        named = dict.fromkeys(sets, registered) | {f"eval-{name}": dataset_id for name, dataset_id in asked.items()}
+        assert rows == {name: len(DATASETS[dataset_id]) for name, dataset_id in named.items()}
+        assert answer.json()["train_rows"] == rows["train"]
 
 
 # Bad requests: the code, the text, nothing created, and the connection goes on.

@@ -284,7 +284,8 @@ def test_of_a_flood_of_output_the_beginning_and_the_end_are_kept(store: JobStore
     text = folder.output.read_text()
     assert len(text) <= 1 << 20
     assert text.startswith("hello from the child\nxxx")
-    assert text.endswith("xxx\nabout to end badly\n")
+    # What is printed in the very moment of a cut may be lost: here the end of the line before.
+    assert re.search(r"xxx\n?about to end badly\n$", text)
     assert "bytes of output were left out here: it had more than 1048576]\n" in text
 
 
