@@ -15,6 +15,7 @@ from llama_stack_provider_moe.errors import InvalidInput
 
 _UPCYCLE = "llama_stack_provider_moe.experts.upcycle"
 _ANALYZE_ROUTING = "llama_stack_provider_moe.analysis.routing"
+_EXPORT_MERGE = "llama_stack_provider_moe.export.merge"
 _NEEDED = ("torch", "transformers", "safetensors")
 _SAID_LIMIT = 4000  # characters
 
@@ -43,6 +44,11 @@ def upcycle(screen: Screen, arguments: list[str]) -> int:
 def analyze_routing(screen: Screen, arguments: list[str]) -> int:
     """Run `analysis.routing` with `arguments`; its exit code."""
     return _in_training_python(screen, _ANALYZE_ROUTING, [*arguments, *(["--json"] if screen.as_json else [])])
+
+
+def export_merge(screen: Screen, arguments: list[str]) -> int:
+    """Run `export.merge` with `arguments`; its exit code."""
+    return _in_training_python(screen, _EXPORT_MERGE, [*arguments, *(["--json"] if screen.as_json else [])])
 
 
 def _in_training_python(screen: Screen, module: str, arguments: list[str]) -> int:
