@@ -10,63 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_stack_provider_moe.errors import AdapterError, InvalidInput, ModelError, MoeError, NoRoom
-from llama_stack_provider_moe.experts.adapters import add_lora
+from benchmarks import merge as synthetic
+from llama_stack_provider_moe.errors import AdapterError, InvalidInput, NoRoom
 from llama_stack_provider_moe.experts.layout import find_layout
-from llama_stack_provider_moe.experts.settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.experts.steering import ROUTER_BIAS
 from llama_stack_provider_moe.export import merge as merging
 from llama_stack_provider_moe.export.merge import main, merge, shard_size
-from llama_stack_provider_moe.export.tensors import read_header, read_model
-from llama_stack_provider_moe.spec import Adapter, Moe
+from llama_stack_provider_moe.export.tensors import read_model
+from llama_stack_provider_moe.spec import Adapter
 from llama_stack_provider_moe.training import checkpoints
 from tests import tiny_models
+from tests.export_support import EVERYTHING, adapted, by_peft, gap, logits, tensors
 
-IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
-EVERYTHING = Adapter(rank=2, alpha=4, apply_lora_to_output=True)
 # Measured over all families, with logits of about 2: see `test_every_family`.
 LOGITS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-5, 1e-6
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(IDS).logits
-    return found
-
-
-def gap(one: Tensor, other: Tensor) -> float:
-    return (one.double() - other.double()).abs().max().item()
-
-
-def adapted(base: Path, out: Path, adapter: Adapter, **moe: Any) -> Path:
-    """Save an adapter of `base` as a job does, with B as if trained."""
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    layout = find_layout(model)
-    resolved = resolve_moe(Moe(**moe), layout, full=False)
-    shipped = apply_moe(model, layout, resolved)
-    peft_model = add_lora(model, adapter, layout, resolved).model
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1, generator=generator)
-    checkpoints.save(peft_model, tiny_models.tokenizer(), out, shipped.restored(), step=1)
-    return out
-
-
-def by_peft(base: Path, adapter: Path) -> PeftModel:
-    model: PeftModel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    return model
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def assert_equal_to_peft(base: Path, adapter: Path, out: Path, folder: Path) -> None:
@@ -99,3 +60,236 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert len(moved) == report.merged > 0
     assert (report.merged + report.copied, report.replaced) == (len(before), 0)
     assert 2 * sum(report.adapted.values()) == report.adapter_tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "moe"),
+    [
+        ("mixtral", Adapter(rank=2, alpha=4, plan="trunk"), {}),
+        ("qwen2_moe", Adapter(rank=2, plan="all_experts", use_rslora=True, dropout=0.1), {}),
+        ("granitemoe", Adapter(rank=3, lora_attn_modules=[], expert_modules=["down_proj"]), {}),
+        ("qwen3_moe", Adapter(rank=4, router_rank=1, alphas={"router": 8}), {"train_router": True}),
+    ],
+)  # fmt: skip
+def test_plans(family: str, adapter: Adapter, moe: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny_models.build(family, tmp_path / "base")
+    saved = adapted(base, tmp_path / "adapter", adapter, **moe)
+    merge(base, saved, tmp_path / "out")
+    assert_equal_to_peft(base, saved, tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral", "llama4_text", "gpt_oss"])
+def test_unequal_ranks_leave_the_other_experts_alone(family: str, tmp_path: Path) -> None:
+    """More than ten experts: on disk 10 sorts before 2."""
+    base = tiny_models.build(family, tmp_path / "base", num_local_experts=12)
+    layer = "0" if family != "llama4_text" else "1"
+    rules = [{"layers": layer, "experts": {"2": 3, "10-11": 1}}]
+    saved = adapted(base, tmp_path / "adapter", Adapter(plan="per_expert", lora_attn_modules=[], rules=rules))
+    merge(base, saved, tmp_path / "out")
+    assert_equal_to_peft(base, saved, tmp_path / "out", tmp_path)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    layout = find_layout(before)
+    assert layout is not None
+    for index, experts in layout.experts(before).items():
+        for name in (layout.gate_up, layout.down):
+            moved = (experts.get_parameter(name) != layout.experts(after)[index].get_parameter(name)).flatten(1).any(1)
+            assert moved.nonzero().flatten().tolist() == ([2, 10, 11] if str(index) == layer else []), (index, name)
+
+
+def test_shards_do_not_matter_and_are_indexed(tmp_path: Path) -> None:
+    base = tiny_models.build("mixtral", tmp_path / "base")
+    many = tmp_path / "many"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(many, max_shard_size="20KB")
+    assert len(list(many.glob("*.safetensors"))) > 5
+    saved = adapted(base, tmp_path / "adapter", EVERYTHING)
+    told: list[str] = []
+    merge(base, saved, tmp_path / "one")
+    merge(many, saved, tmp_path / "out", shard_bytes=30_000, say=told.append)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == len(told) > 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    held: dict[str, str] = {}
+    for file in files:
+        with safe_open(tmp_path / "out" / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            held |= dict.fromkeys(opened.keys(), file)
+            sizes = [opened.get_tensor(name).nbytes for name in opened.keys()]  # noqa: SIM118  # no mapping
+        assert sum(sizes) <= 30_000 or len(sizes) == 1
+    one, out = tensors(tmp_path / "one"), tensors(tmp_path / "out")
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in out.values())
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in out.values())
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    assert one.keys() == out.keys()
+    assert all(torch.equal(one[name], out[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_dtype_is_rounded_once_and_vectors_keep_theirs(dtype: str, tmp_path: Path) -> None:
+    base = tiny_models.build("glm4_moe", tmp_path / "base")
+    saved = adapted(base, tmp_path / "adapter", EVERYTHING)
+    merge(base, saved, tmp_path / "exact")
+    merge(base, saved, tmp_path / "out", dtype=dtype)
+    exact, out = tensors(tmp_path / "exact"), tensors(tmp_path / "out")
+    wanted = merging.DTYPES[dtype]
+    for name, tensor in out.items():
+        assert torch.equal(tensor, exact[name].to(wanted if tensor.dim() > 1 else torch.float32)), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == wanted
+
+
+def test_a_base_of_mixed_dtypes_is_read_by_the_library(tmp_path: Path) -> None:
+    """Numbers begin at multiples of their size, whatever lay before them."""
+    base = tiny_models.build("granitemoe", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    half = {name: tensor.half() if ".0." in name else tensor for name, tensor in weights.items()}
+    save_file({**half, "a.spare": torch.arange(3, dtype=torch.uint8)}, base / "model.safetensors")
+    saved = adapted(base, tmp_path / "adapter", EVERYTHING)
+    merge(base, saved, tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out["a.spare"].tolist() == [0, 1, 2]
+    assert {name: tensor.dtype for name, tensor in out.items() if name != "a.spare"} == {
+        name: tensor.dtype for name, tensor in half.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])
+def test_moved_biases_of_routers_replace_the_bases(family: str, tmp_path: Path) -> None:
+    base = tiny_models.build(family, tmp_path / "base")
+    saved = adapted(base, tmp_path / "adapter", Adapter(rank=2))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    layout = find_layout(model)
+    assert layout is not None
+    assert layout.bias_path is not None
+    moved = {layout.path(i, layout.bias_path): torch.rand_like(bias) for i, bias in layout.biases(model).items()}
+    save_file(moved, saved / ROUTER_BIAS)
+    report = merge(base, saved, tmp_path / "out")
+    assert report.replaced == len(moved) > 0
+    after = layout.biases(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for layer, bias in after.items():
+        assert torch.equal(bias, moved[layout.path(layer, layout.bias_path)])
+    save_file({"model.layers.7.bias": torch.ones(4)}, saved / ROUTER_BIAS)
+    with pytest.raises(AdapterError, match=r"bias model\.layers\.7\.bias \(4,\) has no place in this base"):
+        merge(base, saved, tmp_path / "other")
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    base = tiny_models.build("llama", tmp_path / "base", tie_word_embeddings=True)
+    saved = adapted(base, tmp_path / "adapter", Adapter(rank=2))
+    merge(base, saved, tmp_path / "out")
+    assert_equal_to_peft(base, saved, tmp_path / "out", tmp_path)
+    # The head is the embeddings: merged into one it would change the other, or be overlooked when the model is loaded.
+    untied = tiny_models.build("llama", tmp_path / "untied")
+    head = adapted(untied, tmp_path / "head", EVERYTHING)
+    with pytest.raises(AdapterError, match=r"LoRA on lm_head\.weight, which is tied"):
+        merge(base, head, tmp_path / "other")
+
+
+def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
+    base = tiny_models.build("qwen3_moe", tmp_path / "base")
+    (base / "LICENSE").write_text("terms")
+    (base / "special_tokens_map.json").write_text("{}")
+    saved = adapted(base, tmp_path / "adapter", Adapter(rank=2))
+    template = saved / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# as trained #}")
+    out = tmp_path / "out"
+    merge(base, saved, out)
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "LICENSE", "README.md",
+    }  # fmt: skip
+    for name in ("config.json", "generation_config.json", "LICENSE"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(out).chat_template.endswith("{# as trained #}")
+    card = (out / "README.md").read_text()
+    assert "| Adapter | LoRA, rank 2, alpha 32 |" in card
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    assert not re.search("^license", card, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("mixtral")
+    base = tiny_models.build("mixtral", folder / "base")
+    return base, adapted(base, folder / "adapter", Adapter(rank=2))
+
+
+def test_out_is_new_and_there_is_room(
+    mixtral: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for out in (tmp_path / "folder", tmp_path / "link"):
+        out.mkdir() if out.name == "folder" else out.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(InvalidInput, match="a folder that does not exist yet"):
+            merge(*mixtral, out)
+    (tmp_path / ".linked.merging").symlink_to(tmp_path / "folder")
+    with pytest.raises(InvalidInput, match=r"\.linked\.merging is no link"):
+        merge(*mixtral, tmp_path / "linked")
+    size = (mixtral[0] / "model.safetensors").stat().st_size
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, size))
+    with pytest.raises(NoRoom, match=rf"needs [\d,]+ bytes, and its disk has {size:,} free; nothing was written"):
+        merge(*mixtral, tmp_path / "out")
+    assert not list((tmp_path / "folder").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "link", ".linked.merging"}
+
+
+KILLED = """
+import os, signal, sys
+from llama_stack_provider_moe.export.merge import merge
+merge(*sys.argv[1:4], shard_bytes=30_000, say=lambda line: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_kill_leaves_no_half_folder_and_the_next_merge_is_whole(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, mixtral), str(out)], check=False, timeout=300)
+    assert done.returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == [".out.merging"]
+
+    def stop(line: str) -> None:
+        with pytest.raises(InvalidInput, match="no other merge is making"):
+            merge(*mixtral, out)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(*mixtral, out, say=stop)
+    assert list(tmp_path.iterdir()) == []
+    report = merge(*mixtral, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert report.shards == 1
+    assert not [path for path in out.iterdir() if "-of-" in path.name]
+
+
+def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
+    """A checkpoint of 60 MB in several files; with what a process has anyhow taken off."""
+    total = synthetic.write_all(tmp_path, synthetic.Shape(layers=3, hidden=1024, inner=1536, experts=2))
+    assert total > 60e6
+    found = synthetic.in_another_process(tmp_path)
+    largest = max(entry.nbytes for entry in read_model(tmp_path / "full").values())
+    assert largest < total / 15
+    # The adapter's weights of a layer, and a piece of 1 MB: as read, in fp32, and as written.
+    assert found["peak_bytes_above_start"] < 4 * largest < total / 4
+    assert found["merged_tensors"] == 3 * (4 + 1 + 2 * 3)
+
+
+def test_command_line(mixtral: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(mixtral[0]), str(mixtral[1]), str(tmp_path / "out")]
+    assert main([*words, "--shard-size", "30KB", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["shards"] > 1
+    assert report["bytes"] == sum(entry.nbytes for entry in read_model(tmp_path / "out").values())
+    assert main(words) == 2
+    assert "out: " in capsys.readouterr().err
+    assert main([*words[:2], str(tmp_path / "new"), "--dtype", "int4"]) == 2
+    assert "dtype: 'int4' is not valid; expected one of bf16, fp16, fp32" in capsys.readouterr().err
+    assert main([words[0], str(tmp_path / "none"), str(tmp_path / "new")]) == 1
+    assert "adapter: there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "expected"), [("5GB", 5 * 10**9), ("300 kb", None), ("300kb", 300_000), ("7", 7)])
+def test_shard_size(text: str, expected: int | None) -> None:
+    if expected is None:
+        with pytest.raises(InvalidInput, match="--shard-size"):
+            shard_size(text)
+    else:
+        assert shard_size(text) == expected

@@ -46,9 +46,9 @@ def find_source(given: Path) -> Source:
     """
     if not given.is_dir():
         raise AdapterError(f"adapter: there is no folder {str(given)!r}")
-    # <job>/artifacts/adapter and <job>/checkpoints/<name>
-    job = next((JobFolder(root) for root in (given, given.resolve().parent.parent) if (root / "spec.json").is_file()),
-               None)  # fmt: skip
+    inside = given.resolve().parent
+    roots = [given, *([inside.parent] if inside.name in ("artifacts", "checkpoints") else [])]
+    job = next((JobFolder(root) for root in roots if (root / "spec.json").is_file()), None)
     if job is None:
         return Source(given)
     adapter = job.adapter if job.root == given else given
@@ -95,9 +95,10 @@ def model_card(base: str, source: Source, adapted: Mapping[str, int], config: An
         adapted: path of each target below a layer -> how many there are.
         config: the adapter's, as PEFT has it.
     """
-    name = Path(base).resolve().name if Path(base).is_dir() else base
+    is_folder = Path(base).is_dir()
+    name = Path(base).resolve().name if is_folder else base
     front = ["---", "library_name: transformers"]
-    if name == base:
+    if not is_folder:
         front.append(f"base_model: {json.dumps(base)}")
     lines = [
         *front, "---", "", f"# {_plain(name)}, fine-tuned", "",

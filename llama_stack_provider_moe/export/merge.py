@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = merge(
             given.base, given.adapter, given.out, given.dtype, shard_size(given.shard_size),
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            say=lambda line: None if given.json else print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     except MoeError as error:
         print(f"export merge: {error}", file=sys.stderr)

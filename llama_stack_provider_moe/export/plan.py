@@ -12,6 +12,8 @@ from llama_stack_provider_moe.export.places import Place, find_places
 from llama_stack_provider_moe.export.tensors import Entry, read_model
 from llama_stack_provider_moe.export.updates import Updates, read_biases
 
+_MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,6 +49,9 @@ def make_plan(folder: Path, adapter: Path, dtype: torch.dtype | None) -> Plan:
     for parameter in updates.parameters:
         names = made_of.get(parameter, [])
         _check_tiling(parameter, updates.shapes[parameter], {name: (places[name], shapes[name]) for name in names})
+        for name in names:
+            if disk[name].dtype not in _MERGED_DTYPES:
+                raise ModelError(f"base: {name} is stored as {disk[name].dtype}; expected 16 or 32 bits, not quantised")
     wanted = set(updates.parameters)
     biases: dict[str, Entry] = {}
     for parameter, bias in read_biases(adapter).items():

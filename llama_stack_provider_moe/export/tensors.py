@@ -26,7 +26,8 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20
+_SENT_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -174,7 +175,7 @@ def copy_bytes(entry: Entry, out: IO[bytes]) -> None:
     out.flush()
     with entry.file.open("rb", buffering=0) as file:
         while left:
-            sent = os.sendfile(out.fileno(), file.fileno(), start, min(left, _PIECE_BYTES))
+            sent = os.sendfile(out.fileno(), file.fileno(), start, min(left, _SENT_BYTES))
             if not sent:
                 raise ModelError(f"{entry.file}: ends within tensor {entry.name}")
             start, left = start + sent, left - sent
@@ -186,7 +187,7 @@ def append(tensor: Tensor, out: IO[bytes]) -> None:
 
 
 def pieces(entry: Entry, unit: int) -> Iterator[tuple[int, Tensor]]:
-    """First number, and numbers, of a tensor in pieces that are multiples of `unit` numbers, of a few MB each."""
+    """First number, and numbers, of a tensor in pieces that are multiples of `unit` numbers, of some 1 MB each."""
     total = prod(entry.shape)
     step = max(1, _PIECE_BYTES // (entry.dtype.itemsize * max(1, unit))) * max(1, unit)
     for first in range(0, total, step):

@@ -26,11 +26,13 @@ from llama_stack_provider_moe.export.tensors import Entry, read_header
 _KEPT = 2  # of one layer, the two fused weights take turns on disk
 # What a merge here makes of these settings is right; of any other that is set it might not be.
 _FOLLOWED = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size",
     "runtime_config",
 }  # fmt: skip
+# Which base it was trained on is told by names and shapes, not by where that lay.
+_UNREAD = {"base_model_name_or_path", "revision"}
 # These change only where training begins; pissa, olora, corda and loftq change the base as well.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -140,7 +142,7 @@ def read_config(folder: Path) -> LoraConfig:
     known = {field.name for field in fields(LoraConfig)}
     for name, value in told.items():
         is_default = not value or (name in known and value == getattr(plain, name))
-        if name in _FOLLOWED or is_default or (name == "init_lora_weights" and value in _PLAIN_STARTS):
+        if name in _FOLLOWED | _UNREAD or is_default or (name == "init_lora_weights" and value in _PLAIN_STARTS):
             continue
         why = " (DoRA scales whole rows of the weight; merge it in memory, with PEFT)" if name == "use_dora" else ""
         raise AdapterError(f"adapter: {name} {shorten(value)} can't be merged here{why}")
@@ -169,8 +171,8 @@ def _weights(folder: Path) -> dict[str, Entry]:
 def _adapted(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[str, Any]]:
     """Full name of each parameter that gets LoRA -> the name its LoRA is saved under, and its layer."""
     with warnings.catch_warnings(), torch.device("meta"):
-        # As in `experts.adapters`: peft 0.21 looks for parameters' names among modules.
-        warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
+        # peft 0.21 looks for parameters' names among modules, and warns of ties; what came of it is checked here.
+        warnings.simplefilter("ignore")
         try:
             adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
