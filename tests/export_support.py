@@ -37,7 +37,9 @@ def adapted(base: Path, out: Path, adapter: Adapter, **moe: Any) -> Path:
     layout = find_layout(model)
     resolved = resolve_moe(Moe(**moe), layout, full=False)
     shipped = apply_moe(model, layout, resolved)
-    peft_model = add_lora(model, adapter, layout, resolved).model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        peft_model = add_lora(model, adapter, layout, resolved).model
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

@@ -183,7 +183,7 @@ def test_upcycling_is_another_process(code: int, tmp_path: Path, monkeypatch: py
 def test_a_merge_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its report is the document that it prints."""
     interpreter = tmp_path / "python"
-    interpreter.write_text("#!/bin/sh\nprintf '{\"got\": \"%s\"}' \"$*\"\n")
+    interpreter.write_text('#!/bin/sh\nprintf \'{"got": "%s"}\' "$*"\n')
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
     done = moe_train("export", "merge", "BASE", "ADAPTER", "OUT", "--dtype", "bf16", "--json")
