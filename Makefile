@@ -41,6 +41,7 @@ bench: $(VENV)/.dev demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merge
 
 # Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.
 bench-gpu: $(VENV)/.dev

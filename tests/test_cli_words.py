@@ -180,6 +180,17 @@ def test_upcycling_is_another_process(code: int, tmp_path: Path, monkeypatch: py
         assert (done.out, done.error) == ("", {"message": got, "exit_code": code})
 
 
+def test_a_merge_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its report is the document that it prints."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\nprintf \'{"got": "%s"}\' "$*"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    done = moe_train("export", "merge", "BASE", "ADAPTER", "OUT", "--dtype", "bf16", "--json")
+    got = "-m llama_stack_provider_moe.export.merge BASE ADAPTER OUT --dtype bf16 --json"
+    assert (done.code, done.document, done.err) == (0, {"got": got}, "")
+
+
 def test_a_client_loads_nothing_that_is_slow() -> None:
     code = (
         "import sys\nfrom llama_stack_provider_moe.cli import main\nmain(['ls', '--json', '--url', 'nowhere'])\n"

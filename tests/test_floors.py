@@ -47,6 +47,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis"} | FOLDER,
     ),
+    "export": (LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"}, GROUND | {"experts", "export"} | FOLDER),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
 

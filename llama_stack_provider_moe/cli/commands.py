@@ -282,6 +282,23 @@ def evaluate(
     end(as_json, lambda screen: local.evaluate(screen, arguments or []))
 
 
+export = typer.Typer(help="What was trained, ready to serve; needs torch, no server.", no_args_is_help=True)
+app.add_typer(export, name="export")
+
+
+@export.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def merge(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="BASE ADAPTER OUT ...", help="--help lists them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge a LoRA adapter into its base, tensor by tensor, into a Hugging Face folder."""
+    end(as_json, lambda screen: local.export_merge(screen, arguments or []))
+
+
 @app.command()
 def supervisor(
     run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="The server's run YAML.")],

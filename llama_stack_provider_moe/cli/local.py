@@ -16,6 +16,7 @@ from llama_stack_provider_moe.errors import InvalidInput
 _UPCYCLE = "llama_stack_provider_moe.experts.upcycle"
 _ANALYZE_ROUTING = "llama_stack_provider_moe.analysis.routing"
 _EVAL = "llama_stack_provider_moe.evaluation.command"
+_EXPORT_MERGE = "llama_stack_provider_moe.export.merge"
 _NEEDED = ("torch", "transformers", "safetensors")
 _SAID_LIMIT = 4000  # characters
 
@@ -49,6 +50,11 @@ def analyze_routing(screen: Screen, arguments: list[str]) -> int:
 def evaluate(screen: Screen, arguments: list[str]) -> int:
     """Run `evaluation.command` with `arguments`; its exit code."""
     return _in_training_python(screen, _EVAL, [*arguments, *(["--json"] if screen.as_json else [])])
+
+
+def export_merge(screen: Screen, arguments: list[str]) -> int:
+    """Run `export.merge` with `arguments`; its exit code."""
+    return _in_training_python(screen, _EXPORT_MERGE, [*arguments, *(["--json"] if screen.as_json else [])])
 
 
 def _in_training_python(screen: Screen, module: str, arguments: list[str]) -> int:

@@ -136,7 +136,7 @@ def upcycle(
     """
     target = Path(out)
     _check(experts, top_k, router_std, expert_noise, target)
-    folder = _resolve(source)
+    folder = model_folder(source)
     config = AutoConfig.from_pretrained(folder)
     rule = _rule(config)
     files = _tensor_files(folder)
@@ -185,19 +185,20 @@ def _check(experts: int, top_k: int, router_std: float, expert_noise: float, out
         raise InvalidInput("out", str(out), "a folder that does not exist yet")
 
 
-def _resolve(source: str | Path) -> Path:
+def model_folder(source: str | Path, field: str = "source") -> Path:
+    """Where the model `source`, a folder or a hub id, lies on this machine; `field` is what errors call it."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"source: {folder} has no config.json, so it is no Hugging Face model folder")
+            raise ModelError(f"{field}: {folder} has no config.json, so it is no Hugging Face model folder")
         return folder
     try:
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except HFValidationError:
-        raise ModelError(f"source: {str(source)!r} is neither a folder nor a hub id") from None
+        raise ModelError(f"{field}: {str(source)!r} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"source: {str(source)!r} is no folder, and the hub did not give it: {error}") from error
+        raise ModelError(f"{field}: {str(source)!r} is no folder, and the hub did not give it: {error}") from error
 
 
 def _rule(config: Any) -> _Rule:
