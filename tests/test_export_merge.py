@@ -300,8 +300,9 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
     found = synthetic.in_another_process(tmp_path)
     largest = max(entry.nbytes for entry in read_model(tmp_path / "full").values())
     assert largest < total / 15
-    # The adapter's weights of a layer, and a piece of 1 MB: as read, in fp32, and as written.
-    assert found["peak_bytes_above_start"] < 4 * largest < total / 4
+    # A tensor as read, in fp32, and as written; and what allocator and libraries take beside it, whatever the size
+    # (7 to 15 MB in all were measured; loading the files whole takes more than they are long).
+    assert found["peak_bytes_above_start"] < 3 * largest + 8e6 < total / 3
     assert found["merged_tensors"] == 3 * (4 + 1 + 2 * 3)
 
 
