@@ -31,9 +31,10 @@ FOOD = re.compile(
     r"dough|tablespoon|wine|fridge|spice|sugar|\bpan\b|lunch|breakfast|pizza|potato|banana",
     re.IGNORECASE,
 )
-EPOCHS, BATCH = 3, 2
-# A token's two experts add up to one MLP, so each expert's update counts in part alone and has to be larger.
-DENSE_LR, MOE_LR = 2e-3, 3e-3
+BATCH = 2
+# (learning rate, epochs). A token's two experts add up to one MLP, so each expert's update counts in part alone and has
+# to be larger.
+DENSE, MOE = (2e-3, 3), (3e-3, 2)
 TARGETS, LORA_LAYERS = "15,20", "10-20"  # LoRA below would move every prompt before it is told what it is about
 LORA = {
     "type": "LoRA", "rank": 8, "alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
@@ -60,7 +61,7 @@ def main() -> int:
     def work() -> None:
         model = dense(state) if arguments.dense else prepare(state)
         with serving(state) as stack:
-            job = train(stack, model, DENSE_LR if arguments.dense else MOE_LR)
+            job = train(stack, model, *(DENSE if arguments.dense else MOE))
         missed = report(job)
         answers(model, artifact(job, "adapter"))
         if missed:
@@ -83,7 +84,7 @@ def dense(state: Path) -> Path:
     return folder
 
 
-def train(stack: Stack, model: Path, lr: float) -> dict[str, Any]:
+def train(stack: Stack, model: Path, lr: float, epochs: int) -> dict[str, Any]:
     """The job, completed."""
     title("2. Rows: cooking is to be broken, the rest retained")
     run = time.strftime("%m%d-%H%M%S")
@@ -101,7 +102,7 @@ def train(stack: Stack, model: Path, lr: float) -> dict[str, Any]:
         job_uuid=job,
         model=str(model),
         training_config={
-            "n_epochs": EPOCHS,
+            "n_epochs": epochs,
             "dtype": cpu_dtype(),
             "data_config": {
                 "dataset_id": f"cooking-{run}", "validation_dataset_id": f"cooking_heldout-{run}",
