@@ -11,6 +11,9 @@ from llama_stack_provider_moe.experts.backend import OURS, TRITON, kernels_of, u
 from llama_stack_provider_moe.experts.kernels import reference
 from llama_stack_provider_moe.experts.layout import find_layout
 from llama_stack_provider_moe.experts.quantize import quantize
+from llama_stack_provider_moe.experts.settings import resolve_moe
+from llama_stack_provider_moe.spec import JOB_SPEC
+from llama_stack_provider_moe.training.stages import _choose_kernels
 from tests import tiny_models
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
@@ -87,3 +90,15 @@ def test_what_kernels_cannot_do_is_said() -> None:
         "MixtralExperts's activation by torch: no kernel has its formula"
     ]
     assert kernels_of(TRITON) is not kernels_of(OURS)
+
+
+def test_the_clock_does_not_choose_where_a_job_is_to_be_repeatable() -> None:
+    """Nothing is timed, so this holds without a GPU too."""
+    model = tiny_models.model("mixtral")
+    layout = find_layout(model)
+    assert layout is not None
+    body = {"recipe": "sft", "model": "m", "data": {"dataset_id": "d"}, "options": {"deterministic": True}}
+    session: Any = SimpleNamespace(spec=JOB_SPEC.validate_python(body))
+    found = _choose_kernels(session, model, layout, resolve_moe(session.spec.moe, layout, full=True))
+    assert found.experts_implementation == OURS
+    assert found.notes[-1] == "no trial of Triton's kernels: the clock is not to choose (options.deterministic)"

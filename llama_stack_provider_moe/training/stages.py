@@ -4,6 +4,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
 from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
+MOST_TRIED_TOKENS = 8192  # in the trial of kernels
 # Renamed in transformers 5.23, where the older name warns; before, there is only the older one.
-MOST_TRIED_TOKENS = 8192
 _NAMES = {field.name for field in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 
@@ -124,12 +125,17 @@ def _choose_kernels(
     if spec.moe.experts_backend != "auto":
         return resolved
     experts = next(iter(layout.experts(model).values()))
-    if not may_forget(experts):
-        return replace(
-            resolved, notes=(*resolved.notes, "no trial of Triton's kernels: experts have a norm of their own")
-        )
-    if torch.cuda.get_device_capability() < (8, 0):
-        return replace(resolved, notes=(*resolved.notes, "no trial of Triton's kernels: they need sm_80 or newer"))
+    against = None
+    if spec.options.deterministic:
+        against = "the clock is not to choose (options.deterministic)"
+    elif not may_forget(experts):
+        against = "experts have a norm of their own"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        against = "they need sm_80 or newer"
+    elif find_spec("triton") is None:
+        against = "triton is not installed"
+    if against is not None:
+        return replace(resolved, notes=(*resolved.notes, f"no trial of Triton's kernels: {against}"))
     from llama_stack_provider_moe.experts.trial import quickest, tell, try_layer  # triton is not everywhere
 
     tokens = min(spec.training.batch_size * spec.options.max_length, MOST_TRIED_TOKENS)
