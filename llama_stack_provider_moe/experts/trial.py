@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -64,7 +65,7 @@ def try_layer(
     expected = run(first[1])
     trials = {first[0]: Trial(_time(lambda: run(first[1])))}
     for name, kernels in others:
-        trials[name] = _try(lambda kernels=kernels: run(kernels), expected)  # type: ignore[misc]
+        trials[name] = _try(partial(run, kernels), expected)
     return trials
 
 

@@ -228,7 +228,9 @@ def _product(
     weight_turned = weight_EOI.stride(2) != 1
 
     def run(tiles: Tiles) -> None:
-        table = schedule(groups, rows, tiles.rows)
+        if (rows, tiles.rows) not in groups.schedules:
+            groups.schedules[rows, tiles.rows] = schedule(groups, rows, tiles.rows)
+        table = groups.schedules[rows, tiles.rows]
         tiles_o = triton.cdiv(outputs, tiles.outputs)
         total = table.shape[0] * tiles_o
         described = tiles.descriptors and weight_described

@@ -6,7 +6,7 @@ expert gets differs from step to step, so nearly every product is of a new shape
 rows are filled up to one of few counts, `bucket`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,10 +23,12 @@ class Groups:
     Attributes:
         ends_E: int32, on the device of the rows.
         partial: there may be rows after the last end, which belong to no expert; products give zeros for them.
+        schedules: by (rows, rows of a tile), what `grouped.schedule` made; forward and backward cut rows up alike.
     """
 
     ends_E: Tensor
     partial: bool = False
+    schedules: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:

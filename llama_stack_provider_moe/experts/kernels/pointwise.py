@@ -97,7 +97,7 @@ def _gated_backward(
 
 @triton.jit
 def _weighted_sum(
-    rows, places, weights, out, tokens, all_rows, width,
+    rows, places, weights, out, all_rows, width,
     CHOICES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -152,6 +152,6 @@ def weighted_sum(rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = Non
     if tokens:
         _weighted_sum[(tokens, triton.cdiv(width, block))](
             rows_SD, found.places_TK, rows_SD if weights_TK is None else weights_TK.contiguous(), out_TD,
-            tokens, rows_SD.shape[0], width, CHOICES=choices, HAS_WEIGHTS=weights_TK is not None, BLOCK_D=block,
+            rows_SD.shape[0], width, CHOICES=choices, HAS_WEIGHTS=weights_TK is not None, BLOCK_D=block,
         )  # fmt: skip
     return out_TD
