@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
@@ -30,6 +30,7 @@ from llama_stack_provider_moe.spec import (
     ExpertRule,
     FromAnalysis,
     Gate,
+    JobDefaults,
     MixedData,
     MLflow,
     Moe,
@@ -47,7 +48,7 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
-from llama_stack_provider_moe.spec.adapter import MAX_RANK
+from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 
 README = Path(__file__).parent.parent / "README.md"
@@ -72,6 +73,8 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
     ("`eval`", "eval.", SafetyEvaluation, set()),
+    ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
+    ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`resources`", "resources.", Resources, set()),
@@ -92,6 +95,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
+    ("Server: `defaults:`", "defaults.", JobDefaults, set()),
 ]
 
 
@@ -127,7 +131,7 @@ def allowed(field: FieldInfo) -> str:
             return "a list of blocks, which follow"
     if get_origin(annotation) is dict:
         key, value = get_args(annotation)
-        if value is str:
+        if value in (str, Any):
             return ""
         groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"

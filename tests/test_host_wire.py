@@ -218,6 +218,40 @@ def test_server_defaults_lie_beneath() -> None:
     assert JOB_SPEC.validate_python(JobDefaults().under(draft(sft()).body)).adapter is None
 
 
+def test_a_servers_default_evaluation() -> None:
+    """Naming sets it measures every job but those that say null; without any it says how, not whether."""
+    sets = {"retain_dataset_id": "kept", "fail_if": {"capability_drop": 0.02}}
+    always, how = JobDefaults(eval=sets), JobDefaults(eval={"max_new_tokens": 9, "fail_if": {"refusal_drop": 0.5}})
+
+    def evaluation(defaults: JobDefaults, body: dict[str, Any]) -> Any:
+        return JOB_SPEC.validate_python(defaults.under(draft(body).body)).eval
+
+    assert evaluation(always, sft()).fail_if.capability_drop == 0.02
+    assert evaluation(always, dpo()).retain_dataset_id == "kept"
+    assert evaluation(always, sft(eval=None)) is None
+    own = evaluation(always, sft(eval={"retain_dataset_id": "mine", "refuse_dataset_id": "no"}))
+    assert (own.retain_dataset_id, own.refuse_dataset_id, own.fail_if.capability_drop) == ("mine", "no", 0.02)
+    assert evaluation(how, sft()) is None
+    assert evaluation(how, sft(eval={"refuse_dataset_id": "no"})).max_new_tokens == 9
+    analysis = {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "x", "b": "y"}}}
+    assert always.under(analysis) == analysis
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "expected"),
+    [
+        ({"max_rows": 0}, "max_rows"),
+        ({"maximum": 3}, "maximum"),
+        ({"retain_dataset_id": "kept", "fail_if": {"refusal_drop": 0.1}}, "eval.fail_if.refusal_drop: needs eval.ref"),
+        ({"masked_experts": {"0": "1"}}, "defaults.eval.masked_experts: is of one model's experts"),
+        ({"masked_from_analysis": {"job": "a", "set": "b", "top": 1}}, "defaults.eval.masked_from_analysis: is of one"),
+    ],
+)
+def test_a_wrong_default_evaluation_stops_the_server(evaluation: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        JobDefaults(eval=evaluation)
+
+
 def test_adapter_beside_algorithm_config_is_their_union() -> None:
     made = draft(sft(algorithm_config=LORA | {"type": "LoRA"}, adapter={"dropout": 0.5, "rank": 8}))
     assert made.body["adapter"] == LORA | {"dropout": 0.5}

@@ -122,6 +122,8 @@ def draft(request: SupervisedFineTuneRequest | PreferenceOptimizeRequest) -> Dra
     if "model" not in body:
         raise InvalidInput("model", None, "a hub id, or a folder under an allowed root; this server has no default")
     _add_adapter(body, given)
+    if given.get("eval", {}) is None:  # ours, not the API's: null is a choice, against the server's default
+        body["eval"] = None
     return Draft(body, names)
 
 

@@ -8,7 +8,8 @@ from llama_stack_provider_moe.host.convert import Draft
 from llama_stack_provider_moe.host.explain import invalid_body
 from llama_stack_provider_moe.jobs.record import Job
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter
+from llama_stack_provider_moe.spec import Adapter, SafetyEvaluation
+from llama_stack_provider_moe.spec.evaluation import resolve_masks
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, resolve_adapter
 
 REPORT_LIMIT_BYTES = 256 << 20  # some 60 layers of 1,024 experts on 16 sets
@@ -30,6 +31,15 @@ def with_experts(adapter: Adapter, job: Job, request: Draft) -> Adapter:
         return resolve_adapter(adapter, routing_report(job, f"{field}.job"), field)
     except ValidationError as error:  # more rules than an adapter may have
         raise invalid_body(error.errors(), Adapter, lambda path: request.name(f"adapter.{path}")) from None
+
+
+def with_masks(asked: SafetyEvaluation, job: Job, request: Draft) -> SafetyEvaluation:
+    """`asked` with the experts of its `masked_from_analysis`, which `job` found; arguments and errors as above."""
+    field = request.name("eval.masked_from_analysis")
+    try:
+        return resolve_masks(asked, routing_report(job, f"{field}.job"), field)
+    except ValidationError as error:  # masks of a layer that are too long a text
+        raise invalid_body(error.errors(), SafetyEvaluation, lambda path: request.name(f"eval.{path}")) from None
 
 
 def routing_report(job: Job, field: str) -> RoutingReport:

@@ -42,7 +42,7 @@ from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
-from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, RoutingAnalysisSpec, SafetyEvaluation
 
 ANONYMOUS = "anonymous"
 STALE_STAGING_S = 24 * 3600
@@ -173,12 +173,21 @@ class PostTrainingService:
             places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
                 spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
             )
-        if spec.eval is not None and spec.eval.judge.model is not None:
-            field = request.name("eval.judge.model")
-            model = places.resolve_model(spec.eval.judge.model, field, self.config, may_use_job)
-            judge = spec.eval.judge.model_copy(update={"model": model})
-            places_found["eval"] = spec.eval.model_copy(update={"judge": judge})
+        if spec.eval is not None:
+            places_found["eval"] = self._evaluation_placed(request, spec.eval, may_use_job, whose)
         return spec.model_copy(update=places_found)
+
+    def _evaluation_placed(
+        self, request: Draft, asked: SafetyEvaluation, may_use_job: Callable[[str], None], whose: str | None
+    ) -> SafetyEvaluation:
+        if asked.masked_from_analysis is not None:
+            job = self.store.get(asked.masked_from_analysis.job, whose)
+            asked = reports.with_masks(asked, job, request)
+        if asked.judge.model is None:
+            return asked
+        field = request.name("eval.judge.model")
+        model = places.resolve_model(asked.judge.model, field, self.config, may_use_job)
+        return asked.model_copy(update={"judge": asked.judge.model_copy(update={"model": model})})
 
     def _must_be_free(self, job_id: str) -> None:
         try:

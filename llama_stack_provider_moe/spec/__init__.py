@@ -32,6 +32,7 @@ from llama_stack_provider_moe.spec.blocks import (
     ranges,
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
+from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.moe import (
     LoadBalancing,
@@ -351,47 +352,3 @@ TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
 JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec, Discriminator("recipe")]
 JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]
-
-
-class JobDefaults(Block):
-    """A server's own defaults for jobs: any part of these blocks; a job's own values go before them."""
-
-    training: dict[str, Any] = Field(default_factory=dict, description="Parts of `training`.")
-    optimizer: dict[str, Any] = Field(default_factory=dict, description="Parts of `optimizer`.")
-    efficiency: dict[str, Any] = Field(default_factory=dict, description="Parts of `efficiency`.")
-    adapter: dict[str, Any] | None = Field(
-        default=None, description="Parts of `adapter`; given, jobs that name no adapter get this one."
-    )
-    moe: dict[str, Any] = Field(default_factory=dict, description="Parts of `moe`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Parts of `options`.")
-    trackers: dict[str, Any] = Field(
-        default_factory=dict, description="Parts of `trackers`; a job turns one off with null."
-    )
-
-    @model_validator(mode="after")
-    def _each_part_is_valid(self) -> "JobDefaults":
-        # A typing error in a run YAML must stop the server at its start, not the first job at night.
-        blocks: dict[str, type[Block]] = {
-            "training": Training, "optimizer": Optimizer, "efficiency": Efficiency,
-            "adapter": Adapter, "moe": Moe, "options": Options, "trackers": Trackers,
-        }  # fmt: skip
-        for name, block in blocks.items():
-            block.model_validate(getattr(self, name) or {})
-        return self
-
-    def under(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` of a job with these defaults beneath it, block by block; `body` itself is left as it is.
-
-        `"adapter": null` in a body is a choice (train all weights) and stays null.
-        """
-        merged = dict(body)
-        analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
-        for name in type(self).model_fields:
-            defaults = getattr(self, name)
-            if body.get("recipe") == "routing_analysis":  # which has few of the blocks, and few of their fields
-                known = analysis[name].model_fields if name in analysis else {}
-                defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
-            given = body.get(name, {} if defaults is not None else None)
-            if isinstance(given, dict) and defaults:
-                merged[name] = {**defaults, **given}
-        return merged

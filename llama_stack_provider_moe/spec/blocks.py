@@ -18,11 +18,21 @@ def numbers(text: str) -> Iterator[int]:
     Raises:
         ValueError: a range ends before it begins.
     """
+    for first, last in spans(text):
+        yield from range(first, last + 1)
+
+
+def spans(text: str) -> Iterator[tuple[int, int]]:
+    """`0-3,7` -> (0, 3), (7, 7).
+
+    Raises:
+        ValueError: a range ends before it begins.
+    """
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise ValueError(f"range {part!r} ends before it begins")
-        yield from range(int(first), int(last or first) + 1)
+        yield int(first), int(last or first)
 
 
 def ranges(ascending: Iterable[int]) -> list[str]:

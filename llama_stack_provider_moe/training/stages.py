@@ -41,7 +41,7 @@ from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import find_resume
+from llama_stack_provider_moe.training.resume import Resume, find_resume
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -211,21 +211,35 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     """Train, from a checkpoint where there is one, and save what is left at the end."""
     resume = find_resume(session)
     assessment = None if session.spec.eval is None else Assessment(session, trainer.model, base.tokenizer, base.layout)
-    if assessment is not None:
-        assessment.before()
+    early = None if assessment is None else assessment.before()
     trackers = OpenTrackers(session, 0 if resume is None else resume.step)
+    finished = False
+    try:
+        if early is not None and (resume is None or resume.step == 0):  # else an earlier start has told them
+            trackers.tell(early)
+        manifest = _fit(session, base, trainer, foreseen_steps, resume, assessment, trackers)
+        finished = True
+        return manifest
+    finally:
+        trackers.close(finished)  # as the job ends: one that its gate fails has not finished there either
+
+
+def _fit(
+    session: AnySession,
+    base: Base,
+    trainer: RecordingTrainer,
+    foreseen_steps: int,
+    resume: Resume | None,
+    assessment: Assessment | None,
+    trackers: OpenTrackers,
+) -> Manifest:
     reporter = Reporter(session, trainer, trackers, resume)
     saver = Saver(session, trainer, reporter, resume)
     for callback in (reporter, saver):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    finished = False
-    try:
-        with suppress(Enough):
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-        finished = True
-    finally:
-        trackers.close(finished)
+    with suppress(Enough):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
     assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"
     last = saver.artifacts[-1]
@@ -238,8 +252,9 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
-        artifact, report = assessment.after(last.epoch, last.step)
+        artifact, report, late = assessment.after(last.epoch, last.step)
         artifacts.append(artifact)
+        trackers.tell(late)
     session.events.append(Finished(train_seconds=train_seconds, stopped_by=stopped_by))
     artifacts += _save_merged(session, base, trainer, last)
     shutil.rmtree(session.cache)
