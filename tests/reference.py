@@ -28,6 +28,8 @@ from llama_stack_provider_moe.spec import (
     DPOSpec,
     Efficiency,
     ExpertRule,
+    Exports,
+    ExportSpec,
     FromAnalysis,
     Gate,
     MixedData,
@@ -49,6 +51,7 @@ from llama_stack_provider_moe.spec import (
 )
 from llama_stack_provider_moe.spec.adapter import MAX_RANK
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
@@ -74,6 +77,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval`", "eval.", SafetyEvaluation, set()),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
+    ("`export`", "export.", Exports, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
@@ -89,6 +93,12 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`analysis`", "analysis.", Analysis, set()),
     ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
     ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
+    (
+        "Export jobs: `job_uuid`, `resources` and `export` as above, and",
+        "",
+        ExportSpec,
+        {"job_uuid", "resources", "export"},
+    ),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
@@ -111,7 +121,7 @@ def default(field: FieldInfo) -> str:
         return "see below"
     if value == sys.executable:
         return "the server's"
-    if value is None:
+    if value is None or value == "":
         return "-"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{text}`"
@@ -133,6 +143,8 @@ def allowed(field: FieldInfo) -> str:
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
         return "numbers and ranges"
+    if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
+        return "at least `1KB`"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}

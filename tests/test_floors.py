@@ -21,7 +21,7 @@ GROUND = {"errors", "spec", "config", "datarows"}
 
 # room (longest prefix wins) -> third parties it may import, modules of ours it may import
 # What reads and writes a job's folder, where the towers meet; the store is not among it.
-FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index"}
+FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index", "jobs.exports"}
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     **{room: ({"pydantic"}, GROUND) for room in GROUND},
     "jobs": ({"pydantic", "sqlalchemy", "alembic"}, GROUND | {"jobs"}),
@@ -45,7 +45,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},
-        GROUND | {"experts", "losses", "training", "analysis"} | FOLDER,
+        GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,
     ),
     "export": (LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"}, GROUND | {"experts", "export"} | FOLDER),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),

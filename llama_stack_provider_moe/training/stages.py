@@ -36,10 +36,10 @@ from llama_stack_provider_moe.experts.settings import (
 )
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.jobs.events import Finished, Saved
-from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifest
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
-from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
+from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
 from llama_stack_provider_moe.training.resume import find_resume
 from llama_stack_provider_moe.training.saver import Enough, Saver
@@ -255,7 +255,7 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
 
 
 def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
-    kind: Kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
     return _keep(session, base, kind, trainer.model, last)
 
 
@@ -270,7 +270,9 @@ def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, las
     return [_keep(session, base, "merged", merge(trainer.model), last)]
 
 
-def _keep(session: AnySession, base: Base, kind: Kind, model: PreTrainedModel | PeftModel, last: Artifact) -> Artifact:
+def _keep(
+    session: AnySession, base: Base, kind: ArtifactKind, model: PreTrainedModel | PeftModel, last: Artifact
+) -> Artifact:
     target = session.folder.artifacts / kind
     save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)

@@ -1,0 +1,85 @@
+"""The `export` block, what a job leaves that is ready to serve, and the job that makes it: recipe `export`."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block, Resources
+from llama_stack_provider_moe.spec.sources import RowSource
+
+MergedDType = Literal["bf16", "fp16", "fp32"]
+SHARD_PATTERN = r"^(\d{1,15})(KB|MB|GB)?$"
+_UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def shard_bytes(text: str) -> int:
+    """`5GB` -> 5000000000.
+
+    Raises:
+        ValueError: it is no number of bytes.
+    """
+    match = re.fullmatch(SHARD_PATTERN, text)
+    if match is None:
+        raise ValueError(f"{text!r} is no number of bytes")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+class Exports(Block):
+    """What is made of a trained model; at least one thing."""
+
+    merged: bool = Field(default=False, description="Base plus adapter as one Hugging Face folder.")
+    dtype: MergedDType | None = Field(
+        default=None, description="Of the merged model's matrices; left out: the base's. Of jobs with an adapter."
+    )
+    shard_size: str = Field(
+        default="5GB", pattern=SHARD_PATTERN, description="Most bytes of one of its files; KB, MB and GB are known."
+    )
+
+    @field_validator("shard_size", mode="after")
+    @classmethod
+    def _at_least_a_kilobyte(cls, text: str) -> str:
+        if shard_bytes(text) < 1000:
+            raise ValueError(f"{text!r} is not valid; expected at least 1KB")
+        return text
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "Exports":
+        if not self.merged:
+            raise ValueError("nothing is asked for; expected merged: true")
+        return self
+
+    def check_without_adapter(self, prefix: str) -> None:
+        """Raise ValueError where something is asked for that only a model with an adapter has.
+
+        Args:
+            prefix: of the fields' names in the error.
+        """
+        if self.dtype is not None:
+            raise ValueError(
+                f"{prefix}dtype: {self.dtype!r} is for the merging of an adapter; all weights were trained, and "
+                "artifacts/model is the whole model, in the dtype of its training"
+            )
+
+
+class ExportSpec(Block):
+    """Makes exports of what a completed job has trained."""
+
+    recipe: Literal["export"] = Field(description="Exports of what a completed job has trained.")
+    job_uuid: str | None = Field(
+        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
+    )
+    of: str = Field(pattern=JOB_ID_PATTERN, description="The training job: one of the caller's, completed.")
+    model: str = Field(
+        default="", max_length=1024, description="The model that it trained: filled in, never to be given."
+    )
+    export: Exports = Field(description="A block; its fields follow.")
+    resources: Resources = Field(default_factory=Resources)
+
+    def resolved(self) -> "ExportSpec":
+        """The same, with what is left to be decided."""
+        return self
+
+    def row_sources(self) -> list[RowSource]:
+        """None: no rows are read."""
+        return []
