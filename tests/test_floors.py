@@ -41,13 +41,17 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
     "training": (
         LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
-        GROUND | {"experts", "losses", "training", "evaluation"} | FOLDER,
+        # Of exports the one file that training leaves for them.
+        GROUND | {"experts", "losses", "training", "evaluation", "export.probe"} | FOLDER,
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,
     ),
-    "export": (LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"}, GROUND | {"experts", "export"} | FOLDER),
+    "export": (
+        LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"},
+        GROUND | {"experts", "export", "training.loader"} | FOLDER,
+    ),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
 

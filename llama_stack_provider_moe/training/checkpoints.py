@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.experts.adapters import expert_ranks
 from llama_stack_provider_moe.experts.steering import Steering
+from llama_stack_provider_moe.export.probe import PROBE, Probe
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
@@ -106,11 +107,14 @@ def save(
     as_shipped: AbstractContextManager[None],
     step: int,
     steering: Steering | None = None,
+    probe: Probe | None = None,
 ) -> Path:
-    """`write`, whole or not at all; `step`: optimiser steps taken."""
+    """`write`, whole or not at all; `step`: optimiser steps taken; `probe`: what the model says, to lie beside it."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
     write(model, tokenizer, written, as_shipped, steering)
+    if probe is not None:
+        (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
     return publish(written, final, step)
 
 

@@ -61,6 +61,11 @@ def load_beside(
     return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
+def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel:
+    """A model as anybody loads it, in evaluation mode; no tokenizer."""
+    return load_weights(name, _config(name), DTYPES[dtype], device).eval()
+
+
 def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The weights that the job names, in its dtype."""
     return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
