@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_stack_provider_moe.errors import ExportError
 from llama_stack_provider_moe.export import merge as merging
+from llama_stack_provider_moe.export.load_check import NotRecorded
 from llama_stack_provider_moe.jobs import events
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, verify_files
 from llama_stack_provider_moe.jobs.exports import StepState, read_steps
@@ -45,7 +46,8 @@ def asked(of: Run, name: str, **block: Any) -> JobFolder:
     shutil.rmtree(folder.root, ignore_errors=True)
     folder.root.mkdir()
     model = of.folder.read_spec().model
-    body = {"recipe": "export", "job_uuid": name, "of": of.folder.root.name, "model": model, "export": block}
+    export = {"load_check": False} | block  # which loads models in another process, some 10 CPU-seconds each
+    body = {"recipe": "export", "job_uuid": name, "of": of.folder.root.name, "model": model, "export": export}
     write_atomic(folder.spec, JOB_SPEC.validate_python(body))
     return folder
 
@@ -86,6 +88,48 @@ def test_what_is_merged_does_what_the_adapter_does(trained: Run) -> None:
     assert [(each.step, each.state) for each in events.read(folder.events).events if each.type == "export"] == [
         ("merged", "in_progress"), ("merged", "completed"),
     ]  # fmt: skip
+
+
+def test_what_is_listed_was_loaded_again_and_compared(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = asked(trained, "compared", merged=True, load_check=True)
+    assert done(folder) == COMPLETED, reason(folder)
+    checked, merged = read_steps(folder)
+    assert (checked.name, merged.name) == ("load_check", "merged")
+    assert checked.figures is not None
+    assert checked.figures["tensors"] > 0
+    assert checked.figures["as_trained"]["share"] <= checked.figures["as_trained_tolerance"]
+    (artifact,) = saved_artifacts(folder)
+    assert artifact.verification == merged.figures
+    assert artifact.verification is not None
+    assert artifact.verification["gap"]["share"] <= artifact.verification["tolerance"]
+
+    def merge(base: str, adapter: Path, out: Path, *_: Any, **__: Any) -> Any:
+        # A merge that forgets the adapter, in the place where the real one puts its folder.
+        report = merging.merge(base, adapter, out)
+        shutil.copyfile(Path(base) / "model.safetensors", out / "model.safetensors")
+        return report
+
+    wrong = asked(trained, "wrong", merged=True, load_check=True)
+    with monkeypatch.context() as during:
+        during.setattr(recipe, "merge", merge)
+        during.setattr(recipe, "load_check", lambda *_: Step("load_check", Done))
+        assert done(wrong) == FAILED
+    assert "does not say what the adapter on its base says" in reason(wrong)
+    assert saved_artifacts(wrong) == ()
+    assert list(wrong.artifacts.iterdir()) == []
+
+
+def test_what_was_never_recorded_is_skipped_and_fails_nothing(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any) -> Any:
+        raise NotRecorded("of an earlier version")
+
+    folder = asked(trained, "unrecorded", merged=True, load_check=True)
+    with monkeypatch.context() as during:
+        during.setattr(recipe, "compare", nothing)
+        assert done(folder) == COMPLETED
+    checked, merged = read_steps(folder)
+    assert (checked.state, checked.reason) == (StepState.SKIPPED, "of an earlier version")
+    assert "not compared with the adapter: of an earlier version" in str(merged.note)
 
 
 def test_over_four_bits_it_is_the_16_bit_base_that_is_merged(workshop: Workshop) -> None:

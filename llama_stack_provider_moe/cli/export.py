@@ -39,6 +39,9 @@ def job(
         str | None, typer.Option(metavar="bf16|fp16|fp32", help="Of the merged matrices; default: as in the base.")
     ] = None,
     shard_size: Annotated[str | None, typer.Option(metavar="5GB", help="Most bytes of one of its files.")] = None,
+    no_load_check: Annotated[
+        bool, typer.Option("--no-load-check", help="Compare no logits: it takes the memory of the model.")
+    ] = False,
     follow: Annotated[
         bool, typer.Option("--follow", "--wait", help="Stay until it has ended, and end as it ends.")
     ] = False,
@@ -49,7 +52,12 @@ def job(
     """Have the server export what a completed job has trained; `export JOB` alone does the same."""
     from llama_stack_provider_moe.cli import commands  # which adds this group to its own
 
-    stated = {"merged": merged or None, "dtype": dtype, "shard_size": shard_size}
+    stated = {
+        "merged": merged or None,
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "load_check": False if no_load_check else None,
+    }
     body = {name: value for name, value in stated.items() if value is not None}
 
     def act(server: Server, screen: Screen) -> Exit:
@@ -67,6 +75,22 @@ def job(
         return Exit.OK
 
     commands.run(commands.Where(url, key), as_json, act)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def check(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="JOBFOLDER|ADAPTER [--base ...] [--merged FOLDER]", help="--help lists them."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Load what a job saved in a fresh process, and compare its logits with those recorded at the end of training."""
+    from llama_stack_provider_moe.cli import commands
+
+    commands.end(as_json, lambda screen: local.export_check(screen, arguments or []))
 
 
 @app.command(

@@ -36,6 +36,11 @@ class Exports(Block):
         default="5GB", pattern=SHARD_PATTERN, description="Most bytes of one of its files; KB, MB and GB are known."
     )
 
+    load_check: bool = Field(
+        default=True,
+        description="Load what was trained, and what was merged, and compare the logits; takes a model's memory.",
+    )
+
     @field_validator("shard_size", mode="after")
     @classmethod
     def _at_least_a_kilobyte(cls, text: str) -> str:
@@ -77,8 +82,10 @@ class ExportSpec(Block):
     resources: Resources = Field(default_factory=Resources)
 
     def resolved(self) -> "ExportSpec":
-        """The same, with what is left to be decided."""
-        return self
+        """The same, with what is left to be decided: who loads no model needs no GPU."""
+        if self.export.load_check or self.resources.gpus is not None:
+            return self
+        return self.model_copy(update={"resources": self.resources.model_copy(update={"gpus": 0})})
 
     def row_sources(self) -> list[RowSource]:
         """None: no rows are read."""

@@ -12,16 +12,18 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.errors import CheckpointError, NoRoom
+from llama_stack_provider_moe.export.alone import compare
+from llama_stack_provider_moe.export.load_check import NotRecorded
 from llama_stack_provider_moe.export.merge import bytes_needed, merge
 from llama_stack_provider_moe.jobs.checkpoint_index import verify_files
 from llama_stack_provider_moe.jobs.events import Finished, Plan, Resumed
-from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder, Manifest, write_atomic
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import ExportSpec
 from llama_stack_provider_moe.spec.exports import shard_bytes
 from llama_stack_provider_moe.training.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.training.session import Session
-from llama_stack_provider_moe.training.steps import Done, Step, Steps, clear_unfinished
+from llama_stack_provider_moe.training.steps import Done, Skipped, Step, Steps, clear_unfinished
 
 _JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
@@ -105,7 +107,25 @@ def check_room(folder: Path, needed: int) -> None:
 
 def plan(session: Session[ExportSpec], trained: Trained) -> list[Step]:
     """What is to be done, each after what it needs."""
-    return [merged(session, trained)]
+    asked = session.spec.export
+    steps = [load_check(session, trained)] if asked.load_check else []
+    return [*steps, merged(session, trained)]
+
+
+def load_check(session: Session[ExportSpec], trained: Trained) -> Step:
+    """What lies on the disk, loaded anew, says what the trained model said at the end of its training."""
+
+    def run() -> Done:
+        try:
+            if trained.is_adapter:
+                answer = compare("adapter", trained.folder, session.spec.model)
+            else:
+                answer = compare("model", trained.folder)
+        except NotRecorded as error:
+            raise Skipped(str(error)) from None
+        return Done(note=answer.text, figures=answer.figures)
+
+    return Step("load_check", run)
 
 
 def merged(session: Session[ExportSpec], trained: Trained) -> Step:
@@ -123,13 +143,17 @@ def merged(session: Session[ExportSpec], trained: Trained) -> Step:
             spec.model, trained.folder, written, asked.dtype, shard_bytes(asked.shard_size),
             say=lambda line: print(f"  {line}", flush=True),
         )  # fmt: skip
-        publish(written, target, trained.entry.step)
         note = (
             f"{report.merged} of {report.merged + report.replaced + report.copied} tensors merged, "
             f"{report.parameters:,} parameters in {report.shards} file(s), "
             f"{report.bytes / 1e6 / report.seconds:,.0f} MB/s"
         )
-        return Done(listed(session, trained, target) if asked.merged else None, note)
+        figures = None
+        if asked.load_check:
+            figures, told = compare_merged(written, trained, spec.model)
+            note = f"{note}; {told}"
+        publish(written, target, trained.entry.step)
+        return Done(listed(session, trained, target, "merged", figures) if asked.merged else None, note, figures)
 
     return Step(
         "merged", make, leaves=[target], lasts=asked.merged,
@@ -137,7 +161,29 @@ def merged(session: Session[ExportSpec], trained: Trained) -> Step:
     )  # fmt: skip
 
 
-def listed(session: Session[ExportSpec], trained: Trained, folder: Path) -> Artifact:
+def compare_merged(folder: Path, trained: Trained, base: str) -> tuple[dict[str, Any] | None, str]:
+    """Logits of a merged folder beside those of the adapter on its base: figures, and what to say of them.
+
+    Raises:
+        ExportError: they differ by more than rounding; nothing of the folder is to be listed.
+    """
+    try:
+        return compare("merged", folder, trained.folder, base)
+    except NotRecorded as error:
+        return None, f"not compared with the adapter: {error}"
+    except BaseException:
+        remove(folder)
+        raise
+
+
+def listed(
+    session: Session[ExportSpec],
+    trained: Trained,
+    folder: Path,
+    kind: ArtifactKind,
+    verification: dict[str, Any] | None,
+) -> Artifact:
     """The entry of a finished folder, with what training measured of the weights that are in it."""
     entry = trained.entry
-    return describe(session.job_uuid, "merged", folder, entry.epoch, entry.step, entry.metrics)
+    made = describe(session.job_uuid, kind, folder, entry.epoch, entry.step, entry.metrics)
+    return made.model_copy(update={"verification": verification})
