@@ -16,7 +16,8 @@
         ├── LayoutError                a Mixture-of-Experts model whose parts were not all found
         ├── AdapterError               an adapter was asked for somewhere it can't go
         ├── DataError                  rows are well-formed, but can't be trained on as asked
-        └── CheckpointError            a checkpoint is missing, incomplete or of another job
+        ├── CheckpointError            a checkpoint is missing, incomplete or of another job
+        └── ExportError                what was trained could not be exported, or a file does not do as the model does
 
 `status` is the HTTP code a host answers with; `host.routes` reads it and nothing else.
 """
@@ -161,6 +162,10 @@ class DataError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint is missing, incomplete or of another job."""
+
+
+class ExportError(TrainingError):
+    """What was trained could not be exported as asked, or an exported file does not do what the model does."""
 
 
 def shorten(value: object, limit: int = 80) -> str:
