@@ -29,9 +29,9 @@ HEADERS = (
 )
 INSTRUCT = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.first and sys is defined %}{{ sys + '\n\n' }}{% endif %}{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+    "{% if loop.first and sys is defined %}{{ sys + '\n\n' }}{% endif %}{{ m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
