@@ -1,6 +1,7 @@
 """`moe-train`, the face to a person and to scripts: a client of a running server, and the supervisor by hand.
 
     commands    what can be typed
+    gguf        `moe-train export setup` and `gguf`
     template    FILE and --set -> the body of a job
     server      the API over HTTP
     sse         server-sent events out of lines

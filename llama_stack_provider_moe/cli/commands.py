@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from llama_stack_provider_moe.cli import local, report, show
+from llama_stack_provider_moe.cli import gguf, local, report, show
 from llama_stack_provider_moe.cli.exits import OUTCOMES, Exit, exit_of
 from llama_stack_provider_moe.cli.follow import Follower
 from llama_stack_provider_moe.cli.pull import Puller
@@ -284,6 +284,7 @@ def evaluate(
 
 export = typer.Typer(help="What was trained, ready to serve; needs torch, no server.", no_args_is_help=True)
 app.add_typer(export, name="export")
+gguf.register(export)
 
 
 @export.command(
