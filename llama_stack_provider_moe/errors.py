@@ -9,6 +9,7 @@
     ├── Conflict                  409  the job's state, or its name, does not allow it
     ├── NoRoom                    507  the server's disk is full
     ├── NotOffered                501  part of the API that this provider does not implement
+    ├── NoToolchain               501  llama.cpp, which GGUF files need, is not on this machine
     ├── ServerRefused                  raised by the command line: a server's own refusal
     ├── ServerLost                     raised by the command line: no server, or one that stopped answering
     └── TrainingError             500  raised in the training process; ends a job as `failed`
@@ -110,6 +111,12 @@ class NoRoom(MoeError):
 
 class NotOffered(MoeError):
     """Part of the API that this provider does not implement."""
+
+    status = 501
+
+
+class NoToolchain(MoeError):
+    """llama.cpp's converter or library is not on this machine; the text names the command that installs it."""
 
     status = 501
 

@@ -17,7 +17,7 @@ LEARNING = {
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors",
     "tokenizers", "huggingface_hub", "numpy", "jinja2", "psutil", "triton",
 }  # fmt: skip
-GROUND = {"errors", "spec", "config", "datarows"}
+GROUND = {"errors", "spec", "config", "datarows", "llama_cpp"}
 
 # room (longest prefix wins) -> third parties it may import, modules of ours it may import
 # What reads and writes a job's folder, where the towers meet; the store is not among it.

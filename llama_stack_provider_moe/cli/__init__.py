@@ -3,6 +3,7 @@
     commands    what can be typed
     options     what most commands have
     export      `moe-train export`: of a job, or here
+    gguf        `moe-train export setup` and `gguf`
     template    FILE and --set -> the body of a job
     server      the API over HTTP
     sse         server-sent events out of lines

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llama_stack_provider_moe.cli import local
+from llama_stack_provider_moe.cli import gguf, local
 from llama_stack_provider_moe.cli.exits import Exit
 from llama_stack_provider_moe.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.cli.screen import Screen
@@ -29,6 +29,7 @@ app = typer.Typer(
     help="What was trained, ready to serve: `export JOB` by the server that trained it; other commands work here, with "
     "torch and no server.",
 )  # fmt: skip
+gguf.register(app)
 
 
 @app.command(name=DEFAULT)
