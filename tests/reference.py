@@ -12,7 +12,7 @@ from typing import Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import ExportsConfig, ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
     Analysis,
@@ -51,7 +51,7 @@ from llama_stack_provider_moe.spec import (
 )
 from llama_stack_provider_moe.spec.adapter import MAX_RANK
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
-from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
@@ -78,6 +78,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`export`", "export.", Exports, set()),
+    ("`export.ollama`", "export.ollama.", Ollama, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
@@ -101,6 +102,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
+    ("Server: `exports:`", "exports.", ExportsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
 ]
 

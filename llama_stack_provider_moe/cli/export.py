@@ -40,6 +40,13 @@ def job(
         str | None, typer.Option(metavar="bf16|fp16|fp32", help="Of the merged matrices; default: as in the base.")
     ] = None,
     shard_size: Annotated[str | None, typer.Option(metavar="5GB", help="Most bytes of one of its files.")] = None,
+    gguf_types: Annotated[
+        list[str] | None, typer.Option("--gguf", metavar="TYPE", help="A GGUF file of this type. Repeatable.")
+    ] = None,
+    ollama: Annotated[
+        str | None, typer.Option("--ollama", metavar="NAME", help="Make a model of an Ollama server of one of them.")
+    ] = None,
+    ollama_url: Annotated[str | None, typer.Option(metavar="URL", help="Of that server.")] = None,
     no_load_check: Annotated[
         bool, typer.Option("--no-load-check", help="Compare no logits: it takes the memory of the model.")
     ] = False,
@@ -53,13 +60,18 @@ def job(
     """Have the server export what a completed job has trained; `export JOB` alone does the same."""
     from llama_stack_provider_moe.cli import commands  # which adds this group to its own
 
-    stated = {
+    stated: dict[str, Any] = {
         "merged": merged or None,
         "dtype": dtype,
         "shard_size": shard_size,
+        "gguf": gguf_types,
         "load_check": False if no_load_check else None,
     }
+    if ollama is None and ollama_url is not None:
+        raise typer.BadParameter("--ollama-url needs --ollama NAME beside it")
     body = {name: value for name, value in stated.items() if value is not None}
+    if ollama is not None:
+        body["ollama"] = {"name": ollama} | ({} if ollama_url is None else {"url": ollama_url})
 
     def act(server: Server, screen: Screen) -> Exit:
         created = server.export(job_id, body)

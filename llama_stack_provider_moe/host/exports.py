@@ -1,19 +1,22 @@
 """Exports of a job: what may be exported, how far its exports are, and its artifacts together with theirs."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.config import ProviderConfig
-from llama_stack_provider_moe.errors import Conflict, InvalidInput
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput
 from llama_stack_provider_moe.host import views, wire
 from llama_stack_provider_moe.host.convert import Draft
+from llama_stack_provider_moe.jobs.executors.local import training_environment
 from llama_stack_provider_moe.jobs.exports import steps_of
 from llama_stack_provider_moe.jobs.folder import Artifact
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.jobs.store import Job, JobStore
-from llama_stack_provider_moe.spec import ExportSpec, TrainingSpec
+from llama_stack_provider_moe.llama_cpp import find_toolchain
+from llama_stack_provider_moe.spec import Exports, ExportSpec, TrainingSpec
 
 RECIPE = "export"
 
@@ -44,6 +47,7 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
     Raises:
         InvalidInput: there is nothing to export, or not as asked.
         Conflict: the job has not completed, or lies elsewhere.
+        NoToolchain, Forbidden: see `must_be_possible`.
     """
     field = request.name("of")
     if spec.model:
@@ -66,7 +70,25 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
             spec.export.check_without_adapter(f"{prefix}." if prefix else "")
         except ValueError as error:
             raise Conflict(str(error)) from None
+    must_be_possible(spec.export, request, config)
     return spec.model_copy(update={"model": trained.model}).resolved()
+
+
+def must_be_possible(asked: Exports, request: Draft, config: ProviderConfig) -> None:
+    """Raise where this server can't do what an `export` block asks for, whatever is trained.
+
+    Raises:
+        NoToolchain: GGUF files, without llama.cpp; the text names the command that installs it.
+        Forbidden: an Ollama server that jobs may not push to.
+    """
+    if asked.gguf:
+        find_toolchain(training_environment(os.environ, config))
+    if asked.ollama is not None and asked.ollama.url not in config.exports.ollama_urls:
+        field, allowed = request.name("export.ollama.url"), config.exports.ollama_urls
+        raise Forbidden(
+            f"{field}: {asked.ollama.url!r} is not among those that jobs of this server may push to "
+            f"(`exports.ollama_urls`): {', '.join(map(repr, allowed)) or 'none'}"
+        )
 
 
 def _spec_of(job: Job, field: str) -> TrainingSpec:

@@ -184,6 +184,8 @@ class PostTrainingService:
                     spec.adapter_folder, request.name("adapter_folder"), self.config, may_use_job
                 )
             return spec.model_copy(update=places_found)
+        if spec.export is not None:
+            exports.must_be_possible(spec.export, request, self.config)
         if spec.adapter is not None and spec.adapter.from_analysis is not None:
             job = self.store.get(spec.adapter.from_analysis.job, whose)
             places_found["adapter"] = reports.with_experts(spec.adapter, job, self.store, request)

@@ -55,7 +55,6 @@ class Step:
         needs: steps that must be completed before.
         leaves: folders that are there when it is completed, each with its checksums.
         lasts: else what it leaves is gone, once all that need it are completed.
-        bytes_needed: of the disk, for what it writes.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Step:
     needs: Sequence[str] = ()
     leaves: Sequence[Path] = field(default=())
     lasts: bool = True
-    bytes_needed: Callable[[], int] = lambda: 0
 
 
 class Steps:
@@ -102,10 +100,10 @@ class Steps:
         """How they stand."""
         return self._states
 
-    def bytes_needed(self) -> int:
-        """Of the disk, for those that are not completed."""
-        pairs = zip(self._steps, self._states, strict=True)
-        return sum(step.bytes_needed() for step, state in pairs if not _is_done(state))
+    @property
+    def undone(self) -> list[str]:
+        """Names of those that are not completed."""
+        return [state.name for state in self._states if not _is_done(state)]
 
     def run(self) -> list[Artifact]:
         """Do what is not completed; what this start's steps left.

@@ -5,47 +5,29 @@ Each step stands for itself (`training.steps`): what fails is named at the end, 
 
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.errors import CheckpointError, NoRoom
-from llama_stack_provider_moe.export.alone import compare
-from llama_stack_provider_moe.export.load_check import NotRecorded
-from llama_stack_provider_moe.export.merge import bytes_needed, merge
+from llama_stack_provider_moe.experts.upcycle import model_folder
+from llama_stack_provider_moe.export.gguf import bytes_needed as bytes_of_files
+from llama_stack_provider_moe.export.merge import bytes_needed
 from llama_stack_provider_moe.jobs.checkpoint_index import verify_files
 from llama_stack_provider_moe.jobs.events import Finished, Plan, Resumed
-from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, JobFolder, Manifest, write_atomic
+from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
+from llama_stack_provider_moe.llama_cpp import GgufType
 from llama_stack_provider_moe.spec import ExportSpec
-from llama_stack_provider_moe.spec.exports import shard_bytes
-from llama_stack_provider_moe.training.checkpoints import describe, publish, remove
+from llama_stack_provider_moe.spec.exports import MergedDType
+from llama_stack_provider_moe.training.recipes.export_steps import Files, Trained, load_check, merged, step_of
 from llama_stack_provider_moe.training.session import Session
-from llama_stack_provider_moe.training.steps import Done, Skipped, Step, Steps, clear_unfinished
+from llama_stack_provider_moe.training.steps import Step, Steps, clear_unfinished
 
+_LOSSLESS: dict[MergedDType, GgufType] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a job has trained: an adapter, or all weights.
-
-    Attributes:
-        job: that trained it.
-        folder: of the adapter, or of the model.
-        entry: of the job's manifest.
-    """
-
-    job: JobFolder
-    folder: Path
-    entry: Artifact
-
-    @property
-    def is_adapter(self) -> bool:
-        """Else all weights."""
-        return self.entry.kind == "adapter"
 
 
 def run(session: Session[ExportSpec]) -> Manifest:
@@ -70,7 +52,7 @@ def run(session: Session[ExportSpec]) -> Manifest:
     print(f"exports    {trained.entry.kind} of job {spec.of}, of {spec.model}", flush=True)
     if why := verify_files(trained.folder):
         raise CheckpointError(f"the {trained.entry.kind} of job {spec.of!r} is not what it wrote: {why}")
-    check_room(folder.root, steps.bytes_needed())
+    check_room(folder.root, bytes_for(steps.undone, spec, trained))
     steps.run()
     shutil.rmtree(folder.work)
     session.events.append(Finished(train_seconds=time.monotonic() - began))
@@ -105,85 +87,25 @@ def check_room(folder: Path, needed: int) -> None:
                      "written: free some and resume the job")  # fmt: skip
 
 
+def bytes_for(undone: Sequence[str], spec: ExportSpec, trained: Trained) -> int:
+    """Of the disk, for the steps that are still to be done; what is already there for them counts again."""
+    needed = 0
+    if trained.is_adapter and "merged" in undone:
+        needed = bytes_needed(spec.model, trained.folder, spec.export.dtype)
+    types = {type_ for type_ in spec.export.gguf if step_of(type_) in undone}
+    if types:
+        if spec.export.dtype is not None:  # what others are quantised from is in it, not in the base's
+            types.add(_LOSSLESS[spec.export.dtype])
+        model = model_folder(spec.model, "model") if trained.is_adapter else trained.folder
+        needed += bytes_of_files(model, types)
+    return needed
+
+
 def plan(session: Session[ExportSpec], trained: Trained) -> list[Step]:
     """What is to be done, each after what it needs."""
     asked = session.spec.export
     steps = [load_check(session, trained)] if asked.load_check else []
-    return [*steps, merged(session, trained)]
-
-
-def load_check(session: Session[ExportSpec], trained: Trained) -> Step:
-    """What lies on the disk, loaded anew, says what the trained model said at the end of its training."""
-
-    def run() -> Done:
-        try:
-            if trained.is_adapter:
-                answer = compare("adapter", trained.folder, session.spec.model)
-            else:
-                answer = compare("model", trained.folder)
-        except NotRecorded as error:
-            raise Skipped(str(error)) from None
-        return Done(note=answer.text, figures=answer.figures)
-
-    return Step("load_check", run)
-
-
-def merged(session: Session[ExportSpec], trained: Trained) -> Step:
-    """Base plus adapter as one folder; of a job that trained all weights, its model is that already."""
-    spec, asked = session.spec, session.spec.export
-    if not trained.is_adapter:
-        told = f"all weights were trained, so artifact `model` of job {spec.of} is the whole model already"
-        return Step("merged", lambda: Done(note=told))
-    target = (session.folder.artifacts if asked.merged else session.folder.work) / "merged"
-
-    def make() -> Done:
-        written = target.with_name(f".{target.name}.writing")
-        remove(written)
-        report = merge(
-            spec.model, trained.folder, written, asked.dtype, shard_bytes(asked.shard_size),
-            say=lambda line: print(f"  {line}", flush=True),
-        )  # fmt: skip
-        note = (
-            f"{report.merged} of {report.merged + report.replaced + report.copied} tensors merged, "
-            f"{report.parameters:,} parameters in {report.shards} file(s), "
-            f"{report.bytes / 1e6 / report.seconds:,.0f} MB/s"
-        )
-        figures = None
-        if asked.load_check:
-            figures, told = compare_merged(written, trained, spec.model)
-            note = f"{note}; {told}"
-        publish(written, target, trained.entry.step)
-        return Done(listed(session, trained, target, "merged", figures) if asked.merged else None, note, figures)
-
-    return Step(
-        "merged", make, leaves=[target], lasts=asked.merged,
-        bytes_needed=lambda: bytes_needed(spec.model, trained.folder, asked.dtype),
-    )  # fmt: skip
-
-
-def compare_merged(folder: Path, trained: Trained, base: str) -> tuple[dict[str, Any] | None, str]:
-    """Logits of a merged folder beside those of the adapter on its base: figures, and what to say of them.
-
-    Raises:
-        ExportError: they differ by more than rounding; nothing of the folder is to be listed.
-    """
-    try:
-        return compare("merged", folder, trained.folder, base)
-    except NotRecorded as error:
-        return None, f"not compared with the adapter: {error}"
-    except BaseException:
-        remove(folder)
-        raise
-
-
-def listed(
-    session: Session[ExportSpec],
-    trained: Trained,
-    folder: Path,
-    kind: ArtifactKind,
-    verification: dict[str, Any] | None,
-) -> Artifact:
-    """The entry of a finished folder, with what training measured of the weights that are in it."""
-    entry = trained.entry
-    made = describe(session.job_uuid, kind, folder, entry.epoch, entry.step, entry.metrics)
-    return made.model_copy(update={"verification": verification})
+    if asked.merged or (asked.gguf and trained.is_adapter):
+        steps.append(merged(session, trained))
+    steps += Files(session, trained).steps()
+    return steps
