@@ -57,8 +57,8 @@ _CLASSES: dict[str, _Class] = {
     "Q2": _Class(2.6, None, None, 2.5, 0.4),
 }  # fmt: skip
 _CLASS_OF = {
-    "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_0": "Q5", "Q5_1": "Q5", "Q5_K": "Q5",
-    "Q4_0": "Q4", "Q4_1": "Q4", "Q4_K": "Q4", "IQ4_NL": "Q4", "MXFP4": "Q4", "Q3_K": "Q3", "Q2_K": "Q2",
+    "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_0": "Q5", "Q5_1": "Q5",
+    "Q5_K": "Q5", "Q4_0": "Q4", "Q4_1": "Q4", "Q4_K": "Q4", "IQ4_NL": "Q4", "MXFP4": "Q4", "Q3_K": "Q3", "Q2_K": "Q2",
 }  # fmt: skip
 # What the matrices of a file type are meant to be, mostly.
 _MAIN: dict[GgufType, str] = {
