@@ -71,5 +71,7 @@ def build(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 # What llama.cpp wants of a family's shape.
 _FITTING: dict[str, dict[str, Any]] = {
     "olmoe": {"num_key_value_heads": 4},  # as many as heads
-    "llama4_text": {"num_hidden_layers": 4},  # each fourth layer is without RoPE
+    "qwen3_moe": {"norm_topk_prob": True},  # what llama.cpp computes
+    # Each fourth layer is without RoPE; the chunk is what llama.cpp computes.
+    "llama4_text": {"num_hidden_layers": 4, "attention_chunk_size": 8192},
 }

@@ -23,7 +23,7 @@ import torch
 from llama_stack_provider_moe.errors import ExportError, InvalidInput, ModelError, MoeError, NoRoom, NoToolchain
 from llama_stack_provider_moe.experts.upcycle import model_folder
 from llama_stack_provider_moe.export.gguf_file import read_header
-from llama_stack_provider_moe.export.reference import Reference
+from llama_stack_provider_moe.export.reference import Reference, read_reference
 from llama_stack_provider_moe.export.tensors import Entry, read_model
 from llama_stack_provider_moe.export.verify import GgufCheck, verify
 from llama_stack_provider_moe.llama_cpp import CONVERTER, GGUF_TYPES, GgufType, Toolchain, find_toolchain
@@ -56,6 +56,14 @@ _SLACK_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 30  # of rows that llama_model_quantize holds
 # Slower than what this is meant for: 540 MB took 20 s at most to quantise, on one busy core.
 _SECONDS, _BYTES_PER_SECOND = 900.0, 2_000_000
+
+
+# Model type -> what llama.cpp 0.5 computes whatever the config says: argument `norm_w` of `build_moe_ffn`, and `n_swa`,
+# in its src/models/qwen3moe.cpp, olmoe.cpp, qwen2moe.cpp and llama4.cpp.
+_FIXED: dict[str, tuple[str, int]] = {
+    "qwen3_moe": ("norm_topk_prob", True), "olmoe": ("norm_topk_prob", False), "qwen2_moe": ("norm_topk_prob", False),
+    "llama4_text": ("attention_chunk_size", 8192),
+}  # fmt: skip
 
 
 def lossless(model: Path) -> GgufType:
@@ -134,7 +142,8 @@ def make(
         out: the file to make.
         type: of its weights.
         tools: llama.cpp.
-        source: F32, F16 or BF16 file of the same model to quantise from; left out: one is made, and removed again.
+        source: F32, F16 or BF16 file of the same model to quantise from, verified before; left out: one is made,
+            verified, and removed again.
         reference: of `model`, where it was read before.
         say: is told of each step.
 
@@ -152,7 +161,11 @@ def make(
             if source is None:
                 _check_room(out, model, [type])
                 source = folder / "lossless.gguf"
-                _converted(model, source, lossless(model), tools, say)
+                exact = lossless(model)
+                _converted(model, source, exact, tools, say)
+                # What a small or nearly uniform model computes wrong may pass for the rounding to few bits.
+                reference = reference or read_reference(model, say=say)
+                verify(source, model, tools, reference=reference, type=exact, say=say)
             _quantized(source, part, type, tools, say)
             if source.parent == folder:
                 source.unlink()
@@ -235,6 +248,13 @@ def _architecture(model: Path) -> str:
         raise ModelError(f"model: {model} has no config.json that names an architecture: {error}") from error
     if not any(model.glob("*.safetensors")):
         raise ModelError(f"model: {model} has no safetensors files; merge the adapter into its base first")
+    text = config.get("text_config") or config
+    name, value = _FIXED.get(str(text.get("model_type")), ("", 0))
+    if text.get(name, value) != value:
+        raise ExportError(
+            f"llama.cpp computes every {text['model_type']} model with {name} {json.dumps(value)}, and this one's "
+            f"config says {json.dumps(text[name])}: its GGUF file would be another model"
+        )
     return architecture
 
 

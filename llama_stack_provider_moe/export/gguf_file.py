@@ -1,7 +1,8 @@
 """The header of a GGUF file: its metadata and which type each tensor really has.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), version 3, little-endian: magic, version,
-counts; keys and values; name, shape, type and offset of each tensor; from the next multiple of the alignment on, their data.
+counts; keys and values; name, shape, type and offset of each tensor; their data, from the next multiple of the
+alignment on.
 """
 
 import os

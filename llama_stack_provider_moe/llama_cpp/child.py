@@ -67,6 +67,7 @@ class _Batch(Structure):
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_version": (c_char_p, []),
     "llama_backend_init": (None, []),
+    "ggml_backend_load_all_from_path": (None, [c_char_p]),
     "llama_model_default_params": (_ModelParams, []),
     "llama_context_default_params": (_ContextParams, []),
     "llama_model_quantize_default_params": (_QuantizeParams, []),
@@ -89,7 +90,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 def load(library: Path) -> Any:
     """llama.cpp with its functions' types set; leaves with a sentence where it is not of the version known here."""
-    ggml = ctypes.CDLL(str(next(iter(sorted(library.parent.glob("libggml.*"))))), mode=ctypes.RTLD_GLOBAL)
     llama = ctypes.CDLL(str(library))
     try:
         for name, (returns, takes) in _FUNCTIONS.items():
@@ -111,7 +111,8 @@ def load(library: Path) -> Any:
             f"{expected}"
         )
     # Processors' variants of the prebuilt library lie beside it; in one that was built here there is nothing to load.
-    ggml.ggml_backend_load_all_from_path(c_char_p(str(library.parent).encode()))
+    # Looked up by libllama, whose ggml it must be: a wheel holds copies under several names.
+    llama.ggml_backend_load_all_from_path(str(library.parent).encode())
     llama.llama_backend_init()
     return llama
 
