@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.evaluation.generate import evaluating
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.experts.backend import (
     ALL_OURS,
@@ -35,11 +37,12 @@ from llama_stack_provider_moe.experts.settings import (
     resolve_moe,
 )
 from llama_stack_provider_moe.experts.steering import Steering
+from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
-from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifest
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
-from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
+from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
 from llama_stack_provider_moe.training.resume import Resume, find_resume
 from llama_stack_provider_moe.training.saver import Enough, Saver
@@ -270,8 +273,28 @@ def _fit(
 
 
 def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
-    kind: Kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    return _keep(session, base, kind, trainer.model, last)
+    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    trainer.rest()
+    return _keep(session, base, kind, trainer.model, last, _asked(session, base, trainer))
+
+
+def _asked(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
+    """What the trained model says; whoever loads it later is to hear the same (`export.load_check`)."""
+    began = time.monotonic()
+    arithmetic = Arithmetic(
+        dtype=session.spec.training.dtype,
+        device=base.device.type,
+        quantize_bits=None if base.quantized is None else base.quantized.bits,
+        experts_implementation=base.resolved.experts_implementation,
+    )
+    biases = None  # of a whole model they are in its weights
+    if isinstance(trainer.model, PeftModel) and base.layout and base.resolved.load_balancing == "aux_free":
+        biases = digest(base.layout.biases(trainer.model))
+    with evaluating(trainer.model):
+        probe = record(trainer.model, base.tokenizer, arithmetic, biases)
+    print(f"logits at {probe.positions} positions recorded for the load check, "
+          f"{time.monotonic() - began:.2f} s", flush=True)  # fmt: skip
+    return probe
 
 
 def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
@@ -285,9 +308,16 @@ def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, las
     return [_keep(session, base, "merged", merge(trainer.model), last)]
 
 
-def _keep(session: AnySession, base: Base, kind: Kind, model: PreTrainedModel | PeftModel, last: Artifact) -> Artifact:
+def _keep(
+    session: AnySession,
+    base: Base,
+    kind: ArtifactKind,
+    model: PreTrainedModel | PeftModel,
+    last: Artifact,
+    probe: Probe | None = None,
+) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made
