@@ -26,8 +26,7 @@ from llama_stack_provider_moe.host import (
     exports,
     exposition,
     files,
-    places,
-    reports,
+    placement,
     rows,
     status,
     stream,
@@ -50,8 +49,6 @@ from llama_stack_provider_moe.spec import (
     ExportSpec,
     JobSpec,
     LoadingSpec,
-    RoutingAnalysisSpec,
-    SafetyEvaluation,
     TrainingSpec,
 )
 
@@ -170,45 +167,7 @@ class PostTrainingService:
         return exports.resolved(spec, parent, request, self.config).model_copy(update={"job_uuid": job_id})
 
     def _placed(self, request: Draft, spec: LoadingSpec, whose: str | None) -> JobSpec:
-        job_id = self._named(spec)
-
-        def may_use_job(name: str) -> None:
-            self.store.get(name, whose)
-
-        places_found: dict[str, Any] = {
-            "job_uuid": job_id,
-            "model": places.resolve_model(spec.model, request.name("model"), self.config, may_use_job),
-        }
-        if isinstance(spec, RoutingAnalysisSpec):
-            if spec.adapter_folder is not None:
-                places_found["adapter_folder"] = places.resolve_adapter_folder(
-                    spec.adapter_folder, request.name("adapter_folder"), self.config, may_use_job
-                )
-            return spec.model_copy(update=places_found)
-        if spec.export is not None:
-            exports.must_be_possible(spec.export, request, self.config)
-        if spec.adapter is not None and spec.adapter.from_analysis is not None:
-            job = self.store.get(spec.adapter.from_analysis.job, whose)
-            places_found["adapter"] = reports.with_experts(spec.adapter, job, self.store, request)
-        if spec.checkpoint_dir is not None:
-            places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
-                spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
-            )
-        if spec.eval is not None:
-            places_found["eval"] = self._evaluation_placed(request, spec.eval, may_use_job, whose)
-        return spec.model_copy(update=places_found)
-
-    def _evaluation_placed(
-        self, request: Draft, asked: SafetyEvaluation, may_use_job: Callable[[str], None], whose: str | None
-    ) -> SafetyEvaluation:
-        if asked.masked_from_analysis is not None:
-            job = self.store.get(asked.masked_from_analysis.job, whose)
-            asked = reports.with_masks(asked, job, self.store, request)
-        if asked.judge.model is None:
-            return asked
-        field = request.name("eval.judge.model")
-        model = places.resolve_model(asked.judge.model, field, self.config, may_use_job)
-        return asked.model_copy(update={"judge": asked.judge.model_copy(update={"model": model})})
+        return placement.placed(request, spec, self._named(spec), self.config, self.store, whose)
 
     def _named(self, spec: JobSpec) -> str:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
