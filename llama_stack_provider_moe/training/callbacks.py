@@ -16,6 +16,7 @@ from llama_stack_provider_moe.experts.routing import LayerRouting as Recorded
 from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Step
 from llama_stack_provider_moe.spec import Recipe
 from llama_stack_provider_moe.training.resume import Resume, RunState
+from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession, Stopped
 from llama_stack_provider_moe.training.trackers import OpenTrackers
 
@@ -58,7 +59,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a wish to stop waits for the step's end; then the untouched model's figures."""
-        self._session.stop.between_steps()
+        self._session.stop.between_steps(self._session.peers)
         self._train_began_s = time.monotonic()
         if (
             self._fresh_start
@@ -84,6 +85,7 @@ class Reporter(TrainerCallback):
             epoch_losses=self._epoch_losses,
             last={name: value for name, value in self.last.items() if math.isfinite(value)},
             held_out=self.held_out,
+            rows_a_step=rows_a_step(self._session.spec.training, self._session.peers.size),
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -96,7 +98,7 @@ class Reporter(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An evaluation is given up at once: what it would follow is saved already."""
-        if self._session.stop.requested:
+        if self._session.peers.any(self._session.stop.requested):
             raise Stopped(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -105,7 +107,8 @@ class Reporter(TrainerCallback):
             return
         metrics = {name: float(value) for name, value in logs.items() if name not in NOT_METRICS}
         self._refuse_nonsense(metrics, state.global_step)
-        metrics.update(self._speed(logs), memory_bytes=float(peak_memory_bytes(args.device)))
+        memory_bytes = self._session.peers.most(float(peak_memory_bytes(args.device)))
+        metrics.update(self._speed(logs), memory_bytes=memory_bytes)
         metrics.update(self._bare_loss(metrics))
         self._epoch_losses.append(metrics[self.bare_name])
         self.last = metrics
@@ -118,11 +121,12 @@ class Reporter(TrainerCallback):
             eta_s=left * sum(self._durations_s) / len(self._durations_s),
         )
         self._tell(step)
-        print(_line(step), flush=True)
-        recorder = self._trainer.recorder
+        self._session.show(_line(step))
+        recorder, total = self._trainer.recorder, self._trainer.total
         if recorder is not None:
-            sets = {name: _layers(found) for name, found in recorder.take_parts().items()}
-            self._tell(Routing(step=state.global_step, layers=_layers(recorder.take()), sets=sets))
+            parts = recorder.take_parts(self._trainer.part_names, total)
+            sets = {name: _layers(found) for name, found in parts.items()}
+            self._tell(Routing(step=state.global_step, layers=_layers(recorder.take(total)), sets=sets))
 
     @property
     def bare_name(self) -> str:
@@ -145,7 +149,7 @@ class Reporter(TrainerCallback):
         state = self._trainer.state
         self._tell(Evaluation(step=state.global_step, epoch=state.epoch or 0.0, metrics=figures))
         shown = " ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items()))
-        print(f"held out after step {state.global_step}: {shown}", flush=True)
+        self._session.show(f"held out after step {state.global_step}: {shown}")
         return figures
 
     def _tell(self, event: Step | Evaluation | Routing) -> None:
