@@ -1,17 +1,13 @@
 """Laws of jobs of two processes: they leave what one process leaves, and go on from each other's checkpoints.
 
-All of them run one after the other below one process that imports the libraries (`tests.together`).
+They run below a real supervisor (`tests.together`).
 """
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_stack_provider_moe.jobs.checkpoint_index import valid_checkpoints
-from llama_stack_provider_moe.jobs.events import read
 from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.processes import birth, with_environment
+from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
+from tests.together import Office, office
 from tests.training_support import Run, Workshop, dpo_rows, sft_rows, workshop
 
 __all__ = ["workshop"]
 
 TWO = {"gpus": 0, "processes": 2}
+# Greatest difference of a final weight, measured: 2.8e-5 (dpo, from the start; Adam divides by what is small at first),
+# 4.5e-6 (sft-aux-free), 1e-6 and less (others). Weights move by some 1e-2.
+ATOL = 1e-4
 TIMED = ("tokens_per_s", "memory_bytes")
 # 17 rows in steps of 8: of an epoch's last row one process gets nothing. One process takes micro-batches of `batch`
 # rows, two of half as many each.
@@ -60,7 +61,8 @@ def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder
     """The folder of a job of two epochs."""
     settings = {**CASES[case], **more}
     batch = settings.pop("batch") // processes
-    settings["training"] = {"n_epochs": 2, "batch_size": batch} | settings.pop("training", {})
+    training = {**CASES[case].get("training", {}), **settings.pop("training", {})}
+    settings["training"] = {"n_epochs": 2, "batch_size": batch, **training}
     settings["resources"] = TWO if processes == 2 else {}
     return workshop.job(settings.pop("recipe"), settings.pop("family"), **settings)
 
@@ -76,19 +78,6 @@ def after_an_epoch(workshop: Workshop, run: Run, case: str, processes: int, batc
     return folder
 
 
-def when(folder: JobFolder, steps: int, act: Callable[[int], None]) -> threading.Thread:
-    """Once a job has taken so many steps, `act` on the process group of it."""
-
-    def watch() -> None:
-        while sum(event.type == "step" for event in read(folder.events).events) < steps:
-            time.sleep(0.005)
-        act(os.getpgid(next(event.pid for event in read(folder.events).events if event.type == "started")))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 @dataclass
 class Ran:
     """Every run, by its case."""
@@ -96,37 +85,33 @@ class Ran:
     one: dict[str, Run] = field(default_factory=dict)
     two: dict[str, Run] = field(default_factory=dict)
     one_then_two: dict[str, Run] = field(default_factory=dict)
-    stopped: list[Run] = field(default_factory=list)  # a job with dropout: unbroken, stopped, gone on
-    other_batch: list[Run] = field(default_factory=list)
-    codes: list[int] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
-def ran(workshop: Workshop) -> Ran:
-    """All that needs two processes, in one go."""
+def desk(workshop: Workshop) -> Iterator[Office]:
+    """Runs the jobs of two processes."""
+    with office(workshop) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def ran(workshop: Workshop, desk: Office) -> Ran:
+    """All runs but those that are broken off."""
     ran = Ran()
     for case in CASES:
         ran.one[case] = workshop.again(Run(job(workshop, case, 1), 0))
         assert ran.one[case].exit_code == COMPLETED, ran.one[case].reason
-    folders: list[tuple[Callable[[Run], None], JobFolder]] = []
     for case in FROM_THE_START:
-        folders.append((lambda run, case=case: ran.two.update({case: run}), job(workshop, case, 2)))  # type: ignore[misc]
+        ran.two[case] = run(desk, job(workshop, case, 2))
     for case in RESUMED:
-        folder = after_an_epoch(workshop, ran.one[case], case, 2)
-        folders.append((lambda run, case=case: ran.one_then_two.update({case: run}), folder))  # type: ignore[misc]
-    noisy = {"moe": {"expert_dropout": 0.1, "router_jitter": 0.1, "train_router": True}}
-    unbroken, stopped = (job(workshop, "sft", 2, **noisy) for _ in range(2))
-    folders += [(ran.stopped.append, unbroken), (ran.stopped.append, stopped), (ran.stopped.append, stopped)]
-    folders.append((ran.other_batch.append, after_an_epoch(workshop, ran.one["dpo"], "dpo", 2, batch=16)))
-    watcher = when(stopped, 4, lambda group: os.killpg(group, signal.SIGTERM))
-    command = [sys.executable, "-m", "tests.together", *(str(folder.root) for _, folder in folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1])
-    watcher.join(1)
-    codes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(codes) == len(folders), done.stderr
-    for (keep, folder), code in zip(folders, codes, strict=True):
-        keep(Run(folder, code))
+        ran.one_then_two[case] = run(desk, after_an_epoch(workshop, ran.one[case], case, 2))
     return ran
+
+
+def run(desk: Office, folder: JobFolder) -> Run:
+    """The run of a job, from its submission to its end."""
+    desk.submit(folder)
+    return desk.ended(folder)
 
 
 def curve(run: Run) -> dict[int, dict[str, float]]:
@@ -180,14 +165,14 @@ def biases(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", FROM_THE_START)
 def test_two_processes_leave_what_one_leaves(ran: Ran, case: str) -> None:
-    assert_alike(ran.two[case], ran.one[case], atol=1e-4)
+    assert_alike(ran.two[case], ran.one[case], atol=ATOL)
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_two_processes_go_on_from_the_checkpoint_of_one(ran: Ran, case: str) -> None:
     run = ran.one_then_two[case]
     assert [event.checkpoint for event in run.events("resumed")] == ["epoch-1"]
-    assert_alike(run, ran.one[case], atol=1e-4)
+    assert_alike(run, ran.one[case], atol=ATOL)
 
 
 @pytest.mark.parametrize("case", ["sft", "dpo"])
@@ -195,7 +180,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(workshop: Workshop, ran:
     run = workshop.again(Run(after_an_epoch(workshop, ran.two[case], case, 1), 0))
     assert [event.checkpoint for event in run.events("resumed")] == ["epoch-1"]
     assert any("are drawn afresh" in event.text for event in run.events("message"))
-    assert_alike(run, ran.one[case], atol=1e-4)
+    assert_alike(run, ran.one[case], atol=ATOL)
 
 
 def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:
@@ -204,12 +189,21 @@ def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:
     assert any(bias.abs().max() > 0.04 for bias in one.values())
 
 
-def test_a_stopped_job_goes_on_bit_by_bit(ran: Ran) -> None:
+def test_a_cancelled_job_goes_on_bit_by_bit(workshop: Workshop, desk: Office) -> None:
     """With dropout and noise, which each process draws for itself: each has its random state back."""
-    unbroken, stopped, resumed = ran.stopped
-    assert (unbroken.exit_code, stopped.exit_code, resumed.exit_code) == (COMPLETED, STOPPED, COMPLETED)
-    (step,) = {event.step for event in resumed.events("cancelled")}
-    assert step >= 4
+    noisy = {"training": {"n_epochs": 4}, "moe": {"expert_dropout": 0.1, "router_jitter": 0.1, "train_router": True}}
+    unbroken = run(desk, job(workshop, "sft", 2, **noisy))
+    folder = job(workshop, "sft", 2, **noisy)
+    desk.submit(folder)
+    desk.after_steps(folder, 4)
+    desk.cancel(folder)
+    assert (unbroken.exit_code, desk.ended(folder).exit_code) == (COMPLETED, STOPPED)
+    assert not with_environment("MOE_JOB_FOLDER", str(folder.root))
+    (step,) = {event.step for event in Run(folder, 0).events("cancelled")}
+    assert desk.job(folder).reason == f"cancelled at step {step}, after saving a checkpoint"
+    desk.resume(folder)
+    resumed = desk.ended(folder)
+    assert resumed.exit_code == COMPLETED, resumed.reason
     assert [event.step for event in resumed.events("resumed")] == [step], "all stopped after one step, and saved it"
     mine, theirs = resumed.final(), unbroken.final()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
@@ -219,10 +213,28 @@ def test_a_stopped_job_goes_on_bit_by_bit(ran: Ran) -> None:
     assert not torch.equal(*states), "the processes draw different numbers"
 
 
-def test_a_checkpoint_of_another_batch_is_refused(ran: Ran) -> None:
-    (run,) = ran.other_batch
-    assert run.exit_code == FAILED
-    assert "epoch-1 was written by steps of 8 rows, and here a step has 16" in run.reason, run.reason
+def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office) -> None:
+    folder = job(workshop, "sft", 2, training={"n_epochs": 4})
+    desk.submit(folder)
+    desk.after_steps(folder, 5)  # an epoch has been saved
+    pids = desk.ranks(folder)
+    os.kill(pids[1], signal.SIGKILL)
+    run = desk.ended(folder)
+    known = desk.job(folder)
+    assert (known.state, known.lost, known.attempts) == (JobState.COMPLETED, 1, 2), known.reason
+    assert "process 1 of 2 was killed by SIGKILL" in folder.output.read_text()
+    assert not run.events("failed"), "the other one's trace of it is no reason"
+    assert [event.step > 0 for event in run.events("resumed")] == [True]
+    assert all(birth(pid) is None for pid in pids.values())
+    alone = workshop.again(Run(job(workshop, "sft", 1, training={"n_epochs": 4}), 0))
+    assert_alike(run, alone, atol=ATOL)
+
+
+def test_a_checkpoint_of_another_batch_is_refused(workshop: Workshop, desk: Office, ran: Ran) -> None:
+    folder = after_an_epoch(workshop, ran.one["dpo"], "dpo", 2, batch=16)
+    assert run(desk, folder).exit_code == FAILED
+    reason = str(desk.job(folder).reason)
+    assert reason.startswith("epoch-1 was written by steps of 8 rows, and here a step has 16"), reason
 
 
 def test_the_plan_and_the_log_tell_of_the_processes(ran: Ran) -> None:
