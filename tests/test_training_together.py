@@ -31,7 +31,7 @@ TWO = {"gpus": 0, "processes": 2}
 # Greatest difference of a final weight, measured: 2.8e-5 (dpo, from the start; Adam divides by what is small at first),
 # 4.5e-6 (sft-aux-free), 1e-6 and less (others). Weights move by some 1e-2.
 ATOL = 1e-4
-TIMED = ("tokens_per_s", "memory_bytes")
+TIMED = ("tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "memory_bytes")
 # 17 rows in steps of 8: of an epoch's last row one process gets nothing. One process takes micro-batches of `batch`
 # rows, two of half as many each.
 CASES: dict[str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ from llama_stack_provider_moe.spec import Recipe
 from llama_stack_provider_moe.training.resume import Resume, RunState
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession, Stopped
+from llama_stack_provider_moe.training.throughput import peak_flops
 from llama_stack_provider_moe.training.trackers import OpenTrackers
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Reporter(TrainerCallback):
         self._train_began_s = 0.0
         self._began_s = 0.0
         self._tokens_before = 0.0
+        self._done: tuple[float, ...] = (0.0, 0.0, 0.0)  # tokens, operations, seconds of this start's steps
+        device = trainer.args.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_flops(name, session.spec.training.dtype)
         self._seconds_before = before.train_seconds
         self._epoch_losses = list(before.epoch_losses)
         self._fresh_start = resume is None
@@ -93,7 +98,9 @@ class Reporter(TrainerCallback):
         self._began_s = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock, once a GPU is done too."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
         self._durations_s.append(time.perf_counter() - self._began_s)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -164,7 +171,19 @@ class Reporter(TrainerCallback):
     def _speed(self, logs: dict[str, float]) -> dict[str, float]:
         tokens = logs["num_tokens"] - self._tokens_before
         self._tokens_before = logs["num_tokens"]
-        return {"tokens_per_s": tokens / max(self._durations_s[-1], 1e-9)}
+        done = (tokens, self._trainer.take_flops(), max(self._durations_s[-1], 1e-9))
+        self._done = tuple(one + more for one, more in zip(self._done, done, strict=True))
+        return {"tokens_per_s": tokens / done[-1], **self._throughput(*done)}
+
+    def _throughput(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        devices = self._session.peers.size
+        each = flops / seconds / devices
+        of_peak = {} if self._peak is None else {"mfu": each / self._peak}
+        return {"tokens_per_s_per_device": tokens / seconds / devices, "tflops_per_device": each / 1e12, **of_peak}
+
+    def throughput(self) -> dict[str, float]:
+        """Over all steps of this start, by the names of the step metrics; empty where it took none."""
+        return self._throughput(*self._done) if self._done[-1] else {}
 
     def _refuse_nonsense(self, metrics: dict[str, float], step: int) -> None:
         # fp16 scales its loss and skips the steps whose gradient overflows; there, an infinite norm is nothing wrong.

@@ -24,7 +24,7 @@ from llama_stack_provider_moe.experts.routing import RoutingRecorder, Total, own
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
-from llama_stack_provider_moe.training import sharing
+from llama_stack_provider_moe.training import sharing, throughput
 from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.peers import ALONE, Peers
@@ -81,6 +81,7 @@ class RecordingTrainer(Trainer):
         self.spec = spec
         self.peers = peers
         self.total: Total = own if peers.size == 1 else peers.sum
+        self.layout = layout
         self.resolved = resolved
         self.shipped = shipped
         self.steering = steering
@@ -106,6 +107,8 @@ class RecordingTrainer(Trainer):
         chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
         fused = self.args.device.type == "cuda"
         self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr, "fused": fused})
+        self.work = self.work_of_a_step()
+        self.flops = 0.0  # of this process, since they were last taken
         joined = (self.args.process_index, self.args.world_size)
         assert joined == (peers.rank, peers.size), f"transformers takes this for process {joined}, it is {peers}"
 
@@ -173,6 +176,7 @@ class RecordingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """A step's micro-batches; each that is shared also tells how many rows all processes have of it."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.flops += sum(self.work.of(throughput.lengths_of(batch)) for batch in batches if sharing.counts(batch))
         if self.peers.size > 1 and batches:
             rows = self.peers.sum(torch.stack([batch[sharing.SHARE] for batch in batches]))
             for batch, of_all in zip(batches, rows, strict=True):
@@ -214,6 +218,15 @@ class RecordingTrainer(Trainer):
             aux_loss = balance_loss(self.recorder, self.resolved.load_balancing, self.total)
             loss = loss + scale * self._weighed("aux_loss", self.resolved.aux_coef, aux_loss)
         return loss
+
+    def work_of_a_step(self) -> throughput.Work:
+        """Operations of a training step, a token."""
+        return throughput.work_of(self.model, self.layout)
+
+    def take_flops(self) -> float:
+        """Operations of all processes since the last time."""
+        (flops,), self.flops = self.peers.sums([self.flops]), 0.0
+        return flops
 
     def weigh(self, loss: Tensor, share: "sharing.Share") -> Tensor:
         """This process's loss as its part of all processes', times their number; TRL's SFT gives it so by itself."""

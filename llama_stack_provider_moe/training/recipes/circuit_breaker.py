@@ -25,6 +25,7 @@ from llama_stack_provider_moe.training.sampling import rows_an_epoch
 from llama_stack_provider_moe.training.session import Session
 from llama_stack_provider_moe.training.sharing import Share
 from llama_stack_provider_moe.training.stages import adapt, arguments, fit, load_base
+from llama_stack_provider_moe.training.throughput import Work, work_of
 from llama_stack_provider_moe.training.trainer import HeldOut, RecordingTrainer
 
 
@@ -41,6 +42,11 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         rows: dict[Part, int] = {part: len(each) for part, each in sets.items()}
         most = rows_an_epoch(self.spec.training, rows["break"], self.peers.size)
         return MixtureSampler(rows, ratios, most, self.spec.data.shuffle, self.spec.options.seed)
+
+    def work_of_a_step(self) -> Work:
+        """Two passes, no further than they run."""
+        layers = None if self.plan.whole else max(self.plan.targets) + 1
+        return work_of(self.model, self.layout, references=1, head=self.plan.logits, layers=layers)
 
     def weigh(self, loss: Tensor, share: Share) -> Tensor:
         """The loss is this process's part of the step's already."""

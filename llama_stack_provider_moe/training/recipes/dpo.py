@@ -24,6 +24,7 @@ from llama_stack_provider_moe.training.plan import announce
 from llama_stack_provider_moe.training.session import Session
 from llama_stack_provider_moe.training.sharing import Share
 from llama_stack_provider_moe.training.stages import Base, adapt, arguments, fit, load_base
+from llama_stack_provider_moe.training.throughput import Work, work_of
 from llama_stack_provider_moe.training.trainer import HeldOut, RecordingTrainer
 
 
@@ -40,6 +41,10 @@ class DPO(RecordingTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """TRL 1.16 renders and tokenises whatever it is given; these rows are done."""
         return dataset
+
+    def work_of_a_step(self) -> Work:
+        """The reference's pass beside the policy's, unless that was computed ahead."""
+        return work_of(self.model, self.layout, references=0 if self.precompute_ref_logps else 1)
 
     def weigh(self, loss: Tensor, share: Share) -> Tensor:
         """TRL's loss is the mean over this process's pairs."""
