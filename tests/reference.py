@@ -88,7 +88,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
     ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
     (
-        "Routing analysis jobs: `job_uuid`, `model` and `resources` as above, and",
+        "Routing analysis jobs: `job_uuid`, `model` and `resources` (of one process) as above, and",
         "",
         RoutingAnalysisSpec,
         {"job_uuid", "model", "resources"},

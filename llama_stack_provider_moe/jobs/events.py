@@ -172,6 +172,9 @@ class Finished(_Event):
     type: Literal["finished"] = "finished"
     train_seconds: float = Field(description="Of this job's training, over all its starts.")
     stopped_by: StoppedBy | None = Field(default=None, description="What ended it before its last step.")
+    throughput: dict[str, float] = Field(
+        default_factory=dict, description="Of the steps of its last start, by the names of the step metrics."
+    )
 
 
 class Cancelled(_Event):

@@ -50,6 +50,7 @@ from llama_stack_provider_moe.spec.routing import (
     Analysis,
     AnalysisData,
     AnalysisOptions,
+    AnalysisResources,
     AnalysisTraining,
 )
 from llama_stack_provider_moe.spec.sources import RowKind, RowSource
@@ -316,6 +317,7 @@ class RoutingAnalysisSpec(_AnyJob):
     analysis: Analysis = Field(default_factory=Analysis)
     training: AnalysisTraining = Field(default_factory=AnalysisTraining)
     options: AnalysisOptions = Field(default_factory=AnalysisOptions)
+    resources: AnalysisResources = Field(default_factory=AnalysisResources)
     adapter_folder: str | None = Field(
         default=None,
         min_length=1,

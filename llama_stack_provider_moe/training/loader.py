@@ -29,10 +29,16 @@ TemplateName = Literal["chatml", "plain"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(dtype: DType) -> torch.device:
-    """The first CUDA device there is, else the CPU; half precision is refused where it can't train."""
+def pick_device(dtype: DType, index: int = 0) -> torch.device:
+    """CUDA device `index` of those this process sees, else the CPU; half precision is refused where it can't train.
+
+    Raises:
+        ModelError: fewer devices are seen than there are processes; or fp16 on a CPU.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        if index >= torch.cuda.device_count():
+            raise ModelError(f"resources.gpus: process {index} sees {torch.cuda.device_count()} GPU(s) only")
+        return torch.device("cuda", index)
     if dtype == "fp16":
         raise ModelError(
             "training.dtype: 'fp16' can't be trained on a CPU, and there is no CUDA device here; use 'bf16' or 'fp32'"
