@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.host import exports
 from llama_stack_provider_moe.host.service import PostTrainingService
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.exports import ExportStep, ExportSteps, StepState
@@ -105,7 +106,7 @@ def test_defaults_export_nothing_by_themselves(service: PostTrainingService) -> 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "nothing is asked for; expected merged: true"),
+        ({}, "nothing is asked for; expected merged: true, or types in gguf"),
         ({"merged": False}, "nothing is asked for"),
         ({"merged": True, "dtype": "q4"}, "dtype: 'q4' is not valid; expected 'bf16', 'fp16' or 'fp32'"),
         ({"merged": True, "shard_size": "5 GB"}, "shard_size: '5 GB' is not valid; expected a number of bytes, or of"),
@@ -207,3 +208,59 @@ def test_a_job_is_deleted_with_its_exports(service: PostTrainingService) -> None
     assert ask(service, "DELETE", f"/jobs/{of}").json() == {"job_uuid": of, "kept": [], "exports": [waits, export_id]}
     assert not {job.id for job in service.store.list(None)} & {of, waits, export_id}
     assert not any(folder_of(service, job_id).root.exists() for job_id in (of, waits, export_id))
+
+
+# What a server can't do, told before anything is taken in; the same in a training job's own block.
+
+
+@pytest.mark.parametrize(
+    ("block", "status", "told"),
+    [
+        ({"gguf": ["q4"]}, 400, "gguf.0: 'q4' is not valid; expected 'f32', 'f16', 'bf16', 'q8_0', 'q4_0'"),
+        ({"gguf": ["f16", "f16"]}, 400, "gguf: 'f16' stands there twice; expected each type once"),
+        ({"gguf": []}, 400, "nothing is asked for; expected merged: true, or types in gguf"),
+        ({"gguf": ["f16"]}, 501, "run `moe-train export setup`"),
+        ({"ollama": {"name": "m"}}, 400, "ollama: needs a GGUF file; name its type in gguf"),
+        ({"gguf": ["f16"], "ollama": {"name": "m", "gguf": "q8_0"}}, 400, "ollama.gguf: 'q8_0' is not among those"),
+        ({"gguf": ["f16"], "ollama": {"name": "a b"}}, 400, "ollama.name: 'a b' is not valid; expected [NAMESPACE/]"),
+        ({"gguf": ["f16"], "ollama": {"name": "m", "url": "file:///etc"}}, 400, "ollama.url: 'file:///etc' is not val"),
+    ],
+)
+def test_what_can_not_be_made_is_refused(
+    service: PostTrainingService, block: dict[str, Any], status: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_TRAIN_CACHE", str(service.config.state_dir / "nothing-here"))
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    found, text = message(service, "POST", f"/jobs/{trained(service)}/exports", json=block)
+    assert (found, told in text) == (status, True), text
+    body = {"recipe": "sft", "model": "m", "data": {"dataset_id": "good"}, "adapter": {"rank": 2}, "export": block}
+    found, text = message(service, "POST", "/jobs", json=body)
+    assert (found, told.removeprefix("ollama.") in text) == (status, True), text
+
+
+def test_a_job_reaches_no_server_that_was_not_allowed(
+    service: PostTrainingService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "find_toolchain", lambda _: None)  # llama.cpp is not what this is about
+    of = trained(service)
+    ollama = {"name": "m", "url": "http://127.0.0.1:22"}
+    status, text = message(service, "POST", f"/jobs/{of}/exports", json={"gguf": ["f16"], "ollama": ollama})
+    assert (status, text) == (
+        403,
+        "ollama.url: 'http://127.0.0.1:22' is not among those that jobs of this server may push to "
+        "(`exports.ollama_urls`): 'http://127.0.0.1:11434'",
+    )
+    allowed = {"gguf": ["q8_0", "q4_k_m"], "ollama": {"name": "m"}}
+    export_id = ask(service, "POST", f"/jobs/{of}/exports", json=allowed).json()["job_uuid"]
+    spec = folder_of(service, export_id).read_spec()
+    assert isinstance(spec, ExportSpec)
+    assert spec.export.for_ollama == "q4_k_m", "the smallest"
+
+
+def test_who_loads_no_model_waits_for_no_gpu(service: PostTrainingService) -> None:
+    of = trained(service)
+    found = []
+    for block in (MERGED, MERGED | {"load_check": False}):
+        export_id = ask(service, "POST", f"/jobs/{of}/exports", json=block).json()["job_uuid"]
+        found.append(service.store.get(export_id, None).gpus)
+    assert found == [None, 0]
