@@ -15,7 +15,7 @@ export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 .PHONY: demo demo-circuit-breaker test lint serve bench bench-gpu kernels-report clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.llama_cpp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
 
 # MODEL=--dense: the dense model instead of the upcycled one.
@@ -55,7 +55,7 @@ kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile table
 
 # Of a checkout's own, so that a changed pin is followed; a no-op where the installation is whole.
-$(VENV)/.llama_cpp: $(VENV)/.dev $(wildcard llama_stack_provider_moe/llama_cpp/*.py)
+$(VENV)/.llama_cpp: $(VENV)/.demo $(wildcard llama_stack_provider_moe/llama_cpp/*.py)
 	$(BIN)/moe-train export setup
 	@touch $@
 
