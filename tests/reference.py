@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import ExportsConfig, ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
     Analysis,
@@ -28,6 +28,8 @@ from llama_stack_provider_moe.spec import (
     DPOSpec,
     Efficiency,
     ExpertRule,
+    Exports,
+    ExportSpec,
     FromAnalysis,
     Gate,
     JobDefaults,
@@ -50,6 +52,7 @@ from llama_stack_provider_moe.spec import (
 )
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
@@ -77,13 +80,15 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
+    ("`export`", "export.", Exports, set()),
+    ("`export.ollama`", "export.ollama.", Ollama, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
     ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
     ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
     (
-        "Routing analysis jobs: `job_uuid`, `model` and `resources` as above, and",
+        "Routing analysis jobs: `job_uuid`, `model` and `resources` (of one process) as above, and",
         "",
         RoutingAnalysisSpec,
         {"job_uuid", "model", "resources"},
@@ -92,8 +97,15 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`analysis`", "analysis.", Analysis, set()),
     ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
     ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
+    (
+        "Export jobs: `job_uuid`, `resources` and `export` as above, and",
+        "",
+        ExportSpec,
+        {"job_uuid", "resources", "export"},
+    ),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
+    ("Server: `exports:`", "exports.", ExportsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `defaults:`", "defaults.", JobDefaults, set()),
 ]
@@ -115,7 +127,7 @@ def default(field: FieldInfo) -> str:
         return "see below"
     if value == sys.executable:
         return "the server's"
-    if value is None:
+    if value is None or value == "":
         return "-"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{text}`"
@@ -137,6 +149,8 @@ def allowed(field: FieldInfo) -> str:
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
         return "numbers and ranges"
+    if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
+        return "at least `1KB`"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}

@@ -38,7 +38,7 @@ SEED = 20251121
 STEPS, EPOCHS = 16, 2
 LIMIT_S = 3600.0
 VICTIMS = ("child", "supervisor", "server")
-TIMED = ("tokens_per_s", "memory_bytes")
+TIMED = ("tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "memory_bytes")
 ROWS = [
     {"prompt": f"Write a word about {a} and {b}.", "completion": "The capital of France is Paris."}
     for a in ("garden", "letter", "friend", "spring") for b in ("answer", "France", "Paris", "token")

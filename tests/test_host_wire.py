@@ -17,6 +17,7 @@ from llama_stack_provider_moe.host.explain import invalid_body
 from llama_stack_provider_moe.jobs import folder
 from llama_stack_provider_moe.spec import DPO_LOSSES, JOB_SPEC, JobDefaults
 
+BLOCKS = {"adapter", "moe", "options", "eval", "export"}
 PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     # theirs, ours, what ours has beside
     (api.DataConfig, wire.DataConfig, set()),
@@ -25,15 +26,15 @@ PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     (api.TrainingConfig, wire.TrainingConfig, set()),
     (api.LoraFinetuningConfig, wire.LoraFinetuningConfig, set()),
     (api.DPOAlignmentConfig, wire.DPOAlignmentConfig, set()),
-    (api.SupervisedFineTuneRequest, wire.SupervisedFineTuneRequest, {"adapter", "moe", "options", "eval"}),
-    (api.PreferenceOptimizeRequest, wire.PreferenceOptimizeRequest, {"adapter", "moe", "options", "eval"}),
+    (api.SupervisedFineTuneRequest, wire.SupervisedFineTuneRequest, BLOCKS),
+    (api.PreferenceOptimizeRequest, wire.PreferenceOptimizeRequest, BLOCKS),
     (api_models.CancelTrainingJobRequest, wire.CancelTrainingJobRequest, set()),
     (api.PostTrainingJob, wire.PostTrainingJob, set()),
     (api.ListPostTrainingJobsResponse, wire.ListPostTrainingJobsResponse, {"has_more"}),
     (api.PostTrainingJobStatusResponse, wire.PostTrainingJobStatusResponse, set()),
     (api.PostTrainingJobArtifactsResponse, wire.PostTrainingJobArtifactsResponse, set()),
     (api.PostTrainingJobLogStream, wire.PostTrainingJobLogStream, {"next_offset"}),
-    (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes"}),
+    (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes", "name", "sha256", "verification"}),
     (training_types.PostTrainingMetric, folder.Metrics, set()),
 ]
 # Where we differ on purpose, each told in the README.

@@ -87,7 +87,7 @@ def break_off(folder: Path, steps: int) -> threading.Thread:
 
 def curve(run: Run) -> dict[int, dict[str, float]]:
     """Step -> its metrics that don't tell time or memory, as last written."""
-    timed = ("tokens_per_s", "memory_bytes")
+    timed = ("tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "memory_bytes")
     return {
         event.step: {name: value for name, value in event.metrics.items() if name not in timed}
         for event in run.events("step")

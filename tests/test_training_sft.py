@@ -63,6 +63,8 @@ def test_every_step_tells_what_an_engineer_looks_for(granite: Run) -> None:
             "grad_norm",
             "learning_rate",
             "tokens_per_s",
+            "tokens_per_s_per_device",
+            "tflops_per_device",
             "memory_bytes",
         }
         assert wanted <= step.metrics.keys()

@@ -141,6 +141,17 @@ class Workshop:
 
         `adapter=None` trains all weights.
         """
+        return self.again(Run(self.job(recipe, family, rows, validation, **blocks), 0))
+
+    def job(
+        self,
+        recipe: str,
+        family: str | Path,
+        rows: list[Row] | None = None,
+        validation: list[Row] | None = None,
+        **blocks: Any,
+    ) -> JobFolder:
+        """The folder of such a job, which has not begun."""
         make = dpo_rows if recipe == "dpo" else sft_rows
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
@@ -168,7 +179,7 @@ class Workshop:
         for part in body.get("circuit_breaker", {}).keys() & {"retain", "safe"}:
             _write(folder.rows(part), kept_rows(12))
             _write(folder.rows(f"{part}-validation"), kept_rows(3, first=100))
-        return self.again(Run(folder, 0))
+        return folder
 
     def again(self, run: Run) -> Run:
         """Start a job's process once more, as a supervisor does after it was lost."""

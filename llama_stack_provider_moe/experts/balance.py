@@ -12,7 +12,9 @@ from torch import Tensor
 from llama_stack_provider_moe.experts.families import Scoring
 from llama_stack_provider_moe.experts.routing import (
     RoutingRecorder,
+    Total,
     count_choices,
+    own,
     probabilities,
     switch_loss,
     token_weights,
@@ -21,12 +23,16 @@ from llama_stack_provider_moe.spec import LoadBalancing
 
 
 def gshard_loss(
-    router_logits: Sequence[Tensor], scoring: Scoring = "softmax", attention_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    scoring: Scoring = "softmax",
+    attention_mask: Tensor | None = None,
+    total: Total = own,
 ) -> Tensor:
     """GShard's auxiliary loss (arXiv 2006.16668, section 2.2): E * sum_e c_e * m_e, the mean over layers.
 
     c_e is the share of tokens whose first choice is e, m_e the mean probability of e; each layer is balanced by
-    itself. (The paper divides by E instead: the same up to a factor, and 1 at balance whatever E here.)
+    itself. (The paper divides by E instead: the same up to a factor, and 1 at balance whatever E here.) `total`: see
+    `switch_loss`.
 
     >>> even = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
     >>> round(gshard_loss([even]).item(), 4)
@@ -41,7 +47,9 @@ def gshard_loss(
         weight_T = token_weights(attention_mask, logits_TE)
         probs_TE = probabilities(logits_TE, scoring)
         first_E = count_choices(probs_TE.argmax(dim=-1, keepdim=True), weight_T, num_experts)
-        losses.append(num_experts * (first_E * (weight_T @ probs_TE)).sum() / weight_T.sum().square())
+        summed = total(torch.cat([first_E, weight_T.sum().reshape(1)]))
+        first_E, tokens = summed[:-1], summed[-1]
+        losses.append(num_experts * (first_E * (weight_T @ probs_TE)).sum() / tokens.square())
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
@@ -77,11 +85,14 @@ def expert_choice(probs_TE: Tensor, top_k: int, attention_mask: Tensor | None = 
     return (ranks_TE < capacity) & (weight_T.unsqueeze(1) > 0)
 
 
-def balance_loss(recorder: RoutingRecorder, load_balancing: LoadBalancing) -> Tensor:
-    """Of the last recording: GShard's loss where that was asked for, else Switch's, of what was chosen."""
+def balance_loss(recorder: RoutingRecorder, load_balancing: LoadBalancing, total: Total = own) -> Tensor:
+    """Of the last recording: GShard's loss where that was asked for, else Switch's, of what was chosen.
+
+    `total`: see `switch_loss`.
+    """
     layout, logits = recorder.layout, recorder.logits()
     if load_balancing == "gshard":
-        return gshard_loss(logits, layout.scoring, recorder.attention_mask)
+        return gshard_loss(logits, layout.scoring, recorder.attention_mask, total)
     return switch_loss(
         logits,
         layout.top_k,
@@ -89,6 +100,7 @@ def balance_loss(recorder: RoutingRecorder, load_balancing: LoadBalancing) -> Te
         recorder.attention_mask,
         scoring=layout.scoring,
         chosen=recorder.chosen(),
+        total=total,
     )
 
 

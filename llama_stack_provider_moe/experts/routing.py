@@ -5,7 +5,7 @@ fp32 whatever the model's dtype.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from llama_stack_provider_moe.experts.families import Scoring
 from llama_stack_provider_moe.experts.layout import ExpertLayout
+
+# The sum over the processes that share a batch, without a gradient; a job of one process has the identity.
+Total = Callable[[Tensor], Tensor]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ def switch_loss(
     *,
     scoring: Scoring = "softmax",
     chosen: Sequence[Tensor] | None = None,
+    total: Total = own,
 ) -> Tensor:
     """Switch Transformer's balance loss in its top-k form (arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e.
 
@@ -60,6 +69,9 @@ def switch_loss(
         attention_mask: (batch, sequence), 0 where a token is padding; None: all tokens count.
         scoring: what the router makes of its logits; DeepSeek-V3's loss (arXiv 2412.19437, eq. 17) is the sigmoid one.
         chosen: (T, K) of each layer, the experts chosen; None: the K most likely.
+        total: where processes share a batch, f_e and the number of tokens are those of all of it (as in arXiv
+            2501.11873), and what is returned is this process's part of the loss: the parts' sum is the batch's, and so
+            is that of their gradients.
     """
     weight_T = token_weights(attention_mask, router_logits[0])
     counts_E = torch.zeros(num_experts, device=router_logits[0].device)
@@ -70,13 +82,18 @@ def switch_loss(
         counts_E = counts_E + count_choices(chosen_TK, weight_T, num_experts)
         probs_E = probs_E + weight_T @ probs_TE
     rows = weight_T.sum() * len(router_logits)
+    summed = total(torch.cat([counts_E, rows.reshape(1)]))
+    counts_E, rows = summed[:-1], summed[-1]
     return num_experts * (counts_E / rows * (probs_E / rows)).sum()
 
 
-def router_z_loss(logits_TE: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits)^2."""
+def router_z_loss(logits_TE: Tensor, attention_mask: Tensor | None = None, total: Total = own) -> Tensor:
+    """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits)^2.
+
+    `total`: see `switch_loss`.
+    """
     weight_T = token_weights(attention_mask, logits_TE)
-    return weight_T @ logits_TE.float().logsumexp(dim=-1).square() / weight_T.sum()
+    return weight_T @ logits_TE.float().logsumexp(dim=-1).square() / total(weight_T.sum())
 
 
 @dataclass
@@ -95,6 +112,15 @@ class _Tally:
             self.entropy + other.entropy,
             self.tokens + other.tokens,
         )
+
+    def packed(self) -> Tensor:
+        """As one tensor, for a sum over processes."""
+        return torch.cat([self.counts_E, self.probs_E, self.entropy.reshape(1), self.tokens.reshape(1)]).double()
+
+
+def _unpacked(packed: Tensor) -> _Tally:
+    experts = (packed.numel() - 2) // 2
+    return _Tally(packed[:experts], packed[experts : 2 * experts], packed[-2], packed[-1])
 
 
 def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> _Tally:
@@ -147,6 +173,7 @@ class RoutingRecorder:
         self._parts: dict[str, Tensor] = {}
         self._part_tallies: dict[tuple[str, int], _Tally] = {}
         self._attention_mask: Tensor | None = None
+        self._device = next(model.parameters()).device
         self._open = False
         self._grad_mode = False
         self._handles = [
@@ -191,25 +218,41 @@ class RoutingRecorder:
         """The experts (T, K) that were chosen, in the order of `logits`; E stands for none."""
         return [chosen_TK for passes in self._chosen.values() for chosen_TK in passes]
 
-    def z_loss(self) -> Tensor:
-        """Router z-loss of the last recording, the mean over its layers, with its gradient."""
-        losses = [router_z_loss(logits_TE, self._attention_mask) for logits_TE in self.logits()]
+    def z_loss(self, total: Total = own) -> Tensor:
+        """Router z-loss of the last recording, the mean over its layers, with its gradient; `total`: `switch_loss`."""
+        losses = [router_z_loss(logits_TE, self._attention_mask, total) for logits_TE in self.logits()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
-    def take_counts(self) -> dict[int, Tensor]:
-        """Tokens that each expert of a layer got, (E,), since the last `take_counts`."""
+    def take_counts(self, total: Total = own) -> dict[int, Tensor]:
+        """Tokens that each expert of a layer got, (E,), since the last `take_counts`; `total`: in all processes."""
         counts, self._counts = self._counts, {}
-        return counts
+        if total is own or not counts:
+            return counts
+        summed_LE = total(torch.stack([counts[layer] for layer in sorted(counts)]))
+        return dict(zip(sorted(counts), summed_LE, strict=True))
 
-    def take(self) -> list[LayerRouting]:
+    def take(self, total: Total = own) -> list[LayerRouting]:
         """Every layer's routing since the last `take`, in order; empty where no token was recorded."""
         tallies, self._tallies = self._tallies, {}
         self._logits, self._chosen = {}, {}
+        if total is not own and tallies:
+            summed = total(torch.stack([tallies[layer].packed() for layer in sorted(tallies)]))
+            tallies = {layer: _unpacked(packed) for layer, packed in zip(sorted(tallies), summed, strict=True)}
         return [_summary(layer, tally) for layer, tally in sorted(tallies.items()) if tally.tokens.item() > 0]
 
-    def take_parts(self) -> dict[str, list[LayerRouting]]:
-        """Routing of each part by itself since the last `take_parts`; a part without a token is left out."""
+    def take_parts(self, names: Sequence[str] = (), total: Total = own) -> dict[str, list[LayerRouting]]:
+        """Routing of each part by itself since the last `take_parts`; a part without a token is left out.
+
+        Args:
+            names: of all parts that any process may have seen.
+            total: the sum over processes.
+        """
         tallies, self._part_tallies = self._part_tallies, {}
+        if total is not own and names:
+            keys = [(part, layer) for part in sorted(names) for layer in self.layout.moe_layers]
+            nothing = torch.zeros(2 * self.layout.num_experts + 2, dtype=torch.float64, device=self._device)
+            mine = [tallies[key].packed() if key in tallies else nothing for key in keys]
+            tallies = {key: _unpacked(packed) for key, packed in zip(keys, total(torch.stack(mine)), strict=True)}
         found: dict[str, list[LayerRouting]] = {}
         for (part, layer), tally in sorted(tallies.items()):
             if tally.tokens.item() > 0:

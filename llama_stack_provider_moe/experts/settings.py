@@ -102,7 +102,9 @@ class ShippedConfig:
             _set(self.config, training)
 
 
-def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, models_loss: bool = True) -> ResolvedMoe:
+def resolve_moe(
+    moe: Moe, layout: ExpertLayout | None, full: bool, models_loss: bool = True, shared: bool = False
+) -> ResolvedMoe:
     """Decide every setting.
 
     Args:
@@ -111,6 +113,7 @@ def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, models_loss: 
         full: all weights train, not an adapter.
         models_loss: training computes the model's own loss; false: it may not even run all layers, so balance is kept
             where a job asks for it alone, and computed here.
+        shared: processes share each batch: the model's own loss, which sees one process's part, is computed here too.
 
     Raises:
         ModelError: something was asked for that this model can't give.
@@ -120,7 +123,7 @@ def resolve_moe(moe: Moe, layout: ExpertLayout | None, full: bool, models_loss: 
     if not moe.auto_detect_moe:
         raise _refusal("auto_detect_moe", False, f"true: the model has experts ({layout.text()})")
     aux_coef = _aux_coef(moe, layout) if models_loss or moe.router_aux_loss_coef is not None else 0.0
-    own_aux = aux_coef > 0 and (moe.moe_load_balancing == "gshard" or not (layout.aux_loss and models_loss))
+    own_aux = aux_coef > 0 and (shared or moe.moe_load_balancing == "gshard" or not (layout.aux_loss and models_loss))
     if moe.moe_load_balancing == "aux_free" and layout.bias_path is None:
         raise _refusal(
             "moe_load_balancing",

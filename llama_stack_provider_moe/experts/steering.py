@@ -36,10 +36,15 @@ class Steering:
         self._resolved = resolved
         self._active = False
         self._attention_mask: Tensor | None = None
-        self._biases = layout.biases(model) if resolved.load_balancing == "aux_free" else {}
+        self._model = model
         # The model's own may be bf16, in which steps of 0.001 would be rounded away.
         self._exact = {layer: bias.detach().float().clone() for layer, bias in self._biases.items()}
         self.attach(model)
+
+    @property
+    def _biases(self) -> dict[int, Tensor]:
+        """The model's own, found anew: a buffer is another one once its model was moved to another device."""
+        return self._layout.biases(self._model) if self._resolved.load_balancing == "aux_free" else {}
 
     def attach(self, model: nn.Module) -> None:
         """Act on this model's routers too, a reference beside the one that trains."""

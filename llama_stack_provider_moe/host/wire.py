@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
+from llama_stack_provider_moe.jobs.exports import ExportStep
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options, SafetyEvaluation
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options, SafetyEvaluation
 
 
 class SFTOptions(Options):
@@ -48,6 +49,7 @@ MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 EvalBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SafetyEvaluation))]
+ExportBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Exports))]
 
 
 def _spelled(value: float) -> float | str:
@@ -172,6 +174,7 @@ class SupervisedFineTuneRequest(Wire):
         default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
     )
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -191,6 +194,7 @@ class PreferenceOptimizeRequest(Wire):
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
 
 
 class ErrorMessage(BaseModel):
@@ -222,6 +226,7 @@ class JobLine(PostTrainingJob):
 
     status: JobState
     recipe: str
+    parent: str | None = Field(description="Of an export: the job that it is of.")
     model: str
     scheduled_at: datetime
     started_at: datetime | None
@@ -236,7 +241,7 @@ class ListPostTrainingJobsResponse(BaseModel):
 
 
 class Checkpoint(BaseModel):
-    """One thing a job leaves, a checkpoint or a final artifact; `kind`, `step` and `bytes` are ours."""
+    """One thing a job leaves, a checkpoint or a final artifact; from `kind` on, the fields are ours."""
 
     identifier: str
     created_at: datetime
@@ -247,6 +252,25 @@ class Checkpoint(BaseModel):
     kind: str
     step: int
     bytes: int
+    name: str = Field(description="Ends the URL of its files.")
+    sha256: str | None = Field(description="Of the GGUF file; of what has many files, of its checksums.json.")
+    verification: dict[str, Any] | None = Field(description="What was compared before it was listed, with figures.")
+
+
+class ExportJob(PostTrainingJob):
+    """An export of a job, and the steps that it consists of."""
+
+    status: JobState
+    reason: str | None = Field(description="Why it failed or was cancelled.")
+    scheduled_at: datetime
+    completed_at: datetime | None
+    steps: list[ExportStep] = Field(description="None before it has begun.")
+
+
+class ListExportsResponse(BaseModel):
+    """A job's exports, newest first."""
+
+    data: list[ExportJob]
 
 
 class PostTrainingJobStatusResponse(BaseModel):
@@ -327,6 +351,7 @@ class JobDetail(PostTrainingJobStatusResponse):
 
     recipe: str
     model: str
+    parent: str | None = Field(description="Of an export: the job that it is of.")
     cancel_requested_at: datetime | None
     attempts: int
     reason: str | None = Field(description="Why it failed or was cancelled, or is tried again.")
@@ -341,6 +366,7 @@ class DeletedJob(PostTrainingJob):
     """A job that is no more."""
 
     kept: list[str] = Field(description="Folders that were left: checkpoints in a `checkpoint_dir`.")
+    exports: list[str] = Field(description="Exports of the job, which went with it.")
 
 
 class Validated(BaseModel):

@@ -134,6 +134,15 @@ class Assessed(_Event):
     exceeded: list[str] = Field(description="Limits of `eval.fail_if` that were exceeded.")
 
 
+class Export(_Event):
+    """A step of an export job begins, or has ended (`jobs.exports.ExportStep`)."""
+
+    type: Literal["export"] = "export"
+    step: str
+    state: str
+    reason: str | None = None
+
+
 class Saved(_Event):
     """An artifact is complete on disk (`jobs.folder.Artifact` as JSON)."""
 
@@ -163,6 +172,9 @@ class Finished(_Event):
     type: Literal["finished"] = "finished"
     train_seconds: float = Field(description="Of this job's training, over all its starts.")
     stopped_by: StoppedBy | None = Field(default=None, description="What ended it before its last step.")
+    throughput: dict[str, float] = Field(
+        default_factory=dict, description="Of the steps of its last start, by the names of the step metrics."
+    )
 
 
 class Cancelled(_Event):
@@ -173,7 +185,19 @@ class Cancelled(_Event):
 
 
 Event = Annotated[
-    Started | Resumed | Plan | Step | Routing | Evaluation | Assessed | Saved | Message | Failed | Finished | Cancelled,
+    Started
+    | Resumed
+    | Plan
+    | Step
+    | Routing
+    | Evaluation
+    | Assessed
+    | Export
+    | Saved
+    | Message
+    | Failed
+    | Finished
+    | Cancelled,
     Discriminator("type"),
 ]
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
@@ -80,9 +80,11 @@ class Training(Block):
     max_steps_per_epoch: int = Field(
         default=0, ge=0, description="Optimiser steps after which an epoch ends; 0: the whole epoch."
     )
-    batch_size: int = Field(default=4, ge=1, le=4096, description="Rows (or pairs) in one micro-batch.")
+    batch_size: int = Field(
+        default=4, ge=1, le=4096, description="Rows (or pairs) in one micro-batch of one process (`resources`)."
+    )
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, le=4096, description="Micro-batches in one optimiser step."
+        default=1, ge=1, le=4096, description="Micro-batches of each process in one optimiser step."
     )
     max_validation_steps: int = Field(
         default=0, ge=0, description="Micro-batches in one evaluation; 0: all held-out rows."
@@ -116,5 +118,31 @@ class Resources(Block):
     """What a job needs of the machine."""
 
     gpus: int | None = Field(
-        default=None, ge=0, le=64, description="GPUs of its own; left out: one where there are any, else the CPU."
+        default=None,
+        ge=0,
+        le=64,
+        description="GPUs of its own, each with a process that trains on its share of every step's rows; left out: one "
+        "where there are any, else the CPU.",
     )
+    processes: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="With `gpus` 0: processes that train together on the CPU; left out: one. On GPUs there is always "
+        "one for each.",
+    )
+
+    @model_validator(mode="after")
+    def _a_process_for_each_gpu(self) -> "Resources":
+        if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
+            return self
+        if self.gpus is None:
+            raise ValueError(f"processes: {self.processes} is not valid without gpus; expected gpus 0 beside it (the "
+                             f"CPU), or gpus {self.processes} in its place")  # fmt: skip
+        raise ValueError(f"processes: {self.processes} is not valid with gpus {self.gpus}; expected nothing, for there "
+                         "is one process for each GPU")  # fmt: skip
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.processes or self.gpus or 1

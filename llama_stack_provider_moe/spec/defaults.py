@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from llama_stack_provider_moe.spec.adapter import Adapter
 from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
 from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluation
+from llama_stack_provider_moe.spec.exports import Exports
 from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
@@ -35,6 +36,9 @@ class JobDefaults(Block):
         description="Parts of `eval`, but for masks. Naming something to measure, they measure every training job that "
         'does not say `"eval": null`; else they lie beneath the `eval` of jobs that have one.',
     )
+    export: dict[str, Any] = Field(
+        default_factory=dict, description="Parts of `export`, for jobs that have this block; others export nothing."
+    )
 
     @model_validator(mode="after")
     def _each_part_is_valid(self) -> "JobDefaults":
@@ -46,6 +50,7 @@ class JobDefaults(Block):
         for name, block in blocks.items():
             block.model_validate(getattr(self, name) or {})
         self._check_evaluation()
+        Exports.model_validate({"merged": True, **self.export})  # a part need not ask for something
         return self
 
     def _check_evaluation(self) -> None:
@@ -72,9 +77,13 @@ class JobDefaults(Block):
             if body.get("recipe") == "routing_analysis":  # which has few of the blocks, and few of their fields
                 known = analysis[name].model_fields if name in analysis else {}
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
+            if body.get("recipe") == "export" and name != "export":
+                continue
             if name == "eval" and "eval" not in body and not self._measures:
                 continue  # how to measure, but nothing to
-            given = body.get(name, {} if defaults is not None else None)
+            # A server's wish for a data type is no wish that every job be exported.
+            asked = name != "export" and defaults is not None
+            given = body.get(name, {} if asked else None)
             if isinstance(given, dict) and defaults:
                 merged[name] = {**defaults, **given}
         return merged

@@ -17,6 +17,8 @@ from llama_stack_provider_moe.losses import breaker
 from llama_stack_provider_moe.training.breaker_plan import BreakerPlan
 from llama_stack_provider_moe.training.capture import Blocks
 from llama_stack_provider_moe.training.mixture import PARTS
+from llama_stack_provider_moe.training.peers import ALONE, Peers
+from llama_stack_provider_moe.training.sharing import taken
 
 States = dict[int, Tensor]
 
@@ -44,16 +46,19 @@ class Sums:
         value = value.detach().float()
         self.values[name] = self.values[name] + value if name in self.values else value
 
-    def take(self) -> dict[str, float]:
-        """All sums as numbers; they begin again at zero."""
+    def take(self, peers: Peers) -> dict[str, float]:
+        """All sums over all processes, as numbers; they begin again at zero."""
         values, self.values = self.values, {}
-        return {name: value.item() for name, value in values.items()}
+        found = {name: value.item() for name, value in values.items()}
+        names = peers.union(found)
+        return dict(zip(names, peers.sums([found.get(name, 0.0) for name in names]), strict=True))
 
 
 class BreakerTrainer(Trainer):
     """The loss; arguments beyond transformers' own are keyword-only."""
 
     router_aux_loss_coef = 0.0  # the model's own loss is never computed here
+    peers: Peers = ALONE
 
     def __init__(self, *, plan: BreakerPlan, model: Any, **arguments: Any) -> None:
         super().__init__(model=model, **arguments)
@@ -61,15 +66,15 @@ class BreakerTrainer(Trainer):
         self.plan = plan
         self.blocks = Blocks(model)
         self.sums = Sums()
-        self.tokens_seen = 0.0
+        self.tokens_seen = self.step_tokens = 0.0
         # The loss comes divided by the tokens of the whole step: transformers is not to divide it by micro-batches.
         self.model_accepts_loss_kwargs = True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, and how many tokens of each part (P,) they have together."""
+        """The micro-batches of a step, and how many tokens of each part (P,) all processes have in it."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [counted(batch["counted"], batch["part"]).to(device) for batch in batches]
-        return batches, torch.stack(counts).sum(dim=0) if counts else None
+        return batches, self.peers.sum(torch.stack(counts).sum(dim=0)) if counts else None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -84,14 +89,37 @@ class BreakerTrainer(Trainer):
         # The reference first: switching an adapter off and on again is not to come between a pass and its backward.
         with torch.no_grad(), self.model.disable_adapter():
             base = self._passed(inputs)
-        mine = self._passed(inputs)
+        mine = self._passed_through(model, inputs)
         rows = int((inputs["part"] == 0).sum())
         reroute, retain = self._losses(mine, base, inputs, rows, tokens_P)
         self._note(mine, base, inputs, tokens_P)
         self.sums.add("reroute_loss", reroute)
         self.sums.add("retain_loss", retain)
-        self.tokens_seen += float(inputs["attention_mask"].sum())
+        if self.peers.size == 1 or inputs["counted"].any():  # no ballast
+            self.step_tokens += float(inputs["attention_mask"].sum())
         return coefficients.reroute * reroute + coefficients.retain * retain
+
+    def _passed_through(self, model: Any, inputs: dict[str, Any]) -> Passed:
+        """`_passed`, inside the forward of what wraps the model (DDP), or its gradients would not be averaged."""
+        if model is self.model:
+            return self._passed(inputs)
+        of_instance = vars(self.model).get("forward")  # accelerate's, where there is autocast
+
+        def forward(batch: dict[str, Any]) -> tuple[States, Tensor | None]:
+            put_back()
+            passed = self._passed(batch)
+            return passed.states, passed.logits
+
+        def put_back() -> None:
+            self.model.__dict__.pop("forward", None)
+            if of_instance is not None:
+                self.model.forward = of_instance
+
+        self.model.forward = forward
+        try:
+            return Passed(*model(inputs))
+        finally:
+            put_back()
 
     def _passed(self, inputs: dict[str, Any]) -> Passed:
         """One pass over a micro-batch, no further than its losses need."""
@@ -143,14 +171,17 @@ class BreakerTrainer(Trainer):
         """Adds the step's figures."""
         if "loss" in logs:
             weights = self.plan.coefficients(self.state.global_step, self.state.max_steps)
-            logs |= self.sums.take()
+            logs |= self.sums.take(self.peers)
             logs |= {"reroute_coefficient": weights.reroute, "retain_coefficient": weights.retain}
+            self.tokens_seen += self.peers.sums([self.step_tokens])[0]
+            self.step_tokens = 0.0
             logs["num_tokens"] = self.tokens_seen
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Sums over held-out rows; retained ones go one by one, for the logits of a batch would not fit."""
         inputs = self._prepare_inputs(inputs)
+        taken(inputs)
         rows = int((inputs["part"] == 0).sum())
         with torch.no_grad():
             if rows:

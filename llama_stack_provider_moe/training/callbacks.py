@@ -16,7 +16,9 @@ from llama_stack_provider_moe.experts.routing import LayerRouting as Recorded
 from llama_stack_provider_moe.jobs.events import Evaluation, LayerRouting, Routing, Step
 from llama_stack_provider_moe.spec import Recipe
 from llama_stack_provider_moe.training.resume import Resume, RunState
+from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession, Stopped
+from llama_stack_provider_moe.training.throughput import peak_flops
 from llama_stack_provider_moe.training.trackers import OpenTrackers
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ class Reporter(TrainerCallback):
         self._train_began_s = 0.0
         self._began_s = 0.0
         self._tokens_before = 0.0
+        self._done: tuple[float, ...] = (0.0, 0.0, 0.0)  # tokens, operations, seconds of this start's steps
+        device = trainer.args.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_flops(name, session.spec.training.dtype)
         self._seconds_before = before.train_seconds
         self._epoch_losses = list(before.epoch_losses)
         self._fresh_start = resume is None
@@ -58,7 +64,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a wish to stop waits for the step's end; then the untouched model's figures."""
-        self._session.stop.between_steps()
+        self._session.stop.between_steps(self._session.peers)
         self._train_began_s = time.monotonic()
         if (
             self._fresh_start
@@ -84,6 +90,7 @@ class Reporter(TrainerCallback):
             epoch_losses=self._epoch_losses,
             last={name: value for name, value in self.last.items() if math.isfinite(value)},
             held_out=self.held_out,
+            rows_a_step=rows_a_step(self._session.spec.training, self._session.peers.size),
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -91,12 +98,14 @@ class Reporter(TrainerCallback):
         self._began_s = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock, once a GPU is done too."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
         self._durations_s.append(time.perf_counter() - self._began_s)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An evaluation is given up at once: what it would follow is saved already."""
-        if self._session.stop.requested:
+        if self._session.peers.any(self._session.stop.requested):
             raise Stopped(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -105,7 +114,8 @@ class Reporter(TrainerCallback):
             return
         metrics = {name: float(value) for name, value in logs.items() if name not in NOT_METRICS}
         self._refuse_nonsense(metrics, state.global_step)
-        metrics.update(self._speed(logs), memory_bytes=float(peak_memory_bytes(args.device)))
+        memory_bytes = self._session.peers.most(float(peak_memory_bytes(args.device)))
+        metrics.update(self._speed(logs), memory_bytes=memory_bytes)
         metrics.update(self._bare_loss(metrics))
         self._epoch_losses.append(metrics[self.bare_name])
         self.last = metrics
@@ -118,11 +128,12 @@ class Reporter(TrainerCallback):
             eta_s=left * sum(self._durations_s) / len(self._durations_s),
         )
         self._tell(step)
-        print(_line(step), flush=True)
-        recorder = self._trainer.recorder
+        self._session.show(_line(step))
+        recorder, total = self._trainer.recorder, self._trainer.total
         if recorder is not None:
-            sets = {name: _layers(found) for name, found in recorder.take_parts().items()}
-            self._tell(Routing(step=state.global_step, layers=_layers(recorder.take()), sets=sets))
+            parts = recorder.take_parts(self._trainer.part_names, total)
+            sets = {name: _layers(found) for name, found in parts.items()}
+            self._tell(Routing(step=state.global_step, layers=_layers(recorder.take(total)), sets=sets))
 
     @property
     def bare_name(self) -> str:
@@ -145,7 +156,7 @@ class Reporter(TrainerCallback):
         state = self._trainer.state
         self._tell(Evaluation(step=state.global_step, epoch=state.epoch or 0.0, metrics=figures))
         shown = " ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items()))
-        print(f"held out after step {state.global_step}: {shown}", flush=True)
+        self._session.show(f"held out after step {state.global_step}: {shown}")
         return figures
 
     def _tell(self, event: Step | Evaluation | Routing) -> None:
@@ -160,7 +171,19 @@ class Reporter(TrainerCallback):
     def _speed(self, logs: dict[str, float]) -> dict[str, float]:
         tokens = logs["num_tokens"] - self._tokens_before
         self._tokens_before = logs["num_tokens"]
-        return {"tokens_per_s": tokens / max(self._durations_s[-1], 1e-9)}
+        done = (tokens, self._trainer.take_flops(), max(self._durations_s[-1], 1e-9))
+        self._done = tuple(one + more for one, more in zip(self._done, done, strict=True))
+        return {"tokens_per_s": tokens / done[-1], **self._throughput(*done)}
+
+    def _throughput(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        devices = self._session.peers.size
+        each = flops / seconds / devices
+        of_peak = {} if self._peak is None else {"mfu": each / self._peak}
+        return {"tokens_per_s_per_device": tokens / seconds / devices, "tflops_per_device": each / 1e12, **of_peak}
+
+    def throughput(self) -> dict[str, float]:
+        """Over all steps of this start, by the names of the step metrics; empty where it took none."""
+        return self._throughput(*self._done) if self._done[-1] else {}
 
     def _refuse_nonsense(self, metrics: dict[str, float], step: int) -> None:
         # fp16 scales its loss and skips the steps whose gradient overflows; there, an infinite norm is nothing wrong.

@@ -23,6 +23,7 @@ from llama_stack_provider_moe.datarows import Message
 from llama_stack_provider_moe.errors import DataError
 from llama_stack_provider_moe.spec import Data as SpecData
 from llama_stack_provider_moe.spec import DPOSpec, MixedData, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.training.peers import Peers
 from llama_stack_provider_moe.training.rendering import Renderer, Tokens, Unrenderable
 from llama_stack_provider_moe.training.session import AnySession, Session
 
@@ -166,8 +167,10 @@ def _prepare[S: TrainingSpec](session: Session[S], encode: Encode, features: Fea
 def fresh_cache(session: AnySession) -> Path:
     """The folder of the job's tokenised rows, empty."""
     cache = Path(session.cache)
-    shutil.rmtree(cache, ignore_errors=True)
-    cache.mkdir(parents=True)
+    if session.peers.leads:
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True)
+    session.peers.wait()
     return cache
 
 
@@ -196,13 +199,14 @@ class Maker:
         spec, folder = session.spec, session.folder
         validation: Dataset | None
         if data.validation_dataset_id is not None:
-            train = self.make(folder.rows(part), data.dataset_id, {part: None})[part]
-            validation = self.make(folder.rows(held_out_part), data.validation_dataset_id, {held_out_part: None})[
-                held_out_part
-            ]
+            named = data.validation_dataset_id
+            train = self.make(folder.rows(part), data.dataset_id, {part: None}, session.peers)[part]
+            held = self.make(folder.rows(held_out_part), named, {held_out_part: None}, session.peers)
+            validation = held[held_out_part]
         else:
             chosen = held_out(_count(folder.rows(part)), spec.options.validation_split, spec.options.seed)
-            made = self.make(folder.rows(part), data.dataset_id, {part: None, held_out_part: chosen})
+            parts = {part: None, held_out_part: chosen}
+            made = self.make(folder.rows(part), data.dataset_id, parts, session.peers)
             train, validation = made[part], made.get(held_out_part)
         if validation is None and spec.options.validation_split > 0:
             session.say("a single row can't be split; nothing is held out", "warning")
@@ -211,8 +215,17 @@ class Maker:
             validation = validation.select(range(min(most, len(validation))))
         return train, validation
 
-    def make(self, source: Path, dataset_id: str, parts: dict[str, frozenset[int] | None]) -> dict[str, Dataset]:
-        """One data set a part: that of the row indices named, or (None) of all others."""
+    def make(
+        self, source: Path, dataset_id: str, parts: dict[str, frozenset[int] | None], peers: Peers
+    ) -> dict[str, Dataset]:
+        """One data set a part: that of the row indices named, or (None) of all others. Rank 0 makes, all read."""
+        if peers.leads:
+            self._write(source, dataset_id, parts)
+        self.rows, self.truncated = peers.agreed((self.rows, self.truncated))
+        made = [part for part, indices in parts.items() if indices is None or indices]
+        return {part: Dataset.from_file(self._file(part)) for part in made}
+
+    def _write(self, source: Path, dataset_id: str, parts: dict[str, frozenset[int] | None]) -> None:
         named = {index: part for part, indices in parts.items() for index in indices or ()}
         rest = next(part for part, indices in parts.items() if indices is None)
         problems: list[tuple[int, str]] = []
@@ -233,7 +246,6 @@ class Maker:
                 raise DataError(_describe(dataset_id, problems))
             for writer in writers.values():
                 writer.finalize()
-        return {part: Dataset.from_file(self._file(part)) for part in writers}
 
     def _file(self, part: str) -> str:
         return str(self.cache / f"{part}.arrow")

@@ -22,17 +22,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.config import TRUST_VARIABLE
 from llama_stack_provider_moe.errors import ModelError, shorten
-from llama_stack_provider_moe.spec import DType, JobSpec
+from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
 
 TemplateName = Literal["chatml", "plain"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(dtype: DType) -> torch.device:
-    """The first CUDA device there is, else the CPU; half precision is refused where it can't train."""
+def pick_device(dtype: DType, index: int = 0) -> torch.device:
+    """CUDA device `index` of those this process sees, else the CPU; half precision is refused where it can't train.
+
+    Raises:
+        ModelError: fewer devices are seen than there are processes; or fp16 on a CPU.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        if index >= torch.cuda.device_count():
+            raise ModelError(f"resources.gpus: process {index} sees {torch.cuda.device_count()} GPU(s) only")
+        return torch.device("cuda", index)
     if dtype == "fp16":
         raise ModelError(
             "training.dtype: 'fp16' can't be trained on a CPU, and there is no CUDA device here; use 'bf16' or 'fp32'"
@@ -45,7 +51,7 @@ def trusted(model: str) -> bool:
     return model in json.loads(os.environ.get(TRUST_VARIABLE, "[]"))
 
 
-def load(spec: JobSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
@@ -61,7 +67,12 @@ def load_beside(
     return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
-def load_model(spec: JobSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel:
+    """A model as anybody loads it, in evaluation mode; no tokenizer."""
+    return load_weights(name, _config(name), DTYPES[dtype], device).eval()
+
+
+def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The weights that the job names, in its dtype."""
     return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
 
@@ -93,7 +104,7 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
     return model
 
 
-def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: LoadingSpec) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token: its own, else the end-of-sequence token.
 
     Padding is masked by position, never by id, so an end-of-sequence token in an answer still counts in the loss.

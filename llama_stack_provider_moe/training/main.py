@@ -2,7 +2,7 @@
 
 Reads `spec.json` and `data/` of a job's folder, and writes everything else in it. Exit code 0: done, and
 `manifest.json` stands; 1: failed, and a `failed` event says why; 3: stopped on request (SIGTERM), after the step at
-hand and a checkpoint.
+hand and a checkpoint. A job of several processes (`resources`) is led by this one, see `launch`.
 """
 
 import errno
@@ -12,15 +12,18 @@ import platform
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import cast
 
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
-from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
-from llama_stack_provider_moe.training.session import Session, Stopped
+from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.training.launch import End, Group, Report, die_of
+from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
+from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.training.warmth import warm_up
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
 
@@ -45,6 +48,10 @@ def run(session: Session[JobSpec]) -> Manifest:
         from llama_stack_provider_moe.training.recipes import routing_analysis
 
         return routing_analysis.run(cast(Session[RoutingAnalysisSpec], session))
+    if session.spec.recipe == "export":
+        from llama_stack_provider_moe.training.recipes import export
+
+        return export.run(cast(Session[ExportSpec], session))
     if session.spec.recipe == "dpo":
         from llama_stack_provider_moe.training.recipes import dpo
 
@@ -55,21 +62,61 @@ def run(session: Session[JobSpec]) -> Manifest:
 
 
 def train(folder: JobFolder) -> int:
-    """One job, from its folder to an exit code."""
+    """One job in one process, from its folder to an exit code."""
+    return _train(folder, ALONE, None)
+
+
+def train_together(folder: JobFolder, size: int) -> int:
+    """One job in `size` processes forked from this one, which trains nothing itself; does not return for a lost one."""
+    warm_up()
+    with open(1, "wb", buffering=0, closefd=False) as output:
+        found = Group(size, lambda peers, report: _train(folder, peers, report), output).run()
+    if found.end is None:
+        assert found.signal is not None
+        flush()
+        die_of(found.signal)
+        return FAILED
+    end = found.end
+    if end.kind == "completed":
+        return COMPLETED
+    events = EventLog(folder.events)  # no process is left that would write there
+    stopped = end.kind == "stopped"
+    event = Cancelled(step=end.step) if stopped else Failed(reason=end.reason, error=end.error)
+    with suppress(OSError), closing(events):
+        events.append(event)
+    return STOPPED if stopped else FAILED
+
+
+def _train(folder: JobFolder, peers: Peers, report: Report | None) -> int:
+    """What one process does of a job. Its end goes to `report` where others hang on it, else into the events."""
     started_before = "started" in latest(folder.events)
-    events = EventLog(folder.events)
+    events = EventLog(folder.events) if peers.leads else NoEvents()
+    stop = Stop()
+
+    def tell(end: End, event: Cancelled | Failed, text: str) -> None:
+        _last_words(events if report is None else NoEvents(), event, text)
+        if report is not None:
+            report(end)
+
     try:
-        session = Session(folder.read_spec(), folder, events, started_before)
+        session = Session(folder.read_spec(), folder, events, started_before, peers, stop)
+        assert session.spec.resources.ranks == peers.size, "a job of several processes is led by `train_together`"
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, session.stop.request)
-        events.append(Started(pid=os.getpid(), versions=_versions()))
-        write_atomic(folder.manifest, run(session))
+            signal.signal(number, stop.request)
+        events.append(Started(pid=os.getpid(), versions=_versions(peers)))
+        manifest = run(session)
+        if peers.leads:
+            write_atomic(folder.manifest, manifest)
+        if report is not None:
+            report(End(peers.rank, "completed"))
         return COMPLETED
     except Stopped as stopped:
-        _last_words(events, Cancelled(step=stopped.step), str(stopped))
+        tell(End(peers.rank, "stopped", step=stopped.step), Cancelled(step=stopped.step), str(stopped))
         return STOPPED
     except Exception as error:  # noqa: BLE001  the entry: every end is told to the outside
-        _last_words(events, Failed(reason=_reason(error), error=type(error).__name__), traceback.format_exc())
+        reason, name, trace = _reason(error), type(error).__name__, is_of_a_lost_peer(error)
+        end = End(peers.rank, "failed", reason, name, trace)
+        tell(end, Failed(reason=reason, error=name), traceback.format_exc())
         return FAILED
     finally:
         with suppress(OSError):
@@ -84,15 +131,20 @@ def _last_words(events: EventLog, event: Cancelled | Failed, text: str) -> None:
         print(text.rstrip(), file=sys.stderr, flush=True)
 
 
-def _versions() -> dict[str, str]:
+def _versions(peers: Peers) -> dict[str, str]:
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(_cores())
+        torch.set_num_threads(max(1, _cores() // peers.size))
+        if peers.size > 1:  # accelerate 1.15 would count the machine's cores instead
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(peers.rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    if peers.size > 1:
+        device = f"{peers.size} x {device}"
     return {"python": platform.python_version(), **versions, "device": device}
 
 
@@ -147,7 +199,11 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault(name, value)
     folder = JobFolder(Path(arguments[0]).resolve())
     os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
-    return train(folder)
+    try:
+        size = folder.read_spec().resources.ranks
+    except (OSError, ValueError):
+        size = 1  # which says what is wrong with it
+    return train(folder) if size == 1 else train_together(folder, size)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
 """The process that training processes are forked from, with everything imported; see `jobs.executors.nursery`.
 
-It runs no thread and never initialises CUDA, neither of which a fork survives; both are asserted before it says that
-it is ready. Its heap is frozen (`gc.freeze`), so that a child's collector does not copy it page by page.
+It runs no thread and never initialises CUDA, neither of which a fork survives (`warmth`).
 """
 
-import gc
-import importlib
 import json
 import os
 import selectors
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,27 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_stack_provider_moe.training import main as entry
+from llama_stack_provider_moe.training.warmth import warm_up
 
 Run = Callable[[list[str]], int]
 MESSAGE_BYTES = 1 << 18
 NEVER_BEGAN = 125
-
-
-def warm_up() -> None:
-    """Import what every recipe needs."""
-    # Left to itself torch asks the CUDA runtime whether there is a device (bitsandbytes does so when it is imported),
-    # and a process whose parent has done that can't use CUDA. NVML is asked instead.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
-
-    for recipe in ("sft", "dpo", "circuit_breaker", "routing_analysis"):
-        importlib.import_module(f"llama_stack_provider_moe.training.recipes.{recipe}")
-    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    assert not initialised, "an import has initialised CUDA: no child could use it"
-    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    assert not others, f"imports have started threads, which no child would have: {others}"
-    gc.collect()
-    gc.freeze()
 
 
 def run_job(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from llama_stack_provider_moe.experts.adapters import AdapterReport
 from llama_stack_provider_moe.jobs.events import Plan
 from llama_stack_provider_moe.jobs.folder import write_atomic
 from llama_stack_provider_moe.training.data import Rows
-from llama_stack_provider_moe.training.sampling import steps_an_epoch
+from llama_stack_provider_moe.training.sampling import rows_a_step, steps_an_epoch
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.stages import Base
 
@@ -31,12 +31,13 @@ def announce(
         recipe: what only this recipe decided.
     """
     spec = session.spec
-    steps = steps_an_epoch(spec.training, sequences)
+    steps = steps_an_epoch(spec.training, sequences, session.peers.size)
     plan = {
         "recipe": spec.recipe,
         "model": spec.model,
         "architecture": type(base.model).__name__,
         "device": str(base.device),
+        "processes": session.peers.size,
         "dtype": spec.training.dtype,
         "attention": base.model.config._attn_implementation,
         "layout": None if base.layout is None else base.layout.as_json(),
@@ -51,9 +52,10 @@ def announce(
         "total_steps": steps * spec.training.n_epochs,
         **recipe,
     }
-    write_atomic(session.folder.resolved, _JSON.dump_json(plan, indent=2).decode())
+    if session.peers.leads:
+        write_atomic(session.folder.resolved, _JSON.dump_json(plan, indent=2).decode())
     session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
-    print(_text(session, base, report, plan), flush=True)
+    session.show(_text(session, base, report, plan))
     return int(plan["total_steps"])
 
 
@@ -62,9 +64,10 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
     packed = (
         f" packed into {plan['train_sequences']:,} sequences" if plan["train_sequences"] != plan["train_rows"] else ""
     )
-    batch = spec.training.batch_size * spec.training.gradient_accumulation_steps
+    batch = rows_a_step(spec.training, session.peers.size)
+    together = "" if session.peers.size == 1 else f", {session.peers.size} processes"
     lines = [
-        f"model     {spec.model} ({plan['architecture']}, {spec.training.dtype} on {base.device})",
+        f"model     {spec.model} ({plan['architecture']}, {spec.training.dtype} on {base.device}{together})",
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),

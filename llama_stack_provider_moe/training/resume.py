@@ -23,6 +23,7 @@ from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import Block
 from llama_stack_provider_moe.training.loader import load_weights
+from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
 
 RUN_STATE = "run_state.json"
@@ -37,6 +38,7 @@ class RunState(Block):
     epoch_losses: list[float] = Field(default_factory=list, description="One a step, of the epoch at hand.")
     last: dict[str, float] = Field(default_factory=dict, description="Metrics of the last step.")
     held_out: dict[str, float] = Field(default_factory=dict, description="Figures of the last evaluation.")
+    rows_a_step: int | None = Field(default=None, description="Of all processes; None: written before it was noted.")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,37 @@ def find_resume(session: AnySession) -> Resume | None:
     if found is not None or session.started_before:
         name = None if found is None else found.folder.name
         session.events.append(Resumed(step=0 if found is None else found.step, checkpoint=name))
-        print(f"goes on from {name}" if name else "begins again: no checkpoint was written", flush=True)
+        session.show(f"goes on from {name}" if name else "begins again: no checkpoint was written")
     return found
+
+
+def require_same_step(session: AnySession, resume: Resume | None) -> None:
+    """Refuse a checkpoint whose steps had another number of rows: its place in the data would be another.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    here = rows_a_step(session.spec.training, session.peers.size)
+    there = here if resume is None else resume.state.rows_a_step
+    if there is not None and there != here:
+        assert resume is not None
+        raise CheckpointError(
+            f"{resume.folder.name} was written by steps of {there} rows, and here a step has {here}: "
+            f"training.batch_size x gradient_accumulation_steps x {session.peers.size} process(es); they must agree"
+        )
+
+
+def draws_afresh(session: AnySession, resume: Resume | None) -> bool:
+    """Whether a checkpoint lacks this process's random state, another number of processes having written it; told."""
+    name = "rng_state.pth" if session.peers.size == 1 else f"rng_state_{session.peers.rank}.pth"
+    if resume is None or (resume.folder / name).is_file():
+        return False
+    session.say(
+        f"{resume.folder.name} was written by another number of processes: dropout and router noise, where there are "
+        "any, are drawn afresh",
+        "warning",
+    )
+    return True
 
 
 def _read(session: AnySession, folder: Path) -> Resume:

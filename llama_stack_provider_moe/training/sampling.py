@@ -36,14 +36,18 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.rows, generator=generator)[: len(self)].tolist())
 
 
-def rows_an_epoch(training: Training, rows: int) -> int:
+def rows_a_step(training: Training, processes: int = 1) -> int:
+    """Rows of one optimiser step, over all processes."""
+    return training.batch_size * training.gradient_accumulation_steps * processes
+
+
+def rows_an_epoch(training: Training, rows: int, processes: int = 1) -> int:
     """Rows of one epoch after the cap, at most `rows`."""
     if not training.max_steps_per_epoch:
         return rows
-    return min(rows, training.max_steps_per_epoch * training.gradient_accumulation_steps * training.batch_size)
+    return min(rows, training.max_steps_per_epoch * rows_a_step(training, processes))
 
 
-def steps_an_epoch(training: Training, rows: int) -> int:
+def steps_an_epoch(training: Training, rows: int, processes: int = 1) -> int:
     """Optimiser steps of one epoch; a last, smaller batch is a step as well."""
-    batches = math.ceil(rows_an_epoch(training, rows) / training.batch_size)
-    return math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(rows_an_epoch(training, rows, processes) / rows_a_step(training, processes))

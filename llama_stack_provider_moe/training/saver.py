@@ -21,7 +21,9 @@ from llama_stack_provider_moe.training.session import AnySession, Stopped
 if TYPE_CHECKING:
     from llama_stack_provider_moe.training.trainer import RecordingTrainer
 
-Cause = Literal["epoch", "autosave", "budget", "stop"]
+Cause = Literal["autosave", "budget", "stop", "epoch"]
+# Of causes at one step the last one here that holds counts.
+CLOCKS: tuple[Cause | None, ...] = (None, "autosave", "budget", "stop")
 
 
 class Enough(Exception):
@@ -84,26 +86,38 @@ class Saver(TrainerCallback):
         return control
 
     def _ask(self, control: Any, otherwise: Cause | None) -> None:
-        options = self._session.spec.options
-        cause = otherwise
-        if self._session.stop.requested:
-            cause = "stop"
-        elif options.max_hours is not None and self._reporter.train_seconds() >= options.max_hours * 3600:
-            cause = "budget"
-        elif cause is None and time.monotonic() - self._saved_s >= options.autosave_minutes * 60:
-            cause = "autosave"
+        # One step for all processes: their clocks differ, and a signal reaches them at different steps.
+        cause = CLOCKS[int(self._session.peers.most(CLOCKS.index(self._due())))]
+        if cause in (None, "autosave") and otherwise is not None:
+            cause = otherwise
         if cause is not None:
             self._cause = cause
             control.should_save = True
+
+    def _due(self) -> Cause | None:
+        """What this process would save for now; only rank 0's clocks count."""
+        options = self._session.spec.options
+        if self._session.stop.requested:
+            return "stop"
+        if not self._session.peers.leads:
+            return None
+        if options.max_hours is not None and self._reporter.train_seconds() >= options.max_hours * 3600:
+            return "budget"
+        if time.monotonic() - self._saved_s >= options.autosave_minutes * 60:
+            return "autosave"
+        return None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """The trainer has written everything: give it its name, evaluate, tell; then end the run where that is due."""
         cause = self._cause
         name = f"epoch-{round(state.epoch)}" if _at_epoch_end(state) else f"step-{state.global_step}"
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_run_state(written, self._reporter.run_state())
         folder = self._session.folder.checkpoints(self._session.spec) / name
-        publish(written, folder, state.global_step)
+        self._session.peers.wait()  # each process has written its random state
+        if self._session.peers.leads:
+            write_run_state(written, self._reporter.run_state())
+            publish(written, folder, state.global_step)
+        self._session.peers.wait()
         self._saved_s = time.monotonic()
         if cause in ("epoch", "budget") and self._trainer.eval_dataset is not None:
             self._measure_and_tell(folder, state)
@@ -144,7 +158,9 @@ class Saver(TrainerCallback):
             self._tell(folder, state, metrics)
 
     def _tell(self, folder: Path, state: Any, metrics: Metrics | None) -> None:
-        made = describe(self._session.job_uuid, "checkpoint", folder, int(state.epoch), state.global_step, metrics)
+        made = self._session.peers.agreed(
+            describe(self._session.job_uuid, "checkpoint", folder, int(state.epoch), state.global_step, metrics)
+        )
         self.artifacts.append(made)
         self._session.events.append(Saved(artifact=made.model_dump(mode="json")))
 
@@ -156,7 +172,7 @@ class Saver(TrainerCallback):
         if (best := self.best) is not None:
             kept.add(best.path)
         for artifact in self.artifacts:
-            if artifact.path not in kept:
+            if artifact.path not in kept and self._session.peers.leads:
                 remove(Path(artifact.path))
         self.artifacts = [artifact for artifact in self.artifacts if artifact.path in kept]
 

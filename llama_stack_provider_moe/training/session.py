@@ -8,6 +8,7 @@ from typing import Literal
 from llama_stack_provider_moe.jobs.events import EventLog, Message
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
+from llama_stack_provider_moe.training.peers import ALONE, Peers
 
 
 class Stopped(BaseException):
@@ -34,15 +35,15 @@ class Stop:
     at_once: bool = True
 
     def request(self, *_: object) -> None:
-        """Note the wish; usable as a signal handler."""
-        self.requested = True
-        if self.at_once:
+        """Note the wish; usable as a signal handler. Said twice, it does not interrupt what the first one began."""
+        first, self.requested = not self.requested, True
+        if self.at_once and first:
             raise Stopped(0)
 
-    def between_steps(self) -> None:
-        """From now on finish the step first."""
+    def between_steps(self, peers: Peers = ALONE) -> None:
+        """From now on finish the step first, in all processes together."""
         self.at_once = False
-        if self.requested:
+        if peers.any(self.requested):
             raise Stopped(0)
 
 
@@ -54,6 +55,7 @@ class Session[S: JobSpec]:
     folder: JobFolder
     events: EventLog
     started_before: bool = False  # in an earlier process, that did not get to its end
+    peers: Peers = ALONE
     stop: Stop = field(default_factory=Stop)
 
     @property
@@ -74,7 +76,25 @@ class Session[S: JobSpec]:
     def say(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         """A line for a person, to the events and to output.log alike."""
         self.events.append(Message(level=level, text=text))
-        print(text if level == "info" else f"warning: {text}", file=sys.stdout, flush=True)
+        self.show(text if level == "info" else f"warning: {text}")
+
+    def show(self, text: str) -> None:
+        """Lines for output.log alone. What all of a job's processes would say alike, one says."""
+        if self.peers.leads:
+            print(text, file=sys.stdout, flush=True)
+
+
+class NoEvents(EventLog):
+    """The events of a process that is not the one which writes the job's."""
+
+    def __init__(self) -> None:
+        """No file is opened."""
+
+    def append(self, event: object) -> None:
+        """Nothing: rank 0 tells the same."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 AnySession = Session[TrainingSpec]

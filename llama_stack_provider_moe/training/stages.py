@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.evaluation.generate import evaluating
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.experts.backend import (
     ALL_OURS,
@@ -35,13 +37,14 @@ from llama_stack_provider_moe.experts.settings import (
     resolve_moe,
 )
 from llama_stack_provider_moe.experts.steering import Steering
+from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
-from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifest
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
-from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
+from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import Resume, find_resume
+from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -77,12 +80,13 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
-    device = pick_device(spec.training.dtype)
+    device = pick_device(spec.training.dtype, session.peers.rank)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
-    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss)
+    shared = session.peers.size > 1
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
         raise ModelError(
             "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
@@ -95,7 +99,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         )
     quantized = None if bits is None else quantize(model, layout, bits, device)
     if layout is not None and device.type == "cuda" and resolved.experts_implementation in (OURS, OURS_PARTIAL):
-        resolved = _choose_kernels(session, model, layout, resolved)
+        resolved = session.peers.agreed(_choose_kernels(session, model, layout, resolved))
     if layout is not None and resolved.experts_implementation in ALL_OURS:
         told = unserved(
             next(iter(layout.experts(model).values())), resolved.experts_implementation, device,
@@ -191,6 +195,11 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         "bf16": spec.training.dtype == "bf16",
         "fp16": spec.training.dtype == "fp16",
         "use_cpu": base.device.type == "cpu",
+        # Every weight that trains gets a gradient in every pass, or the next one fails and says so; looking for those
+        # that got none would overlook what reaches the loss beside the model's output (the routers' balance terms).
+        "ddp_find_unused_parameters": False,
+        # Buffers are equal by construction, and writing them between two passes would spoil the first one's backward.
+        "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": base.device.type == "cuda",
         "dataloader_num_workers": spec.options.dataloader_workers,
         "dataloader_persistent_workers": spec.options.dataloader_workers > 0,
@@ -209,9 +218,13 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
-    resume = find_resume(session)
-    assessment = None if session.spec.eval is None else Assessment(session, trainer.model, base.tokenizer, base.layout)
-    early = None if assessment is None else assessment.before()
+    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
+    require_same_step(session, resume)
+    assessment, early = None, None
+    if session.spec.eval is not None and session.peers.leads:
+        assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
+        early = assessment.before()
+    session.peers.wait()
     trackers = OpenTrackers(session, 0 if resume is None else resume.step)
     finished = False
     try:
@@ -238,6 +251,8 @@ def _fit(
     for callback in (reporter, saver):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
+    if session.peers.size > 1 or draws_afresh(session, resume):
+        trainer.draw_apart(0 if resume is None else resume.step)
     with suppress(Enough):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
@@ -248,6 +263,8 @@ def _fit(
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
+    if not session.peers.leads:  # one saves what all of them have
+        return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
     artifacts = [*saver.artifacts, _save(session, base, trainer, last)]
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
@@ -255,7 +272,8 @@ def _fit(
         artifact, report, late = assessment.after(last.epoch, last.step)
         artifacts.append(artifact)
         trackers.tell(late)
-    session.events.append(Finished(train_seconds=train_seconds, stopped_by=stopped_by))
+    throughput = reporter.throughput()
+    session.events.append(Finished(train_seconds=train_seconds, stopped_by=stopped_by, throughput=throughput))
     artifacts += _save_merged(session, base, trainer, last)
     shutil.rmtree(session.cache)
     shutil.rmtree(session.staging, ignore_errors=True)
@@ -270,8 +288,28 @@ def _fit(
 
 
 def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
-    kind: Kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    return _keep(session, base, kind, trainer.model, last)
+    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    trainer.rest()
+    return _keep(session, base, kind, trainer.model, last, _asked(session, base, trainer))
+
+
+def _asked(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
+    """What the trained model says; whoever loads it later is to hear the same (`export.load_check`)."""
+    began = time.monotonic()
+    arithmetic = Arithmetic(
+        dtype=session.spec.training.dtype,
+        device=base.device.type,
+        quantize_bits=None if base.quantized is None else base.quantized.bits,
+        experts_implementation=base.resolved.experts_implementation,
+    )
+    biases = None  # of a whole model they are in its weights
+    if isinstance(trainer.model, PeftModel) and base.layout and base.resolved.load_balancing == "aux_free":
+        biases = digest(base.layout.biases(trainer.model))
+    with evaluating(trainer.model):
+        probe = record(trainer.model, base.tokenizer, arithmetic, biases)
+    print(f"logits at {probe.positions} positions recorded for the load check, "
+          f"{time.monotonic() - began:.2f} s", flush=True)  # fmt: skip
+    return probe
 
 
 def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
@@ -285,9 +323,16 @@ def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, las
     return [_keep(session, base, "merged", merge(trainer.model), last)]
 
 
-def _keep(session: AnySession, base: Base, kind: Kind, model: PreTrainedModel | PeftModel, last: Artifact) -> Artifact:
+def _keep(
+    session: AnySession,
+    base: Base,
+    kind: ArtifactKind,
+    model: PreTrainedModel | PeftModel,
+    last: Artifact,
+    probe: Probe | None = None,
+) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

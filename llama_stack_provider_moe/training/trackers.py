@@ -212,7 +212,7 @@ class OpenTrackers:
         self._open: dict[str, Tracker] = {}
         self._lost: dict[str, int] = {}
         try:
-            for asked in _asked(session.spec.trackers):
+            for asked in _asked(session.spec.trackers) if session.peers.leads else ():
                 self._open[asked.name] = _opened(asked, session, first_step)
         except BaseException:
             self.close(finished=False)

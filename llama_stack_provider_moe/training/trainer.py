@@ -5,26 +5,29 @@ be compared: over tokens (or pairs), without the balance terms, and without movi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.experts.balance import balance_loss
 from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.experts.rates import Rates
-from llama_stack_provider_moe.experts.routing import RoutingRecorder
+from llama_stack_provider_moe.experts.routing import RoutingRecorder, Total, own
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
+from llama_stack_provider_moe.training import sharing, throughput
 from llama_stack_provider_moe.training.checkpoints import write
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
+from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
 from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch
 
@@ -45,6 +48,10 @@ class HeldOut:
     nll: float = 0.0
     tokens: float = 0.0
 
+    def over(self, peers: Peers) -> "HeldOut":
+        """The sums over all processes, each of which evaluated its share."""
+        return HeldOut(*peers.sums([self.loss, self.weight, self.nll, self.tokens]))
+
     def figures(self) -> dict[str, float]:
         """`validation_loss`: mean a token (SFT) or a pair (DPO); `perplexity` from the NLL of the right answers."""
         return {
@@ -62,6 +69,7 @@ class RecordingTrainer(Trainer):
         self,
         *,
         spec: TrainingSpec,
+        peers: Peers = ALONE,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,
@@ -71,6 +79,9 @@ class RecordingTrainer(Trainer):
         **arguments: Any,
     ) -> None:
         self.spec = spec
+        self.peers = peers
+        self.total: Total = own if peers.size == 1 else peers.sum
+        self.layout = layout
         self.resolved = resolved
         self.shipped = shipped
         self.steering = steering
@@ -96,12 +107,18 @@ class RecordingTrainer(Trainer):
         chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
         fused = self.args.device.type == "cuda"
         self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr, "fused": fused})
+        self.work = self.work_of_a_step()
+        self.flops = 0.0  # of this process, since they were last taken
+        joined = (self.args.process_index, self.args.world_size)
+        assert joined == (peers.rank, peers.size), f"transformers takes this for process {joined}, it is {peers}"
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card: TRL's would stand beside every checkpoint and name a run that is not ours."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
+        if not self.peers.leads:
+            return
         folder = Path(output_dir or self.args.output_dir)
         write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering)
 
@@ -129,12 +146,48 @@ class RecordingTrainer(Trainer):
 
     def _after_step(self, *_: Any) -> None:
         if self.steering is not None and self.recorder is not None:
-            self.steering.after_step(self.recorder.take_counts())
+            self.steering.after_step(self.recorder.take_counts(self.total))
+
+    def draw_apart(self, step: int) -> None:
+        """Random numbers of each process's own from here on: no two are to drop the same activations.
+
+        Where the run goes on from a checkpoint that has this process's random state, that replaces these.
+        """
+        set_seed((self.spec.options.seed + 1_000_003 * self.peers.rank + 7919 * step) % 2**32)
+
+    def get_train_dataloader(self) -> Any:
+        """Transformers', or this process's share."""
+        if self.peers.size == 1:
+            return super().get_train_dataloader()
+        return self._share(self.train_dataset, self._get_train_sampler(), self.args.per_device_train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Transformers', or this process's share."""
+        if self.peers.size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._share(rows, range(len(rows)), self.args.per_device_eval_batch_size)
+
+    def _share(self, rows: Any, order: Any, batch_size: int) -> Any:
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="shared")
+        return sharing.loader(rows, order, batch_size, self.data_collator, self.args, self.peers)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """A step's micro-batches; each that is shared also tells how many rows all processes have of it."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.flops += sum(self.work.of(throughput.lengths_of(batch)) for batch in batches if sharing.counts(batch))
+        if self.peers.size > 1 and batches:
+            rows = self.peers.sum(torch.stack([batch[sharing.SHARE] for batch in batches]))
+            for batch, of_all in zip(batches, rows, strict=True):
+                batch[sharing.OF_ALL] = of_all
+        return batches, items
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         spec = self.spec
-        return EpochSampler(rows, rows_an_epoch(spec.training, rows), spec.data.shuffle, spec.options.seed)
+        most = rows_an_epoch(spec.training, rows, self.peers.size)
+        return EpochSampler(rows, most, spec.data.shuffle, spec.options.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -143,20 +196,43 @@ class RecordingTrainer(Trainer):
 
         Those are means over a micro-batch, so that a step's is the mean over its micro-batches. Where the token loss
         comes divided by the whole step's tokens (`num_items_in_batch`), the trainer divides no more.
+
+        Where processes share the batch each has its part of the loss, times their number, for gradients are averaged.
         """
-        if self.recorder is None or self.steering is None or not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mask = inputs.get("attention_mask")
-        self.steering.act(mask)
-        with self.recorder.recording(mask, self.parts(inputs)):
-            loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        share = sharing.taken(inputs)
+        with sharing.gathering(self.accelerator, share, self.peers):
+            if self.recorder is None or self.steering is None or not self.model.training:
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                return loss if share is None or not self.model.training else self.weigh(loss, share)
+            mask = sharing.weights(inputs, share)
+            self.steering.act(mask)
+            with self.recorder.recording(mask, self.parts(inputs) if share is None or share.mine else {}):
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if share is not None:
+            loss = self.weigh(loss, share)
+        scale = self.peers.size / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
         if self.resolved.z_coef:
-            loss = loss + self._weighed("router_z_loss", self.resolved.z_coef, self.recorder.z_loss()) / micro_batches
+            z_loss = self.recorder.z_loss(self.total)
+            loss = loss + scale * self._weighed("router_z_loss", self.resolved.z_coef, z_loss)
         if self.resolved.own_aux:
-            aux_loss = balance_loss(self.recorder, self.resolved.load_balancing)
-            loss = loss + self._weighed("aux_loss", self.resolved.aux_coef, aux_loss) / micro_batches
+            aux_loss = balance_loss(self.recorder, self.resolved.load_balancing, self.total)
+            loss = loss + scale * self._weighed("aux_loss", self.resolved.aux_coef, aux_loss)
         return loss
+
+    def work_of_a_step(self) -> throughput.Work:
+        """Operations of a training step, a token."""
+        return throughput.work_of(self.model, self.layout)
+
+    def take_flops(self) -> float:
+        """Operations of all processes since the last time."""
+        (flops,), self.flops = self.peers.sums([self.flops]), 0.0
+        return flops
+
+    def weigh(self, loss: Tensor, share: "sharing.Share") -> Tensor:
+        """This process's loss as its part of all processes', times their number; TRL's SFT gives it so by itself."""
+        return loss
+
+    part_names: Sequence[str] = ()  # of `parts`, all that there may be
 
     def parts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Tokens of a micro-batch whose routing is also told apart, (batch, sequence) by name."""
@@ -172,8 +248,8 @@ class RecordingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's means of our balance terms."""
-        for name, values in self.balance_terms.items():
-            logs[name] = sum(values) / len(values)
+        means = self.peers.sums([sum(values) / len(values) for values in self.balance_terms.values()])
+        logs |= dict(zip(self.balance_terms, means, strict=True))
         self.balance_terms.clear()
         super().log(logs, start_time)
 
@@ -186,7 +262,7 @@ class RecordingTrainer(Trainer):
         # differ from the same run without evaluations, and from one resumed at the checkpoint before it.
         with torch.random.fork_rng(devices=devices), self._without_balance_terms():
             metrics: dict[str, float] = super().evaluate(*arguments, **keywords)
-        for name, value in self.held_out.figures().items():
+        for name, value in self.held_out.over(self.peers).figures().items():
             if not math.isfinite(value):
                 raise TrainingError(
                     f"step {self.state.global_step}: held-out {name} is {value}; the model has diverged"
@@ -201,8 +277,10 @@ class RecordingTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         """TRL's, tallied."""
+        counts = sharing.counts(inputs)
         outcome = super().prediction_step(model, inputs, *arguments, **keywords)
-        self.tally(self.held_out, inputs, outcome[0].item())
+        if counts:
+            self.tally(self.held_out, inputs, outcome[0].item())
         return outcome
 
     def tally(self, held_out: HeldOut, inputs: dict[str, Any], loss: float) -> None:

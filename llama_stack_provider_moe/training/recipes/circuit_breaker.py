@@ -23,7 +23,9 @@ from llama_stack_provider_moe.training.mixture import PARTS, Collator, MixtureSa
 from llama_stack_provider_moe.training.plan import announce
 from llama_stack_provider_moe.training.sampling import rows_an_epoch
 from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.sharing import Share
 from llama_stack_provider_moe.training.stages import adapt, arguments, fit, load_base
+from llama_stack_provider_moe.training.throughput import Work, work_of
 from llama_stack_provider_moe.training.trainer import HeldOut, RecordingTrainer
 
 
@@ -38,8 +40,19 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         if self.spec.circuit_breaker.safe is not None:
             ratios["safe"] = self.spec.circuit_breaker.safe.ratio
         rows: dict[Part, int] = {part: len(each) for part, each in sets.items()}
-        most = rows_an_epoch(self.spec.training, rows["break"])
+        most = rows_an_epoch(self.spec.training, rows["break"], self.peers.size)
         return MixtureSampler(rows, ratios, most, self.spec.data.shuffle, self.spec.options.seed)
+
+    def work_of_a_step(self) -> Work:
+        """Two passes, no further than they run."""
+        layers = None if self.plan.whole else max(self.plan.targets) + 1
+        return work_of(self.model, self.layout, references=1, head=self.plan.logits, layers=layers)
+
+    def weigh(self, loss: Tensor, share: Share) -> Tensor:
+        """The loss is this process's part of the step's already."""
+        return loss * self.peers.size
+
+    part_names = PARTS
 
     def parts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Tokens of each set: routing is told of each."""
@@ -62,7 +75,7 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """Transformers' loop over the held-out rows, then the means of what it summed."""
         outcome = super().evaluation_loop(*arguments, **keywords)
-        self.measured = self._means(self.sums.take())
+        self.measured = self._means(self.sums.take(self.peers))
         return outcome
 
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -99,6 +112,7 @@ def run(session: Session[BreakerSpec]) -> Manifest:
     model, report, rates = adapt(session, base)
     trainer = CircuitBreaker(
         spec=spec,
+        peers=session.peers,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
@@ -114,5 +128,5 @@ def run(session: Session[BreakerSpec]) -> Manifest:
     )
     sets = {part: len(each) for part, each in rows.train.sets.items()}
     steps = announce(session, base, report, rows, len(rows.train), {**plan.as_json(), "set_rows": sets})
-    print(plan.text(), flush=True)
+    session.show(plan.text())
     return fit(session, base, trainer, steps)

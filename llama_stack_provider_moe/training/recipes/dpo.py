@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
@@ -21,7 +22,9 @@ from llama_stack_provider_moe.training.data import dpo_rows
 from llama_stack_provider_moe.training.loader import load_model
 from llama_stack_provider_moe.training.plan import announce
 from llama_stack_provider_moe.training.session import Session
+from llama_stack_provider_moe.training.sharing import Share
 from llama_stack_provider_moe.training.stages import Base, adapt, arguments, fit, load_base
+from llama_stack_provider_moe.training.throughput import Work, work_of
 from llama_stack_provider_moe.training.trainer import HeldOut, RecordingTrainer
 
 
@@ -38,6 +41,14 @@ class DPO(RecordingTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """TRL 1.16 renders and tokenises whatever it is given; these rows are done."""
         return dataset
+
+    def work_of_a_step(self) -> Work:
+        """The reference's pass beside the policy's, unless that was computed ahead."""
+        return work_of(self.model, self.layout, references=0 if self.precompute_ref_logps else 1)
+
+    def weigh(self, loss: Tensor, share: Share) -> Tensor:
+        """TRL's loss is the mean over this process's pairs."""
+        return loss * (share.mine * self.peers.size / share.of_all)
 
     def tally(self, held_out: HeldOut, inputs: dict[str, Any], loss: float) -> None:
         """TRL's loss is the mean over pairs; perplexity is of the chosen answers, by token."""
@@ -61,6 +72,7 @@ def run(session: Session[DPOSpec]) -> Manifest:
     reference = None if spec.adapter is not None or ahead else load_reference(session, base)
     trainer = DPO(
         spec=spec,
+        peers=session.peers,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,

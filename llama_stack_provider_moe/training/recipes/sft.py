@@ -36,6 +36,7 @@ def run(session: Session[SFTSpec]) -> Manifest:
     model, report, rates = adapt(session, base)
     trainer = SFT(
         spec=spec,
+        peers=session.peers,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,

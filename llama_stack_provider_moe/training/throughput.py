@@ -1,0 +1,164 @@
+"""Tokens and floating-point operations of a run, a second and device, and their share of what the device can do.
+
+What counts are the operations that the method needs: padding, and layers that checkpointing runs again, are time but no
+work. A product of a matrix of n numbers with a token is 2 n operations, and its backward as many for the token's own
+gradient and, where the matrix trains, as many for the matrix's:
+
+    forward, a token     2 x (matrices that act on it; of an expert's, top_k / experts; LoRA's beside them)
+    backward, a token    the same once (gradients of what went in), from the lowest layer up that trains, and once more
+                         for each matrix that trains
+    attention, a row     2 x (pairs of tokens that see each other) x heads x (width of keys + of values) a layer,
+                         and twice that in backward
+
+A reference pass is another forward without LoRA. Not counted: norms, activations, softmax, embeddings (which are looked
+up), recurrences of state-space and linear-attention layers (their projections are). The lowest layer's own inputs need
+no gradient where embeddings are frozen; they are counted as if.
+
+Model FLOPs utilisation as in PaLM (arXiv 2204.02311, appendix B), with attention's causal half alone.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_stack_provider_moe.experts.layout import ExpertLayout, decoder_layers, text_config, without_adapters
+from llama_stack_provider_moe.spec import DType
+
+# Dense bf16 and fp16 peaks in TFLOP/s, without sparsity, from NVIDIA's data sheets; the first that a name contains.
+PEAKS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250.0), ("H200 NVL", 835.5), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.5), ("H100", 989.4),
+    ("A100", 312.0), ("L40S", 362.05), ("L4", 121.0), ("A10G", 70.0), ("A10", 125.0),
+)  # fmt: skip
+
+
+def peak_flops(device: str, dtype: DType) -> float | None:
+    """Operations a second that a device can do in matrix products; None where we do not know.
+
+    Args:
+        device: by CUDA's name.
+        dtype: of the products: fp32 ones may or may not be TF32, and have no one peak.
+    """
+    if dtype == "fp32":
+        return None
+    names = re.split(r"[\s-]+", device)
+    for name, tera in PEAKS:
+        if set(name.split()) <= set(names):
+            return tera * 1e12
+    return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one training step, a token and a pair of tokens.
+
+    Attributes:
+        a_token: in matrix products.
+        a_pair: in attention; of each layer's pairs, by its window.
+        windows: of the layers that run, tokens that one sees; None: all before it.
+    """
+
+    a_token: float
+    a_pair: float
+    windows: tuple[int | None, ...]
+
+    def of(self, lengths: Sequence[int]) -> float:
+        """Operations of rows of these lengths, in tokens."""
+        pairs = sum(_pairs(length, window) for length in lengths for window in self.windows)
+        return self.a_token * sum(lengths) + self.a_pair * pairs
+
+
+def work_of(
+    model: nn.Module, layout: ExpertLayout | None, references: int = 0, head: bool = True, layers: int | None = None
+) -> Work:
+    """Of a model as it trains, its adapters on it.
+
+    Args:
+        references: forward passes of the model without its adapter that a step makes besides.
+        head: the output head runs.
+        layers: decoder layers that run, from the first; None: all.
+    """
+    base = without_adapters(model)
+    path, blocks = decoder_layers(model)
+    count = len(blocks) if layers is None else layers
+    matrices = [one for one in _matrices(base, layout, path, len(blocks)) if one.layer < count or one.is_head * head]
+    looked_up = base.get_input_embeddings().weight.requires_grad
+    lowest = 0 if looked_up else min((one.layer for one in matrices if one.trains), default=len(blocks) + 1)
+    forward = sum(2 * one.active for one in matrices)
+    above = sum(2 * one.active for one in matrices if one.layer >= lowest)
+    own = sum(2 * one.active for one in matrices if one.trains)
+    frozen = sum(2 * one.active for one in matrices if not one.lora)
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    keys = int(getattr(config, "qk_head_dim", None) or width)
+    values = int(getattr(config, "v_head_dim", None) or width)
+    share_above = max(count - lowest, 0) / max(count, 1)
+    return Work(
+        a_token=forward + above + own + references * frozen,
+        a_pair=2 * heads * (keys + values) * (1 + 2 * share_above + references),
+        windows=_windows(config, count),
+    )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    layer: int  # the head's: as many as there are layers
+    active: float
+    trains: bool
+    lora: bool
+    is_head: bool = False
+
+
+def _matrices(base: Any, layout: ExpertLayout | None, path: str, layers: int) -> list[_Matrix]:
+    head = base.get_output_embeddings()
+    found = [_Matrix(layers, head.weight.numel(), head.weight.requires_grad, lora=False, is_head=True)]
+    of_head = {id(parameter) for name, parameter in head.named_parameters() if "lora_" in name}
+    for name, parameter in base.named_parameters():
+        lora, within = "lora_" in name, re.match(rf"{re.escape(path)}\.(\d+)\.(.*)", name)
+        if id(parameter) in of_head:
+            found.append(_Matrix(layers, parameter.numel(), parameter.requires_grad, lora, is_head=True))
+        if within is None or parameter.ndim < 2 or name.endswith("bias"):
+            continue
+        experts = layout is not None and f"{within[2]}.".startswith(f"{layout.experts_path}.")
+        share = layout.top_k / layout.num_experts if layout is not None and experts else 1.0
+        found.append(_Matrix(int(within[1]), parameter.numel() * share, parameter.requires_grad, lora))
+    return found
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """Layers without softmax attention have no pairs, and do not stand here."""
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * layers)[:layers]
+    width = getattr(config, "sliding_window", None)
+    everywhere = None if getattr(config, "layer_types", None) else width
+    known: dict[str, int | None] = {
+        "full_attention": everywhere,
+        "attention": None,
+        "sliding_attention": width,
+        "chunked_attention": getattr(config, "attention_chunk_size", None),  # as if the chunks slid: a little too much
+    }
+    return tuple(known[kind] for kind in kinds if kind in known)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """(token, token it sees), itself included.
+
+    >>> _pairs(4, None), _pairs(4, 2)
+    (10, 7)
+    """
+    seen = length if window is None else min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def lengths_of(batch: dict[str, Any]) -> list[int]:
+    """Tokens of each row of a micro-batch, of packed rows too, without padding."""
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is not None:
+        return [int(length) for length in mask.sum(dim=1).tolist()]
+    positions = batch["position_ids"].reshape(-1)
+    begins = [*torch.nonzero(positions == 0).reshape(-1).tolist(), positions.numel()]
+    return [end - begin for begin, end in pairwise(begins)]
