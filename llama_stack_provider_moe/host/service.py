@@ -236,9 +236,8 @@ class PostTrainingService:
                 shutil.rmtree(folder)
             staging.rename(folder)
             try:
-                gpus, parent = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
-                job = NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, parent)
-                return self.store.add(job)
+                gpus, of = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
+                return self.store.add(NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, of))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
