@@ -41,8 +41,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
     "training": (
         LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
-        # Of exports the one file that training leaves for them.
-        GROUND | {"experts", "losses", "training", "evaluation", "export.probe"} | FOLDER,
+        # Of exports what training leaves for them beside its weights.
+        GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},
