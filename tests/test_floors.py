@@ -52,6 +52,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"},
         GROUND | {"experts", "export", "training.loader"} | FOLDER,
     ),
+    "export.hub": ({"huggingface_hub", "pydantic"}, GROUND),
     "export.ollama": ({"httpx", "pydantic", "transformers"}, GROUND | {"export"}),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
