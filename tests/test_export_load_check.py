@@ -82,6 +82,8 @@ def test_what_was_saved_is_what_was_trained(run_of: Callable[[str], Run], name: 
     assert found.effect is not None
     assert found.effect.share > 0.005
     assert found.tensors == len(run.adapter())
+    card = (run.folder.adapter / "README.md").read_text(encoding="utf-8")
+    assert [line for line in card.splitlines() if line.startswith("- vLLM: ")] == [f"- {found.servers[1].text()}"]
     assert found.router_biases == (1 if name == "moved biases" else 0)
     assert (found.rounding_of_base is not None) == (name == "4-bit base")
     if found.rounding_of_base is not None:  # 4 bits round: 0.1 of the spread, measured

@@ -41,8 +41,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
     "training": (
         LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
-        # Of exports the one file that training leaves for them.
-        GROUND | {"experts", "losses", "training", "evaluation", "export.probe"} | FOLDER,
+        # Of exports what training leaves for them beside its weights.
+        GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},
@@ -52,6 +52,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"},
         GROUND | {"experts", "export", "training.loader"} | FOLDER,
     ),
+    "export.hub": ({"huggingface_hub", "pydantic"}, GROUND),
     "export.ollama": ({"httpx", "pydantic", "transformers"}, GROUND | {"export"}),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }

@@ -23,6 +23,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.training import checkpoints
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED, train
 from llama_stack_provider_moe.training.recipes import export as recipe
+from llama_stack_provider_moe.training.recipes import export_steps
 from llama_stack_provider_moe.training.session import Session
 from llama_stack_provider_moe.training.steps import Done, Skipped, Step, Steps
 from tests.export_support import by_peft, gap, logits, tensors
@@ -111,7 +112,7 @@ def test_what_is_listed_was_loaded_again_and_compared(trained: Run, monkeypatch:
 
     wrong = asked(trained, "wrong", merged=True, load_check=True)
     with monkeypatch.context() as during:
-        during.setattr(recipe, "merge", merge)
+        during.setattr(export_steps, "merge", merge)
         during.setattr(recipe, "load_check", lambda *_: Step("load_check", Done))
         assert done(wrong) == FAILED
     assert "does not say what the adapter on its base says" in reason(wrong)
@@ -125,7 +126,7 @@ def test_what_was_never_recorded_is_skipped_and_fails_nothing(trained: Run, monk
 
     folder = asked(trained, "unrecorded", merged=True, load_check=True)
     with monkeypatch.context() as during:
-        during.setattr(recipe, "compare", nothing)
+        during.setattr(export_steps, "compare", nothing)
         assert done(folder) == COMPLETED
     checked, merged = read_steps(folder)
     assert (checked.state, checked.reason) == (StepState.SKIPPED, "of an earlier version")
@@ -316,7 +317,7 @@ def test_stopped_it_says_which_step_is_left(trained: Run, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as during:
-        during.setattr(recipe, "merge", stops)
+        during.setattr(export_steps, "merge", stops)
         assert done(folder) == STOPPED
     assert states(folder) == {"merged": StepState.SCHEDULED}
     assert saved_artifacts(folder) == ()

@@ -41,6 +41,7 @@ from llama_stack_provider_moe.experts.steering import ROUTER_BIAS, restore_biase
 from llama_stack_provider_moe.export.card import Source, find_source
 from llama_stack_provider_moe.export.load_figures import LoadCheck, MergedCheck, gap
 from llama_stack_provider_moe.export.probe import Arithmetic, Probe, ask, digest, read_probe
+from llama_stack_provider_moe.export.servers import family_of, read_kind, statements
 from llama_stack_provider_moe.spec import DType, Moe
 from llama_stack_provider_moe.training.loader import load_plain
 
@@ -92,6 +93,7 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
     name = _base(source, base)
     model, layout, tensors = _load(name, source.adapter, dtype)
     biases = _restore(source.adapter, model, layout, probe)
+    servers = statements(family_of(model), read_kind(source.adapter))
     plain = ask(model, probe)
     with model.disable_adapter():
         effect = gap(plain, ask(model, probe))
@@ -111,7 +113,7 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
         plain=gap(plain, recorded if bits is None else sixteen), plain_tolerance=PLAIN[dtype],
         plain_against="recorded" if bits is None else "16-bit adapter model",
         rounding_of_base=None if bits is None else gap(sixteen, recorded),
-        effect=effect, tensors=tensors, router_biases=biases,
+        effect=effect, tensors=tensors, router_biases=biases, servers=servers,
     )  # fmt: skip
     return _judged(found, str(source.adapter))
 

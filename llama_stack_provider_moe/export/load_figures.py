@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from llama_stack_provider_moe.export.probe import Arithmetic
+from llama_stack_provider_moe.export.servers import Statement
 from llama_stack_provider_moe.spec import DType
 
 
@@ -35,6 +36,7 @@ class LoadCheck(BaseModel):
     effect: Gap | None = Field(default=None, description="What the adapter does: the plain model with it, to without.")
     tensors: int = Field(description="Of the adapter, found in the model as they are in the file.")
     router_biases: int
+    servers: list[Statement] = Field(default=[], description="Which servers are known to apply the adapter.")
 
     def text(self) -> str:
         """For a person."""
@@ -56,7 +58,7 @@ class LoadCheck(BaseModel):
                 lines.append(
                     "that is less than the plain model's tolerance, which here could not tell it from the base"
                 )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(statement.text() for statement in self.servers)])
 
     @property
     def tells(self) -> bool:

@@ -50,7 +50,7 @@ from llama_stack_provider_moe.spec import (
     JobSpec,
     LoadingSpec,
     TrainingSpec,
-)
+)  # fmt: skip
 
 ANONYMOUS = "anonymous"
 STALE_STAGING_S = 24 * 3600
@@ -162,9 +162,8 @@ class PostTrainingService:
         return await asyncio.to_thread(self._placed, request, spec, self._whose("read"))
 
     def _exporting(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
-        job_id = self._named(spec)
-        parent = self.store.get(spec.of, whose)
-        return exports.resolved(spec, parent, request, self.config).model_copy(update={"job_uuid": job_id})
+        named = spec.model_copy(update={"job_uuid": self._named(spec)})
+        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config)
 
     def _placed(self, request: Draft, spec: LoadingSpec, whose: str | None) -> JobSpec:
         return placement.placed(request, spec, self._named(spec), self.config, self.store, whose)
@@ -206,9 +205,8 @@ class PostTrainingService:
                 shutil.rmtree(folder)
             staging.rename(folder)
             try:
-                gpus, parent = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
-                new = NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, parent)
-                return self.store.add(new)
+                gpus, of = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
+                return self.store.add(NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, of))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise

@@ -49,7 +49,9 @@ class HubPush(Block):
     """A repository on the Hugging Face hub; the token is HF_TOKEN of the training process, never a field."""
 
     repo_id: str = Field(pattern=HUB_REPO_PATTERN, description="NAMESPACE/NAME; made where it does not exist.")
-    private: bool = Field(default=True, description="Of a repository that is made; one that exists stays as it is.")
+    private: bool = Field(
+        default=True, description="Of a repository that is made; one that is public is refused while this is true."
+    )
     what: Literal["adapter", "merged", "gguf"] = Field(
         default="adapter",
         description="What goes there: adapter (or whole model), merged model, all GGUF files.",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama_stack_provider_moe.experts.adapters import expert_ranks
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.export.probe import PROBE, Probe
+from llama_stack_provider_moe.export.servers import card_section, family_of
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
@@ -115,6 +116,9 @@ def save(
     write(model, tokenizer, written, as_shipped, steering)
     if probe is not None:
         (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
+        if isinstance(model, PeftModel):
+            with (written / "README.md").open("a", encoding="utf-8") as card:
+                card.write(card_section(family_of(model), written))
     return publish(written, final, step)
 
 
