@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options, SafetyEvaluation
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options, Resources, SafetyEvaluation
 
 
 class SFTOptions(Options):
@@ -48,6 +48,7 @@ MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 EvalBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SafetyEvaluation))]
+ResourcesBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Resources))]
 
 
 def _spelled(value: float) -> float | str:
@@ -172,6 +173,7 @@ class SupervisedFineTuneRequest(Wire):
         default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
     )
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -191,6 +193,7 @@ class PreferenceOptimizeRequest(Wire):
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
 class ErrorMessage(BaseModel):
