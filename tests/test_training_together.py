@@ -23,7 +23,7 @@ from llama_stack_provider_moe.jobs.processes import birth, with_environment
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
 from tests.together import Office, office
-from tests.training_support import Run, Workshop, dpo_rows, sft_rows, workshop
+from tests.training_support import Run, Workshop, dpo_rows, kept_rows, said, sft_rows, workshop
 
 __all__ = ["workshop"]
 
@@ -246,3 +246,31 @@ def test_the_plan_and_the_log_tell_of_the_processes(ran: Ran) -> None:
     assert log.count("steps     6:") == 1, "what both know, one says"
     assert len(run.events("plan")) == 1
     assert [artifact.kind for artifact in run.manifest.artifacts] == ["checkpoint", "checkpoint", "adapter"]
+
+
+def test_bad_rows_are_named_as_by_one_process(workshop: Workshop, desk: Office) -> None:
+    """Rank 0 alone reads them; the others' broken connections are no reason."""
+    long = [{"messages": [said("user", "word " * 200), said("assistant", "Yes.")]}]
+    folder = job(workshop, "sft", 2, rows=[*sft_rows(3), *long])
+    assert run(desk, folder).exit_code == FAILED
+    reason = str(desk.job(folder).reason)
+    assert reason.startswith("dataset 'train': 1 row(s) can't be trained on: row 4: no token to learn"), reason
+    assert "process" not in reason
+    assert len(Run(folder, 0).events("failed")) == 1
+
+
+def test_one_evaluates_while_the_others_wait(workshop: Workshop, desk: Office) -> None:
+    measured = {}
+    for processes in (1, 2):
+        folder = JobFolder(workshop.next_folder("sft"))
+        folder.rows("eval-retain").parent.mkdir(parents=True)
+        folder.rows("eval-retain").write_text("".join(json.dumps(row) + "\n" for row in kept_rows(5)))
+        asked = {"eval": {"retain_dataset_id": "retain", "resamples": 200, "fail_if": {"capability_drop": 0.0}},
+                 "optimizer": {"lr": 0.2}}  # fmt: skip
+        assert job(workshop, "sft-whole", processes, **asked).root == folder.root
+        done = workshop.again(Run(folder, 0)) if processes == 1 else run(desk, folder)
+        assert done.exit_code == FAILED, "at such a rate it forgets"
+        assert "eval.fail_if" in done.reason
+        assert [event.artifact["kind"] for event in done.events("saved")][-2:] == ["model", "evaluation"]
+        measured[processes] = done.events("assessed")[0].measured["before"]["perplexity"]
+    assert measured[2] == pytest.approx(measured[1], rel=1e-5)

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.errors import ExportError, InvalidInput
@@ -19,6 +20,7 @@ from llama_stack_provider_moe.spec.destinations import HubPush, check_url
 
 Say = Callable[[str], None]
 ENDPOINT = "https://huggingface.co"
+_HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]  # it has the one of its own httpx, and exports it not
 _HIDDEN = (".*", "**/.*", "**/.*/**")  # half-written files have such names
 
 
@@ -99,6 +101,6 @@ def _told(repo_id: str, endpoint: str) -> Iterator[None]:
             404: "there is no such repository, or the token (HF_TOKEN) may not see it",
         }.get(status, error.server_message or " ".join(str(error).split())[:300])
         raise ExportError(f"push: {endpoint} refused {repo_id} with {status}: {why}") from error
-    except (HTTPError, OSError) as error:  # the former of whichever httpx huggingface_hub is built on
+    except (_HTTPError, OSError) as error:  # the former of whichever httpx huggingface_hub is built on
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ExportError(f"push: {endpoint} does not answer, or broke off ({why}); pushing again goes on") from error

@@ -36,6 +36,7 @@ _BOTH = {
     "options": "options",
     "eval": "eval",
     "export": "export",
+    "resources": "resources",
 }
 SFT_FIELDS = _BOTH | {
     "model": "model",
@@ -53,13 +54,13 @@ DPO_FIELDS = _BOTH | {
     "algorithm_config.beta": "beta",
     "algorithm_config.loss_type": "loss_type",
 }
-_ONE_PROCESS = "false, or left out: a job trains in one process, there is nothing to shard"
+_NOT_SHARDED = "false, or left out: each process of a job holds the whole model, nothing is sharded"
 # Fields of the API that this provider can't honour, and what may stand there: anything empty, false or null.
 REFUSED = {
     "training_config.efficiency_config.enable_activation_offloading": "false, or left out: activations stay on the "
     "device (enable_activation_checkpointing saves memory)",
-    "training_config.efficiency_config.memory_efficient_fsdp_wrap": _ONE_PROCESS,
-    "training_config.efficiency_config.fsdp_cpu_offload": _ONE_PROCESS,
+    "training_config.efficiency_config.memory_efficient_fsdp_wrap": _NOT_SHARDED,
+    "training_config.efficiency_config.fsdp_cpu_offload": _NOT_SHARDED,
     "hyperparam_search_config": "{}: there is no hyperparameter search",
 }
 

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 from llama_stack_provider_moe.jobs.exports import ExportStep
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options, SafetyEvaluation
+from llama_stack_provider_moe.spec import (
+    Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options, Resources, SafetyEvaluation,
+)  # fmt: skip
 
 
 class SFTOptions(Options):
@@ -50,6 +52,7 @@ OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 EvalBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SafetyEvaluation))]
 ExportBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Exports))]
+ResourcesBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Resources))]
 
 
 def _spelled(value: float) -> float | str:
@@ -175,6 +178,7 @@ class SupervisedFineTuneRequest(Wire):
     )
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
     export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
+    resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -195,6 +199,7 @@ class PreferenceOptimizeRequest(Wire):
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
     export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
+    resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
 class ErrorMessage(BaseModel):

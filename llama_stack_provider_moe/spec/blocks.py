@@ -87,7 +87,7 @@ class Training(Block):
         default=1, ge=1, le=4096, description="Micro-batches of each process in one optimiser step."
     )
     max_validation_steps: int = Field(
-        default=0, ge=0, description="Micro-batches in one evaluation; 0: all held-out rows."
+        default=0, ge=0, description="Micro-batches of each process in one evaluation; 0: all held-out rows."
     )
     dtype: DType = Field(default="bf16", description="Parameters of the model and autocast; adapters stay in fp32.")
 

@@ -211,7 +211,7 @@ class Maker:
         if validation is None and spec.options.validation_split > 0:
             session.say("a single row can't be split; nothing is held out", "warning")
         if validation is not None and spec.training.max_validation_steps:
-            most = spec.training.max_validation_steps * spec.training.batch_size
+            most = spec.training.max_validation_steps * spec.training.batch_size * session.peers.size
             validation = validation.select(range(min(most, len(validation))))
         return train, validation
 

@@ -185,6 +185,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
         "num_train_epochs": spec.training.n_epochs,
         "per_device_train_batch_size": spec.training.batch_size,
         "per_device_eval_batch_size": spec.training.batch_size,
+        "average_tokens_across_devices": True,  # a mean over tokens is one over those of all processes
         "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
         "learning_rate": spec.optimizer.lr,
         "weight_decay": spec.optimizer.weight_decay,
