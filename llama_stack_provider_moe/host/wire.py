@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 from llama_stack_provider_moe.jobs.exports import ExportStep
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import (
-    Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options, Resources, SafetyEvaluation,
-)  # fmt: skip
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
+from llama_stack_provider_moe.spec.blocks import Resources
+from llama_stack_provider_moe.spec.evaluation import SafetyEvaluation
 
 
 class SFTOptions(Options):
