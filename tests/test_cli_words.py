@@ -183,7 +183,7 @@ def test_upcycling_is_another_process(code: int, tmp_path: Path, monkeypatch: py
         assert (done.out, done.error) == ("", {"message": got, "exit_code": code})
 
 
-def test_a_merge_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its report is the document that it prints."""
     interpreter = tmp_path / "python"
     interpreter.write_text('#!/bin/sh\nprintf \'{"got": "%s"}\' "$*"\n')
@@ -191,6 +191,9 @@ def test_a_merge_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "executable", str(interpreter))
     done = moe_train("export", "merge", "BASE", "ADAPTER", "OUT", "--dtype", "bf16", "--json")
     got = "-m llama_stack_provider_moe.export.merge BASE ADAPTER OUT --dtype bf16 --json"
+    assert (done.code, done.document, done.err) == (0, {"got": got}, "")
+    done = moe_train("export", "gguf", "MODEL", "OUT", "--type", "q8_0", "--json")
+    got = "-m llama_stack_provider_moe.export.gguf MODEL OUT --type q8_0 --json"
     assert (done.code, done.document, done.err) == (0, {"got": got}, "")
 
 

@@ -45,10 +45,10 @@ class _Class(NamedTuple):
 # spread's square (what small, nearly uniform models can have at all: that of a file of another seed is near 1).
 # Measured on tiny models of spread 0.56 and on SmolLM2-135M of spread 8.0 (`benchmarks.gguf`), the most of each:
 #   F32   largest 1.2e-5, 4.8e-4 in a chaotic one (weights of std 0.1, 256 wide); median 3.5e-5; KL 4.4e-10
-#   F16   largest, dense, 9.9e-3; median 2.1e-2; KL 2.9e-5, share 1e-4
+#   F16   largest, dense, 9.9e-3; median 2.9e-2; KL 3.2e-4, share 1e-3
 #   BF16  largest, dense, 6.7e-2; median 5.1e-2; KL 9.5e-4, share 3e-3
 #   KL    Q8_0 5.7e-3, Q6_K 1.6e-2, Q5_0 and Q5_1 0.17, Q4_0 0.46, q4_k_m 0.09, q3_k_m 0.21, q2_k 0.59
-#   share Q8_0 9e-4, Q5 1.8e-2, Q4_0 5e-2
+#   share Q8_0 2.7e-3, Q5 1.8e-2, Q4_0 5e-2
 _CLASSES: dict[str, _Class] = {
     "F32": _Class(32, 2e-3, 5e-4, 1e-6, 1e-6), "F16": _Class(16, 0.1, 0.1, 5e-3, 5e-3),
     "BF16": _Class(15.9, 0.5, 0.2, 1e-2, 1e-2), "Q8_0": _Class(8.5, None, None, 0.03, 0.01),
