@@ -131,6 +131,23 @@ class ExportsConfig(Block):
         description="Ollama servers that jobs may push to, each `http://HOST:PORT` or https; []: none.",
     )
 
+    hub_repositories: list[str] = Field(
+        default_factory=list,
+        description="Repositories of the hub that jobs may push to by HF_TOKEN, `owner/*` for all of one; []: none.",
+    )
+
+    @field_validator("hub_repositories", mode="after")
+    @classmethod
+    def _repositories(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            if not _MODEL_PATTERN.fullmatch(pattern) or "/" not in pattern:
+                raise ValueError(f"{pattern!r} is no repository; expected owner/name, in which * and ? may stand")
+        return patterns
+
+    def allow_push(self, repo_id: str) -> bool:
+        """Whether jobs may push to this repository. A `*` stays within the owner or the name."""
+        return any(_matches(repo_id, pattern) for pattern in self.hub_repositories)
+
     @field_validator("ollama_urls", mode="after")
     @classmethod
     def _urls(cls, urls: list[str]) -> list[str]:

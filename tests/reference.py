@@ -52,6 +52,7 @@ from llama_stack_provider_moe.spec import (
 )
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 
 README = Path(__file__).parent.parent / "README.md"
@@ -82,6 +83,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`export`", "export.", Exports, set()),
     ("`export.ollama`", "export.ollama.", Ollama, set()),
+    ("`export.push`", "export.push.", HubPush, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.config import ExportsConfig
 from llama_stack_provider_moe.host import exports
 from llama_stack_provider_moe.host.service import PostTrainingService
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
@@ -22,9 +23,8 @@ MERGED = {"merged": True}
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
-    with serving_in_process(
-        tmp_path_factory.mktemp("exports"), defaults=JobDefaults(export={"shard_size": "2GB"})
-    ) as made:
+    defaults, allowed = JobDefaults(export={"shard_size": "2GB"}), ExportsConfig(hub_repositories=["team/*"])
+    with serving_in_process(tmp_path_factory.mktemp("exports"), defaults=defaults, exports=allowed) as made:
         yield made
 
 
@@ -106,7 +106,7 @@ def test_defaults_export_nothing_by_themselves(service: PostTrainingService) -> 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "nothing is asked for; expected merged: true, or types in gguf"),
+        ({}, "nothing is asked for; expected merged: true, types in gguf, or push"),
         ({"merged": False}, "nothing is asked for"),
         ({"merged": True, "dtype": "q4"}, "dtype: 'q4' is not valid; expected 'bf16', 'fp16' or 'fp32'"),
         ({"merged": True, "shard_size": "5 GB"}, "shard_size: '5 GB' is not valid; expected a number of bytes, or of"),
@@ -218,10 +218,13 @@ def test_a_job_is_deleted_with_its_exports(service: PostTrainingService) -> None
     [
         ({"gguf": ["q4"]}, 400, "gguf.0: 'q4' is not valid; expected 'f32', 'f16', 'bf16', 'q8_0', 'q4_0'"),
         ({"gguf": ["f16", "f16"]}, 400, "gguf: 'f16' stands there twice; expected each type once"),
-        ({"gguf": []}, 400, "nothing is asked for; expected merged: true, or types in gguf"),
+        ({"gguf": []}, 400, "nothing is asked for; expected merged: true, types in gguf, or push"),
         ({"gguf": ["f16"]}, 501, "run `moe-train export setup`"),
         ({"ollama": {"name": "m"}}, 400, "ollama: needs a GGUF file; name its type in gguf"),
         ({"gguf": ["f16"], "ollama": {"name": "m", "gguf": "q8_0"}}, 400, "ollama.gguf: 'q8_0' is not among those"),
+        ({"push": {"repo_id": "team/m", "what": "merged"}}, 400, "push.what: 'merged' needs merged: true beside it"),
+        ({"push": {"repo_id": "team/m", "what": "gguf"}}, 400, "push.what: 'gguf' needs types in gguf beside it"),
+        ({"push": {"repo_id": "alone"}}, 400, "push.repo_id: 'alone' is not valid; expected NAMESPACE/NAME"),
         ({"gguf": ["f16"], "ollama": {"name": "a b"}}, 400, "ollama.name: 'a b' is not valid; expected [NAMESPACE/]"),
         ({"gguf": ["f16"], "ollama": {"name": "m", "url": "file:///etc"}}, 400, "ollama.url: 'file:///etc' is not val"),
     ],
@@ -250,6 +253,14 @@ def test_a_job_reaches_no_server_that_was_not_allowed(
         "ollama.url: 'http://127.0.0.1:22' is not among those that jobs of this server may push to "
         "(`exports.ollama_urls`): 'http://127.0.0.1:11434'",
     )
+    status, text = message(service, "POST", f"/jobs/{of}/exports", json={"push": {"repo_id": "some/body"}})
+    assert (status, text) == (
+        403,
+        "push.repo_id: 'some/body' is not among those that jobs of this server may push to "
+        "(`exports.hub_repositories`): 'team/*'",
+    )
+    push = {"repo_id": "team/model"}
+    assert ask(service, "POST", f"/jobs/{of}/exports", json={"push": push}).status_code == 200
     allowed = {"gguf": ["q8_0", "q4_k_m"], "ollama": {"name": "m"}}
     export_id = ask(service, "POST", f"/jobs/{of}/exports", json=allowed).json()["job_uuid"]
     spec = folder_of(service, export_id).read_spec()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_stack_provider_moe.errors import ExportError
 from llama_stack_provider_moe.export import merge as merging
+from llama_stack_provider_moe.export.hub import HubResult
 from llama_stack_provider_moe.export.load_check import NotRecorded
 from llama_stack_provider_moe.jobs import events
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, verify_files
@@ -131,6 +132,37 @@ def test_what_was_never_recorded_is_skipped_and_fails_nothing(trained: Run, monk
     checked, merged = read_steps(folder)
     assert (checked.state, checked.reason) == (StepState.SKIPPED, "of an earlier version")
     assert "not compared with the adapter: of an earlier version" in str(merged.note)
+
+
+def test_a_push_without_a_token_fails_for_itself(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    folder = asked(trained, "pushed", merged=True, push={"repo_id": "team/model", "what": "merged"})
+    assert done(folder) == FAILED
+    assert "1 of 2 steps failed: push: push: HF_TOKEN is not set" in reason(folder)
+    assert [each.identifier for each in saved_artifacts(folder)] == ["pushed/merged"]
+
+    pushed: list[tuple[list[str], Any]] = []
+
+    def push(what: Path, to: Any, _: Any) -> Any:
+        pushed.append((sorted(path.name for path in what.iterdir()), to.repo_id))
+        return HubResult(repo_id=to.repo_id, url="u", commit="c", private=True, files=1, bytes=1)
+
+    monkeypatch.setattr(export_steps.hub, "push", push)
+    assert done(folder) == COMPLETED
+    assert pushed == [(sorted(path.name for path in folder.merged.iterdir()), "team/model")]
+    files = asked(trained, "pushed-files", gguf=["f16", "q8_0"], push={"repo_id": "team/model", "what": "gguf"})
+    for name in ("f16", "q8_0"):
+        (files.artifacts / f"gguf-{name}").mkdir(parents=True)
+        for file in (f"m-{name}.gguf", "Modelfile"):
+            (files.artifacts / f"gguf-{name}" / file).touch()
+    files.work.mkdir()
+    log = events.EventLog(files.events)
+    with closing(log):
+        session: Any = Session(files.read_spec(), files, log)  # type: ignore[type-var]
+        step = export_steps.pushed(session, recipe.find_trained(trained.folder.root))
+        assert step.needs == ["gguf-f16", "gguf-q8_0"]
+        step.run()
+    assert pushed[-1][0] == ["m-f16.gguf", "m-q8_0.gguf"]
 
 
 def test_over_four_bits_it_is_the_16_bit_base_that_is_merged(workshop: Workshop) -> None:

@@ -47,6 +47,13 @@ def job(
         str | None, typer.Option("--ollama", metavar="NAME", help="Make a model of an Ollama server of one of them.")
     ] = None,
     ollama_url: Annotated[str | None, typer.Option(metavar="URL", help="Of that server.")] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload to this repository of the hub.")
+    ] = None,
+    push_what: Annotated[
+        str | None, typer.Option(metavar="adapter|merged|gguf", help="What is uploaded; default: the adapter.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made may be read by all.")] = False,
     no_load_check: Annotated[
         bool, typer.Option("--no-load-check", help="Compare no logits: it takes the memory of the model.")
     ] = False,
@@ -69,9 +76,13 @@ def job(
     }
     if ollama is None and ollama_url is not None:
         raise typer.BadParameter("--ollama-url needs --ollama NAME beside it")
+    if push is None and (push_what is not None or public):
+        raise typer.BadParameter("--push-what and --public need --push OWNER/NAME beside them")
     body = {name: value for name, value in stated.items() if value is not None}
     if ollama is not None:
         body["ollama"] = {"name": ollama} | ({} if ollama_url is None else {"url": ollama_url})
+    if push is not None:
+        body["push"] = {"repo_id": push, "private": not public} | ({} if push_what is None else {"what": push_what})
 
     def act(server: Server, screen: Screen) -> Exit:
         created = server.export(job_id, body)

@@ -17,7 +17,7 @@ from llama_stack_provider_moe.spec import (
     RoutingAnalysisSpec,
     SFTSpec,
 )
-from llama_stack_provider_moe.spec.destinations import OLLAMA_NAME_PATTERN
+from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 
 SHOWN = 8
@@ -38,6 +38,7 @@ _PATTERNS = {
     JOB_ID_PATTERN: f"1 to 128 {_NAME}",
     PROJECT_PATTERN: f"1 to 64 {_NAME}",
     SHARD_PATTERN: "a number of bytes, or of KB, MB or GB, as 5GB",
+    HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
 }
 _BOUNDS = {

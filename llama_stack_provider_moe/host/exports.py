@@ -79,7 +79,7 @@ def must_be_possible(asked: Exports, request: Draft, config: ProviderConfig) -> 
 
     Raises:
         NoToolchain: GGUF files, without llama.cpp; the text names the command that installs it.
-        Forbidden: an Ollama server that jobs may not push to.
+        Forbidden: an Ollama server, or a repository of the hub, that jobs may not push to.
     """
     if asked.gguf:
         find_toolchain(training_environment(os.environ, config))
@@ -88,6 +88,12 @@ def must_be_possible(asked: Exports, request: Draft, config: ProviderConfig) -> 
         raise Forbidden(
             f"{field}: {asked.ollama.url!r} is not among those that jobs of this server may push to "
             f"(`exports.ollama_urls`): {', '.join(map(repr, allowed)) or 'none'}"
+        )
+    if asked.push is not None and not config.exports.allow_push(asked.push.repo_id):
+        field, allowed = request.name("export.push.repo_id"), config.exports.hub_repositories
+        raise Forbidden(
+            f"{field}: {asked.push.repo_id!r} is not among those that jobs of this server may push to "
+            f"(`exports.hub_repositories`): {', '.join(map(repr, allowed)) or 'none'}"
         )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.llama_cpp import GgufType
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block, Resources
-from llama_stack_provider_moe.spec.destinations import OllamaServer
+from llama_stack_provider_moe.spec.destinations import HubPush, OllamaServer
 from llama_stack_provider_moe.spec.sources import RowSource
 
 MergedDType = Literal["bf16", "fp16", "fp32"]
@@ -55,6 +55,7 @@ class Exports(Block):
         default_factory=list, description="GGUF files for llama.cpp and Ollama, each verified; none twice."
     )
     ollama: Ollama | None = Field(default=None, description="Also make a model of an Ollama server of one of them.")
+    push: HubPush | None = Field(default=None, description="Also upload to a repository of the Hugging Face hub.")
     load_check: bool = Field(
         default=True,
         description="Load what was trained, and what was merged, and compare the logits; takes a model's memory.",
@@ -69,8 +70,8 @@ class Exports(Block):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "Exports":
-        if not self.merged and not self.gguf and self.ollama is None:
-            raise ValueError("nothing is asked for; expected merged: true, or types in gguf")
+        if not self.merged and not self.gguf and self.ollama is None and self.push is None:
+            raise ValueError("nothing is asked for; expected merged: true, types in gguf, or push")
         return self
 
     @model_validator(mode="after")
@@ -85,6 +86,14 @@ class Exports(Block):
                              f"{', '.join(self.gguf)}")  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _only_what_is_made_is_pushed(self) -> "Exports":
+        if self.push is not None and self.push.what == "merged" and not self.merged:
+            raise ValueError("push.what: 'merged' needs merged: true beside it")
+        if self.push is not None and self.push.what == "gguf" and not self.gguf:
+            raise ValueError("push.what: 'gguf' needs types in gguf beside it")
+        return self
+
     @property
     def for_ollama(self) -> GgufType:
         """The type of the file that Ollama gets."""
@@ -97,6 +106,11 @@ class Exports(Block):
         Args:
             prefix: of the fields' names in the error.
         """
+        if self.push is not None and self.push.what == "merged":
+            raise ValueError(
+                f"{prefix}push.what: 'merged' is for the merging of an adapter; all weights were trained, and "
+                "'adapter' pushes the whole model"
+            )
         if self.dtype is not None:
             raise ValueError(
                 f"{prefix}dtype: {self.dtype!r} is for the merging of an adapter; all weights were trained, and "

@@ -22,7 +22,7 @@ from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.llama_cpp import GgufType
 from llama_stack_provider_moe.spec import ExportSpec
 from llama_stack_provider_moe.spec.exports import MergedDType
-from llama_stack_provider_moe.training.recipes.export_steps import Files, Trained, load_check, merged, step_of
+from llama_stack_provider_moe.training.recipes.export_steps import Files, Trained, load_check, merged, pushed, step_of
 from llama_stack_provider_moe.training.session import Session
 from llama_stack_provider_moe.training.steps import Step, Steps, clear_unfinished
 
@@ -108,4 +108,6 @@ def plan(session: Session[ExportSpec], trained: Trained) -> list[Step]:
     if asked.merged or (asked.gguf and trained.is_adapter):
         steps.append(merged(session, trained))
     steps += Files(session, trained).steps()
+    if asked.push is not None:
+        steps.append(pushed(session, trained))
     return steps

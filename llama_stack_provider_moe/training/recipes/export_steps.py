@@ -1,13 +1,15 @@
 """The steps of recipe `export`: what was trained is loaded again, merged, written as GGUF files, given to Ollama."""
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from llama_stack_provider_moe.errors import ExportError
-from llama_stack_provider_moe.export import gguf, ollama
+from llama_stack_provider_moe.export import gguf, hub, ollama
 from llama_stack_provider_moe.export.alone import compare
 from llama_stack_provider_moe.export.load_check import NotRecorded
 from llama_stack_provider_moe.export.merge import merge
@@ -119,6 +121,36 @@ def listed(
     entry = trained.entry
     made = describe(session.job_uuid, kind, folder, entry.epoch, entry.step, entry.metrics)
     return made.model_copy(update={"verification": verification})
+
+
+def pushed(session: Session[ExportSpec], trained: Trained) -> Step:
+    """A repository on the hub, of what was trained, of what was merged, or of all GGUF files."""
+    asked = session.spec.export
+    assert asked.push is not None, "there would be no such step"
+    to = asked.push
+    needs = {"adapter": [], "merged": ["merged"], "gguf": [step_of(type_) for type_ in asked.gguf]}[to.what]
+
+    def run() -> Done:
+        folder = trained.folder
+        if to.what == "merged":
+            folder = merged_folder(session)
+        elif to.what == "gguf":
+            folder = _side_by_side(session, [session.folder.artifacts / name for name in needs])
+        result = hub.push(folder, to, _say)
+        return Done(note=result.text(), figures=result.model_dump(mode="json"))
+
+    return Step("push", run, needs)
+
+
+def _side_by_side(session: Session[ExportSpec], folders: Sequence[Path]) -> Path:
+    """One folder of the GGUF files in `folders`, linked."""
+    together = session.folder.work / "gguf"
+    remove(together)
+    together.mkdir()
+    for folder in folders:
+        for file in folder.glob("*.gguf"):
+            os.link(file, together / file.name)
+    return together
 
 
 def step_of(type_: GgufType) -> str:
