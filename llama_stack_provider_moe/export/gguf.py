@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from llama_stack_provider_moe.errors import ExportError, InvalidInput, ModelError, MoeError, NoRoom, NoToolchain
 from llama_stack_provider_moe.experts.upcycle import model_folder
@@ -331,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--type", required=True, help=f"of the weights: {', '.join(GGUF_TYPES)}")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     given = parser.parse_args(argv)
+    logging.disable_progress_bar()
     try:
         if given.type not in GGUF_TYPES:
             raise InvalidInput("--type", given.type, f"one of {', '.join(GGUF_TYPES)}")

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from llama_stack_provider_moe.errors import AdapterError, MoeError
 from llama_stack_provider_moe.experts.backend import ALL_OURS, OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL
@@ -306,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--merged", help="compare this merged folder with the adapter on its base as well")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     given = parser.parse_args(argv)
+    logging.disable_progress_bar()
     found: dict[str, LoadCheck | MergedCheck] = {}
     try:
         found["loaded"] = check(given.given, given.base)
