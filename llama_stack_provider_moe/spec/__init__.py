@@ -33,10 +33,7 @@ from llama_stack_provider_moe.spec.blocks import (
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
-from llama_stack_provider_moe.spec.moe import (
-    LoadBalancing,
-    Moe,
-)
+from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.options import (
     PROJECT_PATTERN,
     DPOOptions,
@@ -54,6 +51,7 @@ from llama_stack_provider_moe.spec.routing import (
     AnalysisResources,
     AnalysisTraining,
 )
+from llama_stack_provider_moe.spec.sharding import refuse_beside_sharding
 
 __all__ = [
     "DPO_LOSSES",
@@ -173,7 +171,8 @@ class _Job(_AnyJob):
     )
 
     @model_validator(mode="after")
-    def _fp16_needs_an_adapter(self) -> "_Job":
+    def _weights_are_trainable(self) -> "_Job":
+        refuse_beside_sharding(self)
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
                              "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
