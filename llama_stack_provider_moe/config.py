@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from llama_stack_provider_moe.spec import Block, JobDefaults
+from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
 # No part begins with a dot or a dash: the hub has no such names, and `..` would be a folder.
@@ -122,6 +123,37 @@ def _matches(hub_id: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
+class ExportsConfig(Block):
+    """Where exports may go; a job's owner names the place, and the machine that runs the job reaches it."""
+
+    ollama_urls: list[str] = Field(
+        default_factory=lambda: [OLLAMA_URL],
+        description="Ollama servers that jobs may push to, each `http://HOST:PORT` or https; []: none.",
+    )
+
+    hub_repositories: list[str] = Field(
+        default_factory=list,
+        description="Repositories of the hub that jobs may push to by HF_TOKEN, `owner/*` for all of one; []: none.",
+    )
+
+    @field_validator("hub_repositories", mode="after")
+    @classmethod
+    def _repositories(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            if not _MODEL_PATTERN.fullmatch(pattern) or "/" not in pattern:
+                raise ValueError(f"{pattern!r} is no repository; expected owner/name, in which * and ? may stand")
+        return patterns
+
+    def allow_push(self, repo_id: str) -> bool:
+        """Whether jobs may push to this repository. A `*` stays within the owner or the name."""
+        return any(_matches(repo_id, pattern) for pattern in self.hub_repositories)
+
+    @field_validator("ollama_urls", mode="after")
+    @classmethod
+    def _urls(cls, urls: list[str]) -> list[str]:
+        return [check_url(url) for url in urls]
+
+
 class ProviderConfig(Block):
     """The `config:` of provider `inline::moe` in a run YAML."""
 
@@ -151,6 +183,7 @@ class ProviderConfig(Block):
         description="Serve `GET /v1alpha/post-training/metrics`; with authentication, to administrators alone.",
     )
     models: ModelsConfig = Field(default_factory=ModelsConfig)
+    exports: ExportsConfig = Field(default_factory=ExportsConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)
 

@@ -9,6 +9,7 @@
     ├── Conflict                  409  the job's state, or its name, does not allow it
     ├── NoRoom                    507  the server's disk is full
     ├── NotOffered                501  part of the API that this provider does not implement
+    ├── NoToolchain               501  llama.cpp, which GGUF files need, is not on this machine
     ├── ServerRefused                  raised by the command line: a server's own refusal
     ├── ServerLost                     raised by the command line: no server, or one that stopped answering
     └── TrainingError             500  raised in the training process; ends a job as `failed`
@@ -16,7 +17,8 @@
         ├── LayoutError                a Mixture-of-Experts model whose parts were not all found
         ├── AdapterError               an adapter was asked for somewhere it can't go
         ├── DataError                  rows are well-formed, but can't be trained on as asked
-        └── CheckpointError            a checkpoint is missing, incomplete or of another job
+        ├── CheckpointError            a checkpoint is missing, incomplete or of another job
+        └── ExportError                what was trained could not be exported, or a file does not do as the model does
 
 `status` is the HTTP code a host answers with; `host.routes` reads it and nothing else.
 """
@@ -113,6 +115,12 @@ class NotOffered(MoeError):
     status = 501
 
 
+class NoToolchain(MoeError):
+    """llama.cpp's converter or library is not on this machine; the text names the command that installs it."""
+
+    status = 501
+
+
 class ServerRefused(MoeError):
     """A server answered the command line, and not with what was asked for.
 
@@ -161,6 +169,10 @@ class DataError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint is missing, incomplete or of another job."""
+
+
+class ExportError(TrainingError):
+    """What was trained could not be exported as asked, or an exported file does not do what the model does."""
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -31,6 +31,18 @@ def reroute_loss(hidden: Sequence[Tensor], base: Sequence[Tensor], mask_BT: Tens
     return torch.as_tensor(total) / (mask_BT.sum() * len(hidden))
 
 
+def counted(request: int, response: int) -> list[int]:
+    """The mask of one row: request and response come as two pieces, each with its own attention mask, and the joined
+    masks are the loss's."""
+    return [1] * request + [1] * response
+
+
+def held(blocks: int, batch: int, tokens: int, width: int, bytes_each: int) -> int:
+    """Bytes of states that a pass leaves: `output_hidden_states=True` gives the embeddings and every block's output,
+    the last one normed; some are picked from them afterwards."""
+    return (blocks + 1) * batch * tokens * width * bytes_each
+
+
 def coefficients(micro_batch: int, alpha: float) -> tuple[float, float]:
     """(rerouting, retaining) at a micro-batch, from 1: it counts every call, and its length of 300 is written in."""
     progress = micro_batch / 300

@@ -7,12 +7,12 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ModelsConfig, ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import ExportsConfig, ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
     Analysis,
@@ -28,8 +28,11 @@ from llama_stack_provider_moe.spec import (
     DPOSpec,
     Efficiency,
     ExpertRule,
+    Exports,
+    ExportSpec,
     FromAnalysis,
     Gate,
+    JobDefaults,
     MixedData,
     MLflow,
     Moe,
@@ -47,8 +50,10 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
-from llama_stack_provider_moe.spec.adapter import MAX_RANK
+from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.destinations import HubPush
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
@@ -72,8 +77,13 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
     ("`eval`", "eval.", SafetyEvaluation, set()),
+    ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
+    ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
+    ("`export`", "export.", Exports, set()),
+    ("`export.ollama`", "export.ollama.", Ollama, set()),
+    ("`export.push`", "export.push.", HubPush, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
@@ -89,9 +99,17 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`analysis`", "analysis.", Analysis, set()),
     ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
     ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
+    (
+        "Export jobs: `job_uuid`, `resources` and `export` as above, and",
+        "",
+        ExportSpec,
+        {"job_uuid", "resources", "export"},
+    ),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
+    ("Server: `exports:`", "exports.", ExportsConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
+    ("Server: `defaults:`", "defaults.", JobDefaults, set()),
 ]
 
 
@@ -111,7 +129,7 @@ def default(field: FieldInfo) -> str:
         return "see below"
     if value == sys.executable:
         return "the server's"
-    if value is None:
+    if value is None or value == "":
         return "-"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{text}`"
@@ -127,12 +145,14 @@ def allowed(field: FieldInfo) -> str:
             return "a list of blocks, which follow"
     if get_origin(annotation) is dict:
         key, value = get_args(annotation)
-        if value is str:
+        if value in (str, Any):
             return ""
         groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
         return "numbers and ranges"
+    if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
+        return "at least `1KB`"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}

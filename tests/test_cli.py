@@ -151,7 +151,7 @@ def test_what_the_server_refuses_is_told_whole(server: host_harness.Server, temp
         "moe-train: training.batch_sise: unknown key (did you mean batch_size?)",
         "  optimizer.lr: -1 is not valid; expected > 0",
         "  nothing: unknown key; expected job_uuid, model, resources, data, training, optimizer, efficiency, "
-        "adapter, moe, trackers, checkpoint_dir, eval, recipe, options",
+        "adapter, moe, trackers, checkpoint_dir, eval, export, recipe, options",
     ]
     rows = moe_train("validate", str(template), "--set", "data.dataset_id=bad-rows")
     assert rows.code == Exit.REFUSED

@@ -272,7 +272,7 @@ def test_resume_and_rm(service: PostTrainingService, url: str) -> None:
     (path / STATE).write_text("{}")
     write_checksums(path, 3)
     code, out, err = moe_train("resume", job_id)
-    assert (code, out) == (Exit.OK, f"job {job_id} is scheduled again, and goes on from its last checkpoint\n")
+    assert (code, out) == (Exit.OK, f"job {job_id} is scheduled again, and goes on from what it has saved\n")
     assert f"moe-train status {job_id} --watch" in err
     code, out, _ = moe_train("rm", job_id, "--json")
     assert (code, out) == (Exit.REFUSED, "")
@@ -284,4 +284,4 @@ def test_resume_and_rm(service: PostTrainingService, url: str) -> None:
     assert moe_train("rm", job_id) == (Exit.OK, f"job {job_id} is deleted\n", "")
     assert moe_train("status", job_id)[0] == Exit.REFUSED
     other = ended(service)
-    assert json.loads(moe_train("rm", other, "--json")[1]) == {"job_uuid": other, "kept": []}
+    assert json.loads(moe_train("rm", other, "--json")[1]) == {"job_uuid": other, "kept": [], "exports": []}

@@ -1,5 +1,6 @@
 """Whole jobs over HTTP: a real server, supervisor and training processes, tiny models, llama-stack-client 0.6.1."""
 
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.e2e
 
 FAMILIES = ["granitemoe", "mixtral", "qwen3_moe", "llama"]
 RECIPES = ["sft", "dpo"]
+LATER = {"merged": True, "dtype": "bf16", "load_check": False}
+EXPORTED = "granitemoe-sft"  # by itself, as soon as it has completed
 LIMIT_S = 2700  # ten processes that import torch and trl, some minutes each where cores are slow
 
 WORDS = ["garden", "letter", "friend", "spring", "answer", "France", "Paris", "token"]
@@ -67,6 +70,8 @@ def submit(server: Server, family: str, recipe: str) -> str:
     extra: dict[str, Any] = {"options": {"max_length": 64, "lr_scheduler": "constant"}}
     if family != "llama":
         extra["moe"] = {"train_router": True, "router_z_loss_coef": 0.001}
+    if job_id == EXPORTED:
+        extra["export"] = {"merged": True}
     data = {"dataset_id": "words" if recipe == "sft" else "pairs", "batch_size": 8, "shuffle": True}
     optimizer = {"optimizer_type": "adamw", "lr": 5e-3, "weight_decay": 0.0, "num_warmup_steps": 0}
     training = {**TRAINING, "data_config": {**data, "data_format": "instruct"}, "optimizer_config": optimizer}
@@ -167,6 +172,45 @@ def test_final_adapter_loads_with_plain_peft_and_changes_the_model(
         with tuned.disable_adapter():
             assert torch.equal(tuned(tokens).logits, untouched)
     assert (changed - untouched).abs().max() > 0.05
+
+
+def exported(server: Server, job_id: str, count: int) -> list[dict[str, Any]]:
+    """The exports of a job, newest first, once all have ended."""
+    deadline = time.monotonic() + LIMIT_S
+    with asking(server) as http:
+        while time.monotonic() < deadline:
+            found: list[dict[str, Any]] = http.get(f"/jobs/{job_id}/exports").json()["data"]
+            if len(found) == count and all(each["completed_at"] for each in found):
+                return found
+            time.sleep(2)
+    raise AssertionError(f"no {count} exports of {job_id} after {LIMIT_S} s")
+
+
+def test_what_a_job_asked_for_is_exported_and_served_by_it(
+    jobs: dict[str, dict[str, Any]], server: Server, tmp_path: Path
+) -> None:
+    (own,) = exported(server, EXPORTED, 1)
+    assert (own["status"], [(step["name"], step["state"]) for step in own["steps"]]) == (
+        "completed", [("load_check", "completed"), ("merged", "completed")],
+    )  # fmt: skip
+    with asking(server) as http:
+        later = http.post(f"/jobs/{EXPORTED}/exports", json=LATER).json()["job_uuid"]
+        assert [each["job_uuid"] for each in exported(server, EXPORTED, 2)] == [later, own["job_uuid"]]
+        shown = {each["name"]: each for each in http.get(f"/jobs/{EXPORTED}/artifacts").json()["checkpoints"]}
+        sizes = [shown[name]["bytes"] for name in ("merged", f"merged@{own['job_uuid']}")]
+        assert sizes[0] < 0.7 * sizes[1], "16 bits, and 32"
+        for file in http.get(f"/jobs/{EXPORTED}/artifacts/merged@{own['job_uuid']}").json()["files"]:
+            content = http.get(f"/jobs/{EXPORTED}/artifacts/merged@{own['job_uuid']}/{file['path']}").content
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+            (tmp_path / file["path"]).write_bytes(content)
+        assert http.delete(f"/jobs/{own['job_uuid']}").status_code == 200
+        assert http.get(f"/jobs/{EXPORTED}").json()["status"] == "completed", "it does without"
+    base = AutoModelForCausalLM.from_pretrained(server.state_dir / "models" / "granitemoe")
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(base, shown["adapter"]["path"])(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    assert torch.allclose(merged, tuned, atol=1e-4, rtol=0)
 
 
 def test_a_running_job_is_cancelled_and_keeps_what_it_had(server: Server, jobs: dict[str, dict[str, Any]]) -> None:

@@ -1,8 +1,10 @@
 """Jobs over HTTP with each adapter plan, each balance strategy and a quantised base: SFT and DPO, a real server.
 
-Circuit breakers, of the families that acceptance names, run on the same server.
+Circuit breakers, of the families that acceptance names, run on the same server; so do evaluations, a gate that fails
+a job, and a routing analysis with the job that trains what it found.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +14,14 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import tiny_models
+from llama_stack_provider_moe.spec.routing import RoutingReport
+from tests import safety_jobs, tiny_models
 from tests.host_harness import QUICKSTART, Server, run_config, serving
 from tests.test_e2e import DPO_ROWS, LIMIT_S, SFT_ROWS, asking
+from tests.test_training_sft import mean_nll
 
 pytestmark = pytest.mark.e2e
 
@@ -60,11 +65,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "supervisor": {"max_concurrent_jobs": 2, "poll_s": 2},
     }
     with serving(run_config(QUICKSTART, folder, provider=provider), folder / "state") as running:
-        for family in {family for family, *_ in [*CASES.values(), *BREAKERS.values()]}:
+        for family in {*safety_jobs.FAMILIES, *(family for family, *_ in [*CASES.values(), *BREAKERS.values()])}:
             tiny_models.build(family, running.state_dir / "models" / family)
         running.register("words", SFT_ROWS)
         running.register("pairs", DPO_ROWS)
         running.register("kept", KEPT_ROWS)
+        for name, rows in safety_jobs.DATA.items():
+            running.register(name, rows)
         yield running
 
 
@@ -147,6 +154,139 @@ def test_circuit_breaker_reroutes(breakers: dict[str, dict[str, Any]], name: str
     told = job["resolved"]["circuit_breaker"]
     assert (told["target_layers"], told["lora_layers"]) == ([1], "0-1")
     assert {each["kind"] for each in job["checkpoints"]} == {"checkpoint", "adapter"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(server: Server) -> dict[str, dict[str, Any]]:
+    """Jobs of `safety_jobs`, whole: what needs the analysis comes when that is done."""
+    models = server.state_dir / "models"
+    with asking(server) as http:
+        found: dict[str, dict[str, Any]] = {}
+        for bodies in (safety_jobs.first_jobs(models), [safety_jobs.on_the_analysis(models)]):
+            for body in bodies:
+                answer = http.post("/jobs", json=body)
+                assert answer.status_code == 200, answer.text
+            found |= ended(http, [body["job_uuid"] for body in bodies])
+        return found
+
+
+def downloaded(http: httpx.Client, job_id: str, kind: str) -> dict[str, bytes]:
+    """The files of a job's one artifact of this kind, each fetched by its URL."""
+    listed = http.get(f"/jobs/{job_id}/artifacts").json()["checkpoints"]
+    (name,) = [each["identifier"].partition("/")[2] for each in listed if each["kind"] == kind]
+    files = http.get(f"/jobs/{job_id}/artifacts/{name}").json()["files"]
+    found = {}
+    for file in files:
+        answer = http.get(f"/jobs/{job_id}/artifacts/{name}/{file['path']}")
+        assert (answer.status_code, len(answer.content)) == (200, file["bytes"])
+        found[file["path"]] = answer.content
+    return found
+
+
+def perplexity(model: Any, server: Server) -> float:
+    """Of the garden rows, by plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(server.state_dir / "models" / "granitemoe")
+    rows = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in safety_jobs.DATA["garden"]
+    ]
+    return float(torch.tensor(mean_nll(model, tokenizer, rows)).exp())
+
+
+def test_an_evaluation_on_a_base_in_4_bits(evaluated: dict[str, dict[str, Any]], server: Server) -> None:
+    job = evaluated["measured-4-bit"]
+    assert job["status"] == "completed", job.get("reason")
+    assert job["resolved"]["quantized"]["bits"] == 4
+    with asking(server) as http:
+        report = json.loads(downloaded(http, "measured-4-bit", "evaluation")["eval.json"])
+    safety = job["resources_allocated"]["safety"]
+    assert safety["measured"] == report["measured"]
+    assert safety["differences"] == report["differences"]
+    assert (safety["exceeded"], [each["exceeded"] for each in report["gate"]]) == ([], [False])
+    before, after = (report["measured"][state] for state in ("before", "after"))
+    assert {name: figure["n"] for name, figure in before.items()} == {
+        "refusal_rate": 9, "perplexity": 8, "forbidden_calls_rate": 3,
+    }  # fmt: skip
+    in_16_bits = perplexity(AutoModelForCausalLM.from_pretrained(job["model"]), server)
+    assert before["perplexity"]["value"] == pytest.approx(in_16_bits, rel=0.5)
+    assert before["perplexity"]["value"] != pytest.approx(in_16_bits, rel=1e-4), "it was not the quantised model"
+    assert after["perplexity"]["value"] < before["perplexity"]["value"]
+
+
+def test_a_gate_fails_a_job_whose_artifacts_are_kept(evaluated: dict[str, dict[str, Any]], server: Server) -> None:
+    job = evaluated["gated"]
+    assert job["status"] == "failed"
+    assert job["reason"].startswith("eval.fail_if.capability_drop: ")
+    assert job["resources_allocated"]["safety"]["exceeded"] == ["capability_drop"]
+    assert {each["kind"] for each in job["checkpoints"]} == {"checkpoint", "model", "evaluation"}
+    with asking(server) as http:
+        assert {"config.json", "model.safetensors"} <= downloaded(http, "gated", "model").keys()
+        (verdict,) = json.loads(downloaded(http, "gated", "evaluation")["eval.json"])["gate"]
+    assert verdict["value"] == pytest.approx(verdict["after"] / verdict["before"] - 1)
+    assert verdict["value"] > verdict["limit"] == 0.01
+
+
+# peft 0.21 looks for a pattern's names among modules, and parameters are none; it applies them all the same.
+@pytest.mark.filterwarnings(r"ignore:The following rank_pattern keys did not match:RuntimeWarning")
+def test_an_analysis_tells_the_next_job_what_to_train_and_to_mask(
+    evaluated: dict[str, dict[str, Any]], server: Server, tmp_path: Path
+) -> None:
+    analysis, job = evaluated["analysis"], evaluated["on-analysis"]
+    assert (analysis["status"], job["status"]) == ("completed", "completed"), (analysis["reason"], job["reason"])
+    with asking(server) as http:
+        found = RoutingReport.model_validate_json(downloaded(http, "analysis", "analysis")["routing.json"])
+        adapter = downloaded(http, "on-analysis", "adapter")
+        report = json.loads(downloaded(http, "on-analysis", "evaluation")["eval.json"])
+    best, masked = (
+        [(each.layer, each.expert) for each in found.ranked(name) if each.is_sure] for name in ("sums", "garden")
+    )
+    trained = set()
+    for name, tensor in load(adapter["adapter_model.safetensors"]).items():
+        if ".experts." in name and "lora_A" in name:
+            rows = tensor.view(found.num_experts, -1).any(dim=1)  # of one expert after another; zeros: no rank
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            trained |= {(layer, expert) for expert in rows.nonzero().flatten().tolist()}
+    assert trained == set(best[:2])
+    assert len(trained) == 2
+    assert report["masked_experts"] == {str(masked[0][0]): [masked[0][1]]}
+    measured = {state: figures["perplexity"]["value"] for state, figures in report["measured"].items()}
+    assert measured.keys() == {"before", "before_masked", "after", "after_masked"}
+    assert measured["before_masked"] != measured["before"]
+    # The figures in the status are those of plain transformers and PEFT, with the adapter that was downloaded.
+    for name, content in adapter.items():
+        (tmp_path / name).write_bytes(content)
+    base = AutoModelForCausalLM.from_pretrained(job["model"])
+    assert measured["before"] == pytest.approx(perplexity(base, server), rel=1e-4)
+    tuned = PeftModel.from_pretrained(base, tmp_path)
+    status = job["resources_allocated"]["safety"]["measured"]
+    assert status["after"]["perplexity"]["value"] == pytest.approx(perplexity(tuned, server), rel=1e-4)
+
+
+def test_a_circuit_breaker_is_cancelled_and_goes_on_to_its_end(server: Server) -> None:
+    name, deadline = "breaker-cancelled", time.monotonic() + LIMIT_S
+    with asking(server) as http:
+        assert http.post("/jobs", json=safety_jobs.long_breaker(server.state_dir / "models")).status_code == 200
+        while (http.get(f"/jobs/{name}").json()["resources_allocated"].get("step") or 0) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert http.post(f"/jobs/{name}/cancel").status_code == 200
+        job = ended(http, [name])[name]
+        stopped_at = job["resources_allocated"]["step"]
+        assert (job["status"], job["reason"] is None or "cancel" in job["reason"]) == ("cancelled", True)
+        assert 3 <= stopped_at < safety_jobs.BREAKER_STEPS
+        assert http.post(f"/jobs/{name}/resume").status_code == 200
+        job = ended(http, [name])[name]
+        assert job["status"] == "completed", job["reason"]
+        series = http.get(f"/jobs/{name}/metrics", params={"names": "reroute_coefficient,cosine/break/1"}).json()
+        events = http.get(f"/jobs/{name}/events", params={"limit": 1000}).json()["events"]
+    (resumed,) = [event for event in events if event["type"] == "resumed"]
+    assert resumed["step"] == stopped_at, "it goes on where it was stopped"
+    last = safety_jobs.BREAKER_STEPS
+    assert series["steps"] == list(range(1, last + 1)), "no step is missing, none stands twice"
+    assert series["metrics"]["reroute_coefficient"] == pytest.approx([10 * (1 - t / 2 / last) for t in series["steps"]])
+    cosines = series["metrics"]["cosine/break/1"]
+    assert cosines[0] == pytest.approx(1, abs=1e-3)
+    assert max(cosines[-8:]) < 0.5
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -19,6 +19,7 @@ from llama_stack_provider_moe.evaluation.judges import NO, QUESTION, YES, Exchan
 from llama_stack_provider_moe.evaluation.served import Endpoint, ServedJudge, ServedModel
 from llama_stack_provider_moe.evaluation.tasks import run_tasks
 from tests import tiny_models
+from tests.routing_reports import report_of
 
 KEY = "a-key"
 
@@ -187,8 +188,8 @@ def test_with_an_adapter_it_measures_without_and_with(judging: Path, tmp_path: P
     adapted = get_peft_model(tiny_models.model("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
     rows = [{"prompt": f"Name {i} trees.", "completion": "The capital of France is Paris."} for i in range(3)]
-    analysis = {"top": {"a": [{"layer": 0, "expert": 1}, {"layer": 1, "expert": 3}, {"layer": 0, "expert": 0}]}}
-    (tmp_path / "routing.json").write_text(json.dumps(analysis), encoding="utf-8")
+    analysis = report_of({(0, 1): 0.4, (1, 3): 0.3, (0, 0): 0.2})
+    (tmp_path / "routing.json").write_text(analysis.model_dump_json(), encoding="utf-8")
     code = main([
         str(folder), "--adapter", str(tmp_path / "adapter"), "--refuse", write(tmp_path / "r.jsonl", rows),
         "--retain", str(tmp_path / "r.jsonl"), "--labelled",
@@ -229,6 +230,8 @@ def test_tasks_without_lm_eval_are_named_as_skipped() -> None:
         (["m", "--refuse", "x", "--judge-url", "http://h/v1"], "--judge-model"),
         (["m", "--refuse", "x", "--batch-size", "0"], "batch_size"),
         (["m", "--refuse", "x", "--mask-from", "missing.json", "--mask-set", "a"], "--mask-from"),
+        (["m", "--refuse", "x", "--mask-from", "missing.json"], "--mask-set beside it"),
+        (["m", "--refuse", "x", "--mask-from", "m.json", "--mask-set", "a", "--mask-top", "0"], "--mask-top"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(

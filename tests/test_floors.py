@@ -17,11 +17,11 @@ LEARNING = {
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors",
     "tokenizers", "huggingface_hub", "numpy", "jinja2", "psutil", "triton",
 }  # fmt: skip
-GROUND = {"errors", "spec", "config", "datarows"}
+GROUND = {"errors", "spec", "config", "datarows", "llama_cpp"}
 
 # room (longest prefix wins) -> third parties it may import, modules of ours it may import
 # What reads and writes a job's folder, where the towers meet; the store is not among it.
-FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index"}
+FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index", "jobs.exports"}
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     **{room: ({"pydantic"}, GROUND) for room in GROUND},
     "jobs": ({"pydantic", "sqlalchemy", "alembic"}, GROUND | {"jobs"}),
@@ -41,13 +41,19 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.served": ({"httpx"}, GROUND | {"evaluation"}),
     "training": (
         LEARNING | {"pydantic", "mlflow", "trackio", "wandb"},
-        GROUND | {"experts", "losses", "training", "evaluation"} | FOLDER,
+        # Of exports what training leaves for them beside its weights.
+        GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
     "training.recipes": (
         LEARNING | {"pydantic"},
-        GROUND | {"experts", "losses", "training", "analysis"} | FOLDER,
+        GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,
     ),
-    "export": (LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"}, GROUND | {"experts", "export"} | FOLDER),
+    "export": (
+        LEARNING - {"trl", "accelerate", "datasets"} | {"pydantic"},
+        GROUND | {"experts", "export", "training.loader"} | FOLDER,
+    ),
+    "export.hub": ({"huggingface_hub", "pydantic"}, GROUND),
+    "export.ollama": ({"httpx", "pydantic", "transformers"}, GROUND | {"export"}),
     "analysis": (LEARNING | {"pydantic", "matplotlib"}, GROUND | {"experts", "training", "analysis"} | FOLDER),
 }
 

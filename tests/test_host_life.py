@@ -91,7 +91,7 @@ def test_a_deleted_job_is_no_more(service: PostTrainingService, state: JobState)
     folder = folder_of(service, job_id).root
     (folder / "big").write_bytes(b"x" * 10_000)
     answer = ask(service, "DELETE", f"/jobs/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"job_uuid": job_id, "kept": []})
+    assert (answer.status_code, answer.json()) == (200, {"job_uuid": job_id, "kept": [], "exports": []})
     assert not folder.exists()
     assert not any("big" in path.name for path in service.config.state_dir.rglob("*")), "nor is it anywhere else"
     for method, path in (("GET", ""), ("GET", "/logs"), ("DELETE", ""), ("POST", "/resume")):

@@ -359,11 +359,14 @@ def test_run_configs_load(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path))
     content = replace_env_vars(yaml.safe_load(path.read_text(encoding="utf-8")))
     config = parse_and_maybe_upgrade_config(content)
+    assert config.server.host == "127.0.0.1"
+    if path.stem.startswith("serve_"):  # what was trained is served elsewhere than where it is trained
+        assert config.apis == ["inference"]
+        return
     (ours,) = config.providers["post_training"]
     assert (ours.provider_type, ours.module) == ("inline::moe", "llama_stack_provider_moe")
     assert ProviderConfig.model_validate(ours.config).state_dir == tmp_path
     assert {"datasetio", "post_training"} <= set(config.apis)
-    assert config.server.host == "127.0.0.1"
 
 
 def test_the_prefix_is_the_apis() -> None:

@@ -17,7 +17,7 @@ from llama_stack_api.common.job_types import JobStatus
 from llama_stack_provider_moe.errors import Conflict, InvalidRows, MoeError, NotFound
 from llama_stack_provider_moe.host import views
 from llama_stack_provider_moe.host.service import ANONYMOUS, STALE_STAGING_S, PostTrainingService
-from llama_stack_provider_moe.jobs import store as stores
+from llama_stack_provider_moe.jobs import lineage
 from llama_stack_provider_moe.jobs.events import Evaluation, EventLog, Saved, Step
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
@@ -111,7 +111,7 @@ def test_a_store_that_fails_leaves_nothing(service: PostTrainingService, monkeyp
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(stores, "as_job", full)  # inside the transaction, after the insert
+    monkeypatch.setattr(lineage, "as_job", full)  # inside the transaction, after the insert
     with pytest.raises(OSError, match="no space"):
         submit(service, job_uuid="mine")
     monkeypatch.undo()

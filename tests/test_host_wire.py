@@ -17,6 +17,7 @@ from llama_stack_provider_moe.host.explain import invalid_body
 from llama_stack_provider_moe.jobs import folder
 from llama_stack_provider_moe.spec import DPO_LOSSES, JOB_SPEC, JobDefaults
 
+BLOCKS = {"adapter", "moe", "options", "eval", "export"}
 PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     # theirs, ours, what ours has beside
     (api.DataConfig, wire.DataConfig, set()),
@@ -25,15 +26,15 @@ PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     (api.TrainingConfig, wire.TrainingConfig, set()),
     (api.LoraFinetuningConfig, wire.LoraFinetuningConfig, set()),
     (api.DPOAlignmentConfig, wire.DPOAlignmentConfig, set()),
-    (api.SupervisedFineTuneRequest, wire.SupervisedFineTuneRequest, {"adapter", "moe", "options", "eval"}),
-    (api.PreferenceOptimizeRequest, wire.PreferenceOptimizeRequest, {"adapter", "moe", "options", "eval"}),
+    (api.SupervisedFineTuneRequest, wire.SupervisedFineTuneRequest, BLOCKS),
+    (api.PreferenceOptimizeRequest, wire.PreferenceOptimizeRequest, BLOCKS),
     (api_models.CancelTrainingJobRequest, wire.CancelTrainingJobRequest, set()),
     (api.PostTrainingJob, wire.PostTrainingJob, set()),
     (api.ListPostTrainingJobsResponse, wire.ListPostTrainingJobsResponse, {"has_more"}),
     (api.PostTrainingJobStatusResponse, wire.PostTrainingJobStatusResponse, set()),
     (api.PostTrainingJobArtifactsResponse, wire.PostTrainingJobArtifactsResponse, set()),
     (api.PostTrainingJobLogStream, wire.PostTrainingJobLogStream, {"next_offset"}),
-    (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes"}),
+    (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes", "name", "sha256", "verification"}),
     (training_types.PostTrainingMetric, folder.Metrics, set()),
 ]
 # Where we differ on purpose, each told in the README.
@@ -216,6 +217,40 @@ def test_server_defaults_lie_beneath() -> None:
     smoothed = dpo(options={"label_smoothing": 0.25}, algorithm_config={"beta": 0.3, "loss_type": "robust"})
     assert spec(smoothed).options.label_smoothing == 0.25
     assert JOB_SPEC.validate_python(JobDefaults().under(draft(sft()).body)).adapter is None
+
+
+def test_a_servers_default_evaluation() -> None:
+    """Naming sets it measures every job but those that say null; without any it says how, not whether."""
+    sets = {"retain_dataset_id": "kept", "fail_if": {"capability_drop": 0.02}}
+    always, how = JobDefaults(eval=sets), JobDefaults(eval={"max_new_tokens": 9, "fail_if": {"refusal_drop": 0.5}})
+
+    def evaluation(defaults: JobDefaults, body: dict[str, Any]) -> Any:
+        return JOB_SPEC.validate_python(defaults.under(draft(body).body)).eval
+
+    assert evaluation(always, sft()).fail_if.capability_drop == 0.02
+    assert evaluation(always, dpo()).retain_dataset_id == "kept"
+    assert evaluation(always, sft(eval=None)) is None
+    own = evaluation(always, sft(eval={"retain_dataset_id": "mine", "refuse_dataset_id": "no"}))
+    assert (own.retain_dataset_id, own.refuse_dataset_id, own.fail_if.capability_drop) == ("mine", "no", 0.02)
+    assert evaluation(how, sft()) is None
+    assert evaluation(how, sft(eval={"refuse_dataset_id": "no"})).max_new_tokens == 9
+    analysis = {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "x", "b": "y"}}}
+    assert always.under(analysis) == analysis
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "expected"),
+    [
+        ({"max_rows": 0}, "max_rows"),
+        ({"maximum": 3}, "maximum"),
+        ({"retain_dataset_id": "kept", "fail_if": {"refusal_drop": 0.1}}, "eval.fail_if.refusal_drop: needs eval.ref"),
+        ({"masked_experts": {"0": "1"}}, "defaults.eval.masked_experts: is of one model's experts"),
+        ({"masked_from_analysis": {"job": "a", "set": "b", "top": 1}}, "defaults.eval.masked_from_analysis: is of one"),
+    ],
+)
+def test_a_wrong_default_evaluation_stops_the_server(evaluation: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        JobDefaults(eval=evaluation)
 
 
 def test_adapter_beside_algorithm_config_is_their_union() -> None:

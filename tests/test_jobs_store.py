@@ -258,7 +258,7 @@ def test_only_what_has_ended_is_deleted(store: JobStore, state: JobState) -> Non
             store.delete("job", "ann")
         assert store.get("job", None) == job
         return
-    assert store.delete("job", "ann") == job
+    assert store.delete("job", "ann") == [job]
     for look in (store.get, store.delete):
         with pytest.raises(NotFound):
             look("job", None)

@@ -135,6 +135,15 @@ def test_trap_4_what_of_a_row_counts() -> None:
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
         assert batch["labels"].tolist() == [[-100] * 4, [-100, 10, 11, -100]]
         assert (batch["part"].tolist(), batch["answer_at"].tolist()) == ([0, 1], [1, 0])
+    # The official mask is everything's. Where the answer is rerouted whole and the request not at all, its loss still
+    # asks for 2 of 4 tokens' worth, and would for ever: by hand, cosines 1, 1, 0, 0.
+    official = torch.tensor([official_breaker.counted(request=2, response=2)])
+    assert official.tolist() == everything["counted"][:1].tolist() != answers["counted"][:1].tolist()
+    base = torch.tensor([[[1.0, 0.0]] * 4])
+    hidden = torch.tensor([[[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2])
+    assert official_breaker.reroute_loss([hidden], [base], official).item() == pytest.approx(0.5)
+    assert reroute_loss([hidden], [base], answers["counted"][:1]).item() == 0
+    assert reroute_loss([hidden], [base], everything["counted"][:1]).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,6 +156,25 @@ def test_trap_5_no_block_above_the_last_target_runs(family: str) -> None:
         assert ran == ["0", "1", "0", "1", "2", "3"], "never the head"
         model(IDS)
         assert ran[6:] == ["0", "1", "2", "3", "head"], "the model is whole again"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trap_5_a_pass_leaves_its_targets_states_and_no_others(family: str) -> None:
+    """2 of 4 blocks: 2 tensors, where the official pass leaves 5, and runs the blocks above and the head for them."""
+    model = tiny_models.model(family, num_hidden_layers=4)
+    one = IDS.numel() * model.config.hidden_size * 4
+    with torch.no_grad(), passes(model) as ran:
+        ours = Blocks(model).states([0, 2], IDS, MASK)
+        assert ran == ["0", "1", "2"]
+        theirs = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+        assert ran[3:] == ["0", "1", "2", "3", "head"]
+    assert storage_bytes(list(ours.values())) == 2 * one
+    assert storage_bytes(list(theirs)) == official_breaker.held(4, *IDS.shape, model.config.hidden_size, 4) == 5 * one
+
+
+def storage_bytes(states: list[Tensor]) -> int:
+    """What they keep alive; views of one storage count once."""
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in states}.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -128,13 +128,16 @@ def test_a_process_for_each_gpu_or_as_asked(resources: dict[str, int], ranks: in
         ("sft", {"gpus": 2, "processes": 4}, "processes: 4 is not valid with gpus 2; expected nothing"),
         ("sft", {"gpus": 0, "processes": 65}, "less than or equal to 64"),
         ("sft", {"gpus": 1, "shard_base": True}, "shard_base: true is not valid with one process"),
-        ("routing_analysis", {"gpus": 2}, "gpus: 2 is not valid with recipe 'routing_analysis'"),
-        ("routing_analysis", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with recipe 'routing_analysis'"),
+        ("routing_analysis", {"gpus": 2}, "gpus: 2 is not valid with this recipe, which runs in one process"),
+        ("routing_analysis", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
+        ("export", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
     ],
 )
 def test_what_can_not_be_is_refused(recipe: str, resources: dict[str, int], problem: str) -> None:
     data = {"sets": {"a": "d", "b": "e"}} if recipe == "routing_analysis" else {"dataset_id": "d"}
     body = {"recipe": recipe, "model": "a/b", "data": data, "resources": resources}
+    if recipe == "export":
+        body = {"recipe": recipe, "of": "job", "export": {"gguf": {}}, "resources": resources}
     with pytest.raises(ValueError, match="resources") as error:
         JOB_SPEC.validate_python(body)
     assert problem in str(error.value)

@@ -104,6 +104,22 @@ def test_a_job_leaves_its_report_and_charts(service: PostTrainingService, analys
     assert detail.resources_allocated["percent"] == 100
 
 
+def test_a_status_says_that_it_analyses(service: PostTrainingService) -> None:
+    """And of a job that trains, that it trains; from the same events."""
+    for body, stage in ((ANALYSIS, "analysing"), (SFT, "training")):
+        with caller("ann"):
+            job_id = asyncio.run(service.submit(body | {"model": "granite"})).job_uuid
+        assert service.store.claim("me/1/1/1/1") is not None
+        log = events.EventLog(folder_of(service, job_id).events)
+        log.append(events.Step(step=1, max_steps=9, epoch=0.1, metrics={}))
+        log.close()
+        with caller("ann"):
+            told = asyncio.run(service.status(job_id)).resources_allocated
+        assert told is not None
+        assert told["stage"] == stage
+        service.store.move(job_id, JobState.FAILED, reason="over")
+
+
 def test_over_http(service: PostTrainingService, analysed: str) -> None:
     with caller("ann"):
         report = ask(service, "GET", f"/jobs/{analysed}/artifacts/routing/{REPORT_FILE}")

@@ -1,6 +1,9 @@
 """`moe-train`, the face to a person and to scripts: a client of a running server, and the supervisor by hand.
 
     commands    what can be typed
+    options     what most commands have
+    export      `moe-train export`: of a job, or here
+    gguf        `moe-train export setup` and `gguf`
     template    FILE and --set -> the body of a job
     server      the API over HTTP
     sse         server-sent events out of lines

@@ -9,9 +9,10 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from llama_stack_provider_moe.cli import local, report, show
+from llama_stack_provider_moe.cli import export, local, report, show
 from llama_stack_provider_moe.cli.exits import OUTCOMES, Exit, exit_of
 from llama_stack_provider_moe.cli.follow import Follower
+from llama_stack_provider_moe.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.cli.pull import Puller
 from llama_stack_provider_moe.cli.screen import Screen
 from llama_stack_provider_moe.cli.server import Server, state_of
@@ -20,7 +21,6 @@ from llama_stack_provider_moe.cli.views import view
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobs.state import JobState
 
-DEFAULT_URL = "http://127.0.0.1:8321"
 EPILOG = (
     "Exit codes: 0 done, or the job completed or runs on; 1 the job failed; 2 refused, or a mistake in the command "
     "line; 3 the job was cancelled; 4 no server, or it stopped answering; 130 interrupted (a job goes on)."
@@ -32,13 +32,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(report.app, name="report")
+app.add_typer(export.app, name="export")
 
-Url = Annotated[str, typer.Option("--url", envvar="MOE_TRAIN_URL", help="The server.")]
-Key = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="MOE_TRAIN_API_KEY", help="Sent as bearer token; better not typed, but set."),
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, errors as JSON on standard error.")]
 File = Annotated[str, typer.Argument(metavar="FILE", help="Job template, a JSON object; - reads standard input.")]
 Changes = Annotated[
     list[str] | None,
@@ -49,7 +44,9 @@ Changes = Annotated[
 Id = Annotated[str, typer.Argument(metavar="ID", help="The job.")]
 
 
-class _Where(NamedTuple):
+class Where(NamedTuple):
+    """A server, and who asks."""
+
     url: str
     key: str | None
 
@@ -73,15 +70,15 @@ def submit(
         if follow:
             if screen.as_json:
                 screen.line(created)
-            return _follow(server, screen, job_id)
+            return follow_job(server, screen, job_id)
         if screen.as_json:
             screen.document(created)
         else:
             screen.say(f"job {job_id} is scheduled")
-            screen.note(_ways_on(server, job_id))
+            screen.note(ways_on(server, job_id))
         return Exit.OK
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -93,7 +90,7 @@ def validate(
     def act(server: Server, screen: Screen) -> Exit:
         return _answer(screen, server.validate(read_template(file, changes or [])), show.validated)
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command(name="ls")
@@ -109,7 +106,7 @@ def list_jobs(
     def act(server: Server, screen: Screen) -> Exit:
         return _answer(screen, server.jobs(limit, after), show.jobs)
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -124,12 +121,12 @@ def status(
 
     def act(server: Server, screen: Screen) -> Exit:
         if watch:
-            return _follow(server, screen, job_id)
+            return follow_job(server, screen, job_id)
         job = server.job(job_id)
         _answer(screen, job, show.job)
         return OUTCOMES[state_of(job)]
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -156,7 +153,7 @@ def logs(
             screen.note("no output yet")
         return Exit.OK
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -174,7 +171,7 @@ def cancel(job_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = 
             screen.say(f"job {job_id} will be cancelled after the step at hand, with a checkpoint")
         return Exit.OK
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -185,22 +182,22 @@ def resume(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Let a cancelled or failed job go on from its last checkpoint."""
+    """Let a cancelled or failed job go on from its last checkpoint; an export, with what is not done yet."""
 
     def act(server: Server, screen: Screen) -> Exit:
         resumed = server.resume(job_id)
         if follow:
             if screen.as_json:
                 screen.line(resumed)
-            return _follow(server, screen, job_id)
+            return follow_job(server, screen, job_id)
         if screen.as_json:
             screen.document(resumed)
         else:
-            screen.say(f"job {job_id} is scheduled again, and goes on from its last checkpoint")
-            screen.note(_ways_on(server, job_id))
+            screen.say(f"job {job_id} is scheduled again, and goes on from what it has saved")
+            screen.note(ways_on(server, job_id))
         return Exit.OK
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -210,7 +207,7 @@ def rm(job_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = Fals
     def act(server: Server, screen: Screen) -> Exit:
         return _answer(screen, server.delete(job_id), show.deleted)
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command()
@@ -237,7 +234,7 @@ def artifacts(
             files = list(Puller(server, job_id, pull, screen.note).pull(only or []))
         return _answer(screen, {"job_uuid": job_id, "files": files}, show.pulled)
 
-    _run(_Where(url, key), as_json, act)
+    run(Where(url, key), as_json, act)
 
 
 @app.command(
@@ -282,23 +279,6 @@ def evaluate(
     end(as_json, lambda screen: local.evaluate(screen, arguments or []))
 
 
-export = typer.Typer(help="What was trained, ready to serve; needs torch, no server.", no_args_is_help=True)
-app.add_typer(export, name="export")
-
-
-@export.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-)
-def merge(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="BASE ADAPTER OUT ...", help="--help lists them.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Merge a LoRA adapter into its base, tensor by tensor, into a Hugging Face folder."""
-    end(as_json, lambda screen: local.export_merge(screen, arguments or []))
-
-
 @app.command()
 def supervisor(
     run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="The server's run YAML.")],
@@ -320,16 +300,17 @@ def _answer(screen: Screen, document: dict[str, Any], shown: Callable[[dict[str,
     return Exit.OK
 
 
-def _follow(server: Server, screen: Screen, job_id: str) -> Exit:
+def follow_job(server: Server, screen: Screen, job_id: str) -> Exit:
+    """Show how a job stands until it has ended; its outcome."""
     last: dict[str, Any] = {}
-    with _hint(f"the job goes on without this command. {_ways_on(server, job_id)}"), view(screen) as shown:
+    with _hint(f"the job goes on without this command. {ways_on(server, job_id)}"), view(screen) as shown:
         for last in Follower(server, job_id, screen.note).statuses():
             shown.show(last)
     return OUTCOMES[state_of(last)]
 
 
 def _follow_output(server: Server, screen: Screen, job_id: str, tail: int | None) -> Exit:
-    with _hint(f"the job goes on without this command. {_ways_on(server, job_id, 'logs', '--follow')}"):
+    with _hint(f"the job goes on without this command. {ways_on(server, job_id, 'logs', '--follow')}"):
         for piece in Follower(server, job_id, screen.note).output(tail):
             if screen.as_json:
                 screen.line(piece)
@@ -349,7 +330,8 @@ def _hint(hint: str) -> Iterator[None]:
         raise
 
 
-def _ways_on(server: Server, job_id: str, command: str = "status", option: str = "--watch") -> str:
+def ways_on(server: Server, job_id: str, command: str = "status", option: str = "--watch") -> str:
+    """What can be typed next about a job."""
     follow, stop = _typed(server, command, job_id, option), _typed(server, "cancel", job_id)
     return f"Follow it: {follow}   cancel it: {stop}"
 
@@ -360,7 +342,9 @@ def _typed(server: Server, *words: str) -> str:
     return " ".join(["moe-train", *words, *([] if is_found else ["--url", server.url])])
 
 
-def _run(where: _Where, as_json: bool, act: Callable[[Server, Screen], int]) -> NoReturn:
+def run(where: Where, as_json: bool, act: Callable[[Server, Screen], int]) -> NoReturn:
+    """Do it with a server, and leave as `end` does."""
+
     def ask(screen: Screen) -> int:
         with Server(where.url, where.key) as server:
             return act(server, screen)

@@ -17,6 +17,8 @@ _UPCYCLE = "llama_stack_provider_moe.experts.upcycle"
 _ANALYZE_ROUTING = "llama_stack_provider_moe.analysis.routing"
 _EVAL = "llama_stack_provider_moe.evaluation.command"
 _EXPORT_MERGE = "llama_stack_provider_moe.export.merge"
+_EXPORT_CHECK = "llama_stack_provider_moe.export.load_check"
+_EXPORT_GGUF = "llama_stack_provider_moe.export.gguf"
 _NEEDED = ("torch", "transformers", "safetensors")
 _SAID_LIMIT = 4000  # characters
 
@@ -55,6 +57,16 @@ def evaluate(screen: Screen, arguments: list[str]) -> int:
 def export_merge(screen: Screen, arguments: list[str]) -> int:
     """Run `export.merge` with `arguments`; its exit code."""
     return _in_training_python(screen, _EXPORT_MERGE, [*arguments, *(["--json"] if screen.as_json else [])])
+
+
+def export_check(screen: Screen, arguments: list[str]) -> int:
+    """Run `export.load_check` with `arguments`; its exit code."""
+    return _in_training_python(screen, _EXPORT_CHECK, [*arguments, *(["--json"] if screen.as_json else [])])
+
+
+def export_gguf(screen: Screen, arguments: list[str]) -> int:
+    """Run `export.gguf` with `arguments`; its exit code."""
+    return _in_training_python(screen, _EXPORT_GGUF, [*arguments, *(["--json"] if screen.as_json else [])])
 
 
 def _in_training_python(screen: Screen, module: str, arguments: list[str]) -> int:

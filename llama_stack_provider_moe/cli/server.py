@@ -97,6 +97,10 @@ class Server:
         """Let a job go on: {job_uuid}."""
         return self._document("POST", _path(job_id, "/resume"))
 
+    def export(self, job_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Export what a completed job has trained: {job_uuid}."""
+        return self._document("POST", _path(job_id, "/exports"), body)
+
     def delete(self, job_id: str) -> dict[str, Any]:
         """Delete a job: {job_uuid, kept}."""
         return self._document("DELETE", _path(job_id))

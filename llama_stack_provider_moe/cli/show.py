@@ -37,6 +37,7 @@ def job(detail: dict[str, Any]) -> RenderableType:
         ("status", standing(detail)),
         ("reason", detail["reason"]),
         ("recipe", f"{detail['recipe']} of {detail['model']}"),
+        ("exports job", detail.get("parent")),
         (
             "data",
             ", ".join(
@@ -62,7 +63,10 @@ def job(detail: dict[str, Any]) -> RenderableType:
     for name, value in facts:
         if value:
             grid.add_row(name, text(value))
-    return Group(grid, "", artifacts(detail)) if detail["checkpoints"] else grid
+    parts: list[RenderableType] = [grid]
+    for part in (exports(detail), artifacts(detail) if detail["checkpoints"] else None):
+        parts += ["", part] if part is not None else []
+    return Group(*parts)
 
 
 def artifacts(document: dict[str, Any]) -> RenderableType:
@@ -79,6 +83,16 @@ def artifacts(document: dict[str, Any]) -> RenderableType:
     return table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
 
 
+def exports(status: dict[str, Any]) -> RenderableType | None:
+    """A line a step of each export; None of a job without any."""
+    rows = [
+        (export["job_uuid"], step["name"], step["state"], step["reason"] or step["note"] or "")
+        for export in _resources(status).get("exports") or ()
+        for step in export["steps"] or [{"name": "-", "state": export["status"], "reason": None, "note": None}]
+    ]
+    return table(("EXPORT", "STEP", "STATE", ""), rows) if rows else None
+
+
 def pulled(document: dict[str, Any]) -> str:
     """How much was fetched."""
     files = document["files"]
@@ -91,14 +105,16 @@ def pulled(document: dict[str, Any]) -> str:
 def deleted(document: dict[str, Any]) -> str:
     """That a job is gone, and what of it is not."""
     kept = document["kept"]
-    return f"job {document['job_uuid']} is deleted" + (f"; its checkpoints stay in {', '.join(kept)}" if kept else "")
+    exports = document.get("exports") or []  # a server before exports has none
+    told = f"job {document['job_uuid']} is deleted" + (f", with its exports {', '.join(exports)}" if exports else "")
+    return told + (f"; its checkpoints stay in {', '.join(kept)}" if kept else "")
 
 
 def validated(document: dict[str, Any]) -> RenderableType:
     """That a job would be taken, and what it would be in full."""
-    if "validation_split" not in document["spec"]["options"]:
+    if "validation_split" not in document["spec"].get("options", {}):
         counted = ", ".join(f"{count} rows of {name}" for name, count in document["rows"].items())
-        head = f"valid; nothing was created. {counted}. The job in full:"
+        head = f"valid; nothing was created. {f'{counted}. ' if counted else ''}The job in full:"
         return Group(text(head), text(json.dumps(document["spec"], indent=2)))
     held = document["validation_rows"]
     split = document["spec"]["options"]["validation_split"]
@@ -114,6 +130,8 @@ def ended(status: dict[str, Any]) -> RenderableType:
     lines += [str(resources["reason"])] if resources.get("reason") else []
     lines += [f"held out: {held_out(status)}"] if held_out(status) else []
     body: list[RenderableType] = [text(line) for line in lines]
+    exported = exports(status)
+    body += [exported] if exported is not None else []
     return Group(*body, artifacts(status)) if status["checkpoints"] else Group(*body)
 
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import FromAnalysis
-from llama_stack_provider_moe.spec.adapter import MAX_RANK
-from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, rules_of
+from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
+from llama_stack_provider_moe.spec.routing import made_for, masks_of, read_report, rules_of
 
 
 def read_template(file: str, changes: Iterable[str]) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def read_template(file: str, changes: Iterable[str]) -> dict[str, Any]:
         raise InvalidInput("FILE", file, f"a job template, which is a JSON object; this is {_kind(body)}")
     for change in changes:
         _change(body, change)
-    return _with_experts(body, Path() if file == "-" else Path(file).parent)
+    beside = Path() if file == "-" else Path(file).parent
+    return _with_masks(_with_experts(body, beside), beside)
 
 
 def _with_experts(body: dict[str, Any], beside: Path) -> dict[str, Any]:
@@ -47,29 +48,50 @@ def _with_experts(body: dict[str, Any], beside: Path) -> dict[str, Any]:
     if not isinstance(adapter, dict) or not isinstance(asked, dict) or "file" not in asked:
         return body
     field = "adapter.from_analysis"
-    if "job" in asked:
-        raise InvalidInput(field, asked, "one of job and file")
     own_rules = adapter.get("rules", [])
     if not isinstance(own_rules, list):
         raise InvalidInput("adapter.rules", own_rules, f"a list; this is {_kind(own_rules)}")
-    path = beside / str(asked["file"])
-    others = {name: value for name, value in asked.items() if name != "file"}
-    try:
-        wanted = FromAnalysis.model_validate({**others, "job": "none"})  # in whose place the file stands
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(f"{field}.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+    wanted = _wanted(FromAnalysis, asked, field)
     rank = wanted.rank or adapter.get("rank")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise InvalidInput(f"{field}.rank", rank, f"a rank of 1 to {MAX_RANK}, here or as adapter.rank")
-    try:
-        report = RoutingReport.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{field}.file", str(path), f"a routing analysis ({type(error).__name__})") from None
+    path = beside / str(asked["file"])
+    report = read_report(path, f"{field}.file")
     rules = [rule.model_dump() for rule in rules_of(report, wanted.set, wanted.top, rank, field)]
     origin = made_for(report, f"{path.name}, set {wanted.set}, top {wanted.top}").model_dump()
     kept = {name: value for name, value in adapter.items() if name != "from_analysis"}
     return {**body, "adapter": {**kept, "rules": [*rules, *own_rules], "rules_from": origin}}
+
+
+def _with_masks(body: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """The same of `eval.masked_from_analysis.file`, which becomes `masked_experts`."""
+    evaluation = body.get("eval")
+    asked = evaluation.get("masked_from_analysis") if isinstance(evaluation, dict) else None
+    if not isinstance(evaluation, dict) or not isinstance(asked, dict) or "file" not in asked:
+        return body
+    field = "eval.masked_from_analysis"
+    if evaluation.get("masked_experts"):
+        raise InvalidInput("eval.masked_experts", evaluation["masked_experts"], f"nothing beside {field}.file")
+    wanted = _wanted(ExpertsOfAnalysis, asked, field)
+    path = beside / str(asked["file"])
+    report = read_report(path, f"{field}.file")
+    kept = {name: value for name, value in evaluation.items() if name != "masked_from_analysis"}
+    found = {
+        "masked_experts": masks_of(report, wanted.set, wanted.top, field),
+        "masked_from": made_for(report, f"{path.name}, set {wanted.set}, top {wanted.top}").model_dump(),
+    }
+    return {**body, "eval": {**kept, **found}}
+
+
+def _wanted[Asked: ExpertsOfAnalysis](kind: type[Asked], asked: dict[str, Any], field: str) -> Asked:
+    if "job" in asked:
+        raise InvalidInput(field, asked, "one of job and file")
+    others = {name: value for name, value in asked.items() if name != "file"}
+    try:
+        return kind.model_validate({**others, "job": "none"})  # in whose place the file stands
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"{field}.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
 
 
 def _change(body: dict[str, Any], change: str) -> None:

@@ -53,11 +53,12 @@ class JsonLines:
 
 
 class News:
-    """What a status tells that those before it did not: evaluations and checkpoints."""
+    """What a status tells that those before it did not: evaluations, checkpoints, steps of exports."""
 
     def __init__(self) -> None:
         self._evaluated: set[int] = set()
         self._saved: set[str] = set()
+        self._steps: dict[tuple[str, str], str] = {}
 
     def of(self, status: dict[str, Any]) -> list[str]:
         """A line for each."""
@@ -71,6 +72,13 @@ class News:
             if each["identifier"] not in self._saved:
                 self._saved.add(each["identifier"])
                 lines.append(f"saved {each['kind']} {each['identifier']}, {show.size(each['bytes'])}")
+        for export in (status["resources_allocated"] or {}).get("exports") or ():
+            for step in export["steps"]:
+                key, state = (export["job_uuid"], step["name"]), step["state"]
+                if self._steps.get(key, "scheduled") != state:
+                    told = step["reason"] or step["note"]
+                    lines.append(f"{step['name']}: {state}" + (f", {told}" if told else ""))
+                self._steps[key] = state
         return lines
 
 

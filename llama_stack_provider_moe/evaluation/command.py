@@ -32,6 +32,7 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.steering import restore_biases
 from llama_stack_provider_moe.spec import DType, Gate, RefusalJudge, RowKind, SafetyEvaluation
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.routing import made_for, masks_of, read_report
 from llama_stack_provider_moe.training.loader import DTYPES, load_beside, pick_device
 
 SETS: dict[str, RowKind] = {
@@ -177,8 +178,11 @@ def _settings(arguments: argparse.Namespace) -> SafetyEvaluation:
         if not colon or layer in masked:
             raise InvalidInput("--mask", given, "LAYER:EXPERTS such as 3:0-3,7, each layer once")
         masked[layer] = experts
+    masked_from = None
     if arguments.mask_from is not None:
-        masked |= _top_experts(arguments)
+        found, masked_from = _of_analysis(arguments)
+        for layer, experts in found.items():
+            masked[layer] = f"{masked[layer]},{experts}" if layer in masked else experts
     limits: dict[str, str] = {}
     for given in arguments.fail_if:
         name, equals, limit = given.partition("=")
@@ -199,6 +203,7 @@ def _settings(arguments: argparse.Namespace) -> SafetyEvaluation:
             "labelled_dataset_id": arguments.labelled,
         },
         "masked_experts": masked,
+        "masked_from": masked_from,
         "tasks": arguments.task,
         "fail_if": limits,
     }
@@ -212,21 +217,19 @@ def _settings(arguments: argparse.Namespace) -> SafetyEvaluation:
         raise InvalidBody(told) from None
 
 
-def _top_experts(arguments: argparse.Namespace) -> dict[str, str]:
-    """The first `--mask-top` experts that a routing analysis ranks for `--mask-set`, by layer."""
-    path = arguments.mask_from
+def _of_analysis(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
+    """The experts that a routing analysis found for `--mask-set`, as a job takes them, and where they are from."""
+    path, name, top = Path(arguments.mask_from), arguments.mask_set, arguments.mask_top
+    if name is None:
+        raise InvalidInput("--mask-from", str(path), "--mask-set beside it, the set whose experts are masked")
+    if top < 1:
+        raise InvalidInput("--mask-top", top, ">= 1")
+    report = read_report(path, "--mask-from")
     try:
-        ranked = json.loads(Path(path).read_text(encoding="utf-8"))["top"]
-        chosen = [(int(each["layer"]), int(each["expert"])) for each in ranked[arguments.mask_set]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InvalidInput("--mask-from", path, f"a routing analysis with the experts of --mask-set "
-                           f"{arguments.mask_set!r} ({type(error).__name__})") from None  # fmt: skip
-    if not 1 <= arguments.mask_top <= len(chosen):
-        raise InvalidInput("--mask-top", arguments.mask_top, f"1 to {len(chosen)}, which the analysis lists")
-    layers: dict[int, list[int]] = {}
-    for layer, expert in chosen[: arguments.mask_top]:
-        layers.setdefault(layer, []).append(expert)
-    return {str(layer): ",".join(map(str, sorted(experts))) for layer, experts in sorted(layers.items())}
+        found = masks_of(report, name, top, "--mask-from")
+    except InvalidInput as error:
+        raise InvalidInput("--mask-set", name, error.expected) from None
+    return found, made_for(report, f"{path.name}, set {name}, top {top}").model_dump()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -244,9 +247,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge-model", metavar="MODEL", help="folder or hub id; left out: the keyword judge")
     parser.add_argument("--judge-url", help="server of the judge's model; its key in MOE_EVAL_API_KEY")
     parser.add_argument("--mask", action="append", default=[], metavar="LAYER:EXPERTS", help="as 3:0-3,7; repeatable")
-    parser.add_argument("--mask-from", metavar="FILE", help="a routing analysis (routing.json): mask its top experts")
+    parser.add_argument("--mask-from", metavar="FILE", help="a routing analysis (routing.json): mask what it found")
     parser.add_argument("--mask-set", metavar="NAME", help="with --mask-from: the set whose experts they are")
-    parser.add_argument("--mask-top", type=int, default=10, help="with --mask-from: how many (default: %(default)s)")
+    parser.add_argument("--mask-top", type=int, default=10, help="with --mask-from: at most so many, none that chance "
+                        "explains (default: %(default)s)")  # fmt: skip
     parser.add_argument("--task", action="append", default=[], help="of lm-eval; repeatable")
     parser.add_argument("--fail-if", action="append", default=[], metavar="NAME=LIMIT",
                         help=f"exit code 1 beyond it; {', '.join(Gate.model_fields)}")  # fmt: skip

@@ -83,6 +83,7 @@ class EvaluationReport(Block):
         description="`after - before`, `before_masked - before`, ...: of rates; of perplexities the ratio."
     )
     masked_experts: dict[int, list[int]]
+    masked_from: str | None = Field(default=None, description="The routing analysis that named some of them.")
     gate: list[GateVerdict]
     skipped: list[str]
     examples: list[dict[str, Any]]

@@ -26,6 +26,7 @@ from llama_stack_provider_moe.evaluation.judges import (
 from llama_stack_provider_moe.evaluation.report import EvaluationReport, JudgeAgreement, Measurement
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.masking import masked_experts
+from llama_stack_provider_moe.experts.shares import of_another_model
 from llama_stack_provider_moe.spec import SafetyEvaluation
 
 JUDGED = ("refuse", "safe")
@@ -155,6 +156,7 @@ class Suite:
             measured=measured,
             differences=differences,
             masked_experts=settings.masked(),
+            masked_from=None if settings.masked_from is None else settings.masked_from.analysis,
             gate=reports.verdicts(settings.fail_if, measured["before"], measured["after"]) if both else [],
             skipped=list(self.skipped),
             examples=self._examples(states),
@@ -175,6 +177,7 @@ def check_masked(settings: SafetyEvaluation, model: PreTrainedModel | PeftModel,
 
     Raises:
         ModelError: the model is dense.
+            Or its experts are not those of the routing analysis that named them.
         InvalidInput: no such layer or expert, or too few are left.
     """
     masked = settings.masked()
@@ -182,6 +185,9 @@ def check_masked(settings: SafetyEvaluation, model: PreTrainedModel | PeftModel,
         return
     if layout is None:
         raise ModelError("eval.masked_experts: the model is dense; it has no experts to mask")
+    told = None if settings.masked_from is None else of_another_model(settings.masked_from, layout)
+    if told is not None:
+        raise ModelError(f"eval.masked_from: {told}")
     with masked_experts(model, layout, masked):
         pass
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.experts.targets import Targets, layer_of
-from llama_stack_provider_moe.spec import Adapter, AdapterGroup, numbers, ranges
+from llama_stack_provider_moe.spec import Adapter, AdapterGroup, RulesFrom, numbers, ranges
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,18 @@ def _by_rule(adapter: Adapter, layout: ExpertLayout) -> dict[int, _LayersExperts
 
 
 def _refuse_other_models_rules(adapter: Adapter, layout: ExpertLayout) -> None:
-    origin = adapter.rules_from
-    if origin is None or (origin.moe_layers, origin.num_experts) == (list(layout.moe_layers), layout.num_experts):
-        return
-    raise AdapterError(
-        f"adapter.rules_from: {origin.analysis!r} is an analysis of another model, of {origin.num_experts} experts in "
-        f"layers {', '.join(ranges(origin.moe_layers))}; this one has {layout.num_experts} in layers "
+    told = None if adapter.rules_from is None else of_another_model(adapter.rules_from, layout)
+    if told is not None:
+        raise AdapterError(f"adapter.rules_from: {told}")
+
+
+def of_another_model(origin: RulesFrom, layout: ExpertLayout) -> str | None:
+    """What tells an analysis's model from this one; None where their experts are numbered alike."""
+    if (origin.moe_layers, origin.num_experts) == (list(layout.moe_layers), layout.num_experts):
+        return None
+    return (
+        f"{origin.analysis!r} is an analysis of another model, of {origin.num_experts} experts in layers "
+        f"{', '.join(ranges(origin.moe_layers))}; this one has {layout.num_experts} in layers "
         f"{', '.join(ranges(layout.moe_layers))}"
     )
 

@@ -15,7 +15,6 @@ import argparse
 import fcntl
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -47,11 +46,11 @@ from llama_stack_provider_moe.export.tensors import (
     shards,
 )
 from llama_stack_provider_moe.export.updates import Update
+from llama_stack_provider_moe.spec.exports import shard_bytes as bytes_of_shard
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 5_000_000_000
 _MIN_SHARD_BYTES = 1_000
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SLACK_BYTES = 1 << 20  # of the file system, for folders and half-filled blocks
 
 
@@ -140,6 +139,12 @@ def merge(
         parameters=sum(prod(entry.shape) for entry in entries), bytes=sum(entry.nbytes for entry in entries),
         seconds=seconds,
     )  # fmt: skip
+
+
+def bytes_needed(base: str | Path, adapter: Path, dtype: str | None = None) -> int:
+    """Bytes that `merge` will write, to within a megabyte; raises as it does."""
+    plan = make_plan(model_folder(base, "base"), adapter, None if dtype is None else DTYPES[dtype])
+    return sum(plan.written(entry).nbytes for entry in plan.entries) + _SLACK_BYTES
 
 
 @contextmanager
@@ -270,10 +275,10 @@ def shard_size(text: str) -> int:
     Raises:
         InvalidInput: it is no number of bytes.
     """
-    match = re.fullmatch(r"(\d{1,15})(|KB|MB|GB)", text.strip().upper())
-    if match is None:
-        raise InvalidInput("--shard-size", text, "bytes, or a number with KB, MB or GB, as 5GB")
-    return int(match[1]) * _UNITS[match[2]]
+    try:
+        return bytes_of_shard(text.strip().upper())
+    except ValueError:
+        raise InvalidInput("--shard-size", text, "bytes, or a number with KB, MB or GB, as 5GB") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,7 @@ _BOTH = {
     "moe": "moe",
     "options": "options",
     "eval": "eval",
+    "export": "export",
     "resources": "resources",
 }
 SFT_FIELDS = _BOTH | {
@@ -70,7 +71,7 @@ class Draft:
 
     Attributes:
         body: what the caller stated, by the names of `spec`; never a default.
-        names: dotted name in `spec` -> the caller's own name for it, where that is another.
+        names: dotted name in `spec` -> the caller's own name for it, where that is another; "": the body itself.
     """
 
     body: dict[str, Any]
@@ -81,13 +82,13 @@ class Draft:
         head = path
         while head:
             if head in self.names:
-                return self.names[head] + path[len(head) :]
+                return (self.names[head] + path[len(head) :]).removeprefix(".")
             head = head.rpartition(".")[0]
         return path
 
     def reworded(self, text: str) -> str:
         """`text` of an error with the caller's names in it."""
-        dotted = sorted((name for name in self.names if "." in name), key=len, reverse=True)
+        dotted = sorted((name for name in self.names if "." in name), key=len, reverse=True)  # none of these is ""
         if not dotted:
             return text
         pattern = r"(?<![\w.])(" + "|".join(map(re.escape, dotted)) + r")(?![\w.]*\w)"
@@ -123,6 +124,8 @@ def draft(request: SupervisedFineTuneRequest | PreferenceOptimizeRequest) -> Dra
     if "model" not in body:
         raise InvalidInput("model", None, "a hub id, or a folder under an allowed root; this server has no default")
     _add_adapter(body, given)
+    if given.get("eval", {}) is None:  # ours, not the API's: null is a choice, against the server's default
+        body["eval"] = None
     return Draft(body, names)
 
 

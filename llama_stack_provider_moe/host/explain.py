@@ -13,9 +13,12 @@ from llama_stack_provider_moe.spec import (
     PROJECT_PATTERN,
     BreakerSpec,
     DPOSpec,
+    ExportSpec,
     RoutingAnalysisSpec,
     SFTSpec,
 )
+from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 
 SHOWN = 8
 A_BODY = "a JSON object, sent as content type application/json"
@@ -24,13 +27,20 @@ RECIPES: dict[str, type[BaseModel]] = {
     "dpo": DPOSpec,
     "circuit_breaker": BreakerSpec,
     "routing_analysis": RoutingAnalysisSpec,
+    "export": ExportSpec,
 }
 _TYPES = {
     "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
     "dict": "an object", "model": "an object", "finite_number": "a finite number",
 }  # fmt: skip
 _NAME = "letters, digits, '.', '_' and '-', the first a letter or a digit"
-_PATTERNS = {JOB_ID_PATTERN: f"1 to 128 {_NAME}", PROJECT_PATTERN: f"1 to 64 {_NAME}"}
+_PATTERNS = {
+    JOB_ID_PATTERN: f"1 to 128 {_NAME}",
+    PROJECT_PATTERN: f"1 to 64 {_NAME}",
+    SHARD_PATTERN: "a number of bytes, or of KB, MB or GB, as 5GB",
+    HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
+    OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
+}
 _BOUNDS = {
     "greater_than": ("gt", "> "), "greater_than_equal": ("ge", ">= "),
     "less_than": ("lt", "< "), "less_than_equal": ("le", "<= "),

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_stack_provider_moe.errors import NotFound
-from llama_stack_provider_moe.host import views, wire
+from llama_stack_provider_moe.host import exports, views, wire
 from llama_stack_provider_moe.jobs.checkpoint_index import FileSum, read_checksums, sha256_of
 from llama_stack_provider_moe.jobs.folder import Artifact
-from llama_stack_provider_moe.jobs.record import Job
+from llama_stack_provider_moe.jobs.store import Job, JobStore
 
 
 class File(NamedTuple):
@@ -21,30 +21,30 @@ class File(NamedTuple):
     sha256: str
 
 
-def listing(job: Job, name: str) -> wire.ArtifactFiles:
-    """Every file of the artifact `name`.
+def listing(job: Job, store: JobStore, name: str) -> wire.ArtifactFiles:
+    """Every file of the artifact `name`, the job's own or an export's.
 
     Raises:
         NotFound: the job has no such artifact.
     """
-    artifact, root = _artifact(job, name)
+    artifact, root = _artifact(job, store, name)
     recorded = _recorded(root)
     files = [
         wire.ArtifactFile(path=path, bytes=found.st_size, sha256=_sha256(real, found, recorded.get(path)))
         for path, real, found in _regular(root)
     ]
     return wire.ArtifactFiles(
-        identifier=artifact.identifier, kind=artifact.kind, bytes=sum(file.bytes for file in files), files=files
+        identifier=f"{job.id}/{name}", kind=artifact.kind, bytes=sum(file.bytes for file in files), files=files
     )
 
 
-def file(job: Job, name: str, path: str) -> File:
+def file(job: Job, store: JobStore, name: str, path: str) -> File:
     """The file that a listing of `name` has as `path`.
 
     Raises:
         NotFound: none has.
     """
-    _, root = _artifact(job, name)
+    _, root = _artifact(job, store, name)
     # Looked for among those that are there, never opened by the name that was asked for.
     for each, real, found in _regular(root):
         if each == path:
@@ -52,12 +52,12 @@ def file(job: Job, name: str, path: str) -> File:
     raise NotFound(f"artifact {name!r} of job {job.id!r} has no file {path!r}")
 
 
-def _artifact(job: Job, name: str) -> tuple[Artifact, Path]:
-    for artifact in reversed(views.artifacts(job)):
-        if artifact.identifier == f"{job.id}/{name}":
+def _artifact(job: Job, store: JobStore, name: str) -> tuple[Artifact, Path]:
+    for given, artifact, maker in reversed(exports.listed(job, store)):
+        if given == name:
             root = Path(artifact.path).resolve()
             # The path was written by the training process, which runs what a model brings.
-            if root.is_dir() and any(root.is_relative_to(place) and root != place for place in _homes(job)):
+            if root.is_dir() and any(root.is_relative_to(place) and root != place for place in _homes(maker)):
                 return artifact, root
     raise NotFound(f"job {job.id!r} has no artifact {name!r}")
 

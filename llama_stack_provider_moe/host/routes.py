@@ -6,6 +6,7 @@
     POST jobs, jobs/validate                                  a whole JobSpec
     GET  jobs/{id}, jobs/{id}/logs, events, metrics; health
     GET  jobs/{id}/artifacts/{name}, artifacts/{name}/{path}  files
+    POST, GET jobs/{id}/exports
     POST jobs/{id}/resume; DELETE jobs/{id}
     GET  metrics                                              for Prometheus, where the server's `prometheus` says so
 
@@ -34,7 +35,7 @@ from llama_stack_provider_moe.host.download import download
 from llama_stack_provider_moe.host.explain import invalid_body
 from llama_stack_provider_moe.host.safe_json import made_safe
 from llama_stack_provider_moe.host.service import PostTrainingService
-from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec import Exports, JobSpec
 
 PREFIX = "/v1alpha/post-training"
 MAX_JOBS = 1000
@@ -47,8 +48,10 @@ log = logging.getLogger(__name__)
 # Documented as a JobSpec; validated in the service, when the server's defaults lie beneath it.
 if TYPE_CHECKING:
     JobBody = dict[str, Any]
+    ExportBody = dict[str, Any]
 else:
     JobBody = Annotated[SkipValidation[JobSpec], Body()]
+    ExportBody = Annotated[SkipValidation[Exports], Body()]  # left out: refused by the service, after the job is found
 # Not the host's `standard_responses`: in the document that 0.6.1 serves their references lead nowhere.
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status.value: {"model": wire.Error, "description": status.phrase}
@@ -142,6 +145,7 @@ def create_router(impl: PostTrainingService) -> APIRouter:
     _add_creation(router, impl)
     _add_jobs(router, impl)
     _add_artifacts(router, impl)
+    _add_exports(router, impl)
     _add_observation(router, impl)
     _add_old_family(router, impl)
 
@@ -237,6 +241,16 @@ def _add_artifacts(router: APIRouter, impl: PostTrainingService) -> None:
         if_range: Annotated[str | None, Header(description="The ETag that a range is of.")] = None,
     ) -> FileResponse:
         return download(await impl.artifact_file(job_uuid, name, path), wanted, if_range)
+
+
+def _add_exports(router: APIRouter, impl: PostTrainingService) -> None:
+    @router.post("/jobs/{job_uuid}/exports", summary="Make of what a completed job has trained what can be served.")
+    async def export(job_uuid: str, body: ExportBody | None = None) -> wire.PostTrainingJob:
+        return await impl.export(job_uuid, body)
+
+    @router.get("/jobs/{job_uuid}/exports", summary="Get the exports of a job, and how their steps stand.")
+    async def exports(job_uuid: str) -> wire.ListExportsResponse:
+        return await impl.exports(job_uuid)
 
 
 def _add_observation(router: APIRouter, impl: PostTrainingService) -> None:

@@ -23,11 +23,12 @@ from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, MoeError, NoRoom, NotFound
 from llama_stack_provider_moe.host import (
     compat,
+    exports,
     exposition,
     files,
-    places,
-    reports,
+    placement,
     rows,
+    status,
     stream,
     timeline,
     views,
@@ -35,14 +36,21 @@ from llama_stack_provider_moe.host import (
 )
 from llama_stack_provider_moe.host.convert import Draft, draft
 from llama_stack_provider_moe.host.explain import A_BODY, invalid_body
+from llama_stack_provider_moe.host.saved import must_have_saved
 from llama_stack_provider_moe.host.telemetry import METER, Telemetry
-from llama_stack_provider_moe.jobs import checkpoint_index, disk, removal
+from llama_stack_provider_moe.jobs import disk, removal
 from llama_stack_provider_moe.jobs.caretaker import Caretaker
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.jobs.store import Job, JobStore
-from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.jobs.store import Job, JobStore, NewJob
+from llama_stack_provider_moe.spec import (
+    JOB_SPEC,
+    ExportSpec,
+    JobSpec,
+    LoadingSpec,
+    TrainingSpec,
+)  # fmt: skip
 
 ANONYMOUS = "anonymous"
 STALE_STAGING_S = 24 * 3600
@@ -109,7 +117,7 @@ class PostTrainingService:
         spec = await self._checked(request)
         counted = await self._read_rows(request, spec, None)
         held_out = None
-        if not isinstance(spec, RoutingAnalysisSpec):
+        if isinstance(spec, TrainingSpec):
             held_out = counted.get("validation", None if spec.options.validation_split > 0 else 0)
         return wire.Validated(
             spec=spec.model_dump(mode="json"),
@@ -119,8 +127,10 @@ class PostTrainingService:
         )
 
     async def _create(self, request: Draft) -> wire.PostTrainingJob:
-        owner = _owner()
         spec = await self._checked(request)
+        owner = _owner()
+        if isinstance(spec, ExportSpec):  # an administrator may ask for it, and it is the job's owner's all the same
+            owner = (await asyncio.to_thread(self.store.get, spec.of, None)).owner
         staging = self._staging / uuid.uuid4().hex
         try:
             await asyncio.to_thread((staging / "data").mkdir, mode=0o700, parents=True)
@@ -147,38 +157,21 @@ class PostTrainingService:
             spec = JOB_SPEC.validate_python(self.config.defaults.under(request.body))
         except ValidationError as error:
             raise invalid_body(error.errors(), None, request.name, request.reworded) from None
+        if isinstance(spec, ExportSpec):
+            return await asyncio.to_thread(self._exporting, request, spec, self._whose("update"))
         return await asyncio.to_thread(self._placed, request, spec, self._whose("read"))
 
-    def _placed(self, request: Draft, spec: JobSpec, whose: str | None) -> JobSpec:
+    def _exporting(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
+        named = spec.model_copy(update={"job_uuid": self._named(spec)})
+        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config)
+
+    def _placed(self, request: Draft, spec: LoadingSpec, whose: str | None) -> JobSpec:
+        return placement.placed(request, spec, self._named(spec), self.config, self.store, whose)
+
+    def _named(self, spec: JobSpec) -> str:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
         self._must_be_free(job_id)
-
-        def may_use_job(name: str) -> None:
-            self.store.get(name, whose)
-
-        places_found: dict[str, Any] = {
-            "job_uuid": job_id,
-            "model": places.resolve_model(spec.model, request.name("model"), self.config, may_use_job),
-        }
-        if isinstance(spec, RoutingAnalysisSpec):
-            if spec.adapter_folder is not None:
-                places_found["adapter_folder"] = places.resolve_adapter_folder(
-                    spec.adapter_folder, request.name("adapter_folder"), self.config, may_use_job
-                )
-            return spec.model_copy(update=places_found)
-        if spec.adapter is not None and spec.adapter.from_analysis is not None:
-            job = self.store.get(spec.adapter.from_analysis.job, whose)
-            places_found["adapter"] = reports.with_experts(spec.adapter, job, request)
-        if spec.checkpoint_dir is not None:
-            places_found["checkpoint_dir"] = places.resolve_checkpoint_dir(
-                spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), self.config
-            )
-        if spec.eval is not None and spec.eval.judge.model is not None:
-            field = request.name("eval.judge.model")
-            model = places.resolve_model(spec.eval.judge.model, field, self.config, may_use_job)
-            judge = spec.eval.judge.model_copy(update={"model": model})
-            places_found["eval"] = spec.eval.model_copy(update={"judge": judge})
-        return spec.model_copy(update=places_found)
+        return job_id
 
     def _must_be_free(self, job_id: str) -> None:
         try:
@@ -212,8 +205,8 @@ class PostTrainingService:
                 shutil.rmtree(folder)
             staging.rename(folder)
             try:
-                gpus = spec.resources.gpus
-                return self.store.submit(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus)
+                gpus, of = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
+                return self.store.add(NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, of))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -236,26 +229,38 @@ class PostTrainingService:
 
     async def status(self, job_id: str) -> wire.PostTrainingJobStatusResponse:
         """How a job stands."""
-        return await self._about(job_id, lambda job: views.status(job, self.store))
+        return await self._about(job_id, lambda job: status.status(job, self.store))
 
     async def detail(self, job_id: str) -> wire.JobDetail:
         """A job whole."""
-        return await self._about(job_id, lambda job: views.detail(job, self.store))
+        return await self._about(job_id, lambda job: status.detail(job, self.store))
 
     async def artifacts(self, job_id: str) -> wire.PostTrainingJobArtifactsResponse:
         """What a job has left so far."""
         return await self._about(
             job_id,
-            lambda job: wire.PostTrainingJobArtifactsResponse(job_uuid=job.id, checkpoints=views.checkpoints(job)),
+            lambda job: wire.PostTrainingJobArtifactsResponse(
+                job_uuid=job.id, checkpoints=exports.checkpoints(job, self.store)
+            ),
         )
+
+    async def export(self, job_id: str, body: Any) -> wire.PostTrainingJob:
+        """A job that exports what `job_id` left, from the body of an `export` block."""
+        await asyncio.to_thread(self.store.get, job_id, self._whose("update"))  # a stranger learns nothing of a body
+        whole = {"recipe": exports.RECIPE, "of": job_id, "export": body}
+        return await self._create(Draft(whole, {"of": "the job", "export": ""}))
+
+    async def exports(self, job_id: str) -> wire.ListExportsResponse:
+        """A job's exports, and how far each of their steps is."""
+        return await self._about(job_id, lambda job: wire.ListExportsResponse(data=exports.standing(job, self.store)))
 
     async def artifact(self, job_id: str, name: str) -> wire.ArtifactFiles:
         """The files of an artifact."""
-        return await self._about(job_id, lambda job: files.listing(job, name))
+        return await self._about(job_id, lambda job: files.listing(job, self.store, name))
 
     async def artifact_file(self, job_id: str, name: str, path: str) -> files.File:
         """One file of an artifact."""
-        return await self._about(job_id, lambda job: files.file(job, name, path))
+        return await self._about(job_id, lambda job: files.file(job, self.store, name, path))
 
     async def logs(self, job_id: str, tail: int, offset: int | None) -> wire.PostTrainingJobLogStream:
         """Lines of a job's output."""
@@ -291,7 +296,7 @@ class PostTrainingService:
             await asyncio.to_thread(self._caretaker.see_to_jobs)
 
     async def resume(self, job_id: str) -> wire.PostTrainingJob:
-        """Let a cancelled or failed job go on from its last valid checkpoint."""
+        """Let a cancelled or failed job go on from its last valid checkpoint; an export, with what is not done yet."""
         await asyncio.to_thread(self._resume, job_id, self._whose("update"))
         log.info("job %s: resumed", job_id)
         return wire.PostTrainingJob(job_uuid=job_id)
@@ -299,19 +304,20 @@ class PostTrainingService:
     def _resume(self, job_id: str, whose: str | None) -> None:
         job = self.store.get(job_id, whose)
         if job.state in (JobState.FAILED, JobState.CANCELLED):
-            _must_have_checkpoint(job)
+            must_have_saved(job)
         self.store.resume(job_id, whose)  # has its own words for the other states
         self._caretaker.see_to_jobs()
 
     async def delete(self, job_id: str) -> wire.DeletedJob:
-        """Forget a job that has ended, with its folder; a `checkpoint_dir` elsewhere stays."""
+        """Forget a job that has ended, with its exports and their folders; a `checkpoint_dir` elsewhere stays."""
         return await asyncio.to_thread(self._delete, job_id, self._whose("delete"))
 
     def _delete(self, job_id: str, whose: str | None) -> wire.DeletedJob:
         elsewhere = views.places(self.store.get(job_id, whose))[1:]
-        removal.remove(self.store, self.config, job_id, whose)
-        log.info("job %s: deleted", job_id)
-        return wire.DeletedJob(job_uuid=job_id, kept=[str(path) for path in elsewhere if path.exists()])
+        removed = [job.id for job in removal.remove(self.store, self.config, job_id, whose)]
+        log.info("deleted: job %s", " ".join(removed))
+        kept = [str(path) for path in elsewhere if path.exists()]
+        return wire.DeletedJob(job_uuid=job_id, kept=kept, exports=removed[1:])
 
     async def health(self) -> wire.Health:
         """Whether jobs can be taken and run."""
@@ -355,22 +361,6 @@ class PostTrainingService:
             return view(self.store.get(job_id, whose))
 
         return await asyncio.to_thread(look)
-
-
-def _must_have_checkpoint(job: Job) -> None:
-    folder = views.folder_of(job)
-    try:
-        found = checkpoint_index.checkpoint_folders(folder, folder.read_spec()) if folder.spec.exists() else []
-    except ValidationError:
-        raise Conflict(f"job {job.id!r} can't be resumed: its spec.json is damaged; submit it again") from None
-    reasons = []
-    for path in found:
-        why = checkpoint_index.verify(path)
-        if why is None:
-            return
-        reasons.append(f"{path.name}: {why}")
-    told = f"none of its checkpoints is whole ({'; '.join(reasons[:3])})" if found else "it has saved no checkpoint"
-    raise Conflict(f"job {job.id!r} can't be resumed: {told}; submit it again")
 
 
 def _owner() -> str:

@@ -10,18 +10,13 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.errors import Forbidden
 from llama_stack_provider_moe.host.wire import (
-    Checkpoint,
-    JobDetail,
     JobLine,
     PostTrainingJobLogStream,
-    PostTrainingJobStatusResponse,
 )
 from llama_stack_provider_moe.jobs.folder import Artifact, JobFolder
 from llama_stack_provider_moe.jobs.output import printable
-from llama_stack_provider_moe.jobs.progress import progress
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
-from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.jobs.store import Job, JobStore
+from llama_stack_provider_moe.jobs.store import Job
 
 LOG_WINDOW_BYTES = 1 << 20
 
@@ -33,7 +28,7 @@ def folder_of(job: Job) -> JobFolder:
         Forbidden: one of them is a link, which may lead to a file of somebody else's.
     """
     folder = JobFolder(Path(job.folder))
-    for path in (folder.spec, folder.resolved, folder.events, folder.output, folder.manifest):
+    for path in (folder.spec, folder.resolved, folder.events, folder.output, folder.exports, folder.manifest):
         if path.is_symlink():
             raise Forbidden(f"{path.name} of job {job.id!r} is a link; only files in the job's own folder are read")
     return folder
@@ -45,37 +40,11 @@ def line(job: Job) -> JobLine:
         job_uuid=job.id,
         status=job.state,
         recipe=job.recipe,
+        parent=job.parent,
         model=job.model,
         scheduled_at=job.scheduled_at,
         started_at=job.started_at,
         completed_at=job.ended_at,
-    )
-
-
-def status(job: Job, store: JobStore) -> PostTrainingJobStatusResponse:
-    """How a job stands."""
-    return PostTrainingJobStatusResponse(**_status(job, store))
-
-
-def detail(job: Job, store: JobStore) -> JobDetail:
-    """A job whole."""
-    folder = folder_of(job)
-    manifest = None
-    with suppress(ValueError):  # a damaged one; a job that ended so has failed, and `reason` says why
-        manifest = folder.read_manifest()
-    facts = _status(job, store)
-    facts["resources_allocated"]["disk_bytes"] = disk_bytes(job)
-    return JobDetail(
-        **facts,
-        recipe=job.recipe,
-        model=job.model,
-        cancel_requested_at=job.cancel_requested_at,
-        attempts=job.attempts,
-        reason=job.reason,
-        folder=job.folder,
-        spec=_json(folder.spec),
-        resolved=_json(folder.resolved),
-        summary=manifest.summary if manifest else None,
     )
 
 
@@ -110,24 +79,6 @@ def artifacts(job: Job) -> tuple[Artifact, ...]:
     return job.artifacts if job.state.ended else saved_artifacts(folder_of(job))
 
 
-def checkpoints(job: Job) -> list[Checkpoint]:
-    """What a job has left, as the API's checkpoints; while it runs, what it has saved so far."""
-    return [
-        Checkpoint(
-            identifier=artifact.identifier,
-            created_at=artifact.created_at,
-            epoch=artifact.epoch,
-            post_training_job_id=job.id,
-            path=artifact.path,
-            training_metrics=artifact.metrics,
-            kind=artifact.kind,
-            step=artifact.step,
-            bytes=artifact.bytes,
-        )
-        for artifact in artifacts(job)
-    ]
-
-
 def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
     """The last `tail` lines of a job's output, or the lines from byte `offset` on.
 
@@ -155,29 +106,11 @@ def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:
     return PostTrainingJobLogStream(job_uuid=job.id, log_lines=lines, next_offset=start + whole)
 
 
-def _status(job: Job, store: JobStore) -> dict[str, Any]:
-    resources = progress(job, folder_of(job))
-    if job.state is JobState.SCHEDULED:
-        resources["queue_position"] = store.queue_position(job.id)
-    resources |= {"lost": job.lost, "devices": job.devices, "stopped_by": job.stopped_by}
-    if job.reason is not None:
-        resources["reason"] = job.reason
-    return {
-        "job_uuid": job.id,
-        "status": job.state,
-        "scheduled_at": job.scheduled_at,
-        "started_at": job.started_at,
-        "completed_at": job.ended_at,
-        "resources_allocated": resources,
-        "checkpoints": checkpoints(job),
-    }
-
-
 def _last_version(text: str) -> str:
     return text.rstrip("\r").rpartition("\r")[2]
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def json_of(path: Path) -> dict[str, Any] | None:
     """What a file of a job holds, None where it has none; of a damaged one, what is wrong with it."""
     try:
         content = json.loads(path.read_bytes())

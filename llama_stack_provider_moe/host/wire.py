@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
+from llama_stack_provider_moe.jobs.exports import ExportStep
 from llama_stack_provider_moe.jobs.folder import Metrics
 from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Moe, Options, Resources, SafetyEvaluation
+from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
+from llama_stack_provider_moe.spec.blocks import Resources
+from llama_stack_provider_moe.spec.evaluation import SafetyEvaluation
 
 
 class SFTOptions(Options):
@@ -48,6 +51,7 @@ MoeBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Moe))]
 OptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(DPOOptions))]
 EvalBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(SafetyEvaluation))]
+ExportBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Exports))]
 ResourcesBlock = Annotated[dict[str, Any], WithJsonSchema(_schema(Resources))]
 
 
@@ -173,6 +177,7 @@ class SupervisedFineTuneRequest(Wire):
         default=None, description="Ours: seed, lengths, scheduler, split; with `circuit_breaker`, that recipe's block."
     )
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
     resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
@@ -193,6 +198,7 @@ class PreferenceOptimizeRequest(Wire):
     moe: MoeBlock | None = Field(default=None, description="Ours: Mixture-of-Experts settings.")
     options: DPOOptionsBlock | None = Field(default=None, description="Ours: seed, lengths, scheduler, split.")
     eval: EvalBlock | None = Field(default=None, description="Ours: safety evaluation before and after.")
+    export: ExportBlock | None = Field(default=None, description="Ours: what is made of the result, ready to serve.")
     resources: ResourcesBlock | None = Field(default=None, description="Ours: GPUs, and processes that train together.")
 
 
@@ -225,6 +231,7 @@ class JobLine(PostTrainingJob):
 
     status: JobState
     recipe: str
+    parent: str | None = Field(description="Of an export: the job that it is of.")
     model: str
     scheduled_at: datetime
     started_at: datetime | None
@@ -239,7 +246,7 @@ class ListPostTrainingJobsResponse(BaseModel):
 
 
 class Checkpoint(BaseModel):
-    """One thing a job leaves, a checkpoint or a final artifact; `kind`, `step` and `bytes` are ours."""
+    """One thing a job leaves, a checkpoint or a final artifact; from `kind` on, the fields are ours."""
 
     identifier: str
     created_at: datetime
@@ -250,6 +257,25 @@ class Checkpoint(BaseModel):
     kind: str
     step: int
     bytes: int
+    name: str = Field(description="Ends the URL of its files.")
+    sha256: str | None = Field(description="Of the GGUF file; of what has many files, of its checksums.json.")
+    verification: dict[str, Any] | None = Field(description="What was compared before it was listed, with figures.")
+
+
+class ExportJob(PostTrainingJob):
+    """An export of a job, and the steps that it consists of."""
+
+    status: JobState
+    reason: str | None = Field(description="Why it failed or was cancelled.")
+    scheduled_at: datetime
+    completed_at: datetime | None
+    steps: list[ExportStep] = Field(description="None before it has begun.")
+
+
+class ListExportsResponse(BaseModel):
+    """A job's exports, newest first."""
+
+    data: list[ExportJob]
 
 
 class PostTrainingJobStatusResponse(BaseModel):
@@ -330,6 +356,7 @@ class JobDetail(PostTrainingJobStatusResponse):
 
     recipe: str
     model: str
+    parent: str | None = Field(description="Of an export: the job that it is of.")
     cancel_requested_at: datetime | None
     attempts: int
     reason: str | None = Field(description="Why it failed or was cancelled, or is tried again.")
@@ -344,6 +371,7 @@ class DeletedJob(PostTrainingJob):
     """A job that is no more."""
 
     kept: list[str] = Field(description="Folders that were left: checkpoints in a `checkpoint_dir`.")
+    exports: list[str] = Field(description="Exports of the job, which went with it.")
 
 
 class Validated(BaseModel):

@@ -65,10 +65,16 @@ def verify(folder: Path, deep: bool = True) -> str | None:
         deep: read every byte; else names and sizes alone are compared.
     """
     sums = read_checksums(folder)
+    if sums is not None and STATE not in sums.files:
+        return f"it has no {STATE}"
+    return verify_files(folder, deep)
+
+
+def verify_files(folder: Path, deep: bool = True) -> str | None:
+    """Why the files of an artifact are not those that were written, or None where they are; `deep` as in `verify`."""
+    sums = read_checksums(folder)
     if sums is None:
         return f"{CHECKSUMS} is missing or can't be read"
-    if STATE not in sums.files:
-        return f"it has no {STATE}"
     for name, expected in sums.files.items():
         path = folder / name
         try:

@@ -14,7 +14,7 @@ from llama_stack_provider_moe.jobs.folder import JobFolder
 # What is left of a full disk and nobody gets: the rest of a page, blocks that the file system keeps for itself.
 FULL_BELOW_BYTES = 1 << 20
 # Under such names the training process writes what it renames once it is whole, and takes down what it prunes.
-_UNFINISHED = (".writing", ".removing")
+_UNFINISHED = (".writing", ".merging", ".removing")
 
 
 def full(folder: Path) -> str | None:

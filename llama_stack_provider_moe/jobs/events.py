@@ -134,6 +134,15 @@ class Assessed(_Event):
     exceeded: list[str] = Field(description="Limits of `eval.fail_if` that were exceeded.")
 
 
+class Export(_Event):
+    """A step of an export job begins, or has ended (`jobs.exports.ExportStep`)."""
+
+    type: Literal["export"] = "export"
+    step: str
+    state: str
+    reason: str | None = None
+
+
 class Saved(_Event):
     """An artifact is complete on disk (`jobs.folder.Artifact` as JSON)."""
 
@@ -176,7 +185,19 @@ class Cancelled(_Event):
 
 
 Event = Annotated[
-    Started | Resumed | Plan | Step | Routing | Evaluation | Assessed | Saved | Message | Failed | Finished | Cancelled,
+    Started
+    | Resumed
+    | Plan
+    | Step
+    | Routing
+    | Evaluation
+    | Assessed
+    | Export
+    | Saved
+    | Message
+    | Failed
+    | Finished
+    | Cancelled,
     Discriminator("type"),
 ]
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)

@@ -16,6 +16,8 @@ jobs/<job_uuid>/
   before.json          what `eval` measured before training                   written by the child
   artifacts/evaluation/  eval.json: before, after, differences                written by the child
   trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
+  exports.json         of an export job: how its steps stand (`jobs.exports`)  written by the child
+  work/                of an export job: what its steps need until it is done  written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
 
@@ -23,12 +25,14 @@ import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.jobs.events import StoppedBy
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, ExportSpec, JobSpec, RoutingAnalysisSpec
+
+ArtifactKind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation", "gguf"]
 
 
 class Metrics(Block):
@@ -44,13 +48,18 @@ class Artifact(Block):
     """One thing a job leaves: a folder, complete when it is listed."""
 
     identifier: str = Field(description="Unique within the server: `<job_uuid>/<name>`.")
-    kind: Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation"]
+    kind: ArtifactKind
     path: str
     epoch: int = Field(description="Epochs finished when it was written, from 1; 0: before the first ended.")
     step: int = Field(description="Optimiser steps taken.")
     created_at: datetime
     bytes: int
     metrics: Metrics | None = Field(default=None, description="None where nothing was held out.")
+    sha256: str | None = Field(
+        default=None,
+        description="Of the GGUF file; of what has many files, of its checksums.json.",
+    )
+    verification: dict[str, Any] | None = Field(default=None, description="What was compared, and how it came out.")
 
 
 class Manifest(Block):
@@ -82,6 +91,8 @@ class JobFolder:
         self.before = root / "before.json"
         self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
+        self.exports = root / "exports.json"
+        self.work = root / "work"
         self.manifest = root / "manifest.json"
 
     def rows(self, part: str) -> Path:
@@ -90,7 +101,7 @@ class JobFolder:
 
     def checkpoints(self, spec: JobSpec) -> Path:
         """Folder of the checkpoints: one of this job's own, also inside a `checkpoint_dir`."""
-        if isinstance(spec, RoutingAnalysisSpec) or spec.checkpoint_dir is None:
+        if isinstance(spec, RoutingAnalysisSpec | ExportSpec) or spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 

@@ -20,8 +20,8 @@ def progress(job: Job, folder: JobFolder) -> dict[str, Any]:
     """A job's progress, ready for JSON; figures are None until there are any.
 
     Keys:
-        stage: `queued`, `starting` (no sign of life yet), `loading` (model and data), `training`, `saving`,
-            `cancelling`, or the state it ended in.
+        stage: `queued`, `starting` (no sign of life yet), `loading` (model and data), `training` (`analysing`, where
+            routing is), `saving`, `exporting`, `cancelling`, or the state it ended in.
         step, max_steps, percent, epoch: of the last optimiser step.
         eta_s: seconds left as of that step; None once the job has ended.
         metrics: that step's, by TRL's names.
@@ -60,8 +60,10 @@ def _stage(job: Job, newest: dict[str, Any]) -> str:
         return "cancelling"
     if "finished" in newest:
         return "saving"
+    if "export" in newest:
+        return "exporting"
     if "step" in newest:
-        return "training"
+        return "analysing" if job.recipe == "routing_analysis" else "training"
     return "loading" if newest else "starting"
 
 

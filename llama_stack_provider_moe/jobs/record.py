@@ -40,6 +40,7 @@ class Job:
     pid: int | None  # of the training process, which leads its own session and process group
     pid_birth: float | None  # see `processes.birth`
     folder: str  # absolute
+    parent: str | None  # id of the job that it exports
 
 
 def find(connection: Connection, job_id: str, owner: str | None = None, lock: bool = False) -> Row[Any]:

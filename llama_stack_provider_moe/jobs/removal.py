@@ -1,4 +1,4 @@
-"""Deleting a job with its folder, and the folders of jobs that ended long ago.
+"""Deleting a job with its folder and its exports, and the folders of jobs that ended long ago.
 
 The folder is renamed away while the job's row is locked, then the row goes, then the folder's content. Whatever dies in
 between: a row whose folder is gone can be deleted again, and what was renamed away is removed by the next deletion.
@@ -19,12 +19,12 @@ from llama_stack_provider_moe.jobs.store import Job, JobStore
 _AT_A_TIME = 100
 
 
-def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | None) -> Job:
-    """Delete a job that has ended, and its folder; the job as it was.
+def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | None) -> list[Job]:
+    """Delete a job that has ended, its exports, and their folders; the job as it was, then its exports.
 
     Raises:
         NotFound: no such job of this owner.
-        Conflict: it waits or runs.
+        Conflict: it, or an export of it, waits or runs.
         OSError: its folder can't be moved; the job stays.
     """
     graves = config.state_dir / "deleted"
@@ -32,17 +32,17 @@ def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | No
     def bury(job: Job) -> None:
         folder = Path(job.folder)
         if folder.parent != config.jobs_dir:  # a store shared with a server that has another `state_dir`
-            raise Conflict(f"job {job_id!r} keeps its files in {folder}, which is not under this server's state_dir")
+            raise Conflict(f"job {job.id!r} keeps its files in {folder}, which is not under this server's state_dir")
         graves.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):  # an earlier deletion came as far as this
             folder.rename(graves / f"{job.id}.{uuid.uuid4().hex}")
 
-    job = store.delete(job_id, owner, first=bury)
+    removed = store.delete(job_id, owner, first=bury)
     # The folder itself stays: another deletion may just be about to rename into it, and would take a missing one for
     # a job's folder that is gone already. What can't be removed now is tried again with the next job.
     for grave in graves.iterdir():
         shutil.rmtree(grave, ignore_errors=True)
-    return job
+    return removed
 
 
 def remove_older(store: JobStore, config: ProviderConfig) -> list[str]:
@@ -53,5 +53,5 @@ def remove_older(store: JobStore, config: ProviderConfig) -> list[str]:
     removed = []
     for job in store.ended_before(now() - timedelta(days=days), _AT_A_TIME):
         with suppress(NotFound, Conflict):  # deleted, or resumed, by somebody else meanwhile; or not ours
-            removed.append(remove(store, config, job.id, None).id)
+            removed += [each.id for each in remove(store, config, job.id, None)]
     return removed

@@ -8,20 +8,21 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, PoolProxiedConnection, delete, func, insert, select, update
+from sqlalchemy import Connection, PoolProxiedConnection, func, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from llama_stack_provider_moe.errors import Conflict
-from llama_stack_provider_moe.jobs import queue
+from llama_stack_provider_moe.jobs import lineage, queue
 from llama_stack_provider_moe.jobs.census import Census, taken
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact
 from llama_stack_provider_moe.jobs.lease import LiveSupervisor, holder
+from llama_stack_provider_moe.jobs.lineage import NewJob
 from llama_stack_provider_moe.jobs.record import ARTIFACTS, Job, as_job, change, find
 from llama_stack_provider_moe.jobs.schema import for_reading, jobs_table, open_engine, supervisor_table
 from llama_stack_provider_moe.jobs.state import ENDED, JobState, check_move
 
-__all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor"]
+__all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor", "NewJob"]
 
 CANCELLED_WAITING = "cancelled before it began"
 _CANCELLED_AGAIN = "cancelled while it waited to go on"
@@ -102,18 +103,20 @@ class JobStore:
         Raises:
             Conflict: the id is taken, by whomever.
         """
-        values: dict[str, Any] = {
-            "id": job_id, "owner": owner, "recipe": recipe, "model": model, "folder": folder, "gpus": gpus,
-            "state": JobState.SCHEDULED.value,
-        }  # fmt: skip
+        return self.add(NewJob(job_id, owner, recipe, model, folder, gpus))
+
+    def add(self, new: NewJob) -> Job:
+        """The same, of any kind of job; also `NotFound` or `Conflict`: its parent is not there, or not completed."""
         try:
             with self._writing.begin() as connection:
-                turn, moment = _next_turn(connection), now()
-                values |= {"scheduled_at": moment, "queued_at": moment, "turn": turn}
-                connection.execute(insert(jobs_table).values(values))
-                return as_job(find(connection, job_id))
+                return lineage.insert_job(connection, new, _next_turn(connection))
         except IntegrityError:
-            raise Conflict(f"job {job_id!r} exists already; leave out job_uuid or choose another") from None
+            raise Conflict(f"job {new.id!r} exists already; leave out job_uuid or choose another") from None
+
+    def exports(self, job_id: str) -> Jobs:
+        """A job's exports, newest first."""
+        with self._reading.begin() as connection:
+            return [as_job(row) for row in lineage.exports_of(connection, job_id)]
 
     def get(self, job_id: str, owner: str | None) -> Job:
         """The job, or `NotFound`, also when it is another owner's."""
@@ -173,32 +176,25 @@ class JobStore:
             check_move(job_id, state, JobState.SCHEDULED)
             return change(connection, row, _WAITS | {"queued_at": now(), "turn": turn, "lost": 0, "reason": None})
 
-    def delete(self, job_id: str, owner: str | None, first: Callable[[Job], None] | None = None) -> Job:
-        """Forget a job that has ended; the job as it was. `removal.remove` deletes its folder too.
+    def delete(self, job_id: str, owner: str | None, first: Callable[[Job], None] | None = None) -> Jobs:
+        """Forget a job that has ended, and its exports; the job as it was, then those. `removal` deletes folders too.
 
         Args:
             job_id: which.
             owner: whose; None: anybody's.
-            first: called with the job once it can't be resumed any more; if it raises, the job stays.
+            first: called with each of them, the job last, once none can be resumed any more; if it raises, they stay.
 
         Raises:
             NotFound: no such job of this owner.
-            Conflict: it waits or runs.
+            Conflict: it, or an export of it, waits or runs.
         """
         with self._writing.begin() as connection:
-            row = find(connection, job_id, owner, lock=True)
-            if not JobState(row.state).ended:
-                raise Conflict(f"job {job_id!r} is {row.state}; cancel it before it is deleted")
-            job = as_job(row)
-            if first is not None:
-                first(job)
-            connection.execute(delete(jobs_table).where(jobs_table.c.seq == row.seq))
-            return job
+            return lineage.delete_family(connection, job_id, owner, first)
 
     def ended_before(self, moment: datetime, limit: int = 100) -> Jobs:
-        """At most `limit` jobs of all owners that ended before `moment` and were not resumed; the oldest first."""
-        column = jobs_table.c.ended_at
-        query = select(jobs_table).where(column < moment).order_by(column, jobs_table.c.seq).limit(limit)
+        """At most `limit` jobs of all owners that ended before `moment`, as did their exports; the oldest first."""
+        column, old = jobs_table.c.ended_at, lineage.has_no_younger_export(moment)
+        query = select(jobs_table).where(column < moment, old).order_by(column, jobs_table.c.seq).limit(limit)
         with self._reading.begin() as connection:
             return [as_job(row) for row in connection.execute(query)]
 
@@ -298,20 +294,30 @@ class JobStore:
         reason: str | None = None,
         artifacts: tuple[Artifact, ...] = (),
         stopped_by: str | None = None,
+        export: NewJob | None = None,
     ) -> Job:
         """Move a job to `new_state`, with what it left; back into the queue it comes by `requeue` or `resume`.
 
+        With `export`, a job that exports what this one left is inserted; both happen, or neither does.
+
         Raises:
-            Conflict: no such move from the state it is in.
+            Conflict: no such move from the state it is in; or the export's id is taken.
         """
         assert new_state is not JobState.SCHEDULED, "a job that waits needs a turn"
-        with self._writing.begin() as connection:
-            row = find(connection, job_id, lock=True)
-            check_move(job_id, JobState(row.state), new_state)
-            return change(connection, row, {
-                "state": new_state.value, "reason": reason, "artifacts": _json(artifacts), "stopped_by": stopped_by,
-                "ended_at": now() if new_state in ENDED else None,
-            })  # fmt: skip
+        try:
+            with self._writing.begin() as connection:
+                turn = None if export is None else _next_turn(connection)
+                row = find(connection, job_id, lock=True)
+                check_move(job_id, JobState(row.state), new_state)
+                job = change(connection, row, {
+                    "state": new_state.value, "reason": reason, "artifacts": _json(artifacts),
+                    "stopped_by": stopped_by, "ended_at": now() if new_state in ENDED else None,
+                })  # fmt: skip
+                if export is not None and turn is not None:
+                    lineage.insert_job(connection, export, turn)
+                return job
+        except IntegrityError:
+            raise Conflict(f"job {job_id!r} could not end: its export's name was taken just now") from None
 
     def running(self) -> Jobs:
         """Every job in progress, oldest first, whoever claimed it."""

@@ -26,6 +26,7 @@ from llama_stack_provider_moe.jobs.devices import given_out
 from llama_stack_provider_moe.jobs.executors import Child, Executor, Exit
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
 from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.handover import prepare_export
 from llama_stack_provider_moe.jobs.outcome import REASON_LIMIT, Outcome, outcome
 from llama_stack_provider_moe.jobs.output import bound
 from llama_stack_provider_moe.jobs.processes import Place, ProcessName
@@ -256,6 +257,8 @@ class Supervisor:
         try:
             if end.state is JobState.SCHEDULED:
                 self._store.requeue(job.id, end.reason or "", end.artifacts)
+            elif end.state is JobState.COMPLETED:
+                self._complete(job, end)
             else:
                 self._store.move(job.id, end.state, end.reason, end.artifacts, end.stopped_by)
         except Conflict as conflict:  # cancelled just now; or a supervisor that had lost the lease was quicker
@@ -263,6 +266,16 @@ class Supervisor:
             return False
         log.info("job %s: %s%s", job.id, end.state.value, f" ({end.reason})" if end.reason else "")
         return False
+
+    def _complete(self, job: Job, end: Outcome) -> None:
+        export, reason = None, end.reason
+        try:
+            export = prepare_export(self._store, job)
+        except ValueError as error:
+            reason = f"completed, but not exported: {error}"[:REASON_LIMIT]
+        self._store.move(job.id, end.state, reason, end.artifacts, end.stopped_by, export)
+        if export is not None:
+            log.info("job %s: its export is job %s", job.id, export.id)
 
     def _forget_old(self) -> None:
         moved_s = self._clock.moved_s()

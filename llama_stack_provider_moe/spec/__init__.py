@@ -6,7 +6,7 @@ A template states the few fields a person cares about; `spec.json` in the job's 
 decided to `resolved.json`.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
@@ -24,6 +24,7 @@ from llama_stack_provider_moe.spec.blocks import (
     Data,
     DType,
     Efficiency,
+    OneProcess,
     Optimizer,
     Resources,
     RowFormat,
@@ -32,7 +33,9 @@ from llama_stack_provider_moe.spec.blocks import (
     ranges,
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
+from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
+from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.options import (
     PROJECT_PATTERN,
@@ -48,10 +51,10 @@ from llama_stack_provider_moe.spec.routing import (
     Analysis,
     AnalysisData,
     AnalysisOptions,
-    AnalysisResources,
     AnalysisTraining,
 )
 from llama_stack_provider_moe.spec.sharding import refuse_beside_sharding
+from llama_stack_provider_moe.spec.sources import RowKind, RowSource
 
 __all__ = [
     "DPO_LOSSES",
@@ -77,11 +80,14 @@ __all__ = [
     "Data",
     "Efficiency",
     "ExpertRule",
+    "ExportSpec",
+    "Exports",
     "FromAnalysis",
     "Gate",
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
+    "LoadingSpec",
     "MLflow",
     "MixedData",
     "Moe",
@@ -108,9 +114,7 @@ __all__ = [
     "ranges",
 ]
 
-Recipe = Literal["sft", "dpo", "circuit_breaker", "routing_analysis"]
-# recipe: what the recipe trains on; the others are an evaluation's (`spec.evaluation_rows`).
-RowKind = Literal["recipe", "conversation", "scenario", "judged"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "routing_analysis", "export"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
 # API also names `kto_pair`, which TRL has no twin of.
@@ -121,30 +125,6 @@ DPOLoss = Literal[
 
 # Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
 SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
-
-
-class RowSource(NamedTuple):
-    """One data set of a job.
-
-    Attributes:
-        field: dotted name of the setting that names it.
-        dataset_id: its name with the host.
-        format: what its rows are said to be.
-        part: name of its rows in the job's folder (`JobFolder.rows`).
-        least: rows it must have.
-        why_least: the same, for an error's text.
-        answered: must each end with the assistant's turn.
-        kind: of its rows.
-    """
-
-    field: str
-    dataset_id: str
-    format: RowFormat
-    part: str
-    least: int = 1
-    why_least: str = ""
-    answered: bool = True
-    kind: RowKind = "recipe"
 
 
 class _AnyJob(Block):
@@ -169,6 +149,9 @@ class _Job(_AnyJob):
     eval: SafetyEvaluation | None = Field(
         default=None, description="Refusals, capability and tool calls before and after; left out: not measured."
     )
+    export: Exports | None = Field(
+        default=None, description="What is made of the result by a job of its own, once this one has completed."
+    )
 
     @model_validator(mode="after")
     def _weights_are_trainable(self) -> "_Job":
@@ -176,6 +159,12 @@ class _Job(_AnyJob):
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
                              "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _only_an_adapter_is_merged(self) -> "_Job":
+        if self.export is not None and self.adapter is None:
+            self.export.check_without_adapter("export.")
         return self
 
     @model_validator(mode="after")
@@ -330,7 +319,7 @@ class RoutingAnalysisSpec(_AnyJob):
     analysis: Analysis = Field(default_factory=Analysis)
     training: AnalysisTraining = Field(default_factory=AnalysisTraining)
     options: AnalysisOptions = Field(default_factory=AnalysisOptions)
-    resources: AnalysisResources = Field(default_factory=AnalysisResources)
+    resources: OneProcess = Field(default_factory=OneProcess)
     adapter_folder: str | None = Field(
         default=None,
         min_length=1,
@@ -349,50 +338,7 @@ class RoutingAnalysisSpec(_AnyJob):
 
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec] = TypeAdapter(JobSpec)
+LoadingSpec = TrainingSpec | RoutingAnalysisSpec  # whose training process loads the model
+JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | ExportSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]
-
-
-class JobDefaults(Block):
-    """A server's own defaults for jobs: any part of these blocks; a job's own values go before them."""
-
-    training: dict[str, Any] = Field(default_factory=dict, description="Parts of `training`.")
-    optimizer: dict[str, Any] = Field(default_factory=dict, description="Parts of `optimizer`.")
-    efficiency: dict[str, Any] = Field(default_factory=dict, description="Parts of `efficiency`.")
-    adapter: dict[str, Any] | None = Field(
-        default=None, description="Parts of `adapter`; given, jobs that name no adapter get this one."
-    )
-    moe: dict[str, Any] = Field(default_factory=dict, description="Parts of `moe`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Parts of `options`.")
-    trackers: dict[str, Any] = Field(
-        default_factory=dict, description="Parts of `trackers`; a job turns one off with null."
-    )
-
-    @model_validator(mode="after")
-    def _each_part_is_valid(self) -> "JobDefaults":
-        # A typing error in a run YAML must stop the server at its start, not the first job at night.
-        blocks: dict[str, type[Block]] = {
-            "training": Training, "optimizer": Optimizer, "efficiency": Efficiency,
-            "adapter": Adapter, "moe": Moe, "options": Options, "trackers": Trackers,
-        }  # fmt: skip
-        for name, block in blocks.items():
-            block.model_validate(getattr(self, name) or {})
-        return self
-
-    def under(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` of a job with these defaults beneath it, block by block; `body` itself is left as it is.
-
-        `"adapter": null` in a body is a choice (train all weights) and stays null.
-        """
-        merged = dict(body)
-        analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
-        for name in type(self).model_fields:
-            defaults = getattr(self, name)
-            if body.get("recipe") == "routing_analysis":  # which has few of the blocks, and few of their fields
-                known = analysis[name].model_fields if name in analysis else {}
-                defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
-            given = body.get(name, {} if defaults is not None else None)
-            if isinstance(given, dict) and defaults:
-                merged[name] = {**defaults, **given}
-        return merged

@@ -51,13 +51,13 @@ class ExpertRule(Block):
         return experts
 
 
-class FromAnalysis(Block):
-    """The experts that a routing analysis found; they become `rules` when the job is taken, before its own ones."""
+class ExpertsOfAnalysis(Block):
+    """The experts that a routing analysis found."""
 
     job: str = Field(
         pattern=JOB_ID_PATTERN,
         description="A completed routing_analysis job of the same owner. (`moe-train submit` takes `file`, the path of "
-        "a routing.json, in its place, and sends the rules.)",
+        "a routing.json, in its place, and sends what it found.)",
     )
     set: str = Field(
         min_length=1, max_length=32, description="Experts that this data set uses more than the others do."
@@ -68,11 +68,16 @@ class FromAnalysis(Block):
         description="At most so many, over all layers, of the greatest difference; none that chance explains "
         "(`is_sure` in the report).",
     )
+
+
+class FromAnalysis(ExpertsOfAnalysis):
+    """The experts that a routing analysis found; they become `rules` when the job is taken, before its own ones."""
+
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK, description="Of their LoRA; left out: `adapter.rank`.")
 
 
 class RulesFrom(Block):
-    """Where rules come from, and the model that they are meant for; any other is refused."""
+    """Where rules, or masks, come from, and the model that they are meant for; any other is refused."""
 
     analysis: str = Field(min_length=1, max_length=512, description="Which one, for a person.")
     moe_layers: list[int] = Field(description="Layers with experts that the model must have.")

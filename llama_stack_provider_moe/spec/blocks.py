@@ -18,11 +18,21 @@ def numbers(text: str) -> Iterator[int]:
     Raises:
         ValueError: a range ends before it begins.
     """
+    for first, last in spans(text):
+        yield from range(first, last + 1)
+
+
+def spans(text: str) -> Iterator[tuple[int, int]]:
+    """`0-3,7` -> (0, 3), (7, 7).
+
+    Raises:
+        ValueError: a range ends before it begins.
+    """
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise ValueError(f"range {part!r} ends before it begins")
-        yield from range(int(first), int(last or first) + 1)
+        yield int(first), int(last or first)
 
 
 def ranges(ascending: Iterable[int]) -> list[str]:
@@ -144,3 +154,14 @@ class Resources(Block):
     def ranks(self) -> int:
         """Processes that train together."""
         return self.processes or self.gpus or 1
+
+
+class OneProcess(Resources):
+    """Those of a recipe that does not divide its work."""
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "OneProcess":
+        if self.ranks > 1:
+            raise ValueError(f"{'gpus' if self.gpus else 'processes'}: {self.ranks} is not valid with this recipe, "
+                             "which runs in one process; expected 0 or 1")  # fmt: skip
+        return self

@@ -1,13 +1,17 @@
 """The block `eval`: what is measured before and after training, and what ends a job as failed."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, RowFormat, numbers
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.adapter import ExpertsOfAnalysis, RulesFrom
+from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN, Block, RowFormat, numbers, spans
+from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, masks_of
 
 MOST_TASKS = 16
+MASK_LENGTH = 4096  # characters: half of a layer's 1,024 experts, one by one
 # A gate's limit -> the data set it needs.
 GATE_NEEDS = {
     "capability_drop": "retain_dataset_id",
@@ -108,6 +112,13 @@ class SafetyEvaluation(Block):
         default_factory=dict,
         description='Measured once more without these experts: layer -> experts, `{"3": "0-3,7"}`.',
     )
+    masked_from_analysis: ExpertsOfAnalysis | None = Field(
+        default=None,
+        description="Experts that a routing analysis found; they join `masked_experts` when the job is taken.",
+    )
+    masked_from: RulesFrom | None = Field(
+        default=None, description="Made of `masked_from_analysis`: its source, and the model it was of."
+    )
     tasks: list[str] = Field(
         default_factory=list,
         max_length=MOST_TASKS,
@@ -143,10 +154,39 @@ class SafetyEvaluation(Block):
 
     def masked(self) -> dict[int, list[int]]:
         """Layer -> the experts that are masked, for the second measurement."""
-        return {int(layer): list(numbers(experts)) for layer, experts in self.masked_experts.items()}
+        return {int(layer): sorted(set(numbers(experts))) for layer, experts in self.masked_experts.items()}
 
 
 def _check_numbers(text: str) -> None:
-    if len(text) > NUMBERS_LENGTH or not re.fullmatch(NUMBERS_PATTERN, text):
-        raise ValueError(f"{text[:NUMBERS_LENGTH]!r} are no experts; expected numbers and ranges such as 0-3,7")
-    list(numbers(text))
+    if len(text) > MASK_LENGTH or not re.fullmatch(NUMBERS_PATTERN, text):
+        raise ValueError(f"{text[:128]!r} are no experts; expected numbers and ranges such as 0-3,7")
+    for _ in spans(text):  # each is looked at, none is counted through: a server has thousands of layers to check
+        pass
+
+
+def resolve_masks(asked: SafetyEvaluation, report: RoutingReport, field: str) -> SafetyEvaluation:
+    """`asked` with the experts of its `masked_from_analysis` among its own `masked_experts`.
+
+    Raises:
+        InvalidInput: no such set, no expert of which the analysis is sure, or so many that too few are left.
+        ValidationError: masks of a layer that are too long a text with its own.
+    """
+    wanted = asked.masked_from_analysis
+    assert wanted is not None
+    found = masks_of(report, wanted.set, wanted.top, field)
+    for layer, experts in found.items():
+        left = report.num_experts - sum(last - first + 1 for first, last in spans(experts))
+        if left < report.top_k:
+            raise InvalidInput(
+                f"{field}.top", wanted.top, f"so few that every token finds {report.top_k} of the "
+                f"{report.num_experts} experts; layer {layer} would have {left} left"
+            )  # fmt: skip
+    own = asked.masked_experts
+    masked = own | {layer: f"{own[layer]},{experts}" if layer in own else experts for layer, experts in found.items()}
+    told = f"job {wanted.job}, set {wanted.set}, top {wanted.top}"
+    changes: dict[str, Any] = {
+        "masked_from_analysis": None,
+        "masked_from": made_for(report, told).model_dump(),
+        "masked_experts": masked,
+    }
+    return SafetyEvaluation.model_validate(asked.model_dump() | changes)

@@ -4,13 +4,14 @@ The report's form is known here, on the ground, for the server and the command l
 """
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.adapter import Adapter, ExpertRule, RulesFrom
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, Block, DType, Resources, RowFormat, ranges
+from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, Block, DType, RowFormat, ranges
 
 TokenChoice = Literal["prompt", "response", "all"]
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
@@ -59,17 +60,6 @@ class AnalysisOptions(Block):
     chat_template: Literal["chatml", "plain"] | None = Field(
         default=None, description="Use this named chat template; left out: the model's own."
     )
-
-
-class AnalysisResources(Resources):
-    """An analysis is one process."""
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "AnalysisResources":
-        if self.ranks > 1:
-            raise ValueError(f"{'gpus' if self.gpus else 'processes'}: {self.ranks} is not valid with recipe "
-                             "'routing_analysis', which runs in one process; expected 0 or 1")  # fmt: skip
-        return self
 
 
 class Analysis(Block):
@@ -176,6 +166,18 @@ class RoutingReport(Block):
         return sorted(found, key=lambda one: (-one.difference, one.layer, one.expert))
 
 
+def read_report(path: Path, field: str) -> RoutingReport:
+    """A routing.json of this machine, for the command line.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        return RoutingReport.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(field, str(path), f"a routing analysis ({type(error).__name__})") from None
+
+
 def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) -> list[ExpertRule]:
     """A rule a layer for the `top` experts that set `name` uses more than the others do, beyond doubt.
 
@@ -189,6 +191,24 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
     Raises:
         InvalidInput: no such set, or no expert of which it is sure.
     """
+    chosen = chosen_experts(report, name, top, field)
+    return [
+        ExpertRule(layers=str(layer), experts=dict.fromkeys(_texts(experts), rank)) for layer, experts in chosen.items()
+    ]
+
+
+def masks_of(report: RoutingReport, name: str, top: int, field: str) -> dict[str, str]:
+    """The same experts as `eval.masked_experts` names them: layer -> `0-3,7`.
+
+    Raises:
+        InvalidInput: see `rules_of`.
+    """
+    chosen = chosen_experts(report, name, top, field)
+    return {str(layer): ",".join(ranges(experts)) for layer, experts in chosen.items()}
+
+
+def chosen_experts(report: RoutingReport, name: str, top: int, field: str) -> dict[int, list[int]]:
+    """Layer -> experts, both ascending; see `rules_of`."""
     if name not in report.sets:
         raise InvalidInput(f"{field}.set", name, f"a set of the analysis: {', '.join(map(repr, report.sets))}")
     # Of thousands of experts hundreds have intervals above 0 by luck alone, and these are at the top of the ranking.
@@ -198,11 +218,10 @@ def rules_of(report: RoutingReport, name: str, top: int, rank: int, field: str) 
             f"{field}.set", name, "a set with experts that it surely uses more than the others do; of this one's none "
             "has a difference beyond what chance shows, and an interval above 0"
         )  # fmt: skip
-    rules = []
-    for layer in sorted({one.layer for one in chosen}):
-        experts = sorted(one.expert for one in chosen if one.layer == layer)
-        rules.append(ExpertRule(layers=str(layer), experts=dict.fromkeys(_texts(experts), rank)))
-    return rules
+    return {
+        layer: sorted(one.expert for one in chosen if one.layer == layer)
+        for layer in sorted({one.layer for one in chosen})
+    }
 
 
 def made_for(report: RoutingReport, analysis: str) -> RulesFrom:

@@ -18,7 +18,7 @@ from llama_stack_provider_moe.evaluation.suite import REPORT_FILE, Material, Sui
 from llama_stack_provider_moe.experts.layout import ExpertLayout
 from llama_stack_provider_moe.jobs.events import Assessed, Saved
 from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
-from llama_stack_provider_moe.spec import Block
+from llama_stack_provider_moe.spec import Block, ranges
 from llama_stack_provider_moe.training.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.training.loader import DTYPES
 from llama_stack_provider_moe.training.session import AnySession, Stopped
@@ -75,22 +75,28 @@ class Assessment:
         self._step = 0
         self._told_s = 0.0
         check_masked(self._settings, model, layout)
+        if masked := self._settings.masked():
+            origin = self._settings.masked_from
+            told = "; ".join(f"layer {layer}: {', '.join(ranges(masked[layer]))}" for layer in sorted(masked))
+            source = "" if origin is None else f" (with those of {origin.analysis})"
+            session.say(f"eval: measured once more without experts of {told}{source}")
 
-    def before(self) -> None:
-        """Measure the untrained model, unless an earlier start of the job has done so."""
+    def before(self) -> Assessed:
+        """Measure the untrained model, unless an earlier start of the job has done so; what was found."""
         if self._session.folder.before.is_file():
-            return
+            kept = _Kept.model_validate_json(self._session.folder.before.read_bytes())
+            return self._event(self._suite.conclude(kept.states, kept.judge, kept.agreement))
         kept = self._measure()
         write_atomic(self._session.folder.before, kept)
-        self._tell(self._suite.conclude(kept.states, kept.judge, kept.agreement))
+        return self._tell(self._suite.conclude(kept.states, kept.judge, kept.agreement))
 
-    def after(self, epoch: int, step: int) -> tuple[Artifact, EvaluationReport]:
+    def after(self, epoch: int, step: int) -> tuple[Artifact, EvaluationReport, Assessed]:
         """Measure the trained model, compare, and write the artifact."""
         self._state, self._step = "after", step
         early = _Kept.model_validate_json(self._session.folder.before.read_bytes())
         late = self._measure()
         report = self._suite.conclude({**early.states, **late.states}, late.judge, late.agreement)
-        self._tell(report)
+        event = self._tell(report)
         folder = self._session.folder.evaluation
         written = folder.with_name(f".{folder.name}.writing")
         remove(written)
@@ -99,7 +105,7 @@ class Assessment:
         publish(written, folder, step)
         artifact = describe(self._session.job_uuid, "evaluation", folder, epoch, step)
         self._session.events.append(Saved(artifact=artifact.model_dump(mode="json")))
-        return artifact, report
+        return artifact, report, event
 
     def _measure(self) -> _Kept:
         spec, settings = self._session.spec, self._settings
@@ -124,15 +130,19 @@ class Assessment:
             self._told_s = time.monotonic()
             print(f"eval {self._state}: {name}, {done} of {total} rows", flush=True)
 
-    def _tell(self, report: EvaluationReport) -> None:
-        event = Assessed(
+    def _tell(self, report: EvaluationReport) -> Assessed:
+        event = self._event(report)
+        self._session.events.append(event)
+        print(reports.text(report), flush=True)
+        return event
+
+    def _event(self, report: EvaluationReport) -> Assessed:
+        return Assessed(
             step=self._step,
             measured={state: _dumped(found) for state, found in report.measured.items()},
             differences={pair: _dumped(found) for pair, found in report.differences.items()},
             exceeded=[verdict.name for verdict in report.exceeded],
         )
-        self._session.events.append(event)
-        print(reports.text(report), flush=True)
 
 
 def _dumped(found: dict[str, reports.Figure]) -> dict[str, dict[str, float]]:

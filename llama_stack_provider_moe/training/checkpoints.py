@@ -5,7 +5,6 @@ import os
 import shutil
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Literal
 
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -15,16 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.experts.adapters import expert_ranks
 from llama_stack_provider_moe.experts.steering import Steering
-from llama_stack_provider_moe.jobs.checkpoint_index import write_checksums
+from llama_stack_provider_moe.export.probe import PROBE, Probe
+from llama_stack_provider_moe.export.servers import card_section, family_of
+from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
-from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
 
 EXPERT_RANKS = "expert_ranks"
-Kind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation"]
 
 
 def describe(
-    job_uuid: str, kind: Kind, folder: Path, epoch: int, step: int, metrics: Metrics | None = None
+    job_uuid: str, kind: ArtifactKind, folder: Path, epoch: int, step: int, metrics: Metrics | None = None
 ) -> Artifact:
     """The manifest's entry of a finished folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -37,6 +37,7 @@ def describe(
         created_at=now(),
         bytes=size,
         metrics=metrics,
+        sha256=sha256_of(folder / CHECKSUMS),
     )
 
 
@@ -110,11 +111,17 @@ def save(
     as_shipped: AbstractContextManager[None],
     step: int,
     steering: Steering | None = None,
+    probe: Probe | None = None,
 ) -> Path:
-    """`write`, whole or not at all; `step`: optimiser steps taken."""
+    """`write`, whole or not at all; `step`: optimiser steps taken; `probe`: what the model says, to lie beside it."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
     write(model, tokenizer, written, as_shipped, steering)
+    if probe is not None:
+        (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
+        if isinstance(model, PeftModel):
+            with (written / "README.md").open("a", encoding="utf-8") as card:
+                card.write(card_section(family_of(model), written))
     return publish(written, final, step)
 
 

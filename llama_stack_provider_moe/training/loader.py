@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.config import TRUST_VARIABLE
 from llama_stack_provider_moe.errors import ModelError, shorten
-from llama_stack_provider_moe.spec import DType, JobSpec
+from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
 
 TemplateName = Literal["chatml", "plain"]
@@ -52,7 +52,7 @@ def trusted(model: str) -> bool:
     return model in json.loads(os.environ.get(TRUST_VARIABLE, "[]"))
 
 
-def load(spec: JobSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
@@ -61,7 +61,7 @@ def load(spec: JobSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrain
     return load_model(spec, config, device), tokenizer
 
 
-def load_sharded(spec: JobSpec, config: PreTrainedConfig) -> PreTrainedModel:
+def load_sharded(spec: LoadingSpec, config: PreTrainedConfig) -> PreTrainedModel:
     """The weights shared out among the job's processes as they are read (transformers 5.23, by FSDP2).
 
     Raises:
@@ -87,7 +87,12 @@ def load_beside(
     return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
-def load_model(spec: JobSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel:
+    """A model as anybody loads it, in evaluation mode; no tokenizer."""
+    return load_weights(name, _config(name), DTYPES[dtype], device).eval()
+
+
+def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The weights that the job names, in its dtype."""
     return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
 
@@ -123,7 +128,7 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dic
     return model
 
 
-def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: LoadingSpec) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token: its own, else the end-of-sequence token.
 
     Padding is masked by position, never by id, so an end-of-sequence token in an answer still counts in the loss.

@@ -19,7 +19,7 @@ from typing import cast
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
-from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
 from llama_stack_provider_moe.training.launch import End, Group, Report, die_of
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
 from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
@@ -48,6 +48,10 @@ def run(session: Session[JobSpec]) -> Manifest:
         from llama_stack_provider_moe.training.recipes import routing_analysis
 
         return routing_analysis.run(cast(Session[RoutingAnalysisSpec], session))
+    if session.spec.recipe == "export":
+        from llama_stack_provider_moe.training.recipes import export
+
+        return export.run(cast(Session[ExportSpec], session))
     if session.spec.recipe == "dpo":
         from llama_stack_provider_moe.training.recipes import dpo
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.evaluation.generate import evaluating
 from llama_stack_provider_moe.experts.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.experts.backend import (
     ALL_OURS,
@@ -35,13 +37,14 @@ from llama_stack_provider_moe.experts.settings import (
     resolve_moe,
 )
 from llama_stack_provider_moe.experts.steering import Steering
+from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
-from llama_stack_provider_moe.jobs.folder import Artifact, Manifest
+from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifest
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
-from llama_stack_provider_moe.training.checkpoints import Kind, describe, merge, save
+from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import draws_afresh, find_resume, require_same_step
+from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -218,26 +221,41 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     """Train, from a checkpoint where there is one, and save what is left at the end."""
     resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
     require_same_step(session, resume)
-    assessment = None
+    assessment, early = None, None
     if session.spec.eval is not None and session.peers.leads:
         assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
-        assessment.before()
+        early = assessment.before()
     session.peers.wait()
     trackers = OpenTrackers(session, 0 if resume is None else resume.step)
+    finished = False
+    try:
+        if early is not None and (resume is None or resume.step == 0):  # else an earlier start has told them
+            trackers.tell(early)
+        manifest = _fit(session, base, trainer, foreseen_steps, resume, assessment, trackers)
+        finished = True
+        return manifest
+    finally:
+        trackers.close(finished)  # as the job ends: one that its gate fails has not finished there either
+
+
+def _fit(
+    session: AnySession,
+    base: Base,
+    trainer: RecordingTrainer,
+    foreseen_steps: int,
+    resume: Resume | None,
+    assessment: Assessment | None,
+    trackers: OpenTrackers,
+) -> Manifest:
     reporter = Reporter(session, trainer, trackers, resume)
     saver = Saver(session, trainer, reporter, resume)
     for callback in (reporter, saver):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    finished = False
     if session.peers.size > 1 or draws_afresh(session, resume):
         trainer.draw_apart(0 if resume is None else resume.step)
-    try:
-        with suppress(Enough):
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-        finished = True
-    finally:
-        trackers.close(finished)
+    with suppress(Enough):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
     assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"
     last = saver.artifacts[-1]
@@ -252,8 +270,9 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
-        artifact, report = assessment.after(last.epoch, last.step)
+        artifact, report, late = assessment.after(last.epoch, last.step)
         artifacts.append(artifact)
+        trackers.tell(late)
     throughput = reporter.throughput()
     session.events.append(Finished(train_seconds=train_seconds, stopped_by=stopped_by, throughput=throughput))
     artifacts += _save_merged(session, base, trainer, last)
@@ -270,8 +289,28 @@ def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_ste
 
 
 def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
-    kind: Kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    return _keep(session, base, kind, trainer.model, last)
+    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    trainer.rest()
+    return _keep(session, base, kind, trainer.model, last, _asked(session, base, trainer))
+
+
+def _asked(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
+    """What the trained model says; whoever loads it later is to hear the same (`export.load_check`)."""
+    began = time.monotonic()
+    arithmetic = Arithmetic(
+        dtype=session.spec.training.dtype,
+        device=base.device.type,
+        quantize_bits=None if base.quantized is None else base.quantized.bits,
+        experts_implementation=base.resolved.experts_implementation,
+    )
+    biases = None  # of a whole model they are in its weights
+    if isinstance(trainer.model, PeftModel) and base.layout and base.resolved.load_balancing == "aux_free":
+        biases = digest(base.layout.biases(trainer.model))
+    with evaluating(trainer.model):
+        probe = record(trainer.model, base.tokenizer, arithmetic, biases)
+    print(f"logits at {probe.positions} positions recorded for the load check, "
+          f"{time.monotonic() - began:.2f} s", flush=True)  # fmt: skip
+    return probe
 
 
 def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> list[Artifact]:
@@ -285,9 +324,16 @@ def _save_merged(session: AnySession, base: Base, trainer: RecordingTrainer, las
     return [_keep(session, base, "merged", merge(trainer.model), last)]
 
 
-def _keep(session: AnySession, base: Base, kind: Kind, model: PreTrainedModel | PeftModel, last: Artifact) -> Artifact:
+def _keep(
+    session: AnySession,
+    base: Base,
+    kind: ArtifactKind,
+    model: PreTrainedModel | PeftModel,
+    last: Artifact,
+    probe: Probe | None = None,
+) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

@@ -4,8 +4,11 @@ Everything is written below the job's own folder, unless the server's operator n
 a job can't, and neither keys nor addresses are part of its spec. A tracker that can't be opened ends the job at its
 start. One that stops working later (a lost network) costs its figures and a warning, never the run.
 
-Names: `train/<metric>` of each step, `routing/<figure>` of its experts, `eval/<metric>` of each evaluation. Steps that
-a later start repeats are written again by trackers that can't take a figure back (trackio, MLflow).
+Names: `train/<metric>` of each step, `routing/<figure>` of its experts, `eval/<metric>` of each evaluation. Of a job's
+`eval`: `safety/<figure>` and the ends of its interval, `.../low` and `.../high`, at step 0 before training and at the
+last step after it; `safety/masked/<figure>`, without the masked experts; `safety/change/<figure>`, after less before
+(of perplexities the ratio). Steps that a later start repeats are written again by trackers that can't take a figure
+back (trackio, MLflow).
 """
 
 import importlib.util
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_stack_provider_moe.errors import TrainingError
-from llama_stack_provider_moe.jobs.events import Evaluation, Routing, Step
+from llama_stack_provider_moe.jobs.events import Assessed, Evaluation, Routing, Step
 from llama_stack_provider_moe.spec import MLflow, TensorBoard, Trackers, Trackio, WandB
 from llama_stack_provider_moe.training.session import AnySession
 
@@ -51,8 +54,9 @@ class TensorBoardTracker(Tracker):
         from torch.utils import tensorboard
 
         new_writer: Any = tensorboard.SummaryWriter  # has no annotations
-        # The steps after the checkpoint that a start goes on from come again: the older ones are hidden.
-        self._writer = new_writer(str(folder), purge_step=first_step or None)
+        # The steps after the checkpoint that a start goes on from come again: the older ones, from this one on, are
+        # hidden. The checkpoint's own step does not.
+        self._writer = new_writer(str(folder), purge_step=first_step + 1 if first_step else None)
         self._writer.add_text("job", f"```json\n{session.spec.model_dump_json(indent=2)}\n```", first_step)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -216,7 +220,7 @@ class OpenTrackers:
         if self._open:
             session.say(f"trackers: {', '.join(self._open)}, in {session.folder.trackers}")
 
-    def tell(self, event: Step | Evaluation | Routing) -> None:
+    def tell(self, event: Step | Evaluation | Routing | Assessed) -> None:
         """Write an event's figures to all."""
         figures = _figures(event)
         for name, tracker in self._open.items():
@@ -248,13 +252,31 @@ def _opened(asked: _Asked, session: AnySession, first_step: int) -> Tracker:
         raise TrainingError(f"trackers.{asked.name}: can't be opened: {type(error).__name__}: {error}") from error
 
 
-def _figures(event: Step | Evaluation | Routing) -> dict[str, float]:
+def _figures(event: Step | Evaluation | Routing | Assessed) -> dict[str, float]:
     if isinstance(event, Step):
         return {f"train/{name}": value for name, value in event.metrics.items()} | {"train/epoch": event.epoch}
     if isinstance(event, Evaluation):
         return {f"eval/{name}": value for name, value in event.metrics.items()}
+    if isinstance(event, Assessed):
+        return _safety(event)
     by_set = {f"{part}/{name}": value for part, each in event.figures_by_set().items() for name, value in each.items()}
     return {f"routing/{name}": value for name, value in {**event.figures(), **by_set}.items()}
+
+
+def _safety(event: Assessed) -> dict[str, float]:
+    """Of the state that the event is new of: `after` repeats what was measured before."""
+    state = "after" if "after" in event.measured else "before"
+    told = [
+        ("safety", event.measured[state]),
+        ("safety/masked", event.measured.get(f"{state}_masked", {})),
+        ("safety/change", event.differences.get("after - before", {})),
+    ]
+    figures: dict[str, float] = {}
+    for above, found in told:
+        for name, figure in found.items():
+            at = f"{above}/{name}"
+            figures |= {at: figure["value"], f"{at}/low": figure["low"], f"{at}/high": figure["high"]}
+    return figures
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:

@@ -17,7 +17,7 @@ def warm_up() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
-    for recipe in ("sft", "dpo", "circuit_breaker", "routing_analysis"):
+    for recipe in ("sft", "dpo", "circuit_breaker", "routing_analysis", "export"):
         importlib.import_module(f"llama_stack_provider_moe.training.recipes.{recipe}")
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     assert not initialised, "an import has initialised CUDA: no child could use it"

@@ -34,6 +34,7 @@ PASSED_ON = frozenset({
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     "XDG_CACHE_HOME",                                     # where caches live
+    "LLAMA_CPP_DIR", "MOE_TRAIN_CACHE",                   # where llama.cpp is, for GGUF files
 })  # fmt: skip
 PASSED_ON_PREFIXES = (
     "LC_",
