@@ -17,7 +17,7 @@ from llama_stack_provider_moe.host.explain import invalid_body
 from llama_stack_provider_moe.jobs import folder
 from llama_stack_provider_moe.spec import DPO_LOSSES, JOB_SPEC, JobDefaults
 
-BLOCKS = {"adapter", "moe", "options", "eval", "export"}
+BLOCKS = {"adapter", "moe", "options", "eval", "export", "resources"}
 PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     # theirs, ours, what ours has beside
     (api.DataConfig, wire.DataConfig, set()),

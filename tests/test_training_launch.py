@@ -127,13 +127,37 @@ def test_a_process_for_each_gpu_or_as_asked(resources: dict[str, int], ranks: in
         ("sft", {"processes": 2}, "processes: 2 is not valid without gpus; expected gpus 0 beside it"),
         ("sft", {"gpus": 2, "processes": 4}, "processes: 4 is not valid with gpus 2; expected nothing"),
         ("sft", {"gpus": 0, "processes": 65}, "less than or equal to 64"),
-        ("routing_analysis", {"gpus": 2}, "gpus: 2 is not valid with recipe 'routing_analysis'"),
-        ("routing_analysis", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with recipe 'routing_analysis'"),
+        ("sft", {"gpus": 1, "shard_base": True}, "shard_base: true is not valid with one process"),
+        ("routing_analysis", {"gpus": 2}, "gpus: 2 is not valid with this recipe, which runs in one process"),
+        ("routing_analysis", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
+        ("export", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
     ],
 )
 def test_what_can_not_be_is_refused(recipe: str, resources: dict[str, int], problem: str) -> None:
     data = {"sets": {"a": "d", "b": "e"}} if recipe == "routing_analysis" else {"dataset_id": "d"}
     body = {"recipe": recipe, "model": "a/b", "data": data, "resources": resources}
+    if recipe == "export":
+        body = {"recipe": recipe, "of": "job", "export": {"gguf": {}}, "resources": resources}
     with pytest.raises(ValueError, match="resources") as error:
+        JOB_SPEC.validate_python(body)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        ({}, "adapter null: all weights train"),
+        ({"adapter": {"quantize_base": True}}, "quantize_base true, whose codes are not shared out"),
+        ({"adapter": {}, "options": {"save_merged": True}}, "save_merged true; merge on disk instead"),
+        ({"adapter": {}, "eval": {"retain_dataset_id": "e"}}, "an eval block, which one process runs alone"),
+        ({"adapter": {}, "recipe": "dpo", "options": {"precompute_ref_log_probs": True}}, "a reference computed ahead"),
+        ({"adapter": {}, "recipe": "dpo", "moe": {"moe_load_balancing": "aux_free"}}, "a reference computed ahead"),
+        ({"recipe": "circuit_breaker", "circuit_breaker": {"retain": {"dataset_id": "k"}}}, "runs parts of the model"),
+    ],
+)
+def test_what_needs_the_base_whole_is_refused(blocks: dict[str, Any], problem: str) -> None:
+    body = {"recipe": "sft", "model": "a/b", "data": {"dataset_id": "d"},
+            "resources": {"gpus": 0, "processes": 2, "shard_base": True}, **blocks}  # fmt: skip
+    with pytest.raises(ValueError, match=r"resources\.shard_base: true is not valid with") as error:
         JOB_SPEC.validate_python(body)
     assert problem in str(error.value)

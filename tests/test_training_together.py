@@ -63,16 +63,18 @@ def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder
     batch = settings.pop("batch") // processes
     training = {**CASES[case].get("training", {}), **settings.pop("training", {})}
     settings["training"] = {"n_epochs": 2, "batch_size": batch, **training}
-    settings["resources"] = TWO if processes == 2 else {}
+    settings.setdefault("resources", TWO if processes == 2 else {})
     return workshop.job(settings.pop("recipe"), settings.pop("family"), **settings)
 
 
-def after_an_epoch(workshop: Workshop, run: Run, case: str, processes: int, batch: int | None = None) -> JobFolder:
+def after_an_epoch(
+    workshop: Workshop, run: Run, case: str, processes: int, batch: int | None = None, **resources: Any
+) -> JobFolder:
     """A job that stands where `run` stood after its first epoch, to go on in so many processes."""
     folder = workshop.copied(run)
     shutil.rmtree(folder.root / "checkpoints" / "epoch-2")
     spec = json.loads(folder.spec.read_text())
-    spec["resources"] = {"gpus": 0, "processes": processes}
+    spec["resources"] = {"gpus": 0, "processes": processes, **resources}
     spec["training"]["batch_size"] = (batch or CASES[case]["batch"]) // processes
     folder.spec.write_text(json.dumps(spec))
     return folder
@@ -181,6 +183,19 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(workshop: Workshop, ran:
     assert [event.checkpoint for event in run.events("resumed")] == ["epoch-1"]
     assert any("are drawn afresh" in event.text for event in run.events("message"))
     assert_alike(run, ran.one[case], atol=ATOL)
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo"])
+def test_a_shared_base_leaves_what_a_whole_one_leaves(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
+    """The base's weights are read in parts, its checkpoints are whole adapters, and one process goes on from them."""
+    more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
+    shared = run(desk, job(workshop, case, 2, resources={**TWO, "shard_base": True}, **more))
+    assert "base      shared out among 2 processes (FSDP2)" in shared.folder.output.read_text()
+    alone = ran.one[case] if case == "sft" else workshop.again(Run(job(workshop, case, 1, **more), 0))
+    assert_alike(shared, alone, ATOL)
+    folder = after_an_epoch(workshop, shared, case, 1)
+    assert_alike(workshop.again(Run(folder, 0)), alone, ATOL)
+    assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, shard_base=True)), alone, ATOL)
 
 
 def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.spec.blocks import (
     Data,
     DType,
     Efficiency,
+    OneProcess,
     Optimizer,
     Resources,
     RowFormat,
@@ -50,9 +51,9 @@ from llama_stack_provider_moe.spec.routing import (
     Analysis,
     AnalysisData,
     AnalysisOptions,
-    AnalysisResources,
     AnalysisTraining,
 )
+from llama_stack_provider_moe.spec.sharding import refuse_beside_sharding
 from llama_stack_provider_moe.spec.sources import RowKind, RowSource
 
 __all__ = [
@@ -153,7 +154,8 @@ class _Job(_AnyJob):
     )
 
     @model_validator(mode="after")
-    def _fp16_needs_an_adapter(self) -> "_Job":
+    def _weights_are_trainable(self) -> "_Job":
+        refuse_beside_sharding(self)
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
                              "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
@@ -317,7 +319,7 @@ class RoutingAnalysisSpec(_AnyJob):
     analysis: Analysis = Field(default_factory=Analysis)
     training: AnalysisTraining = Field(default_factory=AnalysisTraining)
     options: AnalysisOptions = Field(default_factory=AnalysisOptions)
-    resources: AnalysisResources = Field(default_factory=AnalysisResources)
+    resources: OneProcess = Field(default_factory=OneProcess)
     adapter_folder: str | None = Field(
         default=None,
         min_length=1,

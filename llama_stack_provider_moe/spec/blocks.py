@@ -131,9 +131,17 @@ class Resources(Block):
         description="With `gpus` 0: processes that train together on the CPU; left out: one. On GPUs there is always "
         "one for each.",
     )
+    shard_base: bool = Field(
+        default=False,
+        description="Each process holds its share of the frozen base, and gathers a layer when it runs (FSDP2); of SFT "
+        "and DPO with LoRA.",
+    )
 
     @model_validator(mode="after")
     def _a_process_for_each_gpu(self) -> "Resources":
+        if self.shard_base and self.ranks == 1:
+            raise ValueError("shard_base: true is not valid with one process; expected gpus 2 or more, or gpus 0 with "
+                             "processes 2 or more")  # fmt: skip
         if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
             return self
         if self.gpus is None:
@@ -146,3 +154,14 @@ class Resources(Block):
     def ranks(self) -> int:
         """Processes that train together."""
         return self.processes or self.gpus or 1
+
+
+class OneProcess(Resources):
+    """Those of a recipe that does not divide its work."""
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "OneProcess":
+        if self.ranks > 1:
+            raise ValueError(f"{'gpus' if self.gpus else 'processes'}: {self.ranks} is not valid with this recipe, "
+                             "which runs in one process; expected 0 or 1")  # fmt: skip
+        return self

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.llama_cpp import GgufType
-from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block, Resources
+from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block, OneProcess
 from llama_stack_provider_moe.spec.destinations import HubPush, OllamaServer
 from llama_stack_provider_moe.spec.sources import RowSource
 
@@ -130,7 +130,7 @@ class ExportSpec(Block):
         default="", max_length=1024, description="The model that it trained: filled in, never to be given."
     )
     export: Exports = Field(description="A block; its fields follow.")
-    resources: Resources = Field(default_factory=Resources)
+    resources: OneProcess = Field(default_factory=OneProcess)
 
     def resolved(self) -> "ExportSpec":
         """The same, with what is left to be decided: who loads no model needs no GPU."""

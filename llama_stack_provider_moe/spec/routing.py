@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.adapter import Adapter, ExpertRule, RulesFrom
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, Block, DType, Resources, RowFormat, ranges
+from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, Block, DType, RowFormat, ranges
 
 TokenChoice = Literal["prompt", "response", "all"]
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
@@ -60,17 +60,6 @@ class AnalysisOptions(Block):
     chat_template: Literal["chatml", "plain"] | None = Field(
         default=None, description="Use this named chat template; left out: the model's own."
     )
-
-
-class AnalysisResources(Resources):
-    """An analysis is one process."""
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "AnalysisResources":
-        if self.ranks > 1:
-            raise ValueError(f"{'gpus' if self.gpus else 'processes'}: {self.ranks} is not valid with recipe "
-                             "'routing_analysis', which runs in one process; expected 0 or 1")  # fmt: skip
-        return self
 
 
 class Analysis(Block):

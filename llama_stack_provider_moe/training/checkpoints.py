@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.experts.adapters import expert_ranks
@@ -82,7 +83,9 @@ def write(
         if isinstance(model, PeftModel):
             # Left to itself PEFT asks the hub for the base's config, and copies the whole head where LoRA is on it.
             # The vocabulary never grows here: the embeddings are the base model's own.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            # Of a base that processes share, one of them alone could gather nothing: PEFT is shown no weight of it.
+            own = {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
         else:
             model.save_pretrained(folder)

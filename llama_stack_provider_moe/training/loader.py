@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -55,7 +56,26 @@ def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreT
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
+    if spec.resources.shard_base:
+        return load_sharded(spec, config), tokenizer
     return load_model(spec, config, device), tokenizer
+
+
+def load_sharded(spec: LoadingSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    """The weights shared out among the job's processes as they are read (transformers 5.23, by FSDP2).
+
+    Raises:
+        ModelError: the family has no plan for that.
+    """
+    from transformers.distributed import DistributedConfig  # not in every version that does without it here
+
+    sharding = {"distributed_config": DistributedConfig(fsdp_size=spec.resources.ranks)}
+    model = _weights(spec.model, config, DTYPES[spec.training.dtype], sharding)
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if whole:
+        raise ModelError(f"resources.shard_base: {len(whole)} weights of {type(model).__name__} are not shared out "
+                         f"({', '.join(whole[:3])})")  # fmt: skip
+    return model
 
 
 def load_beside(
@@ -79,6 +99,10 @@ def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device
 
 def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The weights; a missing one is an error, for transformers would fill it with noise and only log it."""
+    return _weights(name, config, dtype, _placement(device))
+
+
+def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dict[str, Any]) -> PreTrainedModel:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -88,7 +112,7 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name, instead of raised as a RuntimeError without one
-            **_placement(device),
+            **where,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_why(name, error)) from error

@@ -104,12 +104,13 @@ def reference_ahead(spec: DPOSpec) -> bool:
     """Whether the reference's log-probabilities are computed once, before training.
 
     Biases that move (`aux_free`) are not the reference's; experts that choose tokens (`expert_choice`) do so in a
-    training step alone, and the reference must see what the policy sees.
+    training step alone, and the reference must see what the policy sees. Of a base that processes share TRL can't make
+    the fingerprint by which it keeps them.
     """
     asked, balancing = spec.options.precompute_ref_log_probs, spec.moe.moe_load_balancing
     if balancing == "aux_free":
         return True
-    if balancing == "expert_choice":
+    if balancing == "expert_choice" or spec.resources.shard_base:
         return False
     return spec.training.n_epochs > 1 if asked is None else asked
 
