@@ -214,7 +214,8 @@ class Files:
             return asked
         kept = self._session.folder.work / f"{lossless}.gguf"
         if not kept.is_file():  # whole, where it is there at all
-            gguf.convert(self._model, kept, lossless, find_toolchain(), _say)
+            # Verified: what a conversion did wrong would else pass for the rounding to few bits.
+            gguf.make(self._model, kept, lossless, find_toolchain(), None, self._reference, _say)
         return kept
 
     def _make(self, type_: GgufType) -> Done:
