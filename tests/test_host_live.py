@@ -260,6 +260,10 @@ def test_validation_says_what_a_job_would_be_and_creates_nothing(server: Server,
 def test_templates_validate_on_the_server(http: httpx.Client, server: Server, path: Path) -> None:
     body = json.loads(path.read_text(encoding="utf-8"))
     # The names in a template stand for the user's own.
+    if body["recipe"] == "export":  # all of it is right but for the job, which the user's server has
+        answer = http.post("/jobs/validate", json=body)
+        assert (answer.status_code, message(answer)) == (404, f"job {body['of']!r} does not exist")
+        return
     if body["recipe"] == "routing_analysis":
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
     else:

@@ -264,9 +264,14 @@ def _fit(
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
+    probe = None
+    if session.peers.leads or session.spec.resources.shard_base:  # which runs in all processes, or in none
+        trainer.rest()
+        probe = _asked(session, base, trainer)
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
-    artifacts = [*saver.artifacts, _save(session, base, trainer, last)]
+    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
+    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe)]
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
@@ -288,12 +293,6 @@ def _fit(
     )
 
 
-def _save(session: AnySession, base: Base, trainer: RecordingTrainer, last: Artifact) -> Artifact:
-    kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    trainer.rest()
-    return _keep(session, base, kind, trainer.model, last, _asked(session, base, trainer))
-
-
 def _asked(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
     """What the trained model says; whoever loads it later is to hear the same (`export.load_check`)."""
     began = time.monotonic()
@@ -308,8 +307,9 @@ def _asked(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
         biases = digest(base.layout.biases(trainer.model))
     with evaluating(trainer.model):
         probe = record(trainer.model, base.tokenizer, arithmetic, biases)
-    print(f"logits at {probe.positions} positions recorded for the load check, "
-          f"{time.monotonic() - began:.2f} s", flush=True)  # fmt: skip
+    if session.peers.leads:
+        took_s = time.monotonic() - began
+        print(f"logits at {probe.positions} positions recorded for the load check, {took_s:.2f} s", flush=True)
     return probe
 
 
