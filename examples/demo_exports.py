@@ -49,4 +49,4 @@ def exported(server: Server, job: str, submitted: list[str], console: Console) -
 def _tell(step: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{step['name']}[/] {step['state']}")
     for line in (step["note"] or step["reason"] or "").splitlines():
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)
