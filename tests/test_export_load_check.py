@@ -21,9 +21,12 @@ from llama_stack_provider_moe.export.load_check import (
     check,
     check_adapter,
     check_merged,
+    judged,
     main,
 )
+from llama_stack_provider_moe.export.load_figures import Gap, LoadCheck
 from llama_stack_provider_moe.export.merge import merge
+from llama_stack_provider_moe.spec import DType
 from tests import tiny_models
 from tests.training_support import Run, Workshop, workshop  # noqa: F401
 
@@ -238,3 +241,34 @@ def test_the_command(run_of: Callable[[str], Run], capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["loaded"]["as_trained"]["greatest"] == 0
     assert main([str(tmp_path)]) == 1
     assert "holds no logits of the trained model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plain", "effect", "right"),
+    [
+        ("bf16", 0.021, 0.053, True),  # the demo's, a model of 30 layers
+        ("bf16", 0.05, 0.053, False),  # hardly nearer than the base
+        ("bf16", 0.04, 0.4, True),
+        ("bf16", 0.06, 0.4, False),  # more than bf16 ever rounds
+        ("bf16", 0.04, 0.045, True),  # told, not judged: rounding alone may be as much
+        ("fp32", 2e-6, 1e-4, True),
+        ("fp32", 5e-5, 1e-4, False),
+    ],
+)
+def test_rounding_is_told_from_an_adapter_that_is_not_applied(
+    dtype: DType, plain: float, effect: float, right: bool
+) -> None:
+    def apart(share: float) -> Gap:
+        return Gap(greatest=share, mean=share, share=share)
+
+    arithmetic = probe.Arithmetic(dtype=dtype, device="cpu", quantize_bits=None, experts_implementation=None)
+    found = LoadCheck(
+        kind="adapter", positions=1, arithmetic=arithmetic, here=arithmetic, as_trained=apart(0.0),
+        as_trained_tolerance=AS_TRAINED[dtype], plain=apart(plain), plain_tolerance=PLAIN[dtype],
+        plain_against="recorded", effect=apart(effect), tensors=1, router_biases=0,
+    )  # fmt: skip
+    if right:
+        assert judged(found, "it") is found
+    else:
+        with pytest.raises(AdapterError, match="loaded plainly, it does not say what was trained"):
+            judged(found, "it")
