@@ -7,7 +7,6 @@ that loses nothing of the model's own dtype. Both run in processes of their own:
 """
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from llama_stack_provider_moe.errors import ExportError, InvalidInput, ModelError, MoeError, NoRoom, NoToolchain
 from llama_stack_provider_moe.experts.upcycle import model_folder
 from llama_stack_provider_moe.export.gguf_file import read_header
+from llama_stack_provider_moe.export.hidden import hidden_folder, sync
 from llama_stack_provider_moe.export.reference import Reference, read_reference
 from llama_stack_provider_moe.export.tensors import Entry, read_model
 from llama_stack_provider_moe.export.verify import GgufCheck, verify
@@ -290,36 +290,14 @@ def _making(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`; the file of its name in it is synced and becomes `out`, or nothing is left."""
     if os.path.lexists(out):
         raise InvalidInput("out", str(out), "a file that does not exist yet")
-    folder = out.with_name(f".{out.name}.making")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.is_symlink():
-        raise InvalidInput("out", str(out), f"a place where {folder.name} is no link")
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with hidden_folder(out, "making", "a file that no other export is making") as folder:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput("out", str(out), "a file that no other export is making") from None
-        try:
-            for stale in folder.iterdir():  # of one that was killed
-                stale.unlink()
             yield folder
-            _sync(folder / out.name)
+            sync(folder / out.name)
             os.rename(folder / out.name, out)
-            _sync(out.parent)
+            sync(out.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

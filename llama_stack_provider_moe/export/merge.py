@@ -12,7 +12,6 @@ jobs quantise while they load, and the base is the 16-bit model that they loaded
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from llama_stack_provider_moe.errors import InvalidInput, ModelError, MoeError, 
 from llama_stack_provider_moe.experts.adapters import below_layer
 from llama_stack_provider_moe.experts.upcycle import model_folder
 from llama_stack_provider_moe.export.card import config_text, find_source, model_card, side_files
+from llama_stack_provider_moe.export.hidden import hidden_folder, sync
 from llama_stack_provider_moe.export.places import Place
 from llama_stack_provider_moe.export.plan import Plan, make_plan
 from llama_stack_provider_moe.export.tensors import (
@@ -150,39 +150,17 @@ def bytes_needed(base: str | Path, adapter: Path, dtype: str | None = None) -> i
 @contextmanager
 def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
     """A folder beside `target` that becomes it, synced; one that an earlier, killed merge left is cleared away."""
-    parts = target.with_name(f".{target.name}.merging")
-    parts.parent.mkdir(parents=True, exist_ok=True)
-    if parts.is_symlink():
-        raise InvalidInput("out", str(target), f"a place where {parts.name} is no link")
-    parts.mkdir(exist_ok=True)
-    handle = os.open(parts, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with hidden_folder(target, "merging", "a folder that no other merge is making") as parts:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput("out", str(target), "a folder that no other merge is making") from None
-        try:
-            for stale in parts.iterdir():
-                stale.unlink()
             yield parts
             for path in parts.iterdir():
-                _sync(path)
-            os.fsync(handle)
+                sync(path)
+            sync(parts)
             os.rename(parts, target)
-            _sync(target.parent)
+            sync(target.parent)
         except BaseException:
             shutil.rmtree(parts, ignore_errors=True)
             raise
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_room(target: Path, parts: list[list[Entry]], files: list[Path], texts: list[str]) -> None:
