@@ -127,7 +127,7 @@ def test_a_process_for_each_gpu_or_as_asked(resources: dict[str, int], ranks: in
         ("sft", {"processes": 2}, "processes: 2 is not valid without gpus; expected gpus 0 beside it"),
         ("sft", {"gpus": 2, "processes": 4}, "processes: 4 is not valid with gpus 2; expected nothing"),
         ("sft", {"gpus": 0, "processes": 65}, "less than or equal to 64"),
-        ("sft", {"gpus": 1, "shard_base": True}, "shard_base: true is not valid with one process"),
+        ("sft", {"gpus": 1, "strategy": "fsdp"}, "strategy: 'fsdp' is not valid with one process"),
         ("routing_analysis", {"gpus": 2}, "gpus: 2 is not valid with this recipe, which runs in one process"),
         ("routing_analysis", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
         ("export", {"gpus": 0, "processes": 2}, "processes: 2 is not valid with this recipe"),
@@ -157,7 +157,7 @@ def test_what_can_not_be_is_refused(recipe: str, resources: dict[str, int], prob
 )
 def test_what_needs_the_base_whole_is_refused(blocks: dict[str, Any], problem: str) -> None:
     body = {"recipe": "sft", "model": "a/b", "data": {"dataset_id": "d"},
-            "resources": {"gpus": 0, "processes": 2, "shard_base": True}, **blocks}  # fmt: skip
-    with pytest.raises(ValueError, match=r"resources\.shard_base: true is not valid with") as error:
+            "resources": {"gpus": 0, "processes": 2, "strategy": "fsdp"}, **blocks}  # fmt: skip
+    with pytest.raises(ValueError, match=r"resources\.strategy: \'fsdp\' is not valid with") as error:
         JOB_SPEC.validate_python(body)
     assert problem in str(error.value)

@@ -189,13 +189,13 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(workshop: Workshop, ran:
 def test_a_shared_base_leaves_what_a_whole_one_leaves(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
     """The base's weights are read in parts, its checkpoints are whole adapters, and one process goes on from them."""
     more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
-    shared = run(desk, job(workshop, case, 2, resources={**TWO, "shard_base": True}, **more))
+    shared = run(desk, job(workshop, case, 2, resources={**TWO, "strategy": "fsdp"}, **more))
     assert "base      shared out among 2 processes (FSDP2)" in shared.folder.output.read_text()
     alone = ran.one[case] if case == "sft" else workshop.again(Run(job(workshop, case, 1, **more), 0))
     assert_alike(shared, alone, ATOL)
     folder = after_an_epoch(workshop, shared, case, 1)
     assert_alike(workshop.again(Run(folder, 0)), alone, ATOL)
-    assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, shard_base=True)), alone, ATOL)
+    assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="fsdp")), alone, ATOL)
 
 
 def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
+Strategy = Literal["ddp", "fsdp"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -131,17 +132,17 @@ class Resources(Block):
         description="With `gpus` 0: processes that train together on the CPU; left out: one. On GPUs there is always "
         "one for each.",
     )
-    shard_base: bool = Field(
-        default=False,
-        description="Each process holds its share of the frozen base, and gathers a layer when it runs (FSDP2); of SFT "
-        "and DPO with LoRA.",
+    strategy: Strategy = Field(
+        default="ddp",
+        description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
+        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA.",
     )
 
     @model_validator(mode="after")
     def _a_process_for_each_gpu(self) -> "Resources":
-        if self.shard_base and self.ranks == 1:
-            raise ValueError("shard_base: true is not valid with one process; expected gpus 2 or more, or gpus 0 with "
-                             "processes 2 or more")  # fmt: skip
+        if self.strategy != "ddp" and self.ranks == 1:
+            raise ValueError(f"strategy: {self.strategy!r} is not valid with one process; expected gpus 2 or more, or "
+                             "gpus 0 with processes 2 or more")  # fmt: skip
         if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
             return self
         if self.gpus is None:
@@ -154,6 +155,11 @@ class Resources(Block):
     def ranks(self) -> int:
         """Processes that train together."""
         return self.processes or self.gpus or 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.strategy != "ddp"
 
 
 class OneProcess(Resources):

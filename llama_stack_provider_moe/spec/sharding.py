@@ -1,4 +1,4 @@
-"""What a job may not ask for beside `resources.shard_base`, each with its reason."""
+"""What a job whose processes share its model out (`resources.strategy`) may not ask for, each with its reason."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def refuse_beside_sharding(job: Any) -> None:
     Raises:
         ValueError: naming both settings.
     """
-    if not job.resources.shard_base:
+    if not job.resources.sharded:
         return
     adapter, options = job.adapter, job.options
     ahead = isinstance(options, DPOOptions) and (
@@ -32,4 +32,6 @@ def refuse_beside_sharding(job: Any) -> None:
     }
     problems = [what for what, holds in against.items() if holds]
     if problems:
-        raise ValueError(f"resources.shard_base: true is not valid with {'; nor with '.join(problems)}")
+        raise ValueError(
+            f"resources.strategy: {job.resources.strategy!r} is not valid with {'; nor with '.join(problems)}"
+        )

@@ -56,7 +56,7 @@ def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreT
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
-    if spec.resources.shard_base:
+    if spec.resources.sharded:
         return load_sharded(spec, config), tokenizer
     return load_model(spec, config, device), tokenizer
 
@@ -73,7 +73,7 @@ def load_sharded(spec: LoadingSpec, config: PreTrainedConfig) -> PreTrainedModel
     model = _weights(spec.model, config, DTYPES[spec.training.dtype], sharding)
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
-        raise ModelError(f"resources.shard_base: {len(whole)} weights of {type(model).__name__} are not shared out "
+        raise ModelError(f"resources.strategy: fsdp: {len(whole)} weights of {type(model).__name__} are not shared out "
                          f"({', '.join(whole[:3])})")  # fmt: skip
     return model
 

@@ -265,7 +265,7 @@ def _fit(
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
     probe = None
-    if session.peers.leads or session.spec.resources.shard_base:  # which runs in all processes, or in none
+    if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
         trainer.rest()
         probe = _asked(session, base, trainer)
     if not session.peers.leads:  # one saves what all of them have

@@ -110,7 +110,7 @@ def reference_ahead(spec: DPOSpec) -> bool:
     asked, balancing = spec.options.precompute_ref_log_probs, spec.moe.moe_load_balancing
     if balancing == "aux_free":
         return True
-    if balancing == "expert_choice" or spec.resources.shard_base:
+    if balancing == "expert_choice" or spec.resources.sharded:
         return False
     return spec.training.n_epochs > 1 if asked is None else asked
 
