@@ -57,17 +57,22 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return part.to(like.device)
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every tensor of `model.state_dict()` whole, in rank 0; nothing in the others. All processes must call it.
 
     Tied weights are one tensor under several names, as in the model.
+
+    Args:
+        model: all parts of it together.
+        dtype: to have its parameters in; None: their own.
     """
     put_away(model)
     found: dict[str, Tensor] = {}
     gathered: dict[int, Tensor | None] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in gathered:
-            gathered[id(tensor)] = whole(tensor)
+            casts = dtype is not None and isinstance(tensor, nn.Parameter)
+            gathered[id(tensor)] = whole(tensor.detach().to(dtype) if casts else tensor)
         one = gathered[id(tensor)]
         if one is not None:
             found[name] = one
@@ -130,7 +135,8 @@ def _part_of_entry(name: str, entry: Mapping[str, Any], parameter: Tensor) -> di
     """One parameter's state; what has no dimension (Adam's count of steps) is every process's."""
     try:
         return {
-            key: part_of(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+            # A copy, for the file that it may be mapped from goes when a newer checkpoint is there.
+            key: part_of(value, parameter).clone() if isinstance(value, Tensor) and value.dim() else value
             for key, value in entry.items()
         }
     except ValueError as error:
