@@ -21,7 +21,6 @@ def refuse_beside_sharding(job: Any) -> None:
         options.precompute_ref_log_probs is True or job.moe.moe_load_balancing == "aux_free"
     )
     against = {
-        f"recipe {job.recipe!r}, which runs parts of the model": job.recipe == "circuit_breaker",
         "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": adapter is None
         and job.training.dtype == "fp16",
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,
