@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ExportsConfig, ModelsConfig, ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import ExportsConfig, MirrorConfig, ModelsConfig, ProviderConfig, SupervisorConfig
 from llama_stack_provider_moe.spec import (
     Adapter,
     Analysis,
@@ -108,6 +108,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `exports:`", "exports.", ExportsConfig, set()),
+    ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `defaults:`", "defaults.", JobDefaults, set()),
 ]

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import Block
 from llama_stack_provider_moe.training.distributed_state import put_away
 from llama_stack_provider_moe.training.loader import load_alike
+from llama_stack_provider_moe.training.mirroring import bring_back, require_here
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
 
@@ -60,22 +61,42 @@ def write_run_state(folder: Path, state: RunState) -> None:
 def find_resume(session: AnySession) -> Resume | None:
     """The latest whole checkpoint of the job, None where there is none; told to the events of a job that began before.
 
-    A damaged one is renamed, so that nobody takes it for whole, and the one before it is tried.
+    A damaged one is renamed, so that nobody takes it for whole, and the one before it is tried, unless a mirror has a
+    copy.
     """
-    found: Resume | None = None
-    for folder in checkpoint_folders(session.folder, session.spec):
-        wrong = verify(folder)
-        if wrong is None:
-            found = _read(session, folder)
-            break
-        session.say(f"checkpoint {folder.name} can't be used: {wrong}; kept as {folder.name}{DAMAGED}", "warning")
-        shutil.rmtree(folder.with_name(folder.name + DAMAGED), ignore_errors=True)
-        folder.rename(folder.with_name(folder.name + DAMAGED))
+    latest = _latest_whole(session)
+    if bring_back(session):
+        latest = _latest_whole(session)
+    found = None if latest is None else _read(session, latest)
     if found is not None or session.started_before:
         name = None if found is None else found.folder.name
         session.events.append(Resumed(step=0 if found is None else found.step, checkpoint=name))
         session.show(f"goes on from {name}" if name else "begins again: no checkpoint was written")
     return found
+
+
+def _latest_whole(session: AnySession) -> Path | None:
+    for folder in checkpoint_folders(session.folder, session.spec):
+        wrong = verify(folder)
+        if wrong is None:
+            return folder
+        session.say(f"checkpoint {folder.name} can't be used: {wrong}; kept as {folder.name}{DAMAGED}", "warning")
+        shutil.rmtree(folder.with_name(folder.name + DAMAGED), ignore_errors=True)
+        folder.rename(folder.with_name(folder.name + DAMAGED))
+    return None
+
+
+def agreed_resume(session: AnySession) -> Resume | None:
+    """`find_resume` as rank 0 sees it; in each process the checkpoint is there, and fits the job's steps.
+
+    Raises:
+        CheckpointError: it is not, or does not.
+    """
+    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
+    if resume is not None:
+        require_here(session, resume.folder)
+    require_same_step(session, resume)
+    return resume
 
 
 def require_same_step(session: AnySession, resume: Resume | None) -> None:

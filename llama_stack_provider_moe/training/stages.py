@@ -45,7 +45,7 @@ from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, pick_device
-from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
+from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -231,8 +231,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
-    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
-    require_same_step(session, resume)
+    resume = agreed_resume(session)
     assessment, early = None, None
     if session.spec.eval is not None and session.peers.leads:
         assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
@@ -276,6 +275,7 @@ def _fit(
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
+    saver.mirroring.finish()
     probe = None
     if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
         trainer.rest()
