@@ -14,15 +14,16 @@ def refuse_beside_sharding(job: Any) -> None:
     Raises:
         ValueError: naming both settings.
     """
+    adapter, options = job.adapter, job.options
+    if options.checkpoint_form == "sharded" and (not job.resources.sharded or adapter is not None):
+        raise ValueError("options.checkpoint_form: 'sharded' is not valid here; expected 'whole', or strategy 'fsdp' "
+                         "(resources) with adapter null, where processes have parts of what trains")  # fmt: skip
     if not job.resources.sharded:
         return
-    adapter, options = job.adapter, job.options
     ahead = isinstance(options, DPOOptions) and (
         options.precompute_ref_log_probs is True or job.moe.moe_load_balancing == "aux_free"
     )
     against = {
-        "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": adapter is None
-        and job.training.dtype == "fp16",
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,
         "adapter.use_dora true, which reads the base's weights": adapter is not None and adapter.use_dora,
         "adapter.apply_lora_to_output true": adapter is not None and adapter.apply_lora_to_output,

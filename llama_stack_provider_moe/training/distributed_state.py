@@ -39,16 +39,16 @@ def whole(tensor: Tensor) -> Tensor | None:
         kind = tensor.device_mesh.device_type
         # What is offloaded goes to its device for that: NCCL moves nothing that lies on the CPU.
         tensor = cast(DTensor, tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
-    return tensor.detach().cpu() if _leads() else None
+    return tensor.detach().cpu() if leads() else None
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of `value`, which is whole, shared out as `like` is; `value` itself where it isn't.
+    """What this process holds of `value`, which is whole, shared out as `like` is; itself where that isn't, or it is.
 
     Raises:
         ValueError: they differ in shape.
     """
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     if value.shape != like.shape:
         raise ValueError(f"a tensor {tuple(value.shape)} can't be shared out as one of {tuple(like.shape)} is")
@@ -85,15 +85,21 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     Each group also has the names of its parameters: groups differ with how the parameters are shared out, and with
     them a parameter's number.
     """
+    saved = names_of_groups(model, optimizer)
+    saved["state"] = {
+        number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for number, entry in saved["state"].items()
+    }
+    return saved
+
+
+def names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as this process has it, with the names of each group's parameters."""
     put_away(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved: dict[str, Any] = optimizer.state_dict()
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         saved_group[NAMES] = [names[parameter] for parameter in group["params"]]
-    saved["state"] = {
-        number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
-        for number, entry in saved["state"].items()
-    }
     return saved
 
 
@@ -164,5 +170,6 @@ def _by_name(
     return found
 
 
-def _leads() -> bool:
+def leads() -> bool:
+    """Whether this is the one process there is, or rank 0."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
