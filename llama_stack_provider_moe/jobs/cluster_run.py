@@ -15,8 +15,8 @@ from pydantic import Field
 from llama_stack_provider_moe.jobs.folder import write_atomic
 from llama_stack_provider_moe.spec import Block
 
-NAME = "cluster.json"
-LOOK_S = 1.0  # between two looks of a leader
+RUN_FILE = "cluster.json"
+HEED_S = 1.0  # between two looks of a leader
 # Before a run's processes begin, so that those of the run before it have seen that they were replaced, and are gone.
 FENCE_S = 5.0
 
@@ -36,16 +36,16 @@ class ClusterRun(Block):
 
     def write(self, folder: Path) -> None:
         """Make it the one that counts; readable by this user alone."""
-        write_atomic(folder / NAME, self)
+        write_atomic(folder / RUN_FILE, self)
 
 
-def read(folder: Path) -> ClusterRun | None:
+def read_run(folder: Path) -> ClusterRun | None:
     """What counts in a job's folder; None where it has never been on a cluster, or this machine does not see it.
 
     Raises:
         ValueError: the file is damaged.
     """
     try:
-        return ClusterRun.model_validate_json((folder / NAME).read_bytes())
+        return ClusterRun.model_validate_json((folder / RUN_FILE).read_bytes())
     except FileNotFoundError:
         return None

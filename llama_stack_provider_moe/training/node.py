@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llama_stack_provider_moe.jobs import cluster_run
+from llama_stack_provider_moe.jobs.cluster_run import HEED_S, read_run
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.training import main as entry
 from llama_stack_provider_moe.training.launch import SET_PARENT_DEATH_SIGNAL, Group, Part
@@ -41,7 +41,7 @@ class Plan:
 def heed(folder: Path, run: str) -> signal.Signals | None:
     """What the processes of a run are to be sent."""
     try:
-        now = cluster_run.read(folder)
+        now = read_run(folder)
     except (OSError, ValueError):  # a file server that hiccups; it is asked again
         return None
     if now is None or now.run != run or now.wish == "kill":
@@ -58,7 +58,7 @@ def main(plan: Plan) -> int:
     entry.be_quiet(folder)
     warm_up()
     address = Address(plan.host, plan.port, plan.own, plan.listening) if plan.nodes > 1 else None
-    part = Part(plan.node, plan.nodes, address, lambda: heed(folder.root, plan.run), cluster_run.LOOK_S)
+    part = Part(plan.node, plan.nodes, address, lambda: heed(folder.root, plan.run), HEED_S)
     with open(1, "wb", buffering=0, closefd=False) as output:
         ends = Group(plan.size, lambda peers, report: entry.train_as(folder, peers, report), output, part).ends()
     with open(plan.telling, "w", encoding="utf-8") as telling:

@@ -24,8 +24,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from llama_stack_provider_moe.jobs import cluster_run
-from llama_stack_provider_moe.jobs.cluster_run import FENCE_S, ClusterRun
+from llama_stack_provider_moe.jobs.cluster_run import FENCE_S, RUN_FILE, ClusterRun, read_run
 from llama_stack_provider_moe.jobs.events import EventLog, Message
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.spec.blocks import Resources
@@ -186,7 +185,7 @@ class Driver:
 
     def _heed(self) -> None:
         with suppress(OSError, ValueError):  # a file server that hiccups
-            now = cluster_run.read(self._folder.root)
+            now = read_run(self._folder.root)
             if now is None or now.run != self._mine.run or now.wish != "train":
                 raise StoppedEarly
 
@@ -243,9 +242,9 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m llama_stack_provider_moe.training.on_ray FOLDER RUN", file=sys.stderr)
         return 2
     root, run = Path(arguments[0]), arguments[1]
-    mine = cluster_run.read(root)
+    mine = read_run(root)
     if mine is None:
-        print(f"the Ray cluster's driver does not see {root / cluster_run.NAME}: `state_dir` has to be a path that "
+        print(f"the Ray cluster's driver does not see {root / RUN_FILE}: `state_dir` has to be a path that "
               "every node of the cluster shares with the server", file=sys.stderr)  # fmt: skip
         return entry.FAILED
     if mine.run != run:

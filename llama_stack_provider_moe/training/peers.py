@@ -88,7 +88,7 @@ class Peers:
         where: dict[str, Any] = {}
         if isinstance(meeting, Address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(meeting.own))
-            # accelerate 1.15 wants to know where to meet where there are several machines, though they have met by then.
+            # accelerate 1.15 asks for them on several machines, though all have met by then.
             os.environ |= {"MASTER_ADDR": meeting.host, "MASTER_PORT": str(meeting.port)}
             where["store"] = self._meet_at(meeting)
         else:

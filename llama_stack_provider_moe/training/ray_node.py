@@ -14,8 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llama_stack_provider_moe.jobs import cluster_run
-from llama_stack_provider_moe.jobs.cluster_run import ClusterRun
+from llama_stack_provider_moe.jobs.cluster_run import ClusterRun, read_run
 from llama_stack_provider_moe.training.launch import End, Ends
 from llama_stack_provider_moe.training.node import Plan
 
@@ -63,7 +62,7 @@ class Node:
         while True:
             found = None
             try:
-                found = cluster_run.read(Path(folder))
+                found = read_run(Path(folder))
                 problem = "does not see it"
             except OSError as error:
                 problem = f"can't read it ({error})"
@@ -86,7 +85,7 @@ class Node:
             OSError: they can't be started.
             ValueError: cluster.json is damaged, or of another run.
         """
-        wanted = cluster_run.read(Path(folder))
+        wanted = read_run(Path(folder))
         if wanted is None or wanted.run != run:
             raise ValueError(f"run {run} was replaced")
         self._rank, self._ends = node * size, tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115

@@ -22,8 +22,7 @@ from typing import Any
 import httpx
 
 from llama_stack_provider_moe.config import TRUST_VARIABLE, ProviderConfig, RayConfig
-from llama_stack_provider_moe.jobs import cluster_run
-from llama_stack_provider_moe.jobs.cluster_run import ClusterRun, Wish
+from llama_stack_provider_moe.jobs.cluster_run import RUN_FILE, ClusterRun, Wish, read_run
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.executors.local import JOB_VARIABLE, child_environment
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -66,7 +65,13 @@ class RayExecutor:
     def __init__(self, config: ProviderConfig, ray: RayConfig, transport: httpx.BaseTransport | None = None) -> None:
         self._config = config
         self._ray = ray
-        self._http = httpx.Client(base_url=ray.address, timeout=TIMEOUT, trust_env=False, transport=transport)
+        self._http = httpx.Client(
+            base_url=ray.address,
+            timeout=TIMEOUT,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),  # nothing is left open that somebody had to close
+            transport=transport,
+        )
         self._silent_since: float | None = None  # time.monotonic() of the first try without an answer
         self._ask_at = 0.0  # time.monotonic() of the next try of a cluster that does not answer
         self._waits_since: dict[Path, float] = {}  # of jobs that the cluster could not be told of
@@ -172,9 +177,9 @@ class RayExecutor:
     def _wish(self, child: Child, wish: Wish) -> bool:
         """Write a wish down; False where it stands already, or another run counts, or the folder is gone."""
         try:
-            now = cluster_run.read(child.folder)
+            now = read_run(child.folder)
         except ValueError as error:
-            log.warning("%s is damaged: %s", child.folder / cluster_run.NAME, error)
+            log.warning("%s is damaged: %s", child.folder / RUN_FILE, error)
             return False
         if now is None or now.run != child.run or now.wish in (wish, "kill"):
             return False
@@ -235,9 +240,9 @@ class RayExecutor:
 
 def _starts_before(folder: Path) -> int:
     try:
-        before = cluster_run.read(folder)
+        before = read_run(folder)
     except ValueError as error:  # its number is for people; names are used once all the same
-        log.warning("%s is damaged, and is written anew: %s", folder / cluster_run.NAME, error)
+        log.warning("%s is damaged, and is written anew: %s", folder / RUN_FILE, error)
         return 0
     return 0 if before is None else before.number
 
