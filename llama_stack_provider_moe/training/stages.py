@@ -80,7 +80,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
-    device = pick_device(spec.training.dtype, session.peers.rank)
+    device = pick_device(spec.training.dtype, session.peers.local_rank)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
