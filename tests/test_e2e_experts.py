@@ -329,7 +329,7 @@ def test_a_job_that_loses_a_process_goes_on_and_completes(server: Server) -> Non
     steps = {"n_epochs": 12, "batch_size": 4, "max_steps_per_epoch": 4, "dtype": "fp32"}
     with asking(server) as http:
         models = server.state_dir / "models"
-        job = together_jobs.body("sft", models, "ddp", job_uuid=name, training=steps)
+        job = together_jobs.body("sft", models, "fsdp", job_uuid=name, training=steps)
         assert http.post("/jobs", json=job).status_code == 200
         while (http.get(f"/jobs/{name}").json()["resources_allocated"].get("step") or 0) < 6:
             assert time.monotonic() < deadline

@@ -143,8 +143,8 @@ class Resources(Block):
     )
     strategy: Strategy = Field(
         default="ddp",
-        description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
-        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA.",
+        description="ddp: each process holds the whole model; fsdp: each holds its share of every weight, and "
+        "gathers a layer when it runs (FSDP2).",
     )
 
     @model_validator(mode="after")

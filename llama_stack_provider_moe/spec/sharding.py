@@ -21,8 +21,8 @@ def refuse_beside_sharding(job: Any) -> None:
         options.precompute_ref_log_probs is True or job.moe.moe_load_balancing == "aux_free"
     )
     against = {
-        f"recipe {job.recipe!r}, which runs parts of the model": job.recipe == "circuit_breaker",
-        "adapter null: all weights train": adapter is None,
+        "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": adapter is None
+        and job.training.dtype == "fp16",
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,
         "adapter.use_dora true, which reads the base's weights": adapter is not None and adapter.use_dora,
         "adapter.apply_lora_to_output true": adapter is not None and adapter.apply_lora_to_output,

@@ -22,7 +22,8 @@ from llama_stack_provider_moe.jobs.events import Resumed
 from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import Block
-from llama_stack_provider_moe.training.loader import load_weights
+from llama_stack_provider_moe.training.distributed_state import put_away
+from llama_stack_provider_moe.training.loader import load_alike
 from llama_stack_provider_moe.training.mirroring import bring_back, require_here
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
@@ -163,8 +164,8 @@ def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
                 f"({', '.join(untouched[:3])})"
             )
         return
-    source = load_weights(str(folder), type(model.config).from_pretrained(folder), model.dtype, torch.device("cpu"))
-    weights = dict(source.named_parameters())
+    put_away(model)
+    weights = dict(load_alike(folder, model).named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
@@ -43,7 +44,7 @@ from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifes
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
-from llama_stack_provider_moe.training.loader import load, pick_device
+from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, pick_device
 from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
@@ -108,8 +109,19 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         )  # fmt: skip
         resolved = replace(resolved, notes=(*resolved.notes, *told))
     shipped = apply_moe(model, layout, resolved)
+    if layout is not None and resolved.load_balancing == "aux_free":
+        _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+
+
+def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
+    """Most routers have their biases as buffers; those of Ernie 4.5 are parameters, which FSDP2 shares out."""
+    if any(isinstance(bias, DTensor) for bias in layout.biases(model).values()):
+        raise ModelError(
+            f"moe.moe_load_balancing: 'aux_free' is not valid with resources.strategy 'fsdp' and {layout.family}: the "
+            "biases that it moves are shared out; expected 'switch' or 'gshard', or strategy 'ddp'"
+        )
 
 
 def repeatable(asked: bool) -> None:
@@ -167,7 +179,7 @@ def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel,
         if base.quantized is not None:
             spare_ddp(adapted.model)
         return adapted.model, adapted.report, adapted.rates
-    if spec.training.dtype == "bf16":
+    if spec.training.dtype == "bf16" and not keeps_fp32(spec):
         session.say(
             "all weights train in bf16: a step that moves a weight by less than 1/256 of itself is rounded away; "
             "training.dtype 'fp32' keeps it",
@@ -268,10 +280,11 @@ def _fit(
     if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
         trainer.rest()
         probe = _asked(session, base, trainer)
+    weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
     kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe)]
+    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe, weights)]
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
@@ -331,9 +344,10 @@ def _keep(
     model: PreTrainedModel | PeftModel,
     last: Artifact,
     probe: Probe | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe, weights)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made
