@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "ep"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -135,7 +135,8 @@ class Resources(Block):
     strategy: Strategy = Field(
         default="ddp",
         description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
-        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA.",
+        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA; ep: each holds its share of every layer's "
+        "experts, to which tokens are sent.",
     )
 
     @model_validator(mode="after")
@@ -158,7 +159,7 @@ class Resources(Block):
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model."""
+        """Whether no process holds the whole model: then what runs it runs in all of them."""
         return self.strategy != "ddp"
 
 

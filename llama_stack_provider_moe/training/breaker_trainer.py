@@ -4,6 +4,8 @@ A step's loss is over all its tokens, however they lie in micro-batches: 4 micro
 gives. The coefficients go by optimiser steps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +61,7 @@ class BreakerTrainer(Trainer):
 
     router_aux_loss_coef = 0.0  # the model's own loss is never computed here
     peers: Peers = ALONE
+    in_step: bool = False  # all processes make as many passes of the model, or they wait for one another for ever
 
     def __init__(self, *, plan: BreakerPlan, model: Any, **arguments: Any) -> None:
         super().__init__(model=model, **arguments)
@@ -183,18 +186,33 @@ class BreakerTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         taken(inputs)
         rows = int((inputs["part"] == 0).sum())
+        kept = inputs["part"].shape[0] - rows
         with torch.no_grad():
+            somewhere = self.peers.any(rows > 0) if self.in_step else rows > 0
             if rows:
-                batch = {name: value[:rows] for name, value in inputs.items()}
-                wanted = self.plan.targets
-                self._measure(batch, self._states(batch, wanted), self._base_states(batch, wanted))
-            for row in range(rows, inputs["part"].shape[0]):
-                length = int(inputs["attention_mask"][row].sum())
-                self._measure_retained(
-                    {name: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
-                     for name, value in inputs.items()}
-                )  # fmt: skip
+                self._measure_break({name: value[:rows] for name, value in inputs.items()})
+            elif somewhere:
+                with self._for_nothing():
+                    self._measure_break(_row(inputs, 0))
+            for row in range(kept):
+                self._measure_retained(_row(inputs, rows + row))
+            with self._for_nothing():
+                for _spare in range(kept, int(self.peers.most(kept)) if self.in_step else kept):
+                    self._measure_retained(_row(inputs, 0))
         return torch.zeros(1, device=self.args.device), None, None
+
+    @contextmanager
+    def _for_nothing(self) -> Iterator[None]:
+        """Inside, what is measured counts for nothing: another process has more rows, and experts of them are here."""
+        kept, self.sums = self.sums, Sums()
+        try:
+            yield
+        finally:
+            self.sums = kept
+
+    def _measure_break(self, batch: dict[str, Tensor]) -> None:
+        wanted = self.plan.targets
+        self._measure(batch, self._states(batch, wanted), self._base_states(batch, wanted))
 
     def _states(self, batch: dict[str, Tensor], wanted: tuple[int, ...]) -> Passed:
         with self.accelerator.autocast():
@@ -230,6 +248,13 @@ class BreakerTrainer(Trainer):
         # A mean of the tokens' own shares: some models' first token has a norm that dwarfs all others.
         shares = [far_BT / state.float().norm(dim=-1).clamp(min=1e-8) for far_BT, state in zip(moved, was, strict=True)]
         self.sums.add(f"relative_distance/{part}", breaker.layer_means(shares, mask, one).mean())
+
+
+def _row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of a batch, without its padding."""
+    length = int(inputs["attention_mask"][row].sum())
+    return {name: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
+            for name, value in inputs.items()}  # fmt: skip
 
 
 def counted(counted_BT: Tensor, part_B: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
@@ -36,6 +37,7 @@ from llama_stack_provider_moe.experts.settings import (
     apply_moe,
     resolve_moe,
 )
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
@@ -43,6 +45,7 @@ from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifes
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
+from llama_stack_provider_moe.training.expert_parallel import share_experts
 from llama_stack_provider_moe.training.loader import load, pick_device
 from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
 from llama_stack_provider_moe.training.saver import Enough, Saver
@@ -68,6 +71,7 @@ class Base:
     shipped: ShippedConfig
     steering: Steering | None
     quantized: QuantizeReport | None
+    experts: ShardedExperts | None = None  # where processes hold experts of their own
 
     @property
     def vocabulary(self) -> int:
@@ -85,6 +89,10 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
+    experts = None
+    if spec.resources.strategy == "ep":
+        assert layout is not None, "its weights would not have been read"
+        experts = share_experts(model, layout, session.peers)
     shared = session.peers.size > 1
     resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
@@ -109,7 +117,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         resolved = replace(resolved, notes=(*resolved.notes, *told))
     shipped = apply_moe(model, layout, resolved)
     steering = None if layout is None else Steering(model, layout, resolved)
-    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
 
 
 def repeatable(asked: bool) -> None:
@@ -130,7 +138,9 @@ def _choose_kernels(
         return resolved
     experts = next(iter(layout.experts(model).values()))
     against = None
-    if spec.options.deterministic:
+    if spec.resources.strategy == "ep":
+        against = "each process has experts of its own (resources.strategy ep)"
+    elif spec.options.deterministic:
         against = "the clock is not to choose (options.deterministic)"
     elif not may_forget(experts):
         against = "experts have a norm of their own"
@@ -159,7 +169,14 @@ def _choose_kernels(
 
 
 def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
-    """Put LoRA on the model, or let all of it train."""
+    """Put LoRA on the model, or let all of it train; from here on a process has its own experts alone."""
+    model, report, rates = _adapt(session, base)
+    if base.experts is not None:
+        base.experts.take(model, rates)
+    return model, report, rates
+
+
+def _adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
     spec = session.spec
     set_seed(spec.options.seed)
     if spec.adapter is not None:
@@ -268,10 +285,11 @@ def _fit(
     if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
         trainer.rest()
         probe = _asked(session, base, trainer)
+    weights = trainer.weights_of_all()
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
     kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe)]
+    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe, weights)]
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
@@ -331,9 +349,10 @@ def _keep(
     model: PreTrainedModel | PeftModel,
     last: Artifact,
     probe: Probe | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe, weights)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.routing import RoutingRecorder, Total, own
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training import sharing, throughput
 from llama_stack_provider_moe.training.checkpoints import write
+from llama_stack_provider_moe.training.expert_parallel import clip, optimizer_state, part_of_state
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
@@ -70,6 +73,7 @@ class RecordingTrainer(Trainer):
         *,
         spec: TrainingSpec,
         peers: Peers = ALONE,
+        experts: ShardedExperts | None = None,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,
@@ -80,6 +84,7 @@ class RecordingTrainer(Trainer):
     ) -> None:
         self.spec = spec
         self.peers = peers
+        self.experts = experts
         self.total: Total = own if peers.size == 1 else peers.sum
         self.layout = layout
         self.resolved = resolved
@@ -117,10 +122,40 @@ class RecordingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
+        weights = self.weights_of_all()
         if not self.peers.leads:
             return
         folder = Path(output_dir or self.args.output_dir)
-        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering)
+        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering, weights)
+
+    def weights_of_all(self) -> dict[str, Tensor] | None:
+        """Where processes hold experts of their own, what is saved of all of them, in rank 0; all take part."""
+        return None if self.experts is None else self.experts.whole_state(self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With the state of all processes' experts."""
+        if self.experts is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer: Any = self.optimizer
+        bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's own around it
+        state = optimizer_state(self.model, bare, self.experts)
+        handle = bare.register_state_dict_post_hook(lambda *_: state)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            handle.remove()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Over all processes' experts."""
+        if self.experts is None:
+            return super()._clip_grad_norm(model)
+        return clip(self.model, self.experts, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.experts is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return clip(self.model, self.experts, math.inf)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint, each in its place; see `resume`."""
@@ -128,7 +163,7 @@ class RecordingTrainer(Trainer):
 
     def restore(self, model: Any, folder: Path) -> None:
         """Put a checkpoint's weights, and its routers' biases, into `model`."""
-        restore_weights(model, folder)
+        restore_weights(model, folder, self.experts)
         if self.steering is not None:
             self.steering.restore(folder)
 
@@ -142,6 +177,9 @@ class RecordingTrainer(Trainer):
         assert type(optimizer) is wanted, f"{type(optimizer).__name__} was made, {wanted.__name__} was asked for"
         self.rates.apply(optimizer)
         optimizer.register_step_post_hook(self._after_step)
+        if self.experts is not None:
+            mine = partial(part_of_state, self.model, optimizer, self.experts)
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: mine(state))
         return optimizer
 
     def _after_step(self, *_: Any) -> None:
