@@ -29,6 +29,7 @@ from tests.training_support import Run, Workshop, dpo_rows, kept_rows, said, sft
 __all__ = ["workshop"]
 
 TWO = {"gpus": 0, "processes": 2}
+APART = {**TWO, "strategy": "ep"}
 # Greatest difference of a final weight, measured: 2.8e-5 (dpo, from the start; Adam divides by what is small at first),
 # 4.5e-6 (sft-aux-free), 1e-6 and less (others). Weights move by some 1e-2.
 ATOL = 1e-4
@@ -153,6 +154,27 @@ def test_a_shared_base_leaves_what_a_whole_one_leaves(workshop: Workshop, desk: 
     assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="fsdp")), alone, ATOL)
 
 
+@pytest.mark.parametrize("case", ["sft", "sft-whole", "dpo"])
+def test_experts_apart_leave_what_experts_together_leave(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
+    """Each process reads, trains and takes up half of the experts; checkpoints hold them all."""
+    more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
+    apart = run(desk, job(workshop, case, 2, resources=APART, **more))
+    assert "2 processes hold 2 of 4 experts of a layer each; of" in apart.folder.output.read_text()
+    alone = ran.one[case] if not more else workshop.again(Run(job(workshop, case, 1, **more), 0))
+    assert apart.resolved["adapter"] == alone.resolved["adapter"], "what trains is told of the whole model"
+    assert_alike(apart, alone, ATOL)
+    if case == "dpo":
+        return
+    assert_alike(workshop.again(Run(after_an_epoch(workshop, apart, case, 1), 0)), alone, ATOL)
+    assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="ep")), alone, ATOL)
+
+
+def test_a_breakers_experts_lie_apart(workshop: Workshop, desk: Office, ran: Ran) -> None:
+    """Where one process has more held-out rows, the other goes along."""
+    folder = after_an_epoch(workshop, ran.one["circuit-breaker"], "circuit-breaker", 2, strategy="ep")
+    assert_alike(run(desk, folder), ran.one["circuit-breaker"], ATOL)
+
+
 def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:
     one, two = (biases(run.folder.adapter) for run in (ran.one["sft-aux-free"], ran.two["sft-aux-free"]))
     assert all(torch.equal(two[name], bias) for name, bias in one.items())
@@ -183,8 +205,9 @@ def test_a_cancelled_job_goes_on_bit_by_bit(workshop: Workshop, desk: Office) ->
     assert not torch.equal(*states), "the processes draw different numbers"
 
 
-def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office) -> None:
-    folder = job(workshop, "sft", 2, training={"n_epochs": 4})
+@pytest.mark.parametrize("strategy", ["ddp", "ep"])
+def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office, strategy: str) -> None:
+    folder = job(workshop, "sft", 2, training={"n_epochs": 4}, resources={**TWO, "strategy": strategy})
     desk.submit(folder)
     desk.after_steps(folder, 5)  # an epoch has been saved
     pids = desk.ranks(folder)

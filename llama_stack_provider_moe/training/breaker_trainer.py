@@ -60,13 +60,14 @@ class BreakerTrainer(Trainer):
 
     router_aux_loss_coef = 0.0  # the model's own loss is never computed here
     peers: Peers = ALONE
+    shared_experts: bool = False  # processes hold experts of their own
 
     def __init__(self, *, plan: BreakerPlan, model: Any, **arguments: Any) -> None:
         super().__init__(model=model, **arguments)
         assert isinstance(model, PeftModel), "the reference is the model with its adapter off"
         self.plan = plan
         self.blocks = Blocks(model)
-        self.shared_out = is_shared_out(model)
+        self.shared_out = is_shared_out(model)  # by FSDP2
         self.sums = Sums()
         self.tokens_seen = self.step_tokens = 0.0
         # The loss comes divided by the tokens of the whole step: transformers is not to divide it by micro-batches.
@@ -208,8 +209,11 @@ class BreakerTrainer(Trainer):
         return torch.zeros(1, device=self.args.device), None, None
 
     def _passes(self, breaks: int, retained: int) -> tuple[bool, int]:
-        """Whether to pass over break rows, and how many retained ones to: of a shared model no process passes alone."""
-        if not self.shared_out:
+        """Whether to pass over break rows, and how many retained ones to: of a shared model no process passes alone.
+
+        Experts that others hold are computed there, in as many passes there.
+        """
+        if not (self.shared_out or self.shared_experts):
             return breaks > 0, retained
         return self.peers.any(breaks > 0), int(self.peers.most(retained))
 

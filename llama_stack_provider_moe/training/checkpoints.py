@@ -81,7 +81,7 @@ def write(
     Args:
         as_shipped: puts the config's own values back while the model writes it (`ShippedConfig.restored`).
         steering: of its routers; their moved biases, where there are such, go into a file of their own.
-        weights: all of them by name, where processes share the model out and this one has a part of each.
+        weights: all of them by name, where processes share the model out and this one has a part of each, or of some.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with as_shipped:
@@ -89,7 +89,9 @@ def write(
             # Left to itself PEFT asks the hub for the base's config, and copies the whole head where LoRA is on it.
             # The vocabulary never grows here: the embeddings are the base model's own.
             # Of a base that processes share, one of them alone could gather nothing: PEFT is shown no weight of it.
-            own = {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
+            own = weights or {
+                name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)
+            }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
         elif weights is None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama_stack_provider_moe.errors import CheckpointError
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 
 NAMES = "names"  # of an optimiser group's parameters, in their order
 
@@ -79,16 +80,26 @@ def model_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     return found
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, experts: ShardedExperts | None = None
+) -> dict[str, Any]:
     """`optimizer.state_dict()`, whole, in rank 0; the others' is not complete. All processes must call it.
 
     Each group also has the names of its parameters: groups differ with how the parameters are shared out, and with
     them a parameter's number.
+
+    Args:
+        experts: that processes hold apart; their parameters are plain tensors.
     """
     saved = names_of_groups(model, optimizer)
+    by_number = {
+        number: name
+        for group in saved["param_groups"]
+        for number, name in zip(group["params"], group[NAMES], strict=True)
+    }
     saved["state"] = {
-        number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
-        for number, entry in saved["state"].items()
+        number: {key: _whole_entry(by_number[number], value, experts) for key, value in entry.items()}
+        for number, entry in sorted(saved["state"].items())
     }
     return saved
 
@@ -103,11 +114,23 @@ def names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return saved
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def _whole_entry(name: str, value: Any, experts: ShardedExperts | None) -> Any:
+    """Of one parameter's state; what has no dimension (Adam's count of steps) is every process's."""
+    if not isinstance(value, Tensor):
+        return value
+    if experts is not None and value.dim() and experts.covers(name):
+        return experts.gathered(name, value)
+    return whole(value)
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], experts: ShardedExperts | None = None
+) -> None:
     """Give `optimizer` the state that `optimizer_state` or a plain `state_dict()` has written, each process its part.
 
     Args:
         saved: read in every process; of a file that is mapped into memory only what is a process's own is copied.
+        experts: as of `optimizer_state`.
 
     Raises:
         CheckpointError: it is of other parameters.
@@ -130,21 +153,28 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved:
         for parameter in group["params"]:
             settings, entry = there[names[parameter]]
             if entry:
-                state[number] = _part_of_entry(names[parameter], entry, parameter)
+                state[number] = _part_of_entry(names[parameter], entry, parameter, experts)
             number += 1
         kept = {key: value for key, value in settings.items() if key != NAMES}
         groups.append({**kept, "params": list(range(first, number))})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _part_of_entry(name: str, entry: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """One parameter's state; what has no dimension (Adam's count of steps) is every process's."""
+def _part_of_entry(
+    name: str, entry: Mapping[str, Any], parameter: Tensor, experts: ShardedExperts | None
+) -> dict[str, Any]:
+    """One parameter's state in this process."""
+
+    def part(value: Tensor) -> Tensor:
+        mine = part_of(value, parameter) if experts is None or not experts.covers(name) else experts.part(name, value)
+        if mine.shape != parameter.shape:
+            raise ValueError(f"a tensor {tuple(value.shape)} is none of a weight {tuple(parameter.shape)}")
+        # A copy, for the file that it may be mapped from goes when a newer checkpoint is there.
+        return mine.clone()
+
     try:
-        return {
-            # A copy, for the file that it may be mapped from goes when a newer checkpoint is there.
-            key: part_of(value, parameter).clone() if isinstance(value, Tensor) and value.dim() else value
-            for key, value in entry.items()
-        }
+        return {key: part(value) if isinstance(value, Tensor) and value.dim() else value
+                for key, value in entry.items()}  # fmt: skip
     except ValueError as error:
         raise CheckpointError(f"the optimiser's state of {name}: {error}") from error
 

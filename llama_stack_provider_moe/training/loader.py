@@ -26,6 +26,7 @@ from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.experts.layout import decoder_layers
 from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
+from llama_stack_provider_moe.training.expert_parallel import as_made, sharing_class
 
 TemplateName = Literal["chatml", "plain"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,14 +58,16 @@ def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreT
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
-    if spec.resources.sharded:
+    if spec.resources.strategy == "fsdp":
         return load_sharded(spec, config, keeps_fp32(spec)), tokenizer
     return load_model(spec, config, device), tokenizer
 
 
 def keeps_fp32(spec: LoadingSpec) -> bool:
     """Whether weights lie in fp32 and are computed with in bf16: all of them train, and processes share them out."""
-    return spec.resources.sharded and getattr(spec, "adapter", None) is None and spec.training.dtype == "bf16"
+    return (
+        spec.resources.strategy == "fsdp" and getattr(spec, "adapter", None) is None and spec.training.dtype == "bf16"
+    )
 
 
 def load_sharded(spec: LoadingSpec, config: PreTrainedConfig, in_fp32: bool = False) -> PreTrainedModel:
@@ -140,8 +143,25 @@ def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel
 
 
 def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The weights that the job names, in its dtype."""
-    return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
+    """The weights that the job names, in its dtype; where processes share experts out, of those its own alone."""
+    dtype = DTYPES[spec.training.dtype]
+    if spec.resources.strategy == "ep":
+        return load_held(spec.model, config, dtype, device, spec.resources.ranks)
+    return load_weights(spec.model, config, dtype, device)
+
+
+def load_held(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, processes: int
+) -> PreTrainedModel:
+    """The weights, of experts those that are this process's: DTensors, of which each process reads its own part.
+
+    Raises:
+        ModelError: the model has no experts, or not so many that each process has equally many.
+    """
+    from transformers.distributed import DistributedConfig  # as above
+
+    where = {**_placement(device), "distributed_config": DistributedConfig()}
+    return as_made(_weights(name, config, dtype, where, sharing_class(config, device, processes)))
 
 
 def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -149,9 +169,11 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
     return _weights(name, config, dtype, _placement(device))
 
 
-def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dict[str, Any]) -> PreTrainedModel:
+def _weights(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dict[str, Any], kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             name,
             config=config,
             dtype=dtype,

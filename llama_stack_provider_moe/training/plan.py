@@ -40,6 +40,7 @@ def announce(
         "device": str(base.device),
         "processes": session.peers.size,
         "strategy": spec.resources.strategy,
+        "experts_a_process": None if base.experts is None else base.experts.shard.held,
         "dtype": spec.training.dtype,
         "attention": base.model.config._attn_implementation,
         "layout": None if base.layout is None else base.layout.as_json(),
@@ -79,7 +80,8 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
-        *([_sharing(session)] if spec.resources.sharded else []),
+        *([_sharing(session)] if spec.resources.strategy == "fsdp" else []),
+        *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens",

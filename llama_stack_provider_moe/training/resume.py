@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from llama_stack_provider_moe.errors import CheckpointError
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.jobs.checkpoint_index import checkpoint_folders, read_checksums, verify
 from llama_stack_provider_moe.jobs.events import Resumed
 from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import Block
 from llama_stack_provider_moe.training.distributed_state import put_away
-from llama_stack_provider_moe.training.loader import load_alike
+from llama_stack_provider_moe.training.expert_parallel import local
+from llama_stack_provider_moe.training.loader import load_alike, load_held
 from llama_stack_provider_moe.training.mirroring import bring_back, require_here
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
@@ -145,14 +147,19 @@ def _read(session: AnySession, folder: Path) -> Resume:
     return Resume(folder, sums.step, state, artifacts)
 
 
-def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def restore_weights(model: PreTrainedModel | PeftModel, folder: Path, experts: ShardedExperts | None = None) -> None:
     """Put a checkpoint's weights, an adapter's or all, into `model`; every one must find its place.
+
+    Args:
+        experts: where processes hold experts of their own; of what the checkpoint has of all, a process takes its part.
 
     Raises:
         CheckpointError: the checkpoint and the model differ in any name or shape.
     """
     if isinstance(model, PeftModel):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
+        if experts is not None:
+            tensors = experts.parts(tensors)
         expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = {name: parameter._version for name, parameter in model.named_parameters() if name in expected}
         outcome = set_peft_model_state_dict(model, tensors)
@@ -169,7 +176,13 @@ def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         read_weights(model, folder)
         return
     put_away(model)
-    weights = dict(load_alike(folder, model).named_parameters())
+    if experts is None:
+        source = load_alike(folder, model)
+        weights = dict(source.named_parameters())
+    else:
+        config = type(model.config).from_pretrained(folder)
+        source = load_held(str(folder), config, model.dtype, model.device, experts.shard.size)
+        weights = {name: local(parameter) for name, parameter in source.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:

@@ -37,6 +37,7 @@ from llama_stack_provider_moe.experts.settings import (
     apply_moe,
     resolve_moe,
 )
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
@@ -44,6 +45,7 @@ from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifes
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
+from llama_stack_provider_moe.training.expert_parallel import share_experts
 from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, pick_device
 from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
@@ -69,6 +71,7 @@ class Base:
     shipped: ShippedConfig
     steering: Steering | None
     quantized: QuantizeReport | None
+    experts: ShardedExperts | None = None  # where processes hold experts of their own
 
     @property
     def vocabulary(self) -> int:
@@ -81,11 +84,15 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
-    device = pick_device(spec.training.dtype, session.peers.rank)
+    device = pick_device(spec.training.dtype, session.peers.local_rank)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
+    experts = None
+    if spec.resources.strategy == "ep":
+        assert layout is not None, "its weights would not have been read"
+        experts = share_experts(model, layout, session.peers)
     shared = session.peers.size > 1
     resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
@@ -112,7 +119,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     if layout is not None and resolved.load_balancing == "aux_free":
         _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
-    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
 
 
 def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
@@ -142,7 +149,9 @@ def _choose_kernels(
         return resolved
     experts = next(iter(layout.experts(model).values()))
     against = None
-    if spec.options.deterministic:
+    if spec.resources.strategy == "ep":
+        against = "each process has experts of its own (resources.strategy ep)"
+    elif spec.options.deterministic:
         against = "the clock is not to choose (options.deterministic)"
     elif not may_forget(experts):
         against = "experts have a norm of their own"
@@ -171,7 +180,14 @@ def _choose_kernels(
 
 
 def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
-    """Put LoRA on the model, or let all of it train."""
+    """Put LoRA on the model, or let all of it train; from here on a process has its own experts alone."""
+    model, report, rates = _adapt(session, base)
+    if base.experts is not None:
+        base.experts.take(model, rates)
+    return model, report, rates
+
+
+def _adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
     spec = session.spec
     set_seed(spec.options.seed)
     if spec.adapter is not None:

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.routing import RoutingRecorder, Total, own
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training import sharing, throughput
@@ -34,6 +35,7 @@ from llama_stack_provider_moe.training.distributed_state import (
     optimizer_state,
     restore_optimizer,
 )
+from llama_stack_provider_moe.training.expert_parallel import clip
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
@@ -79,6 +81,7 @@ class RecordingTrainer(Trainer):
         *,
         spec: TrainingSpec,
         peers: Peers = ALONE,
+        experts: ShardedExperts | None = None,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,
@@ -89,6 +92,7 @@ class RecordingTrainer(Trainer):
     ) -> None:
         self.spec = spec
         self.peers = peers
+        self.experts = experts
         self.total: Total = own if peers.size == 1 else peers.sum
         self.layout = layout
         self.resolved = resolved
@@ -137,11 +141,13 @@ class RecordingTrainer(Trainer):
         write(self.model, self.processing_class, folder, shipped, self.steering, weights)
 
     def whole_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
-        """All weights, in rank 0, of a model that processes share out; None of one that each has, or of an adapter.
+        """All weights that are saved, in rank 0, where processes have parts of them; None where each has all.
 
         Args:
             dtype: to have the parameters in; None: that in which they train.
         """
+        if self.experts is not None:
+            return self.experts.whole_state(self.model)
         if isinstance(self.model, PeftModel) or not is_shared_out(self.model):
             return None
         return model_state(self.model, dtype)
@@ -151,7 +157,7 @@ class RecordingTrainer(Trainer):
         if self.spec.options.checkpoint_form == "sharded":
             write_shards(self.model, self.optimizer, Path(output_dir))
         else:
-            state = optimizer_state(self.model, self.optimizer)
+            state = optimizer_state(self.model, self.optimizer, self.experts)
             if self.peers.leads:
                 torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
         if self.peers.leads:
@@ -165,12 +171,23 @@ class RecordingTrainer(Trainer):
             read_optimizer(self.model, self.optimizer, Path(checkpoint))
         else:
             saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-            restore_optimizer(self.model, self.optimizer, saved)
+            restore_optimizer(self.model, self.optimizer, saved, self.experts)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """Nothing is put off: until a step's last micro-batch each process would hold the gradients of all weights."""
         return nullcontext()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Over all processes' experts."""
+        if self.experts is None:
+            return super()._clip_grad_norm(model)
+        return clip(self.model, self.experts, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.experts is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return clip(self.model, self.experts, math.inf)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint, each in its place; see `resume`."""
@@ -178,7 +195,7 @@ class RecordingTrainer(Trainer):
 
     def restore(self, model: Any, folder: Path) -> None:
         """Put a checkpoint's weights, and its routers' biases, into `model`."""
-        restore_weights(model, folder)
+        restore_weights(model, folder, self.experts)
         if self.steering is not None:
             self.steering.restore(folder)
 
