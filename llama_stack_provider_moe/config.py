@@ -155,6 +155,28 @@ class ExportsConfig(Block):
         return [check_url(url) for url in urls]
 
 
+# Tells a training process `mirror.url`; like trust it is not the job's owner's to say.
+MIRROR_VARIABLE = "MOE_MIRROR_URL"
+
+
+class MirrorConfig(Block):
+    """A second place of every job's checkpoints and artifacts."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,62}(/[A-Za-z0-9_.=-]+)*|file:///[^?#*\[\]]+)/?$",
+        description="Prefix that they are copied under, `s3://bucket/prefix` (extra `s3`, the machine's AWS_* "
+        "settings) or `file:///folder`, and come back from where they are gone; left out: none.",
+    )
+
+    @field_validator("url", mode="after")
+    @classmethod
+    def _stays_below(cls, url: str | None) -> str | None:
+        if url is not None and {".", ".."} & set(url.split("/")):
+            raise ValueError(f"{url!r} has a part that leads elsewhere ('.' or '..')")
+        return url
+
+
 class RayConfig(Block):
     """A Ray cluster that is there already; its nodes share `state_dir`."""
 
@@ -239,6 +261,7 @@ class ProviderConfig(Block):
     )
     models: ModelsConfig = Field(default_factory=ModelsConfig)
     exports: ExportsConfig = Field(default_factory=ExportsConfig)
+    mirror: MirrorConfig = Field(default_factory=MirrorConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)

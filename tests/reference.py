@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from llama_stack_provider_moe.config import (
     ExecutorsConfig,
     ExportsConfig,
+    MirrorConfig,
     ModelsConfig,
     ProviderConfig,
     RayConfig,
@@ -115,6 +116,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `exports:`", "exports.", ExportsConfig, set()),
+    ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),

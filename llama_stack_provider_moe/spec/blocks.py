@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
 ExecutorName = Literal["local", "ray"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "ep"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -143,8 +143,9 @@ class Resources(Block):
     )
     strategy: Strategy = Field(
         default="ddp",
-        description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
-        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA.",
+        description="ddp: each process holds the whole model; fsdp: each holds its share of every weight, and "
+        "gathers a layer when it runs (FSDP2); ep: each holds its share of every layer's experts, to which tokens are "
+        "sent.",
     )
 
     @model_validator(mode="after")
@@ -179,7 +180,7 @@ class Resources(Block):
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model."""
+        """Whether no process holds the whole model: then what runs it runs in all of them."""
         return self.strategy != "ddp"
 
 

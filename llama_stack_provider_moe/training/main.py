@@ -21,6 +21,7 @@ from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, St
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
 from llama_stack_provider_moe.training.launch import End, Group, Report, Verdict, die_of
+from llama_stack_provider_moe.training.mirroring import Mirroring
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
 from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
 from llama_stack_provider_moe.training.warmth import warm_up
@@ -111,6 +112,10 @@ def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
         events.append(Started(pid=os.getpid(), versions=_versions(peers)))
         manifest = run(session)
         if peers.leads:
+            copies = Mirroring(session)
+            for artifact in manifest.artifacts:
+                copies.keep(artifact)
+            copies.finish()
             write_atomic(folder.manifest, manifest)
         if report is not None:
             report(End(peers.rank, "completed"))

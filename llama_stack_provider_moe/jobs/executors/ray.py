@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from llama_stack_provider_moe.config import TRUST_VARIABLE, ProviderConfig, RayConfig
+from llama_stack_provider_moe.config import MIRROR_VARIABLE, TRUST_VARIABLE, ProviderConfig, RayConfig
 from llama_stack_provider_moe.jobs.cluster_run import RUN_FILE, ClusterRun, Wish, read_run
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.executors.local import JOB_VARIABLE, child_environment
@@ -117,7 +117,7 @@ class RayExecutor:
 
     def _new_run(self, child: Child, number: int) -> ClusterRun:
         ours = child_environment(os.environ, self._config, child.folder)
-        decided = {name: ours[name] for name in (JOB_VARIABLE, TRUST_VARIABLE)}
+        decided = {name: ours[name] for name in (JOB_VARIABLE, MIRROR_VARIABLE, TRUST_VARIABLE)}
         return ClusterRun(
             run=str(child.run),
             number=number,

@@ -48,6 +48,11 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         layers = None if self.plan.whole else max(self.plan.targets) + 1
         return work_of(self.model, self.layout, references=1, head=self.plan.logits, layers=layers)
 
+    @property
+    def shared_experts(self) -> bool:  # type: ignore[override]
+        """Whether processes hold experts of their own."""
+        return self.experts is not None
+
     def weigh(self, loss: Tensor, share: Share) -> Tensor:
         """The loss is this process's part of the step's already."""
         return loss * self.peers.size
@@ -113,6 +118,7 @@ def run(session: Session[BreakerSpec]) -> Manifest:
     trainer = CircuitBreaker(
         spec=spec,
         peers=session.peers,
+        experts=base.experts,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
