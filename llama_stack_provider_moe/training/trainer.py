@@ -166,6 +166,17 @@ class RecordingTrainer(Trainer):
         """Nothing is put off: until a step's last micro-batch each process would hold the gradients of all weights."""
         return nullcontext()
 
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        """Where experts alone train there is nothing to average, and DDP refuses to do nothing."""
+        if self.experts is None or not self.experts.alone(self.model):
+            return super()._prepare_for_training(*arguments, **keywords)
+        accelerator: Any = self.accelerator
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # unwrapped, that is
+        try:
+            return super()._prepare_for_training(*arguments, **keywords)
+        finally:
+            del accelerator.prepare_model
+
     def _clip_grad_norm(self, model: Any) -> Any:
         """Over all processes' experts."""
         if self.experts is None:
