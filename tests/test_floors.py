@@ -44,6 +44,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         # Of exports what training leaves for them beside its weights.
         GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
+    # Alone in naming Unsloth: parts of it are AGPL-3.0, and it is in an environment of its own.
+    "training.unsloth_base": (LEARNING | {"unsloth"}, GROUND | {"experts", "training"}),
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,

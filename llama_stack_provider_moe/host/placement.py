@@ -4,10 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.host import exports, places, reports
 from llama_stack_provider_moe.host.convert import Draft
 from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, RoutingAnalysisSpec, SafetyEvaluation
+
+NO_UNSLOTH = (
+    "'hf': this server has no environment with Unsloth. Its operator makes one (a virtual environment, `pip install -r "
+    "constraints-unsloth.txt`, this package with --no-deps) and names its interpreter in `unsloth_python`"
+)
 
 
 def placed(
@@ -41,6 +47,8 @@ def placed(
                 spec.adapter_folder, request.name("adapter_folder"), config, may_use_job
             )
         return spec.model_copy(update=found)
+    if spec.loader == "unsloth" and config.unsloth_python is None:
+        raise InvalidInput(request.name("loader"), spec.loader, NO_UNSLOTH)
     if spec.export is not None:
         exports.must_be_possible(spec.export, request, config)
     if spec.adapter is not None and spec.adapter.from_analysis is not None:

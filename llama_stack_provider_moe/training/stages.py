@@ -43,7 +43,7 @@ from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifes
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
-from llama_stack_provider_moe.training.loader import load, pick_device
+from llama_stack_provider_moe.training.loader import load, load_tokenizer, pick_device
 from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
@@ -81,6 +81,8 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype, session.peers.rank)
+    if spec.loader == "unsloth":
+        return _by_unsloth(session, device)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
@@ -110,6 +112,17 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     shipped = apply_moe(model, layout, resolved)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+
+
+def _by_unsloth(session: AnySession, device: torch.device) -> Base:
+    from llama_stack_provider_moe.training import unsloth_base  # Unsloth is in its own environment alone
+
+    spec = session.spec
+    tokenizer = load_tokenizer(spec)
+    model, layout = unsloth_base.load(spec, device)
+    resolved = unsloth_base.resolve(spec, layout)
+    coded = unsloth_base.quantized(spec, model, layout)
+    return Base(model, tokenizer, device, layout, resolved, ShippedConfig(text_config(model), {}), None, coded)
 
 
 def repeatable(asked: bool) -> None:
@@ -162,6 +175,11 @@ def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel,
     """Put LoRA on the model, or let all of it train."""
     spec = session.spec
     set_seed(spec.options.seed)
+    if spec.loader == "unsloth":
+        from llama_stack_provider_moe.training import unsloth_base
+
+        by_unsloth = unsloth_base.adapt(spec, base.model, base.layout, base.resolved)
+        return by_unsloth.model, by_unsloth.report, by_unsloth.rates
     if spec.adapter is not None:
         adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
         if base.quantized is not None:
@@ -265,8 +283,8 @@ def _fit(
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
     probe = None
-    if session.peers.leads or session.spec.resources.shard_base:  # which runs in all processes, or in none
-        trainer.rest()
+    if session.spec.loader == "hf" and (session.peers.leads or session.spec.resources.shard_base):
+        trainer.rest()  # shard_base runs in all processes, or in none
         probe = _asked(session, base, trainer)
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
