@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.training.loader import _require_mixed
-from llama_stack_provider_moe.training.main import COMPLETED, STOPPED
+from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
 from tests import tiny_models
 from tests.alike import assert_alike, curve
 from tests.together import Office, office
@@ -37,9 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     # A reference that is shared out too; micro-batches whose gradients add up.
     "dpo": {"recipe": "dpo", "family": "mixtral", "rows": dpo_rows(17), "options": {"precompute_ref_log_probs": False},
             "training": {"gradient_accumulation_steps": 2}},
+    # A head that FSDP2 gathers apart from the final norm, and for its own forward alone.
+    "head-apart": {"recipe": "sft", "family": "lfm2_moe", "rows": sft_rows(9), "training": {"n_epochs": 1}},
     # Two passes, no further than block 0 but for its balance: above, routers alone have a part in the loss. Of held-out
-    # rows each process has other kinds, of each of which a pass is both's.
+    # rows one process has two to break, the other two to retain; a pass is both's.
     "circuit-breaker": {"recipe": "circuit_breaker", "family": "qwen3_moe", "rows": sft_rows(9), "batch": 4,
+                        "validation": sft_rows(2, first=100),
                         "adapter": {"rank": 4}, "optimizer": {"optimizer_type": "sgd", "lr": 0.2},
                         "efficiency": {"enable_activation_checkpointing": True},
                         "moe": {"train_router": True, "router_aux_loss_coef": 0.1},
@@ -47,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
                                             "retain": {"dataset_id": "a", "ratio": 1.5, "validation_dataset_id": "b"},
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
 }  # fmt: skip
-WHOLE = ["sft", "dpo"]
+RESUMED = ["sft", "dpo"]
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
@@ -101,7 +104,7 @@ def run(desk: Office, folder: JobFolder) -> Run:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_model_leaves_what_a_whole_one_leaves(one: dict[str, Run], two: dict[str, Run], case: str) -> None:
-    what = "weights" if case in WHOLE else "base   "
+    what = "base   " if "adapter" in CASES[case] else "weights"
     assert f"{what}   shared out among 2 processes (FSDP2)\n" in two[case].folder.output.read_text()
     assert_alike(two[case], one[case], ATOL)
 
@@ -122,7 +125,7 @@ def test_a_checkpoint_in_parts_is_gone_on_from_by_all_and_by_one(
     assert_alike(workshop.again(Run(after_an_epoch(workshop, unbroken, 1), 0)), one["dpo"], ATOL)
 
 
-@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("case", RESUMED)
 def test_one_process_goes_on_from_them_and_they_from_one(
     workshop: Workshop, desk: Office, one: dict[str, Run], two: dict[str, Run], case: str
 ) -> None:
@@ -168,6 +171,12 @@ def test_small_steps_are_not_rounded_away_in_bf16(workshop: Workshop, desk: Offi
     config = json.loads((found.folder.model / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "distributed_config" not in config
+
+
+def test_biases_that_are_parameters_are_not_moved_in_parts(workshop: Workshop, desk: Office) -> None:
+    folder = workshop.job("sft", "ernie4_5_moe", moe={"moe_load_balancing": "aux_free"}, resources=TWO)
+    assert run(desk, folder).exit_code == FAILED
+    assert str(desk.job(folder).reason).startswith("moe.moe_load_balancing: 'aux_free' is not valid with")
 
 
 def test_what_can_not_be_in_parts_or_in_bf16_is_refused(workshop: Workshop) -> None:
