@@ -21,10 +21,20 @@ GROUND = {"errors", "spec", "config", "datarows", "llama_cpp"}
 
 # room (longest prefix wins) -> third parties it may import, modules of ours it may import
 # What reads and writes a job's folder, where the towers meet; the store is not among it.
-FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index", "jobs.exports"}
+FOLDER = {
+    "jobs.folder",
+    "jobs.events",
+    "jobs.scan",
+    "jobs.checkpoint_index",
+    "jobs.cluster_run",
+    "jobs.exports",
+    "jobs.mirrors",
+}
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     **{room: ({"pydantic"}, GROUND) for room in GROUND},
     "jobs": ({"pydantic", "sqlalchemy", "alembic"}, GROUND | {"jobs"}),
+    "jobs.mirrors": ({"pydantic", "fsspec"}, GROUND | FOLDER),
+    "jobs.executors.ray": ({"httpx"}, GROUND | {"jobs"}),  # Ray's own client would import half of Ray
     "": ({"fastapi"}, GROUND | {"host", "provider"}),  # the package itself: lazy doors, fastapi for a type alone
     "provider": (set(), GROUND | {"", "host"}),  # "": the doors themselves, not what lies behind them
     "host": ({"pydantic", "fastapi", "starlette", "opentelemetry"}, GROUND | {"jobs", "host"}),
@@ -44,6 +54,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         # Of exports what training leaves for them beside its weights.
         GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
+    "training.on_ray": ({"ray"}, GROUND | {"training"} | FOLDER),
+    "training.ray_node": ({"ray"}, GROUND | {"training"} | FOLDER),
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,

@@ -40,8 +40,9 @@ def _reference_ahead(job: Any) -> bool:
 
 def _against_fsdp(job: Any) -> dict[str, bool]:
     return {
-        f"recipe {job.recipe!r}, which runs parts of the model": job.recipe == "circuit_breaker",
-        "adapter null: all weights train": job.adapter is None,
+        "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": (
+            job.adapter is None and job.training.dtype == "fp16"
+        ),
         "adapter.apply_lora_to_output true": job.adapter is not None and job.adapter.apply_lora_to_output,
     }
 

@@ -79,7 +79,7 @@ def write(
     Args:
         as_shipped: puts the config's own values back while the model writes it (`ShippedConfig.restored`).
         steering: of its routers; their moved biases, where there are such, go into a file of their own.
-        weights: where this process has not all of them, those of all: what is written.
+        weights: all of them by name, where processes share the model out and this one has a part of each, or of some.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with as_shipped:
@@ -92,11 +92,27 @@ def write(
             }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
+        elif weights is None:
+            model.save_pretrained(folder)
         else:
-            model.save_pretrained(folder, state_dict=weights)
+            _write_gathered(model, weights, folder)
     tokenizer.save_pretrained(folder)
     if steering is not None:
         steering.save(folder)
+
+
+def _write_gathered(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Transformers would gather them itself, in all processes, and say that they are in the dtype they train in."""
+    config = model.config
+    shared, config.distributed_config = config.distributed_config, None
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+        trained_in = config.dtype
+        (config.dtype,) = {weights[name].dtype for name, _ in model.named_parameters()}
+        config.save_pretrained(folder)
+        config.dtype = trained_in
+    finally:
+        config.distributed_config = shared
 
 
 def _tell_ranks(weights: Path, ranks: dict[str, list[int]]) -> None:

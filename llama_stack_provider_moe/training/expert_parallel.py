@@ -7,7 +7,6 @@ of reading a checkpoint is used: of a parameter that is a DTensor each process r
 one tensor an expert.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -103,49 +102,6 @@ def clip(model: nn.Module, experts: ShardedExperts, max_norm: float) -> Tensor:
     return norm
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, experts: ShardedExperts) -> dict[str, Any]:
-    """`optimizer.state_dict()` as one process with all experts would have it, in rank 0. All take part."""
-    state = optimizer.state_dict()
-    names = dict(_names(model, optimizer))
-    for number in sorted(state["state"]):
-        if experts.covers(names[number]):
-            state["state"][number] = {
-                key: experts.gathered(names[number], value) if _has_experts(value) else value
-                for key, value in state["state"][number].items()
-            }
-    return state
-
-
-def part_of_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, experts: ShardedExperts, state: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Of what `optimizer_state` gave, or one process's own `state_dict()`, what is this process's."""
-    names = dict(_names(model, optimizer))
-    return {
-        **state,
-        "state": {
-            number: {
-                key: experts.part(names[number], value).clone()
-                if _has_experts(value) and experts.covers(names[number])
-                else value
-                for key, value in entry.items()
-            }
-            for number, entry in state["state"].items()
-        },
-    }
-
-
 def local(parameter: Tensor) -> Tensor:
     """What this process has of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _has_experts(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0  # Adam's count of steps has none
-
-
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str]]:
-    """A parameter's number in the optimiser's state, and its name."""
-    by_parameter = {parameter: name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return ((number, by_parameter[parameter]) for number, parameter in enumerate(parameters))

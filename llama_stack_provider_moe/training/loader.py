@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.config import TRUST_VARIABLE
 from llama_stack_provider_moe.errors import ModelError, shorten
+from llama_stack_provider_moe.experts.layout import decoder_layers
 from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
 from llama_stack_provider_moe.training.expert_parallel import as_made, sharing_class
@@ -58,25 +59,73 @@ def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreT
     config = _config(spec.model)
     tokenizer = load_tokenizer(spec)
     if spec.resources.strategy == "fsdp":
-        return load_sharded(spec, config), tokenizer
+        return load_sharded(spec, config, keeps_fp32(spec)), tokenizer
     return load_model(spec, config, device), tokenizer
 
 
-def load_sharded(spec: LoadingSpec, config: PreTrainedConfig) -> PreTrainedModel:
+def keeps_fp32(spec: LoadingSpec) -> bool:
+    """Whether weights lie in fp32 and are computed with in bf16: all of them train, and processes share them out."""
+    return (
+        spec.resources.strategy == "fsdp" and getattr(spec, "adapter", None) is None and spec.training.dtype == "bf16"
+    )
+
+
+def load_sharded(spec: LoadingSpec, config: PreTrainedConfig, in_fp32: bool = False) -> PreTrainedModel:
     """The weights shared out among the job's processes as they are read (transformers 5.23, by FSDP2).
+
+    Args:
+        spec: names the model, its dtype and how many processes there are.
+        config: of the model.
+        in_fp32: see `keeps_fp32`; a layer is gathered in bf16, and its gradients are summed in fp32.
 
     Raises:
         ModelError: the family has no plan for that.
     """
     from transformers.distributed import DistributedConfig  # not in every version that does without it here
 
-    sharding = {"distributed_config": DistributedConfig(fsdp_size=spec.resources.ranks)}
-    model = _weights(spec.model, config, DTYPES[spec.training.dtype], sharding)
+    sharding = DistributedConfig(fsdp_size=spec.resources.ranks, fsdp_mixed_precision=in_fp32)
+    dtype = torch.float32 if in_fp32 else DTYPES[spec.training.dtype]
+    model = _weights(spec.model, config, dtype, {"distributed_config": sharding})
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
         raise ModelError(f"resources.strategy: fsdp: {len(whole)} weights of {type(model).__name__} are not shared out "
                          f"({', '.join(whole[:3])})")  # fmt: skip
+    if in_fp32:
+        _require_mixed(model)
     return model
+
+
+def _require_mixed(model: PreTrainedModel) -> None:
+    """Hold the model to fp32 weights and products in bf16: here, and in the first pass through its first layer.
+
+    Raises:
+        ModelError: the model wants some weights in fp32 whatever the rest is in; transformers gathers those in bf16.
+    """
+    names = [name for name, parameter in model.named_parameters()]
+    wanted = [name for name in names for part in model._keep_in_fp32_modules_strict or () if part in name]
+    if wanted:
+        raise ModelError(
+            f"training.dtype: 'bf16' is not valid with resources.strategy 'fsdp' and all weights training: this model "
+            f"keeps {len(wanted)} of them in fp32 ({', '.join(wanted[:2])}), and FSDP2 would not; expected 'fp32'"
+        )
+    kept_in = {parameter.dtype for parameter in model.parameters()}
+    assert kept_in == {torch.float32}, f"weights that train lie in {kept_in}"
+    layer = decoder_layers(model)[1][0]
+
+    def look(*_: Any) -> None:
+        handle.remove()
+        gathered_in = {parameter.dtype for parameter in layer.parameters()}
+        assert gathered_in == {torch.bfloat16}, f"a layer was gathered in {gathered_in}"
+
+    handle = layer.register_forward_pre_hook(look)
+
+
+def load_alike(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The weights in `folder`, those of `model` at another time; in its dtype, and shared out as its are."""
+    config = type(model.config).from_pretrained(folder)
+    sharding = getattr(model.config, "distributed_config", None)
+    where = _placement(torch.device("cpu")) if sharding is None else {"distributed_config": sharding}
+    return _weights(str(folder), config, model.dtype, where)
 
 
 def load_beside(

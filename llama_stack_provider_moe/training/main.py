@@ -20,7 +20,8 @@ from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
-from llama_stack_provider_moe.training.launch import End, Group, Report, die_of
+from llama_stack_provider_moe.training.launch import End, Group, Report, Verdict, die_of
+from llama_stack_provider_moe.training.mirroring import Mirroring
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
 from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
 from llama_stack_provider_moe.training.warmth import warm_up
@@ -63,14 +64,19 @@ def run(session: Session[JobSpec]) -> Manifest:
 
 def train(folder: JobFolder) -> int:
     """One job in one process, from its folder to an exit code."""
-    return _train(folder, ALONE, None)
+    return train_as(folder, ALONE, None)
 
 
 def train_together(folder: JobFolder, size: int) -> int:
     """One job in `size` processes forked from this one, which trains nothing itself; does not return for a lost one."""
     warm_up()
     with open(1, "wb", buffering=0, closefd=False) as output:
-        found = Group(size, lambda peers, report: _train(folder, peers, report), output).run()
+        found = Group(size, lambda peers, report: train_as(folder, peers, report), output).run()
+    return conclude(folder, found)
+
+
+def conclude(folder: JobFolder, found: Verdict) -> int:
+    """Write down how a job of several processes ended, and its exit code; one that was killed ends this process too."""
     if found.end is None:
         assert found.signal is not None
         flush()
@@ -87,7 +93,7 @@ def train_together(folder: JobFolder, size: int) -> int:
     return STOPPED if stopped else FAILED
 
 
-def _train(folder: JobFolder, peers: Peers, report: Report | None) -> int:
+def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
     """What one process does of a job. Its end goes to `report` where others hang on it, else into the events."""
     started_before = "started" in latest(folder.events)
     events = EventLog(folder.events) if peers.leads else NoEvents()
@@ -106,6 +112,10 @@ def _train(folder: JobFolder, peers: Peers, report: Report | None) -> int:
         events.append(Started(pid=os.getpid(), versions=_versions(peers)))
         manifest = run(session)
         if peers.leads:
+            copies = Mirroring(session)
+            for artifact in manifest.artifacts:
+                copies.keep(artifact)
+            copies.finish()
             write_atomic(folder.manifest, manifest)
         if report is not None:
             report(End(peers.rank, "completed"))
@@ -137,14 +147,16 @@ def _versions(peers: Peers) -> dict[str, str]:
 
     logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // peers.size))
+        torch.set_num_threads(max(1, _cores() // peers.local_size))
         if peers.size > 1:  # accelerate 1.15 would count the machine's cores instead
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(peers.rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name(peers.local_rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     if peers.size > 1:
         device = f"{peers.size} x {device}"
+    if peers.nodes > 1:
+        device = f"{device}, on {peers.nodes} machines"
     return {"python": platform.python_version(), **versions, "device": device}
 
 
@@ -183,6 +195,13 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
+def be_quiet(folder: JobFolder) -> None:
+    """Tell the libraries, before they are imported, to draw nothing and where the job's tokenised rows go."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+
+
 def flush() -> None:
     """Write out what was printed, as far as the disk has room."""
     for stream in (sys.stdout, sys.stderr):
@@ -195,10 +214,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m llama_stack_provider_moe.training.main FOLDER", file=sys.stderr)
         return 2
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     folder = JobFolder(Path(arguments[0]).resolve())
-    os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+    be_quiet(folder)
     try:
         size = folder.read_spec().resources.ranks
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
@@ -46,8 +46,8 @@ from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.expert_parallel import share_experts
-from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
+from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, pick_device
+from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -84,7 +84,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
-    device = pick_device(spec.training.dtype, session.peers.rank)
+    device = pick_device(spec.training.dtype, session.peers.local_rank)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
@@ -116,8 +116,19 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         )  # fmt: skip
         resolved = replace(resolved, notes=(*resolved.notes, *told))
     shipped = apply_moe(model, layout, resolved)
+    if layout is not None and resolved.load_balancing == "aux_free":
+        _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
+
+
+def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
+    """Most routers have their biases as buffers; those of Ernie 4.5 are parameters, which FSDP2 shares out."""
+    if any(isinstance(bias, DTensor) for bias in layout.biases(model).values()):
+        raise ModelError(
+            f"moe.moe_load_balancing: 'aux_free' is not valid with resources.strategy 'fsdp' and {layout.family}: the "
+            "biases that it moves are shared out; expected 'switch' or 'gshard', or strategy 'ddp'"
+        )
 
 
 def repeatable(asked: bool) -> None:
@@ -184,7 +195,7 @@ def _adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel
         if base.quantized is not None:
             spare_ddp(adapted.model)
         return adapted.model, adapted.report, adapted.rates
-    if spec.training.dtype == "bf16":
+    if spec.training.dtype == "bf16" and not keeps_fp32(spec):
         session.say(
             "all weights train in bf16: a step that moves a weight by less than 1/256 of itself is rounded away; "
             "training.dtype 'fp32' keeps it",
@@ -236,8 +247,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
-    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
-    require_same_step(session, resume)
+    resume = agreed_resume(session)
     assessment, early = None, None
     if session.spec.eval is not None and session.peers.leads:
         assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
@@ -281,11 +291,12 @@ def _fit(
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
+    saver.mirroring.finish()
     probe = None
     if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
         trainer.rest()
         probe = _asked(session, base, trainer)
-    weights = trainer.weights_of_all()
+    weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
     kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
@@ -349,7 +360,7 @@ def _keep(
     model: PreTrainedModel | PeftModel,
     last: Artifact,
     probe: Probe | None = None,
-    weights: dict[str, Tensor] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Artifact:
     target = session.folder.artifacts / kind
     save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe, weights)

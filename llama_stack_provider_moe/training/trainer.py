@@ -6,7 +6,7 @@ be compared: over tokens (or pairs), without the balance terms, and without movi
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.experts.balance import balance_loss
@@ -28,7 +30,13 @@ from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training import sharing, throughput
 from llama_stack_provider_moe.training.checkpoints import write
-from llama_stack_provider_moe.training.expert_parallel import clip, optimizer_state, part_of_state
+from llama_stack_provider_moe.training.distributed_state import (
+    is_shared_out,
+    model_state,
+    optimizer_state,
+    restore_optimizer,
+)
+from llama_stack_provider_moe.training.expert_parallel import clip
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
@@ -122,29 +130,42 @@ class RecordingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
-        weights = self.weights_of_all()
+        weights = self.whole_weights()
         if not self.peers.leads:
             return
         folder = Path(output_dir or self.args.output_dir)
         write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering, weights)
 
-    def weights_of_all(self) -> dict[str, Tensor] | None:
-        """Where processes hold experts of their own, what is saved of all of them, in rank 0; all take part."""
-        return None if self.experts is None else self.experts.whole_state(self.model)
+    def whole_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
+        """All weights that are saved, in rank 0, where processes have parts of them; None where each has all.
+
+        Args:
+            dtype: to have the parameters in; None: that in which they train.
+        """
+        if self.experts is not None:
+            return self.experts.whole_state(self.model)
+        if isinstance(self.model, PeftModel) or not is_shared_out(self.model):
+            return None
+        return model_state(self.model, dtype)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """With the state of all processes' experts."""
-        if self.experts is None:
-            super()._save_optimizer_and_scheduler(output_dir)
+        """Transformers', with the optimiser's state made whole."""
+        state = optimizer_state(self.model, self.optimizer, self.experts)
+        if self.peers.leads:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the above wrote, in this or in another number of processes."""
+        if checkpoint is None:
             return
-        optimizer: Any = self.optimizer
-        bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's own around it
-        state = optimizer_state(self.model, bare, self.experts)
-        handle = bare.register_state_dict_post_hook(lambda *_: state)
-        try:
-            super()._save_optimizer_and_scheduler(output_dir)
-        finally:
-            handle.remove()
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        restore_optimizer(self.model, self.optimizer, saved, self.experts)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Nothing is put off: until a step's last micro-batch each process would hold the gradients of all weights."""
+        return nullcontext()
 
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         """Where experts alone train there is nothing to average, and DDP refuses to do nothing."""
@@ -188,9 +209,6 @@ class RecordingTrainer(Trainer):
         assert type(optimizer) is wanted, f"{type(optimizer).__name__} was made, {wanted.__name__} was asked for"
         self.rates.apply(optimizer)
         optimizer.register_step_post_hook(self._after_step)
-        if self.experts is not None:
-            mine = partial(part_of_state, self.model, optimizer, self.experts)
-            optimizer.register_load_state_dict_pre_hook(lambda _, state: mine(state))
         return optimizer
 
     def _after_step(self, *_: Any) -> None:

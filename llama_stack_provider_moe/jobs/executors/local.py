@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from llama_stack_provider_moe.config import TRUST_VARIABLE, ProviderConfig
+from llama_stack_provider_moe.config import MIRROR_VARIABLE, TRUST_VARIABLE, ProviderConfig
 from llama_stack_provider_moe.jobs.executors import Child, Exit
 from llama_stack_provider_moe.jobs.executors.nursery import Nursery, Warmth
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -65,6 +65,8 @@ def training_environment(environment: Mapping[str, str], config: ProviderConfig)
     }
     if "PYTHONPATH" in kept:  # it starts in another folder than the server did
         kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
+    if (config.mirror.url or "").startswith("s3:"):  # credentials, for nothing else that a child does
+        kept |= {name: value for name, value in environment.items() if name.startswith("AWS_")}
     return kept | config.child_env
 
 
@@ -77,8 +79,12 @@ def child_environment(
     say in that.
     """
     given = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    trust = {TRUST_VARIABLE: json.dumps(config.models.trust_remote_code)}
-    return training_environment(environment, config) | given | trust | {JOB_VARIABLE: str(folder)}
+    told = {
+        TRUST_VARIABLE: json.dumps(config.models.trust_remote_code),
+        MIRROR_VARIABLE: config.mirror.url or "",
+        JOB_VARIABLE: str(folder),
+    }
+    return training_environment(environment, config) | given | told
 
 
 class LocalExecutor:

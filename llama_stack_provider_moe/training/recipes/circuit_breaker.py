@@ -49,8 +49,8 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         return work_of(self.model, self.layout, references=1, head=self.plan.logits, layers=layers)
 
     @property
-    def in_step(self) -> bool:  # type: ignore[override]
-        """Where processes hold experts of their own."""
+    def shared_experts(self) -> bool:  # type: ignore[override]
+        """Whether processes hold experts of their own."""
         return self.experts is not None
 
     def weigh(self, loss: Tensor, share: Share) -> Tensor:
