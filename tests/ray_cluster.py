@@ -1,4 +1,4 @@
-"""A Ray cluster of a test's own: nodes on this machine, of two processors in all, on ports that are free.
+"""A Ray cluster of a test's own: a head of two processors and nodes of one, on this machine, on ports that are free.
 
 `ray stop` would end every cluster of the user; what was started here is known by its environment, and alone ended.
 """
@@ -52,7 +52,7 @@ class Cluster:
         self._ray(
             "--head", "--port", str(self._head), "--dashboard-port", str(self._dashboard), "--dashboard-host",
             "127.0.0.1", "--ray-client-server-port", str(self._client), "--temp-dir", str(self._folder),
-            "--num-cpus", "2" if nodes == 1 else "1", *common, *self._agents(),
+            "--num-cpus", "2", *common, *self._agents(),
         )  # fmt: skip
         for _ in range(1, nodes):
             self._ray("--address", f"127.0.0.1:{self._head}", "--num-cpus", "1", *common, *self._agents())

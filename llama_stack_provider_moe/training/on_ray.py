@@ -228,7 +228,7 @@ def cluster() -> Iterator[None]:
 
 def _has() -> str:
     total = ray.cluster_resources()
-    nodes = sum(name.startswith("node:") and name != "node:__internal_head__" for name in total)
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return f"{nodes} node(s), {total.get('CPU', 0):g} CPU(s) and {total.get('GPU', 0):g} GPU(s) in all"
 
 

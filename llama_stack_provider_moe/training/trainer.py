@@ -113,7 +113,7 @@ class RecordingTrainer(Trainer):
             super().__init__(model=model, **arguments)
         if needs_plain_head(model):
             set_plain_head(model)
-        if layout is not None:
+        if layout is not None and steering is not None:  # else its routers are run by somebody else (`loader`)
             self.recorder = RoutingRecorder(self.model, layout)
             # TRL computes the aux loss only where its coefficient is not 0; with 0 it is logged all the same.
             self.aux_loss_enabled = wants_models_aux_loss

@@ -73,6 +73,7 @@ class RayExecutor:
             transport=transport,
         )
         self._silent_since: float | None = None  # time.monotonic() of the first try without an answer
+        self._why = ""  # the last try had no answer
         self._ask_at = 0.0  # time.monotonic() of the next try of a cluster that does not answer
         self._waits_since: dict[Path, float] = {}  # of jobs that the cluster could not be told of
         self._look_at: dict[Child, float] = {}
@@ -85,10 +86,14 @@ class RayExecutor:
 
         False while the cluster does not answer; OSError once it has not for `executors.ray.unreachable_s`.
         """
+        first = folder not in self._waits_since
         waits_since = self._waits_since.setdefault(folder, time.monotonic())
         try:
             self._ask("GET", "/api/version")
         except NoAnswer as error:
+            if first:
+                with suppress(OSError), JobFolder(folder).output.open("a", encoding="utf-8") as output:
+                    output.write(f"waits for up to {self._ray.unreachable_s:g} s: {error}\n")
             if time.monotonic() - waits_since < self._ray.unreachable_s:
                 return False
             del self._waits_since[folder]
@@ -208,7 +213,7 @@ class RayExecutor:
             NoAnswer: there is none, or one of a dashboard that is not at work.
         """
         if self._silent_since is not None and time.monotonic() < self._ask_at:
-            raise NoAnswer(self._unreached("it did not answer just now"))
+            raise NoAnswer(self._unreached(self._why))
         try:
             answer = self._http.request(method, path, json=body, headers=self._headers())
             why = None
@@ -226,7 +231,7 @@ class RayExecutor:
         if self._silent_since is None:
             self._silent_since = time.monotonic()
             log.warning("%s; trying again for %g s", self._unreached(why), self._ray.unreachable_s)
-        self._ask_at = time.monotonic() + RETRY_S
+        self._why, self._ask_at = why, time.monotonic() + RETRY_S
         raise NoAnswer(self._unreached(why))
 
     def _unreached(self, why: str) -> str:
