@@ -244,6 +244,12 @@ class ProviderConfig(Block):
         default=sys.executable,
         description="Interpreter of the training processes; may be another environment.",
     )
+    unsloth_python: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Interpreter of an environment with Unsloth, for jobs with `loader` unsloth; left out: they are "
+        "refused.",
+    )
     allowed_roots: list[Path] = Field(
         default_factory=list,
         description="Folders, beside `state_dir`, that models may be read from and checkpoints written to.",

@@ -1,7 +1,7 @@
 """Laws of experts in several processes: outputs and gradients are those of one process with all tokens and experts."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_stack_provider_moe.experts.adapters import add_lora, train_whole
-from llama_stack_provider_moe.experts.exchange import Shard
+from llama_stack_provider_moe.experts.exchange import Shard, keep_shard
+from llama_stack_provider_moe.experts.kernels.groups import Groups, Sorted, sort_by_expert
 from llama_stack_provider_moe.experts.layout import ExpertLayout, find_layout
 from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, apply_moe, resolve_moe
@@ -84,6 +85,49 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     logits.float().square().mean().backward()
     named = {name.removeprefix("module."): each.grad for name, each in model.named_parameters()}
     return {"": logits.detach()} | {name: gradient for name, gradient in named.items() if gradient is not None}
+
+
+def test_what_a_gpu_sorts_and_cuts_is_what_a_cpu_sorts() -> None:
+    """There rows of no expert are sorted to the end first, for their number is not known yet."""
+    index_TK = torch.tensor([[1, 3], [3, 0], [3, 3], [2, 1]])
+    cpu = sort_by_expert(index_TK, 3, torch.float32, partial=True)
+    order_S = index_TK.reshape(-1).argsort(stable=True)
+    places_TK = order_S.argsort().view_as(index_TK)
+    gpu = Sorted(order_S, places_TK, Groups(cpu.groups.ends_E, partial=True)).cut(4)
+    for name in ("order_S", "places_TK"):
+        assert torch.equal(getattr(gpu, name), getattr(cpu, name)), name
+    assert (gpu.groups.partial, gpu.some_without_row) == (cpu.groups.partial, cpu.some_without_row) == (False, True)
+    assert cpu.cut(4) is cpu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["moe_torch", "moe_triton"])
+def test_a_gpu_that_sends_to_itself_gives_what_it_gives_alone(implementation: str, tmp_path: Path) -> None:
+    """Over NCCL, in bf16: bit for bit, for rows and their order are the same."""
+    model = tiny_models.model("qwen3_moe", hidden_size=64, moe_intermediate_size=64).to("cuda", torch.bfloat16)
+    layout = find_layout(model)
+    assert layout is not None
+    apply_moe(model, layout, replace(resolve_moe(Moe(), layout, full=True), experts_implementation=implementation))
+    experts = layout.experts(model)[0]
+    generator = torch.Generator("cuda").manual_seed(3)
+    scores_TE = torch.rand(96, layout.num_experts, device="cuda", generator=generator)
+    weights_TK, index_TK = scores_TE.topk(layout.top_k)
+    hidden_TD = torch.randn(96, 64, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    def learnt() -> tuple[Tensor, ...]:
+        leaves = (hidden_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_(), *experts.parameters())
+        out = experts(leaves[0], index_TK, leaves[1])
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    alone = learnt()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        keep_shard(experts, Shard(0, 1, layout.num_experts, group))
+        assert all(torch.equal(mine, its) for mine, its in zip(learnt(), alone, strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -56,6 +56,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "training.on_ray": ({"ray"}, GROUND | {"training"} | FOLDER),
     "training.ray_node": ({"ray"}, GROUND | {"training"} | FOLDER),
+    # Alone in naming Unsloth: parts of it are AGPL-3.0, and it is in an environment of its own.
+    "training.unsloth_base": (LEARNING | {"unsloth"}, GROUND | {"experts", "training"}),
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,

@@ -207,7 +207,9 @@ def test_a_cancelled_job_goes_on_bit_by_bit(workshop: Workshop, desk: Office) ->
 
 @pytest.mark.parametrize("strategy", ["ddp", "ep"])
 def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office, strategy: str) -> None:
-    folder = job(workshop, "sft", 2, training={"n_epochs": 4}, resources={**TWO, "strategy": strategy})
+    experts_alone: dict[str, Any] = {"adapter": {"rank": 4, "lora_attn_modules": []}, "moe": {}}
+    more: dict[str, Any] = {"training": {"n_epochs": 4}, **(experts_alone if strategy == "ep" else {})}
+    folder = job(workshop, "sft", 2, resources={**TWO, "strategy": strategy}, **more)
     desk.submit(folder)
     desk.after_steps(folder, 5)  # an epoch has been saved
     pids = desk.ranks(folder)
@@ -219,7 +221,7 @@ def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, de
     assert not run.events("failed"), "the other one's trace of it is no reason"
     assert [event.step > 0 for event in run.events("resumed")] == [True]
     assert all(birth(pid) is None for pid in pids.values())
-    alone = workshop.again(Run(job(workshop, "sft", 1, training={"n_epochs": 4}), 0))
+    alone = workshop.again(Run(job(workshop, "sft", 1, **more), 0))
     assert_alike(run, alone, atol=ATOL)
 
 

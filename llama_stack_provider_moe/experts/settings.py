@@ -26,7 +26,7 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config, w
 from llama_stack_provider_moe.spec import LoadBalancing, Moe
 
 ExpertsImplementation = Literal[
-    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager"
+    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager", "unsloth"
 ]
 
 

@@ -91,6 +91,10 @@ class ShardedExperts:
         """Those of which each process has its own part."""
         return ((name, each) for name, each in model.named_parameters() if self.covers(name))
 
+    def alone(self, model: nn.Module) -> bool:
+        """Whether nothing trains but experts, so that there is nothing to average."""
+        return all(self.covers(name) for name, each in model.named_parameters() if each.requires_grad)
+
     def covers(self, name: str) -> bool:
         """Whether a parameter, or a tensor of a saved adapter, is of experts, by its name."""
         below = re.search(rf"(?:^|\.){re.escape(self.layout.layers_path)}\.(\d+)\.(.*)", name)
@@ -181,12 +185,6 @@ class ShardedExperts:
                   for name, weight in self._weights(experts) if weight.shape[0] != held]  # fmt: skip
         assert not wrong, f"of these this process has not its part alone: {wrong}"
         assert not self.aside, f"nobody took {sorted(self.aside)}"
-        training = [name for name, each in model.named_parameters() if each.requires_grad]
-        if training and all(self.covers(name) for name in training):
-            raise ModelError(
-                "resources.strategy: 'ep' is not valid where experts alone train: DDP, which averages all else, has "
-                "nothing to do; expected adapter.lora_attn_modules, or moe.train_router, beside them"
-            )
 
 
 def pieces(model: nn.Module, layout: ExpertLayout | None) -> int:

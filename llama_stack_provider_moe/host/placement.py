@@ -11,6 +11,11 @@ from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, RoutingAnalysisSpec, SafetyEvaluation, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import ExecutorName
 
+NO_UNSLOTH = (
+    "'hf': this server has no environment with Unsloth. Its operator makes one (a virtual environment, `pip install -r "
+    "constraints-unsloth.txt`, this package with --no-deps) and names its interpreter in `unsloth_python`"
+)
+
 
 def placed(
     request: Draft, spec: LoadingSpec, job_id: str, config: ProviderConfig, store: JobStore, whose: str | None
@@ -43,6 +48,8 @@ def placed(
                 spec.adapter_folder, request.name("adapter_folder"), config, may_use_job
             )
         return spec.model_copy(update=found)
+    if spec.loader == "unsloth" and config.unsloth_python is None:
+        raise InvalidInput(request.name("loader"), spec.loader, NO_UNSLOTH)
     if spec.export is not None:
         exports.must_be_possible(spec.export, request, config)
     if spec.adapter is not None and spec.adapter.from_analysis is not None:

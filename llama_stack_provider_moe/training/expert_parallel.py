@@ -94,8 +94,7 @@ def clip(model: nn.Module, experts: ShardedExperts, max_norm: float) -> Tensor:
     everything = [each for each in model.parameters() if each.grad is not None]
     mine = [each.grad for each in everything if each.grad is not None and id(each) in own]
     shared = [each.grad for each in everything if each.grad is not None and id(each) not in own]
-    alike = get_total_norm(shared).square()
-    apart = get_total_norm(mine).square() if mine else torch.zeros_like(alike)
+    alike, apart = (get_total_norm(each).square().to(everything[0].device) for each in (shared, mine))
     distributed.all_reduce(apart, group=experts.shard.group)
     norm = (alike + apart).sqrt()
     if max_norm != float("inf"):

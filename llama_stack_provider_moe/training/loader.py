@@ -56,7 +56,7 @@ def trusted(model: str) -> bool:
 
 def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
-    config = _config(spec.model)
+    config = model_config(spec.model)
     tokenizer = load_tokenizer(spec)
     if spec.resources.strategy == "fsdp":
         return load_sharded(spec, config, keeps_fp32(spec)), tokenizer
@@ -132,14 +132,14 @@ def load_beside(
     name: str, dtype: DType, device: torch.device, template: TemplateName | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that is no job's to train, in evaluation mode, and its tokenizer."""
-    config = _config(name)
+    config = model_config(name)
     tokenizer = tokenizer_of(name, template)
     return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
 def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel:
     """A model as anybody loads it, in evaluation mode; no tokenizer."""
-    return load_weights(name, _config(name), DTYPES[dtype], device).eval()
+    return load_weights(name, model_config(name), DTYPES[dtype], device).eval()
 
 
 def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -225,7 +225,8 @@ def tokenizer_of(name: str, template: TemplateName | None) -> PreTrainedTokenize
     return tokenizer
 
 
-def _config(model: str) -> PreTrainedConfig:
+def model_config(model: str) -> PreTrainedConfig:
+    """The config of a causal language model of text, unquantised; ModelError for any other."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trusted(model))
     except (OSError, ValueError) as error:

@@ -19,11 +19,20 @@ from typing import cast
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
-from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.spec import (
+    BreakerSpec,
+    DPOSpec,
+    ExportSpec,
+    JobSpec,
+    RoutingAnalysisSpec,
+    SFTSpec,
+    TrainingSpec,
+)
 from llama_stack_provider_moe.training.launch import End, Group, Report, Verdict, die_of
 from llama_stack_provider_moe.training.mirroring import Mirroring
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
 from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.training.unsloth_entry import NOTICE, import_unsloth
 from llama_stack_provider_moe.training.warmth import warm_up
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
@@ -109,7 +118,11 @@ def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
         assert session.spec.resources.ranks == peers.size, "a job of several processes is led by `train_together`"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop.request)
-        events.append(Started(pid=os.getpid(), versions=_versions(peers)))
+        with_unsloth = isinstance(session.spec, TrainingSpec) and session.spec.loader == "unsloth"
+        others = import_unsloth(Path(session.cache)) if with_unsloth else {}  # before any other library
+        events.append(Started(pid=os.getpid(), versions={**_versions(peers), **others}))
+        if with_unsloth:
+            session.say(NOTICE)
         manifest = run(session)
         if peers.leads:
             copies = Mirroring(session)

@@ -46,7 +46,7 @@ from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
 from llama_stack_provider_moe.training.expert_parallel import share_experts
-from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, pick_device
+from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, load_tokenizer, pick_device
 from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
@@ -85,6 +85,8 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype, session.peers.local_rank)
+    if spec.loader == "unsloth":
+        return _by_unsloth(session, device)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
@@ -129,6 +131,17 @@ def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
             f"moe.moe_load_balancing: 'aux_free' is not valid with resources.strategy 'fsdp' and {layout.family}: the "
             "biases that it moves are shared out; expected 'switch' or 'gshard', or strategy 'ddp'"
         )
+
+
+def _by_unsloth(session: AnySession, device: torch.device) -> Base:
+    from llama_stack_provider_moe.training import unsloth_base  # Unsloth is in its own environment alone
+
+    spec = session.spec
+    tokenizer = load_tokenizer(spec)
+    model, layout = unsloth_base.load(spec, device)
+    resolved = unsloth_base.resolve(spec, layout)
+    coded = unsloth_base.quantized(spec, model, layout)
+    return Base(model, tokenizer, device, layout, resolved, ShippedConfig(text_config(model), {}), None, coded)
 
 
 def repeatable(asked: bool) -> None:
@@ -190,6 +203,11 @@ def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel,
 def _adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
     spec = session.spec
     set_seed(spec.options.seed)
+    if spec.loader == "unsloth":
+        from llama_stack_provider_moe.training import unsloth_base
+
+        by_unsloth = unsloth_base.adapt(spec, base.model, base.layout, base.resolved)
+        return by_unsloth.model, by_unsloth.report, by_unsloth.rates
     if spec.adapter is not None:
         adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
         if base.quantized is not None:
@@ -293,7 +311,8 @@ def _fit(
     train_seconds = reporter.train_seconds()
     saver.mirroring.finish()
     probe = None
-    if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
+    # In all processes where they share the model out, and in none where Unsloth's arithmetic would be compared.
+    if session.spec.loader == "hf" and (session.peers.leads or session.spec.resources.sharded):
         trainer.rest()
         probe = _asked(session, base, trainer)
     weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class RecordingTrainer(Trainer):
             super().__init__(model=model, **arguments)
         if needs_plain_head(model):
             set_plain_head(model)
-        if layout is not None:
+        if layout is not None and steering is not None:  # else its routers are run by somebody else (`loader`)
             self.recorder = RoutingRecorder(self.model, layout)
             # TRL computes the aux loss only where its coefficient is not 0; with 0 it is logged all the same.
             self.aux_loss_enabled = wants_models_aux_loss
@@ -165,6 +166,17 @@ class RecordingTrainer(Trainer):
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """Nothing is put off: until a step's last micro-batch each process would hold the gradients of all weights."""
         return nullcontext()
+
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        """Where experts alone train there is nothing to average, and DDP refuses to do nothing."""
+        if self.experts is None or not self.experts.alone(self.model):
+            return super()._prepare_for_training(*arguments, **keywords)
+        accelerator: Any = self.accelerator
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # unwrapped, that is
+        try:
+            return super()._prepare_for_training(*arguments, **keywords)
+        finally:
+            del accelerator.prepare_model
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Over all processes' experts."""

@@ -113,6 +113,11 @@ def run(session: Session[BreakerSpec]) -> Manifest:
     plan = decide(session.spec, base.model, base.layout, base.resolved)
     spec = session.spec.model_copy(update={"adapter": plan.adapter})
     session = replace(session, spec=spec)
+    if spec.loader == "unsloth":
+        from llama_stack_provider_moe.training import unsloth_base  # in its own environment alone
+
+        unsloth_base.states_are_the_models(base.model, {*plan.targets, *plan.retained_at}, spec.training.dtype)
+        session.show("unsloth   hidden states by hooks agree with the model's own at every block that counts")
     rows = breaker_rows(session, base.tokenizer, base.vocabulary)
     model, report, rates = adapt(session, base)
     trainer = CircuitBreaker(
