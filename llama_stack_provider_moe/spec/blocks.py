@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -133,14 +133,15 @@ class Resources(Block):
         "one for each.",
     )
     strategy: Strategy = Field(
-        default="ddp",
+        default="auto",
         description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
-        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA.",
+        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA; auto: on GPUs the first of them whose memory "
+        "fits by the planner's estimate, on the CPU ddp.",
     )
 
     @model_validator(mode="after")
     def _a_process_for_each_gpu(self) -> "Resources":
-        if self.strategy != "ddp" and self.ranks == 1:
+        if self.strategy not in ("auto", "ddp") and self.ranks == 1:
             raise ValueError(f"strategy: {self.strategy!r} is not valid with one process; expected gpus 2 or more, or "
                              "gpus 0 with processes 2 or more")  # fmt: skip
         if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
@@ -158,8 +159,8 @@ class Resources(Block):
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model."""
-        return self.strategy != "ddp"
+        """Whether no process holds the whole model; asked of a job that has begun, whose strategy is no longer auto."""
+        return self.strategy not in ("auto", "ddp")
 
 
 class OneProcess(Resources):

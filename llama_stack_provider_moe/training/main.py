@@ -19,10 +19,18 @@ from typing import cast
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobs.events import Cancelled, EventLog, Failed, Started, latest
 from llama_stack_provider_moe.jobs.folder import JobFolder, Manifest, write_atomic
-from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, ExportSpec, JobSpec, RoutingAnalysisSpec, SFTSpec
+from llama_stack_provider_moe.spec import (
+    BreakerSpec,
+    DPOSpec,
+    ExportSpec,
+    JobSpec,
+    RoutingAnalysisSpec,
+    SFTSpec,
+    TrainingSpec,
+)
 from llama_stack_provider_moe.training.launch import End, Group, Report, die_of
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
-from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.training.session import AnySession, NoEvents, Session, Stop, Stopped
 from llama_stack_provider_moe.training.warmth import warm_up
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
@@ -40,6 +48,10 @@ LIBRARIES = ("llama-stack-provider-moe", "torch", "transformers", "trl", "peft",
 
 def run(session: Session[JobSpec]) -> Manifest:
     """The recipe that the job names; imported here, for its libraries take many seconds."""
+    if isinstance(session.spec, TrainingSpec):
+        from llama_stack_provider_moe.training.strategy import decided
+
+        session = cast(Session[JobSpec], decided(cast(AnySession, session)))
     if session.spec.recipe == "sft":
         from llama_stack_provider_moe.training.recipes import sft
 

@@ -39,6 +39,7 @@ def announce(
         "device": str(base.device),
         "processes": session.peers.size,
         "strategy": spec.resources.strategy,
+        "memory": None if session.forecast is None else session.forecast.figures,
         "dtype": spec.training.dtype,
         "attention": base.model.config._attn_implementation,
         "layout": None if base.layout is None else base.layout.as_json(),
@@ -73,6 +74,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
         f"moe       {base.resolved.text()}",
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
         *([f"base      shared out among {session.peers.size} processes (FSDP2)"] if spec.resources.sharded else []),
+        *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens",
