@@ -44,6 +44,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         # Of exports what training leaves for them beside its weights.
         GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
+    "training.strategy": (LEARNING, GROUND | {"training", "analysis"}),  # what a job takes, before it begins
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,

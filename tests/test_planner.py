@@ -159,7 +159,7 @@ def test_changes_that_are_named_do_fit(roomy: Planner) -> None:
 def test_several_settings_together_where_none_does_alone(roomy: Planner) -> None:
     spec = job(resources={"gpus": 1})
     alone = peaks(roomy, changed(spec, {"training.batch_size": 1, "training.gradient_accumulation_steps": 8}))["ddp"]
-    for room in range(alone, 0, -alone // 40):
+    for room in range(alone, 0, -alone // 10):
         found = of(roomy, room).changes(spec)
         if not found or len(found[0].fields) > 2:
             break

@@ -3,7 +3,9 @@
     ddp     everything. What trains is averaged in buckets, which torch's reducer keeps beside the gradients
     fsdp    of each weight of the base its share of the rows, ceil(rows / processes) (FSDP2 fills the last share up).
             A layer that runs is gathered whole, and while it does so the next one arrives: two layers at once. Where
-            the base trains, a layer's whole gradients lie a second time in what is sent. Adapters are whole, as in ddp
+            the base trains, a layer's whole gradients lie a second time in what is sent, and where it computes in bf16
+            weights, gradients and moments are held in fp32 (`wide`). Adapters are whole, as in ddp, but averaged one
+            gradient at a time, without buckets
     ep      of the routed experts, and their adapters, num_experts / processes; everything else as in ddp. Tokens are
             sent to their experts and back, twice tokens x top_k x hidden at a time
 
@@ -46,14 +48,14 @@ class Weight:
     trains: bool
     added: bool
 
-    def of_one(self, way: Way, processes: int) -> int:
+    def of_one(self, way: Way, processes: int, wide: bool = False) -> int:
         """Bytes that one of so many processes holds.
 
         >>> Weight("expert", 0, 6, 600, trains=False, added=False).of_one("fsdp", 4)
         200
         """
         if way == "fsdp" and not self.added and self.rows and self.kind != "buffer":
-            return -(-self.rows // processes) * (self.bytes // self.rows)
+            return -(-self.rows // processes) * (self.bytes // self.rows) * (2 if wide else 1)
         if way == "ep" and self.kind == "expert":
             return self.bytes // processes
         return self.bytes
@@ -124,20 +126,24 @@ class Held:
         return self.weights + self.adapter + self.gradients + self.optimizer + self.buckets
 
 
-def held(weights: Iterable[Weight], way: Way, processes: int, moments: int, references: int = 0) -> Held:
+def held(
+    weights: Iterable[Weight], way: Way, processes: int, moments: int, references: int = 0, wide: bool = False
+) -> Held:
     """What one process holds.
 
     Args:
         moments: tensors of its size that the optimiser keeps for each trainable weight.
         references: frozen copies of the base beside it.
+        wide: what is shared out by rows lies in twice its bytes; references do not.
     """
-    each = [(weight, weight.of_one(way, processes)) for weight in weights]
+    each = [(weight, weight.of_one(way, processes, wide)) for weight in weights]
     base = sum(size for weight, size in each if not weight.added)
+    copy = sum(weight.of_one(way, processes) for weight, _ in each if not weight.added)
     trained = [(weight, size) for weight, size in each if weight.trains]
     gradients = sum(size for _, size in trained)
-    averaged = (size for weight, size in trained if _replicated(weight, way))
+    averaged = (size for weight, size in trained if _in_buckets(weight, way))
     return Held(
-        weights=base * (1 + references),
+        weights=base + copy * references,
         adapter=sum(size for weight, size in each if weight.added),
         gradients=gradients,
         optimizer=moments * gradients,
@@ -146,9 +152,9 @@ def held(weights: Iterable[Weight], way: Way, processes: int, moments: int, refe
     )
 
 
-def _replicated(weight: Weight, way: Way) -> bool:
-    if way == "fsdp":
-        return weight.added
+def _in_buckets(weight: Weight, way: Way) -> bool:
+    if way == "fsdp":  # transformers 5.23 averages what is whole by itself, each gradient in its place
+        return False
     return way != "ep" or weight.kind != "expert"
 
 
@@ -170,11 +176,14 @@ class Beside:
 NOTHING = Beside()
 
 
-def beside(adapted: Adapted, weights: tuple[Weight, ...], way: Way, processes: int, tokens: int) -> Beside:
+def beside(
+    adapted: Adapted, weights: tuple[Weight, ...], way: Way, processes: int, tokens: int, wide: bool = False
+) -> Beside:
     """What is there for a while only.
 
     Args:
         tokens: of a micro-batch of one process, padding included.
+        wide: gradients are sent in twice their bytes.
     """
     if processes == 1 or way == "ddp":
         return NOTHING
@@ -190,24 +199,24 @@ def beside(adapted: Adapted, weights: tuple[Weight, ...], way: Way, processes: i
     trained = [sum(weight.bytes for weight in base if weight.layer == number and weight.trains)
                for number in _numbers(base)]  # fmt: skip
     head = sum(weight.bytes for weight in base if weight.kind == "head")
-    return Beside(layer=2 * max(layers), reducing=max(trained), head=head, ahead=layers[-1])
+    return Beside(layer=2 * max(layers), reducing=max(trained) * (2 if wide else 1), head=head, ahead=layers[-1])
 
 
 def _numbers(weights: Iterable[Weight]) -> list[int]:
     return sorted({weight.layer for weight in weights if weight.layer is not None})
 
 
-def shared(run: DryRun, weights: tuple[Weight, ...], way: Way, processes: int) -> DryRun:
+def shared(run: DryRun, weights: tuple[Weight, ...], way: Way, processes: int, wide: bool = False) -> DryRun:
     """The dry run of one process alone, its gradients those that one of so many holds."""
     if processes == 1 or way == "ddp":
         return run
     layers = []
     for number, layer in enumerate(run.layers):
         mine = [weight for weight in weights if weight.layer == number and weight.trains]
-        whole, kept = sum(weight.bytes for weight in mine), sum(weight.of_one(way, processes) for weight in mine)
+        whole, kept = sum(weight.bytes for weight in mine), sum(weight.of_one(way, processes, wide) for weight in mine)
         # Under FSDP a layer's backward makes all of its gradients; under EP those of its experts are never there.
         never = whole - kept if way == "ep" else 0
         layers.append(replace(layer, gradients=layer.gradients - (whole - kept), backward=layer.backward - never))
     of_ends = [weight for weight in weights if weight.layer is None and weight.trains]
-    less = sum(weight.bytes - weight.of_one(way, processes) for weight in of_ends)
+    less = sum(weight.bytes - weight.of_one(way, processes, wide) for weight in of_ends)
     return replace(run, layers=tuple(layers), ends=replace(run.ends, gradients=run.ends.gradients - less))

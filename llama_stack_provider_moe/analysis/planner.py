@@ -162,12 +162,14 @@ class Planner:
         if isinstance(spec, DPOSpec):
             ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
         copies = spec.recipe == "dpo" and whole and not ahead
-        has = held(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], references=int(copies))
+        # What `training.loader` does where all weights train and are shared out.
+        wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
+        has = held(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
         tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
         step = replace(
             made.step,
-            run=shared(made.step.run, made.weights, way, processes),
-            beside=beside(made.adapted, made.weights, way, processes, tokens),
+            run=shared(made.step.run, made.weights, way, processes, wide),
+            beside=beside(made.adapted, made.weights, way, processes, tokens, wide),
             accumulates=spec.training.gradient_accumulation_steps > 1,
             reference=not ahead,
         )
