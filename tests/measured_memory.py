@@ -115,7 +115,10 @@ def run(case: Case) -> Measured:
             data={"validation_dataset_id": None, "shuffle": False},
             **_blocks(case),
         )
-        code = train(made) if case.strategy is None else train_together(made, 2)
+        try:
+            code = train(made) if case.strategy is None else train_together(made, 2)
+        finally:
+            recipe.fit = own
         assert code == 0, Run(made, code).reason
         found = [json.loads(path.read_text()) for path in Path(folder).glob("measured-*")]
     assert len(found) == (1 if case.strategy is None else 2)

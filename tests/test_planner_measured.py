@@ -14,8 +14,8 @@ LORA = {"plan": "all_experts", "rank": 8}
     "case",
     [
         Case("sft", "mixtral", WIDE, None, strategy="ddp"),
-        # So few tokens that two gathered layers and the buckets are most of what is there.
-        Case("sft", "mixtral", WIDE, LORA, batch=1, checkpointing=True, strategy="fsdp"),
+        # So few tokens, and so many layers, that what is gathered and what is not held are seen.
+        Case("sft", "mixtral", {**WIDE, "num_hidden_layers": 5}, LORA, batch=1, checkpointing=True, strategy="fsdp"),
     ],
     ids=["ddp-whole", "fsdp-checkpointing"],
 )
