@@ -11,9 +11,11 @@ Bytes are those that one GPU receives, and sends as many, with n GPUs of which 8
           backward of each micro-batch               2 (n - 1) / n x W
           LoRA: its gradients' all-reduce            as ddp
           all weights: reduce-scatter in fp32        (n - 1) / n x 2 W (W in bf16)
-    ep    tokens to their experts and back, a layer
+    ep    tokens to other processes that hold one of
+          their experts, once each, and back, a layer
           with experts, in forward, its repetition
-          (checkpointing) and backward               3 x 2 x (n - 1) / n x tokens x top-k x hidden x 2
+          (checkpointing) and backward               3 x 2 x tokens x others x hidden x 2
+          with routing by chance, E experts           others = (n - 1) (1 - C(E - E/n, k) / C(E, k))
 
 Of what comes from other nodes, gathers and reductions take one copy a node, over all 8 of its InfiniBand ports together
 and on by NVLink; tokens each go to one GPU, by its own port. Computing is 2 operations a token and active weight in
@@ -24,6 +26,7 @@ products of tokens are left out.
 import argparse
 import json
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +51,16 @@ class Model:
     name: str
     hidden: int
     moe_layers: int
+    experts: int
     top_k: int
     total: int
     active: int
     lora: int
+
+    def others(self, gpus: int) -> float:
+        """Of n processes, those but its own that a token is sent to, on average."""
+        missed = comb(self.experts - self.experts // gpus, self.top_k) / comb(self.experts, self.top_k)
+        return (gpus - 1) * (1 - missed)
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class Case:
         if self.strategy == "ddp":
             return {"reduced": 2 * part * grads}
         if self.strategy == "ep":
-            tokens = TOKENS * self.model.top_k * self.model.hidden * BF16 * self.model.moe_layers
-            return {"tokens": 3 * 2 * part * tokens}
+            rows = TOKENS * self.model.others(gpus) * self.model.moe_layers
+            return {"tokens": 3 * 2 * rows * self.model.hidden * BF16}
         if self.trains == "all weights":
             return {"gathered": 2 * part * weights, "reduced": part * FP32 * self.model.total}
         return {"gathered": 2 * part * weights, "reduced": 2 * part * grads}
@@ -108,7 +117,7 @@ def model(stem: str, name: str) -> Model:
     lora = layers * RANK * (2 * (hidden + queries) + 2 * (hidden + keys))
     lora += moe * experts * RANK * (2 * hidden + 3 * inner)
     return Model(
-        name, hidden, moe, top_k,
+        name, hidden, moe, experts, top_k,
         total=attention + moe * experts * one + beside + ends,
         active=attention + moe * top_k * one + beside + vocabulary * hidden,
         lora=lora,

@@ -6,9 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.spec import Block, JobDefaults
+from llama_stack_provider_moe.spec.blocks import ExecutorName
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
@@ -154,6 +155,82 @@ class ExportsConfig(Block):
         return [check_url(url) for url in urls]
 
 
+# Tells a training process `mirror.url`; like trust it is not the job's owner's to say.
+MIRROR_VARIABLE = "MOE_MIRROR_URL"
+
+
+class MirrorConfig(Block):
+    """A second place of every job's checkpoints and artifacts."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,62}(/[A-Za-z0-9_.=-]+)*|file:///[^?#*\[\]]+)/?$",
+        description="Prefix that they are copied under, `s3://bucket/prefix` (extra `s3`, the machine's AWS_* "
+        "settings) or `file:///folder`, and come back from where they are gone; left out: none.",
+    )
+
+    @field_validator("url", mode="after")
+    @classmethod
+    def _stays_below(cls, url: str | None) -> str | None:
+        if url is not None and {".", ".."} & set(url.split("/")):
+            raise ValueError(f"{url!r} has a part that leads elsewhere ('.' or '..')")
+        return url
+
+
+class RayConfig(Block):
+    """A Ray cluster that is there already; its nodes share `state_dir`."""
+
+    address: str = Field(
+        max_length=512,
+        description="Of the cluster's dashboard, which serves Ray's Jobs API: `http://HEAD:8265` or https.",
+    )
+    python: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="Interpreter on the nodes, with this package's extras `train` and `ray`; left out: "
+        "`training_python`.",
+    )
+    token_file: Path | None = Field(
+        default=None, description="File that has the token of a cluster with RAY_AUTH_MODE=token; left out: none."
+    )
+    cpus_per_process: int = Field(
+        default=1, ge=1, le=256, description="CPUs that a job reserves for each of its processes, and threads of each."
+    )
+    placement_s: float = Field(
+        default=3600.0,
+        ge=0,
+        description="Seconds that a job waits in the cluster for its nodes before it fails; 0: for ever.",
+    )
+    unreachable_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds without an answer of the cluster after which its jobs count as lost, and are tried again.",
+    )
+
+    _address = field_validator("address", mode="after")(staticmethod(check_url))
+
+    @field_validator("token_file", mode="after")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().resolve()
+
+
+class ExecutorsConfig(Block):
+    """Where jobs run."""
+
+    default: ExecutorName = Field(
+        default="local", description="For jobs that train and do not say (`resources.executor`)."
+    )
+    ray: RayConfig | None = Field(default=None, description="A Ray cluster for jobs; left out: there is none.")
+
+    @model_validator(mode="after")
+    def _is_there(self) -> "ExecutorsConfig":
+        if self.default == "ray" and self.ray is None:
+            raise ValueError("default: 'ray' is not valid without a cluster; expected a block ray with its address")
+        return self
+
+
 class ProviderConfig(Block):
     """The `config:` of provider `inline::moe` in a run YAML."""
 
@@ -166,6 +243,12 @@ class ProviderConfig(Block):
     training_python: str = Field(
         default=sys.executable,
         description="Interpreter of the training processes; may be another environment.",
+    )
+    unsloth_python: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Interpreter of an environment with Unsloth, for jobs with `loader` unsloth; left out: they are "
+        "refused.",
     )
     allowed_roots: list[Path] = Field(
         default_factory=list,
@@ -184,7 +267,9 @@ class ProviderConfig(Block):
     )
     models: ModelsConfig = Field(default_factory=ModelsConfig)
     exports: ExportsConfig = Field(default_factory=ExportsConfig)
+    mirror: MirrorConfig = Field(default_factory=MirrorConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
+    executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)
 
     @field_validator("state_dir", mode="after")

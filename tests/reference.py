@@ -12,7 +12,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.config import ExportsConfig, ModelsConfig, ProviderConfig, SupervisorConfig
+from llama_stack_provider_moe.config import (
+    ExecutorsConfig,
+    ExportsConfig,
+    MirrorConfig,
+    ModelsConfig,
+    ProviderConfig,
+    RayConfig,
+    SupervisorConfig,
+)
 from llama_stack_provider_moe.spec import (
     Adapter,
     Analysis,
@@ -108,7 +116,10 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `exports:`", "exports.", ExportsConfig, set()),
+    ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
+    ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
+    ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),
     ("Server: `defaults:`", "defaults.", JobDefaults, set()),
 ]
 

@@ -1,16 +1,19 @@
 """Jobs over HTTP with each adapter plan, each balance strategy and a quantised base: SFT and DPO, a real server.
 
 Circuit breakers, of the families that acceptance names, run on the same server; so do evaluations, a gate that fails
-a job, and a routing analysis with the job that trains what it found.
+a job, and a routing analysis with the job that trains what it found; and jobs of two processes.
 """
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -18,7 +21,7 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_stack_provider_moe.spec.routing import RoutingReport
-from tests import safety_jobs, tiny_models
+from tests import safety_jobs, tiny_models, together_jobs
 from tests.host_harness import QUICKSTART, Server, run_config, serving
 from tests.test_e2e import DPO_ROWS, LIMIT_S, SFT_ROWS, asking
 from tests.test_training_sft import mean_nll
@@ -287,6 +290,62 @@ def test_a_circuit_breaker_is_cancelled_and_goes_on_to_its_end(server: Server) -
     cosines = series["metrics"]["cosine/break/1"]
     assert cosines[0] == pytest.approx(1, abs=1e-3)
     assert max(cosines[-8:]) < 0.5
+
+
+@pytest.fixture(scope="module")
+def together(server: Server) -> dict[str, dict[str, Any]]:
+    """Jobs of `together_jobs`, whole."""
+    bodies = together_jobs.bodies(server.state_dir / "models")
+    with asking(server) as http:
+        for body in bodies:
+            answer = http.post("/jobs", json=body)
+            assert answer.status_code == 200, answer.text
+        return ended(http, [body["job_uuid"] for body in bodies])
+
+
+def weights(http: httpx.Client, job_id: str) -> dict[str, torch.Tensor]:
+    """Of the adapter that a job leaves."""
+    return dict(load(downloaded(http, job_id, "adapter")["adapter_model.safetensors"]))
+
+
+@pytest.mark.parametrize(("recipe", "strategy"), together_jobs.PAIRS)
+def test_two_processes_leave_what_one_leaves(
+    together: dict[str, dict[str, Any]], server: Server, recipe: str, strategy: str
+) -> None:
+    alone, both = together[f"{recipe}-alone"], together[f"{recipe}-{strategy}"]
+    assert (alone["status"], both["status"]) == ("completed", "completed"), (alone["reason"], both["reason"])
+    assert (both["resolved"]["processes"], both["resolved"]["strategy"]) == (2, strategy)
+    with asking(server) as http:
+        expected, found = (weights(http, job["job_uuid"]) for job in (alone, both))
+        losses = {name: http.get(f"/jobs/{name}/metrics", params={"names": "loss"}).json()["metrics"]["loss"]
+                   for name in (alone["job_uuid"], both["job_uuid"])}  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in found.items() if "experts" in name and "lora_B" in name)
+    assert losses[both["job_uuid"]] == pytest.approx(losses[alone["job_uuid"]], rel=1e-4, abs=1e-5)
+
+
+def test_a_job_that_loses_a_process_goes_on_and_completes(server: Server) -> None:
+    name, deadline = "loses-one", time.monotonic() + LIMIT_S
+    steps = {"n_epochs": 12, "batch_size": 4, "max_steps_per_epoch": 4, "dtype": "fp32"}
+    with asking(server) as http:
+        models = server.state_dir / "models"
+        job = together_jobs.body("sft", models, "fsdp", job_uuid=name, training=steps)
+        assert http.post("/jobs", json=job).status_code == 200
+        while (http.get(f"/jobs/{name}").json()["resources_allocated"].get("step") or 0) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        events = http.get(f"/jobs/{name}/events", params={"limit": 1000}).json()["events"]
+        (rank_0,) = [event["pid"] for event in events if event["type"] == "started"]
+        leader = psutil.Process(rank_0).parent()
+        assert leader is not None
+        (victim,) = {child.pid for child in leader.children()} - {rank_0}
+        os.kill(victim, signal.SIGKILL)
+        ended_job = ended(http, [name])[name]
+        events = http.get(f"/jobs/{name}/events", params={"limit": 1000}).json()["events"]
+        series = http.get(f"/jobs/{name}/metrics", params={"names": "loss"}).json()
+    assert ended_job["status"] == "completed", ended_job["reason"]
+    assert [event["step"] > 0 for event in events if event["type"] == "resumed"] == [True]
+    assert series["steps"] == list(range(1, 49))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -74,6 +74,18 @@ def test_what_is_asked_for_is_what_is_decided() -> None:
     )
 
 
+def test_losses_of_frozen_routers_are_told_what_they_move() -> None:
+    layout, frozen = find_layout(tiny_models.model("mixtral")), "routers are frozen (moe.train_router)"
+    for moe, told in (
+        (Moe(), True),  # the model's own aux loss
+        (Moe(router_aux_loss_coef=0.0), False),
+        (Moe(router_aux_loss_coef=0.0, router_z_loss_coef=0.1), True),
+        (Moe(train_router=True, router_z_loss_coef=0.1), False),
+    ):
+        assert any(note.startswith(frozen) for note in resolve_moe(moe, layout, full=False).notes) is told, moe
+    assert not resolve_moe(Moe(), layout, full=True).notes
+
+
 def test_no_router_logits_no_aux_loss() -> None:
     layout = find_layout(tiny_models.model("mixtral"))
     assert resolve_moe(Moe(output_router_logits=False), layout, full=False).aux_coef == 0

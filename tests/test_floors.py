@@ -21,10 +21,20 @@ GROUND = {"errors", "spec", "config", "datarows", "llama_cpp"}
 
 # room (longest prefix wins) -> third parties it may import, modules of ours it may import
 # What reads and writes a job's folder, where the towers meet; the store is not among it.
-FOLDER = {"jobs.folder", "jobs.events", "jobs.scan", "jobs.checkpoint_index", "jobs.exports"}
+FOLDER = {
+    "jobs.folder",
+    "jobs.events",
+    "jobs.scan",
+    "jobs.checkpoint_index",
+    "jobs.cluster_run",
+    "jobs.exports",
+    "jobs.mirrors",
+}
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     **{room: ({"pydantic"}, GROUND) for room in GROUND},
     "jobs": ({"pydantic", "sqlalchemy", "alembic"}, GROUND | {"jobs"}),
+    "jobs.mirrors": ({"pydantic", "fsspec"}, GROUND | FOLDER),
+    "jobs.executors.ray": ({"httpx"}, GROUND | {"jobs"}),  # Ray's own client would import half of Ray
     "": ({"fastapi"}, GROUND | {"host", "provider"}),  # the package itself: lazy doors, fastapi for a type alone
     "provider": (set(), GROUND | {"", "host"}),  # "": the doors themselves, not what lies behind them
     "host": ({"pydantic", "fastapi", "starlette", "opentelemetry"}, GROUND | {"jobs", "host"}),
@@ -45,6 +55,10 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
     "training.strategy": (LEARNING, GROUND | {"training", "analysis"}),  # what a job takes, before it begins
+    "training.on_ray": ({"ray"}, GROUND | {"training"} | FOLDER),
+    "training.ray_node": ({"ray"}, GROUND | {"training"} | FOLDER),
+    # Alone in naming Unsloth: parts of it are AGPL-3.0, and it is in an environment of its own.
+    "training.unsloth_base": (LEARNING | {"unsloth"}, GROUND | {"experts", "training"}),
     "training.recipes": (
         LEARNING | {"pydantic"},
         GROUND | {"experts", "losses", "training", "analysis", "export"} | FOLDER,

@@ -43,17 +43,17 @@ def no_worse(cases: list[dict[str, Any]], floor: dict[str, float]) -> None:
 
 
 def test_interpreted_every_case_is_no_worse_than_its_torch_twin() -> None:
-    """Output and each gradient against fp64; memory that nobody wrote is NaN; the same again at a second run, and
-    without tensor descriptors."""
+    """Output and each gradient against fp64; memory that nobody wrote is NaN; the same again at a second run (of two
+    shapes), and without tensor descriptors."""
     cases = run("interpret")
-    assert len(cases) == 3 * (12 + 2 * 2)
+    assert len(cases) == 2 * (12 + 2 * 2) + 3 + 2  # fp32 and bf16 whole, fp16 in part
     no_worse(cases, dict.fromkeys(CUT_OFF, 1e-7))
 
 
 def test_interpreted_layers_are_no_worse_than_their_torch_twins() -> None:
     """Gates, their backward, sums of rows and gathers, in a whole layer with LoRA and biases."""
     cases = run("layers")
-    assert len(cases) == 3 * 5
+    assert len(cases) == 2 * 5 + 1
     no_worse(cases, CUT_OFF)
     assert all(len(case["errors"]) == 11 for case in cases)
 

@@ -39,6 +39,11 @@ def test_peers_count_and_agree(groups: Path) -> None:
     assert found(groups, "completes")["end"]["kind"] == "completed", (groups / "completes.log").read_text()
 
 
+def test_what_is_shared_out_is_written_whole_and_taken_up_in_parts(groups: Path) -> None:
+    """Weights and optimiser state of FSDP2, to one process and back (`tests.tiny_shards`)."""
+    assert found(groups, "shares_out")["end"]["kind"] == "completed", (groups / "shares_out.log").read_text()
+
+
 def test_the_reason_is_that_of_the_process_that_had_one(groups: Path) -> None:
     end = found(groups, "one_fails")["end"]
     assert end["reason"] == "ValueError: row 7 is too strange (process 1 of 2)"

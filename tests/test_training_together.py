@@ -22,16 +22,17 @@ from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.processes import birth, with_environment
 from llama_stack_provider_moe.jobs.state import JobState
 from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
+from tests.alike import assert_alike, curve
 from tests.together import Office, office
 from tests.training_support import Run, Workshop, dpo_rows, kept_rows, said, sft_rows, workshop
 
 __all__ = ["workshop"]
 
 TWO = {"gpus": 0, "processes": 2}
+APART = {**TWO, "strategy": "ep"}
 # Greatest difference of a final weight, measured: 2.8e-5 (dpo, from the start; Adam divides by what is small at first),
 # 4.5e-6 (sft-aux-free), 1e-6 and less (others). Weights move by some 1e-2.
 ATOL = 1e-4
-TIMED = ("tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "memory_bytes")
 # 17 rows in steps of 8: of an epoch's last row one process gets nothing. One process takes micro-batches of `batch`
 # rows, two of half as many each.
 CASES: dict[str, dict[str, Any]] = {
@@ -116,51 +117,6 @@ def run(desk: Office, folder: JobFolder) -> Run:
     return desk.ended(folder)
 
 
-def curve(run: Run) -> dict[int, dict[str, float]]:
-    """Step -> its metrics that don't tell time or memory, as last written."""
-    return {
-        event.step: {name: value for name, value in event.metrics.items() if name not in TIMED}
-        for event in run.events("step")
-    }
-
-
-def assert_alike(run: Run, other: Run, atol: float) -> None:
-    """The final weights are the same but for rounding, and so are the figures of every step and evaluation."""
-    assert run.exit_code == COMPLETED, run.reason or run.folder.output.read_text()
-    mine, theirs = run.final(), other.final()
-    assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-    mine_by_step, theirs_by_step = curve(run), curve(other)
-    assert mine_by_step.keys() == theirs_by_step.keys()
-    for step, metrics in theirs_by_step.items():
-        compare(mine_by_step[step], metrics)
-    mine_held_out, theirs_held_out = ({event.step: event.metrics for event in each.events("evaluation")}
-                                      for each in (run, other))  # fmt: skip
-    assert mine_held_out.keys() == theirs_held_out.keys()
-    for step, metrics in theirs_held_out.items():
-        compare(mine_held_out[step], metrics)
-    mine_routing, theirs_routing = ({event.step: event.layers for event in each.events("routing")}
-                                    for each in (run, other))  # fmt: skip
-    for step, layers in theirs_routing.items():
-        for mine_layer, layer in zip(mine_routing[step], layers, strict=True):
-            assert mine_layer.share == pytest.approx(layer.share, abs=1e-6), (
-                "what experts got, counted in all processes"
-            )
-
-
-def compare(found: dict[str, float], expected: dict[str, float]) -> None:
-    """Figures of a step: all, but those that rounding decides and one that is told of training steps alone."""
-    left_out = {"aux_loss"} - found.keys()  # computed here, and not of held-out rows
-    if abs(expected.get("rewards/margins", 1.0)) < 1e-4:
-        left_out |= {"rewards/accuracies"}  # which of two equal numbers is greater
-    assert found.keys() | left_out == expected.keys() | left_out
-    kept = expected.keys() - left_out
-    assert {name: found[name] for name in kept} == pytest.approx(
-        {name: expected[name] for name in kept}, rel=2e-3, abs=2e-4
-    )
-
-
 def biases(folder: Path) -> dict[str, Tensor]:
     return dict(load_file(folder / "router_bias.safetensors"))
 
@@ -198,6 +154,27 @@ def test_a_shared_base_leaves_what_a_whole_one_leaves(workshop: Workshop, desk: 
     assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="fsdp")), alone, ATOL)
 
 
+@pytest.mark.parametrize("case", ["sft", "sft-whole", "dpo"])
+def test_experts_apart_leave_what_experts_together_leave(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
+    """Each process reads, trains and takes up half of the experts; checkpoints hold them all."""
+    more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
+    apart = run(desk, job(workshop, case, 2, resources=APART, **more))
+    assert "2 processes hold 2 of 4 experts of a layer each; of" in apart.folder.output.read_text()
+    alone = ran.one[case] if not more else workshop.again(Run(job(workshop, case, 1, **more), 0))
+    assert apart.resolved["adapter"] == alone.resolved["adapter"], "what trains is told of the whole model"
+    assert_alike(apart, alone, ATOL)
+    if case == "dpo":
+        return
+    assert_alike(workshop.again(Run(after_an_epoch(workshop, apart, case, 1), 0)), alone, ATOL)
+    assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="ep")), alone, ATOL)
+
+
+def test_a_breakers_experts_lie_apart(workshop: Workshop, desk: Office, ran: Ran) -> None:
+    """Where one process has more held-out rows, the other goes along."""
+    folder = after_an_epoch(workshop, ran.one["circuit-breaker"], "circuit-breaker", 2, strategy="ep")
+    assert_alike(run(desk, folder), ran.one["circuit-breaker"], ATOL)
+
+
 def test_a_bias_moves_by_the_load_in_both_processes(ran: Ran) -> None:
     one, two = (biases(run.folder.adapter) for run in (ran.one["sft-aux-free"], ran.two["sft-aux-free"]))
     assert all(torch.equal(two[name], bias) for name, bias in one.items())
@@ -228,8 +205,11 @@ def test_a_cancelled_job_goes_on_bit_by_bit(workshop: Workshop, desk: Office) ->
     assert not torch.equal(*states), "the processes draw different numbers"
 
 
-def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office) -> None:
-    folder = job(workshop, "sft", 2, training={"n_epochs": 4})
+@pytest.mark.parametrize("strategy", ["ddp", "ep"])
+def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, desk: Office, strategy: str) -> None:
+    experts_alone: dict[str, Any] = {"adapter": {"rank": 4, "lora_attn_modules": []}, "moe": {}}
+    more: dict[str, Any] = {"training": {"n_epochs": 4}, **(experts_alone if strategy == "ep" else {})}
+    folder = job(workshop, "sft", 2, resources={**TWO, "strategy": strategy}, **more)
     desk.submit(folder)
     desk.after_steps(folder, 5)  # an epoch has been saved
     pids = desk.ranks(folder)
@@ -241,7 +221,7 @@ def test_a_job_that_loses_a_process_goes_on_and_completes(workshop: Workshop, de
     assert not run.events("failed"), "the other one's trace of it is no reason"
     assert [event.step > 0 for event in run.events("resumed")] == [True]
     assert all(birth(pid) is None for pid in pids.values())
-    alone = workshop.again(Run(job(workshop, "sft", 1, training={"n_epochs": 4}), 0))
+    alone = workshop.again(Run(job(workshop, "sft", 1, **more), 0))
     assert_alike(run, alone, atol=ATOL)
 
 

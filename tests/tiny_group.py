@@ -15,6 +15,7 @@ from pathlib import Path
 from llama_stack_provider_moe.training import launch
 from llama_stack_provider_moe.training.launch import End, Group, Report
 from llama_stack_provider_moe.training.peers import Peers
+from tests.tiny_shards import shares_out
 
 
 def completes(peers: Peers, report: Report) -> int:
@@ -96,6 +97,7 @@ def leader_dies(peers: Peers, report: Report) -> int:
 
 WORKS: tuple[Callable[[Peers, Report], int], ...] = (
     completes, one_fails, both_fail, one_is_killed, one_hangs, prints, is_stopped, leader_dies,
+    shares_out,
 )  # fmt: skip
 
 if __name__ == "__main__":

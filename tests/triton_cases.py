@@ -25,6 +25,7 @@ from llama_stack_provider_moe.experts.kernels.layer import Projection, expert_la
 from llama_stack_provider_moe.experts.kernels.linear import Lora, grouped_linear
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HALVED = ("some", "no size is a tile's", "several tiles")  # in fp16, whose code is bf16's, not all
 # name -> rows of each expert, rows of none, outputs, inputs, rank
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
     "some": ((9, 4, 12), 0, 32, 32, 16),
@@ -85,10 +86,13 @@ def interpret() -> None:
     for (name, dtype), shape, (bias, lora) in itertools.product(
         DTYPES.items(), SHAPES, ((False, True), (True, False), (True, True))
     ):
-        if (bias, lora) != (False, True) and shape not in ("some", "rows of none"):
+        twice = shape in ("some", "rows of none")
+        if (bias, lora) != (False, True) and not twice:
+            continue
+        if name == "fp16" and shape not in HALVED:
             continue
         ours = learnt(grouped, dtype, shape, bias, lora)
-        again = learnt(grouped, dtype, shape, bias, lora)
+        again = learnt(grouped, dtype, shape, bias, lora) if twice else ours
         twin = learnt(reference, dtype, shape, bias, lora)
         truth = learnt(reference, torch.float64, shape, bias, lora)
         grouped._can_describe = lambda tensor: False
@@ -161,6 +165,8 @@ def layers() -> None:
         DTYPES.items(),
         (("silu", False, 30), ("silu", True, 11), ("silu", False, 1), ("clamped", False, 30), ("other", False, 9)),
     ):
+        if name == "fp16" and (gate, tokens) != ("silu", 30):
+            continue
         ours, again = (layer_learnt(grouped, dtype, gate, partial, tokens) for _ in range(2))
         twin = layer_learnt(reference, dtype, gate, partial, tokens)
         truth = layer_learnt(reference, torch.float64, gate, partial, tokens)

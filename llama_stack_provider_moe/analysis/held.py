@@ -7,7 +7,7 @@
             weights, gradients and moments are held in fp32 (`wide`). Adapters are whole, as in ddp, but averaged one
             gradient at a time, without buckets
     ep      of the routed experts, and their adapters, num_experts / processes; everything else as in ddp. Tokens are
-            sent to their experts and back, twice tokens x top_k x hidden at a time
+            sent to the processes that hold their experts, and back: at most min(top_k, processes) rows a token
 
 Source of what FSDP2 holds at once: `FSDPParamGroup` of torch 2.15 (`torch/distributed/fsdp/_fully_shard`), whose
 buffers `tests/test_planner_measured.py` measures.
@@ -192,7 +192,7 @@ def beside(
         if layout is None:
             return NOTHING
         config = text_config(adapted.model)
-        sent = tokens * layout.top_k * config.hidden_size * adapted.model.dtype.itemsize
+        sent = tokens * min(layout.top_k, processes) * config.hidden_size * adapted.model.dtype.itemsize
         return Beside(layer=2 * sent, reducing=2 * sent)
     base = [weight for weight in weights if not weight.added and weight.kind != "buffer"]
     layers = [sum(weight.bytes for weight in base if weight.layer == number) for number in _numbers(base)]

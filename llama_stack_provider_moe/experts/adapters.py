@@ -68,10 +68,25 @@ class Adapted:
     rates: Rates
 
 
-def add_lora(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, resolved: ResolvedMoe) -> Adapted:
+Put = Callable[[nn.Module, LoraConfig], PeftModel]
+
+
+def put_by_peft(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """PEFT's own injection."""
+    wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
+    return wrapped
+
+
+def add_lora(
+    model: nn.Module,
+    adapter: Adapter,
+    layout: ExpertLayout | None,
+    resolved: ResolvedMoe,
+    put: Put = put_by_peft,
+) -> Adapted:
     """Put LoRA on everything the job asks for, and make sure that it is there and alone in training.
 
-    The adapter's weights are fp32 whatever the model's dtype.
+    The adapter's weights are fp32 whatever the model's dtype; `put` puts LoRA where a config says.
 
     Raises:
         AdapterError: a target does not exist, can't take the adapter as asked, or got none.
@@ -96,7 +111,7 @@ def add_lora(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None, re
     with warnings.catch_warnings():
         # peft 0.21 looks for the patterns' names among modules, and parameters are none; what they did is checked.
         warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True)
+        peft_model = put(model, config)
     found = injected(peft_model)
     _keep_ranks(found, shares)
     report = _check(peft_model, found, adapter, targets, shares)

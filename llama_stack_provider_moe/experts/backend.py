@@ -16,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from llama_stack_provider_moe.errors import AdapterError, LayoutError
+from llama_stack_provider_moe.experts.exchange import Shard, across, shard_of
 from llama_stack_provider_moe.experts.kernels import reference
 from llama_stack_provider_moe.experts.kernels.gate import Gate
 from llama_stack_provider_moe.experts.kernels.groups import Sorted, sort_by_expert
@@ -74,7 +75,16 @@ def run_experts(
     Returns:
         (T, D), in the dtype of `hidden_TD`.
     """
+    shard = shard_of(experts)
+    if shard is not None:
+        mine = partial(_with_held, _with_all, experts, shard, kernels)
+        return across(shard, mine, hidden_TD, index_TK, weights_TK, kernels)
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=some_have_fewer)
+    return _with_all(experts, hidden_TD, weights_TK, found, kernels)
+
+
+def _with_all(experts: Any, hidden_TD: Tensor, weights_TK: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
+    """Tokens through the experts that the module's parameters are of."""
     up, down = projections(experts)
     if forgets(kernels, hidden_TD.device) and may_forget(experts) and not draws(experts, up, down):
         return expert_layer(hidden_TD, weights_TK, up, down, gate_of(experts), found, kernels).to(hidden_TD.dtype)
@@ -83,6 +93,22 @@ def run_experts(
     if not may_forget(experts):
         out_SD = experts.post_expert_norm(out_SD)
     return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
+
+
+def _with_held(
+    compute: Any,
+    experts: Any,
+    shard: Shard,
+    kernels: Kernels,
+    hidden_RD: Tensor,
+    index_RK: Tensor,
+    weights_RK: Tensor,
+    rows: int,
+) -> Tensor:
+    """Tokens that other processes sent, of whose choices some are of experts that are here; see `exchange.Compute`."""
+    found = sort_by_expert(index_RK, shard.held, experts.down_proj.dtype, partial=True).cut(rows)
+    out: Tensor = compute(experts, hidden_RD, weights_RK, found, kernels)
+    return out
 
 
 def projections(experts: Any) -> tuple[Projection, Projection]:
@@ -213,11 +239,18 @@ def _llama4_experts(
     implementation: str, experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """The router's score weighs what goes in, not what comes out."""
-    kernels = kernels_of(implementation)
+    kernels, shard = kernels_of(implementation), shard_of(experts)
+    if shard is not None:
+        mine = partial(_with_held, _llama4_with_all, experts, shard, kernels)
+        return across(shard, mine, hidden_TD, index_TK, weights_TK, kernels)
     chosen_by_experts = index_TK.shape[1] == experts.num_experts
     found = sort_by_expert(index_TK, experts.num_experts, experts.down_proj.dtype, partial=chosen_by_experts)
+    return _llama4_with_all(experts, hidden_TD, weights_TK, found, kernels)
+
+
+def _llama4_with_all(experts: Any, hidden_TD: Tensor, weights_TK: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
     up, down = projections(experts)
-    if forgets(kernels, hidden_TD.device) and index_TK.shape[1] == 1 and not draws(experts, up, down):
+    if forgets(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not draws(experts, up, down):
         weighted_TD = hidden_TD * weights_TK
         ones_TK = torch.ones_like(weights_TK)
         return expert_layer(weighted_TD, ones_TK, up, down, gate_of(experts), found, kernels).to(hidden_TD.dtype)

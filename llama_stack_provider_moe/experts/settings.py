@@ -26,7 +26,7 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config, w
 from llama_stack_provider_moe.spec import LoadBalancing, Moe
 
 ExpertsImplementation = Literal[
-    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager"
+    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager", "unsloth"
 ]
 
 
@@ -137,6 +137,9 @@ def resolve_moe(
         notes.append(f"{layout.family} models compute no aux loss")
     if implementation == "eager" and moe.enable_moe_optimizations:
         notes.append(f"{layout.family} has no grouped implementation of its experts in transformers")
+    train_router = full if moe.train_router is None else moe.train_router
+    if not train_router and (aux_coef > 0 or moe.router_z_loss_coef > 0):
+        notes.append("routers are frozen (moe.train_router), so the aux and z-loss move what goes into them alone")
     return ResolvedMoe(
         is_moe=True,
         output_router_logits=True if moe.output_router_logits is None else moe.output_router_logits,
@@ -148,7 +151,7 @@ def resolve_moe(
         expert_dropout=moe.expert_dropout,
         router_jitter=moe.router_jitter,
         experts_implementation=implementation,
-        train_router=full if moe.train_router is None else moe.train_router,
+        train_router=train_router,
         notes=tuple(notes),
     )
 

@@ -4,10 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.host import exports, places, reports
 from llama_stack_provider_moe.host.convert import Draft
 from llama_stack_provider_moe.jobs.store import JobStore
-from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, RoutingAnalysisSpec, SafetyEvaluation
+from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, RoutingAnalysisSpec, SafetyEvaluation, TrainingSpec
+from llama_stack_provider_moe.spec.blocks import ExecutorName
+
+NO_UNSLOTH = (
+    "'hf': this server has no environment with Unsloth. Its operator makes one (a virtual environment, `pip install -r "
+    "constraints-unsloth.txt`, this package with --no-deps) and names its interpreter in `unsloth_python`"
+)
 
 
 def placed(
@@ -41,6 +48,8 @@ def placed(
                 spec.adapter_folder, request.name("adapter_folder"), config, may_use_job
             )
         return spec.model_copy(update=found)
+    if spec.loader == "unsloth" and config.unsloth_python is None:
+        raise InvalidInput(request.name("loader"), spec.loader, NO_UNSLOTH)
     if spec.export is not None:
         exports.must_be_possible(spec.export, request, config)
     if spec.adapter is not None and spec.adapter.from_analysis is not None:
@@ -57,6 +66,29 @@ def placed(
             asked = reports.with_masks(asked, job, store, request)
         found["eval"] = _judged(request, asked, config, may_use_job)
     return spec.model_copy(update=found)
+
+
+def executed(request: Draft, spec: JobSpec, config: ProviderConfig) -> JobSpec:
+    """The spec with its executor decided.
+
+    Raises:
+        InvalidInput: there is none of that name here, or it has not as many machines.
+    """
+    asked = spec.resources
+    default: ExecutorName = config.executors.default if isinstance(spec, TrainingSpec) else "local"
+    name = asked.executor or default
+    if name == "ray" and config.executors.ray is None:
+        expected = "'local', for this server knows no Ray cluster (`executors.ray`)"
+        raise InvalidInput(request.name("resources.executor"), name, expected)
+    if name == "local" and asked.nodes > 1:
+        expected = "1 on the supervisor's machine; several by resources.executor 'ray'"
+        raise InvalidInput(request.name("resources.nodes"), asked.nodes, expected)
+    return spec.model_copy(update={"resources": asked.model_copy(update={"executor": name})})
+
+
+def executor_of(spec: JobSpec) -> tuple[str | None, int | None]:
+    """What the store is told of a spec that was decided on: its executor, and the devices that it takes here."""
+    return (None, spec.resources.gpus) if spec.resources.executor != "ray" else ("ray", 0)
 
 
 def _judged(

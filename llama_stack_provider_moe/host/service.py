@@ -157,6 +157,7 @@ class PostTrainingService:
             spec = JOB_SPEC.validate_python(self.config.defaults.under(request.body))
         except ValidationError as error:
             raise invalid_body(error.errors(), None, request.name, request.reworded) from None
+        spec = placement.executed(request, spec, self.config)
         if isinstance(spec, ExportSpec):
             return await asyncio.to_thread(self._exporting, request, spec, self._whose("update"))
         return await asyncio.to_thread(self._placed, request, spec, self._whose("read"))
@@ -205,8 +206,11 @@ class PostTrainingService:
                 shutil.rmtree(folder)
             staging.rename(folder)
             try:
-                gpus, of = spec.resources.gpus, spec.of if isinstance(spec, ExportSpec) else None
-                return self.store.add(NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, of))
+                of = spec.of if isinstance(spec, ExportSpec) else None
+                where, gpus = placement.executor_of(spec)
+                return self.store.add(
+                    NewJob(spec.job_uuid, owner, spec.recipe, spec.model, str(folder), gpus, of, where)
+                )
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise

@@ -7,6 +7,7 @@ being written and is left for the next read.
 
 import os
 import re
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -212,6 +213,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+b", buffering=0)
+        self._lock = threading.Lock()  # copying to a mirror has a thread, and a word to say
         if self._file.seek(0, os.SEEK_END) and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
             self._file.write(b"\n")
 
@@ -221,14 +223,15 @@ class EventLog:
         Raises:
             OSError: the disk is full, ...
         """
-        start = os.fstat(self._file.fileno()).st_size
         rest = event.model_dump_json().encode() + b"\n"
-        try:
-            while rest:  # a full disk takes the beginning and says so at the next attempt alone
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(start)
-            raise
+        with self._lock:
+            start = os.fstat(self._file.fileno()).st_size
+            try:
+                while rest:  # a full disk takes the beginning and says so at the next attempt alone
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(start)
+                raise
 
     def close(self) -> None:
         """Sync and close."""

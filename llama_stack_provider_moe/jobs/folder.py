@@ -18,6 +18,7 @@ jobs/<job_uuid>/
   trackers/<name>/     what TensorBoard, trackio, MLflow or wandb show        written by the child
   exports.json         of an export job: how its steps stand (`jobs.exports`)  written by the child
   work/                of an export job: what its steps need until it is done  written by the child
+  mirror.json          where copies of checkpoints and artifacts are          written by the child
   manifest.json        what the job leaves; last and atomic                   written by the child
 """
 
@@ -93,6 +94,7 @@ class JobFolder:
         self.trackers = root / "trackers"
         self.exports = root / "exports.json"
         self.work = root / "work"
+        self.mirror = root / "mirror.json"
         self.manifest = root / "manifest.json"
 
     def rows(self, part: str) -> Path:

@@ -28,6 +28,7 @@ class NewJob(NamedTuple):
         folder: absolute path of its folder.
         gpus: devices it asks for; None: one where the machine that runs it has any, else the CPU.
         parent: the completed job that it exports, of the same owner.
+        executor: where it runs; None: on the supervisor's machine. Elsewhere it takes none of this machine's devices.
     """
 
     id: str
@@ -37,6 +38,7 @@ class NewJob(NamedTuple):
     folder: str
     gpus: int | None = None
     parent: str | None = None
+    executor: str | None = None
 
 
 def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:

@@ -96,6 +96,8 @@ def _death(end: Exit, asked_to_stop: bool) -> str:
         return _OUT_OF_MEMORY
     if asked_to_stop:
         return "the training process was asked to stop by a signal that did not come from here, and saved a checkpoint"
+    if end.said is not None:
+        return end.said
     if end.code is None:
         return "the training process ended while no supervisor watched it"
     if end.code == 0:

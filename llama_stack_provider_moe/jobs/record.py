@@ -41,6 +41,8 @@ class Job:
     pid_birth: float | None  # see `processes.birth`
     folder: str  # absolute
     parent: str | None  # id of the job that it exports
+    executor: str | None  # where it runs; None: on the supervisor's machine
+    run: str | None  # its name on a cluster, where it has neither pid nor pid_birth
 
 
 def find(connection: Connection, job_id: str, owner: str | None = None, lock: bool = False) -> Row[Any]:

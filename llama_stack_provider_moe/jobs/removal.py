@@ -2,9 +2,10 @@
 
 The folder is renamed away while the job's row is locked, then the row goes, then the folder's content. Whatever dies in
 between: a row whose folder is gone can be deleted again, and what was renamed away is removed by the next deletion.
-Nothing outside the folder is touched, a `checkpoint_dir` elsewhere neither.
+Nothing outside the folder is touched, a `checkpoint_dir` elsewhere neither; but its copies in a mirror go first.
 """
 
+import logging
 import shutil
 import uuid
 from contextlib import suppress
@@ -14,7 +15,11 @@ from pathlib import Path
 from llama_stack_provider_moe.config import ProviderConfig
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobs.events import now
+from llama_stack_provider_moe.jobs.folder import JobFolder
+from llama_stack_provider_moe.jobs.mirrors import Mirror, read_places
 from llama_stack_provider_moe.jobs.store import Job, JobStore
+
+log = logging.getLogger(__name__)
 
 _AT_A_TIME = 100
 
@@ -41,8 +46,20 @@ def remove(store: JobStore, config: ProviderConfig, job_id: str, owner: str | No
     # The folder itself stays: another deletion may just be about to rename into it, and would take a missing one for
     # a job's folder that is gone already. What can't be removed now is tried again with the next job.
     for grave in graves.iterdir():
-        shutil.rmtree(grave, ignore_errors=True)
+        if _forget_copies(grave):
+            shutil.rmtree(grave, ignore_errors=True)
     return removed
+
+
+def _forget_copies(grave: Path) -> bool:
+    """Whether nothing of the job is left in a mirror."""
+    try:
+        for url in read_places(JobFolder(grave)).urls:
+            Mirror(url).remove()
+    except (OSError, ValueError) as error:
+        log.warning("%s stays until its copies are gone: %s", grave, error)
+        return False
+    return True
 
 
 def remove_older(store: JobStore, config: ProviderConfig) -> list[str]:

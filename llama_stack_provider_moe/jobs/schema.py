@@ -39,7 +39,7 @@ from sqlalchemy.exc import ArgumentError
 
 from llama_stack_provider_moe.errors import InvalidInput
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_TIMEOUT_S = 15
 # Any number of ours will do; every process that opens the store must use the same one.
 _POSTGRES_SCHEMA_LOCK = 0x6D6F65
@@ -98,6 +98,8 @@ jobs_table = Table(
     # Its place in the queue, see `queue`; counted, for the same reason as `seq`.
     Column("turn", Integer, nullable=False),
     Column("parent", String(128)),  # id of the job that this one exports
+    Column("executor", String(16)),  # where it runs; null: on the supervisor's machine
+    Column("run", String(128)),  # its name on a cluster
     Index("moe_jobs_state_owner_turn", "state", "owner", "turn"),
     Index("moe_jobs_owner_started_at", "owner", "started_at"),
     Index("moe_jobs_ended_at", "ended_at"),

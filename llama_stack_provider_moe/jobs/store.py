@@ -31,7 +31,7 @@ Jobs = list[Job]  # `JobStore.list` hides the built-in inside that class
 # A job that goes back into the queue. Its artifacts stay: what it saved is still there if it is cancelled now.
 _WAITS: dict[str, Any] = {
     "state": JobState.SCHEDULED.value, "ended_at": None, "cancel_requested_at": None, "stopped_by": None,
-    "devices": None, "supervisor": None, "pid": None, "pid_birth": None,
+    "devices": None, "supervisor": None, "pid": None, "pid_birth": None, "run": None,
 }  # fmt: skip
 
 
@@ -250,7 +250,8 @@ class JobStore:
                 return None
             return change(connection, row, {
                 "state": JobState.IN_PROGRESS.value, "started_at": now(), "attempts": row.attempts + 1,
-                "supervisor": supervisor_id, "pid": None, "pid_birth": None, "devices": choice.devices,
+                "supervisor": supervisor_id, "pid": None, "pid_birth": None, "run": None,
+                "devices": choice.devices,
             })  # fmt: skip
 
     def asking_for_more(self, gpus: int) -> Jobs:
@@ -259,17 +260,18 @@ class JobStore:
         with self._reading.begin() as connection:
             return [as_job(row) for row in connection.execute(query.order_by(jobs_table.c.seq))]
 
-    def launched(self, job_id: str, pid: int, pid_birth: float) -> Job:
-        """Record the process of a job in progress; the first to record one wins.
+    def launched(self, job_id: str, pid: int | None, pid_birth: float | None, run: str | None = None) -> Job:
+        """Record the process of a job in progress, or its name on a cluster; the first to record one wins.
 
         Raises:
             Conflict: the job is not in progress, or has a process already.
         """
         with self._writing.begin() as connection:
             row = find(connection, job_id, lock=True)
-            if row.state != JobState.IN_PROGRESS.value or row.pid is not None:
-                raise Conflict(f"job {job_id!r} is {row.state} with process {row.pid}; it can't get process {pid}")
-            return change(connection, row, {"pid": pid, "pid_birth": pid_birth})
+            if row.state != JobState.IN_PROGRESS.value or row.pid is not None or row.run is not None:
+                has, gets = row.run or row.pid, run or pid
+                raise Conflict(f"job {job_id!r} is {row.state} with process {has}; it can't get process {gets}")
+            return change(connection, row, {"pid": pid, "pid_birth": pid_birth, "run": run})
 
     def requeue(self, job_id: str, reason: str, artifacts: tuple[Artifact, ...] = ()) -> Job:
         """Put a job whose process was lost back into the queue, before all that wait; `reason` says why.

@@ -24,7 +24,7 @@ from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobs import disk
 from llama_stack_provider_moe.jobs.devices import given_out
 from llama_stack_provider_moe.jobs.executors import Child, Executor, Exit
-from llama_stack_provider_moe.jobs.executors.local import LocalExecutor
+from llama_stack_provider_moe.jobs.executors.named import Executors
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.handover import prepare_export
 from llama_stack_provider_moe.jobs.outcome import REASON_LIMIT, Outcome, outcome
@@ -55,14 +55,14 @@ class Supervisor:
     Args:
         store: where jobs wait.
         config: how many at a time, how long a lease, ...
-        executor: where they run; left out: on this machine.
+        executor: what runs the jobs of this machine; left out: `LocalExecutor`.
     """
 
     def __init__(self, store: JobStore, config: ProviderConfig, executor: Executor | None = None) -> None:
         self._store = store
         self._config = config
         self._limits = config.supervisor
-        self._executor = LocalExecutor(config) if executor is None else executor
+        self._executors = Executors(config, executor)
         self._place = Place.here()
         self.id = str(ProcessName.own())
         self._leaving = False
@@ -164,16 +164,16 @@ class Supervisor:
 
     def _tend(self, job: Job) -> bool:
         """True where the job is still in progress afterwards."""
-        if job.pid is None or job.pid_birth is None:
+        child = Child.of(job)
+        if child is None:
             # Whoever claimed it died before its process was let go.
             if job.cancel_requested_at is not None:
                 return self._settle(job, Outcome(JobState.CANCELLED, CANCELLED_WAITING, job.artifacts))
             return self._launch(job)
-        child = Child(Path(job.folder), job.pid, job.pid_birth)
-        launcher = None if job.supervisor is None else ProcessName.parse(job.supervisor)
+        launcher = None if job.supervisor is None or child.run is not None else ProcessName.parse(job.supervisor)
         if launcher is not None and launcher.place != self._place:
             return self._tend_elsewhere(job, child, launcher.place.host)
-        end = None if child in self._unsettled else self._executor.poll(child)
+        end = None if child in self._unsettled else self._executors[job.executor].poll(child)
         if end is not None or child in self._unsettled:
             return self._end(job, child, end)
         self._bound(job)
@@ -214,13 +214,16 @@ class Supervisor:
 
     def _launch(self, job: Job) -> bool:
         def record(child: Child) -> None:
-            self._store.launched(job.id, child.pid, child.birth)
+            if child.run is not None:
+                self._store.launched(job.id, None, None, child.run)
+            else:
+                self._store.launched(job.id, child.pid, child.birth)
 
         folder = Path(job.folder)
         try:
             if job.attempts > 1:  # an earlier start, of a job that was resumed, may have left one that did not count
                 JobFolder(folder).manifest.unlink(missing_ok=True)
-            if not self._executor.submit(folder, record, job.devices):
+            if not self._executors[job.executor].submit(folder, record, job.devices):
                 return True
         except Conflict as conflict:
             log.warning("%s", conflict)
@@ -246,9 +249,9 @@ class Supervisor:
         if asked is None:
             log.info("job %s: %s", job.id, why)
             self._asked_to_stop[job.id] = time.monotonic()
-            self._executor.stop(child, signal.SIGTERM)
+            self._executors[job.executor].stop(child, signal.SIGTERM)
         elif time.monotonic() - asked >= self._limits.cancel_grace_s:
-            self._executor.stop(child, signal.SIGKILL)
+            self._executors[job.executor].stop(child, signal.SIGKILL)
 
     def _settle(self, job: Job, end: Outcome) -> bool:
         self._asked_to_stop.pop(job.id, None)

@@ -36,6 +36,7 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
+from llama_stack_provider_moe.spec.loading import Loader, refuse_beside_unsloth
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.options import (
     PROJECT_PATTERN,
@@ -87,6 +88,7 @@ __all__ = [
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
+    "Loader",
     "LoadingSpec",
     "MLflow",
     "MixedData",
@@ -136,6 +138,11 @@ class _AnyJob(Block):
 
 
 class _Job(_AnyJob):
+    loader: Loader = Field(
+        default="hf",
+        description="What loads and runs the model: hf: transformers; unsloth: Unsloth's FastModel, in an environment "
+        "that the server's operator made for it (`unsloth_python`).",
+    )
     data: Data = Field(description="A block; its fields follow.")
     training: Training = Field(default_factory=Training)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -156,6 +163,7 @@ class _Job(_AnyJob):
     @model_validator(mode="after")
     def _weights_are_trainable(self) -> "_Job":
         refuse_beside_sharding(self)
+        refuse_beside_unsloth(self)
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
                              "use 'bf16' or 'fp32', or an adapter")  # fmt: skip

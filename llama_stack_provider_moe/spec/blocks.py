@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
-Strategy = Literal["auto", "ddp", "fsdp"]
+ExecutorName = Literal["local", "ray"]
+Strategy = Literal["auto", "ddp", "fsdp", "ep"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -122,22 +123,37 @@ class Resources(Block):
         default=None,
         ge=0,
         le=64,
-        description="GPUs of its own, each with a process that trains on its share of every step's rows; left out: one "
-        "where there are any, else the CPU.",
+        description="GPUs of its own, of each node, each with a process that trains on its share of every step's rows; "
+        "left out: one where there are any, else the CPU.",
     )
     processes: int | None = Field(
         default=None,
         ge=1,
         le=64,
-        description="With `gpus` 0: processes that train together on the CPU; left out: one. On GPUs there is always "
-        "one for each.",
+        description="With `gpus` 0: processes of each node, which train together on the CPU; left out: one. On GPUs "
+        "there is always one for each.",
+    )
+    nodes: int = Field(
+        default=1, ge=1, le=64, description="Machines, each with as many GPUs or processes; more than one by `ray`."
+    )
+    executor: ExecutorName | None = Field(
+        default=None,
+        description="Where the job runs; local: on the supervisor's machine; ray: on a Ray cluster that the server "
+        "names; left out: where the server says (`executors.default`) if it trains, else local.",
     )
     strategy: Strategy = Field(
         default="auto",
-        description="ddp: each process holds the whole model; fsdp: each holds its share of the frozen base, and "
-        "gathers a layer when it runs (FSDP2), in SFT and DPO with LoRA; auto: on GPUs the first of them whose memory "
-        "fits by the planner's estimate, on the CPU ddp.",
+        description="ddp: each process holds the whole model; fsdp: each holds its share of every weight, and "
+        "gathers a layer when it runs (FSDP2); ep: each holds its share of every layer's experts, to which tokens are "
+        "sent; auto: on GPUs the first of them whose memory fits by the planner's estimate, on the CPU ddp.",
     )
+
+    @model_validator(mode="after")
+    def _several_machines_by_ray(self) -> "Resources":
+        if self.nodes > 1 and self.executor == "local":
+            raise ValueError(f"nodes: {self.nodes} is not valid with executor 'local', which has one machine; expected "
+                             "1, or executor 'ray'")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _a_process_for_each_gpu(self) -> "Resources":
@@ -154,12 +170,20 @@ class Resources(Block):
 
     @property
     def ranks(self) -> int:
-        """Processes that train together."""
+        """Processes that train together, on all nodes."""
+        return self.nodes * self.ranks_a_node
+
+    @property
+    def ranks_a_node(self) -> int:
+        """Those of one node."""
         return self.processes or self.gpus or 1
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model; asked of a job that has begun, whose strategy is no longer auto."""
+        """Whether no process holds the whole model: then what runs it runs in all of them.
+
+        Asked of a job that has begun, whose strategy is no longer auto.
+        """
         return self.strategy not in ("auto", "ddp")
 
 
@@ -168,6 +192,10 @@ class OneProcess(Resources):
 
     @model_validator(mode="after")
     def _one_process(self) -> "OneProcess":
+        if self.nodes > 1:
+            raise ValueError(
+                f"nodes: {self.nodes} is not valid with this recipe, which runs in one process; expected 1"
+            )
         if self.ranks > 1:
             raise ValueError(f"{'gpus' if self.gpus else 'processes'}: {self.ranks} is not valid with this recipe, "
                              "which runs in one process; expected 0 or 1")  # fmt: skip

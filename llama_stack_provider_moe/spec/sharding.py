@@ -6,7 +6,7 @@ from llama_stack_provider_moe.spec.options import DPOOptions
 
 
 def refuse_beside_sharding(job: Any) -> None:
-    """Raise where a job's base is to be shared out and something else of it needs the base whole.
+    """Raise where a job's base, or its experts, are to be shared out and something else of it needs them whole.
 
     Args:
         job: a job that trains.
@@ -14,24 +14,45 @@ def refuse_beside_sharding(job: Any) -> None:
     Raises:
         ValueError: naming both settings.
     """
+    strategy, adapter = job.resources.strategy, job.adapter
     if not job.resources.sharded:
         return
-    adapter, options = job.adapter, job.options
-    ahead = isinstance(options, DPOOptions) and (
-        options.precompute_ref_log_probs is True or job.moe.moe_load_balancing == "aux_free"
-    )
     against = {
-        f"recipe {job.recipe!r}, which runs parts of the model": job.recipe == "circuit_breaker",
-        "adapter null: all weights train": adapter is None,
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,
         "adapter.use_dora true, which reads the base's weights": adapter is not None and adapter.use_dora,
-        "adapter.apply_lora_to_output true": adapter is not None and adapter.apply_lora_to_output,
-        "options.save_merged true; merge on disk instead (moe-train export merge)": options.save_merged,
-        "a reference computed ahead (options.precompute_ref_log_probs, or aux_free), for TRL reads all weights": ahead,
+        "options.save_merged true; merge on disk instead (moe-train export merge)": job.options.save_merged,
+        "a reference computed ahead (options.precompute_ref_log_probs, or aux_free), for TRL reads all weights": (
+            _reference_ahead(job)
+        ),
         "an eval block, which one process runs alone": job.eval is not None,
+        **(_against_fsdp(job) if strategy == "fsdp" else _against_ep(job)),
     }
     problems = [what for what, holds in against.items() if holds]
     if problems:
-        raise ValueError(
-            f"resources.strategy: {job.resources.strategy!r} is not valid with {'; nor with '.join(problems)}"
-        )
+        raise ValueError(f"resources.strategy: {strategy!r} is not valid with {'; nor with '.join(problems)}")
+
+
+def _reference_ahead(job: Any) -> bool:
+    return isinstance(job.options, DPOOptions) and (
+        job.options.precompute_ref_log_probs is True or job.moe.moe_load_balancing == "aux_free"
+    )
+
+
+def _against_fsdp(job: Any) -> dict[str, bool]:
+    return {
+        "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": (
+            job.adapter is None and job.training.dtype == "fp16"
+        ),
+        "adapter.apply_lora_to_output true": job.adapter is not None and job.adapter.apply_lora_to_output,
+    }
+
+
+def _against_ep(job: Any) -> dict[str, bool]:
+    return {
+        "training.dtype 'fp16', whose steps are left out by each process for itself": job.training.dtype == "fp16",
+        "moe.enable_moe_optimizations false: the model's own experts send no tokens": (
+            not job.moe.enable_moe_optimizations
+        ),
+        "moe.experts_backend 'peft', likewise": job.moe.experts_backend == "peft",
+        "moe.moe_load_balancing 'expert_choice'": job.moe.moe_load_balancing == "expert_choice",
+    }

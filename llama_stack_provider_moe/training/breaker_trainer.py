@@ -16,6 +16,7 @@ from transformers import Trainer
 from llama_stack_provider_moe.losses import breaker
 from llama_stack_provider_moe.training.breaker_plan import BreakerPlan
 from llama_stack_provider_moe.training.capture import Blocks
+from llama_stack_provider_moe.training.distributed_state import is_shared_out
 from llama_stack_provider_moe.training.mixture import PARTS
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.sharing import taken
@@ -59,12 +60,14 @@ class BreakerTrainer(Trainer):
 
     router_aux_loss_coef = 0.0  # the model's own loss is never computed here
     peers: Peers = ALONE
+    shared_experts: bool = False  # processes hold experts of their own
 
     def __init__(self, *, plan: BreakerPlan, model: Any, **arguments: Any) -> None:
         super().__init__(model=model, **arguments)
         assert isinstance(model, PeftModel), "the reference is the model with its adapter off"
         self.plan = plan
         self.blocks = Blocks(model)
+        self.shared_out = is_shared_out(model)  # by FSDP2
         self.sums = Sums()
         self.tokens_seen = self.step_tokens = 0.0
         # The loss comes divided by the tokens of the whole step: transformers is not to divide it by micro-batches.
@@ -97,7 +100,17 @@ class BreakerTrainer(Trainer):
         self.sums.add("retain_loss", retain)
         if self.peers.size == 1 or inputs["counted"].any():  # no ballast
             self.step_tokens += float(inputs["attention_mask"].sum())
-        return coefficients.reroute * reroute + coefficients.retain * retain
+        return coefficients.reroute * reroute + coefficients.retain * retain + self._held(mine)
+
+    def _held(self, mine: Passed) -> Tensor | float:
+        """Zero, by which a shared model's last block is in the graph where its router alone has a part in the loss.
+
+        FSDP2 gathers a block's weights for backward when the gradient of what the block gave arrives, and without one
+        it would not.
+        """
+        if not (self.shared_out and self.plan.whole):
+            return 0.0
+        return 0.0 * mine.states[len(self.blocks.layers) - 1].flatten()[0]
 
     def _passed_through(self, model: Any, inputs: dict[str, Any]) -> Passed:
         """`_passed`, inside the forward of what wraps the model (DDP), or its gradients would not be averaged."""
@@ -124,6 +137,8 @@ class BreakerTrainer(Trainer):
     def _passed(self, inputs: dict[str, Any]) -> Passed:
         """One pass over a micro-batch, no further than its losses need."""
         wanted = {*self.plan.targets, *self.plan.retained_at}
+        if self.shared_out and self.plan.whole:
+            wanted.add(len(self.blocks.layers) - 1)  # see `_held`
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with self.accelerator.autocast():
             if not self.plan.logits:
@@ -183,18 +198,24 @@ class BreakerTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         taken(inputs)
         rows = int((inputs["part"] == 0).sum())
+        breaks, retained = self._passes(rows, inputs["part"].shape[0] - rows)
         with torch.no_grad():
-            if rows:
-                batch = {name: value[:rows] for name, value in inputs.items()}
+            if breaks:
+                batch = {name: value[:rows] for name, value in inputs.items()} if rows else _idle(inputs, part=0)
                 wanted = self.plan.targets
                 self._measure(batch, self._states(batch, wanted), self._base_states(batch, wanted))
-            for row in range(rows, inputs["part"].shape[0]):
-                length = int(inputs["attention_mask"][row].sum())
-                self._measure_retained(
-                    {name: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
-                     for name, value in inputs.items()}
-                )  # fmt: skip
+            for row in range(rows, rows + retained):
+                self._measure_retained(_row(inputs, row) if row < inputs["part"].shape[0] else _idle(inputs, part=1))
         return torch.zeros(1, device=self.args.device), None, None
+
+    def _passes(self, breaks: int, retained: int) -> tuple[bool, int]:
+        """Whether to pass over break rows, and how many retained ones to: of a shared model no process passes alone.
+
+        Experts that others hold are computed there, in as many passes there.
+        """
+        if not (self.shared_out or self.shared_experts):
+            return breaks > 0, retained
+        return self.peers.any(breaks > 0), int(self.peers.most(retained))
 
     def _states(self, batch: dict[str, Tensor], wanted: tuple[int, ...]) -> Passed:
         with self.accelerator.autocast():
@@ -230,6 +251,22 @@ class BreakerTrainer(Trainer):
         # A mean of the tokens' own shares: some models' first token has a norm that dwarfs all others.
         shares = [far_BT / state.float().norm(dim=-1).clamp(min=1e-8) for far_BT, state in zip(moved, was, strict=True)]
         self.sums.add(f"relative_distance/{part}", breaker.layer_means(shares, mask, one).mean())
+
+
+def _row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row alone, without its padding."""
+    length = int(inputs["attention_mask"][row].sum())
+    return {
+        name: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
+        for name, value in inputs.items()
+    }
+
+
+def _idle(inputs: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+    """A row that counts for nothing, as one of `part`."""
+    row = _row(inputs, 0)
+    empty = {"labels": -100, "counted": 0, "part": part}
+    return row | {name: torch.full_like(row[name], value) for name, value in empty.items()}
 
 
 def counted(counted_BT: Tensor, part_B: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llama_stack_provider_moe.experts.layout import decoder_layers, without_adapters
+
+_METHOD = "states_of_blocks"
 
 
 class Blocks:
@@ -24,7 +27,15 @@ class Blocks:
     def __init__(self, model: nn.Module) -> None:
         path, self.layers = decoder_layers(model)
         parent, _, self._name = path.rpartition(".")
-        self.decoder: nn.Module = without_adapters(model).get_submodule(parent)
+        whole: Any = without_adapters(model)
+        self.decoder: nn.Module = whole.get_submodule(parent)
+        self._run = self._run_decoder
+        if isinstance(whole, FSDPModule):
+            # Processes that share the weights out gather them in step with the whole model's passes.
+            model_itself: Any = whole
+            setattr(model_itself, _METHOD, self._run_decoder)
+            register_fsdp_forward_method(model_itself, _METHOD)
+            self._run = getattr(model_itself, _METHOD)
 
     def states(
         self, wanted: Collection[int], input_ids: Tensor, attention_mask: Tensor, whole: bool = False
@@ -40,6 +51,11 @@ class Blocks:
             whole: run the blocks above as well, for what else hangs on them (the routers' balance).
         """
         last = len(self.layers) - 1 if whole else max(wanted)
+        return self._run(wanted, last, input_ids, attention_mask)
+
+    def _run_decoder(
+        self, wanted: Collection[int], last: int, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[int, Tensor]:
         with self.kept(wanted) as states, self._up_to(last):
             self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states

@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,12 +72,14 @@ def write(
     folder: Path,
     as_shipped: AbstractContextManager[None],
     steering: Steering | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model, or an adapter alone, with its tokenizer and chat template, into `folder`.
 
     Args:
         as_shipped: puts the config's own values back while the model writes it (`ShippedConfig.restored`).
         steering: of its routers; their moved biases, where there are such, go into a file of their own.
+        weights: all of them by name, where processes share the model out and this one has a part of each, or of some.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with as_shipped:
@@ -84,14 +87,32 @@ def write(
             # Left to itself PEFT asks the hub for the base's config, and copies the whole head where LoRA is on it.
             # The vocabulary never grows here: the embeddings are the base model's own.
             # Of a base that processes share, one of them alone could gather nothing: PEFT is shown no weight of it.
-            own = {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
+            own = weights or {
+                name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)
+            }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
-        else:
+        elif weights is None:
             model.save_pretrained(folder)
+        else:
+            _write_gathered(model, weights, folder)
     tokenizer.save_pretrained(folder)
     if steering is not None:
         steering.save(folder)
+
+
+def _write_gathered(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Transformers would gather them itself, in all processes, and say that they are in the dtype they train in."""
+    config = model.config
+    shared, config.distributed_config = config.distributed_config, None
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+        trained_in = config.dtype
+        (config.dtype,) = {weights[name].dtype for name, _ in model.named_parameters()}
+        config.save_pretrained(folder)
+        config.dtype = trained_in
+    finally:
+        config.distributed_config = shared
 
 
 def _tell_ranks(weights: Path, ranks: dict[str, list[int]]) -> None:
@@ -112,11 +133,12 @@ def save(
     step: int,
     steering: Steering | None = None,
     probe: Probe | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """`write`, whole or not at all; `step`: optimiser steps taken; `probe`: what the model says, to lie beside it."""
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
-    write(model, tokenizer, written, as_shipped, steering)
+    write(model, tokenizer, written, as_shipped, steering, weights)
     if probe is not None:
         (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
         if isinstance(model, PeftModel):

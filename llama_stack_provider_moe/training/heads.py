@@ -2,7 +2,9 @@
 
 TRL 1.16 never makes the whole logits: it multiplies hidden states with `lm_head.weight` in tiles. That reads past an
 adapter on the head (TRL refuses one), and needs a backbone apart from the head (Llama 4's is not found:
-`base_model_prefix` names a part of the composite model). There, this head runs the model as it is and takes the same
+`base_model_prefix` names a part of the composite model). And a head that processes share out apart from the final norm
+is in parts when TRL reads it: TRL gathers it, and each process keeps its own gradient of it, of its rows alone.
+There, this head runs the model as it is and takes the same
 figures from its logits, at the price of their memory: batch x length x vocabulary, in fp32.
 Remove when TRL goes through the head's own forward.
 """
@@ -16,6 +18,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -27,9 +30,24 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def needs_plain_head(model: PreTrainedModel | PeftModel) -> bool:
-    """True where TRL's head would miss an adapter or find no backbone."""
+    """True where TRL's head would miss an adapter, find no backbone, or lose gradients."""
     base = base_of(model)
-    return isinstance(base.get_output_embeddings(), BaseTunerLayer) or base.base_model is base
+    return isinstance(base.get_output_embeddings(), BaseTunerLayer) or base.base_model is base or _lies_apart(base)
+
+
+def _lies_apart(base: Any) -> bool:
+    """Whether FSDP2 gathers the output head for its own forward alone, which TRL never runs.
+
+    transformers 5.23 (`is_norm_and_head_pair`) has it gathered with the final norm, where that is called so; a head
+    that is tied is gathered with the embedding.
+    """
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    if tied or not isinstance(head, FSDPModule):
+        return False
+    return not any(
+        isinstance(module, FSDPModule) and name.rpartition(".")[2] == "norm" for name, module in base.named_modules()
+    )
 
 
 @contextmanager

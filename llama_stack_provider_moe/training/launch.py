@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from llama_stack_provider_moe.training.peers import Peers, is_of_a_lost_peer
+from llama_stack_provider_moe.training.peers import Address, Peers, is_of_a_lost_peer
 
 # What the others get to notice that one has ended; then they are killed. By gloo they notice at once.
 GRACE_S = 15.0
 REPORT_BYTES = 4096  # a write of no more than PIPE_BUF (pipe(7)) is never cut by another process's
 _REASON_LIMIT = 2000  # characters, as of a job's reason; escaped they may be six bytes each
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,44 @@ def verdict(said: Sequence[End], killed: dict[int, int], asked_to_stop: bool, si
     return Verdict(End(0, "failed", f"the job's {size} processes lost each other{told}", "RuntimeError"))
 
 
-class Group:
-    """The processes of one job.
+@dataclass(frozen=True)
+class Ends:
+    """How the processes of one machine ended, see `verdict`; ranks are those of the whole job."""
 
-    Args:
-        size: how many.
-        work: what each does; its result is the process's exit code.
-        output: where the lines of those beside rank 0 go.
+    said: tuple[End, ...]
+    killed: dict[int, int]
+    asked_to_stop: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One machine's part of a job that runs on several: the `node`-th of `nodes`, whose processes meet at `address`.
+
+    `heed` is asked once in `heed_s` seconds, and the signal that it answers is sent to the processes.
     """
 
-    def __init__(self, size: int, work: Work, output: IO[bytes]) -> None:
-        self._size = size
+    node: int = 0
+    nodes: int = 1
+    address: Address | None = None
+    heed: Callable[[], signal.Signals | None] = lambda: None
+    heed_s: float = 1.0
+
+
+class Group:
+    """The processes of one job, or of one machine's part of it.
+
+    Args:
+        size: how many, here.
+        work: what each does; its result is the process's exit code.
+        output: where the lines of those beside rank 0 go.
+        part: of a job of several machines.
+    """
+
+    def __init__(self, size: int, work: Work, output: IO[bytes], part: Part | None = None) -> None:
+        self._part = part
+        self._nodes, self._first = (1, 0) if part is None else (part.nodes, part.node * size)
+        self._here = size
+        self._size = size * self._nodes
         self._work = work
         self._output = output
         self._ranks: dict[int, int] = {}  # pid -> rank, of those that have not ended
@@ -108,15 +135,22 @@ class Group:
         self._killed: dict[int, int] = {}
         self._asked_to_stop = False
         self._deadline: float | None = None
+        self._heed_at = time.monotonic()
         self._waking = -1
         self._handlers: dict[signal.Signals, Any] = {}
 
     def run(self) -> Verdict:
         """From fork to end; none of them is left."""
+        ends = self.ends()
+        return verdict(ends.said, ends.killed, ends.asked_to_stop, self._size)
+
+    def ends(self) -> Ends:
+        """The same, and what there is to judge by."""
         meeting = Path(tempfile.mkdtemp(prefix="moe-train-"))  # for this user alone
         try:
             with selectors.DefaultSelector() as selector:
-                self._begin(selector, meeting / "store")
+                at = None if self._part is None else self._part.address
+                self._begin(selector, meeting / "store" if at is None else at)
                 while self._ranks:
                     self._look(selector)
                 for key in list(selector.get_map().values()):  # what was written until the end
@@ -127,9 +161,9 @@ class Group:
                 signal.signal(number, handler)
             os.close(self._waking)
             shutil.rmtree(meeting, ignore_errors=True)
-        return verdict(self._said, self._killed, self._asked_to_stop, self._size)
+        return Ends(tuple(self._said), self._killed, self._asked_to_stop)
 
-    def _begin(self, selector: selectors.BaseSelector, meeting: Path) -> None:
+    def _begin(self, selector: selectors.BaseSelector, meeting: Path | Address) -> None:
         reports, telling = os.pipe()
         woken, waking = os.pipe()
         for descriptor in (woken, waking):
@@ -138,11 +172,12 @@ class Group:
         signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         leader = os.getpid()
-        for rank in range(self._size):
+        for rank in range(self._first, self._first + self._here):
             reading, writing = os.pipe() if rank else (-1, -1)
             pid = os.fork()
             if pid == 0:
-                _become(leader, Peers(rank, self._size), self._work, meeting, telling, writing, [*ours, reading])
+                peers = Peers(rank, self._size, self._nodes)
+                _become(leader, peers, self._work, meeting, telling, writing, [*ours, reading])
             self._ranks[pid] = rank
             if rank:
                 os.close(writing)
@@ -165,7 +200,10 @@ class Group:
                 os.kill(pid, signal.SIGTERM)
 
     def _look(self, selector: selectors.BaseSelector) -> None:
+        self._heed()
         left_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if self._part is not None:
+            left_s = self._part.heed_s if left_s is None else min(left_s, self._part.heed_s)
         for key, _ in selector.select(left_s):
             self._drain(selector, key)
         while self._ranks:
@@ -176,6 +214,18 @@ class Group:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             for pid in self._ranks:
                 os.kill(pid, signal.SIGKILL)
+
+    def _heed(self) -> None:
+        if self._part is None or time.monotonic() < self._heed_at:
+            return
+        self._heed_at = time.monotonic() + self._part.heed_s
+        wish = self._part.heed()
+        if wish is signal.SIGTERM:
+            if not self._asked_to_stop:
+                self._stop()
+        elif wish is not None:
+            for pid in self._ranks:
+                os.kill(pid, wish)
 
     def _ended(self, pid: int, code: int) -> None:
         rank = self._ranks.pop(pid, None)
@@ -229,12 +279,12 @@ def die_of(number: int) -> None:
 
 
 def _become(
-    leader: int, peers: Peers, work: Work, meeting: Path, telling: int, output: int, ours: Sequence[int]
+    leader: int, peers: Peers, work: Work, meeting: Path | Address, telling: int, output: int, ours: Sequence[int]
 ) -> None:
     """In the fork: be one of the processes. Never returns: above stands the leader's loop."""
     code = 1
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != leader:
             os._exit(1)
         signal.set_wakeup_fd(-1)
@@ -249,10 +299,11 @@ def _become(
                 os.dup2(output, target)
             os.close(output)
         os.environ |= {
-            "RANK": str(peers.rank), "LOCAL_RANK": str(peers.rank),
-            "WORLD_SIZE": str(peers.size), "LOCAL_WORLD_SIZE": str(peers.size),
-        }  # fmt: skip
-        peers.join(meeting)
+            "RANK": str(peers.rank), "LOCAL_RANK": str(peers.local_rank),
+            "WORLD_SIZE": str(peers.size), "LOCAL_WORLD_SIZE": str(peers.local_size),
+        } if peers.size > 1 else {}  # fmt: skip
+        if peers.size > 1:
+            peers.join(meeting)
         code = work(peers, lambda end: _report(telling, end))
     except BaseException as error:  # noqa: BLE001  the entry: whatever it is, it must not get into the leader's loop
         with suppress(OSError):

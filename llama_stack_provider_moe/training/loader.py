@@ -23,8 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.config import TRUST_VARIABLE
 from llama_stack_provider_moe.errors import ModelError, shorten
+from llama_stack_provider_moe.experts.layout import decoder_layers
 from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.training.chat_templates import set_template
+from llama_stack_provider_moe.training.expert_parallel import as_made, sharing_class
 
 TemplateName = Literal["chatml", "plain"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,47 +56,112 @@ def trusted(model: str) -> bool:
 
 def load(spec: LoadingSpec, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on `device` in the job's dtype, in training mode off, and its tokenizer with a chat template."""
-    config = _config(spec.model)
+    config = model_config(spec.model)
     tokenizer = load_tokenizer(spec)
-    if spec.resources.sharded:
-        return load_sharded(spec, config), tokenizer
+    if spec.resources.strategy == "fsdp":
+        return load_sharded(spec, config, keeps_fp32(spec)), tokenizer
     return load_model(spec, config, device), tokenizer
 
 
-def load_sharded(spec: LoadingSpec, config: PreTrainedConfig) -> PreTrainedModel:
+def keeps_fp32(spec: LoadingSpec) -> bool:
+    """Whether weights lie in fp32 and are computed with in bf16: all of them train, and processes share them out."""
+    return (
+        spec.resources.strategy == "fsdp" and getattr(spec, "adapter", None) is None and spec.training.dtype == "bf16"
+    )
+
+
+def load_sharded(spec: LoadingSpec, config: PreTrainedConfig, in_fp32: bool = False) -> PreTrainedModel:
     """The weights shared out among the job's processes as they are read (transformers 5.23, by FSDP2).
+
+    Args:
+        spec: names the model, its dtype and how many processes there are.
+        config: of the model.
+        in_fp32: see `keeps_fp32`; a layer is gathered in bf16, and its gradients are summed in fp32.
 
     Raises:
         ModelError: the family has no plan for that.
     """
     from transformers.distributed import DistributedConfig  # not in every version that does without it here
 
-    sharding = {"distributed_config": DistributedConfig(fsdp_size=spec.resources.ranks)}
-    model = _weights(spec.model, config, DTYPES[spec.training.dtype], sharding)
+    sharding = DistributedConfig(fsdp_size=spec.resources.ranks, fsdp_mixed_precision=in_fp32)
+    dtype = torch.float32 if in_fp32 else DTYPES[spec.training.dtype]
+    model = _weights(spec.model, config, dtype, {"distributed_config": sharding})
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
         raise ModelError(f"resources.strategy: fsdp: {len(whole)} weights of {type(model).__name__} are not shared out "
                          f"({', '.join(whole[:3])})")  # fmt: skip
+    if in_fp32:
+        _require_mixed(model)
     return model
+
+
+def _require_mixed(model: PreTrainedModel) -> None:
+    """Hold the model to fp32 weights and products in bf16: here, and in the first pass through its first layer.
+
+    Raises:
+        ModelError: the model wants some weights in fp32 whatever the rest is in; transformers gathers those in bf16.
+    """
+    names = [name for name, parameter in model.named_parameters()]
+    wanted = [name for name in names for part in model._keep_in_fp32_modules_strict or () if part in name]
+    if wanted:
+        raise ModelError(
+            f"training.dtype: 'bf16' is not valid with resources.strategy 'fsdp' and all weights training: this model "
+            f"keeps {len(wanted)} of them in fp32 ({', '.join(wanted[:2])}), and FSDP2 would not; expected 'fp32'"
+        )
+    kept_in = {parameter.dtype for parameter in model.parameters()}
+    assert kept_in == {torch.float32}, f"weights that train lie in {kept_in}"
+    layer = decoder_layers(model)[1][0]
+
+    def look(*_: Any) -> None:
+        handle.remove()
+        gathered_in = {parameter.dtype for parameter in layer.parameters()}
+        assert gathered_in == {torch.bfloat16}, f"a layer was gathered in {gathered_in}"
+
+    handle = layer.register_forward_pre_hook(look)
+
+
+def load_alike(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The weights in `folder`, those of `model` at another time; in its dtype, and shared out as its are."""
+    config = type(model.config).from_pretrained(folder)
+    sharding = getattr(model.config, "distributed_config", None)
+    where = _placement(torch.device("cpu")) if sharding is None else {"distributed_config": sharding}
+    return _weights(str(folder), config, model.dtype, where)
 
 
 def load_beside(
     name: str, dtype: DType, device: torch.device, template: TemplateName | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that is no job's to train, in evaluation mode, and its tokenizer."""
-    config = _config(name)
+    config = model_config(name)
     tokenizer = tokenizer_of(name, template)
     return load_weights(name, config, DTYPES[dtype], device).eval(), tokenizer
 
 
 def load_plain(name: str, dtype: DType, device: torch.device) -> PreTrainedModel:
     """A model as anybody loads it, in evaluation mode; no tokenizer."""
-    return load_weights(name, _config(name), DTYPES[dtype], device).eval()
+    return load_weights(name, model_config(name), DTYPES[dtype], device).eval()
 
 
 def load_model(spec: LoadingSpec, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The weights that the job names, in its dtype."""
-    return load_weights(spec.model, config, DTYPES[spec.training.dtype], device)
+    """The weights that the job names, in its dtype; where processes share experts out, of those its own alone."""
+    dtype = DTYPES[spec.training.dtype]
+    if spec.resources.strategy == "ep":
+        return load_held(spec.model, config, dtype, device, spec.resources.ranks)
+    return load_weights(spec.model, config, dtype, device)
+
+
+def load_held(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, processes: int
+) -> PreTrainedModel:
+    """The weights, of experts those that are this process's: DTensors, of which each process reads its own part.
+
+    Raises:
+        ModelError: the model has no experts, or not so many that each process has equally many.
+    """
+    from transformers.distributed import DistributedConfig  # as above
+
+    where = {**_placement(device), "distributed_config": DistributedConfig()}
+    return as_made(_weights(name, config, dtype, where, sharing_class(config, device, processes)))
 
 
 def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -102,9 +169,11 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
     return _weights(name, config, dtype, _placement(device))
 
 
-def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dict[str, Any]) -> PreTrainedModel:
+def _weights(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, where: dict[str, Any], kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -156,7 +225,8 @@ def tokenizer_of(name: str, template: TemplateName | None) -> PreTrainedTokenize
     return tokenizer
 
 
-def _config(model: str) -> PreTrainedConfig:
+def model_config(model: str) -> PreTrainedConfig:
+    """The config of a causal language model of text, unquantised; ModelError for any other."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trusted(model))
     except (OSError, ValueError) as error:

@@ -28,9 +28,11 @@ from llama_stack_provider_moe.spec import (
     SFTSpec,
     TrainingSpec,
 )
-from llama_stack_provider_moe.training.launch import End, Group, Report, die_of
+from llama_stack_provider_moe.training.launch import End, Group, Report, Verdict, die_of
+from llama_stack_provider_moe.training.mirroring import Mirroring
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
 from llama_stack_provider_moe.training.session import AnySession, NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.training.unsloth_entry import NOTICE, import_unsloth
 from llama_stack_provider_moe.training.warmth import warm_up
 
 COMPLETED, FAILED, STOPPED = 0, 1, 3
@@ -75,14 +77,19 @@ def run(session: Session[JobSpec]) -> Manifest:
 
 def train(folder: JobFolder) -> int:
     """One job in one process, from its folder to an exit code."""
-    return _train(folder, ALONE, None)
+    return train_as(folder, ALONE, None)
 
 
 def train_together(folder: JobFolder, size: int) -> int:
     """One job in `size` processes forked from this one, which trains nothing itself; does not return for a lost one."""
     warm_up()
     with open(1, "wb", buffering=0, closefd=False) as output:
-        found = Group(size, lambda peers, report: _train(folder, peers, report), output).run()
+        found = Group(size, lambda peers, report: train_as(folder, peers, report), output).run()
+    return conclude(folder, found)
+
+
+def conclude(folder: JobFolder, found: Verdict) -> int:
+    """Write down how a job of several processes ended, and its exit code; one that was killed ends this process too."""
     if found.end is None:
         assert found.signal is not None
         flush()
@@ -99,7 +106,7 @@ def train_together(folder: JobFolder, size: int) -> int:
     return STOPPED if stopped else FAILED
 
 
-def _train(folder: JobFolder, peers: Peers, report: Report | None) -> int:
+def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
     """What one process does of a job. Its end goes to `report` where others hang on it, else into the events."""
     started_before = "started" in latest(folder.events)
     events = EventLog(folder.events) if peers.leads else NoEvents()
@@ -115,9 +122,17 @@ def _train(folder: JobFolder, peers: Peers, report: Report | None) -> int:
         assert session.spec.resources.ranks == peers.size, "a job of several processes is led by `train_together`"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop.request)
-        events.append(Started(pid=os.getpid(), versions=_versions(peers)))
+        with_unsloth = isinstance(session.spec, TrainingSpec) and session.spec.loader == "unsloth"
+        others = import_unsloth(Path(session.cache)) if with_unsloth else {}  # before any other library
+        events.append(Started(pid=os.getpid(), versions={**_versions(peers), **others}))
+        if with_unsloth:
+            session.say(NOTICE)
         manifest = run(session)
         if peers.leads:
+            copies = Mirroring(session)
+            for artifact in manifest.artifacts:
+                copies.keep(artifact)
+            copies.finish()
             write_atomic(folder.manifest, manifest)
         if report is not None:
             report(End(peers.rank, "completed"))
@@ -149,14 +164,16 @@ def _versions(peers: Peers) -> dict[str, str]:
 
     logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // peers.size))
+        torch.set_num_threads(max(1, _cores() // peers.local_size))
         if peers.size > 1:  # accelerate 1.15 would count the machine's cores instead
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(peers.rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name(peers.local_rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     if peers.size > 1:
         device = f"{peers.size} x {device}"
+    if peers.nodes > 1:
+        device = f"{device}, on {peers.nodes} machines"
     return {"python": platform.python_version(), **versions, "device": device}
 
 
@@ -195,6 +212,13 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
+def be_quiet(folder: JobFolder) -> None:
+    """Tell the libraries, before they are imported, to draw nothing and where the job's tokenised rows go."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+
+
 def flush() -> None:
     """Write out what was printed, as far as the disk has room."""
     for stream in (sys.stdout, sys.stderr):
@@ -207,10 +231,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m llama_stack_provider_moe.training.main FOLDER", file=sys.stderr)
         return 2
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     folder = JobFolder(Path(arguments[0]).resolve())
-    os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+    be_quiet(folder)
     try:
         size = folder.read_spec().resources.ranks
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ from llama_stack_provider_moe.experts.adapters import AdapterReport
 from llama_stack_provider_moe.jobs.events import Plan
 from llama_stack_provider_moe.jobs.folder import write_atomic
 from llama_stack_provider_moe.training.data import Rows
+from llama_stack_provider_moe.training.loader import keeps_fp32
 from llama_stack_provider_moe.training.sampling import rows_a_step, steps_an_epoch
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.stages import Base
@@ -40,6 +41,7 @@ def announce(
         "processes": session.peers.size,
         "strategy": spec.resources.strategy,
         "memory": None if session.forecast is None else session.forecast.figures,
+        "experts_a_process": None if base.experts is None else base.experts.shard.held,
         "dtype": spec.training.dtype,
         "attention": base.model.config._attn_implementation,
         "layout": None if base.layout is None else base.layout.as_json(),
@@ -61,6 +63,12 @@ def announce(
     return int(plan["total_steps"])
 
 
+def _sharing(session: AnySession) -> str:
+    what = "weights" if session.spec.adapter is None else "base"
+    dtypes = "; they and their optimiser's state are fp32, products bf16" if keeps_fp32(session.spec) else ""
+    return f"{what:<10}shared out among {session.peers.size} processes (FSDP2){dtypes}"
+
+
 def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str, Any]) -> str:
     spec = session.spec
     packed = (
@@ -73,7 +81,8 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
-        *([f"base      shared out among {session.peers.size} processes (FSDP2)"] if spec.resources.sharded else []),
+        *([_sharing(session)] if spec.resources.strategy == "fsdp" else []),
+        *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
         *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "

@@ -17,12 +17,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from llama_stack_provider_moe.errors import CheckpointError
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.jobs.checkpoint_index import checkpoint_folders, read_checksums, verify
 from llama_stack_provider_moe.jobs.events import Resumed
 from llama_stack_provider_moe.jobs.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobs.scan import saved_artifacts
 from llama_stack_provider_moe.spec import Block
-from llama_stack_provider_moe.training.loader import load_weights
+from llama_stack_provider_moe.training.distributed_state import put_away
+from llama_stack_provider_moe.training.expert_parallel import local
+from llama_stack_provider_moe.training.loader import load_alike, load_held
+from llama_stack_provider_moe.training.mirroring import bring_back, require_here
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
 
@@ -59,22 +63,42 @@ def write_run_state(folder: Path, state: RunState) -> None:
 def find_resume(session: AnySession) -> Resume | None:
     """The latest whole checkpoint of the job, None where there is none; told to the events of a job that began before.
 
-    A damaged one is renamed, so that nobody takes it for whole, and the one before it is tried.
+    A damaged one is renamed, so that nobody takes it for whole, and the one before it is tried, unless a mirror has a
+    copy.
     """
-    found: Resume | None = None
-    for folder in checkpoint_folders(session.folder, session.spec):
-        wrong = verify(folder)
-        if wrong is None:
-            found = _read(session, folder)
-            break
-        session.say(f"checkpoint {folder.name} can't be used: {wrong}; kept as {folder.name}{DAMAGED}", "warning")
-        shutil.rmtree(folder.with_name(folder.name + DAMAGED), ignore_errors=True)
-        folder.rename(folder.with_name(folder.name + DAMAGED))
+    latest = _latest_whole(session)
+    if bring_back(session):
+        latest = _latest_whole(session)
+    found = None if latest is None else _read(session, latest)
     if found is not None or session.started_before:
         name = None if found is None else found.folder.name
         session.events.append(Resumed(step=0 if found is None else found.step, checkpoint=name))
         session.show(f"goes on from {name}" if name else "begins again: no checkpoint was written")
     return found
+
+
+def _latest_whole(session: AnySession) -> Path | None:
+    for folder in checkpoint_folders(session.folder, session.spec):
+        wrong = verify(folder)
+        if wrong is None:
+            return folder
+        session.say(f"checkpoint {folder.name} can't be used: {wrong}; kept as {folder.name}{DAMAGED}", "warning")
+        shutil.rmtree(folder.with_name(folder.name + DAMAGED), ignore_errors=True)
+        folder.rename(folder.with_name(folder.name + DAMAGED))
+    return None
+
+
+def agreed_resume(session: AnySession) -> Resume | None:
+    """`find_resume` as rank 0 sees it; in each process the checkpoint is there, and fits the job's steps.
+
+    Raises:
+        CheckpointError: it is not, or does not.
+    """
+    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
+    if resume is not None:
+        require_here(session, resume.folder)
+    require_same_step(session, resume)
+    return resume
 
 
 def require_same_step(session: AnySession, resume: Resume | None) -> None:
@@ -122,14 +146,19 @@ def _read(session: AnySession, folder: Path) -> Resume:
     return Resume(folder, sums.step, state, artifacts)
 
 
-def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def restore_weights(model: PreTrainedModel | PeftModel, folder: Path, experts: ShardedExperts | None = None) -> None:
     """Put a checkpoint's weights, an adapter's or all, into `model`; every one must find its place.
+
+    Args:
+        experts: where processes hold experts of their own; of what the checkpoint has of all, a process takes its part.
 
     Raises:
         CheckpointError: the checkpoint and the model differ in any name or shape.
     """
     if isinstance(model, PeftModel):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
+        if experts is not None:
+            tensors = experts.parts(tensors)
         expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = {name: parameter._version for name, parameter in model.named_parameters() if name in expected}
         outcome = set_peft_model_state_dict(model, tensors)
@@ -142,8 +171,14 @@ def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
                 f"({', '.join(untouched[:3])})"
             )
         return
-    source = load_weights(str(folder), type(model.config).from_pretrained(folder), model.dtype, torch.device("cpu"))
-    weights = dict(source.named_parameters())
+    put_away(model)
+    if experts is None:
+        source = load_alike(folder, model)
+        weights = dict(source.named_parameters())
+    else:
+        config = type(model.config).from_pretrained(folder)
+        source = load_held(str(folder), config, model.dtype, model.device, experts.shard.size)
+        weights = {name: local(parameter) for name, parameter in source.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.jobs.events import Saved, StoppedBy
 from llama_stack_provider_moe.jobs.folder import Artifact, Metrics
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, publish, remove
+from llama_stack_provider_moe.training.mirroring import STOP_S, Mirroring
 from llama_stack_provider_moe.training.resume import Resume, write_run_state
 from llama_stack_provider_moe.training.session import AnySession, Stopped
 
@@ -47,6 +48,7 @@ class Saver(TrainerCallback):
         self._trainer = trainer
         self._reporter = reporter
         self._resume = resume
+        self.mirroring = Mirroring(session)
         self._cause: Cause = "epoch"
         self._saved_s = 0.0  # time.monotonic() of the newest checkpoint
         self.artifacts: list[Artifact] = [] if resume is None else list(resume.artifacts)
@@ -59,8 +61,10 @@ class Saver(TrainerCallback):
         return min(measured, key=_held_out, default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clocks; make up for what an earlier start saved and had no time to evaluate, or to act on."""
+        """Start the clocks; make up for what an earlier start saved and had no time to copy, evaluate, or act on."""
         self._saved_s = time.monotonic()
+        for artifact in self.artifacts:
+            self.mirroring.keep(artifact)
         if self._resume is None or not _at_epoch_end(state):
             return
         here = self._resume.folder
@@ -125,6 +129,7 @@ class Saver(TrainerCallback):
             self._tell(folder, state, None)
         self._prune()
         if cause == "stop":
+            self.mirroring.finish(STOP_S)
             raise Stopped(state.global_step)
         if cause == "budget":
             self.stopped_by = "time_budget"
@@ -162,6 +167,7 @@ class Saver(TrainerCallback):
             describe(self._session.job_uuid, "checkpoint", folder, int(state.epoch), state.global_step, metrics)
         )
         self.artifacts.append(made)
+        self.mirroring.keep(made)
         self._session.events.append(Saved(artifact=made.model_dump(mode="json")))
 
     def _prune(self) -> None:
@@ -174,6 +180,7 @@ class Saver(TrainerCallback):
         for artifact in self.artifacts:
             if artifact.path not in kept and self._session.peers.leads:
                 remove(Path(artifact.path))
+                self.mirroring.forget(Path(artifact.path))
         self.artifacts = [artifact for artifact in self.artifacts if artifact.path in kept]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from llama_stack_provider_moe.errors import ModelError
@@ -36,6 +37,7 @@ from llama_stack_provider_moe.experts.settings import (
     apply_moe,
     resolve_moe,
 )
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.export.probe import Arithmetic, Probe, digest, record
 from llama_stack_provider_moe.jobs.events import Finished, Saved
@@ -43,8 +45,9 @@ from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Manifes
 from llama_stack_provider_moe.training.assess import Assessment, require_gate
 from llama_stack_provider_moe.training.callbacks import Reporter
 from llama_stack_provider_moe.training.checkpoints import describe, merge, save
-from llama_stack_provider_moe.training.loader import load, pick_device
-from llama_stack_provider_moe.training.resume import Resume, draws_afresh, find_resume, require_same_step
+from llama_stack_provider_moe.training.expert_parallel import share_experts
+from llama_stack_provider_moe.training.loader import DTYPES, keeps_fp32, load, load_tokenizer, pick_device
+from llama_stack_provider_moe.training.resume import Resume, agreed_resume, draws_afresh
 from llama_stack_provider_moe.training.saver import Enough, Saver
 from llama_stack_provider_moe.training.session import AnySession
 from llama_stack_provider_moe.training.trackers import OpenTrackers, require_trackers
@@ -68,6 +71,7 @@ class Base:
     shipped: ShippedConfig
     steering: Steering | None
     quantized: QuantizeReport | None
+    experts: ShardedExperts | None = None  # where processes hold experts of their own
 
     @property
     def vocabulary(self) -> int:
@@ -80,11 +84,17 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     require_trackers(spec.trackers)
     repeatable(spec.options.deterministic)
-    device = pick_device(spec.training.dtype, session.peers.rank)
+    device = pick_device(spec.training.dtype, session.peers.local_rank)
+    if spec.loader == "unsloth":
+        return _by_unsloth(session, device)
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"))
     layout = find_layout(model)
+    experts = None
+    if spec.resources.strategy == "ep":
+        assert layout is not None, "its weights would not have been read"
+        experts = share_experts(model, layout, session.peers)
     shared = session.peers.size > 1
     resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     if resolved.experts_implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
@@ -108,8 +118,30 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         )  # fmt: skip
         resolved = replace(resolved, notes=(*resolved.notes, *told))
     shipped = apply_moe(model, layout, resolved)
+    if layout is not None and resolved.load_balancing == "aux_free":
+        _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
-    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
+
+
+def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
+    """Most routers have their biases as buffers; those of Ernie 4.5 are parameters, which FSDP2 shares out."""
+    if any(isinstance(bias, DTensor) for bias in layout.biases(model).values()):
+        raise ModelError(
+            f"moe.moe_load_balancing: 'aux_free' is not valid with resources.strategy 'fsdp' and {layout.family}: the "
+            "biases that it moves are shared out; expected 'switch' or 'gshard', or strategy 'ddp'"
+        )
+
+
+def _by_unsloth(session: AnySession, device: torch.device) -> Base:
+    from llama_stack_provider_moe.training import unsloth_base  # Unsloth is in its own environment alone
+
+    spec = session.spec
+    tokenizer = load_tokenizer(spec)
+    model, layout = unsloth_base.load(spec, device)
+    resolved = unsloth_base.resolve(spec, layout)
+    coded = unsloth_base.quantized(spec, model, layout)
+    return Base(model, tokenizer, device, layout, resolved, ShippedConfig(text_config(model), {}), None, coded)
 
 
 def repeatable(asked: bool) -> None:
@@ -130,7 +162,9 @@ def _choose_kernels(
         return resolved
     experts = next(iter(layout.experts(model).values()))
     against = None
-    if spec.options.deterministic:
+    if spec.resources.strategy == "ep":
+        against = "each process has experts of its own (resources.strategy ep)"
+    elif spec.options.deterministic:
         against = "the clock is not to choose (options.deterministic)"
     elif not may_forget(experts):
         against = "experts have a norm of their own"
@@ -159,15 +193,27 @@ def _choose_kernels(
 
 
 def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
-    """Put LoRA on the model, or let all of it train."""
+    """Put LoRA on the model, or let all of it train; from here on a process has its own experts alone."""
+    model, report, rates = _adapt(session, base)
+    if base.experts is not None:
+        base.experts.take(model, rates)
+    return model, report, rates
+
+
+def _adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
     spec = session.spec
     set_seed(spec.options.seed)
+    if spec.loader == "unsloth":
+        from llama_stack_provider_moe.training import unsloth_base
+
+        by_unsloth = unsloth_base.adapt(spec, base.model, base.layout, base.resolved)
+        return by_unsloth.model, by_unsloth.report, by_unsloth.rates
     if spec.adapter is not None:
         adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
         if base.quantized is not None:
             spare_ddp(adapted.model)
         return adapted.model, adapted.report, adapted.rates
-    if spec.training.dtype == "bf16":
+    if spec.training.dtype == "bf16" and not keeps_fp32(spec):
         session.say(
             "all weights train in bf16: a step that moves a weight by less than 1/256 of itself is rounded away; "
             "training.dtype 'fp32' keeps it",
@@ -219,8 +265,7 @@ def arguments(session: AnySession, base: Base) -> dict[str, Any]:
 
 def fit(session: AnySession, base: Base, trainer: RecordingTrainer, foreseen_steps: int) -> Manifest:
     """Train, from a checkpoint where there is one, and save what is left at the end."""
-    resume = session.peers.agreed(find_resume(session) if session.peers.leads else None)
-    require_same_step(session, resume)
+    resume = agreed_resume(session)
     assessment, early = None, None
     if session.spec.eval is not None and session.peers.leads:
         assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
@@ -264,14 +309,17 @@ def _fit(
         session.say(f"the best checkpoint, {Path(last.path).name}, is what the job leaves")
         trainer.restore(trainer.model, Path(last.path))
     train_seconds = reporter.train_seconds()
+    saver.mirroring.finish()
     probe = None
-    if session.peers.leads or session.spec.resources.sharded:  # which runs in all processes, or in none
+    # In all processes where they share the model out, and in none where Unsloth's arithmetic would be compared.
+    if session.spec.loader == "hf" and (session.peers.leads or session.spec.resources.sharded):
         trainer.rest()
         probe = _asked(session, base, trainer)
+    weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])
     if not session.peers.leads:  # one saves what all of them have
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
     kind: ArtifactKind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
-    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe)]
+    artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, probe, weights)]
     report = None
     if assessment is not None:  # of the model that was just saved, before merging uses it up
         trainer.rest()
@@ -331,9 +379,10 @@ def _keep(
     model: PreTrainedModel | PeftModel,
     last: Artifact,
     probe: Probe | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe)
+    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe, weights)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

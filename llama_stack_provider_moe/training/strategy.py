@@ -4,7 +4,8 @@
 needs more memory than a device has, whatever its batch, ends with the reason and with what would fit
 (`analysis.planner`), not after an hour of loading. What only an estimate takes beyond a device is a warning.
 
-A small model on a CPU is not estimated: its step costs less than the estimate would.
+A small model on a CPU is not estimated: its step costs less than the estimate would. Nor is what Unsloth runs, whose
+kernels keep something else than ours.
 """
 
 import math
@@ -37,8 +38,8 @@ def decided(session: AnySession) -> AnySession:
     Raises:
         TrainingError: no strategy that the job may have can fit.
     """
-    device = pick_device(session.spec.training.dtype, session.peers.rank)
-    memory = -int(session.peers.most(-_memory_bytes(device, session.peers.size)))  # the least of all
+    device = pick_device(session.spec.training.dtype, session.peers.local_rank)
+    memory = -int(session.peers.most(-_memory_bytes(device, session.peers.local_size)))  # the least of all
     found = session.peers.agreed(_decide(session.spec, device.type, memory) if session.peers.leads else None)
     assert found is not None
     for warning in found.warnings:
@@ -51,7 +52,7 @@ def decided(session: AnySession) -> AnySession:
 def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
     asked = spec.resources.strategy
     unplanned = "ddp" if asked == "auto" else asked
-    if device == "cpu" and _weights_on_disk(spec.model) <= SMALL * memory_bytes:
+    if spec.loader == "unsloth" or (device == "cpu" and _weights_on_disk(spec.model) <= SMALL * memory_bytes):
         return _Decided(unplanned, None)
     # Its imports take time, and most jobs of a CPU end above.
     from llama_stack_provider_moe.analysis.blank import read_config

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.experts.layout import ExpertLayout, decoder_layers, text_config, without_adapters
+from llama_stack_provider_moe.experts.sharding import pieces
 from llama_stack_provider_moe.spec import DType
 
 # Dense bf16 and fp16 peaks in TFLOP/s, without sparsity, from NVIDIA's data sheets; the first that a name contains.
@@ -117,6 +118,7 @@ class _Matrix:
 def _matrices(base: Any, layout: ExpertLayout | None, path: str, layers: int) -> list[_Matrix]:
     head = base.get_output_embeddings()
     found = [_Matrix(layers, head.weight.numel(), head.weight.requires_grad, lora=False, is_head=True)]
+    held = pieces(base, layout)  # an expert's matrices are one of as many processes'
     of_head = {id(parameter) for name, parameter in head.named_parameters() if "lora_" in name}
     for name, parameter in base.named_parameters():
         lora, within = "lora_" in name, re.match(rf"{re.escape(path)}\.(\d+)\.(.*)", name)
@@ -125,7 +127,7 @@ def _matrices(base: Any, layout: ExpertLayout | None, path: str, layers: int) ->
         if within is None or parameter.ndim < 2 or name.endswith("bias"):
             continue
         experts = layout is not None and f"{within[2]}.".startswith(f"{layout.experts_path}.")
-        share = layout.top_k / layout.num_experts if layout is not None and experts else 1.0
+        share = held * layout.top_k / layout.num_experts if layout is not None and experts else 1.0
         found.append(_Matrix(int(within[1]), parameter.numel() * share, parameter.requires_grad, lora))
     return found
 

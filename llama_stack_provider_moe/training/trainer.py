@@ -6,15 +6,18 @@ be compared: over tokens (or pairs), without the balance terms, and without movi
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.experts.balance import balance_loss
@@ -22,10 +25,18 @@ from llama_stack_provider_moe.experts.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.routing import RoutingRecorder, Total, own
 from llama_stack_provider_moe.experts.settings import ResolvedMoe, ShippedConfig
+from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training import sharing, throughput
 from llama_stack_provider_moe.training.checkpoints import write
+from llama_stack_provider_moe.training.distributed_state import (
+    is_shared_out,
+    model_state,
+    optimizer_state,
+    restore_optimizer,
+)
+from llama_stack_provider_moe.training.expert_parallel import clip
 from llama_stack_provider_moe.training.heads import head_without_adapter, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
@@ -70,6 +81,7 @@ class RecordingTrainer(Trainer):
         *,
         spec: TrainingSpec,
         peers: Peers = ALONE,
+        experts: ShardedExperts | None = None,
         layout: ExpertLayout | None,
         resolved: ResolvedMoe,
         shipped: ShippedConfig,
@@ -80,6 +92,7 @@ class RecordingTrainer(Trainer):
     ) -> None:
         self.spec = spec
         self.peers = peers
+        self.experts = experts
         self.total: Total = own if peers.size == 1 else peers.sum
         self.layout = layout
         self.resolved = resolved
@@ -100,7 +113,7 @@ class RecordingTrainer(Trainer):
             super().__init__(model=model, **arguments)
         if needs_plain_head(model):
             set_plain_head(model)
-        if layout is not None:
+        if layout is not None and steering is not None:  # else its routers are run by somebody else (`loader`)
             self.recorder = RoutingRecorder(self.model, layout)
             # TRL computes the aux loss only where its coefficient is not 0; with 0 it is logged all the same.
             self.aux_loss_enabled = wants_models_aux_loss
@@ -117,10 +130,64 @@ class RecordingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
+        weights = self.whole_weights()
         if not self.peers.leads:
             return
         folder = Path(output_dir or self.args.output_dir)
-        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering)
+        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering, weights)
+
+    def whole_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
+        """All weights that are saved, in rank 0, where processes have parts of them; None where each has all.
+
+        Args:
+            dtype: to have the parameters in; None: that in which they train.
+        """
+        if self.experts is not None:
+            return self.experts.whole_state(self.model)
+        if isinstance(self.model, PeftModel) or not is_shared_out(self.model):
+            return None
+        return model_state(self.model, dtype)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Transformers', with the optimiser's state made whole."""
+        state = optimizer_state(self.model, self.optimizer, self.experts)
+        if self.peers.leads:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the above wrote, in this or in another number of processes."""
+        if checkpoint is None:
+            return
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        restore_optimizer(self.model, self.optimizer, saved, self.experts)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Nothing is put off: until a step's last micro-batch each process would hold the gradients of all weights."""
+        return nullcontext()
+
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        """Where experts alone train there is nothing to average, and DDP refuses to do nothing."""
+        if self.experts is None or not self.experts.alone(self.model):
+            return super()._prepare_for_training(*arguments, **keywords)
+        accelerator: Any = self.accelerator
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # unwrapped, that is
+        try:
+            return super()._prepare_for_training(*arguments, **keywords)
+        finally:
+            del accelerator.prepare_model
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Over all processes' experts."""
+        if self.experts is None:
+            return super()._clip_grad_norm(model)
+        return clip(self.model, self.experts, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.experts is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return clip(self.model, self.experts, math.inf)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint, each in its place; see `resume`."""
@@ -128,7 +195,7 @@ class RecordingTrainer(Trainer):
 
     def restore(self, model: Any, folder: Path) -> None:
         """Put a checkpoint's weights, and its routers' biases, into `model`."""
-        restore_weights(model, folder)
+        restore_weights(model, folder, self.experts)
         if self.steering is not None:
             self.steering.restore(folder)
 

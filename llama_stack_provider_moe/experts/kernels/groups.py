@@ -61,6 +61,19 @@ class Sorted:
         """Of each row, its token."""
         return self.order_S // self.places_TK.shape[1]
 
+    def cut(self, rows: int) -> "Sorted":
+        """Without the rows that belong to no expert, where the host knows how many belong to one.
+
+        >>> found = sort_by_expert(torch.tensor([[1, 2], [2, 0]]), 2, torch.float32, partial=True)
+        >>> found.cut(2).order_S.tolist(), found.cut(2).places_TK.tolist()
+        ([3, 0], [[1, 2], [2, 0]])
+        """
+        if not self.groups.partial:  # on a CPU they have none to begin with
+            return self
+        whole = self.order_S.shape[0]
+        groups = Groups(self.groups.ends_E)
+        return Sorted(self.order_S[:rows], self.places_TK.clamp(max=rows), groups, rows < whole)
+
     def of_rows(self, choices_TK: Tensor) -> Tensor:
         """(S,): of each row, what its choice has; 0 in rows that fill up or are of no expert."""
         found_S = choices_TK.reshape(-1)[self.order_S]

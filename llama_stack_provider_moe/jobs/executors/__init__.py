@@ -4,13 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from llama_stack_provider_moe.jobs.record import Job
+
 
 class Child(NamedTuple):
-    """A training process, by what tells it from every other one of its machine."""
+    """A training process, by what tells it from every other one of its machine; or a run on a cluster, by its name."""
 
     folder: Path
-    pid: int
+    pid: int  # 0: of a run
     birth: float  # see `processes.birth`
+    run: str | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> "Child | None":
+        """What runs for a job in progress; None where nothing does yet."""
+        if job.run is not None:
+            return cls(Path(job.folder), 0, 0.0, job.run)
+        if job.pid is None or job.pid_birth is None:
+            return None
+        return cls(Path(job.folder), job.pid, job.pid_birth)
 
 
 class Exit(NamedTuple):
@@ -18,6 +30,7 @@ class Exit(NamedTuple):
 
     code: int | None
     out_of_memory: bool = False  # the kernel killed a process for want of memory at that time
+    said: str | None = None  # of that end, by the cluster it ran on
 
 
 class Executor(Protocol):

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from llama_stack_provider_moe.config import TRUST_VARIABLE, ProviderConfig
+from llama_stack_provider_moe.config import MIRROR_VARIABLE, TRUST_VARIABLE, ProviderConfig
 from llama_stack_provider_moe.jobs.executors import Child, Exit
+from llama_stack_provider_moe.jobs.executors.interpreter import interpreter
 from llama_stack_provider_moe.jobs.executors.nursery import Nursery, Warmth
 from llama_stack_provider_moe.jobs.folder import JobFolder
 from llama_stack_provider_moe.jobs.memory import MemoryKills
@@ -55,7 +56,7 @@ _GATE = 'read -r go || exit 125; exec "$@" </dev/null'
 
 def training_command(config: ProviderConfig, folder: Path) -> list[str]:
     """The command line of a training process."""
-    return [config.training_python, "-m", "llama_stack_provider_moe.training.main", str(folder)]
+    return [interpreter(config, folder), "-m", "llama_stack_provider_moe.training.main", str(folder)]
 
 
 def training_environment(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:
@@ -65,6 +66,8 @@ def training_environment(environment: Mapping[str, str], config: ProviderConfig)
     }
     if "PYTHONPATH" in kept:  # it starts in another folder than the server did
         kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
+    if (config.mirror.url or "").startswith("s3:"):  # credentials, for nothing else that a child does
+        kept |= {name: value for name, value in environment.items() if name.startswith("AWS_")}
     return kept | config.child_env
 
 
@@ -77,15 +80,19 @@ def child_environment(
     say in that.
     """
     given = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    trust = {TRUST_VARIABLE: json.dumps(config.models.trust_remote_code)}
-    return training_environment(environment, config) | given | trust | {JOB_VARIABLE: str(folder)}
+    told = {
+        TRUST_VARIABLE: json.dumps(config.models.trust_remote_code),
+        MIRROR_VARIABLE: config.mirror.url or "",
+        JOB_VARIABLE: str(folder),
+    }
+    return training_environment(environment, config) | given | told
 
 
 class LocalExecutor:
     """Runs training processes on this machine.
 
     Args:
-        config: whose `training_python` and `child_env` they get.
+        config: whose `training_python` (or `unsloth_python`) and `child_env` they get.
         command: what to run in a job's folder, cold; tests run something smaller than torch.
         system: where /proc and /sys are found.
         nursery: starts the process that children are forked from; left out, where `supervisor.warm` says so.
@@ -111,7 +118,8 @@ class LocalExecutor:
 
     def submit(self, folder: Path, record: Callable[[Child], None], devices: str | None = None) -> bool:
         """See `Executor`. False while the nursery imports: a start without it would not be quicker."""
-        warmth = self._warmth()
+        # The nursery has imported what one interpreter has; a job of another begins cold.
+        warmth = self._warmth() if interpreter(self._config, folder) == self._config.training_python else Warmth.GONE
         if warmth is Warmth.IMPORTING:
             return False
         environment = child_environment(os.environ, self._config, folder, devices)

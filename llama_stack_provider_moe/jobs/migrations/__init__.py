@@ -11,10 +11,10 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import Connection
 
-from llama_stack_provider_moe.jobs.migrations import to_2, to_3
+from llama_stack_provider_moe.jobs.migrations import to_2, to_3, to_4
 
 # version -> the step that leads to it from the one before
-STEPS: dict[int, Callable[[Operations], None]] = {2: to_2.upgrade, 3: to_3.upgrade}
+STEPS: dict[int, Callable[[Operations], None]] = {2: to_2.upgrade, 3: to_3.upgrade, 4: to_4.upgrade}
 
 
 def migrate(connection: Connection, version: int) -> None:

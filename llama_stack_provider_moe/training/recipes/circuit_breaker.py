@@ -48,6 +48,11 @@ class CircuitBreaker(RecordingTrainer, BreakerTrainer):
         layers = None if self.plan.whole else max(self.plan.targets) + 1
         return work_of(self.model, self.layout, references=1, head=self.plan.logits, layers=layers)
 
+    @property
+    def shared_experts(self) -> bool:  # type: ignore[override]
+        """Whether processes hold experts of their own."""
+        return self.experts is not None
+
     def weigh(self, loss: Tensor, share: Share) -> Tensor:
         """The loss is this process's part of the step's already."""
         return loss * self.peers.size
@@ -108,11 +113,17 @@ def run(session: Session[BreakerSpec]) -> Manifest:
     plan = decide(session.spec, base.model, base.layout, base.resolved)
     spec = session.spec.model_copy(update={"adapter": plan.adapter})
     session = replace(session, spec=spec)
+    if spec.loader == "unsloth":
+        from llama_stack_provider_moe.training import unsloth_base  # in its own environment alone
+
+        unsloth_base.states_are_the_models(base.model, {*plan.targets, *plan.retained_at}, spec.training.dtype)
+        session.show("unsloth   hidden states by hooks agree with the model's own at every block that counts")
     rows = breaker_rows(session, base.tokenizer, base.vocabulary)
     model, report, rates = adapt(session, base)
     trainer = CircuitBreaker(
         spec=spec,
         peers=session.peers,
+        experts=base.experts,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,

@@ -15,11 +15,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from llama_stack_provider_moe.experts.layout import text_config
+from llama_stack_provider_moe.experts.rates import Rates
 from llama_stack_provider_moe.experts.settings import apply_moe
 from llama_stack_provider_moe.jobs.folder import Manifest
 from llama_stack_provider_moe.spec import DPOSpec
 from llama_stack_provider_moe.training.data import dpo_rows
-from llama_stack_provider_moe.training.loader import load_model
+from llama_stack_provider_moe.training.loader import load_model, load_sharded
 from llama_stack_provider_moe.training.plan import announce
 from llama_stack_provider_moe.training.session import Session
 from llama_stack_provider_moe.training.sharing import Share
@@ -73,6 +74,7 @@ def run(session: Session[DPOSpec]) -> Manifest:
     trainer = DPO(
         spec=spec,
         peers=session.peers,
+        experts=base.experts,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
@@ -117,7 +119,13 @@ def reference_ahead(spec: DPOSpec) -> bool:
 
 def load_reference(session: Session[DPOSpec], base: Base) -> PreTrainedModel:
     """A frozen copy of the untrained model that runs its experts as the policy does."""
-    model = load_model(session.spec, type(base.model.config).from_pretrained(session.spec.model), base.device)
+    spec, config = session.spec, type(base.model.config).from_pretrained(session.spec.model)
+    by_fsdp = spec.resources.strategy == "fsdp"
+    model = load_sharded(spec, config) if by_fsdp else load_model(spec, config, base.device)
+    if base.experts is not None:
+        model.requires_grad_(False)
+        base.experts.set_aside(model)
+        base.experts.take(model, Rates())
     apply_moe(model, base.layout, replace(base.resolved, expert_dropout=0.0))
     text_config(model).output_router_logits = False  # TRL would compute an aux loss of it, and drop it
     disable_dropout_in_model(model)

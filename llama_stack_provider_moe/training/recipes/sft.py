@@ -37,6 +37,7 @@ def run(session: Session[SFTSpec]) -> Manifest:
     trainer = SFT(
         spec=spec,
         peers=session.peers,
+        experts=base.experts,
         layout=base.layout,
         resolved=base.resolved,
         shipped=base.shipped,
