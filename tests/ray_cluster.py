@@ -4,6 +4,7 @@
 """
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -41,6 +42,8 @@ class Cluster:
         # All are named: a node whose agent may choose waits 15 s for it at most, and then dies.
         self._ports = iter(free_ports(20))
         self._head, self._dashboard, self._client = (next(self._ports) for _ in range(3))
+        self.token_file = self._folder / "token"  # it asks who calls
+        self.token_file.write_text(secrets.token_hex(32))
         self.url = f"http://127.0.0.1:{self._dashboard}"
 
     def start(self, nodes: int = 1) -> None:
@@ -68,13 +71,17 @@ class Cluster:
 
     def _answers(self) -> bool:
         with suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/api/version", timeout=5, trust_env=False).status_code == httpx.codes.OK
+            headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+            answer = httpx.get(f"{self.url}/api/version", headers=headers, timeout=5, trust_env=False)
+            return answer.status_code == httpx.codes.OK
         return False
 
     def _ray(self, *arguments: str) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONDONT"))}
         environment |= {
             MARK: str(self._folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             # On a machine whose processors are taken its parts take longer to begin than it has patience for.
             "RAY_raylet_start_wait_time_s": "240",
             "RAY_agent_register_timeout_ms": "240000",

@@ -48,11 +48,15 @@ def cluster() -> Iterator[Cluster]:
         made.close()
 
 
-def config_for(folder: Path, address: str, python: str = sys.executable, **ray: Any) -> ProviderConfig:
+def config_for(folder: Path, cluster: Cluster | str, python: str = sys.executable, **ray: Any) -> ProviderConfig:
+    if isinstance(cluster, Cluster):
+        ray = {"address": cluster.url, "token_file": cluster.token_file, **ray}
+    else:
+        ray["address"] = cluster
     return ProviderConfig.model_validate({
         "state_dir": folder,
         "supervisor": {"poll_s": 0.05, "cancel_grace_s": 300, "max_concurrent_jobs": 8, "warm": False},
-        "executors": {"ray": {"address": address, "python": python, **ray}},
+        "executors": {"ray": {"python": python, **ray}},
         "child_env": {"TOLD": "of child_env"},
     })  # fmt: skip
 
@@ -102,7 +106,7 @@ class Office:
 def test_jobs_end_on_ray_as_they_end_here(cluster: Cluster) -> None:
     """Each way to end; a cancelled one saves and is resumed; one is adopted by the next supervisor."""
     with job_folders() as root:
-        office = Office(config_for(root, cluster.url, tiny_python(root)))
+        office = Office(config_for(root, cluster, tiny_python(root)))
         office.submit("completes", print_bytes=200)
         office.submit("fails", end="failed")
         office.submit("exits", end=7)
@@ -132,6 +136,9 @@ def test_jobs_end_on_ray_as_they_end_here(cluster: Cluster) -> None:
         left = read_run(folder)
         assert left is not None
         assert (left.wish, left.environment, left.overrides) == ("kill", {}, {}), "what is secret does not stay"
+        office.submit("stranger")
+        office.supervisor = Supervisor(office.store, config_for(root, cluster.url, unreachable_s=0))
+        assert "it wants a token (`executors.ray.token_file`)" in str(office.ended("stranger").reason)
         office.store.close()
 
 
@@ -140,7 +147,7 @@ def test_a_job_of_two_nodes_leaves_what_one_process_leaves(cluster: Cluster, wor
     asked = {"rows": sft_rows(160), "training": {"batch_size": 4, "n_epochs": 4}}
     on_two = {"gpus": 0, "processes": 1, "nodes": 2, "executor": "ray"}
     folder = workshop.job("sft", "granitemoe", resources=on_two, **asked)
-    office = Office(config_for(workshop.root, cluster.url))
+    office = Office(config_for(workshop.root, cluster))
     office.store.add(NewJob(folder.root.name, "ann", "sft", "some/model", str(folder.root), 0, None, "ray"))
     job_id = folder.root.name
     office.until(lambda: office.steps(job_id) >= 3)
@@ -179,7 +186,7 @@ def test_a_job_of_two_nodes_leaves_what_one_process_leaves(cluster: Cluster, wor
 def test_a_head_that_was_restarted_loses_no_job(cluster: Cluster) -> None:
     """Until it answers again its job counts as running; then it is known to be lost, and goes on."""
     with job_folders() as root:
-        office = Office(config_for(root, cluster.url, tiny_python(root)))
+        office = Office(config_for(root, cluster, tiny_python(root)))
         office.submit("job", **LONG)
         office.until(lambda: office.steps("job") > 2)
         before = office.job("job")

@@ -56,6 +56,7 @@ def job(detail: dict[str, Any]) -> RenderableType:
         ("tried", _tries(detail)),
         ("stopped by", resources.get("stopped_by")),
         ("GPUs", resources.get("devices")),
+        ("Ray job", resources.get("run")),
         ("folder", detail["folder"]),
         ("on disk", size(resources["disk_bytes"]) if "disk_bytes" in resources else ""),
     ]

@@ -42,7 +42,7 @@ def _status(job: Job, store: JobStore) -> dict[str, Any]:
     resources = progress(job, views.folder_of(job))
     if job.state is JobState.SCHEDULED:
         resources["queue_position"] = store.queue_position(job.id)
-    resources |= {"lost": job.lost, "devices": job.devices, "stopped_by": job.stopped_by}
+    resources |= {"lost": job.lost, "devices": job.devices, "stopped_by": job.stopped_by, "run": job.run}
     if job.reason is not None:
         resources["reason"] = job.reason
     exported = exports.standing(job, store)

@@ -18,7 +18,7 @@ def refuse_beside_sharding(job: Any) -> None:
     if job.options.checkpoint_form == "sharded" and (strategy != "fsdp" or adapter is not None):
         raise ValueError("options.checkpoint_form: 'sharded' is not valid here; expected 'whole', or strategy 'fsdp' "
                          "(resources) with adapter null, where processes have parts of what trains")  # fmt: skip
-    if strategy == "ddp":
+    if not job.resources.sharded:
         return
     against = {
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,

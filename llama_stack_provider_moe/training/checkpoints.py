@@ -22,6 +22,7 @@ from llama_stack_provider_moe.export.servers import card_section, family_of
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
+from llama_stack_provider_moe.training.distributed_state import is_shared_out
 
 EXPERT_RANKS = "expert_ranks"
 
@@ -94,10 +95,10 @@ def write(
             }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
-        elif weights is None:
-            model.save_pretrained(folder)
-        else:
+        elif weights is not None and is_shared_out(model):
             _write_gathered(model, weights, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if steering is not None:
         steering.save(folder)

@@ -47,6 +47,10 @@ class StoppedEarly(Exception):
     """Asked to stop before any process began."""
 
 
+class Replaced(Exception):
+    """Another run of the job counts, or none: this one has nothing more to say."""
+
+
 class Driver:
     """One run of one job.
 
@@ -186,7 +190,9 @@ class Driver:
     def _heed(self) -> None:
         with suppress(OSError, ValueError):  # a file server that hiccups
             now = read_run(self._folder.root)
-            if now is None or now.run != self._mine.run or now.wish != "train":
+            if now is None or now.run != self._mine.run or now.wish == "kill":
+                raise Replaced
+            if now.wish == "stop":
                 raise StoppedEarly
 
     def _say(self, text: str) -> None:
@@ -202,13 +208,19 @@ def drive(folder: JobFolder, mine: ClusterRun) -> int:
         resources = folder.read_spec().resources
         with cluster():
             found = Driver(folder, mine, resources).run()
+    except Replaced:
+        print(f"run {mine.run} was replaced, or is to be killed", file=sys.stderr)
+        return entry.FAILED
     except StoppedEarly:
         found = Verdict(End(0, "stopped"))
     except (OSError, ValueError, Refused) as error:
         found = Verdict(End(0, "failed", str(error), type(error).__name__))
     except RayActorError as error:  # before anything began
-        print(f"a node was lost: {_line(error)}", flush=True)
+        print(f"a node was lost: {error}", flush=True)
         found = Verdict(None, signal.SIGKILL)
+        if error.actor_init_failed:  # so would the next one
+            reason = f"a node can't be used: is this package with its extra `ray` there? {_line(error)}"
+            found = Verdict(End(0, "failed", reason, type(error).__name__))
     except RayError as error:
         found = Verdict(End(0, "failed", f"Ray: {_line(error)}", type(error).__name__))
     return entry.conclude(folder, found)

@@ -89,7 +89,7 @@ class RayExecutor:
         first = folder not in self._waits_since
         waits_since = self._waits_since.setdefault(folder, time.monotonic())
         try:
-            self._ask("GET", "/api/version")
+            self._ask("GET", "/api/version", "ray_version")
         except NoAnswer as error:
             if first:
                 with suppress(OSError), JobFolder(folder).output.open("a", encoding="utf-8") as output:
@@ -129,10 +129,8 @@ class RayExecutor:
 
     def _send(self, child: Child) -> None:
         """Have the cluster know a run; sent twice, it is known once."""
-        answer = self._ask("POST", "/api/jobs/", self._unsent[child], fails=("already exists",))
+        self._ask("POST", "/api/jobs/", "submission_id", self._unsent[child], else_=("already exists",))
         del self._unsent[child]
-        if answer.status_code >= 400 and "already exists" not in answer.text:
-            log.warning("Ray refuses run %s: %s", child.run, _line(answer.text))
 
     def poll(self, child: Child) -> Exit | None:
         """See `Executor`. A cluster that does not answer has its jobs running, up to `unreachable_s`."""
@@ -142,15 +140,14 @@ class RayExecutor:
         try:
             if child in self._unsent:
                 self._send(child)
-            answer = self._ask("GET", f"/api/jobs/{child.run}")
+            known = self._ask("GET", f"/api/jobs/{child.run}", "status", else_=("does not exist",))
         except NoAnswer as error:
             if self._silent_s() < self._ray.unreachable_s:
                 return None
             return self._ended(child, Exit(None, said=f"{error} (`executors.ray.unreachable_s`)"))
-        if answer.status_code == httpx.codes.NOT_FOUND:
+        if known is None:
             said = f"the Ray cluster at {self._ray.address} does not know run {child.run}: its head was restarted"
             return self._ended(child, Exit(None, said=f"{said}, or the run never reached it"))
-        known: dict[str, Any] = answer.json()
         if known["status"] in ("PENDING", "RUNNING"):
             (self._pending.add if known["status"] == "PENDING" else self._pending.discard)(child)
             return None
@@ -177,7 +174,7 @@ class RayExecutor:
         if changed or time.monotonic() >= self._stop_at.get(child, 0.0):
             self._stop_at[child] = time.monotonic() + RETRY_S
             with suppress(NoAnswer):
-                self._ask("POST", f"/api/jobs/{child.run}/stop")
+                self._ask("POST", f"/api/jobs/{child.run}/stop", "stopped", else_=("does not exist",))
 
     def _wish(self, child: Child, wish: Wish) -> bool:
         """Write a wish down; False where it stands already, or another run counts, or the folder is gone."""
@@ -195,8 +192,9 @@ class RayExecutor:
 
     def _keep_output(self, child: Child) -> None:
         """Put what the driver printed before it wrote into the job's output file itself there too."""
-        with suppress(NoAnswer, ValueError, OSError):
-            logs = str(self._ask("GET", f"/api/jobs/{child.run}/logs").json().get("logs", ""))[-_LOG_LIMIT:]
+        with suppress(NoAnswer, OSError):
+            kept = self._ask("GET", f"/api/jobs/{child.run}/logs", "logs", else_=("does not exist",)) or {}
+            logs = str(kept.get("logs") or "")[-_LOG_LIMIT:]
             lines = [line for line in logs.splitlines() if not _OF_RAY.search(line)]
             with JobFolder(child.folder).output.open("a", encoding="utf-8") as output:
                 output.writelines(f"{line}\n" for line in lines)
@@ -205,9 +203,16 @@ class RayExecutor:
         return 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
 
     def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, fails: tuple[str, ...] = ()
-    ) -> httpx.Response:
-        """Its answer, also that there is no such job. `fails`: words of a 5xx that is an answer.
+        self, method: str, path: str, key: str, body: dict[str, Any] | None = None, else_: tuple[str, ...] = ()
+    ) -> dict[str, Any] | None:
+        """What the cluster answers.
+
+        Args:
+            method: of the request.
+            path: of the request.
+            key: that the answer has, or it is not from Ray.
+            body: of the request, as JSON.
+            else_: words of a refusal that is an answer too, and given as None.
 
         Raises:
             NoAnswer: there is none, or one of a dashboard that is not at work.
@@ -216,23 +221,27 @@ class RayExecutor:
             raise NoAnswer(self._unreached(self._why))
         try:
             answer = self._http.request(method, path, json=body, headers=self._headers())
-            why = None
+            found = answer.json() if answer.status_code == httpx.codes.OK else None
+            if isinstance(found, dict) and key in found:
+                return self._reached(found)
+            if answer.status_code >= 400 and any(words in answer.text for words in else_):
+                return self._reached(None)
+            why = f"it answers {answer.status_code}: {_line(answer.text)}"
             if answer.status_code in (401, 403):
                 why = "it refuses us: it wants a token (`executors.ray.token_file`)"
-            elif answer.status_code >= 500 and not any(words in answer.text for words in fails):
-                why = f"it answers {answer.status_code}: {_line(answer.text)}"
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
-        if why is None:
-            if self._silent_since is not None:
-                log.info("the Ray cluster at %s answers again", self._ray.address)
-            self._silent_since = None
-            return answer
         if self._silent_since is None:
             self._silent_since = time.monotonic()
             log.warning("%s; trying again for %g s", self._unreached(why), self._ray.unreachable_s)
         self._why, self._ask_at = why, time.monotonic() + RETRY_S
         raise NoAnswer(self._unreached(why))
+
+    def _reached[T](self, answer: T) -> T:
+        if self._silent_since is not None:
+            log.info("the Ray cluster at %s answers again", self._ray.address)
+        self._silent_since = None
+        return answer
 
     def _unreached(self, why: str) -> str:
         return f"the Ray cluster at {self._ray.address} (`executors.ray.address`) can't be asked: {why}"
