@@ -1,6 +1,6 @@
 """What the planner expects of the jobs that a run config names, kept in a comment of that run config.
 
-    python -m tests.planned_configs     write the comments anew
+    python -m tests.planned_configs [NAME]...     write the comments anew, of all or of those run configs
 
 A comment stands between the two marks and has a line for each template that the lines above it submit; the model's
 config is the published one in `tests/configs`.
@@ -69,8 +69,9 @@ def comment(path: Path) -> str:
 
 
 def main() -> None:
-    """Write every comment anew."""
-    for path in run_configs():
+    """Write the comments anew."""
+    asked = sys.argv[1:]
+    for path in (path for path in run_configs() if not asked or path.stem in asked):
         text = path.read_text(encoding="utf-8")
         made = comment(path)
         path.write_text(_COMMENT.sub(lambda _, made=made: made, text), encoding="utf-8")  # type: ignore[misc]

@@ -137,13 +137,13 @@ def test_auto_is_the_first_that_fits(roomy: Planner) -> None:
 
 def test_changes_that_are_named_do_fit(roomy: Planner) -> None:
     """Each is a job that the door takes and the planner passes; what is refused never stands among them."""
-    spec = job(adapter=None, resources={"gpus": 2})
+    spec = job(adapter=None, resources={"gpus": 2, "strategy": "ddp"})
     certain = roomy.plan(spec).options[0].certain_bytes
     small = of(roomy, int(0.7 * certain))
     plan = small.plan(spec)
     assert plan.chosen is None
     changes = small.changes(spec)
-    assert {next(iter(change.fields)) for change in changes} >= {"adapter"}
+    assert {next(iter(change.fields)) for change in changes} >= {"adapter", "resources.strategy"}
     for change in changes:
         again = small.plan(changed(spec, change.fields))
         assert again.verdict == "fits"
@@ -151,7 +151,8 @@ def test_changes_that_are_named_do_fit(roomy: Planner) -> None:
         assert (again.chosen.strategy, again.chosen.peak_bytes) == (change.strategy, change.peak_bytes)
     told = refusal(plan, changes)
     assert told.startswith("the job can't fit on 2 device(s)")
-    assert "whatever the batch" in told
+    assert "ddp needs" in told
+    assert "fsdp needs" not in told, "which would do"
     assert all(change.text() in told for change in changes)
     tight = of(roomy, int((min(peaks(roomy, job()).values()) - 1) / 0.9))
     kinds = {next(iter(change.fields)) for change in tight.changes(job())}

@@ -18,6 +18,7 @@ from llama_stack_provider_moe.analysis.blank import Adapted, Bits, adapt, bare
 from llama_stack_provider_moe.analysis.dry_run import Device, Rehearsal
 from llama_stack_provider_moe.analysis.held import Way, Weight, beside, held, shared, weights_of
 from llama_stack_provider_moe.analysis.memory import Batch, Estimate, Step, rehearse, step_of
+from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.experts.layout import find_layout
 from llama_stack_provider_moe.experts.settings import resolve_moe
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, TrainingSpec
@@ -196,7 +197,7 @@ class Planner:
     def _with(self, spec: TrainingSpec, fields: dict[str, Any]) -> Change | None:
         try:
             plan = self.plan(changed(spec, fields))
-        except (ValidationError, ValueError):  # settings that don't go together
+        except (MoeError, ValueError):  # settings that don't go together, or not with this model
             return None
         if plan.chosen is None or plan.verdict != "fits":
             return None
@@ -259,6 +260,7 @@ def refusal(plan: Plan, changes: tuple[Change, ...]) -> str:
         if option.refused is None
         else f"{option.strategy} is not valid here: {option.refused}"
         for option in plan.options
+        if option.verdict in ("too large", "refused") and plan.asked in ("auto", option.strategy)
     ]
     alone = "each of these alone would make it fit" if len(changes) != 1 else "this would make it fit"
     ways = f"{alone}: {'; '.join(change.text() for change in changes)}" if changes else "nothing that was tried does"
