@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from llama_stack_provider_moe.export.servers import card_section, family_of
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
+from llama_stack_provider_moe.training.unsloth_files import as_peft_writes
 
 EXPERT_RANKS = "expert_ranks"
 
@@ -86,6 +87,7 @@ def write(
             # Of a base that processes share, one of them alone could gather nothing: PEFT is shown no weight of it.
             own = {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
+            as_peft_writes(folder / CONFIG_NAME)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
         else:
             model.save_pretrained(folder)
