@@ -51,9 +51,11 @@ ACCUMULATED = {"training": {"batch_size": 4, "gradient_accumulation_steps": 2, "
 @pytest.mark.parametrize(("recipe", "family"), [("sft", "qwen3_moe"), ("dpo", "llama"), ("circuit_breaker", "llama")])
 def test_a_job_trains_as_it_does_with_transformers(workshop: Workshop, recipe: str, family: str) -> None:
     """Same rows, same seed, fp32: every step's loss and the adapter that is left are transformers' and PEFT's."""
-    run = by_unsloth(workshop.job(recipe, family, loader="unsloth", **ACCUMULATED))
+    # A reference computed ahead is so before our head is in TRL's place, by TRL 1.15's, which needs a GPU.
+    more: dict[str, Any] = {"options": {"precompute_ref_log_probs": False}} if recipe == "dpo" else {}
+    run = by_unsloth(workshop.job(recipe, family, loader="unsloth", **ACCUMULATED, **more))
     assert run.exit_code == 0, told(run)
-    plain = workshop.run(recipe, family, **ACCUMULATED, moe={"router_aux_loss_coef": 0})
+    plain = workshop.run(recipe, family, **ACCUMULATED, **more, moe={"router_aux_loss_coef": 0})
     assert plain.exit_code == 0, plain.reason
     assert run.events("message")[0].text == NOTICE
     assert run.events("started")[0].versions["unsloth"]
@@ -69,7 +71,9 @@ def test_a_job_trains_as_it_does_with_transformers(workshop: Workshop, recipe: s
         )
 
 
-ATOL = 1e-4
+# Measured, one epoch, fp32 on a CPU: weights 3.5e-7 apart after SFT (qwen3_moe, accumulated), 2.1e-7 after DPO (llama);
+# losses 4e-7. Above that by what another CPU's order of sums may add.
+ATOL = 1e-5
 
 
 def close(ours: list[float], theirs: list[float]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.config import ProviderConfig
+from llama_stack_provider_moe.errors import CheckpointError
 from llama_stack_provider_moe.host.service import PostTrainingService
 from llama_stack_provider_moe.jobs.executors.local import LocalExecutor, training_command
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -20,6 +21,7 @@ from llama_stack_provider_moe.jobs.store import JobStore
 from llama_stack_provider_moe.jobs.supervisor import Supervisor
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.training.unsloth_entry import NOTICE
+from llama_stack_provider_moe.training.unsloth_files import as_peft_writes
 from tests.host_support import BODY, Datasets, ask, serving_in_process
 from tests.jobs_support import ended, tiny_interpreter
 from tests.training_support import Workshop, workshop
@@ -164,6 +166,22 @@ def test_a_process_without_unsloth_says_which_interpreter_lacks_it(
     assert "constraints-unsloth.txt" in run.reason
     assert not run.events("message")
     assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
+
+
+def test_what_unsloth_adds_to_an_adapters_config_is_taken_out(tmp_path: Path) -> None:
+    """As Unsloth 2026.10.7 writes it; with its keys an adapter could not be merged, and PEFT would warn of them."""
+    path, plain = tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 4, "auto_mapping": None}
+    path.write_text(json.dumps(plain))
+    as_peft_writes(path)
+    assert path.read_text() == json.dumps(plain)  # PEFT's own is not touched
+    added = {"lora_B_layout": "rank_major", "unsloth_fused_expert_lora": {"lora_A_layout": "grouped_by_expert"},
+             "auto_mapping": {"unsloth_fixed": True}}  # fmt: skip
+    path.write_text(json.dumps({**plain, **added}))
+    as_peft_writes(path)
+    assert json.loads(path.read_text()) == plain
+    path.write_text(json.dumps({**plain, **added, "lora_B_layout": "mixed"}))
+    with pytest.raises(CheckpointError, match="another order than PEFT's"):
+        as_peft_writes(path)
 
 
 def test_the_licences_are_named() -> None:

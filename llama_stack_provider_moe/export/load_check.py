@@ -202,7 +202,8 @@ def _probe(folder: Path) -> Probe:
     probe = read_probe(folder)
     if probe is None:
         raise NotRecorded(
-            f"{folder} holds no logits of the trained model: it is of a job of an earlier version, or no job's"
+            f"{folder} holds no logits of the trained model: it is of a job of an earlier version, of one with loader "
+            "unsloth, or no job's"
         )
     return probe
 

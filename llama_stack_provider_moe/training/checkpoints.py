@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +23,7 @@ from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of,
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
 from llama_stack_provider_moe.training.distributed_state import is_shared_out
+from llama_stack_provider_moe.training.unsloth_files import as_peft_writes
 
 EXPERT_RANKS = "expert_ranks"
 
@@ -94,6 +95,7 @@ def write(
                 name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)
             }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
+            as_peft_writes(folder / CONFIG_NAME)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
         elif weights is not None and is_shared_out(model):
             _write_gathered(model, weights, folder)
