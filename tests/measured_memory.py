@@ -2,7 +2,10 @@
 
 At the step's beginning the bytes of all storages of model, codes and optimiser are added up. From there on the
 profiler reports every allocation and release of torch's CPU allocator, those inside of kernels too; the largest running
-sum of them is what the step took on top. Nothing is sampled, and the same job gives the same bytes. Run
+sum of them is what the step took on top. Nothing is sampled, and the same job gives the same bytes.
+
+Of a job of two processes (gloo) all that is allocated from the wrapping of the model to the end of the third step is
+counted, in both: what averages gradients is made before the first step. The larger of the two counts. Run
 
     python -m tests.measured_memory '{"recipe": "sft", "family": "llama", ...}'
 
@@ -27,11 +30,13 @@ class Case:
     recipe: str
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
-    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = field(default_factory=dict)
     batch: int = 4
     length: int = 128
     bits: Literal[16, 4] = 16
     checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp"] | None = None  # of two processes; None: one
+    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,48 +64,65 @@ def measure(case: Case) -> Measured:
 
 
 def estimated(case: Case) -> Any:
-    """What the report says of it (`analysis.memory.Estimate`)."""
-    from llama_stack_provider_moe.analysis.blank import blank
-    from llama_stack_provider_moe.analysis.memory import Batch, estimate
-    from llama_stack_provider_moe.spec import Adapter, Moe
+    """What the planner says of it (`analysis.memory.Estimate`); of one process, as the report does."""
+    from llama_stack_provider_moe.analysis.planner import Machine, Planner
+    from llama_stack_provider_moe.spec import JOB_SPEC
     from tests import tiny_models
 
-    adapted = blank(
-        tiny_models.config(case.family, **case.changes), Adapter.model_validate(case.adapter), Moe(), case.bits
-    )
-    found = estimate(adapted, case.bits, Batch(case.batch, case.length), (0,), "cpu")
-    return next(each for each in found if (each.recipe, each.checkpointing) == (case.recipe, case.checkpointing))
+    body = {"model": "tiny", "data": {"dataset_id": "rows"}, **_blocks(case), "recipe": case.recipe}
+    planner = Planner(tiny_models.config(case.family, **case.changes), Machine("cpu", 1 << 40))
+    return planner.estimate(JOB_SPEC.validate_python(body), case.strategy or "ddp")[0]  # type: ignore[arg-type]
+
+
+def _blocks(case: Case) -> dict[str, Any]:
+    return {
+        "training": {"batch_size": case.batch, "dtype": "bf16", "gradient_accumulation_steps": case.accumulation},
+        "efficiency": {"enable_activation_checkpointing": case.checkpointing},
+        "adapter": None if case.adapter is None else {**case.adapter, "quantize_base": case.bits == 4},
+        "options": {"max_length": case.length, "validation_split": 0.0},
+        "resources": {} if case.strategy is None else {"gpus": 0, "processes": 2, "strategy": case.strategy},
+    }
 
 
 def run(case: Case) -> Measured:
     """Run a case in this process."""
+    from tqdm import tqdm
+
+    from llama_stack_provider_moe.training.main import train, train_together
     from llama_stack_provider_moe.training.recipes import dpo, sft
     from tests import tiny_models
-    from tests.training_support import Workshop
+    from tests.training_support import Run, Workshop
 
     recipe: Any = {"sft": sft, "dpo": dpo}[case.recipe]
-    own, watches = recipe.fit, []
+    own = recipe.fit
+    tqdm.monitor_interval = 0  # it would start a thread, which no fork would have
 
-    def watched(session: Any, base: Any, trainer: Any, foreseen_steps: int) -> Any:
-        watches.append(_Watch(trainer))
-        trainer.add_callback(watches[0].callback())
-        return own(session, base, trainer, foreseen_steps)
-
-    recipe.fit = watched
     with tempfile.TemporaryDirectory() as folder:
+
+        def watched(session: Any, base: Any, trainer: Any, foreseen_steps: int) -> Any:
+            watch = _Watch(trainer, Path(folder) / f"measured-{session.peers.rank}")
+            trainer.add_callback(watch.callback())
+            if session.peers.size > 1:
+                watch.begin()
+            return own(session, base, trainer, foreseen_steps)
+
+        recipe.fit = watched
         workshop = Workshop(Path(folder))
-        made = workshop.run(
+        made = workshop.job(
             case.recipe,
             tiny_models.build(case.family, Path(folder) / "model", **case.changes),
-            rows=_rows(case, 3 * case.batch),
+            rows=_rows(case, 3 * case.batch * case.accumulation * (1 if case.strategy is None else 2)),
             data={"validation_dataset_id": None, "shuffle": False},
-            training={"batch_size": case.batch, "dtype": "bf16"},
-            efficiency={"enable_activation_checkpointing": case.checkpointing},
-            adapter={**case.adapter, "quantize_base": case.bits == 4},
-            options={"max_length": case.length, "validation_split": 0.0},
+            **_blocks(case),
         )
-        assert made.exit_code == 0, made.reason
-    return watches[0].measured()
+        try:
+            code = train(made) if case.strategy is None else train_together(made, 2)
+        finally:
+            recipe.fit = own
+        assert code == 0, Run(made, code).reason
+        found = [json.loads(path.read_text()) for path in Path(folder).glob("measured-*")]
+    assert len(found) == (1 if case.strategy is None else 2)
+    return max((Measured(**each) for each in found), key=lambda each: each.peak)
 
 
 def _rows(case: Case, count: int) -> list[Any]:
@@ -119,10 +141,11 @@ def _rows(case: Case, count: int) -> list[Any]:
 
 
 class _Watch:
-    """Measures a trainer's third step."""
+    """Measures a trainer's third step, or from where it is told to begin to that step's end."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, told: Path) -> None:
         self._trainer = trainer
+        self._told = told
         self._static = 0
         self._profiler: Any = None
 
@@ -133,7 +156,7 @@ class _Watch:
 
         class Steps(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 2:
+                if state.global_step == 2 and watch._profiler is None:
                     watch.begin()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -145,19 +168,18 @@ class _Watch:
     def begin(self) -> None:
         import torch
 
-        from llama_stack_provider_moe.experts.quantize import resident_bytes
-
         gc.collect()
         model, optimizer = self._trainer.model, self._trainer.optimizer
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        self._static = resident_bytes(model) + sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+        states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
+        self._static = _resident(model) + sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profiler.__enter__()
 
     def end(self) -> None:
         self._profiler.__exit__(None, None, None)
+        self._told.write_text(json.dumps(asdict(self._measured())))
 
-    def measured(self) -> Measured:
+    def _measured(self) -> Measured:
         events = self._profiler.profiler.kineto_results.events()
         changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
         now = most = 0
@@ -165,6 +187,19 @@ class _Watch:
             now += change
             most = max(most, now)
         return Measured(self._static, most)
+
+
+def _resident(model: Any) -> int:
+    """Of a model whose weights may be shared out: what of them is here."""
+    from torch.distributed.tensor import DTensor
+
+    from llama_stack_provider_moe.experts.quantize import resident_bytes
+
+    parts = [weight.to_local() for weight in model.parameters() if isinstance(weight, DTensor)]
+    if not parts:
+        return resident_bytes(model)
+    whole = [weight for weight in [*model.parameters(), *model.buffers()] if not isinstance(weight, DTensor)]
+    return sum(tensor.nbytes for tensor in [*parts, *whole])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         # Of exports what training leaves for them beside its weights.
         GROUND | {"experts", "losses", "training", "evaluation", "export.probe", "export.servers"} | FOLDER,
     ),
+    "training.strategy": (LEARNING, GROUND | {"training", "analysis"}),  # what a job takes, before it begins
     "training.on_ray": ({"ray"}, GROUND | {"training"} | FOLDER),
     "training.ray_node": ({"ray"}, GROUND | {"training"} | FOLDER),
     # Alone in naming Unsloth: parts of it are AGPL-3.0, and it is in an environment of its own.

@@ -151,13 +151,11 @@ def test_what_can_not_be_is_refused(recipe: str, resources: dict[str, int], prob
 @pytest.mark.parametrize(
     ("blocks", "problem"),
     [
-        ({}, "adapter null: all weights train"),
         ({"adapter": {"quantize_base": True}}, "quantize_base true, whose codes are not shared out"),
         ({"adapter": {}, "options": {"save_merged": True}}, "save_merged true; merge on disk instead"),
         ({"adapter": {}, "eval": {"retain_dataset_id": "e"}}, "an eval block, which one process runs alone"),
         ({"adapter": {}, "recipe": "dpo", "options": {"precompute_ref_log_probs": True}}, "a reference computed ahead"),
         ({"adapter": {}, "recipe": "dpo", "moe": {"moe_load_balancing": "aux_free"}}, "a reference computed ahead"),
-        ({"recipe": "circuit_breaker", "circuit_breaker": {"retain": {"dataset_id": "k"}}}, "runs parts of the model"),
     ],
 )
 def test_what_needs_the_base_whole_is_refused(blocks: dict[str, Any], problem: str) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.jobs.folder import JobFolder
-from llama_stack_provider_moe.training.main import COMPLETED, STOPPED
+from llama_stack_provider_moe.training.loader import _require_mixed
+from llama_stack_provider_moe.training.main import COMPLETED, FAILED, STOPPED
+from tests import tiny_models
 from tests.alike import assert_alike, curve
 from tests.together import Office, office
 from tests.training_support import Run, Workshop, dpo_rows, sft_rows, workshop
@@ -33,9 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     # A reference that is shared out too; micro-batches whose gradients add up.
     "dpo": {"recipe": "dpo", "family": "mixtral", "rows": dpo_rows(17), "options": {"precompute_ref_log_probs": False},
             "training": {"gradient_accumulation_steps": 2}},
+    # A head that FSDP2 gathers apart from the final norm, and for its own forward alone.
+    "head-apart": {"recipe": "sft", "family": "lfm2_moe", "rows": sft_rows(9), "training": {"n_epochs": 1}},
     # Two passes, no further than block 0 but for its balance: above, routers alone have a part in the loss. Of held-out
-    # rows each process has other kinds, of each of which a pass is both's.
+    # rows one process has two to break, the other two to retain; a pass is both's.
     "circuit-breaker": {"recipe": "circuit_breaker", "family": "qwen3_moe", "rows": sft_rows(9), "batch": 4,
+                        "validation": sft_rows(2, first=100),
                         "adapter": {"rank": 4}, "optimizer": {"optimizer_type": "sgd", "lr": 0.2},
                         "efficiency": {"enable_activation_checkpointing": True},
                         "moe": {"train_router": True, "router_aux_loss_coef": 0.1},
@@ -43,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
                                             "retain": {"dataset_id": "a", "ratio": 1.5, "validation_dataset_id": "b"},
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
 }  # fmt: skip
-WHOLE = ["sft", "dpo"]
+RESUMED = ["sft", "dpo"]
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
@@ -63,6 +70,8 @@ def after_an_epoch(workshop: Workshop, run: Run, processes: int) -> JobFolder:
     spec = json.loads(folder.spec.read_text())
     batch = spec["training"]["batch_size"] * (spec["resources"]["processes"] or 1)
     spec["resources"] = TWO if processes == 2 else {}
+    if processes == 1:
+        spec["options"]["checkpoint_form"] = "whole"
     spec["training"]["batch_size"] = batch // processes
     folder.spec.write_text(json.dumps(spec))
     return folder
@@ -95,12 +104,28 @@ def run(desk: Office, folder: JobFolder) -> Run:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_model_leaves_what_a_whole_one_leaves(one: dict[str, Run], two: dict[str, Run], case: str) -> None:
-    what = "weights" if case in WHOLE else "base   "
+    what = "base   " if "adapter" in CASES[case] else "weights"
     assert f"{what}   shared out among 2 processes (FSDP2)\n" in two[case].folder.output.read_text()
     assert_alike(two[case], one[case], ATOL)
 
 
-@pytest.mark.parametrize("case", WHOLE)
+def test_a_checkpoint_in_parts_is_gone_on_from_by_all_and_by_one(
+    workshop: Workshop, desk: Office, two: dict[str, Run], one: dict[str, Run]
+) -> None:
+    """Bit by bit by as many processes; and one reads all parts."""
+    in_parts = {"options": {**CASES["dpo"]["options"], "checkpoint_form": "sharded"}}
+    unbroken = run(desk, job(workshop, "dpo", 2, **in_parts))
+    assert_alike(unbroken, two["dpo"], atol=0)
+    folder = unbroken.folder.root / "checkpoints" / "epoch-1"
+    assert not list(folder.glob("*.safetensors"))
+    assert len(list((folder / "shards").glob("*.distcp"))) == 2
+    resumed = run(desk, after_an_epoch(workshop, unbroken, 2))
+    assert [event.checkpoint for event in resumed.events("resumed")] == ["epoch-1"]
+    assert_alike(resumed, unbroken, atol=0)
+    assert_alike(workshop.again(Run(after_an_epoch(workshop, unbroken, 1), 0)), one["dpo"], ATOL)
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_one_process_goes_on_from_them_and_they_from_one(
     workshop: Workshop, desk: Office, one: dict[str, Run], two: dict[str, Run], case: str
 ) -> None:
@@ -146,3 +171,18 @@ def test_small_steps_are_not_rounded_away_in_bf16(workshop: Workshop, desk: Offi
     config = json.loads((found.folder.model / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "distributed_config" not in config
+
+
+def test_biases_that_are_parameters_are_not_moved_in_parts(workshop: Workshop, desk: Office) -> None:
+    folder = workshop.job("sft", "ernie4_5_moe", moe={"moe_load_balancing": "aux_free"}, resources=TWO)
+    assert run(desk, folder).exit_code == FAILED
+    assert str(desk.job(folder).reason).startswith("moe.moe_load_balancing: 'aux_free' is not valid with")
+
+
+def test_what_can_not_be_in_parts_or_in_bf16_is_refused(workshop: Workshop) -> None:
+    """An adapter, which is whole anyway; and a family that wants some weights in fp32 beside bf16."""
+    for processes, blocks in ((2, {"adapter": {"rank": 4}}), (1, {})):
+        with pytest.raises(ValidationError, match=r"options\.checkpoint_form: 'sharded' is not valid here"):
+            job(workshop, "sft", processes, options={"checkpoint_form": "sharded"}, **blocks)
+    with pytest.raises(ModelError, match=r"keeps .* of them in fp32 \(.*gate.*expected 'fp32'"):
+        _require_mixed(tiny_models.model("ernie4_5_moe"))

@@ -43,7 +43,7 @@ RULES = {"plan": "per_expert", "rules": [{"experts": {"0": 4}}]}
         ({"adapter": {"apply_lora_to_output": True}}, "adapter.apply_lora_to_output true"),
         ({"adapter": {"quantize_base": True, "quantize_bits": 8}}, "adapter.quantize_bits 8"),
         ({"resources": {"gpus": 2}}, "resources of more than one process"),
-        ({"resources": {"gpus": 2, "shard_base": True}}, "resources of more than one process"),
+        ({"resources": {"gpus": 2, "strategy": "fsdp"}}, "resources of more than one process"),
         ({"resources": {"gpus": 0}}, "resources.gpus 0"),
         ({"data": {"dataset_id": "d", "packed": True}}, "data.packed true"),
         ({"options": {"deterministic": True}}, "options.deterministic true"),

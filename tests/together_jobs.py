@@ -4,7 +4,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp", "ep")
 # recipe -> family, and parts of the body. SGD for the breaker, whose first gradient is all rounding: of it Adam would
 # make a step of full length.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {

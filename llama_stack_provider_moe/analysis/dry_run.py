@@ -8,12 +8,13 @@ which expert gets which token is known only when numbers flow.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,9 +80,9 @@ class Footprint:
         output: what it hands on.
         kept: what autograd holds of it until its backward.
         forward: the most in its forward.
-        without_graph: the most in a forward with the adapter off and nothing kept.
+        without_graph: the most in a forward with nothing kept, the adapter off where there is one.
         backward: the most in its backward, `kept` and `gradients` included.
-        gradients: of the adapter's weights in it.
+        gradients: of the weights in it that train.
     """
 
     output: int
@@ -108,10 +109,11 @@ class DryRun:
 
 
 class Rehearsal:
-    """A model that is on the meta device, with its adapter, made ready to be measured; its weights become fake.
+    """A model on the meta device, with its adapter or all to train, made ready to be measured; its weights become fake.
 
     Attributes:
         plain_head: its logits are made whole (`training.heads`), not in TRL's tiles.
+        dtype: of the base.
     """
 
     def __init__(self, model: Any, device: Device) -> None:
@@ -125,7 +127,7 @@ class Rehearsal:
         # Layers that are passed over leave no router logits behind for an aux loss (`memory` counts those).
         config.output_router_logits = False
         base = without_adapters(model)
-        self._dtype: torch.dtype = base.dtype
+        self.dtype: torch.dtype = base.dtype
         # As the trainers of SFT and DPO have it, but for some sums of a number a token.
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         if self.plain_head:
@@ -174,7 +176,9 @@ class Rehearsal:
         return self._footprint(run, layer)
 
     def _footprint(self, run: Callable[[], Tensor], part: nn.Module) -> Footprint:
-        with Meter() as alone, torch.no_grad(), self._model.disable_adapter():
+        adapted = isinstance(self._model, PeftModel)
+        off = self._model.disable_adapter() if adapted else nullcontext()
+        with Meter() as alone, torch.no_grad(), off:
             self._autocast(run)
         with Meter() as meter:
             out = self._autocast(run)
@@ -192,7 +196,7 @@ class Rehearsal:
 
     def _autocast(self, run: Callable[[], Tensor]) -> Tensor:
         # Accelerate puts it around the model's forward, and around nothing else.
-        with torch.autocast("cpu", dtype=self._dtype, enabled=self._dtype in HALVES):
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype in HALVES):
             return run()
 
 

@@ -5,7 +5,8 @@ The step is taken apart into terms, each of which stands in the answer:
     weights       the base as it is held: 2 bytes a number in bf16; in NF4 half a byte and 4 bytes a block of 64
     adapter       4 P, for P trainable parameters in fp32
     optimizer     8 P: AdamW's two moments, in fp32 as the parameters are; there from the second step on
-    gradients     4 P at the end of backward; on the way there, those of the layers that backward has passed
+    gradients     4 P at the end of backward; on the way there, those of the layers that backward has passed. Where all
+                  weights train, P are they, and their gradients and moments are of their own dtype
     activations   what autograd keeps of the decoder layers: the sum of `Footprint.kept`, or with checkpointing the
                   input of each (tokens x hidden x 2 bytes)
     hidden_states of circuit breakers: those of both passes at the target blocks, and the loss's copies in fp32
@@ -13,12 +14,15 @@ The step is taken apart into terms, each of which stands in the answer:
     working       the rest of what is alive at the peak: the layer at work (its forward again, with checkpointing),
                   masks and positions, or the output head with the tiles of logits that it makes
     decoded       4 bits, on a GPU: one fused weight of the experts, decoded as a list of matrices and joined
+    buckets       several processes: what averages gradients beside them
+    gathered      several processes: weights, gradients or tokens of others, while a layer or the head runs
 
     peak = weights + adapter + optimizer + max over moments of the step (the other terms at that moment)
 
 The moments are the forward and backward of each layer, of the ends (embeddings and head), DPO's reference pass, and
-the optimiser's step. With gradient accumulation add what is missing of 4 P. What no tensor holds is not in it:
-the CUDA context (some 0.5 GiB), and what the allocator can't use for its fragments.
+the optimiser's step. With gradient accumulation all gradients are there at each of them. What no tensor holds is not in
+it: the CUDA context (some 0.5 GiB), and what the allocator can't use for its fragments. `held` says what several
+processes take in place of one.
 """
 
 from collections.abc import Iterator
@@ -27,7 +31,8 @@ from typing import Literal
 
 from llama_stack_provider_moe.analysis.blank import Adapted, Bits
 from llama_stack_provider_moe.analysis.dry_run import Device, DryRun, Footprint, Rehearsal
-from llama_stack_provider_moe.experts.layout import text_config
+from llama_stack_provider_moe.analysis.held import NOTHING, Beside, Held, held, weights_of
+from llama_stack_provider_moe.experts.layout import text_config, without_adapters
 
 Recipe = Literal["sft", "dpo", "circuit_breaker"]
 RECIPES: tuple[Recipe, ...] = ("sft", "dpo", "circuit_breaker")
@@ -49,6 +54,8 @@ class Terms:
     routers: int = 0
     working: int = 0
     decoded: int = 0
+    buckets: int = 0
+    gathered: int = 0
 
     @property
     def total(self) -> int:
@@ -94,37 +101,43 @@ def estimate(adapted: Adapted, bits: Bits, batch: Batch, targets: tuple[int, ...
         targets: decoder blocks, counted from 0, whose outputs circuit breakers compare.
         device: that trains: which way its kernels go.
     """
+    static = held(weights_of(adapted), "ddp", 1, moments=2)
     rehearsal = Rehearsal(adapted.model, device)
-    # On a GPU the tiled head runs Triton's kernels, whose memory is a formula; else it is run with the rest.
-    tiled = device == "cuda" and not rehearsal.plain_head
-    passes = {
-        "sft": rehearsal.run(batch.sequences, batch.length, with_head=not tiled),
-        "dpo": rehearsal.run(2 * batch.sequences, batch.length, with_head=not tiled),
-        "circuit_breaker": rehearsal.run(batch.sequences, batch.length, with_head=False),
-    }
-    hidden = text_config(adapted.model).hidden_size
-    if tiled:
-        for recipe, factor in (("sft", 1), ("dpo", 2)):
-            run = passes[recipe]
-            tokens = factor * batch.sequences * (batch.length - 1)
-            passes[recipe] = replace(run, ends=_with_tiles(run.ends, tokens, hidden))
-    trainable = [p for p in adapted.model.parameters() if p.requires_grad]
-    static = Terms(
-        weights=adapted.weight_bytes,
-        adapter=sum(p.numel() for p in trainable) * SINGLE,
-        optimizer=sum(p.numel() for p in trainable) * 2 * SINGLE,
-    )
-    # AdamW's step on a CPU makes two tensors as large as the weight at hand; on a GPU it is one kernel.
-    scratch = 0 if device == "cuda" else 2 * SINGLE * max(p.numel() for p in trainable)
-    decoded = 2 * adapted.largest_expert_weight if bits == 4 and device == "cuda" else 0
     found = []
     for recipe in RECIPES:
-        step = _Step(recipe, passes[recipe], targets, _router_bytes(adapted, batch, recipe), decoded, scratch)
-        for checkpointing in (False, True):
-            moment, terms = max(step.moments(checkpointing), key=lambda each: each[1].total)
-            terms = replace(terms, weights=static.weights, adapter=static.adapter, optimizer=static.optimizer)
-            found.append(Estimate(recipe, bits, checkpointing, terms.total, moment, terms))
+        run = rehearse(rehearsal, adapted, recipe, batch, device)
+        step = step_of(adapted, recipe, run, targets, batch, bits, device)
+        found += [step.peak(static, bits, checkpointing) for checkpointing in (False, True)]
     return found
+
+
+def rehearse(rehearsal: Rehearsal, adapted: Adapted, recipe: Recipe, batch: Batch, device: Device) -> DryRun:
+    """A micro-batch of a recipe without numbers, its output head as on `device`."""
+    factor = 2 if recipe == "dpo" else 1
+    # On a GPU the tiled head runs Triton's kernels, whose memory is a formula; else it is run with the rest.
+    tiled = device == "cuda" and not rehearsal.plain_head and recipe != "circuit_breaker"
+    with_head = not tiled and recipe != "circuit_breaker"
+    run = rehearsal.run(factor * batch.sequences, batch.length, with_head=with_head)
+    if not tiled:
+        return run
+    head = without_adapters(adapted.model).get_output_embeddings().weight
+    tokens, hidden = factor * batch.sequences * (batch.length - 1), text_config(adapted.model).hidden_size
+    trained = head.numel() if head.requires_grad else 0
+    return replace(run, ends=_with_tiles(run.ends, tokens, hidden, rehearsal.dtype.itemsize, trained))
+
+
+def step_of(
+    adapted: Adapted,
+    recipe: Recipe,
+    run: DryRun,
+    targets: tuple[int, ...],
+    batch: Batch,
+    bits: Bits,
+    device: Device,
+) -> "Step":
+    """A step of one process alone."""
+    decoded = 2 * adapted.largest_expert_weight if bits < 16 and device == "cuda" else 0
+    return Step(recipe, run, targets, _router_bytes(adapted, batch, recipe), decoded, in_place=device == "cuda")
 
 
 def hidden_state_bytes(layers: int, hidden: int, batch: Batch) -> int:
@@ -132,17 +145,22 @@ def hidden_state_bytes(layers: int, hidden: int, batch: Batch) -> int:
     return layers * batch.sequences * batch.length * hidden * HALF
 
 
-def _with_tiles(trunk: Footprint, tokens: int, hidden: int) -> Footprint:
-    """The model's ends with TRL's head: a copy of its input, a tile of logits, and in backward a gradient in fp32."""
-    tile = min(tokens, _TILE_TOKENS) * _TILE_WIDTH * HALF
-    copy, gradient = tokens * hidden * HALF, tokens * hidden * (SINGLE + HALF)
+def _with_tiles(trunk: Footprint, tokens: int, hidden: int, size: int, trained: int) -> Footprint:
+    """The model's ends with TRL's head: a copy of its input, a tile of logits, and in backward gradients in fp32.
+
+    Args:
+        size: bytes of a number.
+        trained: numbers of the head that train.
+    """
+    tile = min(tokens, _TILE_TOKENS) * _TILE_WIDTH * size
+    copy, gradient = tokens * hidden * size, (tokens * hidden + trained) * (SINGLE + size)
     return Footprint(
         output=tokens * SINGLE,
         kept=trunk.kept + copy,
         forward=max(trunk.forward, trunk.kept + copy + tile),
         without_graph=max(trunk.without_graph, copy + tile),
         backward=max(trunk.backward, trunk.kept + copy + tile + gradient),
-        gradients=trunk.gradients,
+        gradients=trunk.gradients + trained * size,
     )
 
 
@@ -156,15 +174,43 @@ def _router_bytes(adapted: Adapted, batch: Batch, recipe: Recipe) -> int:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """A step's moments.
+
+    Attributes:
+        targets: of circuit breakers.
+        routers: bytes of logits.
+        decoded: bytes of what of a 4-bit base is decoded at once.
+        in_place: the optimiser's step makes nothing as large as a weight.
+        accumulates: gradients of earlier micro-batches are there.
+        beside: what a strategy takes.
+        reference: of DPO's passes, one of them is the reference's.
+    """
+
     recipe: Recipe
     run: DryRun
     targets: tuple[int, ...]
     routers: int
     decoded: int
-    scratch: int
+    in_place: bool
+    accumulates: bool = False
+    beside: Beside = NOTHING
+    reference: bool = True
 
-    def moments(self, checkpointing: bool) -> Iterator[tuple[str, Terms]]:
+    def peak(self, held: Held, bits: Bits, checkpointing: bool) -> Estimate:
+        """The moment that takes most, above what is there all the time."""
+        # AdamW's step on a CPU makes two tensors as large as the weight at hand; on a GPU it is one kernel.
+        scratch = 0 if self.in_place else 2 * held.largest
+        found = list(self.moments(checkpointing, scratch))
+        if self.accumulates:
+            found = [(where, replace(terms, gradients=held.gradients)) for where, terms in found]
+        moment, terms = max(found, key=lambda each: each[1].total)
+        terms = replace(
+            terms, weights=held.weights, adapter=held.adapter, optimizer=held.optimizer, buckets=held.buckets
+        )
+        return Estimate(self.recipe, bits, checkpointing, terms.total, moment, terms)
+
+    def moments(self, checkpointing: bool, scratch: int) -> Iterator[tuple[str, Terms]]:
         """(where, terms) of all moments at which the peak may be."""
         breaker = self.recipe == "circuit_breaker"
         # Of circuit breakers two passes with gradient are held at once, and nothing above the last target is run.
@@ -181,25 +227,33 @@ class _Step:
             # `backward` holds what is kept of the layer itself; with checkpointing its input is among that.
             yield f"backward of layer {number}", replace(
                 base, activations=below, working=passes * self.run.shared + backward, gradients=ready.gradients,
-                decoded=ready.decoded,
+                decoded=ready.decoded, gathered=self.beside.layer + self.beside.reducing,
             )  # fmt: skip
             if not checkpointing:
                 yield (
                     f"forward of layer {number}",
                     replace(
-                        base, activations=below, working=passes * self.run.shared + layer.forward, decoded=self.decoded
+                        base, activations=below, working=passes * self.run.shared + layer.forward,
+                        decoded=self.decoded, gathered=self.beside.layer,
                     ),
-                )
+                )  # fmt: skip
         all_held = replace(base, activations=passes * held)
         if not breaker:
-            yield "head, forward", replace(all_held, working=ends.forward)
-            yield "head, backward", replace(all_held, working=ends.backward)
-        if self.recipe == "dpo":
+            yield "head, forward", replace(all_held, working=ends.forward, gathered=self.beside.head)
+            gathered = self.beside.head + self.beside.ahead
+            yield "head, backward", replace(all_held, working=ends.backward, gathered=gathered)
+        if self.recipe == "dpo" and self.reference:
             alone = self.run.shared + max(layer.without_graph for layer in layers)
-            for where, working in (("reference's layers", alone), ("reference's head", ends.without_graph)):
-                yield where, replace(all_held, working=ends.kept + working, decoded=self.decoded)
+            for where, working, gathered in (
+                ("reference's layers", alone, self.beside.layer + self.beside.head),
+                ("reference's head", ends.without_graph, self.beside.head),
+            ):
+                yield (
+                    where,
+                    replace(all_held, working=ends.kept + working, decoded=self.decoded, gathered=gathered),
+                )
         gradients = sum(layer.gradients for layer in self.run.layers) + ends.gradients
-        yield "optimiser's step", Terms(gradients=gradients, working=self.scratch)
+        yield "optimiser's step", Terms(gradients=gradients, working=scratch)
 
     def _hidden_states(self, output: int) -> int:
         """Of both sets, at each target: the base's, ours, and an fp32 copy of each that the loss's gradient needs."""

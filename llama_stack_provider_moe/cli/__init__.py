@@ -11,6 +11,7 @@
     pull        a job's artifacts into a folder
     views       what is said while a job is followed
     report      `moe-train report`: what a model would train and take
+    plan        `moe-train plan`: how a job would fit on GPUs
     show        documents of the API -> text
     screen      where text, JSON and errors go
     run_config  a run YAML -> ProviderConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from llama_stack_provider_moe.cli import export, local, report, show
+from llama_stack_provider_moe.cli import export, local, plan, report, show
 from llama_stack_provider_moe.cli.exits import OUTCOMES, Exit, exit_of
 from llama_stack_provider_moe.cli.follow import Follower
 from llama_stack_provider_moe.cli.options import DEFAULT_URL, Json, Key, Url
@@ -33,6 +33,7 @@ app = typer.Typer(
 
 app.add_typer(report.app, name="report")
 app.add_typer(export.app, name="export")
+app.command(name="plan")(plan.plan)
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="Job template, a JSON object; - reads standard input.")]
 Changes = Annotated[

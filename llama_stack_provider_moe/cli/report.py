@@ -29,6 +29,8 @@ TERMS = (
     "routers",
     "working",
     "decoded",
+    "buckets",
+    "gathered",
 )
 
 
@@ -51,19 +53,7 @@ def lora(screen: Screen, question: Question, out: str | None) -> Exit:
         InvalidInput: this environment can't train, or `out` can't be written.
         TrainingError: the model or the adapter is not as asked.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidInput("python", sys.executable, "an environment for training: pip install "
-                           f"'llama-stack-provider-moe[train]' (this one lacks {', '.join(missing)})")  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", _MODULE, *question.words], check=False, capture_output=True, text=True, errors="replace"
-    )
-    lines = done.stdout.splitlines()
-    if not lines:
-        raise TrainingError(done.stderr[-_SAID_LIMIT:].strip() or f"the report ended with exit code {done.returncode}")
-    document = json.loads(lines[-1])
-    if "error" in document:
-        raise TrainingError(document["error"])
+    document = answer_of(_MODULE, question.words)
     if out == "-":
         screen.document(document)
         return Exit.OK
@@ -74,6 +64,33 @@ def lora(screen: Screen, question: Question, out: str | None) -> Exit:
             raise InvalidInput("--json", out, f"a file that can be written: {error.strerror}") from error
     screen.say(shown(document))
     return Exit.OK
+
+
+def answer_of(module: str, words: list[str], given: str = "") -> dict[str, Any]:
+    """What a module that needs torch says in one line of JSON, in a process of its own.
+
+    Args:
+        given: to its standard input.
+
+    Raises:
+        InvalidInput: this environment can't train.
+        TrainingError: what it says is an error, or it says nothing.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInput("python", sys.executable, "an environment for training: pip install "
+                           f"'llama-stack-provider-moe[train]' (this one lacks {', '.join(missing)})")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        check=False, input=given, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    if not lines:
+        raise TrainingError(done.stderr[-_SAID_LIMIT:].strip() or f"the report ended with exit code {done.returncode}")
+    document: dict[str, Any] = json.loads(lines[-1])
+    if "error" in document:
+        raise TrainingError(document["error"])
+    return document
 
 
 def shown(report: dict[str, Any]) -> RenderableType:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 DType = Literal["fp32", "bf16", "fp16"]
 RowFormat = Literal["auto", "instruct", "dialog"]
 ExecutorName = Literal["local", "ray"]
-Strategy = Literal["ddp", "fsdp", "ep"]
+Strategy = Literal["auto", "ddp", "fsdp", "ep"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
@@ -142,10 +142,10 @@ class Resources(Block):
         "names; left out: where the server says (`executors.default`) if it trains, else local.",
     )
     strategy: Strategy = Field(
-        default="ddp",
+        default="auto",
         description="ddp: each process holds the whole model; fsdp: each holds its share of every weight, and "
         "gathers a layer when it runs (FSDP2); ep: each holds its share of every layer's experts, to which tokens are "
-        "sent.",
+        "sent; auto: on GPUs the first of them whose memory fits by the planner's estimate, on the CPU ddp.",
     )
 
     @model_validator(mode="after")
@@ -157,7 +157,7 @@ class Resources(Block):
 
     @model_validator(mode="after")
     def _a_process_for_each_gpu(self) -> "Resources":
-        if self.strategy != "ddp" and self.ranks == 1:
+        if self.strategy not in ("auto", "ddp") and self.ranks == 1:
             raise ValueError(f"strategy: {self.strategy!r} is not valid with one process; expected gpus 2 or more, or "
                              "gpus 0 with processes 2 or more")  # fmt: skip
         if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
@@ -180,8 +180,11 @@ class Resources(Block):
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model: then what runs it runs in all of them."""
-        return self.strategy != "ddp"
+        """Whether no process holds the whole model: then what runs it runs in all of them.
+
+        Asked of a job that has begun, whose strategy is no longer auto.
+        """
+        return self.strategy not in ("auto", "ddp")
 
 
 class OneProcess(Resources):

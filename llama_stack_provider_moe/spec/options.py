@@ -43,6 +43,11 @@ class Options(Block):
     keep_checkpoints: int = Field(
         default=3, ge=1, le=1000, description="Epochs' checkpoints kept: the last ones, and the best by held-out loss."
     )
+    checkpoint_form: Literal["whole", "sharded"] = Field(
+        default="whole",
+        description="whole: rank 0 gathers and writes it, a model that can be used; sharded: each process writes its "
+        "part, for the job to go on from (strategy fsdp with adapter null). What a job leaves is whole always.",
+    )
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,

@@ -15,7 +15,10 @@ def refuse_beside_sharding(job: Any) -> None:
         ValueError: naming both settings.
     """
     strategy, adapter = job.resources.strategy, job.adapter
-    if strategy == "ddp":
+    if job.options.checkpoint_form == "sharded" and (strategy != "fsdp" or adapter is not None):
+        raise ValueError("options.checkpoint_form: 'sharded' is not valid here; expected 'whole', or strategy 'fsdp' "
+                         "(resources) with adapter null, where processes have parts of what trains")  # fmt: skip
+    if not job.resources.sharded:
         return
     against = {
         "adapter.quantize_base true, whose codes are not shared out": adapter is not None and adapter.quantize_base,
@@ -40,9 +43,6 @@ def _reference_ahead(job: Any) -> bool:
 
 def _against_fsdp(job: Any) -> dict[str, bool]:
     return {
-        "training.dtype 'fp16' with adapter null, for whose gradients there is no scaling": (
-            job.adapter is None and job.training.dtype == "fp16"
-        ),
         "adapter.apply_lora_to_output true": job.adapter is not None and job.adapter.apply_lora_to_output,
     }
 

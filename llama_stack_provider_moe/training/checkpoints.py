@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -20,6 +22,7 @@ from llama_stack_provider_moe.export.servers import card_section, family_of
 from llama_stack_provider_moe.jobs.checkpoint_index import CHECKSUMS, sha256_of, write_checksums
 from llama_stack_provider_moe.jobs.events import now
 from llama_stack_provider_moe.jobs.folder import Artifact, ArtifactKind, Metrics
+from llama_stack_provider_moe.training.distributed_state import is_shared_out
 
 EXPERT_RANKS = "expert_ranks"
 
@@ -92,10 +95,10 @@ def write(
             }
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             _tell_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
-        elif weights is None:
-            model.save_pretrained(folder)
-        else:
+        elif weights is not None and is_shared_out(model):
             _write_gathered(model, weights, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if steering is not None:
         steering.save(folder)
@@ -104,15 +107,37 @@ def write(
 def _write_gathered(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Transformers would gather them itself, in all processes, and say that they are in the dtype they train in."""
     config = model.config
-    shared, config.distributed_config = config.distributed_config, None
-    try:
+    with _of_one_process(config):
         model.save_pretrained(folder, state_dict=weights)
         trained_in = config.dtype
         (config.dtype,) = {weights[name].dtype for name, _ in model.named_parameters()}
         config.save_pretrained(folder)
         config.dtype = trained_in
+
+
+@contextmanager
+def _of_one_process(config: Any) -> Iterator[None]:
+    shared, config.distributed_config = config.distributed_config, None
+    try:
+        yield
     finally:
         config.distributed_config = shared
+
+
+def write_beside_shards(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    as_shipped: AbstractContextManager[None],
+    steering: Steering | None,
+) -> None:
+    """What `write` writes but for the weights, which lie in parts (`sharded_checkpoint`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with as_shipped, _of_one_process(model.config):
+        model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if steering is not None:
+        steering.save(folder)
 
 
 def _tell_ranks(weights: Path, ranks: dict[str, list[int]]) -> None:

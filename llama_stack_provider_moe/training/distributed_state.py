@@ -40,16 +40,16 @@ def whole(tensor: Tensor) -> Tensor | None:
         kind = tensor.device_mesh.device_type
         # What is offloaded goes to its device for that: NCCL moves nothing that lies on the CPU.
         tensor = cast(DTensor, tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
-    return tensor.detach().cpu() if _leads() else None
+    return tensor.detach().cpu() if leads() else None
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of `value`, which is whole, shared out as `like` is; `value` itself where it isn't.
+    """What this process holds of `value`, which is whole, shared out as `like` is; itself where that isn't, or it is.
 
     Raises:
         ValueError: they differ in shape.
     """
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     if value.shape != like.shape:
         raise ValueError(f"a tensor {tuple(value.shape)} can't be shared out as one of {tuple(like.shape)} is")
@@ -91,16 +91,26 @@ def optimizer_state(
     Args:
         experts: that processes hold apart; their parameters are plain tensors.
     """
+    saved = names_of_groups(model, optimizer)
+    by_number = {
+        number: name
+        for group in saved["param_groups"]
+        for number, name in zip(group["params"], group[NAMES], strict=True)
+    }
+    saved["state"] = {
+        number: {key: _whole_entry(by_number[number], value, experts) for key, value in entry.items()}
+        for number, entry in sorted(saved["state"].items())
+    }
+    return saved
+
+
+def names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as this process has it, with the names of each group's parameters."""
     put_away(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved: dict[str, Any] = optimizer.state_dict()
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         saved_group[NAMES] = [names[parameter] for parameter in group["params"]]
-    by_number = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    saved["state"] = {
-        number: {key: _whole_entry(by_number[number], value, experts) for key, value in entry.items()}
-        for number, entry in sorted(saved["state"].items())
-    }
     return saved
 
 
@@ -190,5 +200,6 @@ def _by_name(
     return found
 
 
-def _leads() -> bool:
+def leads() -> bool:
+    """Whether this is the one process there is, or rank 0."""
     return not distributed.is_initialized() or distributed.get_rank() == 0

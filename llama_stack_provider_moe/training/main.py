@@ -31,7 +31,7 @@ from llama_stack_provider_moe.spec import (
 from llama_stack_provider_moe.training.launch import End, Group, Report, Verdict, die_of
 from llama_stack_provider_moe.training.mirroring import Mirroring
 from llama_stack_provider_moe.training.peers import ALONE, Peers, is_of_a_lost_peer
-from llama_stack_provider_moe.training.session import NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.training.session import AnySession, NoEvents, Session, Stop, Stopped
 from llama_stack_provider_moe.training.unsloth_entry import NOTICE, import_unsloth
 from llama_stack_provider_moe.training.warmth import warm_up
 
@@ -50,6 +50,10 @@ LIBRARIES = ("llama-stack-provider-moe", "torch", "transformers", "trl", "peft",
 
 def run(session: Session[JobSpec]) -> Manifest:
     """The recipe that the job names; imported here, for its libraries take many seconds."""
+    if isinstance(session.spec, TrainingSpec):
+        from llama_stack_provider_moe.training.strategy import decided
+
+        session = cast(Session[JobSpec], decided(cast(AnySession, session)))
     if session.spec.recipe == "sft":
         from llama_stack_provider_moe.training.recipes import sft
 

@@ -40,6 +40,7 @@ def announce(
         "device": str(base.device),
         "processes": session.peers.size,
         "strategy": spec.resources.strategy,
+        "memory": None if session.forecast is None else session.forecast.figures,
         "experts_a_process": None if base.experts is None else base.experts.shard.held,
         "dtype": spec.training.dtype,
         "attention": base.model.config._attn_implementation,
@@ -82,6 +83,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
         *([_sharing(session)] if spec.resources.strategy == "fsdp" else []),
         *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
+        *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens",

@@ -29,6 +29,7 @@ from llama_stack_provider_moe.training.loader import load_alike, load_held
 from llama_stack_provider_moe.training.mirroring import bring_back, require_here
 from llama_stack_provider_moe.training.sampling import rows_a_step
 from llama_stack_provider_moe.training.session import AnySession
+from llama_stack_provider_moe.training.sharded_checkpoint import is_sharded, read_weights
 
 RUN_STATE = "run_state.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -170,6 +171,9 @@ def restore_weights(model: PreTrainedModel | PeftModel, folder: Path, experts: S
                 f"({', '.join(outcome.unexpected_keys[:3])}), {len(untouched)} weights got nothing "
                 f"({', '.join(untouched[:3])})"
             )
+        return
+    if is_sharded(folder):
+        read_weights(model, folder)
         return
     put_away(model)
     if experts is None:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama_stack_provider_moe.jobs.events import EventLog, Message
 from llama_stack_provider_moe.jobs.folder import JobFolder
@@ -48,6 +48,14 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a job was expected to take of a device's memory (`training.strategy`): for a person, and in figures."""
+
+    text: str
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Session[S: JobSpec]:
     """One run of one job."""
 
@@ -57,6 +65,7 @@ class Session[S: JobSpec]:
     started_before: bool = False  # in an earlier process, that did not get to its end
     peers: Peers = ALONE
     stop: Stop = field(default_factory=Stop)
+    forecast: Forecast | None = None
 
     @property
     def job_uuid(self) -> str:

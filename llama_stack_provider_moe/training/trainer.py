@@ -29,7 +29,7 @@ from llama_stack_provider_moe.experts.sharding import ShardedExperts
 from llama_stack_provider_moe.experts.steering import Steering
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.training import sharing, throughput
-from llama_stack_provider_moe.training.checkpoints import write
+from llama_stack_provider_moe.training.checkpoints import write, write_beside_shards
 from llama_stack_provider_moe.training.distributed_state import (
     is_shared_out,
     model_state,
@@ -41,6 +41,7 @@ from llama_stack_provider_moe.training.heads import head_without_adapter, needs_
 from llama_stack_provider_moe.training.peers import ALONE, Peers
 from llama_stack_provider_moe.training.resume import restore_weights
 from llama_stack_provider_moe.training.sampling import EpochSampler, rows_an_epoch
+from llama_stack_provider_moe.training.sharded_checkpoint import is_sharded, read_optimizer, write_shards
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -130,11 +131,15 @@ class RecordingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What a checkpoint holds of the model: as the final artifacts do, without pickled arguments."""
+        folder, shipped = Path(output_dir or self.args.output_dir), self.shipped.restored()
+        if self.spec.options.checkpoint_form == "sharded":  # weights go with the optimiser's state
+            if self.peers.leads:
+                write_beside_shards(self.model, self.processing_class, folder, shipped, self.steering)
+            return
         weights = self.whole_weights()
         if not self.peers.leads:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        write(self.model, self.processing_class, folder, self.shipped.restored(), self.steering, weights)
+        write(self.model, self.processing_class, folder, shipped, self.steering, weights)
 
     def whole_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
         """All weights that are saved, in rank 0, where processes have parts of them; None where each has all.
@@ -149,18 +154,25 @@ class RecordingTrainer(Trainer):
         return model_state(self.model, dtype)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Transformers', with the optimiser's state made whole."""
-        state = optimizer_state(self.model, self.optimizer, self.experts)
+        """Transformers', with the optimiser's state made whole, or in parts with the weights."""
+        if self.spec.options.checkpoint_form == "sharded":
+            write_shards(self.model, self.optimizer, Path(output_dir))
+        else:
+            state = optimizer_state(self.model, self.optimizer, self.experts)
+            if self.peers.leads:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
         if self.peers.leads:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """What the above wrote, in this or in another number of processes."""
         if checkpoint is None:
             return
-        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        restore_optimizer(self.model, self.optimizer, saved, self.experts)
+        if is_sharded(Path(checkpoint)):
+            read_optimizer(self.model, self.optimizer, Path(checkpoint))
+        else:
+            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            restore_optimizer(self.model, self.optimizer, saved, self.experts)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
