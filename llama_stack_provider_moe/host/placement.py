@@ -80,6 +80,9 @@ def executed(request: Draft, spec: JobSpec, config: ProviderConfig) -> JobSpec:
     if name == "ray" and config.executors.ray is None:
         expected = "'local', for this server knows no Ray cluster (`executors.ray`)"
         raise InvalidInput(request.name("resources.executor"), name, expected)
+    if name == "ray" and isinstance(spec, TrainingSpec) and spec.loader == "unsloth":
+        expected = "'hf' on Ray, whose nodes have one environment; or resources.executor 'local'"
+        raise InvalidInput(request.name("loader"), spec.loader, expected)
     if name == "local" and asked.nodes > 1:
         expected = "1 on the supervisor's machine; several by resources.executor 'ray'"
         raise InvalidInput(request.name("resources.nodes"), asked.nodes, expected)
