@@ -137,7 +137,7 @@ def test_auto_is_the_first_that_fits(roomy: Planner) -> None:
 
 def test_changes_that_are_named_do_fit(roomy: Planner) -> None:
     """Each is a job that the door takes and the planner passes; what is refused never stands among them."""
-    spec = job(adapter=None, resources={"gpus": 2, "strategy": "ddp"})
+    spec = job(adapter=None, training={"batch_size": 1}, resources={"gpus": 2, "strategy": "ddp"})
     certain = roomy.plan(spec).options[0].certain_bytes
     small = of(roomy, int(0.7 * certain))
     plan = small.plan(spec)
