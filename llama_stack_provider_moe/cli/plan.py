@@ -12,7 +12,6 @@ from rich.table import Table
 from llama_stack_provider_moe.cli.exits import Exit
 from llama_stack_provider_moe.cli.options import Json
 from llama_stack_provider_moe.cli.report import TERMS, answer_of
-from llama_stack_provider_moe.cli.run_config import read_run_config
 from llama_stack_provider_moe.cli.screen import Screen, table, text
 from llama_stack_provider_moe.cli.show import size
 from llama_stack_provider_moe.cli.template import read_template
@@ -110,6 +109,8 @@ def plan(
     def act(screen: Screen) -> Exit:
         body = read_template(file, [*(changes or []), *([] if gpus is None else [f"resources.gpus={gpus}"])])
         if run_config is not None:
+            from llama_stack_provider_moe.cli.run_config import read_run_config  # and with it yaml
+
             body = read_run_config(run_config, provider_id).defaults.under(body)
         words = ["--memory", str(bytes_of(memory)), *([] if model is None else ["--model", model])]
         document = answer_of(_MODULE, words, json.dumps(body))
