@@ -54,13 +54,14 @@ DPO_FIELDS = _BOTH | {
     "algorithm_config.beta": "beta",
     "algorithm_config.loss_type": "loss_type",
 }
-_NOT_SHARDED = "false, or left out: each process of a job holds the whole model, nothing is sharded"
 # Fields of the API that this provider can't honour, and what may stand there: anything empty, false or null.
 REFUSED = {
     "training_config.efficiency_config.enable_activation_offloading": "false, or left out: activations stay on the "
     "device (enable_activation_checkpointing saves memory)",
-    "training_config.efficiency_config.memory_efficient_fsdp_wrap": _NOT_SHARDED,
-    "training_config.efficiency_config.fsdp_cpu_offload": _NOT_SHARDED,
+    "training_config.efficiency_config.memory_efficient_fsdp_wrap": "false, or left out: resources.strategy fsdp wraps "
+    "each layer, and there is no other way",
+    "training_config.efficiency_config.fsdp_cpu_offload": "false, or left out: nothing is moved to the CPU between steps "
+    "(resources.strategy fsdp shares weights out among GPUs)",
     "hyperparam_search_config": "{}: there is no hyperparameter search",
 }
 
