@@ -86,6 +86,7 @@ class Cluster:
             "RAY_raylet_start_wait_time_s": "240",
             "RAY_agent_register_timeout_ms": "240000",
             "RAY_worker_register_timeout_seconds": "240",
+            "RAY_worker_niceness": "0",  # by default its processes stand behind every other test's
             "RAY_enable_worker_prestart": "0",  # a process for each processor, of seconds each, that nobody uses
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

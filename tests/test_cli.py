@@ -150,8 +150,8 @@ def test_what_the_server_refuses_is_told_whole(server: host_harness.Server, temp
     assert fields.err.splitlines() == [
         "moe-train: training.batch_sise: unknown key (did you mean batch_size?)",
         "  optimizer.lr: -1 is not valid; expected > 0",
-        "  nothing: unknown key; expected job_uuid, model, resources, data, training, optimizer, efficiency, "
-        "adapter, moe, trackers, checkpoint_dir, eval, export, recipe, options",
+        "  nothing: unknown key; expected job_uuid, model, resources, loader, data, training, optimizer, "
+        "efficiency, adapter, moe, trackers, checkpoint_dir, eval, export, recipe, options",
     ]
     rows = moe_train("validate", str(template), "--set", "data.dataset_id=bad-rows")
     assert rows.code == Exit.REFUSED

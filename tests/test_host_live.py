@@ -6,6 +6,7 @@ know (a hub model that is not there, DoRA on a family that has experts).
 
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -44,9 +45,14 @@ def model_at(folder: Path, config: dict[str, Any], *files: str) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("live")
-    config = run_config(
-        QUICKSTART, folder, provider={"training_python": tiny_interpreter(folder), "supervisor": {"poll_s": 0.1}}
-    )
+    provider = {
+        "training_python": tiny_interpreter(folder),
+        "supervisor": {"poll_s": 0.1},
+        # What templates name, so that they are valid here; no job of these tests goes there.
+        "unsloth_python": sys.executable,
+        "executors": {"ray": {"address": "http://127.0.0.1:8265"}},
+    }
+    config = run_config(QUICKSTART, folder, provider=provider)
     with serving(config, folder / "state") as running:
         for dataset_id, rows in DATASETS.items():
             running.register(dataset_id, rows)
