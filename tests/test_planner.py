@@ -106,6 +106,12 @@ def test_what_settings_take(roomy: Planner) -> None:
     assert plain[1] - moments[1] == plain[0].terms.optimizer == pytest.approx(2 * plain[0].terms.weights, rel=1e-3)
     wide = roomy.estimate(job(adapter=None, resources={"gpus": 1}, training={"dtype": "fp32"}), "ddp")
     assert wide[1] == pytest.approx(2 * plain[1], rel=1e-3)  # buffers are fp32 in both
+    there, away = (job(adapter=None, resources={"strategy": "fsdp", "cpu_offload": offloaded}) for offloaded in (0, 1))
+    terms = [roomy.estimate(spec, "fsdp")[0].terms for spec in (there, away)]
+    assert [each.gathered for each in terms] == [terms[0].gathered] * 2
+    assert terms[1].optimizer == terms[1].gradients == 0 < terms[0].optimizer
+    assert terms[1].weights < terms[0].weights
+    assert "cpu_offload: true is not valid" in str(roomy.plan(away).options[0].refused)
     pairs = {"recipe": "dpo", "adapter": None, "resources": {"gpus": 1}}
     copies = [roomy.estimate(job(**pairs, options={"precompute_ref_log_probs": ahead}), "ddp")[0].terms.weights
               for ahead in (False, True)]  # fmt: skip

@@ -166,6 +166,9 @@ class Planner:
         # What `training.loader` does where all weights train and are shared out.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
         has = held(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
+        if spec.resources.cpu_offload:  # of all that is shared out the device has what is gathered
+            buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
+            has = replace(has, weights=buffers, gradients=0, optimizer=0, largest=0)
         tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
         step = replace(
             made.step,

@@ -60,8 +60,8 @@ REFUSED = {
     "device (enable_activation_checkpointing saves memory)",
     "training_config.efficiency_config.memory_efficient_fsdp_wrap": "false, or left out: resources.strategy fsdp wraps "
     "each layer, and there is no other way",
-    "training_config.efficiency_config.fsdp_cpu_offload": "false, or left out: nothing is moved to the CPU between "
-    "steps (resources.strategy fsdp shares weights out among GPUs)",
+    "training_config.efficiency_config.fsdp_cpu_offload": "false, or left out: here that is resources.cpu_offload, "
+    "with resources.strategy fsdp",
     "hyperparam_search_config": "{}: there is no hyperparameter search",
 }
 

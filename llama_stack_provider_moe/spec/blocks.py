@@ -147,6 +147,11 @@ class Resources(Block):
         "gathers a layer when it runs (FSDP2); ep: each holds its share of every layer's experts, to which tokens are "
         "sent; auto: on GPUs the first of them whose memory fits by the planner's estimate, on the CPU ddp.",
     )
+    cpu_offload: bool = Field(
+        default=False,
+        description="With strategy fsdp, `adapter` null and GPUs: weights, gradients and optimiser state lie in the "
+        "machine's memory, and the optimiser steps there; a GPU has what is gathered.",
+    )
 
     @model_validator(mode="after")
     def _several_machines_by_ray(self) -> "Resources":

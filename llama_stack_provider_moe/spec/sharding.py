@@ -18,6 +18,9 @@ def refuse_beside_sharding(job: Any) -> None:
     if job.options.checkpoint_form == "sharded" and (strategy != "fsdp" or adapter is not None):
         raise ValueError("options.checkpoint_form: 'sharded' is not valid here; expected 'whole', or strategy 'fsdp' "
                          "(resources) with adapter null, where processes have parts of what trains")  # fmt: skip
+    if job.resources.cpu_offload and (strategy != "fsdp" or adapter is not None or job.resources.gpus == 0):
+        raise ValueError("resources.cpu_offload: true is not valid here; expected false, or strategy 'fsdp', GPUs and "
+                         "adapter null: of a frozen base and on the CPU there is nothing to be gained")  # fmt: skip
     if not job.resources.sharded:
         return
     against = {

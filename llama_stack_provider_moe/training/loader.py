@@ -83,7 +83,10 @@ def load_sharded(spec: LoadingSpec, config: PreTrainedConfig, in_fp32: bool = Fa
     """
     from transformers.distributed import DistributedConfig  # not in every version that does without it here
 
-    sharding = DistributedConfig(fsdp_size=spec.resources.ranks, fsdp_mixed_precision=in_fp32)
+    offloaded = spec.resources.cpu_offload
+    sharding = DistributedConfig(
+        fsdp_size=spec.resources.ranks, fsdp_mixed_precision=in_fp32, fsdp_cpu_offload=offloaded
+    )
     dtype = torch.float32 if in_fp32 else DTYPES[spec.training.dtype]
     model = _weights(spec.model, config, dtype, {"distributed_config": sharding})
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
@@ -92,7 +95,32 @@ def load_sharded(spec: LoadingSpec, config: PreTrainedConfig, in_fp32: bool = Fa
                          f"({', '.join(whole[:3])})")  # fmt: skip
     if in_fp32:
         _require_mixed(model)
+    if offloaded:
+        _require_offloaded(model)
     return model
+
+
+def _require_offloaded(model: PreTrainedModel) -> None:
+    """Hold the model to weights in the CPU's memory: here, and once its first layer has run and another one too.
+
+    Raises:
+        ModelError: some are elsewhere.
+    """
+
+    def away() -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.device.type != "cpu"]
+
+    if found := away():
+        raise ModelError(f"resources.cpu_offload: {len(found)} weights are not in the CPU's memory "
+                         f"({', '.join(found[:3])})")  # fmt: skip
+    path, layers = decoder_layers(model)
+
+    def look(*_: Any) -> None:
+        handle.remove()
+        stayed = [name for name in away() if name.startswith(f"{path}.0.")]
+        assert not stayed, f"{stayed} stayed on the device"
+
+    handle = layers[min(1, len(layers) - 1)].register_forward_pre_hook(look)
 
 
 def _require_mixed(model: PreTrainedModel) -> None:

@@ -66,7 +66,8 @@ def announce(
 def _sharing(session: AnySession) -> str:
     what = "weights" if session.spec.adapter is None else "base"
     dtypes = "; they and their optimiser's state are fp32, products bf16" if keeps_fp32(session.spec) else ""
-    return f"{what:<10}shared out among {session.peers.size} processes (FSDP2){dtypes}"
+    lie = "; they lie in the CPU's memory, as do gradients" if session.spec.resources.cpu_offload else ""
+    return f"{what:<10}shared out among {session.peers.size} processes (FSDP2){dtypes}{lie}"
 
 
 def _text(session: AnySession, base: Base, report: AdapterReport, plan: dict[str, Any]) -> str:

@@ -119,7 +119,7 @@ class RecordingTrainer(Trainer):
             # TRL computes the aux loss only where its coefficient is not 0; with 0 it is logged all the same.
             self.aux_loss_enabled = wants_models_aux_loss
         chosen = OPTIMIZERS[spec.optimizer.optimizer_type]
-        fused = self.args.device.type == "cuda"
+        fused = self.args.device.type == "cuda" and not spec.resources.cpu_offload  # where the optimiser steps
         self.optimizer_cls_and_kwargs = (chosen, {"lr": spec.optimizer.lr, "fused": fused})
         self.work = self.work_of_a_step()
         self.flops = 0.0  # of this process, since they were last taken
