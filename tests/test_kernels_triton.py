@@ -53,7 +53,7 @@ def test_interpreted_every_case_is_no_worse_than_its_torch_twin() -> None:
 def test_interpreted_layers_are_no_worse_than_their_torch_twins() -> None:
     """Gates, their backward, sums of rows and gathers, in a whole layer with LoRA and biases."""
     cases = run("layers")
-    assert len(cases) == 2 * 5 + 1
+    assert len(cases) == 5 + 2 + 1  # fp32 whole, bf16 and fp16 where there are most tokens
     no_worse(cases, CUT_OFF)
     assert all(len(case["errors"]) == 11 for case in cases)
 
