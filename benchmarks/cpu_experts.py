@@ -1,12 +1,12 @@
 """LoRA on experts on a CPU: ours against PEFT's `target_parameters`, forward and backward, time and peak memory.
 
-One experts module of three mid shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of rank
-16, ours (beside the weights) against PEFT's (folded into them) over transformers' `grouped_mm` and over its eager loop;
-and fully trained, ours against `grouped_mm`. Each variant has a process of its own, as a job has: oneDNN keeps the code
-it compiles for a process, and variants that share it would crowd out or help one another. Each repetition draws a
-number of tokens and a routing, as each training step does, and gives all variants the same, one after the other; which
-goes first alternates. Memory is what the process's resident set rose to above what it was before a step. Before
-anything is measured, each variant's output and gradients are compared with the eager ones' in fp32. Run
+One experts module of three mid-size shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of
+rank 16, ours (beside the weights) against PEFT's (merged into them) over transformers' `grouped_mm` and over its eager
+loop; and fully trained, ours against `grouped_mm`. Each variant has its own process, as a job has: oneDNN keeps the
+code that it compiles for a process, so variants that share a process would influence one another. Each repetition draws
+a number of tokens and a routing, as each training step does, and gives them to all variants, one after the other; the
+order alternates. Memory is the rise of the process's resident set during a step. Before any measurement, each variant's
+output and gradients are compared with those of the eager loop in fp32. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
@@ -30,8 +30,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.machine import RESULTS, machine, versions
-from llama_stack_provider_moe.experts.backend import OURS
-from llama_stack_provider_moe.experts.split_lora import split_lora
+from llama_stack_provider_moe.compute.moe.backend import OURS
+from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
 RANK = 16
 TOKENS = {"256 tokens": (192, 320), "1024 tokens": (768, 1280)}  # of a step, drawn anew
@@ -194,8 +194,10 @@ def summary(figures: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write a result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"cpu_experts_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each variant (default: 12)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"cpu_experts_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     arguments = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)  # read by the processes that are begun below
     shapes: dict[str, Any] = {}

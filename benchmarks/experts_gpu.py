@@ -3,14 +3,15 @@
 Five shapes of experts (`gpu/shapes.py`) by 1,024, 8,192 and 32,768 tokens, balanced, Zipf and one-hot routing, LoRA of
 rank 16 and 64, 4-bit LoRA and full fine-tuning, forward and forward with backward: transformers' eager loop and
 grouped_mm (LoRA by PEFT), Liger, ours in torch and in Triton, and dense products of as many FLOPs, which are the limit.
-Then LoRA SFT and DPO steps of whole models. Median and 10th to 90th percentile of 30 repetitions (fewer of slow work:
-the result says how many), the cache flushed before each; compiling and tuning apart; peak memory; output and every
-gradient against fp32. The most telling cases come first, and what `--minutes` has no room for is named. So is every
-baseline that is not installed. It needs torch, triton, transformers and peft. Run from the repository's root
+Then LoRA SFT and DPO steps of whole models. The result has the median and the 10th to 90th percentile of 30 repetitions
+(fewer for slow work, as it states), with the cache flushed before each; compiling and tuning separately; peak memory;
+output and every gradient against fp32. The most informative cases come first; the result names those that `--minutes`
+leaves no time for, and every baseline that is not installed. It needs torch, triton, transformers and peft. Run from
+the repository's root
 
     python -m benchmarks.experts_gpu [--minutes M] [--only TEXT] [--out FILE]
     python -m benchmarks.experts_gpu --smoke        every path that a CPU can run, on tiny shapes
-    python -m benchmarks.experts_gpu --arithmetic   writes the tables of NOTES.md anew
+    python -m benchmarks.experts_gpu --arithmetic   write the tables of NOTES.md
 """
 
 import argparse
@@ -79,12 +80,14 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="no case is begun after that (default: 7.5)")
-    parser.add_argument("--repetitions", type=int, default=30, help="of each measurement (default: 30)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases and runs whose name has TEXT in it")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes in fp32 on the CPU")
-    parser.add_argument("--arithmetic", action="store_true", help="write the tables of NOTES.md, and measure nothing")
-    parser.add_argument("--out", type=Path, help="result file; the chart goes beside it")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="minutes after which no further case starts (default: 7.5)"
+    )
+    parser.add_argument("--repetitions", type=int, default=30, help="repetitions of each measurement (default: 30)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases and runs whose name contains TEXT")
+    parser.add_argument("--smoke", action="store_true", help="run tiny shapes in fp32 on the CPU")
+    parser.add_argument("--arithmetic", action="store_true", help="write the tables of NOTES.md without measuring")
+    parser.add_argument("--out", type=Path, help="result file; the chart is written beside it")
     arguments = parser.parse_args()
     if arguments.minutes <= 0 or arguments.repetitions < 3:
         parser.error("--minutes must be > 0, --repetitions >= 3")
@@ -135,7 +138,7 @@ def planned(arguments: argparse.Namespace, result: Result) -> list[Unit]:
     )
     dtype = torch.float32 if smoke else torch.bfloat16
     bench = Bench(clock, dtype, interpreted)
-    steps = models.Steps(clock, dtype, interpreted, **({"counted": 2, "warm_up": 1} if smoke else {}))
+    steps = models.Steps(clock, dtype, interpreted, **({"counted": 2, "preload": 1} if smoke else {}))
 
     def layer(case: Case) -> Unit:
         def work() -> None:

@@ -2,8 +2,8 @@
 
     $ OMP_NUM_THREADS=1 python -m benchmarks.gguf             # some 10 minutes; --families and --types change that
 
-Tiny models are random, 2 to 4 layers, fp32, with GPT-2's tokenizer. Compared are the logits at every position of one
-prompt of 160 tokens. A file that verification refuses has a row that says so.
+Tiny models are random, 2 to 4 layers, fp32, with GPT-2's tokenizer. The logits at every position of one prompt of 160
+tokens are compared. A file that verification refuses gets a row that says so.
 """
 
 import argparse
@@ -18,15 +18,16 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, machine, versions
 from examples.smollm2 import smollm2
+from llama_stack_provider_moe.compute.export import gguf
+from llama_stack_provider_moe.compute.export.reference import read_reference
+from llama_stack_provider_moe.compute.export.verify import verify
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.export import gguf
-from llama_stack_provider_moe.export.reference import read_reference
-from llama_stack_provider_moe.export.verify import verify
-from llama_stack_provider_moe.llama_cpp import GGUF_TYPES, GgufType, Toolchain
-from tests import llama_support
+from llama_stack_provider_moe.llama_cpp import Toolchain
+from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES, GgufType
+from tests.support import llama_support
 
 FAMILIES = ("granitemoe", "mixtral", "qwen3_moe", "olmoe", "llama4_text", "gpt_oss", "llama")
-# gpt-oss' YaRN is not computed alike (see `export.reference`); without it, the rest of the model is.
+# gpt-oss' YaRN is not computed alike (see `compute.export.reference`); without it, the rest of the model is.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, plain RoPE": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}),
 }
@@ -73,7 +74,7 @@ def families(names: list[str], types: tuple[GgufType, ...], tools: Toolchain) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For a person."""
+    """The rows for a person."""
     lines = [f"{'model':28}{'type':8}{'largest':>10}{'/ spread':>10}{'median':>10}{'mean KL':>10}{'same top':>9}"]
     for row in rows:
         if "refused" in row:
@@ -87,11 +88,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, print, write down."""
+    """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="+", default=[*FAMILIES, *VARIANTS, SMOLLM2])
-    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=GGUF_TYPES)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"gguf_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--families", nargs="+", default=[*FAMILIES, *VARIANTS, SMOLLM2], help="models to measure")
+    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=GGUF_TYPES, help="types of files")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"gguf_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     options = parser.parse_args()
     tools = llama_support.toolchain()
     rows = []

@@ -1,8 +1,8 @@
-"""From a job's submission to its first optimiser step: cold, and forked from the warm nursery.
+"""Time from a job's submission to its first optimiser step: cold, and forked from the forkserver.
 
-One server for each way (`supervisor.warm` false and true), the same tiny Mixture-of-Experts job again and again; the
-jobs of the two servers alternate. The warm server's nursery is ready before the first job: its imports are measured on
-their own. Run `make bench`, or
+One server for each way (`supervisor.warm` false and true) gets the same tiny Mixture-of-Experts job many times; the
+jobs of the two servers alternate. The warm server's forkserver is ready before the first job: its imports are measured
+separately. Run `make bench`, or
 
     python -m benchmarks.job_start [--runs N] [--out FILE]
 """
@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, machine, versions
 from benchmarks.served_job import LIMIT_S, run_to_end
-from llama_stack_provider_moe.jobs.events import read
-from llama_stack_provider_moe.jobs.folder import JobFolder
-from tests import tiny_models
-from tests.host_harness import QUICKSTART, Server, run_config, serving
+from llama_stack_provider_moe.jobdir.events import read
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.support import tiny_models
+from tests.support.host_harness import QUICKSTART, Server, run_config, serving
 
 PACKAGES = ["llama-stack-provider-moe", "llama-stack", "torch", "transformers", "trl", "peft", "datasets"]
 WAYS = {"cold": False, "warm": True}
@@ -31,7 +31,7 @@ ROWS = [{"prompt": f"Write word {number}.", "completion": "The capital of France
 
 
 def start(folder: Path, warm: bool, stack: ExitStack) -> Server:
-    """A server whose supervisor stays, and whose nursery, if it has one, is ready."""
+    """A server whose supervisor stays, and whose forkserver, if it has one, is ready."""
     folder.mkdir()
     changes = {
         "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -40,7 +40,7 @@ def start(folder: Path, warm: bool, stack: ExitStack) -> Server:
     server = stack.enter_context(serving(run_config(QUICKSTART, folder, provider=changes), folder / "state"))
     tiny_models.build("granitemoe", server.state_dir / "models" / "granitemoe")
     server.register("rows", ROWS)
-    first_step(server, "first")  # starts the supervisor, and its nursery; files are read from disk; not counted
+    first_step(server, "first")  # starts the supervisor, and its forkserver; files are read from disk; not counted
     return server
 
 
@@ -63,17 +63,19 @@ def first_step(server: Server, job_id: str) -> dict[str, float]:
 
 
 def import_seconds(server: Server) -> float:
-    """How long the nursery's imports took, as the supervisor logged it."""
+    """How long the forkserver's imports took, as the supervisor logged it."""
     lines = (server.state_dir / "supervisor.log").read_text(encoding="utf-8").splitlines()
-    (ready,) = [line for line in lines if "the nursery is ready after" in line]
+    (ready,) = [line for line in lines if "the forkserver is ready after" in line]
     return float(ready.split()[-2])
 
 
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="jobs of each way (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"job_start_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--runs", type=int, default=5, help="number of jobs for each way (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"job_start_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     arguments = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the client SDK's import turns its lines on
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -92,7 +94,7 @@ def main() -> None:
     }  # fmt: skip
     ratio = spread["cold"]["first_step_s"][1] / spread["warm"]["first_step_s"][1]
     result: dict[str, Any] = {
-        "what": "POST /jobs to the first optimiser step of a tiny Granite MoE, cold and from the nursery",
+        "what": "POST /jobs to the first optimiser step of a tiny Granite MoE, cold and from the forkserver",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cold_to_warm_first_step": round(ratio, 2),
         "nursery_imports_s": imports_s,

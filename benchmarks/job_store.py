@@ -1,10 +1,10 @@
-"""The job store under load: many jobs in it, and many clients who poll a real server, on SQLite and on PostgreSQL.
+"""The job store under load: many jobs in it, and many clients that poll a real server, on SQLite and on PostgreSQL.
 
-Serves `run_configs/quickstart.yaml` by `llama stack run`, over a store that was filled before: half of the jobs are the
-callers', the rest those of 20 other owners; nine of ten have ended, 64 are in progress (a twentieth, of fewer than
-1280), the others wait. Each has a folder with events. The clients ask one thing after the other without a pause, each
-on a connection of its own; they and the server share the machine. PostgreSQL is one of the benchmark's own, as in the
-tests: on a socket, its data in memory, without fsync. Run `make bench`, or
+Serves `run_configs/quickstart.yaml` by `llama stack run`, over a store that was filled before: half of the jobs belong
+to the callers, the rest to 20 other owners; nine of ten have ended, 64 are in progress (a twentieth, of fewer than
+1280), the others wait. Each has a folder with events. Each client sends one request after the other without a pause, on
+its own connection; clients and server share the machine. The benchmark starts its own PostgreSQL, as the tests do: on a
+socket, with its data in memory, without fsync. Run `make bench`, or
 
     python -m benchmarks.job_store [--jobs N] [--clients N] [--seconds S] [--out FILE]
 """
@@ -32,15 +32,15 @@ from sqlalchemy import insert, update
 
 from benchmarks.machine import RESULTS, machine, versions
 from benchmarks.server_start import PACKAGES
-from llama_stack_provider_moe.config import ProviderConfig
-from llama_stack_provider_moe.host.service import ANONYMOUS
-from llama_stack_provider_moe.jobs.events import Evaluation, EventLog, LayerRouting, Routing, Started, Step, now
-from llama_stack_provider_moe.jobs.folder import JobFolder
-from llama_stack_provider_moe.jobs.schema import jobs_table, open_engine, supervisor_table
-from llama_stack_provider_moe.jobs.state import JobState
-from llama_stack_provider_moe.jobs.store import JobStore
-from tests.host_harness import API, QUICKSTART, run_config, serving
-from tests.postgres_server import binaries, new_store_urls
+from llama_stack_provider_moe.control.server.callers import ANONYMOUS
+from llama_stack_provider_moe.control.store.schema import jobs_table, open_engine, supervisor_table
+from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, LayerRouting, Routing, Started, Step, now
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from tests.support.host_harness import API, QUICKSTART, run_config, serving
+from tests.support.postgres_server import binaries, new_store_urls
 
 OWNERS, IN_PROGRESS, STEPS, LAYERS, EXPERTS = 20, 64, 500, 8, 16
 PAGE = 100
@@ -96,6 +96,7 @@ def fill(config: ProviderConfig, jobs: int) -> dict[str, list[str]]:
         folder.root.mkdir(parents=True)
         if state is not JobState.SCHEDULED:
             os.link(template, folder.events)
+    template.unlink()  # a server refuses a new state folder with a file that is not a server's
     engine = open_engine(config.url)
     with engine.execution_options(writes=True).begin() as connection:
         connection.execute(insert(jobs_table), rows)
@@ -275,11 +276,15 @@ def databases(stack: ExitStack) -> dict[str, tuple[str | None, str]]:
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=10_000, help="in the store, at least 500 (default: 10000)")
-    parser.add_argument("--clients", type=int, default=50, help="at a time (default: 50)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that they poll (default: 60)")
-    parser.add_argument("--alone", type=int, default=ALONE, help=f"requests of a kind without load (default: {ALONE})")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"job_store_{now():%Y-%m-%d}.json")
+    parser.add_argument(
+        "--jobs", type=int, default=10_000, help="number of jobs in the store, at least 500 (default: 10000)"
+    )
+    parser.add_argument("--clients", type=int, default=50, help="number of clients at the same time (default: 50)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds for which they poll (default: 60)")
+    parser.add_argument(
+        "--alone", type=int, default=ALONE, help=f"requests of each kind without load (default: {ALONE})"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / f"job_store_{now():%Y-%m-%d}.json", help="result file")
     arguments = parser.parse_args()
     figures, load_before = {}, os.getloadavg()
     with ExitStack() as stack:

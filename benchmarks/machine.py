@@ -1,4 +1,4 @@
-"""What a result file says of the machine and of the libraries that its figures are of."""
+"""What a result file says about the machine and the libraries that its figures come from."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ ABSENT = "not installed"
 
 
 def machine() -> dict[str, Any]:
-    """The hardware that the figures are of."""
+    """The hardware that the figures come from."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]  # fmt: skip
     return {

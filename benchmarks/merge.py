@@ -1,10 +1,11 @@
-"""Merging an adapter on disk: throughput against a plain copy of the same files, and the memory that it takes.
+"""Merging an adapter on disk: throughput against a plain copy of the same files, and memory.
 
     $ OMP_NUM_THREADS=1 python -m benchmarks.merge            # a synthetic Mixture-of-Experts of some 4 GB
 
-The checkpoint is a Mixtral of random bf16 numbers, an expert a tensor on disk, LoRA on attention, experts and routers.
-Both are timed to the disk (fsync), the copy before and after the merge; memory is the peak resident set of a fresh
-process during the merge, above what it had before, with torch imported and one tiny merge done.
+The checkpoint is a Mixtral of random bf16 numbers, with one tensor per expert on disk, and LoRA on attention, experts
+and routers. Both are timed until the data is on disk (fsync), the copy before and after the merge; memory is the peak
+resident set of a fresh process during the merge, minus its resident set before, with torch imported and one tiny merge
+done.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.machine import RESULTS, machine, versions
-from llama_stack_provider_moe.export.merge import merge
+from llama_stack_provider_moe.compute.export.merge import merge
 
 
 class Shape(NamedTuple):
@@ -138,7 +139,7 @@ def write_all(folder: Path, shape: Shape) -> int:
 
 
 def merge_measured(folder: Path) -> dict[str, Any]:
-    """Merge what `write_all` wrote; to be called in a process that did nothing before."""
+    """Merge what `write_all` wrote; call it in a process that has done nothing before."""
     merge(folder / "tiny", folder / "tiny_adapter", folder / "tiny_out")
     forget_peak()
     before = peak_bytes()
@@ -181,11 +182,17 @@ def measure(folder: Path, shape: Shape) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write down."""
+    """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=FULL.layers, help="of the checkpoint, some 200 MB each")
-    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)  # the child: merge what is in this folder
-    parser.add_argument("--out", type=Path, default=RESULTS / f"merge_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument(
+        "--layers", type=int, default=FULL.layers, help="number of layers in the checkpoint, some 200 MB each"
+    )
+    parser.add_argument(
+        "--merge", type=Path, help=argparse.SUPPRESS
+    )  # the child process: merge the checkpoint in this folder
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"merge_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     options = parser.parse_args()
     if options.merge is not None:
         print(json.dumps(merge_measured(options.merge)))

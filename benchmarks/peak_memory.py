@@ -1,8 +1,8 @@
 """The LoRA report's estimate of peak memory against measured steps, on a CPU.
 
-Each case is a job in a process of its own, on a random model (`tests/measured_memory.py` says how a step is measured),
-and the estimate of the same model from its config alone: dense, Granite-shaped and Mixtral-shaped models, SFT and DPO,
-bases in 16 and 4 bits, without and with checkpointing (`CASES`). Run
+Each case is a job in its own process, on a random model (`tests/support/measured_memory.py` says how a step is
+measured), and the estimate for the same model from its config alone: dense, Granite-shaped and Mixtral-shaped models,
+SFT and DPO, bases in 16 and 4 bits, without and with checkpointing (`CASES`). Run
 
     python -m benchmarks.peak_memory [--only TEXT] [--out FILE]
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.server_start import RESULTS, machine
-from tests.measured_memory import Case, Measured, estimated, measure
+from tests.support.measured_memory import Case, Measured, estimated, measure
 
 ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
 SHAPES: dict[str, Case] = {
@@ -72,7 +72,7 @@ def compared(name: str, case: Case, measured: Measured) -> dict[str, Any]:
 
 
 def result(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written down."""
+    """The contents of the result file."""
     ratios = [case["ratio"] for case in found]
     on_top = [case["ratio_on_top"] for case in found]
     return {
@@ -91,10 +91,12 @@ def result(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print; the result file is written anew after each case."""
+    """Measure and print; the result file is written again after each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"peak_memory_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases whose name contains TEXT")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"peak_memory_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     options = parser.parse_args()
     found = []
     for name, recipe, bits, checkpointing in CASES:

@@ -1,8 +1,8 @@
-"""A real Mixture-of-Experts model over 4, 8 and 16 bits: bytes it takes, and its loss, step by step.
+"""A real Mixture-of-Experts model over 4, 8 and 16 bits: bytes, and its loss, step by step.
 
-SmolLM2-4x135M (380 million parameters), the model of `make demo`, which has to have made it. Bytes are of weights and
-codes, and of a process's resident set before and after quantising. Then the same SFT job, LoRA on all experts, over
-each base, through the HTTP API: same rows, same order, same seed. Run
+SmolLM2-4x135M (380 million parameters) is the model of `make demo`; run that first. Bytes are those of weights and
+codes, and of a process's resident set before and after quantising. Then the same SFT job, LoRA on all experts, runs
+over each base, through the HTTP API: same rows, same order, same seed. Run
 
     python -m benchmarks.quantized_base [--model FOLDER] [--steps N] [--out FILE]
 """
@@ -24,9 +24,9 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, machine, versions
 from benchmarks.served_job import run_to_end
-from llama_stack_provider_moe.jobs.events import read
-from llama_stack_provider_moe.jobs.folder import JobFolder
-from tests.host_harness import QUICKSTART, Server, run_config, serving
+from llama_stack_provider_moe.jobdir.events import read
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.support.host_harness import QUICKSTART, Server, run_config, serving
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / ".cache" / "demo" / "models" / "SmolLM2-4x135M"
@@ -44,8 +44,8 @@ def weigh(model: Path, bits: int, pipe: Connection) -> None:
     from transformers import AutoModelForCausalLM
 
     from benchmarks.cpu_experts import status
-    from llama_stack_provider_moe.experts.layout import find_layout
-    from llama_stack_provider_moe.experts.quantize import quantize
+    from llama_stack_provider_moe.compute.moe.derive import find_layout
+    from llama_stack_provider_moe.compute.moe.quantize import quantize
 
     torch.set_num_threads(1)
     bare = status("VmRSS")
@@ -97,7 +97,7 @@ def _durations(events: list[Any]) -> list[float]:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Of the demo's data."""
+    """Rows of the demo's data."""
     lines = (ROOT / "examples" / "data" / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -105,9 +105,11 @@ def rows(name: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"quantized_base_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--steps", type=int, default=50, help="optimiser steps of each job (default: 50)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"quantized_base_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         parser.error(f"{arguments.model} is no model; `make demo` makes it")

@@ -1,9 +1,10 @@
-"""What a second process costs: the same job in one process and in two, by DDP and by FSDP2 (gloo, one machine's CPU).
+"""The cost of a second process: the same job in one process and in two, by DDP and by FSDP2 (gloo, one machine's CPU).
 
-Two processes take half of a step's rows each, one thread each, as the one process has one: on as many free cores twice
-the steps a second would be perfect. Each run is a job in processes of its own (`training.main`), runs of the variants
-alternate, in turns that begin with another one each time, and a ratio is of medians, so that what else the machine does
-disturbs all alike; the load average at each run is in the result. Of a run count the steps after the first `WARM`:
+Two processes take half of a step's rows each, with one thread each, as the single process has: on as many free cores,
+twice the steps a second would be perfect. Each run is a job in its own processes (`compute.worker.main`). Runs of the
+variants alternate, in turns that begin with a different variant each time, and ratios are of medians, so that other
+work on the machine disturbs all alike; the result has the load average at each run. The steps after the first `WARM`
+of a run count:
 
     steps_per_s    by the times of the job's own step events
     written        bytes that rank 0 wrote in a step (`wchar` of /proc/self/io: sockets, and a job's few files)
@@ -70,20 +71,20 @@ def run(variant: Variant) -> dict[str, float]:
     """One run, led by this process."""
     from tqdm import tqdm
 
-    from llama_stack_provider_moe.training.main import train, train_together
-    from llama_stack_provider_moe.training.recipes import sft
-    from tests import tiny_models
-    from tests.training_support import Run, Workshop, said
+    from llama_stack_provider_moe.compute.train import fit
+    from llama_stack_provider_moe.compute.worker.main import train, train_together
+    from tests.support import tiny_models
+    from tests.support.training_support import Run, Workshop, said
 
     tqdm.monitor_interval = 0  # it would start a thread, which no fork would have
-    own, size = sft.fit, 1 if variant.strategy is None else 2
+    own, size = fit.train_and_save, 1 if variant.strategy is None else 2
     with tempfile.TemporaryDirectory() as folder:
 
         def watched(session: Any, base: Any, trainer: Any, foreseen_steps: int) -> Any:
             trainer.add_callback(_watch(Path(folder) / f"rank-{session.peers.rank}"))
             return own(session, base, trainer, foreseen_steps)
 
-        sft.fit = watched
+        fit.train_and_save = watched
         workshop = Workshop(Path(folder))
         rows = [
             {"messages": [said("user", f"Of {i}?"), said("assistant", "Write a letter to a friend. " * LENGTH)]}
@@ -136,19 +137,21 @@ def trained_bytes() -> dict[str, int]:
     """Gradients of the two kinds of job, and of what FSDP2 gathers: from the config."""
     import torch
 
-    from llama_stack_provider_moe.analysis.blank import blank
-    from llama_stack_provider_moe.analysis.held import held, weights_of
+    from llama_stack_provider_moe.compute.planning.meta_model import blank
+    from llama_stack_provider_moe.compute.planning.per_process import process_memory, weights_of
     from llama_stack_provider_moe.spec import Adapter, Moe
-    from tests import tiny_models
+    from tests.support import tiny_models
 
     config = tiny_models.config("mixtral", **SHAPE)
-    lora = held(weights_of(blank(config, Adapter(plan="all_experts", rank=8), Moe(), dtype=torch.float32)), "ddp", 2, 2)
-    whole = held(weights_of(blank(config, None, Moe(), dtype=torch.float32)), "ddp", 2, 2)
+    lora = process_memory(
+        weights_of(blank(config, Adapter(plan="all_experts", rank=8), Moe(), dtype=torch.float32)), "ddp", 2, 2
+    )
+    whole = process_memory(weights_of(blank(config, None, Moe(), dtype=torch.float32)), "ddp", 2, 2)
     return {"lora_gradients": lora.gradients, "all_gradients": whole.gradients, "base": lora.weights}
 
 
 def result(found: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> dict[str, Any]:
-    """What is written down."""
+    """The contents of the result file."""
     median = {
         name: {key: statistics.median(each[key] for each in runs) for key in runs[0]} for name, runs in found.items()
     }
@@ -185,11 +188,13 @@ def result(found: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> d
 
 
 def main() -> None:
-    """Measure and print; the result file is written anew after each turn."""
+    """Measure and print; the result file is written again after each turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="runs of each variant (default: 5)")
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"scaling_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"scaling_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     options = parser.parse_args()
     if options.run is not None:
         print(json.dumps(run(Variant(**json.loads(options.run)))))

@@ -1,26 +1,26 @@
-"""Scaling to 8 and 64 H100 on paper: bytes moved a micro-batch, and the time they take beside the computing.
+"""Scaling to 8 and 64 H100 on paper: bytes moved per micro-batch, and the time for them beside that for computing.
 
-Every number is calculated, none measured: no machine with several GPUs was at hand. `NOTES.md` holds what this prints;
+Every number is calculated, none is measured: no machine with several GPUs was available. `NOTES.md` has the output of
 
     python -m benchmarks.scaling_on_paper [--write]
 
-Bytes are those that one GPU receives, and sends as many, with n GPUs of which 8 are in a node (rings):
+Bytes are those that one GPU receives (it sends as many), with n GPUs of which 8 are in a node (rings):
 
     ddp   all-reduce of the gradients G              2 (n - 1) / n x G, once a step
     fsdp  all-gather of the base W, forward and
           backward of each micro-batch               2 (n - 1) / n x W
-          LoRA: its gradients' all-reduce            as ddp
+          LoRA: all-reduce of its gradients          as ddp
           all weights: reduce-scatter in fp32        (n - 1) / n x 2 W (W in bf16)
     ep    tokens to other processes that hold one of
-          their experts, once each, and back, a layer
-          with experts, in forward, its repetition
+          their experts, once each, and back; for each
+          layer with experts, in forward, its repetition
           (checkpointing) and backward               3 x 2 x tokens x others x hidden x 2
-          with routing by chance, E experts           others = (n - 1) (1 - C(E - E/n, k) / C(E, k))
+          with random routing, E experts             others = (n - 1) (1 - C(E - E/n, k) / C(E, k))
 
-Of what comes from other nodes, gathers and reductions take one copy a node, over all 8 of its InfiniBand ports together
-and on by NVLink; tokens each go to one GPU, by its own port. Computing is 2 operations a token and active weight in
-forward, 2 for what checkpointing repeats, 2 for gradients of inputs, and 2 for those of weights that train; attention's
-products of tokens are left out.
+From other nodes, gathers and reductions fetch one copy per node, over all 8 of its InfiniBand ports together, and pass
+it on by NVLink; each token goes to one GPU, by that GPU's port. Computing is 2 operations per token and active weight
+in forward, 2 for what checkpointing repeats, 2 for gradients of inputs, and 2 for gradients of weights that train; the
+attention's products of tokens are left out.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def model(stem: str, name: str) -> Model:
 
 
 def cases() -> list[Case]:
-    """What the table has."""
+    """The rows of the table."""
     qwen, glm = model("qwen3-30b-a3b", "Qwen3-30B-A3B"), model("glm-4.5-air", "GLM-4.5-Air")
     granite = model("granite-3.0-1b-a400m", "Granite-3.0-1b-a400m")
     return [
@@ -135,18 +135,18 @@ def cases() -> list[Case]:
 
 
 def table() -> str:
-    """As `NOTES.md` holds it."""
+    """The table in `NOTES.md`."""
     lines = [
-        f"All calculated by `benchmarks/scaling_on_paper.py`; micro-batches of {TOKENS:,} tokens a GPU, checkpointing, "
-        f"bf16, LoRA r={RANK} on experts and",
-        f"attention; NVLink {NVLINK / 1e9:.0f} GB/s and InfiniBand {PORT / 1e9:.0f} GB/s each way and GPU, of which "
+        f"All calculated by `benchmarks/scaling_on_paper.py`; micro-batches of {TOKENS:,} tokens per GPU, "
+        f"checkpointing, bf16, LoRA r={RANK} on experts and",
+        f"attention; NVLink {NVLINK / 1e9:.0f} GB/s and InfiniBand {PORT / 1e9:.0f} GB/s each way per GPU, of which "
         f"{REACHED:.0%} are reached; {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. Both shares are",
-        "assumed. *Kept* is computing / time: the share of one GPU's rate that each of n keeps; with no overlap both",
+        "assumed. *Kept* is computing / time: the share of one GPU's rate that each of n keeps; without overlap both",
         "times add up, with full overlap the longer one counts. FSDP2 fetches the next layer while one runs, and the",
         "gradients of one are sent while the next ones are made: near full overlap. Experts wait for their tokens:",
         "near none.",
         "",
-        "| Job | GPUs | received a GPU, GB | computing, s | moving, s | kept, no overlap | kept, full overlap |",
+        "| Job | GPUs | received per GPU, GB | computing, s | moving, s | kept, no overlap | kept, full overlap |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in cases():
@@ -161,7 +161,7 @@ def table() -> str:
 
 
 def embedded(text: str) -> str:
-    """The notes with the table of now."""
+    """The notes with the current table."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
@@ -169,7 +169,7 @@ def embedded(text: str) -> str:
 def main() -> None:
     """Print the table, or write it into the notes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into NOTES.md")
+    parser.add_argument("--write", action="store_true", help="write the table into NOTES.md")
     if parser.parse_args().write:
         NOTES.write_text(embedded(NOTES.read_text(encoding="utf-8")), encoding="utf-8")
     else:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from tests.host_harness import Server
+from tests.support.host_harness import Server
 
 LIMIT_S = 3600.0
 

@@ -1,7 +1,7 @@
-"""What our provider costs a server that has it: time to healthy, processor time and memory, with it and without it.
+"""What our provider costs a server: time until healthy, processor time and memory, with it and without it.
 
-Both serve `run_configs/quickstart.yaml`; the second one's copy lacks the post-training API. Runs alternate, and the
-pair's order too, so that a busy machine disturbs both alike; the ratios are of medians. Run `make bench`, or
+Both servers use `run_configs/quickstart.yaml`; the second one's copy has no post-training API. Runs alternate, and so
+does the order of each pair, so that a busy machine disturbs both alike; the ratios are of medians. Run `make bench`, or
 
     python -m benchmarks.server_start [--runs N] [--out FILE]
 """
@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from benchmarks.machine import RESULTS, machine, versions
-from tests.host_harness import QUICKSTART, serving
+from tests.support.host_harness import QUICKSTART, serving
 
 PACKAGES = [
     "llama-stack-provider-moe", "llama-stack", "llama-stack-api", "fastapi", "pydantic", "sqlalchemy", "starlette",
@@ -85,8 +85,10 @@ def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="runs of each variant (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"server_start_{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs of each variant (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"server_start_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
+    )
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {WITH: [], WITHOUT: []}
     load_before = os.getloadavg()

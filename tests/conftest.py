@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_stack_provider_moe.config import ProviderConfig
-from llama_stack_provider_moe.jobs.store import JobStore
-from llama_stack_provider_moe.jobs.supervisor import Supervisor
-from tests.jobs_support import job_folders, tiny_config
-from tests.postgres_server import new_store_urls
+from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.supervisor.supervisor import Supervisor
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from tests.support.jobs_support import job_folders, small_disk, tiny_config
+from tests.support.postgres_server import new_store_urls
 
 
 @pytest.fixture
@@ -50,3 +50,12 @@ def url(request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{request.getfixturevalue('root')}/jobs.db"
     return str(request.getfixturevalue("new_postgres_url")())
+
+
+@pytest.fixture
+def small(root: Path) -> Iterator[Path]:
+    """A folder on a small disk of its own, which is soon full."""
+    folder = root / "small"
+    folder.mkdir()
+    with small_disk(folder):
+        yield folder

@@ -1,9 +1,9 @@
 """A case (shape, tokens, routing, mode, rank): every variant's time, memory and errors; and the order of all cases.
 
-Each variant has a layer of its own, made anew with the same weights and gone before the next: peak memory is then what
-one forward and backward takes above weights and inputs. Errors are relative to the norm of the truth, of what comes out
-and of every gradient. A variant whose error is more than `WORSE` times that of the path it replaces has failed: its
-times are kept beside the word, and no ratio is made of them.
+Each variant has its own layer, made with the same weights and deleted before the next: peak memory is then what one
+forward and backward takes in addition to weights and inputs. Errors of the output and of every gradient are relative to
+the norm of the truth. A variant whose error is more than `WORSE` times that of the path that it replaces has failed:
+its times are kept, but no ratio is computed from them.
 """
 
 import math

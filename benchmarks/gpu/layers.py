@@ -1,7 +1,7 @@
-"""One experts layer, by whoever computes it, of the same weights; and the truth, expert by expert in fp32.
+"""One experts layer in each implementation, with the same weights; and the truth, expert by expert in fp32.
 
 Layers are transformers' own modules, in a model of one decoder layer, so that all of them run in what a job loads.
-T tokens, D hidden, K experts a token, E experts.
+T tokens, D hidden, K experts per token, E experts.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu.shapes import Mode, Shape, config_values
-from llama_stack_provider_moe.experts.backend import OURS, TRITON, kernels_of, route_llama4
-from llama_stack_provider_moe.experts.layout import DOWN, GATE_UP, find_layout
-from llama_stack_provider_moe.experts.split_lora import split_lora
+from llama_stack_provider_moe.compute.moe.backend import OURS, TRITON, kernels_of, replace_loops
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.layout import DOWN, GATE_UP
+from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
 Variant = Literal["eager", "grouped_mm", "liger", "torch", "triton"]
 Routing = Literal["balanced", "Zipf", "one-hot"]
@@ -177,7 +178,7 @@ class Layer:
                 parameter.normal_(0, std, generator=random)
 
     def _encode(self, device: torch.device, keep: bool) -> None:
-        from llama_stack_provider_moe.experts.quantize import dequantize, quantize
+        from llama_stack_provider_moe.compute.moe.quantize import dequantize, quantize
 
         quantize(self.model, self.layout, 4, device)
         if not keep:
@@ -198,7 +199,7 @@ class Layer:
         if self.layout.grouped_mm:
             self.model.set_experts_implementation(implementation)
         else:
-            route_llama4(self.model, self.layout, implementation)
+            replace_loops(self.model, self.layout, implementation)
         split_lora(self.model)
 
     def _choose(self, variant: Variant | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

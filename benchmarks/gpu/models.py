@@ -1,8 +1,8 @@
-"""End to end: LoRA SFT and DPO steps of a random model, by backend: tokens a second, a step's time, peak memory.
+"""End to end: LoRA SFT and DPO steps of a random model, by backend: tokens per second, time of a step, peak memory.
 
-Two ways, and each result says which it went. `recipe`: a job, in a process of its own, as the supervisor would start
-it; where trl is installed. `loop`: a plain loop here, over the same adapted model, with AdamW; where pydantic is
-missing, too, LoRA is put on by PEFT and `split_lora` themselves, which is what `add_lora` calls.
+There are two ways, and each result names its own. `recipe`: a job in its own process, as the supervisor starts it; if
+trl is installed. `loop`: a plain loop in this process, over the same adapted model, with AdamW; if pydantic is missing
+too, PEFT and `split_lora`, which `add_lora` calls, apply LoRA directly.
 """
 
 import json
@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.layers import why_not
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.timing import Clock, Times
-from llama_stack_provider_moe.experts.backend import OURS, TRITON, kernels_of
-from llama_stack_provider_moe.experts.layout import find_layout
+from llama_stack_provider_moe.compute.moe.backend import OURS, TRITON, kernels_of
+from llama_stack_provider_moe.compute.moe.derive import find_layout
 
 Recipe = Literal["sft", "dpo"]
 Backend = Literal["triton", "torch", "peft"]
@@ -117,7 +117,7 @@ class Steps:
     dtype: torch.dtype
     interpreted: bool = False
     counted: int = 10
-    warm_up: int = 3
+    preload: int = 3
 
     def run(self, run: Run) -> dict[str, Any]:
         """For the result file."""
@@ -168,7 +168,7 @@ class Steps:
 
         renew()
         first_s = clock.first_s(step)
-        for _ in range(self.warm_up - 1):
+        for _ in range(self.preload - 1):
             renew()
             step()
         clock.tidy()
@@ -182,18 +182,18 @@ class Steps:
     def _by_recipe(self, run: Run) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "job"
-            write_job(run, folder, self.dtype, self.counted + self.warm_up)
+            write_job(run, folder, self.dtype, self.counted + self.preload)
             done = subprocess.run(
-                [sys.executable, "-m", "llama_stack_provider_moe.training.main", str(folder)],
+                [sys.executable, "-m", "llama_stack_provider_moe.compute.worker.main", str(folder)],
                 capture_output=True, text=True, timeout=JOB_LIMIT_S, check=False, cwd=ROOT,
             )  # fmt: skip
             if done.returncode != 0:
                 raise RuntimeError(f"the job ended with {done.returncode}: {done.stderr[-300:]}")
-            from llama_stack_provider_moe.jobs.events import read
-            from llama_stack_provider_moe.jobs.folder import JobFolder
+            from llama_stack_provider_moe.jobdir.events import read
+            from llama_stack_provider_moe.jobdir.folder import JobFolder
 
             events = [each for each in read(JobFolder(folder).events, limit=10_000).events if each.type == "step"]
-        found = [1e3 * seconds for seconds in seconds_of_steps(events)][self.warm_up - 1 :]
+        found = [1e3 * seconds for seconds in seconds_of_steps(events)][self.preload - 1 :]
         tenths = statistics.quantiles(found, n=10, method="inclusive")
         times = Times(statistics.median(found), tenths[0], tenths[-1], len(found))
         peak = int(max(event.metrics["memory_bytes"] for event in events))
@@ -217,8 +217,8 @@ def _figures(times: Times, tokens: int, peak: int | None) -> dict[str, Any]:
 def adapted(model: Any, backend: Backend) -> tuple[Any, str]:
     """The model with LoRA on attention and all experts, computed by `backend`; and what put it there."""
     if find_spec("pydantic") is not None:
-        from llama_stack_provider_moe.experts.adapters import add_lora
-        from llama_stack_provider_moe.experts.settings import apply_moe, resolve_moe
+        from llama_stack_provider_moe.compute.moe.adapters import add_lora
+        from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
         from llama_stack_provider_moe.spec import Adapter, Moe
 
         layout = find_layout(model)
@@ -227,7 +227,7 @@ def adapted(model: Any, backend: Backend) -> tuple[Any, str]:
         return add_lora(model, Adapter(rank=RANK, alpha=ALPHA), layout, resolved).model, "add_lora"
     from peft import LoraConfig, get_peft_model
 
-    from llama_stack_provider_moe.experts.split_lora import split_lora
+    from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
     if backend != "peft":
         kernels_of(IMPLEMENTATIONS[backend])
@@ -264,9 +264,9 @@ def _log_probability(model: Any, ids_BL: Tensor) -> Tensor:
 
 def write_job(run: Run, folder: Path, dtype: torch.dtype, steps: int) -> None:
     """A job's folder as the service would write it: random weights, a tiny tokenizer, rows that fill every sequence."""
-    from llama_stack_provider_moe.jobs.folder import JobFolder, write_atomic
+    from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
     from llama_stack_provider_moe.spec import JOB_SPEC
-    from tests.tiny_models import tokenizer
+    from tests.support.tiny_models import tokenizer
 
     model = folder.parent / "model"
     AutoModelForCausalLM.from_config(run.model.config, dtype=dtype).save_pretrained(model)

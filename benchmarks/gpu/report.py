@@ -1,4 +1,4 @@
-"""What the figures say: ratios of variants, the project's targets hit and missed, a table, a chart."""
+"""What the figures mean: ratios of variants, the project's targets hit or missed, a table, and a chart."""
 
 from importlib.util import find_spec
 from itertools import product
@@ -33,7 +33,7 @@ def ms(case: Found, variant: str, what: Pass = BOTH) -> float | None:
 
 
 def ratios(case: Found) -> dict[str, Any]:
-    """How many times as fast ours is as each baseline, and the memory it takes of theirs."""
+    """The speed of ours as a multiple of each baseline's, and its memory as a share of theirs."""
     ours = case["variants"].get(OURS, {"status": "skipped"})
     if ours["status"] != "ok":
         return {}

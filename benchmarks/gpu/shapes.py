@@ -1,22 +1,22 @@
 """The experts layers that are measured, and the arithmetic of one: FLOPs, bytes, the least time, and a prediction.
 
-H hidden, I intermediate, E experts, K experts a token, R LoRA's rank, T tokens, S = T K rows. A layer is two products
+H hidden, I intermediate, E experts, K experts per token, R LoRA's rank, T tokens, S = T K rows. A layer is two products
 of each row with a matrix of its own expert: gate and up together (H to 2 I), then down (I to H).
 
 | FLOPs | forward | forward and backward |
 |---|---|---|
-| the weights, frozen | 6 S H I | 12 S H I: the gradient of the rows is as much again |
-| the weights, trained | 6 S H I | 18 S H I: so is the gradient of the weights |
+| the weights, frozen | 6 S H I | 12 S H I: the gradient of the rows takes as much again |
+| the weights, trained | 6 S H I | 18 S H I: so does the gradient of the weights |
 | LoRA beside them | 2 S R (2 H + 3 I) | three times that |
 
-These count as work done whatever an implementation computes beside them (PEFT's fold, a gradient of frozen weights, a
-forward made twice), so a share of the dense rate is a share of useful work.
+Only these count as useful work, whatever else an implementation computes (PEFT's merge, a gradient of frozen weights, a
+repeated forward), so a share of the dense rate is a share of useful work.
 
-Bytes at least, b a number: each of these once. Forward: tokens in and out, gate_up written, what lies between the two
-products written and read, weights and factors read: b (2 T H + 4 S I + R E (2 H + 3 I)) + w E 3 H I, where w is b, or
-of NF4 0.5625 (half a byte, and a 4-byte scale for 64 of them). Backward: the same weights and factors, tokens and the
-two gradients of tokens, gate_up read and its gradient written and read, gradients of what trains written:
-b (3 T H + 6 S I + 2 R E (2 H + 3 I)) + w E 3 H I, and b E 3 H I more where the weights train.
+The least bytes, with b per number, count each of these once. Forward: tokens in and out, gate_up written, the tensor
+between the two products written and read, weights and factors read: b (2 T H + 4 S I + R E (2 H + 3 I)) + w E 3 H I,
+where w is b, or for NF4 0.5625 (half a byte, and a 4-byte scale for 64 of them). Backward: the same weights and
+factors, tokens and the two gradients of tokens, gate_up read and its gradient written and read, gradients of trained
+weights written: b (3 T H + 6 S I + 2 R E (2 H + 3 I)) + w E 3 H I, and b E 3 H I more if the weights train.
 """
 
 from dataclasses import dataclass, field

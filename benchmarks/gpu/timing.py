@@ -1,4 +1,4 @@
-"""Time and memory of one piece of work on a device: events, a flushed cache, what was allocated at most."""
+"""Time and memory of one piece of work on a device: events, a flushed cache, and the peak of allocations."""
 
 import gc
 import statistics

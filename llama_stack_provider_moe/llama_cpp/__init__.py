@@ -1,9 +1,9 @@
-"""Where llama.cpp's converter and library lie on this machine. Nothing of it ships here: `install` obtains it.
+"""Find llama.cpp's converter and library on this machine. They are not part of this package; `install` installs them.
 
     tools = find_toolchain()        # raises NoToolchain, which names the command to run
 
-An own checkout of version 0.5, built, is taken from `LLAMA_CPP_DIR`; what `moe-train export setup` installed, from the
-cache: `MOE_TRAIN_CACHE`, else `XDG_CACHE_HOME/moe-train`, else `~/.cache/moe-train`.
+`LLAMA_CPP_DIR` may name your own built checkout of version 0.5. Otherwise the toolchain is in the cache, into which
+`moe-train export setup` installs: `MOE_TRAIN_CACHE`, else `XDG_CACHE_HOME/moe-train`, else `~/.cache/moe-train`.
 """
 
 import json
@@ -11,16 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TypedDict
 
 from llama_stack_provider_moe.errors import NoToolchain
-
-# File types as llama.cpp names them; `f32` to `q8_0` are the converter's, the others llama_model_quantize's.
-GgufType = Literal[
-    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s",
-    "q5_k_m", "q6_k",
-]  # fmt: skip
-GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 VERSION = "0.5.0"
 LICENCE = "MIT"
@@ -28,7 +21,7 @@ SETUP = "moe-train export setup"
 FOLDER = f"llama.cpp-{VERSION}"
 RECORD = "toolchain.json"
 CONVERTER = "convert_hf_to_gguf.py"
-# What the converter is made of; of an own checkout as well.
+# The parts of the converter, also in a checkout.
 CONVERTER_PARTS = (CONVERTER, "conversion", "gguf-py/gguf")
 _LIBRARY_FOLDERS = ("build/bin", "build/src", "lib", "bin", ".")
 _LIBRARY_NAMES = ("libllama.so", "libllama.v*.so", "libllama.dylib")
@@ -36,13 +29,13 @@ _LIBRARY_NAMES = ("libllama.so", "libllama.v*.so", "libllama.dylib")
 
 @dataclass(frozen=True)
 class Toolchain:
-    """llama.cpp as it is on this machine.
+    """llama.cpp as found on this machine.
 
     Attributes:
-        converter: folder with convert_hf_to_gguf.py, conversion/ and gguf-py/.
-        library: file of libllama, with those of ggml beside it.
-        version: as recorded at the installation; of an own checkout "own".
-        libraries_from: where the library comes from.
+        converter: Folder with convert_hf_to_gguf.py, conversion/ and gguf-py/.
+        library: File of libllama, with those of ggml beside it.
+        version: Version recorded at the installation; "own" for your own checkout.
+        libraries_from: Where the library comes from.
     """
 
     converter: Path
@@ -51,8 +44,19 @@ class Toolchain:
     libraries_from: str
 
 
+class Installation(TypedDict):
+    """The record of an installation, in `toolchain.json`."""
+
+    version: str
+    licence: str
+    library: str
+    libraries_from: str
+    converter_from: str
+    files: dict[str, str]  # SHA-256 by relative path
+
+
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Folder in which `moe-train export setup` installs."""
+    """Return the folder into which `moe-train export setup` installs."""
     environ = os.environ if environ is None else environ
     if given := environ.get("MOE_TRAIN_CACHE"):
         return Path(given).expanduser().absolute()
@@ -61,10 +65,10 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def find_toolchain(environ: Mapping[str, str] | None = None) -> Toolchain:
-    """The toolchain of `LLAMA_CPP_DIR`, else the installed one.
+    """Return the toolchain of `LLAMA_CPP_DIR`, or else the installed one.
 
     Raises:
-        NoToolchain: there is none, or a part of it is missing.
+        NoToolchain: There is none, or a part of it is missing.
     """
     environ = os.environ if environ is None else environ
     if own := environ.get("LLAMA_CPP_DIR"):
@@ -78,24 +82,24 @@ def find_toolchain(environ: Mapping[str, str] | None = None) -> Toolchain:
         )
     missing = [name for name in record["files"] if not (root / name).is_file()]
     if missing:
-        raise NoToolchain(f"llama.cpp in {root} lacks {missing[0]}; run `{SETUP}`, which mends it")
+        raise NoToolchain(f"llama.cpp in {root} lacks {missing[0]}; run `{SETUP}`, which repairs it")
     return Toolchain(
         root / "converter", root / record["library"], record["version"], record["libraries_from"]
     )  # fmt: skip
 
 
-def read_record(root: Path) -> dict[str, Any] | None:
-    """What an installation wrote down: version, licence, sources, and sha256 of each file; None without one."""
+def read_record(root: Path) -> Installation | None:
+    """Read the record of an installation: version, licence, sources and SHA-256 of each file; None if there is none."""
     try:
-        record: dict[str, Any] = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        record: Installation = json.loads((root / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(record, dict) and {"version", "library", "libraries_from", "files"} <= set(record)
-    return record if whole else None
+    complete = isinstance(record, dict) and {"version", "library", "libraries_from", "files"} <= set(record)
+    return record if complete else None
 
 
 def find_library(root: Path) -> Path | None:
-    """The file of libllama below `root`, where builds and packages put it."""
+    """Find the file of libllama below `root`, where builds and packages put it."""
     for folder in _LIBRARY_FOLDERS:
         for name in _LIBRARY_NAMES:
             if found := sorted((root / folder).glob(name)):
@@ -109,5 +113,5 @@ def _own(root: Path) -> Toolchain:
     if library is None:
         missing.append("libllama (build it: cmake -B build -DBUILD_SHARED_LIBS=ON && cmake --build build)")
     if missing or library is None:
-        raise NoToolchain(f"LLAMA_CPP_DIR={root} is no built checkout of llama.cpp: it lacks {', '.join(missing)}")
+        raise NoToolchain(f"LLAMA_CPP_DIR={root} is not a built checkout of llama.cpp: it lacks {', '.join(missing)}")
     return Toolchain(root, library, "own", "LLAMA_CPP_DIR")

@@ -1,24 +1,88 @@
-"""llama.cpp in a process of its own, for it aborts on what it does not like: quantise a GGUF file, or run one.
+"""Run llama.cpp in a separate process, because it aborts on invalid input: quantise a GGUF file, or run one.
 
-    $ python llama_child.py REQUEST.json      # {"libraries": ..., "do": "tokenize", ...}
+    $ python child.py REQUEST.json      # {"library": ..., "do": "tokenize", ...}
 
-What was found is written beside the request: `answer.json`, and `logits.f32`, floats [positions, vocabulary]. Run by
-path, with nothing but the standard library. llama.cpp's C API by ctypes, with the structures of version 0.5
-(include/llama.h): the version is asked and the defaults are compared before anything is done with them.
+The results are written beside the request: `answer.json` and `logits.f32`, floats [positions, vocabulary]. The script
+is run by its path, with only the standard library. It uses llama.cpp's C API through ctypes, with the structures of
+version 0.5 (include/llama.h). It checks the version and compares the defaults before it uses them.
 """
 
 import ctypes
 import json
 import signal
 import sys
+import time
 from array import array
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int8,
+    c_int32,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-VERSION = "0.5."  # whose structures these are
+VERSION = "0.5."  # the structures below are of this version
 _F16, _F32 = 1, 0  # enum ggml_type
 _FLASH_ATTENTION_OFF, _FLASH_ATTENTION_AUTO = 0, -1
+
+
+_REPORT_EVERY_S = 5.0
+_reported_s = 0.0  # time.monotonic()
+
+
+class LlamaRequest(TypedDict, total=False):
+    """A request file. `library`, `threads` and `do` are always there, the others depend on `do`."""
+
+    library: str
+    threads: int
+    do: str
+    source: str
+    out: str
+    ftype: int
+    buffer_bytes: int
+    gguf: str
+    texts: list[str]
+    ids: list[int]
+    prompt_ids: list[int]
+    most_tokens: int
+    ends: list[int]
+
+
+Answer = dict[str, object]
+
+
+def _report_work() -> None:
+    """Print a sign of life. llama.cpp calls it while it works, so a process that hangs is silent."""
+    global _reported_s
+    if time.monotonic() - _reported_s >= _REPORT_EVERY_S:
+        _reported_s = time.monotonic()
+        print("llama.cpp is working", flush=True)
+
+
+def _on_progress(_share: float, _: object) -> bool:
+    """llama_progress_callback: false would stop the loading."""
+    _report_work()
+    return True
+
+
+def _on_node(_: object) -> bool:
+    """ggml_abort_callback, called before each node of the graph: true would stop the computation."""
+    _report_work()
+    return False
+
+
+# These references keep the callbacks alive for as long as llama.cpp may call them.
+_progress_callback = CFUNCTYPE(c_bool, c_float, c_void_p)(_on_progress)
+_abort_callback = CFUNCTYPE(c_bool, c_void_p)(_on_node)
 
 
 class _ModelParams(Structure):
@@ -63,8 +127,8 @@ class _Batch(Structure):
     )  # fmt: skip
 
 
-# name -> what it returns, what it takes
-_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+# name -> type of the result, types of the arguments
+_FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "llama_version": (c_char_p, []),
     "llama_backend_init": (None, []),
     "ggml_backend_load_all_from_path": (None, [c_char_p]),
@@ -88,8 +152,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def load(library: Path) -> Any:
-    """llama.cpp with its functions' types set; leaves with a sentence where it is not of the version known here."""
+def load(library: Path) -> ctypes.CDLL:
+    """Load llama.cpp and set the types of its functions; exit with a message if it is another version."""
     llama = ctypes.CDLL(str(library))
     try:
         for name, (returns, takes) in _FUNCTIONS.items():
@@ -99,26 +163,26 @@ def load(library: Path) -> Any:
         sys.exit(f"{library}: another version of llama.cpp than {VERSION}x: {error}")
     version = llama.llama_version().decode()
     context, quantize = llama.llama_context_default_params(), llama.llama_model_quantize_default_params()
-    told = (
+    defaults = (
         context.n_ctx, context.n_batch, context.n_seq_max, context.flash_attn_type, context.type_k, context.type_v,
         context.offload_kqv, context.n_samplers, llama.llama_model_default_params().use_extra_bufts,
         quantize.nthread, quantize.quantize_output_tensor, quantize.only_copy, quantize.max_buf_size,
     )  # fmt: skip
     expected = (512, 2048, 1, _FLASH_ATTENTION_AUTO, _F16, _F16, True, 0, True, 0, True, False, 8 << 30)
-    if not version.startswith(VERSION) or told != expected:
+    if not version.startswith(VERSION) or defaults != expected:
         sys.exit(
-            f"{library}: llama.cpp {version} has other structures than those of {VERSION}x known here: {told}, not "
-            f"{expected}"
+            f"{library}: llama.cpp {version} has other structures than version {VERSION}x: its defaults are "
+            f"{defaults}, expected {expected}"
         )
-    # Processors' variants of the prebuilt library lie beside it; in one that was built here there is nothing to load.
-    # Looked up by libllama, whose ggml it must be: a wheel holds copies under several names.
+    # A prebuilt library has variants for several processors beside it; a library built here has none to load.
+    # Looked up through libllama, because it must be that library's ggml: a wheel contains several copies.
     llama.ggml_backend_load_all_from_path(str(library.parent).encode())
     llama.llama_backend_init()
     return llama
 
 
-def quantize(llama: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """`source` -> `out` in the file type numbered `ftype`."""
+def quantize(llama: ctypes.CDLL, request: LlamaRequest) -> Answer:
+    """Quantise `source` to `out` in the file type with the number `ftype`."""
     params = llama.llama_model_quantize_default_params()
     params.ftype = request["ftype"]
     params.nthread = request["threads"]
@@ -129,16 +193,19 @@ def quantize(llama: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def tokenize(llama: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Load the vocabulary of `gguf` alone, and tokenise `texts` with it."""
+def tokenize(llama: ctypes.CDLL, request: LlamaRequest) -> Answer:
+    """Load only the vocabulary of `gguf`, and tokenise `texts` with it."""
     params = llama.llama_model_default_params()
     params.vocab_only = True
     vocab = llama.llama_model_get_vocab(_loaded(llama, request, params))
     return {"version": llama.llama_version().decode(), "tokens": _tokens(llama, vocab, request["texts"], False)}
 
 
-def run(llama: Any, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load `gguf`; tokenise `texts`; logits of `ids` to logits.f32; the greedy continuation of `prompt_ids`."""
+def run(llama: ctypes.CDLL, request: LlamaRequest, folder: Path) -> Answer:
+    """Load `gguf`, tokenise `texts`, write the logits of `ids` to logits.f32, and continue `prompt_ids` greedily.
+
+    The answer also names those of `ends` at which llama.cpp would not stop.
+    """
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0
     params.check_tensors = True
@@ -146,11 +213,13 @@ def run(llama: Any, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = _loaded(llama, request, params)
     vocab = llama.llama_model_get_vocab(model)
     size = llama.llama_vocab_n_tokens(vocab)
-    answer: dict[str, Any] = {
+    answer: Answer = {
         "version": llama.llama_version().decode(), "vocabulary": size, "described": _described(llama, model),
         "context": llama.llama_model_n_ctx_train(model), "tokens": _tokens(llama, vocab, request["texts"], False),
         "tokens_with_special": _tokens(llama, vocab, request["texts"], True),
     }  # fmt: skip
+    no_ends = [end for end in request["ends"] if end >= size or not llama.llama_vocab_is_eog(vocab, end)]
+    answer["no_ends"] = [_text(llama, vocab, [end]) if end < size else str(end) for end in no_ends]
     ids, prompt, most = request["ids"], request["prompt_ids"], request["most_tokens"]
     context = llama.llama_init_from_model(model, _context_params(llama, request, max(len(ids), len(prompt) + most)))
     if not context:
@@ -169,25 +238,27 @@ def run(llama: Any, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     return answer
 
 
-def _loaded(llama: Any, request: dict[str, Any], params: _ModelParams) -> Any:
-    model = llama.llama_model_load_from_file(request["gguf"].encode(), params)
+def _loaded(llama: ctypes.CDLL, request: LlamaRequest, params: _ModelParams) -> int:
+    params.progress_callback = ctypes.cast(_progress_callback, c_void_p)
+    model: int | None = llama.llama_model_load_from_file(request["gguf"].encode(), params)
     if not model:
         sys.exit("llama_model_load_from_file returned NULL")
     return model
 
 
-def _context_params(llama: Any, request: dict[str, Any], tokens: int) -> _ContextParams:
+def _context_params(llama: ctypes.CDLL, request: LlamaRequest, tokens: int) -> _ContextParams:
     params: _ContextParams = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = max(tokens, 32)
     params.n_threads = params.n_threads_batch = request["threads"]
     params.flash_attn_type = _FLASH_ATTENTION_OFF
     params.type_k = params.type_v = _F32
     params.swa_full = True
+    params.abort_callback = ctypes.cast(_abort_callback, c_void_p)
     return params
 
 
-def _decode(llama: Any, context: Any, ids: list[int], first: int, size: int, every: bool) -> "array[float]":
-    """Logits [tokens or 1, vocabulary] of `ids`, which stand at positions `first` and on."""
+def _decode(llama: ctypes.CDLL, context: int, ids: list[int], first: int, size: int, every: bool) -> "array[float]":
+    """Return the logits [tokens or 1, vocabulary] of `ids`, whose positions start at `first`."""
     count = len(ids)
     sequence = (c_int32 * 1)(0)
     batch = _Batch(
@@ -204,7 +275,7 @@ def _decode(llama: Any, context: Any, ids: list[int], first: int, size: int, eve
     return found
 
 
-def _tokens(llama: Any, vocab: Any, texts: list[str], add_special: bool) -> list[list[int]]:
+def _tokens(llama: ctypes.CDLL, vocab: int, texts: list[str], add_special: bool) -> list[list[int]]:
     found = []
     for text in texts:
         raw = text.encode()
@@ -217,7 +288,7 @@ def _tokens(llama: Any, vocab: Any, texts: list[str], add_special: bool) -> list
     return found
 
 
-def _text(llama: Any, vocab: Any, tokens: list[int]) -> str:
+def _text(llama: ctypes.CDLL, vocab: int, tokens: list[int]) -> str:
     pieces = b""
     for token in tokens:
         buffer = ctypes.create_string_buffer(1024)
@@ -226,18 +297,18 @@ def _text(llama: Any, vocab: Any, tokens: list[int]) -> str:
     return pieces.decode(errors="replace")
 
 
-def _described(llama: Any, model: Any) -> str:
+def _described(llama: ctypes.CDLL, model: int) -> str:
     buffer = ctypes.create_string_buffer(256)
     llama.llama_model_desc(model, buffer, len(buffer))
     return buffer.value.decode(errors="replace")
 
 
 def main() -> None:
-    """Do what the request says."""
-    if sys.platform == "linux":  # who asked is killed: nobody waits for the answer
+    """Answer the request."""
+    if sys.platform == "linux":  # end with the parent process, since nobody else waits for the answer
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     path = Path(sys.argv[1])
-    request = json.loads(path.read_text(encoding="utf-8"))
+    request: LlamaRequest = json.loads(path.read_text(encoding="utf-8"))
     llama = load(Path(request["library"]))
     match request["do"]:
         case "quantize":
@@ -247,7 +318,7 @@ def main() -> None:
         case "run":
             answer = run(llama, request, path.parent)
         case other:
-            sys.exit(f"{other!r} is nothing that is done here")
+            sys.exit(f"unknown request {other!r}")
     (path.parent / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
-"""`moe-train export setup`: llama.cpp's converter and library into the user's cache, by the ordinary clients.
+"""`moe-train export setup`: install llama.cpp's converter and library into the user's cache, with pip and npm.
 
-- The converter (`conversion/` and its own `gguf`) is in the source distribution of llama-cpp-python: pip fetches it.
-- The library comes prebuilt in an npm package (Linux x86-64, glibc 2.34): npm fetches it. Where there is no npm, pip
-  builds it from that source distribution: a C++ compiler, cmake (which pip brings), and some 13 minutes.
+- The converter (`conversion/` and its own `gguf`) is in the source distribution of llama-cpp-python, which pip fetches.
+- The library is prebuilt in an npm package (Linux x86-64, glibc 2.34), which npm fetches. Without npm, pip builds it
+  from that source distribution; this needs a C++ compiler, cmake (which pip installs) and some 13 minutes.
 
-Versions and SHA-256 are pinned here and checked before anything is unpacked. What is made appears by one rename, after
-it has tokenised what llama.cpp's own tests tokenise; of two setups at once the second finds what the first one made.
+Versions and SHA-256 are pinned here and checked before anything is unpacked. The installation must pass llama.cpp's own
+tokenisation tests, and then appears by one rename. If two setups run at once, the second one uses the first's result.
 """
 
 import fcntl
@@ -30,6 +30,7 @@ from llama_stack_provider_moe.llama_cpp import (
     LICENCE,
     RECORD,
     VERSION,
+    Installation,
     Toolchain,
     cache_dir,
     find_library,
@@ -45,7 +46,7 @@ SOURCES = ("npm", "build")
 
 @dataclass(frozen=True)
 class Package:
-    """A file of a registry, pinned."""
+    """A pinned file of a package registry."""
 
     name: str
     version: str
@@ -74,30 +75,30 @@ _IN_BUILT = re.compile(r"llama_cpp/lib/(lib(?:llama|ggml)[\w.-]*\.(?:so|dylib)[\
 def install(
     libraries: str | None = None, cache: Path | None = None, say: Say = lambda line: None
 ) -> tuple[Toolchain, bool]:
-    """Install the toolchain where it is not whole yet; it, and whether anything was done.
+    """Install the toolchain unless it is complete; return it, and whether anything was installed.
 
     Args:
-        libraries: "npm" or "build"; left out: npm where it can be had.
-        cache: folder to install below; left out: the user's.
-        say: is told of each step.
+        libraries: "npm" or "build"; by default npm if it is usable.
+        cache: Folder to install into; by default the user's cache.
+        say: Called with a line about each step.
 
     Raises:
-        InvalidInput: `libraries` is neither.
-        NoToolchain: a client, a compiler or a platform is missing; the text says which.
-        NoRoom: the disk is too small.
-        ExportError: a download failed, is not what was pinned, or does not work here.
+        InvalidInput: `libraries` has another value.
+        NoToolchain: pip, npm or a compiler is missing, or the platform is not supported; the text says which.
+        NoRoom: There is not enough disk space.
+        ExportError: A download failed, has the wrong hash, or does not work on this machine.
     """
     if libraries is not None and libraries not in SOURCES:
         raise InvalidInput("libraries", libraries, f"one of {', '.join(SOURCES)}")
     cache = cache or cache_dir()
     root = cache / FOLDER
     cache.mkdir(parents=True, exist_ok=True)
-    with _alone(cache):
-        if _is_whole(root, libraries):
+    with _exclusive(cache):
+        if _is_complete(root, libraries):
             return find_toolchain({"MOE_TRAIN_CACHE": str(cache)}), False
         free = shutil.disk_usage(cache).free
         if free < _NEEDED_BYTES:
-            raise NoRoom(f"{cache}: the installation needs {_NEEDED_BYTES:,} bytes, and {free:,} are free")
+            raise NoRoom(f"{cache}: the installation needs {_NEEDED_BYTES:,} bytes, but only {free:,} are free")
         for stale in cache.glob(f".{FOLDER}-*"):
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=cache) as folder:
@@ -109,7 +110,7 @@ def install(
 
 
 def missing_for_conversion() -> list[str]:
-    """Packages that the converter imports and this Python lacks."""
+    """Return the packages that the converter imports and that this Python lacks."""
     needed = ("torch", "transformers", "sentencepiece", "numpy", "yaml")
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
@@ -132,9 +133,9 @@ def _make(folder: Path, source: str, say: Say) -> Path:
         origin = f"built from {SDIST.name} {SDIST.version}"
     library = find_library(made)
     if library is None or f"converter/{CONVERTER}" not in files:
-        raise ExportError(f"{sdist.name} and {package.name} hold no {CONVERTER} or no libllama")
+        raise ExportError(f"{sdist.name} and {package.name} contain no {CONVERTER} or no libllama")
     files += [f"lib/{name}" for name in found]
-    record = {
+    record: Installation = {
         "version": VERSION, "licence": LICENCE, "library": str(library.relative_to(made)), "libraries_from": origin,
         "converter_from": f"pip {SDIST.name} {SDIST.version}",
         "files": {name: sha256(made / name) for name in files},
@@ -146,10 +147,10 @@ def _make(folder: Path, source: str, say: Say) -> Path:
 
 
 def _self_test(converter: Path, library: Path) -> int:
-    """llama.cpp's own tokenisation test with the library; how many texts were right, all of them.
+    """Run llama.cpp's own tokenisation test with the library; return the number of texts.
 
     Raises:
-        ExportError: the library does not load on this machine, or tokenises otherwise.
+        ExportError: The library does not load on this machine, or tokenises a text differently.
     """
     vocabulary = converter / _VOCABULARY
     texts = Path(f"{vocabulary}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
@@ -164,9 +165,11 @@ def _self_test(converter: Path, library: Path) -> int:
 
 
 def _by_pip(folder: Path) -> Path:
-    """The source distribution, its hash checked by pip before it asks it for its metadata, and by us."""
+    """Fetch the source distribution; pip checks its hash before it runs its build backend, and we check it again."""
     if importlib.util.find_spec("pip") is None:
-        raise NoToolchain(f"{sys.executable} has no pip, which fetches llama.cpp's converter; install it: ensurepip")
+        raise NoToolchain(
+            f"{sys.executable} has no pip, which is needed to fetch llama.cpp's converter; install it with ensurepip"
+        )
     folder.mkdir()
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{SDIST.name}=={SDIST.version} --hash=sha256:{SDIST.sha256}\n", encoding="utf-8")
@@ -174,7 +177,7 @@ def _by_pip(folder: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps",
         "--no-binary", ":all:", "--require-hashes", "--requirement", str(wanted), "--dest", str(folder),
     ]  # fmt: skip
-    # The metadata of a source distribution is asked from its build backend. Where that is here, it need not come too.
+    # pip asks the build backend for the metadata of a source distribution. If it is installed, pip need not fetch it.
     if importlib.util.find_spec("scikit_build_core") is not None:
         command.append("--no-build-isolation")
     _run(command, folder, _FETCH_TIMEOUT_S)
@@ -184,9 +187,11 @@ def _by_pip(folder: Path) -> Path:
 def _by_npm(folder: Path) -> Path:
     npm = _npm()
     if npm is None:
-        raise NoToolchain(f"no npm on the PATH to fetch {PREBUILT.name} with; install Node.js, or --libraries build")
+        raise NoToolchain(
+            f"npm, which fetches {PREBUILT.name}, is not on the PATH; install Node.js, or use --libraries build"
+        )
     if why_not := _why_not_prebuilt():
-        raise NoToolchain(f"{PREBUILT.name} does not run here: {why_not}; --libraries build")
+        raise NoToolchain(f"{PREBUILT.name} does not run here: {why_not}; use --libraries build")
     folder.mkdir()
     spec = f"{PREBUILT.name}@{PREBUILT.version}"
     _run([npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder), spec], folder,
@@ -196,7 +201,7 @@ def _by_npm(folder: Path) -> Path:
 
 def _by_building(folder: Path, sdist: Path) -> Path:
     if not any(shutil.which(each) for each in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")):
-        raise NoToolchain("no C++ compiler to build llama.cpp with; install g++ or clang")
+        raise NoToolchain("there is no C++ compiler to build llama.cpp; install g++ or clang")
     folder.mkdir()
     command = [
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps",
@@ -216,26 +221,26 @@ def _npm() -> str | None:
 
 
 def _why_not_prebuilt() -> str:
-    """Empty where the prebuilt library runs."""
+    """Return why the prebuilt library does not run here; empty if it does."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"it is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+        return f"it needs Linux on x86-64, but this is {sys.platform} on {platform.machine()}"
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(int(each) for each in version.split(".")[:2]) < _PREBUILT_GLIBC:
-        return f"it needs glibc 2.34, this is {name or 'another libc'} {version}"
+        return f"it needs glibc 2.34, but this is {name or 'another libc'} {version}"
     return ""
 
 
 def _run(command: list[str], folder: Path, timeout_s: float, **more: str) -> None:
-    # With the whole environment: the user's configuration of pip and npm is what they are to follow.
+    # pip and npm get the whole environment, so that they use the user's configuration.
     ended = run_bounded(command, timeout_s, {**os.environ, **more}, cwd=folder)
     if ended.code or ended.timed_out:
-        raise ExportError(f"{' '.join(command)}\n{ended.how}; it said last:\n{ended.tail[-2000:]}")
+        raise ExportError(f"{' '.join(command)}\n{ended.how}; its last output:\n{ended.tail[-2000:]}")
 
 
 def _the_one(folder: Path, pattern: str, expected: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise ExportError(f"expected one {pattern}, the client left {[each.name for each in found]}")
+        raise ExportError(f"expected one file {pattern}, but the client left {[each.name for each in found]}")
     check(found[0], expected)
     return found[0]
 
@@ -253,8 +258,8 @@ def _in_library(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     return wanted
 
 
-def _is_whole(root: Path, libraries: str | None) -> bool:
-    """Every recorded file has its recorded content, and the library is from where it was asked from."""
+def _is_complete(root: Path, libraries: str | None) -> bool:
+    """Whether every recorded file has its recorded content, and the library comes from the requested source."""
     record = read_record(root)
     if record is None or record["version"] != VERSION:
         return False
@@ -266,8 +271,8 @@ def _is_whole(root: Path, libraries: str | None) -> bool:
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """One setup at a time; the others wait."""
+def _exclusive(cache: Path) -> Iterator[None]:
+    """Allow one setup at a time; the others wait."""
     with (cache / f".{FOLDER}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,12 +1,11 @@
-"""What a job is asked to do: `JobSpec`, one tagged union by `recipe`.
+"""What a job is asked to do: `JobSpec`, one union tagged by `recipe`.
 
-Every default, every range and every one-line meaning of a job's options stands here and nowhere else.
-A template states the few fields a person cares about; `spec.json` in the job's folder states them all.
-`None` means "decide from the model" wherever it is a default, and the training process writes what it
-decided to `resolved.json`.
+Every default, range and one-line meaning of a job's options is defined here and nowhere else. A template states the few
+fields that differ from the defaults; `spec.json` in the job's folder states all of them. A default of `None` means
+"decide from the model"; the training process writes what it decided to `resolved.json`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
@@ -36,7 +35,6 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
-from llama_stack_provider_moe.spec.loading import Loader, refuse_beside_unsloth
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.options import (
     PROJECT_PATTERN,
@@ -54,8 +52,9 @@ from llama_stack_provider_moe.spec.routing import (
     AnalysisOptions,
     AnalysisTraining,
 )
-from llama_stack_provider_moe.spec.sharding import refuse_beside_sharding
-from llama_stack_provider_moe.spec.sources import RowKind, RowSource
+from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
+from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
+from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
 
 __all__ = [
     "DPO_LOSSES",
@@ -110,96 +109,129 @@ __all__ = [
     "Trackers",
     "Trackio",
     "Training",
+    "TrainingJob",
+    "TrainingRecipe",
     "TrainingSpec",
     "WandB",
     "numbers",
     "ranges",
 ]
 
-Recipe = Literal["sft", "dpo", "circuit_breaker", "routing_analysis", "export"]
+# The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
+TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
+Recipe = Literal[TrainingRecipe, "routing_analysis", "export"]
 
-# The paired and unpaired losses of TRL's DPOTrainer that were run on the pinned version. The post-training
-# API also names `kto_pair`, which TRL has no twin of.
+# The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
+# API also names `kto_pair`, which TRL does not implement.
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
 ]  # fmt: skip
 
-# Of them, those whose formula has the label smoothing (TRL 1.16): with any other, "sigmoid" too, TRL ignores it.
-SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+# The losses that use label smoothing: "sigmoid" in our formula (cDPO), the others in TRL 1.16's.
+SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 
 
 class _AnyJob(Block):
     job_uuid: str | None = Field(
-        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: one is made."
+        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: the server chooses one."
     )
-    model: str = Field(min_length=1, max_length=1024, description="Hub id, or a folder under an allowed root.")
+    model: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Model to load: the result of one of your jobs (`JOB`, `JOB/merged`, `JOB/epoch-2`), a hub id, or "
+        "a folder under an allowed root.",
+    )
+    model_from: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Name of the job result that `model` named; the server fills it in and replaces `model` by a path "
+        "or hub id.",
+    )
     resources: Resources = Field(default_factory=Resources)
 
 
-class _Job(_AnyJob):
+class TrainingJob(_AnyJob):
+    """The fields that all jobs that train have in common."""
+
+    if TYPE_CHECKING:
+        options: Options  # every recipe declares its own kind
+
     loader: Loader = Field(
         default="hf",
-        description="What loads and runs the model: hf: transformers; unsloth: Unsloth's FastModel, in an environment "
-        "that the server's operator made for it (`unsloth_python`).",
+        description="Library that loads and runs the model. hf: transformers; unsloth: Unsloth's FastModel, in the "
+        "environment that the server's operator has set up for it (`unsloth_python`).",
     )
-    data: Data = Field(description="A block; its fields follow.")
+    data: Data = Field(description="Rows to train on: a block, its fields follow.")
     training: Training = Field(default_factory=Training)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     efficiency: Efficiency = Field(default_factory=Efficiency)
-    adapter: Adapter | None = Field(default=None, description="LoRA settings; null trains all weights.")
+    adapter: Adapter | None = Field(default=None, description="LoRA settings; null: train all weights.")
     moe: Moe = Field(default_factory=Moe)
     trackers: Trackers = Field(default_factory=Trackers)
     checkpoint_dir: str | None = Field(
-        default=None, max_length=1024, description="Checkpoints go to a folder of the job's in this one."
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Folder that gets a subfolder with this job's checkpoints; left out: the job's own folder.",
     )
     eval: SafetyEvaluation | None = Field(
-        default=None, description="Refusals, capability and tool calls before and after; left out: not measured."
+        default=None,
+        description="Measurement of refusals, capability and tool calls before and after training; left out: none.",
     )
     export: Exports | None = Field(
-        default=None, description="What is made of the result by a job of its own, once this one has completed."
+        default=None,
+        description="Exports to make from the result, in a separate job once this one has completed; left out: none.",
+    )
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Your own keys (at most 64 characters) and texts (at most 512); they change nothing, and the "
+        "fine-tuning API's list of jobs can be filtered by them.",
     )
 
     @model_validator(mode="after")
-    def _weights_are_trainable(self) -> "_Job":
+    def _weights_are_trainable(self) -> "TrainingJob":
         refuse_beside_sharding(self)
         refuse_beside_unsloth(self)
         if self.training.dtype == "fp16" and self.adapter is None:
-            raise ValueError("training.dtype: 'fp16' weights can't be trained whole (their updates underflow); "
-                             "use 'bf16' or 'fp32', or an adapter")  # fmt: skip
+            raise ValueError("training.dtype: 'fp16' is not valid without an adapter (updates of fp16 weights "
+                             "underflow); expected 'bf16' or 'fp32', or an adapter")  # fmt: skip
         return self
 
     @model_validator(mode="after")
-    def _only_an_adapter_is_merged(self) -> "_Job":
+    def _only_adapters_are_merged(self) -> "TrainingJob":
         if self.export is not None and self.adapter is None:
             self.export.check_without_adapter("export.")
         return self
 
     @model_validator(mode="after")
-    def _early_stopping_needs_held_out_rows(self) -> "_Job":
-        options: Options = self.options  # type: ignore[attr-defined]  # every recipe has them, of its own kind
+    def _early_stopping_needs_held_out_rows(self) -> "TrainingJob":
+        options = self.options
         if options.early_stopping_patience and not (self.data.validation_dataset_id or options.validation_split):
-            raise ValueError("options.early_stopping_patience: needs held-out rows; give data.validation_dataset_id "
+            raise ValueError("options.early_stopping_patience: needs held-out rows; set data.validation_dataset_id "
                              "or options.validation_split > 0")  # fmt: skip
         return self
 
     def row_sources(self) -> list[RowSource]:
-        """The data sets that the job reads, each of which is copied into its folder."""
+        """The data sets that the job reads; the server copies each into the job's folder."""
         return [*self._sources("data", "train", "validation", self.data), *self.evaluation_sources()]
 
     def _sources(self, block: str, part: str, held_out: str, data: Data | MixedData) -> list[RowSource]:
-        options: Options = self.options  # type: ignore[attr-defined]
         validation_id, row_format = data.validation_dataset_id, data.format
-        split = validation_id is None and options.validation_split > 0
-        few = "at least 2 rows, of which one is held out; or a validation data set, or options.validation_split 0"
+        split = validation_id is None and self.options.validation_split > 0
+        few = "at least 2 rows, because one is held out; or a validation data set, or options.validation_split 0"
         least = (2, few) if split else (1, "")
-        sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least)]
+        columns = data.columns if isinstance(data, Data) else None
+        sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least, columns=columns)]
         if validation_id is not None:
-            sources.append(RowSource(f"{block}.validation_dataset_id", validation_id, row_format, held_out))
+            field = f"{block}.validation_dataset_id"
+            sources.append(RowSource(field, validation_id, row_format, held_out, columns=columns))
         return sources
 
     def evaluation_sources(self) -> list[RowSource]:
-        """Those of `eval`; its parts are `eval-<set>`."""
+        """The data sets of `eval`, as parts `eval-<set>`."""
         if self.eval is None:
             return []
         asked, labelled_id = self.eval, self.eval.judge.labelled_dataset_id
@@ -221,73 +253,78 @@ class _Job(_AnyJob):
         return sources
 
 
-class SFTSpec(_Job):
+class SFTSpec(TrainingJob):
     """Supervised fine-tuning."""
 
     recipe: Literal["sft"] = Field(description="Supervised fine-tuning on conversations.")
     options: Options = Field(default_factory=Options)
 
 
-class DPOSpec(_Job):
+class DPOSpec(TrainingJob):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     recipe: Literal["dpo"] = Field(description="Direct preference optimisation on pairs of answers.")
-    beta: float = Field(default=0.1, gt=0, le=100, description="Strength of the tie to the reference model.")
-    loss_type: DPOLoss = Field(default="sigmoid", description="The preference loss, by TRL's name.")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="Weight of the penalty that keeps the model near the reference model; larger stays nearer.",
+    )
+    loss_type: DPOLoss = Field(default="sigmoid", description="Preference loss, by TRL's name.")
     options: DPOOptions = Field(default_factory=DPOOptions)
 
     @field_validator("loss_type", mode="before")
     @classmethod
-    def _kto_pair_has_no_twin(cls, loss: Any) -> Any:
+    def _trl_has_no_kto_pair(cls, loss: object) -> object:
         if loss == "kto_pair":
-            raise ValueError(f"'kto_pair' is not implemented by TRL; choose one of {', '.join(DPO_LOSSES)}")
+            raise ValueError(f"'kto_pair' is not implemented by TRL; expected one of {', '.join(DPO_LOSSES)}")
         return loss
 
     @model_validator(mode="after")
-    def _settings_that_would_not_be_read(self) -> "DPOSpec":
+    def _no_setting_is_without_effect(self) -> "DPOSpec":
         if self.options.label_smoothing > 0 and self.loss_type not in SMOOTHED_LOSSES:
-            raise ValueError(f"options.label_smoothing: {self.options.label_smoothing} is not read by loss_type "
-                             f"{self.loss_type!r}; only {', '.join(SMOOTHED_LOSSES)} know it")  # fmt: skip
+            raise ValueError(f"options.label_smoothing: {self.options.label_smoothing} has no effect with loss_type "
+                             f"{self.loss_type!r}; only {', '.join(SMOOTHED_LOSSES)} use it")  # fmt: skip
         if self.loss_type == "exo_pair" and self.options.label_smoothing == 0:
             raise ValueError("options.label_smoothing: 0.0 is not valid with loss_type 'exo_pair'; expected > 0")
         if self.data.packed:
-            raise ValueError("data.packed: true is for SFT only; pairs can't be packed")
+            raise ValueError("data.packed: true is for SFT only; preference pairs can't be packed")
         if self.data.train_on_input:
-            raise ValueError("data.train_on_input: true is for SFT only; DPO compares answers to one prompt")
+            raise ValueError("data.train_on_input: true is for SFT only; DPO compares two answers to one prompt")
         if self.moe.expert_dropout > 0:
             raise ValueError("moe.expert_dropout: is for SFT only; DPO compares two passes, which must not differ")
         ahead, balancing = self.options.precompute_ref_log_probs, self.moe.moe_load_balancing
         if (balancing == "aux_free" and ahead is False) or (balancing == "expert_choice" and ahead is True):
             raise ValueError(f"options.precompute_ref_log_probs: {str(ahead).lower()} is not valid with "
-                             f"moe.moe_load_balancing {balancing!r}, whose reference would be another")  # fmt: skip
+                             f"moe.moe_load_balancing {balancing!r}, which would change the reference")  # fmt: skip
         if self.moe.router_jitter > 0:
             raise ValueError("moe.router_jitter: is for SFT only; DPO compares two passes, which must not differ")
         return self
 
 
-class BreakerSpec(_Job):
-    """Circuit breakers (Zou et al. 2024, arXiv 2406.04313); the rows of `data` are those that are broken."""
+class BreakerSpec(TrainingJob):
+    """Circuit breakers (Zou et al. 2024, arXiv 2406.04313); the job reroutes the representations of `data`'s rows."""
 
     recipe: Literal["circuit_breaker"] = Field(
-        description="Circuit breakers: representations of one data set are rerouted, those of another retained."
+        description="Circuit breakers: reroute the representations of one data set, retain those of another."
     )
-    circuit_breaker: CircuitBreaker = Field(description="A block; its fields follow.")
-    # The official code's LoRA, for a job that says nothing of it.
+    circuit_breaker: CircuitBreaker = Field(description="Settings of circuit breakers: a block, its fields follow.")
+    # The LoRA of the official code is the default.
     adapter: Adapter | None = Field(
         default_factory=lambda: Adapter(rank=16, alpha=16, dropout=0.05),
-        description="LoRA settings; left out: rank 16, alpha 16, dropout 0.05, as the official code's.",
+        description="LoRA settings; left out: rank 16, alpha 16, dropout 0.05, as in the official code.",
     )
     options: Options = Field(default_factory=Options)
 
     @model_validator(mode="after")
-    def _settings_that_would_not_be_read(self) -> "BreakerSpec":
+    def _no_setting_is_without_effect(self) -> "BreakerSpec":
         if self.adapter is None:
-            raise ValueError("adapter: null is not valid with recipe 'circuit_breaker'; the reference is the model "
-                             "with its adapter off")  # fmt: skip
+            raise ValueError("adapter: null is not valid with recipe 'circuit_breaker'; expected LoRA settings, "
+                             "because the reference is the model with its adapter switched off")  # fmt: skip
         if self.data.packed:
-            raise ValueError("data.packed: true is for SFT only; the answers of break rows must be known")
+            raise ValueError("data.packed: true is for SFT only; circuit breakers must know each row's answer")
         if self.data.train_on_input:
-            raise ValueError("data.train_on_input: true is for SFT only; circuit_breaker.mask says what counts")
+            raise ValueError("data.train_on_input: true is for SFT only; set circuit_breaker.mask instead")
         if self.moe.moe_load_balancing in ("expert_choice", "aux_free"):
             raise ValueError(f"moe.moe_load_balancing: {self.moe.moe_load_balancing!r} is not valid with recipe "
                              "'circuit_breaker', whose reference routes as the base does; expected 'switch' or "
@@ -305,12 +342,12 @@ class BreakerSpec(_Job):
             named[f"circuit_breaker.{name}"] = data.validation_dataset_id
         without = [name for name, validation_id in named.items() if validation_id is None]
         if without and len(without) < len(named) and not self.options.validation_split:
-            raise ValueError(f"{without[0]}.validation_dataset_id: is missing, while other sets have one; name one, or "
+            raise ValueError(f"{without[0]}.validation_dataset_id: is missing, but other sets have one; name one, or "
                              "set options.validation_split > 0")  # fmt: skip
         return self
 
     def row_sources(self) -> list[RowSource]:
-        """The rows that are broken, those that are retained, and what is held out of each."""
+        """The rows to reroute, the rows to retain, and the held-out rows of each."""
         sources = super().row_sources()
         for name, data in self.circuit_breaker.parts().items():
             sources += self._sources(f"circuit_breaker.{name}", name, f"{name}-validation", data)
@@ -318,12 +355,12 @@ class BreakerSpec(_Job):
 
 
 class RoutingAnalysisSpec(_AnyJob):
-    """Which experts serve which prompts; trains nothing."""
+    """Measures which experts serve which prompts; trains nothing."""
 
     recipe: Literal["routing_analysis"] = Field(
-        description="Routing analysis: how often each expert is chosen on two or more data sets, compared."
+        description="Routing analysis: compare how often each expert is chosen on two or more data sets."
     )
-    data: AnalysisData = Field(description="A block; its fields follow.")
+    data: AnalysisData = Field(description="Rows to compare: a block, its fields follow.")
     analysis: Analysis = Field(default_factory=Analysis)
     training: AnalysisTraining = Field(default_factory=AnalysisTraining)
     options: AnalysisOptions = Field(default_factory=AnalysisOptions)
@@ -332,13 +369,14 @@ class RoutingAnalysisSpec(_AnyJob):
         default=None,
         min_length=1,
         max_length=1024,
-        description="Adapter to put on the model: a folder of this machine's as for `model`, a job's own too.",
+        description="Adapter to load onto the model: the result of one of your jobs (`JOB`, `JOB/adapter`, "
+        "`JOB/epoch-2`), or a folder as for `model`; left out: none.",
     )
 
     def row_sources(self) -> list[RowSource]:
-        """The sets that are compared."""
+        """The sets to compare."""
         answered = self.analysis.tokens == "response"
-        few = "at least 2 rows, for what differs between rows tells how sure a figure is"
+        few = "at least 2 rows, because the intervals come from the differences between rows"
         return [
             RowSource(f"data.sets.{name}", dataset_id, self.data.format, f"set-{name}", 2, few, answered)
             for name, dataset_id in self.data.sets.items()
@@ -346,7 +384,7 @@ class RoutingAnalysisSpec(_AnyJob):
 
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-LoadingSpec = TrainingSpec | RoutingAnalysisSpec  # whose training process loads the model
+LoadingSpec = TrainingSpec | RoutingAnalysisSpec  # the jobs whose process loads the model
 JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | ExportSpec, Discriminator("recipe")]
 JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

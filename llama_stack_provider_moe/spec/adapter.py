@@ -1,7 +1,7 @@
-"""The `adapter` block: what of a model gets LoRA, of which rank, and how fast it learns."""
+"""The `adapter` block: which parts of a model get LoRA, with which rank, and how fast they learn."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,22 +13,28 @@ AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ExpertModule = Literal["gate_up_proj", "down_proj"]
 MAX_RANK = 1024
 MAX_ALPHA = 65536
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Factor = Annotated[float, Field(gt=0, le=MAX_ALPHA)]
+Layer = Annotated[int, Field(ge=0, le=9999)]
 
 
 class ExpertRule(Block):
-    """Which experts of which layers get LoRA of which rank, in plan `per_expert`."""
+    """Experts of some layers that get LoRA of one or more ranks, in plan `per_expert`."""
 
     layers: str | None = Field(
         default=None,
         pattern=NUMBERS_PATTERN,
         max_length=NUMBERS_LENGTH,
-        description="Layers, as `0-3,12`; left out: every MoE layer.",
+        description="Layers that the rule applies to, e.g. `0-3,12`; left out: every MoE layer.",
     )
-    experts: dict[str, int] = Field(
-        min_length=1, description='Expert, or experts as `0-3,7`, -> rank: `{"0": 16, "4-7": 8}`.'
+    experts: dict[str, Rank] = Field(
+        min_length=1, description='LoRA rank of each expert or range of experts: `{"0": 16, "4-7": 8}`.'
     )
     lr_multiplier: float = Field(
-        default=1.0, gt=0, le=1000, description="Of the learning rate of these experts' LoRA, beside their group's."
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Factor on the learning rate of these experts' LoRA, on top of their group's factor.",
     )
 
     @field_validator("layers")
@@ -38,13 +44,11 @@ class ExpertRule(Block):
 
     @field_validator("experts")
     @classmethod
-    def _numbers_and_ranks(cls, experts: dict[str, int]) -> dict[str, int]:
+    def _numbers(cls, experts: dict[str, int]) -> dict[str, int]:
         seen: set[int] = set()
-        for key, rank in experts.items():
+        for key in experts:
             if len(key) > NUMBERS_LENGTH or not re.fullmatch(NUMBERS_PATTERN, key):
-                raise ValueError(f"{key!r} is not valid; expected experts as '0', '0-3' or '0-3,7'")
-            if not 1 <= rank <= MAX_RANK:
-                raise ValueError(f"rank {rank} of experts {key!r} is not valid; expected 1 to {MAX_RANK}")
+                raise ValueError(f"{key!r} is not valid; expected experts such as '0', '0-3' or '0-3,7'")
             if twice := seen & set(numbers(key)):
                 raise ValueError(f"expert {min(twice)} is named twice")
             seen |= set(numbers(key))
@@ -56,32 +60,39 @@ class ExpertsOfAnalysis(Block):
 
     job: str = Field(
         pattern=JOB_ID_PATTERN,
-        description="A completed routing_analysis job of the same owner. (`moe-train submit` takes `file`, the path of "
-        "a routing.json, in its place, and sends what it found.)",
+        description="Completed routing_analysis job of the same owner. (`moe-train submit` accepts `file` instead, "
+        "the path of a routing.json, and sends the experts that it lists.)",
     )
     set: str = Field(
-        min_length=1, max_length=32, description="Experts that this data set uses more than the others do."
+        min_length=1,
+        max_length=32,
+        description="Name of a data set in the analysis; the experts that it uses more than the other sets do are "
+        "chosen.",
     )
     top: int = Field(
         ge=1,
         le=65536,
-        description="At most so many, over all layers, of the greatest difference; none that chance explains "
-        "(`is_sure` in the report).",
+        description="Maximum number of experts over all layers, those with the largest difference first; experts that "
+        "chance can explain are never chosen (`is_sure` in the report).",
     )
 
 
 class FromAnalysis(ExpertsOfAnalysis):
-    """The experts that a routing analysis found; they become `rules` when the job is taken, before its own ones."""
+    """The experts that a routing analysis found; the server turns them into `rules`, before the job's own rules."""
 
-    rank: int | None = Field(default=None, ge=1, le=MAX_RANK, description="Of their LoRA; left out: `adapter.rank`.")
+    rank: int | None = Field(
+        default=None, ge=1, le=MAX_RANK, description="Rank of their LoRA; left out: `adapter.rank`."
+    )
 
 
 class RulesFrom(Block):
-    """Where rules, or masks, come from, and the model that they are meant for; any other is refused."""
+    """The source of rules or masks, and the model that they were made for; a different model is refused."""
 
-    analysis: str = Field(min_length=1, max_length=512, description="Which one, for a person.")
-    moe_layers: list[int] = Field(description="Layers with experts that the model must have.")
-    num_experts: int = Field(ge=1, le=65536, description="Experts that each of them must have.")
+    analysis: str = Field(min_length=1, max_length=512, description="Name of the routing analysis, for a person.")
+    moe_layers: list[Layer] = Field(
+        max_length=10_000, description="Numbers of the layers with experts that the model must have."
+    )
+    num_experts: int = Field(ge=1, le=65536, description="Number of experts that each of these layers must have.")
 
 
 def _checked(layers: str | None) -> str | None:
@@ -95,61 +106,86 @@ class Adapter(Block):
 
     plan: AdapterPlan | None = Field(
         default=None,
-        description="trunk: all but the experts; all_experts: trunk and every expert, one rank; per_expert: trunk and "
-        "the experts of `rules`. Left out: all_experts where `apply_lora_to_mlp`, else attention alone.",
+        description="Parts that get LoRA. trunk: everything but the experts; all_experts: the trunk and every expert, "
+        "with one rank; per_expert: the trunk and the experts of `rules`. Left out: all_experts with "
+        "`apply_lora_to_mlp`, else attention only.",
     )
     rules: list[ExpertRule] = Field(
-        default=[], max_length=100, description="per_expert: which experts; of two that name one, the later counts."
+        default=[],
+        max_length=100,
+        description="Experts to adapt in plan per_expert; where two rules name one expert, the later rule applies.",
     )
     from_analysis: FromAnalysis | None = Field(
-        default=None, description="per_expert: experts that a routing analysis found, beneath those of `rules`."
+        default=None,
+        description="Experts to adapt in plan per_expert, as a routing analysis found them; `rules` override them.",
     )
     rules_from: RulesFrom | None = Field(
-        default=None, description="Made of `from_analysis`: its source, and the model it was of."
+        default=None,
+        description="Source of the rules that `from_analysis` became, and the model that they fit; the server fills "
+        "it in.",
     )
-    rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of every update that has none of its own.")
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Adapter whose weights this one starts from, on the same `model`: the result of one of your jobs "
+        "(`JOB`, `JOB/adapter`, `JOB/epoch-2`), or a folder as for `model`. Ranks, alphas and targets "
+        "must be equal; those that you leave out are copied from it. Left out: start from new weights.",
+    )
+    rank: int = Field(
+        default=16, ge=1, le=MAX_RANK, description="Rank r of every update that no other setting gives a rank."
+    )
     router_rank: int | None = Field(
-        default=None, ge=1, le=MAX_RANK, description="Rank of the routers' LoRA (`moe.train_router`)."
+        default=None, ge=1, le=MAX_RANK, description="Rank of the routers' LoRA (`moe.train_router`); left out: `rank`."
     )
-    alpha: float = Field(default=32, gt=0, le=MAX_ALPHA, description="Updates are scaled by alpha / rank.")
-    alphas: dict[AdapterGroup, float] = Field(
-        default={}, description="Group -> an alpha of its own. Unequal experts are all scaled by their largest rank."
+    alpha: float = Field(
+        default=32, gt=0, le=MAX_ALPHA, description="Scale of the updates: each is multiplied by alpha / rank."
     )
-    lr_multipliers: dict[AdapterGroup, float] = Field(
-        default={}, description="Group -> what its learning rate is multiplied by."
+    alphas: dict[AdapterGroup, Factor] = Field(
+        default={},
+        description="Alpha of each group that differs from `alpha`. Experts of unequal ranks are all scaled by the "
+        "largest of their ranks.",
+    )
+    lr_multipliers: dict[AdapterGroup, Factor] = Field(
+        default={}, description="Factor on the learning rate of each group; a group that is left out has 1."
     )
     lora_attn_modules: list[AttentionModule] = Field(
         default=["q_proj", "k_proj", "v_proj", "output_proj"],
-        description="Attention projections that get LoRA; `output_proj` is the projection back (o_proj).",
+        description="Attention projections that get LoRA; `output_proj` is the output projection (o_proj).",
     )
     apply_lora_to_mlp: bool = Field(
         default=True,
-        description="LoRA on the MLP: every expert's own (distinct), shared experts and dense layers.",
+        description="Use LoRA on the MLP: on every expert separately, on shared experts and on dense layers.",
     )
     expert_modules: list[ExpertModule] = Field(
         default=["gate_up_proj", "down_proj"], min_length=1, description="Projections of the experts that get LoRA."
     )
-    apply_lora_to_output: bool = Field(default=False, description="LoRA on the output head (lm_head).")
+    apply_lora_to_output: bool = Field(default=False, description="Use LoRA on the output head (lm_head).")
     layers: str | None = Field(
         default=None,
         pattern=NUMBERS_PATTERN,
         max_length=NUMBERS_LENGTH,
-        description="Layers that get LoRA, as `0-3,12`; left out: all.",
+        description="Layers that get LoRA, e.g. `0-3,12`; left out: all.",
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout on LoRA's input; on routers, which PEFT adapts, there is none."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of LoRA, as a share; routers, which PEFT adapts, have none. 0: no dropout.",
     )
     use_rslora: bool = Field(
-        default=False, description="Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)."
+        default=False, description="Scale updates by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)."
     )
     use_dora: bool = Field(
-        default=False, description="DoRA (arXiv 2402.09353); on attention only, refused where parameters are targets."
+        default=False,
+        description="Use DoRA (arXiv 2402.09353); on attention only, refused where LoRA targets parameters.",
     )
     quantize_base: bool = Field(
-        default=False, description="Hold the frozen experts and linear layers quantised (QLoRA, arXiv 2305.14314)."
+        default=False, description="Keep the frozen experts and linear layers quantised (QLoRA, arXiv 2305.14314)."
     )
     quantize_bits: Literal[4, 8] = Field(
-        default=4, description="Of `quantize_base`: 4 (NF4) or 8 (dynamic), in blocks with a scale each."
+        default=4,
+        description="Bits of each weight with `quantize_base`: 4 (NF4) or 8 (dynamic), in blocks with one scale each.",
     )
 
     @field_validator("layers")
@@ -164,34 +200,26 @@ class Adapter(Block):
             raise ValueError(f"{modules} names a module twice")
         return modules
 
-    @field_validator("alphas", "lr_multipliers")
-    @classmethod
-    def _positive(cls, by_group: dict[str, float]) -> dict[str, float]:
-        for group, value in by_group.items():
-            if not 0 < value <= MAX_ALPHA:
-                raise ValueError(f"{group}: {value:g} is not valid; expected > 0, <= {MAX_ALPHA}")
-        return by_group
-
     @model_validator(mode="after")
     def _targets_something(self) -> "Adapter":
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
-            raise ValueError("an adapter without a target trains nothing; name lora_attn_modules, or set "
+            raise ValueError("an adapter without a target trains nothing; set lora_attn_modules, or set "
                              "apply_lora_to_mlp or apply_lora_to_output")  # fmt: skip
         return self
 
     @model_validator(mode="after")
     def _plan_and_its_settings_agree(self) -> "Adapter":
         if self.plan in ("all_experts", "per_expert") and not self.apply_lora_to_mlp:
-            raise ValueError(f"plan: {self.plan!r} adapts experts; apply_lora_to_mlp must be true with it")
-        if self.plan == "per_expert" and not (self.rules or self.from_analysis):
-            raise ValueError("rules: plan 'per_expert' needs at least one, as {\"layers\": \"0-3\", "
-                             "\"experts\": {\"0\": 16}}, or from_analysis")  # fmt: skip
+            raise ValueError(f"plan: {self.plan!r} adapts experts; expected apply_lora_to_mlp true with it")
+        if self.plan == "per_expert" and not (self.rules or self.from_analysis or self.init_from):
+            raise ValueError("rules: plan 'per_expert' needs at least one, such as {\"layers\": \"0-3\", "
+                             "\"experts\": {\"0\": 16}}, or from_analysis, or init_from")  # fmt: skip
         for name in ("rules", "from_analysis", "rules_from"):
             if getattr(self, name) and self.plan != "per_expert":
                 verb = "are" if name == "rules" else "is"
-                raise ValueError(f"{name}: {verb} read by plan 'per_expert' only, and this is {self.plan!r}")
+                raise ValueError(f"{name}: {verb} used by plan 'per_expert' only, and plan is {self.plan!r}")
         if self.quantize_bits != 4 and not self.quantize_base:
-            raise ValueError("quantize_bits: is read only with quantize_base true")
+            raise ValueError("quantize_bits: is used only with quantize_base true")
         if self.quantize_base and self.use_dora:
-            raise ValueError("use_dora: true needs weights that can be read; not valid with quantize_base true")
+            raise ValueError("use_dora: true is not valid with quantize_base true, because DoRA reads the weights")
         return self

@@ -1,17 +1,22 @@
-"""The blocks that every job has, whatever it trains: data, length, optimiser, machine."""
+"""The blocks that every job has, whatever it trains: data, training length, optimiser, machine."""
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 DType = Literal["fp32", "bf16", "fp16"]
-RowFormat = Literal["auto", "instruct", "dialog"]
+RowFormat = Literal[
+    "auto", "instruct", "dialog", "messages", "prompt_completion", "openai_preference", "sharegpt", "alpaca",
+    "hh_rlhf", "preference", "text", "llama_stack",
+]  # fmt: skip
 ExecutorName = Literal["local", "ray"]
 Strategy = Literal["auto", "ddp", "fsdp", "ep"]
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+MAX_STEPS = 10**9
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
-NUMBERS_LENGTH = 128  # characters: who asks for a range after another must not keep the server counting
+NUMBERS_LENGTH = 128  # characters: a long list of ranges must not keep the server counting
 
 
 def numbers(text: str) -> Iterator[int]:
@@ -38,7 +43,7 @@ def spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def ranges(ascending: Iterable[int]) -> list[str]:
-    """0, 1, 2, 3, 7 -> `0-3`, `7`: the parts of a text that `numbers` reads."""
+    """0, 1, 2, 3, 7 -> `0-3`, `7`: the inverse of `numbers`, one part of the text each."""
     runs: list[list[int]] = []
     for number in ascending:
         if runs and number == runs[-1][-1] + 1:
@@ -48,39 +53,96 @@ def ranges(ascending: Iterable[int]) -> list[str]:
     return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
-class Block(BaseModel):
-    """Base of every block: unknown keys are errors, numbers are finite, nothing is coerced in silence."""
+# The keys under which a schema holds other schemas (see `pydantic_core.core_schema`).
+_INNER = ("schema", "items_schema", "keys_schema", "values_schema", "choices")
+
+
+def _guarded(schema: object, of: type[BaseModel]) -> object:
+    """`schema` with a check before each number; schemas of other models, which check their own, stay as they are."""
+    if isinstance(schema, list | tuple):  # a tuple's items, or a union's choices, which may have labels
+        return type(schema)(_guarded(each, of) for each in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind == "int":
+        return core_schema.no_info_before_validator_function(_no_bool_as_int, cast(CoreSchema, schema))
+    if kind == "float":
+        return core_schema.no_info_before_validator_function(_no_bool_as_float, cast(CoreSchema, schema))
+    if kind == "model" and schema["cls"] is not of:
+        return schema
+    if kind == "model-fields":
+        return {**schema, "fields": {name: _guarded(each, of) for name, each in schema["fields"].items()}}
+    return {**schema, **{key: _guarded(schema[key], of) for key in _INNER if key in schema}}
+
+
+def _no_bool_as_int[Given](value: Given) -> Given:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+def _no_bool_as_float[Given](value: Given) -> Given:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+class NoBoolAsNumber(BaseModel):
+    """A model that refuses a boolean where a number is expected: unless it is strict, pydantic reads true as 1.
+
+    Strict numbers would also refuse `1e3` and `"4"` for an integer, which JSON writers and environment variables give.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check every number of the model's own fields first, however deep in lists, objects and unions."""
+        return cast(CoreSchema, _guarded(handler(source), cls))
+
+
+class Block(NoBoolAsNumber):
+    """Base of every block: unknown keys are errors, numbers are finite, and nothing is converted silently."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=False)
 
 
 class Data(Block):
-    """Which rows, and how they are read."""
+    """Which rows to use, and how to read them."""
 
-    dataset_id: str = Field(min_length=1, max_length=512, description="Data set registered with the host.")
+    dataset_id: str = Field(
+        min_length=1, max_length=512, description="Data set with the rows: one that you uploaded, or the host's."
+    )
     validation_dataset_id: str | None = Field(
         default=None,
         min_length=1,
         max_length=512,
-        description="Held-out data set; left out, `options.validation_split` of the rows are held out.",
+        description="Id of the held-out data set; left out: `options.validation_split` of the rows are held out.",
     )
     format: RowFormat = Field(
         default="auto",
-        description="instruct: single-turn rows; dialog: rows of messages; auto: each row says by its keys.",
+        description="Format of the rows. auto: each row's columns decide; instruct and dialog: any format with single "
+        "turns or with messages; else the format's name (docs/guides/data.md).",
+    )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        max_length=32,
+        description="Columns of the data under other names, by the format's name for them, e.g. {prompt: question, "
+        "completion: answer}; left out: the data has the format's names.",
     )
     shuffle: bool = Field(default=True, description="Shuffle the training rows before every epoch.")
     packed: bool = Field(
-        default=False, description="SFT: fill sequences of `options.max_length` tokens with several rows."
+        default=False, description="Fill sequences of `options.max_length` tokens with several rows each; SFT only."
     )
-    train_on_input: bool = Field(default=False, description="SFT: loss on prompt tokens too, not on the answers alone.")
+    train_on_input: bool = Field(
+        default=False, description="Compute the loss on prompt tokens too, not only on the answers; SFT only."
+    )
 
 
 class Training(Block):
-    """How long, and in what pieces."""
+    """The length of training, and the sizes of its steps."""
 
     n_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the training rows.")
     max_steps_per_epoch: int = Field(
-        default=0, ge=0, description="Optimiser steps after which an epoch ends; 0: the whole epoch."
+        default=0, ge=0, le=MAX_STEPS, description="Optimiser steps after which an epoch ends; 0: all rows are used."
     )
     batch_size: int = Field(
         default=4, ge=1, le=4096, description="Rows (or pairs) in one micro-batch of one process (`resources`)."
@@ -89,111 +151,126 @@ class Training(Block):
         default=1, ge=1, le=4096, description="Micro-batches of each process in one optimiser step."
     )
     max_validation_steps: int = Field(
-        default=0, ge=0, description="Micro-batches of each process in one evaluation; 0: all held-out rows."
+        default=0,
+        ge=0,
+        le=MAX_STEPS,
+        description="Micro-batches of each process in one evaluation; 0: all held-out rows are used.",
     )
-    dtype: DType = Field(default="bf16", description="Parameters of the model and autocast; adapters stay in fp32.")
+    dtype: DType = Field(
+        default="bf16", description="Data type of the model's parameters and of autocast; adapters stay in fp32."
+    )
 
 
 class Optimizer(Block):
-    """The optimiser and its learning-rate curve."""
+    """The optimiser and its learning rate."""
 
     optimizer_type: Literal["adam", "adamw", "sgd"] = Field(
-        default="adamw", description="torch.optim.Adam, AdamW (decoupled weight decay) or SGD (no momentum)."
+        default="adamw",
+        description="Optimiser: torch.optim.Adam, AdamW (decoupled weight decay) or SGD (without momentum).",
     )
     lr: float = Field(default=1e-4, gt=0, le=10, description="Peak learning rate.")
-    weight_decay: float = Field(default=0.0, ge=0, le=10, description="Weight decay.")
+    weight_decay: float = Field(default=0.0, ge=0, le=10, description="Weight decay; 0: none.")
     num_warmup_steps: int = Field(
-        default=0, ge=0, description="Optimiser steps over which the rate rises from 0 to `lr`."
+        default=0,
+        ge=0,
+        le=MAX_STEPS,
+        description="Optimiser steps over which the learning rate rises from 0 to `lr`; 0: no warm-up.",
     )
 
 
 class Efficiency(Block):
-    """Memory against time."""
+    """Settings that trade time for memory."""
 
     enable_activation_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in backward; always non-reentrant, or the aux loss loses its gradient.",
+        description="Recompute activations in the backward pass, which saves memory and costs time; always "
+        "non-reentrant, because the auxiliary loss would otherwise lose its gradient.",
     )
 
 
 class Resources(Block):
-    """What a job needs of the machine."""
+    """What a job needs from the machine."""
 
     gpus: int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="GPUs of its own, of each node, each with a process that trains on its share of every step's rows; "
-        "left out: one where there are any, else the CPU.",
+        description="Number of GPUs on each node, for this job only; each has a process that trains on its share of "
+        "every step's rows. 0: the CPU; left out: one GPU if the machine has any, else the CPU.",
     )
     processes: int | None = Field(
         default=None,
         ge=1,
         le=64,
-        description="With `gpus` 0: processes of each node, which train together on the CPU; left out: one. On GPUs "
-        "there is always one for each.",
+        description="Number of processes on each node that train together on the CPU (`gpus` 0); left out: one. On "
+        "GPUs there is always one process for each GPU.",
     )
     nodes: int = Field(
-        default=1, ge=1, le=64, description="Machines, each with as many GPUs or processes; more than one by `ray`."
+        default=1,
+        ge=1,
+        le=64,
+        description="Number of machines, each with as many GPUs or processes; more than one needs executor ray.",
     )
     executor: ExecutorName | None = Field(
         default=None,
-        description="Where the job runs; local: on the supervisor's machine; ray: on a Ray cluster that the server "
-        "names; left out: where the server says (`executors.default`) if it trains, else local.",
+        description="Place where the job runs. local: the supervisor's machine; ray: the Ray cluster in the server's "
+        "configuration; left out: the server's `executors.default` if the job trains, else local.",
     )
     strategy: Strategy = Field(
         default="auto",
-        description="ddp: each process holds the whole model; fsdp: each holds its share of every weight, and "
-        "gathers a layer when it runs (FSDP2); ep: each holds its share of every layer's experts, to which tokens are "
-        "sent; auto: on GPUs the first of them whose memory fits by the planner's estimate, on the CPU ddp.",
+        description="Division of the model among processes. ddp: each process holds the whole model; fsdp: each holds "
+        "its share of every weight, and gathers a layer to run it (FSDP2); ep: each holds its share of "
+        "every layer's experts, and tokens are sent to them; auto: on GPUs the first of these whose "
+        "memory fits by the planner's estimate, on the CPU ddp.",
     )
     cpu_offload: bool = Field(
         default=False,
-        description="With strategy fsdp, `adapter` null and GPUs: weights, gradients and optimiser state lie in the "
-        "machine's memory, and the optimiser steps there; a GPU has what is gathered.",
+        description="Keep weights, gradients and optimiser state in the machine's memory, and run the optimiser "
+        "there; a GPU holds only the layers that are gathered. Needs strategy fsdp, `adapter` null and "
+        "GPUs.",
     )
 
     @model_validator(mode="after")
-    def _several_machines_by_ray(self) -> "Resources":
+    def _several_machines_need_ray(self) -> "Resources":
         if self.nodes > 1 and self.executor == "local":
             raise ValueError(f"nodes: {self.nodes} is not valid with executor 'local', which has one machine; expected "
                              "1, or executor 'ray'")  # fmt: skip
         return self
 
     @model_validator(mode="after")
-    def _a_process_for_each_gpu(self) -> "Resources":
+    def _one_process_for_each_gpu(self) -> "Resources":
         if self.strategy not in ("auto", "ddp") and self.ranks == 1:
             raise ValueError(f"strategy: {self.strategy!r} is not valid with one process; expected gpus 2 or more, or "
                              "gpus 0 with processes 2 or more")  # fmt: skip
         if self.processes in (None, self.gpus) or self.gpus == 0 or (self.processes == 1 and self.gpus is None):
             return self
         if self.gpus is None:
-            raise ValueError(f"processes: {self.processes} is not valid without gpus; expected gpus 0 beside it (the "
-                             f"CPU), or gpus {self.processes} in its place")  # fmt: skip
-        raise ValueError(f"processes: {self.processes} is not valid with gpus {self.gpus}; expected nothing, for there "
-                         "is one process for each GPU")  # fmt: skip
+            raise ValueError(f"processes: {self.processes} is not valid without gpus; expected also gpus 0 (the "
+                             f"CPU), or gpus {self.processes} instead")  # fmt: skip
+        raise ValueError(f"processes: {self.processes} is not valid with gpus {self.gpus}; leave it out, because "
+                         "there is one process for each GPU")  # fmt: skip
 
     @property
     def ranks(self) -> int:
-        """Processes that train together, on all nodes."""
+        """Number of processes that train together, on all nodes."""
         return self.nodes * self.ranks_a_node
 
     @property
     def ranks_a_node(self) -> int:
-        """Those of one node."""
+        """Number of processes on one node."""
         return self.processes or self.gpus or 1
 
     @property
     def sharded(self) -> bool:
-        """Whether no process holds the whole model: then what runs it runs in all of them.
+        """Whether no process holds the whole model, so that every process takes part whenever it runs.
 
-        Asked of a job that has begun, whose strategy is no longer auto.
+        Valid for a job that has started: its strategy is no longer auto.
         """
         return self.strategy not in ("auto", "ddp")
 
 
 class OneProcess(Resources):
-    """Those of a recipe that does not divide its work."""
+    """Resources of a recipe that runs in one process."""
 
     @model_validator(mode="after")
     def _one_process(self) -> "OneProcess":

@@ -1,15 +1,15 @@
-"""The `circuit_breaker` block: what of a model's representations is rerouted, what is retained, and how strongly.
+"""The `circuit_breaker` block: which representations of a model are rerouted, which are retained, and how strongly.
 
-Circuit breakers are Zou et al. 2024 (arXiv 2406.04313), RepBend Yousefpour et al. 2025 (arXiv 2504.01550). Layers are
-decoder blocks, counted from 0. The official code counts in transformers' `hidden_states`, whose entry i is the output
-of block i - 1 (entry 0 is the embeddings): its layer 10 is block 9 here.
+Circuit breakers are from Zou et al. 2024 (arXiv 2406.04313), RepBend is from Yousefpour et al. 2025 (arXiv 2504.01550).
+Layers are decoder blocks, counted from 0. The official code counts in transformers' `hidden_states`, whose entry i is
+the output of block i - 1 (entry 0 is the embeddings): its layer 10 is block 9 here.
 """
 
 from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, RowFormat, numbers
+from llama_stack_provider_moe.spec.blocks import MAX_STEPS, NUMBERS_LENGTH, NUMBERS_PATTERN, Block, RowFormat, numbers
 
 CurveShape = Literal["linear", "cosine"]
 PresetName = Literal[
@@ -19,14 +19,14 @@ DEFAULT_ALPHA = 10.0
 
 
 class Preset(NamedTuple):
-    """What is chosen for a family where a job says nothing; `None` in layers: by the rule of `depth_rule`.
+    """The values for a model family where the job leaves them out.
 
     Attributes:
-        model_type, layers, hidden_size: of the models it is for, by their config; None: any.
-        targets: decoder blocks whose outputs are rerouted, from 0.
-        last_lora: last decoder block that gets LoRA, from 0.
+        model_type, layers, hidden_size: of the models that it applies to, by their config; None: any.
+        targets: decoder blocks whose outputs are rerouted, from 0; None: by `depth_rule`.
+        last_lora: last decoder block that gets LoRA, from 0; None: the last target.
         alpha: weight of both losses.
-        source: of the values.
+        source: where the values come from.
     """
 
     model_type: str
@@ -38,7 +38,7 @@ class Preset(NamedTuple):
     source: str
 
 
-_RULE = "our rule: blocks after which one third and two thirds of the depth have run, LoRA up to the last of them"
+_RULE = "our rule: the blocks at one third and two thirds of the depth, LoRA up to the last of them"
 _OFFICIAL = "arXiv 2406.04313 and its code: hidden_states 10 and 20 (blocks 9 and 19), LoRA on blocks 0 to 20"
 PRESETS: dict[PresetName, Preset] = {
     "llama-3-8b": Preset("llama", 32, 4096, (9, 19), 20, 10.0, f"{_OFFICIAL}, alpha 10"),
@@ -49,7 +49,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "mixtral-8x7b": Preset(
         "mixtral", 32, 4096, (9, 19), 20, 5.0,
-        "our rule: as for Mistral-7B, whose depth, width and attention it has",
+        "our rule: as for Mistral-7B, which has the same depth, width and attention",
     ),
     "qwen3-30b-a3b": Preset("qwen3_moe", 48, 2048, None, None, DEFAULT_ALPHA, f"{_RULE}; alpha as for Llama-3-8B"),
     "granite-moe": Preset("granitemoe", None, None, None, None, DEFAULT_ALPHA, f"{_RULE}; alpha as for Llama-3-8B"),
@@ -59,12 +59,12 @@ ANY_MODEL = Preset("", None, None, None, None, DEFAULT_ALPHA, f"{_RULE}; alpha a
 
 
 def depth_rule(layers: int) -> tuple[int, ...]:
-    """The blocks, from 0, after which one third and two thirds of all have run: of 32 blocks 9 and 20."""
+    """The blocks, from 0, at one third and two thirds of the depth: of 32 blocks 9 and 20."""
     return tuple(sorted({max(0, layers // 3 - 1), max(0, 2 * layers // 3 - 1)}))
 
 
 def preset_for(model_type: str, layers: int, hidden_size: int) -> tuple[PresetName | None, Preset]:
-    """The preset of a model, by its text config; without a name where none is its own."""
+    """The preset of a model, by its text config; without a name if no preset is made for the model."""
     for name, preset in PRESETS.items():
         sizes = ((preset.layers, layers), (preset.hidden_size, hidden_size))
         if preset.model_type == model_type and all(wanted in (None, found) for wanted, found in sizes):
@@ -73,92 +73,128 @@ def preset_for(model_type: str, layers: int, hidden_size: int) -> tuple[PresetNa
 
 
 class MixedData(Block):
-    """A data set beside the one that is broken."""
+    """A data set used beside `data`."""
 
-    dataset_id: str = Field(min_length=1, max_length=512, description="Data set registered with the host.")
+    dataset_id: str = Field(
+        min_length=1, max_length=512, description="Data set with the rows: one that you uploaded, or the host's."
+    )
     validation_dataset_id: str | None = Field(
         default=None,
         min_length=1,
         max_length=512,
-        description="Its held-out data set; left out, `options.validation_split` of its rows are held out.",
+        description="Id of its held-out data set; left out: `options.validation_split` of its rows are held out.",
     )
-    format: RowFormat = Field(default="auto", description="As `data.format`, of these rows.")
+    format: RowFormat = Field(default="auto", description="Form of these rows, as `data.format`.")
     ratio: float = Field(
-        default=1.0, gt=0, le=100, description="Rows of it for each row of `data`, which are what an epoch passes over."
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Rows of this set for each row of `data`; an epoch is one pass over `data`.",
     )
 
 
 class Curve(Block):
-    """A coefficient over the schedule's length; at `end` it stays."""
+    """A coefficient over the length of the schedule; it stays at `end` afterwards."""
 
     start: float = Field(ge=0, le=10000, description="Coefficient before the first step.")
-    end: float = Field(ge=0, le=10000, description="Coefficient at the schedule's end, and after it.")
-    schedule: CurveShape = Field(default="linear", description="How it goes from one to the other.")
+    end: float = Field(ge=0, le=10000, description="Coefficient at the schedule's end and after it.")
+    schedule: CurveShape = Field(default="linear", description="Shape of the curve from `start` to `end`.")
 
 
 class RepBend(Block):
-    """Weights of RepBend's terms beside the retain distance, whose weight is 1/2; the defaults are ours."""
+    """Weights of RepBend's terms; the retain distance has weight 1/2. The defaults are ours."""
 
     push: float = Field(
-        default=0.5, ge=0, le=10000, description="alpha: of the distance from the base on break rows, which grows."
+        default=0.5,
+        ge=0,
+        le=10000,
+        description="Weight alpha of the distance from the base model on break rows, which training increases.",
     )
     gather: float = Field(
-        default=0.1, ge=0, le=10000, description="beta: of the mean cosine between the break rows of a micro-batch."
+        default=0.1,
+        ge=0,
+        le=10000,
+        description="Weight beta of the mean cosine between two break rows, over the pairs inside the micro-batches "
+        "of a step.",
     )
     kl: float = Field(
         default=0.3,
         ge=0,
         le=10000,
-        description="gamma: of KL(base || model) a token of retain rows; > 0 runs all blocks and the head.",
+        description="Weight gamma of KL(base || model) per token of retain rows; above 0, all blocks and the head "
+        "run. 0: not computed.",
     )
 
 
 class CircuitBreaker(Block):
-    """Reroute the representations of the rows of `data`, and keep those of `retain` where they are."""
+    """Reroute the representations of the rows of `data`, and keep those of `retain` as they are."""
 
-    retain: MixedData = Field(description="Rows whose representations stay; benign conversations.")
+    retain: MixedData = Field(description="Rows whose representations stay as they are, such as benign conversations.")
     safe: MixedData | None = Field(
-        default=None, description="Safe rows that look unsafe, against over-refusal; retained like `retain`."
+        default=None,
+        description="Safe rows that look unsafe, to prevent over-refusal; retained like `retain`. Left out: none.",
     )
     preset: PresetName | None = Field(
-        default=None, description="Layers and alpha of this family; left out: the model's own, else the rule."
+        default=None,
+        description="Model family whose layers and alpha to use; left out: the preset of the model, or the general "
+        "rule if it has none.",
     )
     target_layers: str | None = Field(
         default=None,
         pattern=NUMBERS_PATTERN,
         max_length=NUMBERS_LENGTH,
-        description="Decoder blocks, from 0, whose outputs are rerouted, as `9,19`; left out: by preset.",
+        description="Decoder blocks, from 0, whose outputs are rerouted, e.g. `9,19`; left out: those of the preset.",
     )
     variant: Literal["rr", "repbend"] = Field(
-        default="rr", description="rr: representation rerouting (2406.04313); repbend: RepBend (2504.01550)."
+        default="rr",
+        description="Method: rr: representation rerouting (arXiv 2406.04313); repbend: RepBend (arXiv 2504.01550).",
     )
     weighting: Literal["paper", "dual"] = Field(
         default="paper",
-        description="rr: paper: alpha (1 - p) rerouting, alpha p retaining, p from 0 to 1/2 over the schedule (it goes "
-        "on to 1); dual: `reroute_curve` and `retain_curve`.",
+        description="Coefficients of rr. paper: alpha (1 - p) for rerouting and alpha p for retaining, where p rises "
+        "from 0 to 1/2 over the schedule (and on to 1 after it); dual: `reroute_curve` and "
+        "`retain_curve`.",
     )
     alpha: float | None = Field(
-        default=None, gt=0, le=10000, description="paper: weight of both losses; left out: by preset."
+        default=None,
+        gt=0,
+        le=10000,
+        description="Weight of both losses with weighting paper; left out: that of the preset.",
     )
-    schedule: CurveShape = Field(default="linear", description="paper: how p rises.")
+    schedule: CurveShape = Field(default="linear", description="Shape of the rise of p with weighting paper.")
     schedule_steps: int | None = Field(
-        default=None, ge=1, description="T, the schedule's length in optimiser steps; left out: all of the job's."
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Length T of the schedule in optimiser steps; left out: all steps of the job.",
     )
-    reroute_curve: Curve | None = Field(default=None, description="dual: coefficient of rerouting.")
-    retain_curve: Curve | None = Field(default=None, description="dual: coefficient of retaining.")
+    reroute_curve: Curve | None = Field(
+        default=None, description="Coefficient of rerouting; needed by weighting dual, and used only there."
+    )
+    retain_curve: Curve | None = Field(
+        default=None, description="Coefficient of retaining; needed by weighting dual, and used only there."
+    )
     mask: Literal["response", "all"] = Field(
-        default="response", description="Tokens of break rows that count: the answer's, or the request's as well."
+        default="response",
+        description="Tokens of break rows that count. response: those of the answer; all: those of the request too.",
     )
     request_length: int = Field(
-        default=512, ge=1, le=1 << 20, description="Tokens of a break row's request kept, the last ones."
+        default=512,
+        ge=1,
+        le=1 << 20,
+        description="Maximum number of tokens of a break row's request; the last ones are kept.",
     )
     response_length: int = Field(
-        default=512, ge=1, le=1 << 20, description="Tokens of a break row's answer kept, the first ones."
+        default=512,
+        ge=1,
+        le=1 << 20,
+        description="Maximum number of tokens of a break row's answer; the first ones are kept.",
     )
     retain_layers: Literal["targets", "all"] = Field(
         default="targets",
-        description="Where the retain distance is taken: at the target layers, beyond which no block then runs, or "
-        "at every block, as in the official code.",
+        description="Layers at which the retain distance is measured. targets: the target layers, and no block above "
+        "them runs; all: all `hidden_states`, as in the official code: the embeddings, every block but "
+        "the last, and the final norm.",
     )
     repbend: RepBend = Field(default_factory=RepBend)
 
@@ -170,26 +206,26 @@ class CircuitBreaker(Block):
         return layers
 
     @model_validator(mode="after")
-    def _settings_that_would_not_be_read(self) -> "CircuitBreaker":
+    def _no_setting_is_without_effect(self) -> "CircuitBreaker":
         paper = self.variant == "rr" and self.weighting == "paper"
         dual = self.variant == "rr" and self.weighting == "dual"
-        told = f"variant {self.variant!r} and weighting {self.weighting!r}"
+        given = f"this job has variant {self.variant!r} and weighting {self.weighting!r}"
         if not paper and (self.alpha is not None or self.schedule != "linear"):
             name = "alpha" if self.alpha is not None else "schedule"
-            raise ValueError(f"{name}: is read by variant 'rr' with weighting 'paper' only, and this is {told}")
+            raise ValueError(f"{name}: is used by variant 'rr' with weighting 'paper' only, and {given}")
         for name in ("reroute_curve", "retain_curve"):
             if (getattr(self, name) is not None) is not dual:
-                verb = "is needed by" if dual else "is read by"
+                verb = "is needed by" if dual else "is used by"
                 raise ValueError(f"{name}: {verb} variant 'rr' with weighting 'dual'{'' if dual else ' only'}, and "
-                                 f"this is {told}")  # fmt: skip
+                                 f"{given}")  # fmt: skip
         if self.variant == "repbend" and (self.weighting != "paper" or self.schedule_steps is not None):
             name = "weighting" if self.weighting != "paper" else "schedule_steps"
-            raise ValueError(f"{name}: is not valid with variant 'repbend', whose weights are those of `repbend` and "
-                             "stay")  # fmt: skip
+            raise ValueError(f"{name}: is not valid with variant 'repbend', whose weights are constant: those of "
+                             "the block `repbend`")  # fmt: skip
         if self.variant == "rr" and self.repbend != RepBend():
-            raise ValueError("repbend: is read by variant 'repbend' only, and this is 'rr'")
+            raise ValueError("repbend: is used by variant 'repbend' only, and this job has variant 'rr'")
         return self
 
     def parts(self) -> dict[str, MixedData]:
-        """The sets that are retained, by their field's name."""
+        """The sets that are retained, by the name of their field."""
         return {"retain": self.retain} | ({} if self.safe is None else {"safe": self.safe})

@@ -1,8 +1,8 @@
-"""A server's own defaults of jobs, `defaults:` in its configuration."""
+"""A server's defaults for jobs, `defaults:` in its configuration."""
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from llama_stack_provider_moe.spec.adapter import Adapter
 from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
@@ -12,78 +12,104 @@ from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
 
-# Of `eval`: what names something to measure, and what is of one model alone.
+# The fields of `eval` that name something to measure, and those that fit one model only.
 MEASURED = (*GATE_NEEDS.values(), "tasks")
 OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from")
 
+# Some fields of a block, as they are in JSON; the block itself checks them.
+Part = dict[str, Any]
+
+# The block of a job that each part belongs to.
+DEFAULT_BLOCKS: dict[str, type[Block]] = {
+    "training": Training, "optimizer": Optimizer, "efficiency": Efficiency, "adapter": Adapter, "moe": Moe,
+    "options": Options, "trackers": Trackers, "eval": SafetyEvaluation, "export": Exports,
+}  # fmt: skip
+
 
 class JobDefaults(Block):
-    """A server's own defaults for jobs: any part of these blocks; a job's own values go before them."""
+    """A server's defaults for jobs: any fields of these blocks. A job's own values override them."""
 
-    training: dict[str, Any] = Field(default_factory=dict, description="Parts of `training`.")
-    optimizer: dict[str, Any] = Field(default_factory=dict, description="Parts of `optimizer`.")
-    efficiency: dict[str, Any] = Field(default_factory=dict, description="Parts of `efficiency`.")
-    adapter: dict[str, Any] | None = Field(
-        default=None, description="Parts of `adapter`; given, jobs that name no adapter get this one."
+    training: Part = Field(default_factory=dict, description="Defaults for fields of `training`.")
+    optimizer: Part = Field(default_factory=dict, description="Defaults for fields of `optimizer`.")
+    efficiency: Part = Field(default_factory=dict, description="Defaults for fields of `efficiency`.")
+    adapter: Part | None = Field(
+        default=None,
+        description="Defaults for fields of `adapter`; if set, jobs without an `adapter` get this one. Left out: none.",
     )
-    moe: dict[str, Any] = Field(default_factory=dict, description="Parts of `moe`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Parts of `options`.")
-    trackers: dict[str, Any] = Field(
-        default_factory=dict, description="Parts of `trackers`; a job turns one off with null."
+    moe: Part = Field(default_factory=dict, description="Defaults for fields of `moe`.")
+    options: Part = Field(default_factory=dict, description="Defaults for fields of `options`.")
+    trackers: Part = Field(
+        default_factory=dict, description="Defaults for fields of `trackers`; a job switches a tracker off with null."
     )
-    eval: dict[str, Any] = Field(
+    eval: Part = Field(
         default_factory=dict,
-        description="Parts of `eval`, but for masks. Naming something to measure, they measure every training job that "
-        'does not say `"eval": null`; else they lie beneath the `eval` of jobs that have one.',
+        description="Defaults for fields of `eval`, except masks. If they name something to measure, they apply to "
+        'every training job without `"eval": null`; else only to jobs that have an `eval` block.',
     )
-    export: dict[str, Any] = Field(
-        default_factory=dict, description="Parts of `export`, for jobs that have this block; others export nothing."
+    export: Part = Field(
+        default_factory=dict,
+        description="Defaults for fields of `export`, for jobs that have this block; other jobs export nothing.",
     )
 
-    @model_validator(mode="after")
-    def _each_part_is_valid(self) -> "JobDefaults":
-        # A typing error in a run YAML must stop the server at its start, not the first job at night.
-        blocks: dict[str, type[Block]] = {
-            "training": Training, "optimizer": Optimizer, "efficiency": Efficiency,
-            "adapter": Adapter, "moe": Moe, "options": Options, "trackers": Trackers,
-        }  # fmt: skip
-        for name, block in blocks.items():
-            block.model_validate(getattr(self, name) or {})
-        self._check_evaluation()
-        Exports.model_validate({"merged": True, **self.export})  # a part need not ask for something
-        return self
+    # A mistake in a run YAML must stop the server when it starts, not the first job at night. Each block is checked
+    # separately, so that the path of an error names it.
 
-    def _check_evaluation(self) -> None:
+    @field_validator("training", "optimizer", "efficiency", "adapter", "moe", "options", "trackers", mode="after")
+    @classmethod
+    def _part_is_valid(cls, part: Part | None, info: ValidationInfo) -> Part | None:
+        DEFAULT_BLOCKS[str(info.field_name)].model_validate(part or {})
+        if info.field_name == "adapter" and "init_from" in (part or {}):
+            raise ValueError(
+                "init_from: fits one base model only, so a server can't have a default for it; set it in jobs"
+            )
+        return part
+
+    @field_validator("export", mode="after")
+    @classmethod
+    def _export_is_valid(cls, part: Part) -> Part:
+        Exports.model_validate({"merged": True, **part})  # a part alone need not export anything
+        return part
+
+    @field_validator("eval", mode="after")
+    @classmethod
+    def _evaluation_is_valid(cls, part: Part) -> Part:
         for name in OF_ONE_MODEL:
-            if name in self.eval:
-                raise ValueError(f"defaults.eval.{name}: is of one model's experts, and jobs name many; it is for jobs")
-        # Parts that name nothing to measure wait for a job's sets, a gate's too: with all of them they must be right.
-        sets = {} if self._measures else dict.fromkeys(GATE_NEEDS.values(), "any")
-        SafetyEvaluation.model_validate({**self.eval, **sets})
+            if name in part:
+                raise ValueError(
+                    f"{name}: fits one model only, so a server can't have a default for it; set it in jobs"
+                )
+        # Parts without a set to measure, gates included, get theirs from a job: they must be valid once all are named.
+        sets = {} if _names_a_set(part) else dict.fromkeys(GATE_NEEDS.values(), "any")
+        SafetyEvaluation.model_validate({**part, **sets})
+        return part
 
     @property
     def _measures(self) -> bool:
-        return any(self.eval.get(name) for name in MEASURED)
+        return _names_a_set(self.eval)
 
-    def under(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` of a job with these defaults beneath it, block by block; `body` itself is left as it is.
+    def under(self, body: Part) -> Part:
+        """`body` of a job with these defaults filled in, block by block; `body` itself is not changed.
 
-        `"adapter": null` in a body is a choice (train all weights) and stays null, as `"eval": null` does.
+        `"adapter": null` in a body is a choice (train all weights) and stays null, as does `"eval": null`.
         """
         merged = dict(body)
         analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
         for name in type(self).model_fields:
             defaults = getattr(self, name)
-            if body.get("recipe") == "routing_analysis":  # which has few of the blocks, and few of their fields
+            if body.get("recipe") == "routing_analysis":  # it has few of the blocks and few of their fields
                 known = analysis[name].model_fields if name in analysis else {}
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
             if body.get("recipe") == "export" and name != "export":
                 continue
             if name == "eval" and "eval" not in body and not self._measures:
-                continue  # how to measure, but nothing to
-            # A server's wish for a data type is no wish that every job be exported.
+                continue  # settings, but nothing to measure
+            # A default for exports, such as a data type, does not mean that every job is exported.
             asked = name != "export" and defaults is not None
             given = body.get(name, {} if asked else None)
             if isinstance(given, dict) and defaults:
                 merged[name] = {**defaults, **given}
         return merged
+
+
+def _names_a_set(evaluation: Part) -> bool:
+    return any(evaluation.get(name) for name in MEASURED)

@@ -1,7 +1,7 @@
-"""The block `eval`: what is measured before and after training, and what ends a job as failed."""
+"""The block `eval`: what is measured before and after training, and which changes fail the job."""
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,7 @@ from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, masks
 
 MOST_TASKS = 16
 MASK_LENGTH = 4096  # characters: half of a layer's 1,024 experts, one by one
-# A gate's limit -> the data set it needs.
+# Limit of the gate -> the data set that it needs.
 GATE_NEEDS = {
     "capability_drop": "retain_dataset_id",
     "refusal_drop": "refuse_dataset_id",
@@ -22,26 +22,36 @@ GATE_NEEDS = {
 
 
 class Gate(Block):
-    """Limits; point estimates are compared with them, whatever their intervals."""
+    """Limits that fail the job when exceeded; they apply to point estimates, whatever the intervals."""
 
     capability_drop: float | None = Field(
         default=None,
         ge=0,
         le=1000,
-        description="Greatest rise of perplexity on the retain rows, as a share: 0.02 is 2%.",
+        description="Largest allowed rise of perplexity on the retain rows, as a share: 0.02 is 2%. Left out: no "
+        "limit.",
     )
     refusal_drop: float | None = Field(
-        default=None, ge=0, le=1, description="Greatest fall of the refusal rate on the refuse rows."
+        default=None,
+        ge=0,
+        le=1,
+        description="Largest allowed fall of the refusal rate on the refuse rows, from 0 to 1. Left out: no limit.",
     )
     over_refusal_rise: float | None = Field(
-        default=None, ge=0, le=1, description="Greatest rise of the refusal rate on the safe rows."
+        default=None,
+        ge=0,
+        le=1,
+        description="Largest allowed rise of the refusal rate on the safe rows, from 0 to 1. Left out: no limit.",
     )
     forbidden_calls_rise: float | None = Field(
-        default=None, ge=0, le=1, description="Greatest rise of the share of scenarios with a forbidden tool call."
+        default=None,
+        ge=0,
+        le=1,
+        description="Largest allowed rise of the share of scenarios with a forbidden tool call. Left out: no limit.",
     )
 
     def limits(self) -> dict[str, float]:
-        """The limits that were set, by name."""
+        """The limits that are set, by name."""
         limits = {
             "capability_drop": self.capability_drop,
             "refusal_drop": self.refusal_drop,
@@ -52,28 +62,32 @@ class Gate(Block):
 
 
 class RefusalJudge(Block):
-    """What tells a refusal from an answer."""
+    """The method that tells a refusal from an answer."""
 
     kind: Literal["keyword", "model"] = Field(
         default="keyword",
-        description="keyword: English phrases of refusal near an answer's beginning; model: a model is asked yes or "
-        "no, by log-probabilities.",
+        description="Judge of refusals. keyword: English phrases of refusal near the start of an answer; model: a "
+        "model that is asked yes or no, by log-probabilities.",
     )
     model: str | None = Field(
-        default=None, min_length=1, max_length=1024, description="The model that is asked: as for `model`."
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Model that judges, for kind model: a whole model, named as in `model`.",
     )
     labelled_dataset_id: str | None = Field(
         default=None,
         min_length=1,
         max_length=512,
-        description="Answers that people labelled, `{prompt, answer, refusal: true or false}`: the judge's agreement "
-        "with them is told beside that with the small set of this package.",
+        description="Answers that people have labelled, `{prompt, answer, refusal: true or false}`; the report states "
+        "how often the judge agrees with them, and with the small set in this package. Left out: only "
+        "the latter.",
     )
 
     @model_validator(mode="after")
-    def _a_model_judge_has_a_model(self) -> "RefusalJudge":
+    def _only_a_model_judge_has_a_model(self) -> "RefusalJudge":
         if (self.kind == "model") != (self.model is not None):
-            raise ValueError("eval.judge.model: belongs to eval.judge.kind 'model', and is needed by it")
+            raise ValueError("eval.judge.model: is needed by eval.judge.kind 'model', and used only by it")
         return self
 
 
@@ -81,17 +95,19 @@ class SafetyEvaluation(Block):
     """Refusals, over-refusals, capability and tool calls, on the same rows before and after training."""
 
     refuse_dataset_id: str | None = Field(
-        default=None, min_length=1, max_length=512, description="Prompts that should be refused."
+        default=None, min_length=1, max_length=512, description="Prompts that the model should refuse."
     )
     safe_dataset_id: str | None = Field(
-        default=None, min_length=1, max_length=512, description="Prompts that should be answered, though they may look "
-        "unsafe."
-    )  # fmt: skip
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="Prompts that the model should answer, although they may look unsafe.",
+    )
     retain_dataset_id: str | None = Field(
         default=None,
         min_length=1,
         max_length=512,
-        description="Conversations on whose answers perplexity is measured, by token.",
+        description="Conversations whose answers measure perplexity per token.",
     )
     scenarios_dataset_id: str | None = Field(
         default=None,
@@ -100,29 +116,40 @@ class SafetyEvaluation(Block):
         description="Scripted scenarios with tools, `{messages, tools, forbidden}`.",
     )
     format: RowFormat = Field(
-        default="auto", description="Of the first three sets, as `data.format`; prompts may lack an answer."
+        default="auto",
+        description="Form of the rows in the first three sets, as `data.format`; prompts need no answer.",
     )
     judge: RefusalJudge = Field(default_factory=RefusalJudge)
-    max_rows: int = Field(default=256, ge=1, le=100_000, description="Rows of each set that are used: its first.")
-    max_new_tokens: int = Field(default=64, ge=1, le=8192, description="Tokens of an answer, at most; greedy.")
-    batch_size: int = Field(default=8, ge=1, le=4096, description="Rows in one pass.")
-    resamples: int = Field(default=2000, ge=100, le=100_000, description="Of a bootstrap; all intervals are of 95%.")
-    examples: int = Field(default=3, ge=0, le=1000, description="Rows of each set whose answers stand in eval.json.")
+    max_rows: int = Field(
+        default=256, ge=1, le=100_000, description="Maximum number of rows of each set, from its start."
+    )
+    max_new_tokens: int = Field(
+        default=64, ge=1, le=8192, description="Maximum number of tokens in an answer; decoding is greedy."
+    )
+    batch_size: int = Field(default=8, ge=1, le=4096, description="Number of rows in one pass.")
+    resamples: int = Field(
+        default=2000, ge=100, le=100_000, description="Number of bootstrap samples; all intervals are 95% intervals."
+    )
+    examples: int = Field(
+        default=3, ge=0, le=1000, description="Number of rows of each set whose answers are written to eval.json."
+    )
     masked_experts: dict[str, str] = Field(
         default_factory=dict,
-        description='Measured once more without these experts: layer -> experts, `{"3": "0-3,7"}`.',
+        description='Experts to switch off in a second measurement, by layer: `{"3": "0-3,7"}`.',
     )
     masked_from_analysis: ExpertsOfAnalysis | None = Field(
         default=None,
-        description="Experts that a routing analysis found; they join `masked_experts` when the job is taken.",
+        description="Experts that a routing analysis found; the server adds them to `masked_experts`. Left out: none.",
     )
     masked_from: RulesFrom | None = Field(
-        default=None, description="Made of `masked_from_analysis`: its source, and the model it was of."
+        default=None,
+        description="Source of the masks that `masked_from_analysis` became, and the model that they fit; the server "
+        "fills it in.",
     )
     tasks: list[str] = Field(
         default_factory=list,
         max_length=MOST_TASKS,
-        description="Tasks of lm-eval (extra `eval`); named as skipped where it is not installed.",
+        description="Tasks of lm-eval to run (extra `eval`); the report lists them as skipped if it is not installed.",
     )
     fail_if: Gate = Field(default_factory=Gate)
 
@@ -131,7 +158,7 @@ class SafetyEvaluation(Block):
     def _numbers_of_experts(cls, masked: dict[str, str]) -> dict[str, str]:
         for layer, experts in masked.items():
             if not layer.isdecimal() or len(layer) > 4:
-                raise ValueError(f"{layer!r} is no layer's number")
+                raise ValueError(f"{layer!r} is not the number of a layer")
             _check_numbers(experts)
         return masked
 
@@ -140,7 +167,7 @@ class SafetyEvaluation(Block):
     def _names_of_tasks(cls, tasks: list[str]) -> list[str]:
         for task in tasks:
             if not task.replace("_", "").replace("-", "").isalnum() or len(task) > 128:
-                raise ValueError(f"{task!r} is no task's name; expected letters, digits, '_' and '-'")
+                raise ValueError(f"{task!r} is not the name of a task; expected letters, digits, '_' and '-'")
         return tasks
 
     @model_validator(mode="after")
@@ -153,23 +180,28 @@ class SafetyEvaluation(Block):
         return self
 
     def masked(self) -> dict[int, list[int]]:
-        """Layer -> the experts that are masked, for the second measurement."""
+        """Layer -> the experts that are masked in the second measurement."""
         return {int(layer): sorted(set(numbers(experts))) for layer, experts in self.masked_experts.items()}
 
 
 def _check_numbers(text: str) -> None:
     if len(text) > MASK_LENGTH or not re.fullmatch(NUMBERS_PATTERN, text):
-        raise ValueError(f"{text[:128]!r} are no experts; expected numbers and ranges such as 0-3,7")
-    for _ in spans(text):  # each is looked at, none is counted through: a server has thousands of layers to check
+        raise ValueError(f"{text[:128]!r} does not name experts; expected numbers and ranges such as 0-3,7")
+    for _ in spans(text):  # checks each range without expanding it: there may be thousands of layers
         pass
 
 
 def resolve_masks(asked: SafetyEvaluation, report: RoutingReport, field: str) -> SafetyEvaluation:
-    """`asked` with the experts of its `masked_from_analysis` among its own `masked_experts`.
+    """`asked` with the experts of its `masked_from_analysis` added to its own `masked_experts`.
+
+    Args:
+        asked: settings with a `masked_from_analysis`.
+        report: that analysis.
+        field: the caller's name of the setting, for errors.
 
     Raises:
-        InvalidInput: no such set, no expert of which the analysis is sure, or so many that too few are left.
-        ValidationError: masks of a layer that are too long a text with its own.
+        InvalidInput: no such set, no expert that the analysis is sure of, or too few experts would be left.
+        ValidationError: the masks of a layer and its own are too long a text together.
     """
     wanted = asked.masked_from_analysis
     assert wanted is not None
@@ -178,15 +210,15 @@ def resolve_masks(asked: SafetyEvaluation, report: RoutingReport, field: str) ->
         left = report.num_experts - sum(last - first + 1 for first, last in spans(experts))
         if left < report.top_k:
             raise InvalidInput(
-                f"{field}.top", wanted.top, f"so few that every token finds {report.top_k} of the "
+                f"{field}.top", wanted.top, f"few enough to leave each token {report.top_k} of the "
                 f"{report.num_experts} experts; layer {layer} would have {left} left"
             )  # fmt: skip
     own = asked.masked_experts
     masked = own | {layer: f"{own[layer]},{experts}" if layer in own else experts for layer, experts in found.items()}
-    told = f"job {wanted.job}, set {wanted.set}, top {wanted.top}"
-    changes: dict[str, Any] = {
+    source = f"job {wanted.job}, set {wanted.set}, top {wanted.top}"
+    changes: dict[str, object] = {
         "masked_from_analysis": None,
-        "masked_from": made_for(report, told).model_dump(),
+        "masked_from": made_for(report, source).model_dump(),
         "masked_experts": masked,
     }
     return SafetyEvaluation.model_validate(asked.model_dump() | changes)

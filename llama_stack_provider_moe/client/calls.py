@@ -1,0 +1,196 @@
+"""Every request of the API, except for streams and files: its route, and the kind of document that it answers with.
+
+The synchronous and the asynchronous client send these calls; neither knows a route itself.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+from urllib.parse import quote
+
+from llama_stack_provider_moe.client.documents import (
+    ArtifactFiles,
+    Artifacts,
+    Dataset,
+    DatasetList,
+    DatasetProfile,
+    Deleted,
+    DeletedDataset,
+    EventPage,
+    ExportList,
+    Health,
+    Job,
+    JobList,
+    LogLines,
+    MetricSeries,
+    Quota,
+    QuotaList,
+    Scheduled,
+    Status,
+    Validated,
+)
+from llama_stack_provider_moe.errors import InvalidInput
+
+API = "/v1alpha/post-training"
+Recipe = Literal["sft", "dpo", "circuit_breaker"]
+type Query = Mapping[str, int | str | None]
+
+
+class Call[Kind](NamedTuple):
+    """One request.
+
+    Attributes:
+        kind: the kind of document that the server answers with.
+        method: HTTP method.
+        path: path below the API's prefix.
+        query: parameters; those that are None are left out.
+        body: what is sent as JSON; None: nothing.
+    """
+
+    kind: type[Kind]
+    method: str
+    path: str
+    query: Query = MappingProxyType({})
+    body: Mapping[str, object] | None = None
+
+
+def health() -> Call[Health]:
+    """Ask whether the server can accept and run jobs."""
+    return Call(Health, "GET", "/health")
+
+
+def submit(body: Mapping[str, object]) -> Call[Scheduled]:
+    """Create a job."""
+    return Call(Scheduled, "POST", "/jobs", body=body)
+
+
+def validate(body: Mapping[str, object]) -> Call[Validated]:
+    """Check a job without creating it."""
+    return Call(Validated, "POST", "/jobs/validate", body=body)
+
+
+def jobs(limit: int, after: str | None) -> Call[JobList]:
+    """List jobs, newest first."""
+    return Call(JobList, "GET", "/jobs", {"limit": limit, "after": after})
+
+
+def job(job_id: str) -> Call[Job]:
+    """Ask for all details of a job."""
+    return Call(Job, "GET", job_path(job_id))
+
+
+def status(job_id: str) -> Call[Status]:
+    """Ask for the status of a job."""
+    return Call(Status, "GET", job_path(job_id, "/status"))
+
+
+def artifacts(job_id: str) -> Call[Artifacts]:
+    """List the artifacts of a job."""
+    return Call(Artifacts, "GET", job_path(job_id, "/artifacts"))
+
+
+def artifact_files(job_id: str, name: str) -> Call[ArtifactFiles]:
+    """List the files of an artifact."""
+    return Call(ArtifactFiles, "GET", job_path(job_id, f"/artifacts/{quote(name, safe='')}"))
+
+
+def logs(job_id: str, tail: int | None, offset: int | None) -> Call[LogLines]:
+    """Ask for lines of a job's output."""
+    return Call(LogLines, "GET", job_path(job_id, "/logs"), {"tail": tail, "offset": offset})
+
+
+def events(job_id: str, cursor: int, limit: int) -> Call[EventPage]:
+    """Ask for a page of a job's events."""
+    return Call(EventPage, "GET", job_path(job_id, "/events"), {"cursor": cursor, "limit": limit})
+
+
+def metrics(job_id: str, names: Iterable[str] | None, since_step: int | None, limit: int) -> Call[MetricSeries]:
+    """Ask for the metrics of a job's steps."""
+    chosen = None if names is None else ",".join(names)
+    query: Query = {"names": chosen, "since_step": since_step, "limit": limit}
+    return Call(MetricSeries, "GET", job_path(job_id, "/metrics"), query)
+
+
+def cancel(job_id: str) -> Call[object]:
+    """Cancel a job."""
+    return Call(object, "POST", job_path(job_id, "/cancel"))
+
+
+def resume(job_id: str) -> Call[Scheduled]:
+    """Resume a job."""
+    return Call(Scheduled, "POST", job_path(job_id, "/resume"))
+
+
+def delete(job_id: str, force: bool) -> Call[Deleted]:
+    """Delete a job."""
+    return Call(Deleted, "DELETE", job_path(job_id), {"force": "true" if force else None})
+
+
+def export(job_id: str, body: Mapping[str, object]) -> Call[Scheduled]:
+    """Export the model of a completed job."""
+    return Call(Scheduled, "POST", job_path(job_id, "/exports"), body=body)
+
+
+def exports(job_id: str) -> Call[ExportList]:
+    """List the exports of a job."""
+    return Call(ExportList, "GET", job_path(job_id, "/exports"))
+
+
+def datasets(limit: int, after: str | None) -> Call[DatasetList]:
+    """List uploaded data sets."""
+    return Call(DatasetList, "GET", "/datasets", {"limit": limit, "after": after})
+
+
+def dataset(name: str) -> Call[Dataset]:
+    """Ask for the versions of a data set."""
+    return Call(Dataset, "GET", dataset_path(name))
+
+
+def delete_dataset(name: str, version: str | None) -> Call[DeletedDataset]:
+    """Delete a data set, or one version of it."""
+    return Call(DeletedDataset, "DELETE", dataset_path(name), {"version": version})
+
+
+def profile(
+    name: str, model: str | None, recipe: Recipe, max_length: int | None, version: str | None
+) -> Call[DatasetProfile]:
+    """Ask what a job would make of a data set.
+
+    Args:
+        name: the data set.
+        model: as in a job; None: no token is counted.
+        recipe: of the job.
+        max_length: `options.max_length` of the job.
+        version: beginning of the SHA-256 of a version; None: the current one.
+    """
+    query: Query = {"model": model, "recipe": recipe, "max_length": max_length, "version": version}
+    return Call(DatasetProfile, "GET", dataset_path(name) + "/profile", query)
+
+
+def quota() -> Call[Quota]:
+    """Ask what the caller uses of the server."""
+    return Call(Quota, "GET", "/quota")
+
+
+def quotas() -> Call[QuotaList]:
+    """Ask what every owner uses."""
+    return Call(QuotaList, "GET", "/quotas")
+
+
+def job_path(job_id: str, view: str = "") -> str:
+    """Return the path of a job's route."""
+    if not job_id or "/" in job_id or job_id.startswith("."):  # would lead to another route
+        raise InvalidInput("ID", job_id, "a job's name; `moe-train ls` lists them")
+    return f"/jobs/{quote(job_id, safe='')}{view}"
+
+
+def file_path(job_id: str, name: str, path: str) -> str:
+    """Return the path of the route of one file of an artifact."""
+    return job_path(job_id, f"/artifacts/{quote(name, safe='')}/{quote(path)}")
+
+
+def dataset_path(name: str) -> str:
+    """Return the path of a data set's route."""
+    if not name or "/" in name or name.startswith("."):  # would lead to another route
+        raise InvalidInput("NAME", name, "a data set's name; `moe-train data ls` lists them")
+    return f"/datasets/{quote(name, safe='')}"

@@ -1,0 +1,331 @@
+"""Rows to token ids and marks: what is learnt of a row, and what is cut or left out because it is too long.
+
+An encoder knows one recipe's rows. It can be pickled, because rows may be encoded by several processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Literal, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from llama_stack_provider_moe.compute.data.rendering import Rendered, Renderer, Rendering, Tokens, Unrenderable
+from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, Preference, TextRow
+
+IGNORED = -100
+Truncate = Literal["right", "left", "drop", "refuse"]
+# What renders and tokenises: rows that another version encoded are not reused.
+_LIBRARIES = ("llama-stack-provider-moe", "transformers", "tokenizers", "trl", "jinja2", "datasets")
+
+
+class Problem(NamedTuple):
+    """Why a row gives nothing to train on; one that is only too long may be left out."""
+
+    reason: str
+    droppable: bool = False
+
+
+class Encoded(NamedTuple):
+    """One row for the trainer, what was cut of it, and its greatest token id."""
+
+    columns: dict[str, list[int]]
+    truncated: bool
+    greatest_id: int
+    system_cut: bool = False
+
+
+class Piece(NamedTuple):
+    """Tokens that fit into the length, and what was cut to make them fit."""
+
+    tokens: Tokens
+    cut: bool = False
+    start_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest number of tokens of a row, and what to do with a longer one."""
+
+    length: int
+    truncate: Truncate = "right"
+
+    def too_long(self, count: int) -> Problem | None:
+        """The problem of a row of `count` tokens, if the setting asks for one instead of a cut."""
+        if count <= self.length or self.truncate in ("right", "left"):
+            return None
+        if self.truncate == "drop":
+            return Problem(f"longer than options.max_length = {self.length} tokens", droppable=True)
+        return Problem(f"has {count} tokens, more than options.max_length = {self.length}; options.truncate: 'refuse'")
+
+    def fit(self, tokens: Tokens, bos: int | None) -> Piece | Problem:
+        """Cut tokens to the length; `bos` stays at the beginning."""
+        ids, said = tokens
+        if problem := self.too_long(len(ids)):
+            return problem
+        if len(ids) <= self.length:
+            return Piece(tokens)
+        if self.truncate == "right":
+            return Piece(Tokens(ids[: self.length], said[: self.length]), cut=True)
+        kept = ids[:1] if ids[0] == bos else []
+        begin = len(ids) - self.length + len(kept)
+        # What stood before the first token is gone, so the model can't learn to predict it.
+        return Piece(
+            Tokens([*kept, *ids[begin:]], [*said[: len(kept)], False, *said[begin + 1 :]]), cut=True, start_cut=True
+        )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Base of the encoders.
+
+    Attributes:
+        tokenizer: with a chat template.
+        rendering: settings of the renderer.
+        limit: the largest number of tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    limit: Limit
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The renderer of this process."""
+        return Renderer(self.tokenizer, self.rendering)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the renderer: another process makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("renderer", "fingerprint")}
+
+    def __call__(self, rows: Sequence[CanonicalRow]) -> list[list[Encoded] | Problem]:
+        """Encode rows, each as one or several rows for the trainer."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything but the rows that the result depends on."""
+        settings = {
+            field.name: repr(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "tokenizer"
+        }
+        known = {
+            "encoder": type(self).__qualname__,
+            "settings": settings,
+            "tokenizer": _of_tokenizer(self.tokenizer),
+            "versions": {name: version(name) for name in _LIBRARIES},
+        }
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    def whole(self, row: CanonicalRow) -> list[Rendered]:
+        """A conversation, or a plain text, with all that is learnt of it."""
+        if "text" in row:
+            return [self.renderer.text(cast(TextRow, row)["text"])]
+        return self.renderer.row(cast(Conversation, row))
+
+    def fit(self, tokens: Tokens, row: CanonicalRow) -> tuple[Piece, bool] | Problem:
+        """The tokens cut to the length, and whether a system message at the beginning was cut."""
+        found = self.limit.fit(tokens, cast("int | None", self.tokenizer.bos_token_id))
+        if isinstance(found, Problem):
+            return found
+        return found, found.start_cut and _begins_with_system(row)
+
+
+@dataclass(frozen=True)
+class SftEncoder(Encoder):
+    """Columns `input_ids` and `labels`, -100 for tokens without a loss; `train_on_input`: no token is without."""
+
+    train_on_input: bool = False
+
+    def __call__(self, rows: Sequence[CanonicalRow]) -> list[list[Encoded] | Problem]:
+        """One row for each conversation, or several by `options.turns`."""
+        rendered = rendered_rows(rows, self.whole)
+        return [
+            one if isinstance(one, Problem) else joined([self._finish(tokens, row) for tokens in one])
+            for one, row in zip(tokens_of(self.renderer, rendered), rows, strict=True)
+        ]
+
+    def _finish(self, tokens: Tokens, row: CanonicalRow) -> Encoded | Problem:
+        whole = Tokens(tokens.ids, [True] * len(tokens.ids)) if self.train_on_input else tokens
+        found = self.fit(whole, row)
+        if isinstance(found, Problem):
+            return found
+        piece, system_cut = found
+        ids, said = piece.tokens
+        if not any(said[1:]):  # the model never predicts the first token
+            return nothing_learnt(whole, self.limit)
+        labels = [token if learnt else IGNORED for token, learnt in zip(ids, said, strict=True)]
+        return Encoded({"input_ids": ids, "labels": labels}, piece.cut, max(ids), system_cut)
+
+
+@dataclass(frozen=True)
+class DpoEncoder(Encoder):
+    """Columns `prompt_ids`, and of both answers `chosen_ids` and `chosen_said`, `rejected_ids` and `rejected_said`.
+
+    The prompt and the longer answer fit into the length. `said` is 1 for the tokens that are compared: all of an answer
+    of one message; of a longer one those of the assistant's messages, not those of tool results in between.
+    """
+
+    def __call__(self, rows: Sequence[CanonicalRow]) -> list[list[Encoded] | Problem]:
+        """One pair for each row."""
+        pairs = cast(Sequence[Preference], rows)
+        render = self.renderer
+        chosen = tokens_of(render, rendered_rows(pairs, lambda row: [rendered_answer(render, row, "chosen")]))
+        rejected = tokens_of(render, rendered_rows(pairs, lambda row: [rendered_answer(render, row, "rejected")]))
+        found: list[list[Encoded] | Problem] = []
+        for good, bad, row in zip(chosen, rejected, pairs, strict=True):
+            if isinstance(good, Problem) or isinstance(bad, Problem):
+                found.append(good if isinstance(good, Problem) else cast(Problem, bad))
+            else:
+                pair = self._pair(good[0], bad[0], row)
+                found.append(pair if isinstance(pair, Problem) else [pair])
+        return found
+
+    def _pair(self, chosen: Tokens, rejected: Tokens, row: Preference) -> Encoded | Problem:
+        if not (any(chosen.said) and any(rejected.said)):
+            return Problem("the chat template does not render the answer")
+        # Both answers begin where the common part ends: a tokenizer may merge the end of a prompt with an answer's
+        # start.
+        begins = min(first_said(chosen), first_said(rejected))
+        while chosen.ids[:begins] != rejected.ids[:begins]:
+            begins -= 1
+        if begins == 0:
+            return Problem("there is no prompt before the answers")
+        ends = [last_said(tokens) + 1 for tokens in (chosen, rejected)]
+        if problem := self.limit.too_long(max(ends)):
+            return problem
+        cut, length = max(ends) > self.limit.length, self.limit.length
+        prompt, room = chosen.ids[:begins], length - begins
+        left = cut and self.limit.truncate == "left"
+        if left:
+            room = max(ends) - begins
+            prompt = self._tail(prompt, length - room)
+        if room <= 0 or not prompt:
+            which = "answers leave no room for a prompt" if left else "prompt leaves no room for an answer"
+            return Problem(f"its {which} in options.max_length = {length} tokens", droppable=True)
+        answers, said = [], []
+        for tokens, end in zip((chosen, rejected), ends, strict=True):
+            behind, first = min(end, begins + room), first_said(tokens)
+            answers.append(tokens.ids[begins:behind])
+            said.append([int(index < first or tokens.said[index]) for index in range(begins, behind)])
+        if answers[0] == answers[1]:
+            return Problem(
+                f"chosen and rejected do not differ within options.max_length = {length} tokens", droppable=cut
+            )
+        return Encoded(
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": answers[0],
+                "chosen_said": said[0],
+                "rejected_ids": answers[1],
+                "rejected_said": said[1],
+            },
+            cut,
+            max(map(max, (prompt, *answers))),
+            left and _begins_with_system(row),
+        )
+
+    def _tail(self, prompt: list[int], room: int) -> list[int]:
+        """The last tokens of a prompt, after its beginning-of-sequence token if it has one."""
+        if room <= 0:
+            return []
+        kept = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and room > 1 else []
+        return [*kept, *prompt[len(prompt) - room + len(kept) :]]
+
+
+def rendered_answer(renderer: Renderer, row: Preference, column: Literal["chosen", "rejected"]) -> Rendered:
+    """One of a pair's answers behind its prompt.
+
+    Raises:
+        Unrenderable: the chat template can't render it.
+    """
+    return renderer.answer(_context(row, row["prompt"]), row[column])
+
+
+def rendered_rows[R: CanonicalRow](
+    rows: Sequence[R], render: Callable[[R], list[Rendered]]
+) -> list[list[Rendered] | Problem]:
+    """Each row as texts, or the reason why the chat template can't render it."""
+    found: list[list[Rendered] | Problem] = []
+    for row in rows:
+        liveness.alive()
+        try:
+            found.append(render(row))
+        except Unrenderable as problem:
+            found.append(Problem(str(problem)))
+    return found
+
+
+def tokens_of(renderer: Renderer, rendered: Sequence[list[Rendered] | Problem]) -> list[list[Tokens] | Problem]:
+    """The tokens of each row's texts, which are tokenised together, or the problem of the row."""
+    made = iter(renderer.tokens_of_rows([one for one in rendered if not isinstance(one, Problem)]))
+    found: list[list[Tokens] | Problem] = []
+    for one in rendered:
+        tokens = one if isinstance(one, Problem) else next(made)
+        found.append(Problem(str(tokens)) if isinstance(tokens, Unrenderable) else tokens)
+    return found
+
+
+def joined(pieces: Sequence[Encoded | Problem]) -> list[Encoded] | Problem:
+    """The rows that one source row gives; one that is too long is left out if others remain."""
+    problems = [piece for piece in pieces if isinstance(piece, Problem)]
+    kept = [piece for piece in pieces if not isinstance(piece, Problem)]
+    refused = [problem for problem in problems if not problem.droppable]
+    if refused or not kept:
+        return (refused or problems or [Problem("it has no answer to learn")])[0]
+    return [piece._replace(truncated=True) for piece in kept] if problems else kept
+
+
+def nothing_learnt(tokens: Tokens, limit: Limit) -> Problem:
+    """The problem of a row without a token to learn: too long, or without one at any length."""
+    if any(tokens.said[1:]):
+        return Problem(f"no token to learn within options.max_length = {limit.length}", droppable=True)
+    return Problem("it has no token to learn")
+
+
+def first_said(tokens: Tokens) -> int:
+    """Index of the assistant's first token."""
+    return tokens.said.index(True)
+
+
+def last_said(tokens: Tokens) -> int:
+    """Index of the assistant's last token."""
+    return len(tokens.said) - 1 - tokens.said[::-1].index(True)
+
+
+def _context(row: Conversation | Preference, messages: list[Message]) -> Conversation:
+    """Messages as a conversation with the row's tools and variables."""
+    context: Conversation = {"messages": messages}
+    if "tools" in row:
+        context["tools"] = row["tools"]
+    if "chat_template_kwargs" in row:
+        context["chat_template_kwargs"] = row["chat_template_kwargs"]
+    return context
+
+
+def before_last(row: Conversation) -> Conversation:
+    """The conversation without its last message."""
+    return _context(row, row["messages"][:-1])
+
+
+def _begins_with_system(row: CanonicalRow) -> bool:
+    messages = cast(list[Message], row.get("prompt") or row.get("messages") or [])
+    return bool(messages) and messages[0]["role"] in ("system", "developer")
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    known = {
+        "class": type(tokenizer).__qualname__,
+        # Calls change these two; rows are tokenised without either.
+        "model": {name: value for name, value in model.items() if name not in ("padding", "truncation")},
+        "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

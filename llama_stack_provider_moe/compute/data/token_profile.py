@@ -1,0 +1,253 @@
+"""The part of a data profile that needs a tokenizer: which tokens a job would learn of canonical rows.
+
+    python -m llama_stack_provider_moe.compute.data.token_profile < REQUEST
+
+REQUEST is a JSON object: `job` (a whole job that trains), `rows` (file of lines `[number, canonical row]`) and `show`
+(sequences to return). The answer, a line of JSON, is `{"tokens": ..., "shown": [...]}` or `{"error": ...}`. Progress
+goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import batched
+from pathlib import Path
+from typing import TypedDict, cast
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from llama_stack_provider_moe.compute.data.breaker_rows import BreakEncoder
+from llama_stack_provider_moe.compute.data.datasets import held_out
+from llama_stack_provider_moe.compute.data.encoding import (
+    IGNORED,
+    DpoEncoder,
+    Encoded,
+    Encoder,
+    Limit,
+    Problem,
+    SftEncoder,
+)
+from llama_stack_provider_moe.compute.data.positions import by_config
+from llama_stack_provider_moe.compute.data.rendering import Rendering
+from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
+from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
+from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
+from llama_stack_provider_moe.spec.rows import CanonicalRow
+from llama_stack_provider_moe.spec.rows.profiling import Reasons, Tally
+
+CHUNK = 256  # rows that are rendered and tokenised together
+NO_LIMIT = 1 << 30  # tokens
+PROGRESS_S = 2.0  # between two lines of progress
+_PART = "\ufffd"  # what a tokenizer decodes a part of a character to
+_MOST_PARTS = 4  # tokens of a character: UTF-8 has up to four bytes
+
+
+class Request(TypedDict):
+    """What the process reads."""
+
+    job: dict[str, object]
+    rows: str
+    show: int
+
+
+class Sequences:
+    """Counts what an encoder makes of rows.
+
+    Args:
+        encoder: of the job's recipe and settings.
+        spec: the job.
+        held: indices of the rows that the job holds out, from 0.
+        show: number of sequences to keep.
+    """
+
+    def __init__(self, encoder: Encoder, spec: TrainingSpec, held: frozenset[int], show: int) -> None:
+        self._whole = replace(encoder, limit=Limit(NO_LIMIT))
+        self._cut = encoder
+        self._spec = spec
+        self._held = held
+        self._show = show
+        self._rows = 0
+        self._has_conversations = False
+        self._lengths = Tally()
+        self._used = Tally()
+        self._refused, self._dropped = Reasons(), Reasons()
+        self._truncated = self._tokens = self._learnt = self._sequences = 0
+        self.shown: list[ShownRow] = []
+
+    def add(self, rows: Sequence[tuple[int, CanonicalRow]]) -> None:
+        """Encode and count rows with their numbers."""
+        self._has_conversations |= any("text" not in row for _, row in rows)
+        whole = self._whole([row for _, row in rows])
+        long = [index for index, found in enumerate(whole) if _is_longer(found, self._cut.limit.length)]
+        again = dict(zip(long, self._cut([rows[index][1] for index in long]), strict=True)) if long else {}
+        for index, found in enumerate(whole):
+            if not isinstance(found, Problem):
+                for each in found:
+                    self._lengths.add(_length(each))
+            self._count(rows[index][0], again.get(index, found))
+
+    def _count(self, number: int, found: list[Encoded] | Problem) -> None:
+        index, self._rows = self._rows, self._rows + 1
+        if isinstance(found, Problem):
+            (self._dropped if found.droppable else self._refused).add(number, found.reason)
+            return
+        for each in found:
+            self._truncated += each.truncated
+            self._used.add(_length(each))
+            if len(self.shown) < self._show:
+                self.shown += self._as_shown(number, each)
+            if index not in self._held:
+                self._sequences += 1
+                self._tokens += _length(each)
+                self._learnt += _learnt(each)
+
+    def _as_shown(self, number: int, encoded: Encoded) -> Iterator[ShownRow]:
+        for ids, labels in _sequences(encoded):
+            yield ShownRow(row=number, ids=ids, labels=labels, pieces=pieces_of(self._cut.tokenizer, ids))
+
+    def figures(self, positions: int | None) -> TokenFigures:
+        """All figures.
+
+        Args:
+            positions: the positions that the model was trained on, if known.
+        """
+        training = self._spec.training
+        return TokenFigures(
+            plan=self._whole.renderer.plan() if self._has_conversations else ["plain text: every token is learnt"],
+            counts=dict(self._whole.renderer.counts),
+            lengths=self._lengths.lengths(),
+            max_length=self._cut.limit.length,
+            positions=positions,
+            beyond_positions=0 if positions is None else self._used.above(positions),
+            cut=self._truncated,
+            dropped=self._dropped.count,
+            dropped_rows=self._dropped.shown,
+            refused=self._refused.count,
+            refused_rows=self._refused.shown,
+            held_out=len(self._held),
+            sequences=self._sequences,
+            tokens=self._tokens,
+            learnt=self._learnt,
+            rows_a_step=rows_a_step(training),
+            steps=steps_an_epoch(training, self._sequences),
+            rows=self._rows,
+            max_dropped=self._spec.options.max_dropped,
+        )
+
+
+def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder of the rows that a job trains on (`data`; of a circuit breaker, the break rows)."""
+    rendering, limit = Rendering.of(spec.options), Limit(spec.options.max_length, spec.options.truncate)
+    if isinstance(spec, DPOSpec):
+        return DpoEncoder(tokenizer, rendering, limit)
+    if isinstance(spec, BreakerSpec):
+        block = spec.circuit_breaker
+        return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
+    assert isinstance(spec, SFTSpec)
+    return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input)
+
+
+def profile(request: Request) -> dict[str, object]:
+    """The answer to a request.
+
+    Raises:
+        ModelError: the model has no tokenizer or chat template that can be used.
+    """
+    spec = cast("TrainingSpec", JOB_SPEC.validate_python(request["job"]))
+    tokenizer = tokenizer_of(spec.model, spec.options.chat_template)
+    path = Path(request["rows"])
+    with path.open("rb") as file:
+        total = sum(1 for _ in file)
+    held = frozenset[int]()
+    if spec.data.validation_dataset_id is None:
+        held = held_out(total, spec.options.validation_split, spec.options.seed)
+    counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"])
+    done, said_s = 0, time.monotonic()
+    with path.open(encoding="utf-8") as file:
+        for lines in batched(file, CHUNK):
+            counted.add([cast("tuple[int, CanonicalRow]", tuple(json.loads(line))) for line in lines])
+            done += len(lines)
+            if time.monotonic() - said_s >= PROGRESS_S:
+                said_s = time.monotonic()
+                print(f"tokenised {done:,} of {total:,} rows", file=sys.stderr, flush=True)
+    config = AutoConfig.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
+    positions = by_config(config.get_text_config())
+    figures = counted.figures(None if positions is None else positions.most)
+    return {
+        "tokens": figures.model_dump(mode="json"), "shown": [each.model_dump(mode="json") for each in counted.shown]
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Answer the request on standard input."""
+    logging.disable_progress_bar()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # all cores: this process does not fork
+    try:
+        answer = profile(json.load(sys.stdin))
+    except MoeError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+    return 0
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; a character of several tokens stands at its last one."""
+
+    def decoded(begin: int, end: int) -> str:
+        return str(tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False))
+
+    pieces: list[str] = []
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        before = max(0, begin - 1)  # alone, SentencePiece's tokens lose the space in front
+        text = decoded(before, end)[len(decoded(before, begin)) :]
+        is_open = text.endswith(_PART) and end - begin < _MOST_PARTS and end < len(ids)
+        pieces.append("" if is_open else text)
+        begin = begin if is_open else end
+    return pieces
+
+
+def _length(encoded: Encoded) -> int:
+    columns = encoded.columns
+    if "input_ids" in columns:
+        return len(columns["input_ids"])
+    return len(columns["prompt_ids"]) + max(len(columns["chosen_ids"]), len(columns["rejected_ids"]))
+
+
+def _is_longer(found: list[Encoded] | Problem, length: int) -> bool:
+    return not isinstance(found, Problem) and any(_length(each) > length for each in found)
+
+
+def _learnt(encoded: Encoded) -> int:
+    columns = encoded.columns
+    if "labels" in columns:
+        return sum(label != IGNORED for label in columns["labels"][1:])
+    if "said" in columns:
+        return sum(columns["said"])
+    return sum(columns["chosen_said"]) + sum(columns["rejected_said"])
+
+
+def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels; of a pair, those of each answer."""
+    columns = encoded.columns
+    if "labels" in columns:
+        yield columns["input_ids"], columns["labels"]
+    elif "said" in columns:
+        ids = columns["input_ids"]
+        yield ids, [token if said else IGNORED for token, said in zip(ids, columns["said"], strict=True)]
+    else:
+        prompt = columns["prompt_ids"]
+        for which in ("chosen", "rejected"):
+            answer, said = columns[f"{which}_ids"], columns[f"{which}_said"]
+            labels = [token if compared else IGNORED for token, compared in zip(answer, said, strict=True)]
+            yield [*prompt, *answer], [*[IGNORED] * len(prompt), *labels]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

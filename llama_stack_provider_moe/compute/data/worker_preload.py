@@ -1,0 +1,27 @@
+"""Prepare the process from which `options.dataloader_workers` are forked; it imports this first (see `workers`).
+
+The import raises:
+    ForkRefused: an import has started a thread, so a worker could hang.
+"""
+
+import gc
+import os
+import signal
+
+from llama_stack_provider_moe.compute.runtime.threads import check_alone, forbid_threads
+
+forbid_threads(os.environ)
+
+# For what a worker unpickles: rows, collators, and torch's worker loop.
+import datasets  # noqa: E402
+import torch.utils.data  # noqa: E402, F401
+import trl.trainer.dpo_trainer  # noqa: E402
+import trl.trainer.sft_trainer  # noqa: E402, F401
+
+datasets.disable_progress_bars()
+# A stop request is a signal to all processes of a job. The training process handles it, finishes the step and saves;
+# workers end with it. The signal is blocked, not ignored: torch's worker loop sets its own handler and would end.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+check_alone()
+gc.collect()
+gc.freeze()

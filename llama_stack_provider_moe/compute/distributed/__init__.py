@@ -1,0 +1,1 @@
+"""Weights of which each process has only a part."""

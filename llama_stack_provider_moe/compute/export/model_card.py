@@ -1,0 +1,190 @@
+"""README.md of an adapter or a whole model: how it was made and how to load it, from recorded facts only.
+
+The facts are in the job's folder: its spec, `resolved.json`, the versions in its events, and the manifest's figures.
+What is not recorded is left out. A person adds the licence, the intended use and the limits.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.utils import CONFIG_NAME
+
+from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe
+from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
+from llama_stack_provider_moe.errors import InvalidFile
+from llama_stack_provider_moe.ground.small_files import read_object
+from llama_stack_provider_moe.jobdir.events import Started, parse
+from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder
+from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec.recipes import RECIPES
+
+CARD = "README.md"
+Kind = Literal["adapter", "model", "merged"]
+_LIBRARY: dict[Kind, str] = {"adapter": "peft", "model": "transformers", "merged": "transformers"}
+_IS: dict[Kind, str] = {
+    "adapter": "A LoRA adapter for {base}.",
+    "model": "{base} with all its weights trained.",
+    "merged": "{base} with a LoRA adapter merged into its weights.",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter or model, and its job if the given folder is a job's or inside one.
+
+    Attributes:
+        adapter: the folder of the adapter, or of the whole model.
+        spec: the job's spec.
+        artifact: the entry of the adapter or checkpoint in the job's manifest.
+        summary: the summary in the job's manifest.
+        plan: what the job decided at its start (`resolved.json`).
+        versions: of the libraries at the job's last start, by name, and the device.
+    """
+
+    adapter: Path
+    spec: JobSpec | None = None
+    artifact: Artifact | None = None
+    summary: Mapping[str, float] | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def recorded(job: JobFolder) -> tuple[dict[str, Any], dict[str, str]]:
+    """The plan and the versions in a job's folder; each is empty if the job has not recorded it."""
+    try:
+        plan = read_object(job.resolved)
+    except (FileNotFoundError, InvalidFile):
+        plan = {}
+    versions: dict[str, str] = {}
+    try:
+        with job.events.open("rb") as file:
+            for line in file:
+                if b'"started"' in line and isinstance(event := parse(line), Started):
+                    versions = event.versions
+    except (OSError, ValueError):
+        return plan, versions
+    return plan, versions
+
+
+def model_card(kind: Kind, base: str, source: Source, adapted: Mapping[str, int] | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        kind: what the folder holds.
+        base: folder or hub id of the base model; of a folder only the name is shown.
+        source: the adapter or model and its job.
+        adapted: path of each target below a layer -> number of targets; None: as the plan says.
+    """
+    is_folder = Path(base).is_absolute() or Path(base).is_dir()
+    job = getattr(source.spec, "model_from", None)  # its folder's name is only `merged` or `model`
+    name = plain((job or Path(base).resolve().name) if is_folder else base)
+    front = ["---", f"library_name: {_LIBRARY[kind]}"]
+    if not is_folder:
+        front.append(f"base_model: {json.dumps(base)}")
+    rows = [("Base", name), *_adapter(kind, source, adapted), *_training(source), *_figures(source)]
+    versions = ", ".join(f"{plain(each)} {plain(version, '()+')}" for each, version in source.versions.items())
+    return "\n".join([
+        *front, "---", "", f"# {name}, fine-tuned", "",
+        f"{_IS[kind].format(base=f'`{name}`')} Fill in the licence: the base's terms apply.", "",
+        "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows),
+        *([f"| Versions | {versions} |"] if versions else []),
+        "", *_loading(kind, f"path/to/{name}" if is_folder else name, (source.adapter / ROUTER_BIAS).is_file()), "",
+    ])  # fmt: skip
+
+
+def plain(text: object, also: str = "") -> str:
+    """A name from an untrusted source, without characters that have a meaning in Markdown, HTML or a shell.
+
+    Args:
+        text: the name.
+        also: characters that are allowed as well, in a text that nobody pastes into a command.
+    """
+    return "".join(each if each.isalnum() or each in " ._-/:{},@" or each in also else "?" for each in str(text))
+
+
+def _adapter(kind: Kind, source: Source, adapted: Mapping[str, int] | None) -> Iterator[tuple[str, str]]:
+    report = source.plan.get("adapter")
+    report = report if isinstance(report, dict) else {}
+    if kind != "model":
+        config = read_object(source.adapter / CONFIG_NAME)
+        names = {"use_dora": "DoRA", "use_rslora": "rank-stabilised LoRA"}
+        method = " and ".join(word for key, word in names.items() if config.get(key)) or "LoRA"
+        several = ", other ranks for some targets" if config.get("rank_pattern") else ""
+        alpha = config.get("lora_alpha")
+        shown = f"{alpha:g}" if isinstance(alpha, int | float) else plain(alpha)
+        yield "Adapter", f"{method}, rank {plain(config.get('r'))}, alpha {shown}{several}"
+    targets = report.get("targets") if adapted is None and kind != "model" else adapted
+    if targets:
+        yield "Adapted", ", ".join(f"{plain(path)} x{count}" for path, count in targets.items())
+    if isinstance(total := report.get("total_parameters"), int):
+        yield "Trained parameters", f"{report.get('trainable_parameters', 0):,} of {total:,}"
+
+
+def _training(source: Source) -> Iterator[tuple[str, str]]:
+    spec, plan = source.spec, source.plan
+    if spec is not None:
+        yield "Recipe", spec.recipe
+        sources = spec.row_sources()
+        for label, is_ours in (("Data sets", True), ("Evaluated on", False)):
+            named = dict.fromkeys(row.dataset_id for row in sources if (row.kind == "recipe") is is_ours)
+            if named:
+                yield label, ", ".join(map(plain, named))
+    if isinstance(train := plan.get("train_rows"), int):
+        cut = f", {plan['truncated_rows']:,} of them cut" if plan.get("truncated_rows") else ""
+        yield "Rows", f"{train:,} trained on{cut}; {plan.get('validation_rows') or 0:,} held out"
+    if (artifact := source.artifact) is not None:
+        yield "Trained", f"{artifact.epoch} epoch(s), {artifact.step} steps"
+    if spec is not None and RECIPES[spec.recipe].trains:
+        settings = spec.model_dump()
+        optimizer, adapter = settings["optimizer"], settings["adapter"]
+        yield "Optimiser", f"{optimizer['optimizer_type']}, learning rate {optimizer['lr']:g}"
+        yield (
+            "Precision",
+            settings["training"]["dtype"]
+            + (f", base quantised to {adapter['quantize_bits']} bits" if adapter and adapter["quantize_base"] else ""),
+        )
+    moe = plan.get("moe")
+    names = {each.name for each in fields(ResolvedMoe)} - {"notes"}
+    if isinstance(moe, dict) and names <= set(moe):  # else another version's
+        yield "Routing in training", plain(ResolvedMoe(**{name: moe[name] for name in names}).text(), ";()'")
+
+
+def _figures(source: Source) -> Iterator[tuple[str, str]]:
+    if source.artifact is not None and (metrics := source.artifact.metrics) is not None:
+        yield "Held-out loss, perplexity", f"{metrics.validation_loss:.4f}, {metrics.perplexity:.4f}"
+    for key, value in sorted((source.summary or {}).items()):
+        yield plain(key), f"{value:.6g}"
+
+
+def _loading(kind: Kind, base: str, has_biases: bool) -> list[str]:
+    here = "path/to/this"  # a folder or a repository
+    if kind != "adapter":
+        code = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+        ]  # fmt: skip
+        commands = [f"moe-train eval {here} --retain rows.jsonl"]
+        library = "transformers"
+    else:
+        code = [
+            "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+            f'model = PeftModel.from_pretrained(base, "{here}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+        ]  # fmt: skip
+        commands = [
+            f"moe-train eval {base} --adapter {here} --retain rows.jsonl", f"moe-train export merge {base} {here} OUT"
+        ]  # fmt: skip
+        library = "PEFT"
+    biases = [
+        f"PEFT does not read `{ROUTER_BIAS}`, the router biases that training moved; llama-stack-provider-moe does.", ""
+    ]  # fmt: skip
+    return [
+        "## Load it", "", f"With {library}:", "", "```python", *code, "```", "",
+        *(biases if kind == "adapter" and has_biases else []),
+        "With llama-stack-provider-moe:", "", "```sh", *commands, "```",
+    ]  # fmt: skip

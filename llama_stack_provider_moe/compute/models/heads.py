@@ -1,0 +1,138 @@
+"""An output head for TRL's trainers, for models that TRL's own head does not support.
+
+TRL 1.16 never computes the whole logits: it multiplies hidden states by `lm_head.weight` in tiles. This fails in four
+cases:
+
+- It ignores an adapter on the head (TRL refuses one).
+- It needs a backbone separate from the head. It does not find Llama 4's: `base_model_prefix` names a part of the
+  composite model.
+- With FSDP2 a head that is sharded apart from the final norm is in parts when TRL reads it. TRL gathers it, and each
+  process keeps only the gradient of its own rows.
+- It knows by names of config keys what a model does between hidden states and logits, and not every name (Inkling's).
+  Here a short pass shows whether both give the same figures.
+
+In these cases the plain head runs the model unchanged and computes the same figures from its logits. That needs memory
+for the logits: batch x length x vocabulary, in fp32. Remove it when TRL calls the head's forward.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+_PLAIN = "_has_plain_head"
+_TOKENS = 8
+_SAME = 0.1  # of log-probabilities; rounding in bf16 gives up to 0.03 (measured on tiny models of every family)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def needs_plain_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether TRL's head would ignore an adapter, find no backbone, lose gradients, or give other figures."""
+    base = base_of(model)
+    has_adapter = isinstance(base.get_output_embeddings(), BaseTunerLayer)
+    return has_adapter or base.base_model is base or _is_gathered_alone(base) or _differs(base)
+
+
+def _differs(base: PreTrainedModel) -> bool:
+    """Whether TRL's head, if the model has it, gives other figures than the model's own logits for a few tokens."""
+    if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
+        return False
+    if any(isinstance(module, FSDPModule) for module in base.modules()):
+        return False  # its parameters are in parts, and a pass outside of training would leave the wrong ones gathered
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])
+    ids_BT = torch.tensor([[(7919 * (index + 1)) % vocabulary for index in range(_TOKENS)]], device=base.device)
+    modes = {module: module.training for module in base.modules()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        try:
+            base.eval()
+            by_trl_BT = base(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True, use_cache=False).log_probs
+            logits_BTV = base(input_ids=ids_BT, use_cache=False).logits
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    own_BT = token_figures(logits_BTV[:, :-1], ids_BT[:, 1:]).log_probs
+    return bool((by_trl_BT - own_BT).abs().max() > _SAME)
+
+
+def _is_gathered_alone(base: PreTrainedModel) -> bool:
+    """Whether FSDP2 gathers the output head only for the head's own forward, which TRL never runs.
+
+    transformers 5.23 (`is_norm_and_head_pair`) gathers it together with the final norm if that module is named so; a
+    tied head is gathered with the embedding.
+    """
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    if tied or not isinstance(head, FSDPModule):
+        return False
+    return not any(
+        isinstance(module, FSDPModule) and name.rpartition(".")[2] == "norm" for name, module in base.named_modules()
+    )
+
+
+@contextmanager
+def head_without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """While a TRL trainer is constructed, hide an adapter on the head, which TRL would refuse."""
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    vars(base)["get_output_embeddings"] = head.get_base_layer
+    try:
+        yield
+    finally:
+        del vars(base)["get_output_embeddings"]
+
+
+def set_plain_head(model: PreTrainedModel | PeftModel) -> None:
+    """Make `model(..., labels=labels, fused_lm_head=True)`, TRL's call, use the model's logits."""
+    base = base_of(model)
+    if _PLAIN in base.__dict__:
+        return
+    inner = base.forward  # patched by TRL, which forwards every other call
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            given = {} if labels is None else {"labels": labels}
+            return inner(*args, **given, **kwargs)
+        outputs = inner(*args, **{**kwargs, "use_cache": False})
+        aux_loss = outputs.aux_loss if kwargs.get("output_router_logits") else None
+        return token_figures(outputs.logits[:, :-1], labels[:, 1:], aux_loss)
+
+    base.forward = MethodType(forward, base)
+    base.__dict__[_PLAIN] = True
+
+
+def token_figures(logits_BTV: Tensor, labels_BT: Tensor, aux_loss: Tensor | None = None) -> FusedCausalLMOutput:
+    """The figures that TRL's head returns, zero where the label is -100; labels are already shifted."""
+    mask_BT = labels_BT != -100
+    log_softmax_BTV = logits_BTV.float().log_softmax(dim=-1)
+    picked_BT = log_softmax_BTV.gather(-1, labels_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    log_probs_BT = picked_BT.masked_fill(~mask_BT, 0)
+    with torch.no_grad():
+        entropy_BT = -(log_softmax_BTV.exp() * log_softmax_BTV).sum(dim=-1)
+        mean_logits_BT = logits_BTV.float().mean(dim=-1)
+        is_top1_BT = logits_BTV.argmax(dim=-1) == labels_BT
+    return FusedCausalLMOutput(
+        loss=-log_probs_BT.sum() / mask_BT.sum().clamp(min=1),
+        log_probs=log_probs_BT,
+        entropy=entropy_BT.masked_fill(~mask_BT, 0),
+        mean_logits=mean_logits_BT.masked_fill(~mask_BT, 0),
+        is_top1=is_top1_BT & mask_BT,
+        label_mask=mask_BT,
+        aux_loss=aux_loss,
+    )

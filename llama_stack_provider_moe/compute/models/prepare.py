@@ -1,0 +1,160 @@
+"""The first stages of every recipe: load the model, choose its kernels, and add what trains."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from llama_stack_provider_moe.compute.distributed.expert_parallel import share_experts
+from llama_stack_provider_moe.compute.models.adapter_start import start_from
+from llama_stack_provider_moe.compute.models.backend import backend_of
+from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
+from llama_stack_provider_moe.compute.moe import implementation
+from llama_stack_provider_moe.compute.moe.adapters import (
+    Adapted,
+    AdapterReport,
+    add_lora,
+    require_loadable,
+    train_whole,
+)
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, quantize, spare_ddp
+from llama_stack_provider_moe.compute.moe.rates import Rates
+from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.compute.moe.sharding import ShardedExperts
+from llama_stack_provider_moe.compute.moe.steering import Steering
+from llama_stack_provider_moe.compute.runtime.context import AnySession
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Base:
+    """The loaded model and what was decided about it.
+
+    Attributes:
+        model: without adapters.
+        tokenizer: with a padding token, and with a chat template if the job has conversations.
+        device: where the model runs.
+        layout: where its experts are; None for a dense model.
+        resolved: what applies of the `moe` block.
+        shipped: the settings of the model's config that were changed, to restore in what is saved.
+        steering: of its routers.
+        quantized: what is quantised, if anything is.
+        experts: the experts of this process, if processes share them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    layout: ExpertLayout | None
+    resolved: ResolvedMoe
+    shipped: ShippedConfig
+    steering: Steering | None
+    quantized: QuantizeReport | None
+    experts: ShardedExperts | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def load_base(session: AnySession, models_loss: bool = True) -> Base:
+    """Load the model, find its experts, and make it do what the `moe` block asks; `models_loss`: see `resolve_moe`."""
+    spec = session.spec
+    repeatable(spec.options.deterministic)
+    device = pick_device(spec.training.dtype, session.peers.local_rank)
+    bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
+    # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
+    model, tokenizer = load(spec, device if bits is None else torch.device("cpu"), has_conversations(session))
+    layout = find_layout(model)
+    experts = None
+    if spec.resources.strategy == "ep":
+        assert layout is not None, "its weights would not have been read"
+        experts = share_experts(model, layout, session.peers)
+    shared = session.peers.size > 1
+    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
+    implementation.check(spec, resolved.experts_implementation, device)
+    quantized = None if bits is None else quantize(model, layout, bits, device)
+    if layout is not None:
+        choice = implementation.choose(spec, model, layout, device, session.peers.agreed)
+        resolved = resolved.with_experts(choice)
+    shipped = apply_moe(model, layout, resolved)
+    if layout is not None and resolved.load_balancing == "aux_free":
+        _require_whole_biases(model, layout)
+    steering = None if layout is None else Steering(model, layout, resolved)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
+
+
+def has_conversations(session: AnySession) -> bool:
+    """Whether the job trains on conversations or evaluates with them: plain texts need no chat template."""
+    parts = [source.part for source in session.spec.row_sources() if source.kind != "judged"]
+    return not all(_only_texts(session.folder.rows(part)) for part in parts)
+
+
+def _only_texts(rows: Path) -> bool:
+    # A canonical row of text has this key alone, and Python writes it so: a million lines need no parsing.
+    with rows.open("rb") as lines:
+        return all(line.startswith(b'{"text":') for line in lines)
+
+
+def _require_whole_biases(model: PreTrainedModel, layout: ExpertLayout) -> None:
+    """Most routers keep their biases in buffers; those of Ernie 4.5 are parameters, which FSDP2 shards."""
+    if any(isinstance(bias, DTensor) for bias in layout.biases(model).values()):
+        raise ModelError(
+            f"moe.moe_load_balancing: 'aux_free' is not valid with resources.strategy 'fsdp' and {layout.family}: the "
+            "router biases that it changes are sharded; expected 'switch' or 'gshard', or strategy 'ddp'"
+        )
+
+
+def repeatable(asked: bool) -> None:
+    """Turn torch's deterministic operations on or off; the kernels of this project respect the setting too."""
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS sums in a varying order
+    torch.use_deterministic_algorithms(asked)
+    # Nothing here reads uninitialised memory; filling it costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def adapt(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
+    """Add LoRA to the model, or make all its weights trainable; afterwards a process has only its own experts."""
+    with liveness.stage("preparing what trains"):
+        set_seed(session.spec.options.seed)
+        model, report, rates = backend_of(session.spec).adapt(session, base)
+    if base.experts is not None:
+        base.experts.take(model, rates)
+    return model, report, rates
+
+
+def make_trainable(session: AnySession, base: Base) -> tuple[PreTrainedModel | PeftModel, AdapterReport, Rates]:
+    """Add LoRA with PEFT, or make all weights trainable: `Backend.adapt` for transformers' models."""
+    spec = session.spec
+    if spec.adapter is not None:
+        adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
+        require_loadable(adapted.model)
+        if base.quantized is not None:
+            spare_ddp(adapted.model)
+        return adapted.model, _report_with_start(spec, base, adapted), adapted.rates
+    if spec.training.dtype == "bf16" and not keeps_fp32(spec):
+        session.say(
+            "all weights train in bf16: a step that changes a weight by less than 1/256 of its value is lost in "
+            "rounding; training.dtype 'fp32' keeps it",
+            "warning",
+        )
+    return base.model, train_whole(base.model, base.layout, base.resolved), Rates()
+
+
+def _report_with_start(spec: TrainingSpec, base: Base, adapted: Adapted) -> AdapterReport:
+    """Load the adapter that the job starts from, if any. Every process still has all experts at this point."""
+    if spec.adapter is None or spec.adapter.init_from is None:
+        return adapted.report
+    moves_biases = spec.recipe == "sft" and base.resolved.load_balancing == "aux_free"
+    note = start_from(adapted.model, Path(spec.adapter.init_from), base.steering, moves_biases)
+    return replace(adapted.report, notes=(*adapted.report.notes, note))

@@ -1,0 +1,1 @@
+"""Models that Unsloth loads, in a separate environment."""

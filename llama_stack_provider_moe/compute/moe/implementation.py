@@ -1,0 +1,215 @@
+"""Which implementation computes a model's experts: the one place that decides it.
+
+`by_settings` decides from the `moe` block and the layout alone; planning needs no more. `check` refuses what this
+device can't do, before the weights are quantised. `choose` decides on the loaded model: with `experts_backend: auto`
+on a GPU it times the kernels on a layer. `install` puts the implementation on the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from llama_stack_provider_moe.compute.moe.backend import (
+    ALL_OURS,
+    OURS,
+    OURS_PARTIAL,
+    TRITON,
+    TRITON_PARTIAL,
+    activation_of,
+    can_recompute,
+    kernels_of,
+    recomputes,
+    replace_loops,
+)
+from llama_stack_provider_moe.compute.moe.exceptions import KNOWN_LOOPS
+from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config, without_adapters
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.spec import Moe, TrainingSpec
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.moe.layout import ExpertsModule
+
+ExpertsImplementation = Literal[
+    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager", "unsloth"
+]
+MOST_TIMED_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class ImplementationChoice:
+    """An implementation, and what the job's log says about it."""
+
+    implementation: ExpertsImplementation
+    notes: tuple[str, ...] = ()
+
+
+def by_settings(moe: Moe, layout: ExpertLayout) -> ImplementationChoice:
+    """The implementation that the settings ask for, whatever the device."""
+    if not moe.enable_moe_optimizations:
+        return ImplementationChoice("eager")
+    if not layout.grouped_mm and layout.experts_class not in KNOWN_LOOPS:
+        return ImplementationChoice(
+            "eager", (f"{layout.experts_class} computes experts in a loop that this version does not know",)
+        )
+    if moe.experts_backend == "peft":
+        if layout.grouped_mm:
+            return ImplementationChoice("grouped_mm")
+        return ImplementationChoice(
+            "eager", (f"{layout.family} has no grouped implementation of its experts in transformers",)
+        )
+    some_have_fewer = moe.moe_load_balancing == "expert_choice"
+    if moe.experts_backend == "triton":
+        return ImplementationChoice(TRITON_PARTIAL if some_have_fewer else TRITON)
+    return ImplementationChoice(OURS_PARTIAL if some_have_fewer else OURS)
+
+
+def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, device: torch.device) -> None:
+    """Refuse an implementation that this device or the job's adapter rules out; None: a dense model.
+
+    Raises:
+        ModelError: Triton without a GPU, or quantised experts that our kernels don't compute.
+    """
+    if implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
+        raise ModelError(
+            "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
+            "'torch'"
+        )
+    quantized = spec.adapter is not None and spec.adapter.quantize_base
+    if quantized and implementation is not None and implementation not in ALL_OURS:
+        raise ModelError(
+            f"adapter.quantize_base: true is not valid with experts {implementation}; expected "
+            "moe.experts_backend 'auto' or 'torch', and moe.enable_moe_optimizations true"
+        )
+
+
+def choose(
+    spec: TrainingSpec,
+    model: nn.Module,
+    layout: ExpertLayout,
+    device: torch.device,
+    agreed: Callable[[ImplementationChoice], ImplementationChoice],
+) -> ImplementationChoice:
+    """Decide on the loaded model; the notes come after those of `by_settings`.
+
+    Args:
+        spec: the job.
+        model: the loaded model; its experts are already quantised if the job asks for it.
+        layout: where the experts are.
+        device: the model's device.
+        agreed: gives every process the choice of rank 0, because kernels are timed and clocks differ.
+    """
+    choice = replace(by_settings(spec.moe, layout), notes=())
+    experts = next(iter(layout.experts(model).values()))
+    if spec.moe.experts_backend == "auto" and choice.implementation in ALL_OURS and device.type == "cuda":
+        choice = agreed(_timed(spec, model, layout, experts, choice))
+    if choice.implementation not in ALL_OURS:
+        return choice
+    adapter = spec.adapter
+    limits = limitations(
+        experts, choice.implementation, device,
+        dropout=spec.moe.expert_dropout > 0 or (adapter is not None and adapter.dropout > 0),
+        rank=0 if adapter is None or adapter.plan == "trunk" else adapter.rank,
+    )  # fmt: skip
+    return replace(choice, notes=(*choice.notes, *limits))
+
+
+def _timed(
+    spec: TrainingSpec, model: nn.Module, layout: ExpertLayout, experts: "ExpertsModule", choice: ImplementationChoice
+) -> ImplementationChoice:
+    """Torch's kernels or Triton's, whichever is faster on a layer of the model."""
+    reason = _no_timing(spec, experts)
+    if reason is not None:
+        return replace(choice, notes=(f"Triton's kernels were not tried: {reason}",))
+    # Triton is not installed everywhere.
+    from llama_stack_provider_moe.compute.moe.kernel_choice import fastest, summary, try_layer
+
+    tokens = min(spec.training.batch_size * spec.options.max_length, MOST_TIMED_TOKENS)
+    trials = try_layer(
+        experts,
+        {name: kernels_of(name) for name in (OURS, TRITON)},
+        tokens=tokens,
+        hidden=int(experts.get_parameter(layout.down).shape[2 if layout.transposed else 1]),
+        top_k=layout.top_k,
+        rank=0 if spec.adapter is None else spec.adapter.rank,
+    )
+    implementation = choice.implementation
+    if fastest(trials) == TRITON:
+        implementation = TRITON_PARTIAL if implementation == OURS_PARTIAL else TRITON
+    return ImplementationChoice(implementation, (summary(trials, tokens),))
+
+
+def _no_timing(spec: TrainingSpec, experts: "ExpertsModule") -> str | None:
+    """Why Triton's kernels are not an option for this job; None where they are."""
+    if spec.resources.strategy == "ep":
+        return "each process holds different experts (resources.strategy ep)"
+    if spec.options.deterministic:
+        return "timing must not decide in a repeatable job (options.deterministic)"
+    if not can_recompute(experts):
+        return "experts have a norm after the down projection"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "they need sm_80 or newer"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def limitations(
+    experts: "ExpertsModule", implementation: ExpertsImplementation, device: torch.device, *, dropout: bool, rank: int
+) -> list[str]:
+    """What the kernels of one of `ALL_OURS` can't do at full speed here, and what happens instead.
+
+    Args:
+        experts: the experts of one layer.
+        implementation: one of `ALL_OURS`.
+        device: the model's device.
+        dropout: whether there is dropout on the experts or on their LoRA.
+        rank: rank of LoRA on experts; 0: no LoRA.
+    """
+    kernels = kernels_of(implementation)
+    notes = []
+    if kernels is not reference:
+        if activation_of(experts).kind == "other":
+            notes.append(f"torch computes the activation of {type(experts).__name__}: no kernel has its formula")
+        if rank > kernels.WIDEST_RANK:
+            notes.append(
+                f"LoRA of rank {rank} takes products of its own: one pass with the base holds at most rank "
+                f"{kernels.WIDEST_RANK}"
+            )
+    if recomputes(kernels, device) and not can_recompute(experts):
+        notes.append("all activations of experts are kept: they have a norm after the down projection")
+    elif recomputes(kernels, device) and dropout:
+        notes.append("all activations of experts are kept: recomputing them would draw other dropout")
+    return notes
+
+
+def install(model: nn.Module, layout: ExpertLayout, implementation: ExpertsImplementation) -> None:
+    """Have the model's experts run by `implementation`.
+
+    Raises:
+        ModelError: the model did not take it.
+    """
+    if not layout.grouped_mm:  # transformers has only the eager loop for these
+        if implementation in ALL_OURS:
+            replace_loops(model, layout, implementation)
+        return
+    if implementation in ALL_OURS:
+        kernels_of(implementation)
+    without_adapters(model).set_experts_implementation(implementation)
+    installed = text_config(model)._experts_implementation
+    if installed != implementation:
+        raise ModelError(
+            f"moe.enable_moe_optimizations: {layout.family} experts run as {installed!r}, not as {implementation!r}"
+        )
+
+
+def available(implementation: ExpertsImplementation, device: str) -> ExpertsImplementation:
+    """The same computation by kernels that run on this kind of device; Triton's need a GPU."""
+    if device == "cuda":
+        return implementation
+    on_a_cpu: dict[str, ExpertsImplementation] = {TRITON: OURS, TRITON_PARTIAL: OURS_PARTIAL}
+    return on_a_cpu.get(implementation, implementation)

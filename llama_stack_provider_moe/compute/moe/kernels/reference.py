@@ -1,0 +1,266 @@
+"""The ragged products in plain torch: one matrix product per expert, or torch's grouped product where available."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
+
+WIDEST_RANK = sys.maxsize  # largest rank of LoRA in one pass with the base
+ALIGNED = 8  # elements: `F.grouped_mm` needs strides of 16 bytes
+
+ActivationKind = Literal["silu", "clamped", "other"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation between an expert's two projections.
+
+    It turns the output of the up projection (S, J) into (S, I); J is 2 I if there is a gate.
+
+    Attributes:
+        function: the model's own function; it has no randomness and no parameters, because backward runs it again.
+        kind: the formula of `function`. silu: silu(gate) * up, with the gate in the first half (SwiGLU, Shazeer 2020,
+            arXiv 2002.05202). clamped: gpt-oss's (clamp(up) + 1) * gate' * sigmoid(alpha gate') with
+            gate' = min(gate, limit), gate and up interleaved (arXiv 2508.10925). other: no kernel has it.
+        alpha: alpha of clamped.
+        limit: limit of clamped.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    kind: ActivationKind = "other"
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+class Stored(Protocol):
+    """Weights (E, O, I) in another form, decoded where they are needed and never kept decoded."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def expert(self, number: int) -> Tensor:
+        """(O, I) for one expert."""
+        ...
+
+    def whole(self) -> Tensor:
+        """(E, O, I)"""
+        ...
+
+
+def times_weights(
+    rows_SI: Tensor, weight: Tensor | Stored, groups: Groups, *, flip: bool = False, onto: Tensor | None = None
+) -> Tensor:
+    """Multiply each row by the weight of its expert: row_I W_e^T.
+
+    Args:
+        rows_SI: rows in the dtype of the weights.
+        weight: (E, O, I).
+        groups: which rows belong to which expert.
+        flip: multiply by W_e instead: rows are (S, O), the result is (S, I).
+        onto: (S, O): add the products to it, in place.
+
+    Returns:
+        (S, O); zeros in rows of no expert.
+
+    >>> weight = torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]])  # two experts, each from two numbers to one
+    >>> rows = torch.tensor([[1.0, 1.0], [4.0, 5.0]])
+    >>> times_weights(rows, weight, Groups(torch.tensor([1, 2]))).tolist()
+    [[2.0], [15.0]]
+    """
+    if _can_group(rows_SI):
+        matrices = weight if isinstance(weight, Tensor) else weight.whole()
+        out = _grouped(rows_SI, matrices if flip else matrices.transpose(1, 2), groups)
+        return out if onto is None else onto.add_(out)
+    out_SO = onto
+    for expert, begin, end in groups.spans:
+        matrix = weight[expert] if isinstance(weight, Tensor) else weight.expert(expert)
+        matrix = matrix if flip else matrix.T
+        if out_SO is None:
+            out_SO = _room(rows_SI, matrix.shape[1], groups)
+        if onto is None:
+            torch.mm(rows_SI[begin:end], matrix, out=out_SO[begin:end])
+        else:
+            out_SO[begin:end].addmm_(rows_SI[begin:end], matrix)
+    if out_SO is None:  # no rows at all
+        matrix = weight[0] if isinstance(weight, Tensor) else weight.expert(0)
+        out_SO = _room(rows_SI, matrix.shape[1 if flip else 0], groups)
+    return out_SO
+
+
+def product(
+    rows_SI: Tensor,
+    weight: Tensor | Stored,
+    groups: Groups,
+    first_ERI: Tensor | None = None,
+    second_EOR: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+    *,
+    flip: bool = False,
+    index_S: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T that a gradient of G needs.
+
+    Args:
+        rows_SI: rows sorted by expert, in the dtype of the weights.
+        weight: (E, O, I).
+        groups: which rows belong to which expert.
+        first_ERI: F; None: no thin product.
+        second_EOR: G; None if F is None.
+        bias_EO: b.
+        flip: use W_e instead of W_e^T: rows are (S, O), and F and G are (E, R, O) and (E, I, R).
+        index_S: index into `rows_SI` for each row; `rows_SI` then holds unsorted tokens, each read several times.
+
+    Returns:
+        (S, O) and (S, R); with `flip` (S, I) and (S, R).
+    """
+    rows_SI = _gathered(rows_SI, index_S)
+    out_SO = times_weights(rows_SI, weight, groups, flip=flip)
+    if bias_EO is not None:
+        out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
+    if first_ERI is None or second_EOR is None:
+        return out_SO, None
+    low_SR = times_weights(rows_SI, first_ERI, groups)
+    times_weights(low_SR, second_EOR, groups, onto=out_SO)
+    return out_SO, low_SR
+
+
+def rows_by_rows(
+    left_SO: Tensor,
+    right_SI: Tensor,
+    groups: Groups,
+    *,
+    left_index_S: Tensor | None = None,
+    right_index_S: Tensor | None = None,
+) -> Tensor:
+    """For each expert the sum over its rows of left_O right_I^T, as in the gradient of a weight.
+
+    Args:
+        left_SO: left rows.
+        right_SI: right rows.
+        groups: which rows belong to which expert.
+        left_index_S: index into `left_SO` for each row, as in `product`.
+        right_index_S: index into `right_SI` for each row.
+
+    Returns:
+        (E, O, I); zeros for an expert without rows.
+    """
+    left_SO, right_SI = _gathered(left_SO, left_index_S), _gathered(right_SI, right_index_S)
+    shape = (groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1])
+    if _can_group(left_SO):
+        return _grouped_outer(left_SO, right_SI, groups)
+    out_EOI = left_SO.new_empty(shape)
+    left_out = set(range(shape[0]))
+    for expert, begin, end in groups.spans:
+        torch.mm(left_SO[begin:end].T, right_SI[begin:end], out=out_EOI[expert])
+        left_out.remove(expert)
+    for expert in left_out:
+        out_EOI[expert].zero_()
+    return out_EOI
+
+
+def sums_of_rows(
+    rows_SO: Tensor, groups: Groups, outer: Callable[[Tensor, Tensor, Groups], Tensor] = rows_by_rows
+) -> Tensor:
+    """For each expert the sum of its rows, (E, O), computed by `outer`, as in the gradient of a bias."""
+    return outer(rows_SO, rows_SO.new_ones(rows_SO.shape[0], 1), groups)[:, :, 0]
+
+
+def weighted_sum(rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, D): for each token the sum of its rows in the order of its choices, each times its weight (None: 1).
+
+    The result has the wider dtype of rows and weights.
+    """
+    rows_TKD = found.of_choices(rows_SD)
+    return (rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
+def gated(inner_SJ: Tensor, activation: Activation) -> Tensor:
+    """(S, I): `activation` applied to the up projection's output (S, J)."""
+    return activation.function(inner_SJ)
+
+
+def gated_backward(
+    inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `weight * gated(inner)`.
+
+    Args:
+        inner_SJ: output of the up projection.
+        activation: the function between the projections.
+        d_inner_SI: gradient of `weight * gated(inner)`.
+        weight_S: weight of each row.
+
+    Returns:
+        Gradient of `inner_SJ`; `weight * gated(inner)`, (S, I), recomputed; gradient of `weight_S`.
+    """
+    with torch.enable_grad():
+        leaf_SJ = inner_SJ.detach().requires_grad_()
+        inner_SI = activation.function(leaf_SJ)
+    weight_S1 = weight_S.to(inner_SI.dtype).unsqueeze(-1)
+    (d_inner_SJ,) = torch.autograd.grad(inner_SI, leaf_SJ, d_inner_SI * weight_S1)
+    inner_SI = inner_SI.detach()
+    return d_inner_SJ, inner_SI * weight_S1, _row_dots(inner_SI, d_inner_SI)
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """(S,): for each row the sum of the products, in fp32 or wider."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    dots: Tensor = torch.linalg.vecdot(left.to(wide), right.to(wide))
+    return dots
+
+
+def _gathered(rows: Tensor, index_S: Tensor | None) -> Tensor:
+    return rows if index_S is None else rows[index_S]
+
+
+def experts_of_rows(groups: Groups, rows: int) -> Tensor:
+    """(S,): the expert of each row; the last expert for rows of no expert."""
+    places = torch.arange(rows, device=groups.ends_E.device, dtype=torch.int32)
+    return torch.searchsorted(groups.ends_E, places, right=True).clamp_(max=groups.ends_E.shape[0] - 1)
+
+
+def _room(rows: Tensor, width: int, groups: Groups) -> Tensor:
+    """Memory for the result of each row; zeros if some rows belong to no expert."""
+    reached = not groups.partial and bool(groups.spans)
+    return (rows.new_empty if reached else rows.new_zeros)(rows.shape[0], width)
+
+
+def _can_group(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype == torch.bfloat16
+
+
+def _grouped(rows_SK: Tensor, matrices_EKN: Tensor, groups: Groups) -> Tensor:
+    """`F.grouped_mm`, which needs strides that are multiples of 16 bytes."""
+    outputs = matrices_EKN.shape[2]
+    out = F.grouped_mm(_filled(rows_SK, 1), _filled(_filled(matrices_EKN, 1), 2), offs=groups.ends_E)[:, :outputs]
+    return _without_strays(out, groups)
+
+
+def _grouped_outer(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
+    shape = left_SO.shape[1], right_SI.shape[1]
+    if groups.partial:
+        left_SO, right_SI = _without_strays(left_SO, groups), _without_strays(right_SI, groups)
+    out = F.grouped_mm(_filled(left_SO, 1).T, _filled(right_SI, 1), offs=groups.ends_E)
+    return out[:, : shape[0], : shape[1]]
+
+
+def _without_strays(rows: Tensor, groups: Groups) -> Tensor:
+    # grouped_mm does not write the rows after the last end.
+    if not groups.partial:
+        return rows
+    places = torch.arange(rows.shape[0], device=rows.device)
+    return rows.masked_fill((places >= groups.ends_E[-1]).unsqueeze(1), 0)
+
+
+def _filled(matrix: Tensor, axis: int) -> Tensor:
+    """Pad with zeros to a multiple of `ALIGNED` along `axis`."""
+    missing = -matrix.shape[axis] % ALIGNED
+    if not missing:
+        return matrix
+    return F.pad(matrix, [0, 0] * (matrix.dim() - 1 - axis) + [0, missing])

@@ -1,0 +1,83 @@
+"""The model types of the installed transformers that have experts, found in its source, and the class of a whole model.
+
+A type counts if the module that defines its models has experts, and a class that writes text. A composite model (with
+parts for images or sound) is loaded, trained and saved whole, by its own class.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+# Decorated experts, stacked projections, or classes named as experts are.
+_EXPERTS = re.compile(r"use_experts_implementation|self\.down_proj = nn\.Parameter|^class \w+(Experts|MoE|Moe)\(", re.M)
+
+# In this order: a whole model with all its parts first.
+_WHOLE = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+
+@cache
+def types_with_experts() -> dict[str, str]:
+    """Model type -> name of the class of the whole model, which writes text, in alphabetical order."""
+    found: dict[str, str] = {}
+    for model_type in sorted(CONFIG_MAPPING_NAMES):
+        whole = whole_class(model_type)
+        if whole is not None and _EXPERTS.search(_source(model_type)):
+            found[model_type] = whole
+    return found
+
+
+def whole_class(model_type: str) -> str | None:
+    """Name of the class of a whole model that writes text: with its other parts, if it has some."""
+    return next((name for mapping in _WHOLE for name in _names(mapping.get(model_type, ()))), None)
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a config's model is of; None if it is not known (code from a repository).
+
+    It is the class that the config names, if that belongs to its model type, else the class of the whole model.
+    """
+    model_type = str(config.model_type)
+    named = (config.architectures or [""])[0]
+    possible = [name for mapping in _WHOLE for name in _names(mapping.get(model_type, ()))]
+    if not possible:
+        return None
+    found: type[PreTrainedModel] = getattr(transformers, named if named in possible else possible[0])
+    return found
+
+
+def is_composite(config: PreTrainedConfig) -> bool:
+    """Whether a model has other parts beside its language model, and that one has experts."""
+    return config.get_text_config() is not config and config.model_type in types_with_experts()
+
+
+def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of a config, without weights if the caller is on the meta device."""
+    kind = class_of(config)
+    if kind is None:
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return made
+    return kind._from_config(config, dtype=dtype)
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _source(model_type: str) -> str:
+    module = model_type_to_module_name(model_type)
+    file = Path(transformers.__file__).parent / "models" / module / f"modeling_{module}.py"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -1,0 +1,348 @@
+"""Router decisions: balance losses as pure functions, and a recorder of every layer's decisions.
+
+Shapes: T tokens (batch x sequence, flattened), E experts, K experts per token (top-k). Everything is computed in fp32,
+whatever the dtype of the model.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.scoring import Scoring, probabilities
+
+# Sum over the processes that share a batch, without a gradient; the identity in a job with one process.
+Total = Callable[[Tensor], Tensor]
+
+
+def local_sum(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How the router of one layer used its experts; shares and entropies (nats) over the tokens that count."""
+
+    layer: int
+    share: list[float]
+    min: float
+    max: float
+    cv: float
+    dead: int
+    load_entropy: float
+    token_entropy: float
+
+
+def switch_loss(
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    num_experts: int,
+    attention_mask: Tensor | None = None,
+    *,
+    scoring: Scoring = "softmax",
+    chosen: Sequence[Tensor] | None = None,
+    total: Total = local_sum,
+) -> Tensor:
+    """Switch Transformer's balance loss in its top-k form (arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e.
+
+    f_e is the number of a token's K choices that are e, P_e its probability of e, both as means over the tokens of
+    all layers; the loss is K at perfect balance. It equals the `aux_loss` of transformers' models.
+
+    Args:
+        router_logits: (T, E) for each layer.
+        top_k: K.
+        num_experts: E.
+        attention_mask: (batch, sequence), 0 for padding; None: all tokens count.
+        scoring: how the router turns logits into scores; DeepSeek-V3's loss (arXiv 2412.19437, eq. 17) uses sigmoid.
+        chosen: (T, K) for each layer, the experts chosen; None: the K most likely.
+        total: sum over the processes that share a batch. f_e and the number of tokens are then those of the whole batch
+            (as in arXiv 2501.11873), and the result is this process's part of the loss: the parts add up to the loss of
+            the batch, and so do their gradients.
+    """
+    weight_T = token_weights(attention_mask, router_logits[0])
+    counts_E = torch.zeros(num_experts, device=router_logits[0].device)
+    probs_E = torch.zeros_like(counts_E)
+    for layer, logits_TE in enumerate(router_logits):
+        probs_TE = probabilities(logits_TE, scoring).to(counts_E.device)
+        chosen_TK = probs_TE.topk(top_k, dim=-1).indices if chosen is None else chosen[layer].to(counts_E.device)
+        counts_E = counts_E + count_choices(chosen_TK, weight_T, num_experts)
+        probs_E = probs_E + weight_T @ probs_TE
+    rows = weight_T.sum() * len(router_logits)
+    summed = total(torch.cat([counts_E, rows.reshape(1)]))
+    counts_E, rows = summed[:-1], summed[-1]
+    return num_experts * (counts_E / rows * (probs_E / rows)).sum()
+
+
+def router_z_loss(logits_TE: Tensor, attention_mask: Tensor | None = None, total: Total = local_sum) -> Tensor:
+    """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits)^2.
+
+    `total`: see `switch_loss`.
+    """
+    weight_T = token_weights(attention_mask, logits_TE)
+    return weight_T @ logits_TE.float().logsumexp(dim=-1).square() / total(weight_T.sum())
+
+
+@dataclass
+class _Tally:
+    """Sums over tokens, kept on the device until they are read."""
+
+    counts_E: Tensor
+    probs_E: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: "_Tally") -> "_Tally":
+        return _Tally(
+            self.counts_E + other.counts_E,
+            self.probs_E + other.probs_E,
+            self.entropy + other.entropy,
+            self.tokens + other.tokens,
+        )
+
+    def packed(self) -> Tensor:
+        """As one tensor, for a sum over processes."""
+        return torch.cat([self.counts_E, self.probs_E, self.entropy.reshape(1), self.tokens.reshape(1)]).double()
+
+
+def _unpacked(packed: Tensor) -> _Tally:
+    experts = (packed.numel() - 2) // 2
+    return _Tally(packed[:experts], packed[experts : 2 * experts], packed[-2], packed[-1])
+
+
+def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> _Tally:
+    return _Tally(
+        counts_E=count_choices(chosen_TK, weight_T, probs_TE.shape[-1]),
+        probs_E=weight_T @ probs_TE,
+        entropy=weight_T @ torch.special.entr(probs_TE).sum(dim=-1),
+        tokens=weight_T.sum(),
+    )
+
+
+def usage(layer: int, probs_TE: Tensor, chosen_TK: Tensor, attention_mask: Tensor | None = None) -> LayerRouting:
+    """How one layer used its experts, from probabilities and chosen experts, over the tokens that are not padding.
+
+    Args:
+        layer: number of the layer.
+        probs_TE: routing probabilities.
+        chosen_TK: experts chosen.
+        attention_mask: (batch, sequence), 0 for padding; None: no padding.
+    """
+    return _summary(layer, _tally(probs_TE.float(), chosen_TK, token_weights(attention_mask, probs_TE)))
+
+
+def _summary(layer: int, tally: _Tally) -> LayerRouting:
+    counts = tally.counts_E.tolist()
+    tokens = tally.tokens.item()
+    total = sum(counts)
+    share = [count / total for count in counts]
+    mean = 1 / len(share)
+    variance = sum((part - mean) ** 2 for part in share) / len(share)
+    return LayerRouting(
+        layer=layer,
+        share=share,
+        min=min(share),
+        max=max(share),
+        cv=math.sqrt(variance) / mean,
+        dead=counts.count(0.0),
+        load_entropy=torch.special.entr(tally.probs_E / tokens).sum().item(),
+        token_entropy=tally.entropy.item() / tokens,
+    )
+
+
+class RoutingRecorder:
+    """Records the decisions of every router of a model, only inside `with recorder.recording(mask):`.
+
+    Gradient checkpointing (non-reentrant) runs a layer again in backward, after the `with`, so nothing counts twice.
+    Inside the `with`, only passes in the gradient mode of its start count: a pass of a reference model under `no_grad`
+    within a training step is not recorded.
+    """
+
+    def __init__(self, model: nn.Module, layout: ExpertLayout) -> None:
+        self.layout = layout
+        self._tallies: dict[int, _Tally] = {}
+        self._logits: dict[int, list[Tensor]] = {}
+        self._chosen: dict[int, list[Tensor]] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+        self._part_tallies: dict[tuple[str, int], _Tally] = {}
+        self._attention_mask: Tensor | None = None
+        self._device = next(model.parameters()).device
+        self._open = False
+        self._first_alone = False
+        self._grad_mode = False
+        self._handles = [
+            router.register_forward_hook(partial(self._record, layer))
+            for layer, router in layout.routers(model).items()
+        ]
+
+    @contextmanager
+    def recording(
+        self, attention_mask: Tensor | None, parts: Mapping[str, Tensor] | None = None, first_alone: bool = False
+    ) -> Iterator[None]:
+        """Record the passes inside.
+
+        Args:
+            attention_mask: (batch, sequence) of those passes, 0 for padding; None: no padding.
+            parts: name -> (batch, sequence), 1 for tokens that are also counted separately under that name.
+            first_alone: if there are several passes (a model, then its reference), only the first counts.
+        """
+        self._first_alone = first_alone
+        self._attention_mask = attention_mask
+        self._parts = dict(parts or {})
+        self._logits, self._chosen = {}, {}
+        self._grad_mode = torch.is_grad_enabled()
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Keep recordings inside separate from earlier ones, and discard them afterwards."""
+        kept = self._tallies, self._logits, self._chosen, self._counts, self._part_tallies
+        self._tallies, self._logits, self._chosen, self._counts, self._part_tallies = {}, {}, {}, {}, {}
+        try:
+            yield
+        finally:
+            self._tallies, self._logits, self._chosen, self._counts, self._part_tallies = kept
+
+    def switch_loss(self, total: Total = local_sum) -> float:
+        """`switch_loss` of everything recorded since the last `take`, as one batch, over all processes.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if not self._tallies:
+            raise RuntimeError("no router ran inside a recording")
+        tallies = self._balanced(self._tallies)
+        packed = torch.stack([tally.packed().to(self._device) for tally in tallies]).sum(dim=0)
+        summed = _unpacked(total(packed))  # also summed over layers
+        return float(self.layout.choices * (summed.counts_E * summed.probs_E).sum() / summed.tokens.square())
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Mask of the last recording."""
+        return self._attention_mask
+
+    def logits(self) -> list[Tensor]:
+        """Router logits (T, E) of the last recording, layer by layer, with their gradient.
+
+        Raises:
+            RuntimeError: nothing was recorded (reentrant checkpointing runs the layers without gradients).
+        """
+        if not self._logits:
+            raise RuntimeError("no router ran in the gradient mode of the recording; is checkpointing reentrant?")
+        return [logits_TE for passes in self._balanced(self._logits) for logits_TE in passes]
+
+    def chosen(self) -> list[Tensor]:
+        """The experts (T, K) that were chosen, in the order of `logits`; E means none."""
+        return [chosen_TK for passes in self._balanced(self._chosen) for chosen_TK in passes]
+
+    def _balanced[Each](self, by_layer: dict[int, Each]) -> list[Each]:
+        """Of the layers whose router chooses; where a token's id fixes its experts, nothing can be balanced."""
+        return [each for layer, each in by_layer.items() if layer not in self.layout.by_token_layers]
+
+    def z_loss(self, total: Total = local_sum) -> Tensor:
+        """Router z-loss of the last recording, mean over layers, with its gradient; `total`: see `switch_loss`."""
+        losses = [router_z_loss(logits_TE, self._attention_mask, total) for logits_TE in self.logits()]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def take_counts(self, total: Total = local_sum) -> dict[int, Tensor]:
+        """Layer -> tokens per expert (E,) since the last `take_counts`; `total` sums over processes."""
+        counts, self._counts = self._counts, {}
+        if total is local_sum or not counts:
+            return counts
+        summed_LE = total(torch.stack([counts[layer] for layer in sorted(counts)]))
+        return dict(zip(sorted(counts), summed_LE, strict=True))
+
+    def take(self, total: Total = local_sum) -> list[LayerRouting]:
+        """Routing of every layer since the last `take`, in order; empty if no token was recorded."""
+        tallies, self._tallies = self._tallies, {}
+        self._logits, self._chosen = {}, {}
+        if total is not local_sum and tallies:
+            summed = total(torch.stack([tallies[layer].packed() for layer in sorted(tallies)]))
+            tallies = {layer: _unpacked(packed) for layer, packed in zip(sorted(tallies), summed, strict=True)}
+        return [_summary(layer, tally) for layer, tally in sorted(tallies.items()) if tally.tokens.item() > 0]
+
+    def take_parts(self, names: Sequence[str] = (), total: Total = local_sum) -> dict[str, list[LayerRouting]]:
+        """Routing of each part since the last `take_parts`; parts without tokens are left out.
+
+        Args:
+            names: names of all parts that any process may have seen.
+            total: sum over processes.
+        """
+        tallies, self._part_tallies = self._part_tallies, {}
+        if total is not local_sum and names:
+            keys = [(part, layer) for part in sorted(names) for layer in self.layout.moe_layers]
+            nothing = torch.zeros(2 * self.layout.choices + 2, dtype=torch.float64, device=self._device)
+            mine = [tallies[key].packed() if key in tallies else nothing for key in keys]
+            tallies = {key: _unpacked(packed) for key, packed in zip(keys, total(torch.stack(mine)), strict=True)}
+        found: dict[str, list[LayerRouting]] = {}
+        for (part, layer), tally in sorted(tallies.items()):
+            if tally.tokens.item() > 0:
+                found.setdefault(part, []).append(_summary(layer, tally))
+        return found
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _record(self, layer: int, router: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        if not self._open or torch.is_grad_enabled() != self._grad_mode:
+            return
+        if self._first_alone and layer in self._logits:
+            return
+        layout = self.layout
+        logits_TE = outputs[layout.logits_at].reshape(-1, layout.choices)
+        # A checkpointed layer must save the same tensors for backward when it runs again without this hook. So
+        # everything here runs without gradients, and `z_loss` uses the gradient of the logits themselves.
+        self._logits.setdefault(layer, []).append(logits_TE)
+        with torch.no_grad():
+            detached_TE = logits_TE.detach()
+            chosen_TK = chosen_experts(layout, outputs, detached_TE)
+            self._chosen.setdefault(layer, []).append(chosen_TK)
+            weight_T = token_weights(self._attention_mask, detached_TE)
+            probs_TE = probabilities(detached_TE, layout.scoring)
+            tally = _tally(probs_TE, chosen_TK, weight_T)
+            self._tallies[layer] = self._tallies[layer] + tally if layer in self._tallies else tally
+            for part, mask in self._parts.items():
+                of_part = _tally(probs_TE, chosen_TK, token_weights(mask, detached_TE))
+                before = self._part_tallies.get((part, layer))
+                self._part_tallies[part, layer] = of_part if before is None else before + of_part
+            seen = self._counts.get(layer)
+            self._counts[layer] = tally.counts_E if seen is None else seen + tally.counts_E
+
+
+def token_weights(attention_mask: Tensor | None, rows: Tensor) -> Tensor:
+    """1.0 for tokens that count, 0.0 for padding: (T,) fp32 on the device of `rows` (T, ...)."""
+    if attention_mask is None:
+        return torch.ones(rows.shape[0], device=rows.device)
+    if attention_mask.numel() != rows.shape[0]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the router saw {rows.shape[0]} tokens"
+        )
+    return attention_mask.reshape(-1).to(device=rows.device, dtype=torch.float32)
+
+
+def count_choices(chosen_TK: Tensor, weight_T: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was chosen: (E,); index E means none.
+
+    Uses `scatter_add`, because `bincount` waits for the GPU.
+    """
+    counts = torch.zeros(num_experts + 1, device=chosen_TK.device)
+    return counts.scatter_add(0, chosen_TK.reshape(-1), weight_T.repeat_interleave(chosen_TK.shape[-1]))[:num_experts]
+
+
+def chosen_experts(layout: ExpertLayout, outputs: tuple[Tensor, ...], logits_TE: Tensor) -> Tensor:
+    """(T, K) from the outputs of a router, or (T, E) if experts chose tokens; E means none."""
+    if layout.chosen_at < len(outputs):  # Llama 4's router returns only scores and logits
+        return outputs[layout.chosen_at].reshape(logits_TE.shape[0], -1)
+    return logits_TE.topk(layout.top_k, dim=-1).indices

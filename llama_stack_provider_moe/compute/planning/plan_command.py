@@ -1,0 +1,88 @@
+"""The half of `moe-train plan` that imports torch: a job's body on standard input -> its plan as one JSON object.
+
+    python -m llama_stack_provider_moe.compute.planning.plan_command --memory BYTES [--model CONFIG] < job.json
+
+prints `{"job": ..., "plan": ..., "changes": [...]}`, or `{"error": ...}`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import get_args
+
+from pydantic import ValidationError
+
+from llama_stack_provider_moe.compute.planning.meta_model import read_config
+from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
+from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
+from llama_stack_provider_moe.jobdir import local_names
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
+from llama_stack_provider_moe.spec.recipes import RECIPES
+
+
+def planned(body: object, memory_bytes: int, config: str | None = None) -> dict[str, object]:
+    """The plan of a job.
+
+    Args:
+        body: the job.
+        memory_bytes: of each GPU; for a job on the CPU, of the machine.
+        config: place of the model's config; None: the place of its weights.
+
+    Raises:
+        MoeError, ValidationError: the job or its model is not valid.
+    """
+    spec = JOB_SPEC.validate_python(body)
+    if not isinstance(spec, get_args(TrainingSpec)):
+        training_recipes = ", ".join(recipe.name for recipe in RECIPES.values() if recipe.trains)
+        raise InvalidInput("recipe", spec.recipe, f"one that trains: {training_recipes}")
+    training: TrainingSpec = spec
+    resources = training.resources
+    on_cpu = resources.gpus == 0
+    machine = Machine("cpu", memory_bytes // resources.ranks) if on_cpu else Machine("cuda", memory_bytes)
+    planner = Planner(read_config(local_names.on_base(config or training.model, option="model")[0])[0], machine)
+    plan = planner.plan(training)
+    changes = () if plan.verdict == "fits" else planner.changes(training)
+    return {
+        "job": {
+            "recipe": training.recipe,
+            "model": training.model,
+            "trains": "all weights" if training.adapter is None else _adapter(training.adapter),
+            "batch_size": training.training.batch_size,
+            "max_length": training.options.max_length,
+            "checkpointing": training.efficiency.enable_activation_checkpointing,
+            "dtype": training.training.dtype,
+            "optimizer": training.optimizer.optimizer_type,
+        },
+        "plan": plan.as_json(),
+        "changes": [{**asdict(change), "text": change.text()} for change in changes],
+    }
+
+
+def _adapter(adapter: Adapter) -> str:
+    base = f", base in {adapter.quantize_bits} bits" if adapter.quantize_base else ""
+    return f"LoRA r={adapter.rank}, plan {adapter.plan or 'by the model'}{base}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan as JSON, and return 0; or print the error, and return 2."""
+    parser = argparse.ArgumentParser(prog="plan_command", description="Find the strategy with which a job fits.")
+    parser.add_argument("--memory", type=int, required=True, help="bytes of each GPU, or of the machine")
+    parser.add_argument("--model", help="place of the model's config")
+    options = parser.parse_args(argv)
+    try:
+        print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model)))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc'][1:]))}: {shorten(each['input'])}: {each['msg']}"
+                    for each in error.errors()]  # fmt: skip
+        print(json.dumps({"error": "; ".join(problems)}))
+        return 2
+    except MoeError as error:
+        print(json.dumps({"error": str(error)}))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""The strategy that a job can train with on given devices, and the changes that make it fit if there is none.
+
+Everything comes from the job's spec and its model's config: `memory` estimates a step, and `per_process` counts what
+each process holds of it under each strategy. A job fits if the estimate is within `USABLE` of a GPU. It is refused if
+what it needs whatever its batch (weights, gradients, optimiser: counted, not estimated) is more than the device has;
+in between it is tight, and the job tries.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, Literal, cast, get_args
+
+from pydantic import ValidationError
+from transformers import PreTrainedConfig
+
+from llama_stack_provider_moe.compute.methods.breaker_plan import decide
+from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
+from llama_stack_provider_moe.compute.models.loader import DTYPES
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
+from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
+from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
+from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
+from llama_stack_provider_moe.compute.planning.per_process import (
+    Way,
+    Weight,
+    process_memory,
+    share_of_run,
+    transient_memory,
+    weights_of,
+)
+from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, TrainingSpec
+from llama_stack_provider_moe.spec.blocks import Strategy
+
+# Settings of a job: dotted name -> value.
+Fields = Mapping[str, object]
+Verdict = Literal["fits", "tight", "too large", "refused"]
+# Share of the memory that a step may take. On a GPU the CUDA context and fragments of the allocator take the rest.
+USABLE: dict[Device, float] = {"cuda": 0.9, "cpu": 1.0}
+# In the order in which `auto` tries them: the one that moves the fewest bytes in a step first.
+WAYS: tuple[Way, ...] = ("ddp", "fsdp", "ep")
+MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}  # tensors that torch's optimiser keeps for each weight
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device of each process of a job.
+
+    Attributes:
+        memory_bytes: of its GPU; on a CPU its share of the machine's memory.
+    """
+
+    device: Device
+    memory_bytes: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """The largest estimate that fits."""
+        return int(USABLE[self.device] * self.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A strategy, and whether the job fits with it.
+
+    Attributes:
+        refused: the reason why this job can't use it.
+        certain_bytes: that each device needs, whatever the batch.
+    """
+
+    strategy: Way
+    verdict: Verdict
+    refused: str | None = None
+    certain_bytes: int = 0
+    estimate: MemoryEstimate | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of one device; 0 if the strategy is refused."""
+        return 0 if self.estimate is None else self.estimate.peak_bytes
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings with which the job fits."""
+
+    fields: Fields
+    strategy: Way
+    peak_bytes: int
+
+    def text(self) -> str:
+        """The change for a person."""
+        settings = " with ".join(f"{name} {_shown(value)}" for name, value in self.fields.items())
+        return f"{settings} ({self.strategy}, {self.peak_bytes / 1e9:.1f} GB)"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The result for one job.
+
+    Attributes:
+        asked: `resources.strategy` of the job.
+        chosen: None: no strategy is possible on this device.
+    """
+
+    asked: str
+    machine: Machine
+    processes: int
+    options: tuple[Option, ...]
+    chosen: Option | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the chosen strategy."""
+        return "too large" if self.chosen is None else self.chosen.verdict
+
+    def as_json(self) -> dict[str, object]:
+        """The plan for JSON, in bytes."""
+        return {
+            "strategy": None if self.chosen is None else self.chosen.strategy,
+            "asked": self.asked,
+            "verdict": self.verdict,
+            "processes": self.processes,
+            "device": self.machine.device,
+            "device_bytes": self.machine.memory_bytes,
+            "usable_bytes": self.machine.usable_bytes,
+            "options": [{**asdict(option), "peak_bytes": option.peak_bytes} for option in self.options],
+        }
+
+
+@dataclass(frozen=True)
+class _Rehearsed:
+    adapted: MetaModel
+    weights: tuple[Weight, ...]
+    step: StepMoments
+    bits: Bits
+
+
+class Planner:
+    """Plans jobs on one model and machine; dry runs of steps are kept and reused."""
+
+    def __init__(self, config: PreTrainedConfig, machine: Machine) -> None:
+        self.machine = machine
+        self._config = config
+        self._seen: dict[str, _Rehearsed] = {}
+
+    def plan(self, spec: TrainingSpec) -> MemoryPlan:
+        """Every strategy for a job, and the one that it gets.
+
+        Raises:
+            MoeError: the start of the job would fail too, because of its model or adapter.
+        """
+        resources = spec.resources
+        auto = resources.strategy == "auto"
+        options = tuple(self._option(spec, way) for way in _ways(resources.ranks))
+        # On a CPU all processes share one memory, and gathering layers over gloo costs more than it saves.
+        first = WAYS if not auto else ("ddp",) if self.machine.device == "cpu" else WAYS
+        open_to = [option for option in options
+                   if (option.strategy in first if auto else option.strategy == resources.strategy)]  # fmt: skip
+        fitting = [option for option in open_to if option.verdict == "fits"]
+        tight = sorted((option for option in open_to if option.verdict == "tight"), key=lambda each: each.peak_bytes)
+        chosen = next(iter([*fitting, *tight]), None)
+        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen)
+
+    def estimate(self, spec: TrainingSpec, way: Way) -> tuple[MemoryEstimate, int]:
+        """The peak of one device under a strategy, and the part of it that does not depend on the batch."""
+        made, processes = self._rehearsed(spec), spec.resources.ranks
+        whole = spec.adapter is None
+        ahead = False
+        if isinstance(spec, DPOSpec):
+            ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
+        copies = spec.recipe == "dpo" and whole and not ahead
+        # As `compute.models.loader` does if all weights train and are divided.
+        wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
+        has = process_memory(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
+        if spec.resources.cpu_offload:  # the device holds only the gathered layers
+            buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
+            has = replace(has, weights=buffers, gradients=0, optimizer=0, largest=0)
+        tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
+        step = replace(
+            made.step,
+            run=share_of_run(made.step.run, made.weights, way, processes, wide),
+            transient=transient_memory(made.adapted, made.weights, way, processes, tokens, wide),
+            accumulates=spec.training.gradient_accumulation_steps > 1,
+            reference=not ahead,
+        )
+        return step.peak(has, made.bits, spec.efficiency.enable_activation_checkpointing), has.certain
+
+    def changes(self, spec: TrainingSpec) -> tuple[Change, ...]:
+        """The changes that make the job fit: single settings if any are enough, else several at once; () if none are.
+
+        Each change has been planned like the job itself.
+        """
+        on_gpus = self.machine.device == "cuda"
+        found = tuple(self._fitting(spec, _single(spec, on_gpus)))
+        return found or tuple(islice(self._fitting(spec, _together(spec, on_gpus)), 1))
+
+    def _fitting(self, spec: TrainingSpec, tried: Iterator[list[Fields]]) -> Iterator[Change]:
+        for ladder in tried:  # from the smallest change to the largest; the first that fits counts
+            if self._with(spec, ladder[-1]) is None:
+                continue
+            for fields in ladder:
+                if (change := self._with(spec, fields)) is not None:
+                    yield change
+                    break
+
+    def _with(self, spec: TrainingSpec, fields: Fields) -> Change | None:
+        try:
+            plan = self.plan(changed(spec, fields))
+        except (MoeError, ValueError):  # not valid together, or not with this model
+            return None
+        if plan.chosen is None or plan.verdict != "fits":
+            return None
+        return Change(fields, plan.chosen.strategy, plan.chosen.peak_bytes)
+
+    def _option(self, spec: TrainingSpec, way: Way) -> Option:
+        if (refused := self._refused(spec, way)) is not None:
+            return Option(way, "refused", refused)
+        estimate, certain = self.estimate(spec, way)
+        verdict: Verdict = "fits" if estimate.peak_bytes <= self.machine.usable_bytes else "tight"
+        if certain > self.machine.memory_bytes:
+            verdict = "too large"
+        return Option(way, verdict, None, certain, estimate)
+
+    def _refused(self, spec: TrainingSpec, way: Way) -> str | None:
+        """The reason why the job can't use a strategy, in the same words as when it is submitted."""
+        try:
+            changed(spec, {"resources.strategy": way})
+        except ValidationError as error:
+            return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        layout, processes = self._rehearsed(spec).adapted.layout, spec.resources.ranks
+        if way == "ep" and layout is None:
+            return "the model is dense: it has no experts to divide"
+        if way == "ep" and layout is not None and layout.num_experts % processes:
+            return f"{layout.num_experts} experts can't be divided equally among {processes} processes"
+        return None
+
+    def _rehearsed(self, spec: TrainingSpec) -> _Rehearsed:
+        """A step of a single process; arithmetic adds strategy, checkpointing and optimiser."""
+        batch = Batch(spec.training.batch_size, spec.options.max_length)
+        adapter = None if spec.adapter is None else spec.adapter.model_dump()
+        breaker = spec.circuit_breaker.model_dump() if isinstance(spec, BreakerSpec) else None
+        key = repr((spec.recipe, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
+        if key not in self._seen:
+            self._seen[key] = self._rehearse(spec, batch)
+        return self._seen[key]
+
+    def _rehearse(self, spec: TrainingSpec, batch: Batch) -> _Rehearsed:
+        # fp16 is as large as bf16, and torch's autocast supports bf16 everywhere.
+        model = bare(self._config, DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype])
+        adapter, targets = spec.adapter, cast(tuple[int, ...], (0,))
+        if isinstance(spec, BreakerSpec):
+            layout = find_layout(model)
+            breaks = decide(spec, model, layout, resolve_moe(spec.moe, layout, full=False, models_loss=False))
+            adapter, targets = breaks.adapter, breaks.targets
+        bits: Bits = 16 if adapter is None or not adapter.quantize_base else adapter.quantize_bits
+        adapted = adapt(model, adapter, spec.moe, bits)
+        weights, device = weights_of(adapted), self.machine.device
+        run = rehearse(Rehearsal(adapted.model, device), adapted, spec.recipe, batch, device)
+        step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
+        return _Rehearsed(adapted, weights, step, bits)
+
+
+def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
+    """The error text for a job that fits no device."""
+    device = f"{plan.machine.memory_bytes / 1e9:.1f} GB"
+    reasons = [
+        f"{option.strategy} needs {option.certain_bytes / 1e9:.1f} GB on each device for weights, gradients and "
+        "optimiser alone, whatever the batch"
+        if option.refused is None
+        else f"{option.strategy} is not valid here: {option.refused}"
+        for option in plan.options
+        if option.verdict in ("too large", "refused") and plan.asked in ("auto", option.strategy)
+    ]
+    alone = "each of these alone would make it fit" if len(changes) != 1 else "this would make it fit"
+    ways = (
+        f"{alone}: {'; '.join(change.text() for change in changes)}"
+        if changes
+        else "no change that was tried would make it fit"
+    )
+    return f"the job can't fit on {plan.processes} device(s) of {device} each: {'; '.join(reasons)}. {ways}"
+
+
+def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:
+    """The job with other values of some settings.
+
+    Raises:
+        ValidationError: they are not valid together.
+    """
+    body: dict[str, Any] = spec.model_dump(mode="json")
+    for name, value in fields.items():
+        *blocks, last = name.split(".")
+        block = body
+        for each in blocks:
+            block = block[each]
+        block[last] = value
+    return cast(TrainingSpec, JOB_SPEC.validate_python(body))
+
+
+def _ways(processes: int) -> tuple[Way, ...]:
+    offered = get_args(Strategy)
+    return tuple(way for way in WAYS if way in offered) if processes > 1 else ("ddp",)
+
+
+def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
+    """Changes of one kind each, from the smallest to the largest."""
+    training, resources = spec.training, spec.resources
+    if resources.ranks > 1 and resources.strategy != "auto":
+        yield [{"resources.strategy": "auto"}]
+    if not spec.efficiency.enable_activation_checkpointing:
+        yield [{"efficiency.enable_activation_checkpointing": True}]
+    halves = [1 << power for power in range(1, 13) if training.batch_size % (1 << power) == 0]
+    smaller: list[Fields] = [{"training.batch_size": training.batch_size // half,
+                "training.gradient_accumulation_steps": training.gradient_accumulation_steps * half}
+               for half in halves if training.gradient_accumulation_steps * half <= 4096]  # fmt: skip
+    if smaller:
+        yield smaller
+    lengths = [spec.options.max_length // half for half in (2, 4, 8)]
+    yield [{"options.max_length": length} for length in lengths if length >= 8] or [{"options.max_length": 8}]
+    if spec.adapter is None:
+        yield [{"adapter": Adapter().model_dump(mode="json")}]
+        yield [{"adapter": {**Adapter().model_dump(mode="json"), "quantize_base": True}}]
+    elif not spec.adapter.quantize_base:
+        yield [{"adapter.quantize_base": True}]
+    if on_gpus:
+        more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
+        if more:
+            yield [{"resources.gpus": gpus, "resources.strategy": "auto"} for gpus in more]
+
+
+def _together(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
+    """The largest change of each kind, each added to those before."""
+    fields: Fields = {}
+    for ladder in _single(spec, on_gpus):
+        if "adapter" in ladder[0] and "adapter" in fields:
+            continue
+        fields = {**fields, **ladder[-1]}
+        yield [fields]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "LoRA on a 4-bit base" if value.get("quantize_base") else "LoRA (default settings)"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""This process: its job, its rank, where it reports to, and whether it was asked to stop."""

@@ -1,0 +1,1 @@
+"""The loop around TRL's trainers: steps, checkpoints, figures, evaluation."""

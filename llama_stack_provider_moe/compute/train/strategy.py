@@ -1,0 +1,114 @@
+"""Decides a job's strategy, and whether it fits in memory, before any weight is loaded.
+
+Rank 0 decides `resources.strategy: auto` here, once for all processes, and checks a strategy that the job names. A job
+that needs more memory than a device has, whatever its batch, ends now and not after an hour of loading; it gets the
+reason and a list of what would fit (`compute.planning.planner`). If only the estimate exceeds the device, the job gets
+a warning.
+
+Two kinds of jobs are not estimated: small models on a CPU, where a step takes less time than the estimate, and models
+that Unsloth runs, because its kernels keep other tensors than ours.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from llama_stack_provider_moe.compute.models.backend import backend_of
+from llama_stack_provider_moe.compute.models.loader import pick_device
+from llama_stack_provider_moe.compute.runtime.context import AnySession, Forecast
+from llama_stack_provider_moe.errors import MoeError, TrainingError, shorten
+from llama_stack_provider_moe.spec import TrainingSpec
+
+# Share of a CPU's memory. Weights stored in bf16 take eight times their files in fp32 with gradients and moments.
+SMALL = 1 / 64
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+class _Decided(NamedTuple):
+    strategy: str
+    forecast: Forecast | None
+    warnings: tuple[str, ...] = ()
+
+
+def decided(session: AnySession) -> AnySession:
+    """The session with its strategy decided, and with a forecast of its memory.
+
+    Raises:
+        TrainingError: no strategy that the job allows fits.
+    """
+    device = pick_device(session.spec.training.dtype, session.peers.local_rank)
+    # The smallest of all processes.
+    memory = -int(session.peers.maximum(-_memory_bytes(device, session.peers.local_size)))
+    found = session.peers.agreed(_decide(session.spec, device.type, memory) if session.peers.leads else None)
+    assert found is not None
+    for warning in found.warnings:
+        session.say(warning, "warning")
+    resources = session.spec.resources.model_copy(update={"strategy": found.strategy})
+    spec = session.spec.model_copy(update={"resources": resources})
+    return replace(session, spec=spec, forecast=found.forecast)
+
+
+def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
+    asked = spec.resources.strategy
+    unplanned = "ddp" if asked == "auto" else asked
+    small = device == "cpu" and _weights_on_disk(spec.model) <= SMALL * memory_bytes
+    if small or not backend_of(spec).has_memory_estimate:
+        return _Decided(unplanned, None)
+    # These imports take time, and most jobs on a CPU return above.
+    from llama_stack_provider_moe.compute.planning.meta_model import read_config
+    from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, refusal
+
+    try:
+        planner = Planner(read_config(spec.model)[0], Machine("cuda" if device == "cuda" else "cpu", memory_bytes))
+        plan = planner.plan(spec)
+    except (MoeError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError) as error:
+        # A model's code may fail on tensors without numbers. An error in the job itself comes up again when it loads.
+        reason = shorten(" ".join(str(error).split()), 300)[1:-1]
+        return _Decided(unplanned, None, (f"memory could not be estimated ({type(error).__name__}: {reason})",))
+    chosen = plan.chosen
+    if chosen is None:
+        raise TrainingError(refusal(plan, planner.changes(spec)))
+    assert chosen.estimate is not None
+    estimate = chosen.estimate
+    terms = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in vars(estimate.terms).items()
+                      if value)  # fmt: skip
+    by_itself = " (auto)" if asked == "auto" and plan.processes > 1 else ""
+    text = (
+        f"{chosen.strategy}{by_itself}: {estimate.peak_bytes / 1e9:.2f} of {memory_bytes / 1e9:.1f} GB per process "
+        f"expected at the peak, {estimate.moment} ({terms})"
+    )
+    warnings = []
+    if plan.verdict == "tight":
+        warnings.append(
+            f"memory is tight: {estimate.peak_bytes / 1e9:.1f} GB per process expected at the peak, of which "
+            f"{chosen.certain_bytes / 1e9:.1f} GB do not depend on the batch; {plan.machine.usable_bytes / 1e9:.1f} GB "
+            "can be used (`moe-train plan` shows what would fit)"
+        )
+    return _Decided(chosen.strategy, Forecast(text, plan.as_json()), tuple(warnings))
+
+
+def _memory_bytes(device: torch.device, processes: int) -> int:
+    """Memory of this process's device. All of a GPU's, used or not, so that the next start decides the same."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _machine_bytes() // processes
+
+
+def _machine_bytes() -> int:
+    """Memory and swap that processes may use, by the machine and by the control group (cgroup v2)."""
+    there: int = psutil.virtual_memory().total + psutil.swap_memory().total
+    try:
+        limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return there
+    return there if limit == "max" else min(there, int(limit))
+
+
+def _weights_on_disk(model: str) -> float:
+    """Bytes of the weights in a folder; infinite if there is no such folder or it has none."""
+    sizes = [path.stat().st_size for path in Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
+    return sum(sizes) if sizes else math.inf

@@ -1,0 +1,1 @@
+"""A job's processes on a Ray cluster."""

@@ -1,0 +1,105 @@
+"""A job file in JSON or YAML -> the body of a job. Reads strictly: each key once, and only values that JSON has."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from llama_stack_provider_moe.control.cli import packaged
+from llama_stack_provider_moe.errors import InvalidInput
+
+STANDARD_INPUT = "-"
+
+
+class _KeyTwice(ValueError):
+    """A key is given twice in one JSON object. The JSON parser does not know the line."""
+
+
+def read_job_file(file: str) -> tuple[dict[str, object], Path]:
+    """Return the job in `file`, and the folder that its relative paths start from.
+
+    Args:
+        file: a path, `-` for standard input, or `@NAME` for a template of this package.
+
+    Raises:
+        InvalidInput: the file can't be read, or is not a JSON or YAML object.
+    """
+    if file.startswith("@"):
+        data, beside = packaged.job_template(file[1:], "FILE", "@").read_bytes(), Path()
+    else:
+        try:
+            data = sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
+        except (OSError, ValueError) as error:
+            raise InvalidInput("FILE", file, f"a job file that can be read ({error})") from None
+        beside = Path() if file == STANDARD_INPUT else Path(file).parent
+    language = _language(file, data)
+    try:
+        body = parse_json(data) if language == "JSON" else _parse_yaml(data)
+    except RecursionError:
+        raise InvalidInput("FILE", file, f"a job file in {language} (it is nested too deeply)") from None
+    except ValueError as error:  # invalid JSON or YAML, or not text
+        raise InvalidInput("FILE", file, f"a job file in {language} ({error})") from None
+    if not isinstance(body, dict):
+        raise InvalidInput("FILE", file, f"a job file, which holds an object; this is {kind_of(body)}")
+    return body, beside
+
+
+def parse_json(data: str | bytes) -> object:
+    """Return a JSON value.
+
+    Raises:
+        ValueError: it is not JSON, a key is given twice, or a value is NaN or infinite.
+    """
+    try:
+        value: object = json.loads(data, object_pairs_hook=_object, parse_constant=_not_json)
+        return value
+    except _KeyTwice as error:
+        raise (_repeated_key(data) if isinstance(data, bytes) else None) or error from None
+
+
+def _repeated_key(data: bytes) -> ValueError | None:
+    """Find the same mistake and its line with the YAML parser; JSON without tabs is YAML."""
+    from llama_stack_provider_moe.control.cli import strict_yaml
+
+    try:
+        strict_yaml.parse(data)
+    except strict_yaml.KeyTwice as error:
+        return error
+    except ValueError:
+        pass
+    return None
+
+
+def kind_of(value: object) -> str:
+    """Return what a JSON value is, for an error."""
+    kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def _language(file: str, data: bytes) -> str:
+    """Return the language: by the file's suffix, else by its first character."""
+    suffix = Path(file).suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        return "YAML"
+    return "JSON" if suffix == ".json" or file.startswith("@") or data.lstrip()[:1] in (b"{", b"[") else "YAML"
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:  # json would keep the last one and say nothing
+            raise _KeyTwice(f"key {key!r} is given twice in one object")
+        found[key] = value
+    return found
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _parse_yaml(data: bytes) -> object:
+    from llama_stack_provider_moe.control.cli import (
+        strict_yaml,  # yaml takes longer to import than other commands take to run
+    )
+
+    return strict_yaml.parse(data)

@@ -1,0 +1,132 @@
+"""`moe-train init` and `moe-train templates`: the files that a user starts from."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+
+from llama_stack_provider_moe.control.cli import hosts, packaged
+from llama_stack_provider_moe.control.cli.act import answer, end
+from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.options import Json
+from llama_stack_provider_moe.control.cli.screen import Screen, table, text
+from llama_stack_provider_moe.errors import InvalidInput
+
+# The files refer to each other by their paths in a checkout.
+_RUN_CONFIG = re.compile(r"run_configs/(\w+\.yaml)")
+_EXTERNAL_APIS = re.compile(r"^external_apis_dir: .*$", re.MULTILINE)
+_JOB_TEMPLATE = re.compile(r"job_templates/(\w+)\.json")
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands to `moe-train`."""
+    app.command()(init)
+    app.command()(templates)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files; created if it does not exist.")],
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="NAME",
+            help="Run config; `moe-train templates` lists them. "
+            "By default that of the host: quickstart, llama_stack_0_7 or ogx.",
+        ),
+    ] = None,
+    job: Annotated[
+        str,
+        typer.Option("--job", metavar="NAME", help="Job template, as NAME or @NAME; `moe-train templates` lists them."),
+    ] = "granite_moe_sft",
+    host: Annotated[
+        hosts.HostName | None,
+        typer.Option("--host", help="Host of the server: Llama Stack 0.6.1 (default), Llama Stack 0.7.3 or OGX 1.5.0."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a server's YAML, a job file and constraints.txt into a folder. Existing files are never overwritten."""
+
+    def act(screen: Screen) -> Exit:
+        on, config_name = hosts.chosen(host, server)
+        config = packaged.run_config(config_name, "--server")
+        name = job.removeprefix("@")  # as `submit` takes it
+        template = packaged.job_template(name, "--job", job.removesuffix(name))
+        contents = {
+            config.name: _for_folder(config.read_text(encoding="utf-8"), folder),
+            template.name: template.read_text(encoding="utf-8"),
+            packaged.CONSTRAINTS: packaged.constraints(on.constraints),
+        }
+        named = {"server": config.name, "job": template.name, "constraints": packaged.CONSTRAINTS}
+        if on.is_external:
+            contents[hosts.API_FILE] = packaged.external_api()
+            named["external_api"] = hosts.API_FILE
+        _write(folder, contents)
+        written = {name: str(folder / file) for name, file in named.items()}
+        return answer(screen, written, lambda files: _written(files, on))
+
+    end(as_json, act)
+
+
+def templates(as_json: Json = False) -> None:
+    """List the run configs and job templates of this package."""
+
+    def act(screen: Screen) -> Exit:
+        document = {
+            "run_configs": {name: packaged.headline(file) for name, file in packaged.run_configs().items()},
+            "job_templates": {name: packaged.summary(file) for name, file in packaged.job_templates().items()},
+        }
+        return answer(screen, document, _listed)
+
+    end(as_json, act)
+
+
+def _for_folder(content: str, folder: Path) -> str:
+    """Replace paths in `content` by the names that the files have after `init`.
+
+    Hosts look for `external_apis_dir` where they are started, so that one is written whole.
+    """
+    apis = json.dumps(str(folder.resolve() / hosts.API_FILE.partition("/")[0]))
+    content = _EXTERNAL_APIS.sub(lambda _: f"external_apis_dir: {apis}", content)
+    return _JOB_TEMPLATE.sub(r"@\1", _RUN_CONFIG.sub(r"\1", content))
+
+
+def _write(folder: Path, contents: dict[str, str]) -> None:
+    """Write all the files; if one of them exists, write none."""
+    existing = [str(folder / name) for name in contents if (folder / name).exists() or (folder / name).is_symlink()]
+    if existing:
+        told = f"{', '.join(existing)} exist{'s' if len(existing) == 1 else ''}"
+        raise InvalidInput("DIR", str(folder), f"a folder without these files; {told}, and nothing was written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with (folder / name).open("x", encoding="utf-8") as file:
+                file.write(content)
+    except OSError as error:
+        raise InvalidInput("DIR", str(folder), f"a folder that can be written ({error.strerror})") from None
+
+
+def _written(files: dict[str, str], host: hosts.Host) -> str:
+    return "\n".join(
+        [
+            *(f"wrote {file}" for file in files.values()),
+            "",
+            f"Install:  pip install 'llama-stack-provider-moe[{host.extra},train]' -c {files['constraints']}",
+            f"Serve:    {host.command.format(file=files['server'])}",
+            f"Train:    moe-train submit {files['job']} --follow",
+        ]
+    )
+
+
+def _listed(document: dict[str, dict[str, str]]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for heads, block, use in (
+        (("RUN CONFIG", ""), "run_configs", "Write one into a folder: moe-train init DIR --server NAME"),
+        (("JOB TEMPLATE", ""), "job_templates", "Submit one: moe-train submit @NAME"),
+    ):
+        parts += [table(heads, document[block].items()), text(use), ""]
+    return Group(*parts[:-1])

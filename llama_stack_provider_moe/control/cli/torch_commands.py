@@ -1,0 +1,101 @@
+"""Commands that need torch and no server: `upcycle`, `eval`, `families`, `analyze routing`, and those of `export`.
+
+Arguments are checked here, without torch; then a separate process does the work.
+"""
+
+from collections.abc import Callable
+
+import typer
+
+from llama_stack_provider_moe.control.cli import local, local_checks
+from llama_stack_provider_moe.control.cli.help_words import App
+from llama_stack_provider_moe.control.cli.screen import Screen
+from llama_stack_provider_moe.control.cli.typed_options import command
+from llama_stack_provider_moe.spec.command_words import CommandLine
+from llama_stack_provider_moe.spec.local_commands import (
+    EVALUATION_COMMAND,
+    ROUTING_COMMAND,
+    FamiliesCommand,
+    GgufCommand,
+    LoadCheckCommand,
+    MergeCommand,
+    UpcycleCommand,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `upcycle`, `eval`, `families` and `analyze routing` to `moe-train`."""
+    app.command(name="upcycle")(
+        command(
+            UpcycleCommand,
+            "Convert a dense model to a Mixture-of-Experts model that computes the same function. Needs torch.",
+            _process("compute.models.upcycle", local_checks.upcycle),
+        )
+    )
+    app.command(name="eval")(
+        command(
+            EVALUATION_COMMAND,
+            "Measure a model's refusals, over-refusals, perplexity and tool calls. Needs torch.",
+            _process("compute.evaluation.command", local_checks.evaluate),
+        )
+    )
+    app.command(name="families")(
+        command(
+            FamiliesCommand,
+            "Show every model type of transformers with experts, and which of the tested laws it holds. Needs torch.",
+            _process("compute.moe.families_command", _nothing_to_check),
+        )
+    )
+    analyze = App(help="Analyze a model on this machine. Needs torch.", no_args_is_help=True)
+    app.add_typer(analyze, name="analyze")
+    analyze.callback()(_group)
+    analyze.command(name="routing")(
+        command(
+            ROUTING_COMMAND,
+            "Compare two or more sets of rows: which experts does the model route each of them to?",
+            _process("compute.analysis.routing", local_checks.routing),
+        )
+    )
+
+
+def register_exports(app: typer.Typer) -> None:
+    """Add `gguf`, `check` and `merge` to `moe-train export`."""
+    app.command(name="gguf")(
+        command(
+            GgufCommand,
+            "Convert a Hugging Face folder to a GGUF file, and verify it with llama.cpp. Needs torch.",
+            _process("compute.export.gguf", local_checks.gguf),
+        )
+    )
+    app.command(name="check")(
+        command(
+            LoadCheckCommand,
+            "Load what a job saved, and compare its logits with those recorded at the end of training. Needs torch.",
+            _process("compute.export.load_check", local_checks.load_check),
+        )
+    )
+    app.command(name="merge")(
+        command(
+            MergeCommand,
+            "Merge a LoRA adapter into its base model, one tensor at a time. Needs torch.",
+            _process("compute.export.merge", local_checks.merge),
+        )
+    )
+
+
+def _group() -> None:
+    """Analyze a model on this machine. Needs torch."""
+
+
+def _nothing_to_check(line: CommandLine) -> None:
+    """For a command line without files."""
+
+
+def _process[Kind: CommandLine](module: str, check: Callable[[Kind], None]) -> Callable[[Screen, Kind], int]:
+    """Check a copy of the command line, then run `module` with it."""
+
+    def act(screen: Screen, line: Kind) -> int:
+        check(line)
+        return local.in_training_python(screen, module, line)
+
+    return act

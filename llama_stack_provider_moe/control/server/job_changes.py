@@ -1,0 +1,48 @@
+"""Resuming and deleting a job, in a thread: what the store does, and what belongs to it on disk."""
+
+import logging
+
+from llama_stack_provider_moe.control.server import submissions, views, wire
+from llama_stack_provider_moe.control.server.resumable import must_be_resumable, must_find_its_sources
+from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.supervisor import removal
+from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+
+log = logging.getLogger(__name__)
+
+
+def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | None) -> submissions.ResumedJob:
+    """Put a cancelled or failed job back into the queue.
+
+    Args:
+        store: the store.
+        config: the server's configuration.
+        job_id: the job.
+        whose: the owner whose jobs the caller may use; None for every owner's.
+    """
+    job = store.get(job_id, whose)
+    found: submissions.Resumes = "from_beginning"
+    if job.state in (JobState.FAILED, JobState.CANCELLED):  # `store.resume` refuses the other states
+        found = must_be_resumable(job)
+        must_find_its_sources(job, store, config.jobs_dir)
+    store.resume(job_id, whose, config.limits)
+    return submissions.ResumedJob(job_uuid=job_id, resumes=found)
+
+
+def delete(store: JobStore, config: ProviderConfig, job_id: str, whose: str | None, force: bool) -> wire.DeletedJob:
+    """Delete a job that has ended, and its exports.
+
+    Args:
+        store: the store.
+        config: the server's configuration.
+        job_id: the job.
+        whose: as in `resume`.
+        force: delete it even if other jobs need its files.
+    """
+    elsewhere = views.places(store.get(job_id, whose))[1:]
+    removed = removal.remove(store, config, job_id, whose, force)
+    exports, broken = [job.id for job in removed.exports], removal.broken_by(removed)
+    log.info("deleted: job %s%s", " ".join([job_id, *exports]), f"; breaks {'; '.join(broken)}" if broken else "")
+    kept = [str(path) for path in elsewhere if path.exists()]
+    return wire.DeletedJob(job_uuid=job_id, kept=kept, exports=exports, broken=broken)

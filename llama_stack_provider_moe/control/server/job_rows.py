@@ -1,0 +1,113 @@
+"""The rows of a job that was submitted: checked, copied into its folder, and described there."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+from llama_stack_provider_moe.control.server import callers, compat, ownership, rows, sample_check
+from llama_stack_provider_moe.control.server.api_requests import Draft
+from llama_stack_provider_moe.control.server.guard import Guard
+from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
+from llama_stack_provider_moe.control.server.row_sample import RowSample
+from llama_stack_provider_moe.control.server.template_check import TemplateChecker
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.row_reports import write_reports
+from llama_stack_provider_moe.jobdir.row_sources import DataSource, write_sources
+from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec.row_sources import RowSource
+from llama_stack_provider_moe.spec.rows import RowsReport
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+
+
+class JobRows(NamedTuple):
+    """What was found about the rows of each part of a job (`RowSource.part`)."""
+
+    reports: Mapping[str, RowsReport]
+    sources: Mapping[str, DataSource]
+
+    def counts(self) -> dict[str, int]:
+        """Number of rows by part."""
+        return {part: report.rows for part, report in self.reports.items()}
+
+
+class RowReader:
+    """Reads the data sets that jobs name.
+
+    Args:
+        config: the server's configuration.
+        deps: the host's APIs.
+        guard: the service's threads.
+        datasets: the data sets that owners upload.
+        templates: renders rows with chat templates.
+    """
+
+    def __init__(
+        self,
+        config: ProviderConfig,
+        deps: compat.Deps,
+        guard: Guard,
+        datasets: OwnDatasets,
+        templates: TemplateChecker,
+    ) -> None:
+        self._config = config
+        self._deps = deps
+        self._guard = guard
+        self._datasets = datasets
+        self._templates = templates
+
+    async def read(self, request: Draft, spec: JobSpec, folder: JobFolder | None) -> JobRows:
+        """Check the rows of each of the job's data sets, and write them to `folder` unless it is None.
+
+        Args:
+            request: what the caller sent; gets notes about the rows.
+            spec: the job.
+            folder: a staged folder of the job.
+
+        Raises:
+            NotFound: no such data set.
+            InvalidInput: a data set can't be read, or has too few or too many rows.
+            InvalidRows: some rows can't be trained on, or the model's chat template can't render them.
+        """
+        found = JobRows({}, {})
+        model = await sample_check.tokenizer_folder(spec, self._config, self._guard)
+        samples: list[tuple[RowSource, RowSample]] = []
+        for source in spec.row_sources():
+            sample = None
+            if model is not None and sample_check.kind_of(spec, source) is not None:
+                sample = RowSample()
+                samples.append((source, sample))
+            report, origin = await self._copy(request, spec, source, folder, sample)
+            found = JobRows({**found.reports, source.part: report}, {**found.sources, source.part: origin})
+        if model is not None:
+            await sample_check.check(request, spec, model, samples, found.counts(), self._templates)
+        if folder is not None:
+            mode = 0o666 & ~self._config.privacy.umask
+            await self._guard.in_state_dir(write_sources, folder, dict(found.sources), mode)
+            if found.reports:
+                await self._guard.in_state_dir(write_reports, folder, dict(found.reports), mode)
+        return found
+
+    async def _copy(
+        self, request: Draft, spec: JobSpec, source: RowSource, folder: JobFolder | None, sample: RowSample | None
+    ) -> tuple[RowsReport, DataSource]:
+        field = request.name(source.field)
+        admit = partial(ownership.refuse_private_source, field=field, dataset_id=source.dataset_id, config=self._config)
+        found = await self._datasets.find(self._deps, callers.owner(), source.dataset_id, field)
+        out = None
+        if folder is not None:
+            out = await self._guard.in_state_dir(self._config.privacy.new_file, folder.rows(source.part))
+        try:
+            report = await rows.copy_rows(
+                self._deps, source.dataset_id, field, spec.recipe, source.format, out, self._config.max_rows,
+                source.answered, source.kind, admit, source.columns, request.name(source.columns_field), found.pages,
+                sample,
+            )  # fmt: skip
+        finally:
+            if out is not None:
+                await self._guard.in_state_dir(out.close)
+        if report.rows < source.least:
+            raise InvalidInput(field, source.dataset_id, source.why_least)
+        request.notes.extend(found.notes(field))
+        request.notes.extend(f"{field}: {line}" for line in report.unread())
+        return report, found.source(report.rows)

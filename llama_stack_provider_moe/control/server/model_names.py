@@ -1,0 +1,228 @@
+"""Resolves names of jobs' artifacts (`JOB`, `JOB/merged`, `JOB/epoch-2`) to folders, for jobs that the caller may read.
+
+A folder in `state_dir/models` takes precedence over a job of the same name, and a job over the hub. The caller can't
+see other users' jobs, so the name of such a job is an ordinary hub id.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_stack_provider_moe.control.server import allowed_paths, exports, files
+from llama_stack_provider_moe.control.server.api_requests import Draft
+from llama_stack_provider_moe.control.store.store import Job, JobStore
+from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
+from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec import RoutingAnalysisSpec, TrainingSpec
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+
+_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/([A-Za-z0-9][A-Za-z0-9@._-]{0,199}))?")
+# The names of artifacts (see `jobdir.folder`). A name with any other second part may be a hub id, whatever jobs exist.
+_ARTIFACT = re.compile(r"(adapter|model|merged|routing|evaluation|(epoch|step)-\d+|gguf-[a-z0-9_]+)(@.+)?")
+_BEST = ("model", "merged", "adapter")
+_BEST_ADAPTER = ("adapter",)
+_SHOWN = 12
+
+
+class JobModel(NamedTuple):
+    """A model or an adapter among a job's artifacts.
+
+    Attributes:
+        name: its name in the list of artifacts, `JOB/NAME`.
+        path: its folder, absolute.
+        is_adapter: True for an adapter, False for a whole model.
+        job: the job.
+    """
+
+    name: str
+    path: Path
+    is_adapter: bool
+    job: Job
+
+
+class Names:
+    """Resolves the names of models in one job, and notes how it resolved them.
+
+    Args:
+        request: maps field names to the caller's names, and gets a note for each resolved name.
+        config: the server's configuration.
+        store: the store that has the jobs.
+        whose: the owner whose jobs the request may name; None for every owner's.
+    """
+
+    def __init__(self, request: Draft, config: ProviderConfig, store: JobStore, whose: str | None) -> None:
+        self._request = request
+        self._config = config
+        self._store = store
+        self._whose = whose
+
+    def resolve_model_field(self, spec: TrainingSpec | RoutingAnalysisSpec) -> dict[str, object]:
+        """Return the fields of a job that its `model` decides: `model`, `model_from`, and the field for an adapter.
+
+        Raises:
+            InvalidInput, Forbidden, NotFound, Conflict: the model does not exist, or the caller may not use it.
+        """
+        found = self.find(spec.model, "model")
+        if found is None:
+            model = allowed_paths.resolve_model(spec.model, self._request.name("model"), self._config, self._may_use)
+            return {"model": model, "model_from": self._name_of(model)}
+        field = self._request.name("model")
+        if not found.is_adapter:
+            allowed_paths.check_model(found.path, found.path, field, spec.model)
+            self._note(field, spec.model, f"{found.name}, in {found.path}")
+            return {"model": str(found.path), "model_from": found.name}
+        base = exports.spec_of(found.job, field).model
+        changes: dict[str, object] = {"model": base, "model_from": found.name}
+        if isinstance(spec, RoutingAnalysisSpec):
+            if spec.adapter_folder is not None:
+                raise InvalidInput(
+                    field, spec.model, f"{base!r}, its base, as `adapter_folder` already names an adapter"
+                )
+            self._note(field, spec.model, f"the adapter {found.name} on its base {base}")
+            return changes | {"adapter_folder": str(found.path)}
+        if spec.recipe != "sft" or spec.adapter is None or spec.adapter.init_from or spec.loader != "hf":
+            raise InvalidInput(field, spec.model, _what_to_write(spec, found, base))
+        self._note(field, spec.model, f"the adapter {found.name} on its base {base}: the job's adapter starts from it")
+        return changes | {"adapter": spec.adapter.model_copy(update={"init_from": str(found.path)})}
+
+    def whole_model(self, value: str, path: str) -> str:
+        """Return a hub id, or the folder of a whole model, for the setting `path` (dotted name in `spec`).
+
+        Raises:
+            InvalidInput, Forbidden, NotFound, Conflict: as above, or it is an adapter.
+        """
+        field = self._request.name(path)
+        found = self.find(value, path)
+        if found is None:
+            return allowed_paths.resolve_model(value, field, self._config, self._may_use)
+        if found.is_adapter:
+            raise InvalidInput(field, value, f"a whole model; {found.name} is an adapter ({_merge_first(found)})")
+        allowed_paths.check_model(found.path, found.path, field, value)
+        self._note(field, value, f"{found.name}, in {found.path}")
+        return str(found.path)
+
+    def adapter(self, value: str, path: str) -> tuple[Path, dict[str, object], TrainingSpec | None]:
+        """Return an adapter's folder, the content of its adapter_config.json, and the spec of the job that trained it.
+
+        Raises:
+            InvalidInput, Forbidden, NotFound, Conflict: as above, or it is a whole model.
+        """
+        field = self._request.name(path)
+        found = self.find(value, path, _BEST_ADAPTER)
+        if found is None:
+            folder, config = allowed_paths.resolve_adapter_folder(value, field, self._config, self._may_use)
+            job = self._job_of(folder)
+            return folder, config, None if job is None else exports.spec_of(job, field)
+        if not found.is_adapter:
+            raise InvalidInput(field, value, f"an adapter; {found.name} is a whole model, which `model` can name")
+        self._note(field, value, f"{found.name}, in {found.path}")
+        config = allowed_paths.check_adapter(found.path, found.path, field, value)
+        return found.path, config, exports.spec_of(found.job, field)
+
+    def check_model_from(self, stated: str | None, paths: Sequence[object]) -> None:
+        """Raise `InvalidInput` unless a stated `model_from` names one of `paths`.
+
+        The spec of a job has this field, and a caller may submit that spec again.
+        """
+        if stated is None:
+            return
+        found = self.find(stated, "model_from")
+        if found is None or str(found.path) not in paths:
+            raise InvalidInput(self._request.name("model_from"), stated, "no value: the server derives it from `model`")
+
+    def find(self, value: str, path: str, best: tuple[str, ...] = _BEST) -> JobModel | None:
+        """Return the model or adapter that `value` names; None where it does not name one of the caller's jobs.
+
+        Args:
+            value: the name, as the caller wrote it.
+            path: the setting, a dotted name in `spec`.
+            best: the artifacts that a bare job name may mean; the first one that the job has counts.
+
+        Raises:
+            Conflict: the job has not completed.
+            NotFound: the job has no artifact of that name.
+            InvalidInput: the artifact is neither a model nor an adapter.
+        """
+        field = self._request.name(path)
+        match = _NAME.fullmatch(value)
+        if match is None or (self._config.models_dir / value).is_dir():
+            return None
+        try:
+            job = self._store.get(match[1], self._whose)
+        except NotFound:
+            return None
+        if match[2] is not None and not _ARTIFACT.fullmatch(match[2]):
+            return None
+        if not job.state.ended:
+            raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; you can use its artifacts once it has "
+                           "completed")  # fmt: skip
+        kinds = {each.name: each.artifact.kind for each in exports.listed(job, self._store)}
+        name = match[2] or _best(job, kinds, field, best)
+        if name not in kinds:
+            made = (
+                f" (`moe-train export {job.id} --merged` makes it)" if name == "merged" and "adapter" in kinds else ""
+            )
+            raise NotFound(f"{field}: job {job.id!r} has no artifact {name!r}{made}; its artifacts: {_listed(kinds)}")
+        if kinds[name] not in ("model", "merged", "adapter", "checkpoint"):
+            raise InvalidInput(field, value, f"a model or an adapter; {name!r} of job {job.id!r} is neither")
+        folder = files.folder(job, self._store, name)
+        return JobModel(f"{job.id}/{name}", folder, (folder / "adapter_config.json").is_file(), job)
+
+    def _note(self, field: str, value: str, text: str) -> None:
+        self._request.notes.append(f"{field}: {value!r} is {text}")
+
+    def _may_use(self, job_id: str) -> None:
+        self._store.get(job_id, self._whose)
+
+    def _job_of(self, folder: Path) -> Job | None:
+        """The job whose folder has an adapter that the caller may read; None for a folder outside all jobs."""
+        if not folder.is_relative_to(self._config.jobs_dir):
+            return None
+        return self._store.get(folder.relative_to(self._config.jobs_dir).parts[0], self._whose)
+
+    def _name_of(self, model: str) -> str | None:
+        """`JOB/NAME` of a path in a job's folder; None for other paths."""
+        path = Path(model)
+        if not path.is_absolute() or not path.is_relative_to(self._config.jobs_dir):
+            return None
+        return f"{path.relative_to(self._config.jobs_dir).parts[0]}/{path.name}"
+
+
+def _best(job: Job, kinds: Mapping[str, str], field: str, best: tuple[str, ...]) -> str:
+    """The artifact that the bare name of a job means: the first of `best` that it has. The job must have completed."""
+    if job.state is not JobState.COMPLETED:
+        saved = [f"{job.id}/{name}" for name, kind in kinds.items() if kind in ("checkpoint", *_BEST)]
+        ways = f"name one of its artifacts ({', '.join(saved[:_SHOWN])}), or resume it" if saved else "resume it first"
+        raise Conflict(f"{field}: job {job.id!r} is {job.state.value} and has no finished model; {ways}")
+    found = next((name for name in best if name in kinds), None)
+    if found is None:
+        what = "an adapter" if best == _BEST_ADAPTER else "a model or an adapter"
+        raise InvalidInput(field, job.id, f"a job with {what}; the artifacts of this one, of recipe {job.recipe!r}: "
+                           f"{_listed(kinds)}")  # fmt: skip
+    return found
+
+
+def _listed(kinds: Mapping[str, str]) -> str:
+    more = ", ..." if len(kinds) > _SHOWN else ""
+    return ", ".join(list(kinds)[:_SHOWN]) + more if kinds else "nothing"
+
+
+def _merge_first(found: JobModel) -> str:
+    return f"run `moe-train export {found.job.id} --merged`, and write {found.job.id + '/merged'!r}"
+
+
+def _what_to_write(spec: TrainingSpec, found: JobModel, base: str) -> str:
+    """Why an adapter can't be the `model` of this job, and what to write instead."""
+    fields = f'"model": "{base}", "adapter": {{"init_from": "{found.name}"}}'
+    merge = _merge_first(found)
+    if spec.adapter is None:
+        return f"a whole model, because all weights train (adapter null); {found.name} is an adapter: {merge}"
+    if spec.adapter.init_from:
+        return f"{base!r}, the base of {found.name}, as adapter.init_from already names an adapter to start from"
+    if spec.loader != "hf":
+        return f"a whole model with loader {spec.loader!r}; {found.name} is an adapter: {merge}"
+    return (
+        f"a whole model, because recipe {spec.recipe!r} compares with this model, and {found.name} is an adapter. To "
+        f"compare with its base, write {fields}. To compare with what {found.job.id} learned, {merge}"
+    )

@@ -1,0 +1,400 @@
+"""`PostTrainingService`: connects requests to spec and store, and checks who owns a job.
+
+Everything that may block (store, files) runs in our own threads, see `pools`. This module starts no asyncio task,
+because llama-stack initialises a provider in an event loop that it then discards.
+"""
+
+import asyncio
+import logging
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from opentelemetry.metrics import Meter, get_meter
+
+from llama_stack_provider_moe.control.config_check.start import plain_start_errors
+from llama_stack_provider_moe.control.server import (
+    callers,
+    compat,
+    dataset_profiles,
+    exports,
+    files,
+    hub_check,
+    job_changes,
+    job_status,
+    prometheus,
+    resolve,
+    stream,
+    submissions,
+    timeline,
+    views,
+    wire,
+    wire_datasets,
+    wire_requests,
+)
+from llama_stack_provider_moe.control.server.api_requests import Draft, drafted
+from llama_stack_provider_moe.control.server.audit import Audit
+from llama_stack_provider_moe.control.server.guard import Guard, health
+from llama_stack_provider_moe.control.server.job_rows import RowReader
+from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
+from llama_stack_provider_moe.control.server.quotas import Quotas
+from llama_stack_provider_moe.control.server.telemetry import METER, Telemetry
+from llama_stack_provider_moe.control.server.template_check import TemplateChecker
+from llama_stack_provider_moe.control.store import dataset_files, intake, references, state_layout
+from llama_stack_provider_moe.control.store.state_folder import claim_state_folder
+from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
+from llama_stack_provider_moe.control.supervisor import removal
+from llama_stack_provider_moe.control.supervisor.supervisor_keeper import SupervisorKeeper
+from llama_stack_provider_moe.errors import Conflict, Forbidden, MoeError, NotFound, Unavailable
+from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
+from llama_stack_provider_moe.spec import ExportSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
+
+NOT_ACCEPTED = "the job was not accepted"
+log = logging.getLogger(__name__)
+
+
+class PostTrainingService:
+    """The provider. Each server process has one; they share the store and the state folder.
+
+    Args:
+        config: the `config:` of the run YAML.
+        deps: the host's APIs, for the rows of data sets.
+        policy: the host's access policy; see `callers.whose`.
+        meter: receives the figures; by default the host's exporter, if it has one.
+
+    Attributes:
+        datasets: the data sets that owners uploaded.
+        quotas: the limits of owners.
+        audit: writes down who did what.
+    """
+
+    def __init__(
+        self, config: ProviderConfig, deps: compat.Deps, policy: compat.Policy = (), meter: Meter | None = None
+    ) -> None:
+        self.config = config
+        self._meter = get_meter(METER) if meter is None else meter
+        self._policy = policy
+        self._staging = config.state_dir / "staging"
+        self.guard = Guard(config, lambda: health(self.store, config.state_dir))
+        self.quotas = Quotas(config, lambda: self.store)
+        self.audit = Audit(config)
+        self.datasets = OwnDatasets(config, self.guard, lambda: self.store.datasets, self.quotas, self.audit)
+        self._profiles = dataset_profiles.Profiles(config, self.guard)
+        self._templates = TemplateChecker(config)
+        self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
+        self._followers = stream.Followers(self.guard.run, self.guard.failures)
+
+    async def initialize(self) -> None:
+        """Make the state folder, open the store, and start a supervisor for the jobs that an earlier server left."""
+        await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        with plain_start_errors(self.config):
+            self._open_all()
+
+    def _open_all(self) -> None:
+        state_layout.tighten(self.config.state_dir, self.config.privacy, log.warning)
+        for folder in (self.config.jobs_dir, self.config.models_dir, self._staging, removal.deleted_dir(self.config)):
+            self.config.privacy.make_folder(folder)
+        self.store = JobStore(self.config.url)
+        try:
+            claim_state_folder(self.config, self.store)
+            removal.restore(self.store, self.config)
+            dataset_files.sweep(self.config, self.store.datasets)
+        except BaseException:
+            self.store.close()
+            raise
+        self._telemetry = Telemetry(self._meter, self.store, self.config.state_dir / "telemetry.lock")
+        intake.remove_stale(self._staging)
+        self._keeper = SupervisorKeeper(self.config, self.store)
+        self._keeper.start()
+
+    async def shutdown(self) -> None:
+        """Close the store; the supervisor and its jobs continue."""
+        self._telemetry.close()
+        await asyncio.to_thread(self._templates.close)
+        await asyncio.to_thread(self.audit.close)
+        await asyncio.to_thread(self.guard.close)
+        await asyncio.to_thread(self._keeper.close)
+        await asyncio.to_thread(self.store.close)
+
+    # Requests that make a job. `size_bytes` is the size of the request's body, which decides the queue for its checks.
+
+    async def supervised_fine_tune(self, body: object, size_bytes: int = 0) -> submissions.SubmittedJob:
+        """Create a job from the API's SFT request."""
+        request = await self.guard.bodies.run(size_bytes, drafted, wire_requests.SupervisedFineTuneRequest, body)
+        return await self._create(request, size_bytes)
+
+    async def preference_optimize(self, body: object, size_bytes: int = 0) -> submissions.SubmittedJob:
+        """Create a job from the API's DPO request."""
+        request = await self.guard.bodies.run(size_bytes, drafted, wire_requests.PreferenceOptimizeRequest, body)
+        return await self._create(request, size_bytes)
+
+    async def submit(self, body: object, size_bytes: int = 0) -> submissions.SubmittedJob:
+        """Create a job from the body of a JobSpec, or from a draft of one."""
+        return await self._create(body if isinstance(body, Draft) else Draft(body), size_bytes)
+
+    async def validate(self, body: object, size_bytes: int = 0) -> submissions.Validated:
+        """Run all the checks of `submit` without creating a job."""
+        request = Draft(body)
+        spec = await self._checked(request, size_bytes)
+        found = await self._rows.read(request, spec, None)
+        counted = found.counts()
+        held_out = None
+        if isinstance(spec, TrainingSpec):
+            held_out = counted.get("validation", None if spec.options.validation_split > 0 else 0)
+        return submissions.Validated(
+            spec=spec.model_dump(mode="json"),
+            train_rows=counted.get("train", 0),
+            validation_rows=held_out,
+            rows=counted,
+            sources=dict(found.sources),
+            notes=request.notes,
+        )
+
+    async def dataset_profile(
+        self, name: str, version: str | None, model: str | None, recipe: str, max_length: int | None
+    ) -> wire_datasets.DatasetProfile:
+        """Return what a job would make of a data set that the caller uploaded.
+
+        Args:
+            name: the data set.
+            version: beginning of the SHA-256 of a version; None: the current one.
+            model: as in a job; None: no token is counted.
+            recipe: of the job.
+            max_length: `options.max_length` of the job; None: the default.
+        """
+        found = await self.datasets.version(callers.owner(), name, version)
+        request = dataset_profiles.draft(name, model, recipe, max_length)
+        if model is None:
+            spec = await self.guard.bodies.run(0, resolve.parse_spec, request, self.config)
+        else:
+            spec = await self._checked(request, 0)
+        return await self._profiles.get(found, cast(TrainingSpec, spec), has_model=model is not None)
+
+    async def _create(self, request: Draft, size_bytes: int = 0) -> submissions.SubmittedJob:
+        spec = await self._checked(request, size_bytes)
+        owner = callers.owner()
+        if isinstance(spec, ExportSpec):  # an export belongs to the job's owner, even if an administrator asks for it
+            owner = (await self.guard.run(self.store.get, spec.of, None)).owner
+        await self.guard.must_have_room(NOT_ACCEPTED)
+        await self.guard.run(self.quotas.must_have_left, owner)
+        staging = self._staging / uuid.uuid4().hex
+        try:
+            await self.guard.run(self.config.privacy.make_folder, staging / "data")
+            await self._rows.read(request, spec, JobFolder(staging))
+            job = await self.guard.run(self._commit, spec, owner, staging)
+        except Exception as error:
+            # Check for a full disk before removing the staged files frees space. Rows, spec and store raise different
+            # errors for it.
+            known = None if isinstance(error, MoeError) else await self.guard.known_failure(error, NOT_ACCEPTED)
+            if known is not None:
+                raise known from error
+            raise
+        finally:
+            with suppress(Unavailable):  # leftovers are removed after a day
+                # Does nothing once it has become the job's folder.
+                await self.guard.in_state_dir(partial(shutil.rmtree, staging, ignore_errors=True))
+        await self._wake_supervisor()
+        self._telemetry.submitted(job)
+        self.audit.note(callers.owner(), "submit", job=job.id, recipe=job.recipe, model=job.model, of=job.parent)
+        log.info("job %s: scheduled, %s of %s", job.id, job.recipe, job.model)
+        return submissions.SubmittedJob(job_uuid=job.id, notes=request.notes)
+
+    async def _wake_supervisor(self) -> None:
+        """Make sure that a supervisor runs. The store already has the request, so an error here does not fail it."""
+        with suppress(Unavailable):  # the keeper tries again
+            await self.guard.run(self._keeper.ensure_alive)
+
+    async def _checked(self, request: Draft, size_bytes: int) -> JobSpec:
+        """The complete job with resolved names and folders; everything but its rows is checked."""
+        spec = await self.guard.bodies.run(size_bytes, resolve.parse_spec, request, self.config)
+        if isinstance(spec, ExportSpec):
+            return await self.guard.run(self._resolve_export, request, spec, self._whose("update"))
+        job_id = await self.guard.run(self._id_of, spec)
+        found = await self.guard.in_job_paths(
+            resolve.named_folders(spec), resolve.resolve_names, request, spec, job_id, self.config, self.store,
+            self._whose("read"),
+        )  # fmt: skip
+        await hub_check.check(request, found, self.config, self.guard)
+        return found
+
+    def _resolve_export(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
+        named = spec.model_copy(update={"job_uuid": self._id_of(spec)})
+        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config)
+
+    def _id_of(self, spec: JobSpec) -> str:
+        job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
+        self._must_be_free(job_id)
+        return job_id
+
+    def _must_be_free(self, job_id: str) -> None:
+        try:
+            self.store.get(job_id, None)
+        except NotFound:
+            return
+        raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
+
+    def _commit(self, spec: JobSpec, owner: str, staging: Path) -> Job:
+        """Move the staged folder into place and add the job to the store, both or neither."""
+        assert spec.job_uuid is not None
+        folder = self.config.jobs_dir / spec.job_uuid
+        write_atomic(JobFolder(staging).spec, spec, mode=0o666 & ~self.config.privacy.umask)
+        of = spec.of if isinstance(spec, ExportSpec) else None
+        where, gpus = resolve.executor_of(spec)
+        uses = references.uses_of(spec, self.config.jobs_dir)
+        model = spec.model_from or spec.model
+        new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses)
+        with intake.committing(self.config):
+            self._must_be_free(spec.job_uuid)
+            self.quotas.must_have_bytes(owner, staging)
+            return intake.accept_job(self.store, new, staging, self.config.limits)
+
+    # Requests about a job.
+
+    async def jobs(self, limit: int, after: str | None) -> wire.ListPostTrainingJobsResponse:
+        """Return the caller's jobs, newest first; `after` is the last one of the previous page."""
+        found = await self.guard.run(self.store.list, self._whose("read"), limit + 1, after)
+        return wire.ListPostTrainingJobsResponse(
+            data=[views.line(job) for job in found[:limit]], has_more=len(found) > limit
+        )
+
+    async def seen[Answer](self, view: Callable[[JobStore, str | None], Answer]) -> Answer:
+        """Return a view of the store, given the owner whose jobs the caller may read; None for every owner's."""
+        return await self.guard.run(view, self.store, self._whose("read"))
+
+    async def status(self, job_id: str) -> wire.PostTrainingJobStatusResponse:
+        """Return the status of a job."""
+        return await self._about(job_id, lambda job: job_status.status(job, self.store))
+
+    async def detail(self, job_id: str) -> wire.JobDetail:
+        """Return all details of a job."""
+        return await self._about(job_id, lambda job: job_status.detail(job, self.store))
+
+    async def artifacts(self, job_id: str) -> wire.PostTrainingJobArtifactsResponse:
+        """Return the artifacts of a job so far."""
+        return await self._about(
+            job_id,
+            lambda job: wire.PostTrainingJobArtifactsResponse(
+                job_uuid=job.id, checkpoints=exports.checkpoints(job, self.store)
+            ),
+        )
+
+    async def export(self, job_id: str, body: object, size_bytes: int = 0) -> submissions.SubmittedJob:
+        """Create a job that exports the model of `job_id`, from the body of an `export` block."""
+        # Check access first, so that errors of the body reveal nothing to others.
+        await self.guard.run(self.store.get, job_id, self._whose("update"))
+        whole = {"recipe": exports.RECIPE, "of": job_id, "export": body}
+        return await self._create(Draft(whole, {"of": "the job", "export": ""}), size_bytes)
+
+    async def exports(self, job_id: str) -> wire.ListExportsResponse:
+        """Return a job's exports, and the progress of each of their steps."""
+        return await self._about(job_id, lambda job: wire.ListExportsResponse(data=exports.exports_of(job, self.store)))
+
+    async def artifact(self, job_id: str, name: str) -> wire.ArtifactFiles:
+        """Return the files of an artifact."""
+        return await self._about(job_id, lambda job: files.listing(job, self.store, name))
+
+    async def artifact_file(self, job_id: str, name: str, path: str) -> files.File:
+        """Return one file of an artifact."""
+        found = await self._about(job_id, lambda job: files.file(job, self.store, name, path))
+        self.audit.note(callers.owner(), "download", job=job_id, artifact=name, file=path)
+        return found
+
+    async def logs(self, job_id: str, tail: int, offset: int | None) -> wire.PostTrainingJobLogStream:
+        """Return lines of a job's output."""
+        return await self._about(job_id, lambda job: views.log(job, tail, offset))
+
+    async def follow(self, job_id: str, tail: int, offset: int | None) -> AsyncIterator[bytes]:
+        """Return the output of a job as server-sent events; see `stream`."""
+        whose = self._whose("read")
+
+        def look(start: int | None) -> stream.OutputPage:
+            job = self.store.get(job_id, whose)  # read the state before the output, so that no line is missed
+            return stream.OutputPage(job.state, views.log(job, tail, start))
+
+        views.folder_of(await self.guard.run(self.store.get, job_id, whose))
+        return self._followers.output(look, offset)
+
+    async def events(self, job_id: str, cursor: int, limit: int) -> wire.Events:
+        """Return a page of a job's events."""
+        return await self._about(job_id, lambda job: timeline.page(job.id, views.folder_of(job).events, cursor, limit))
+
+    async def metrics(
+        self, job_id: str, names: set[str] | None, since_step: int | None, limit: int
+    ) -> wire.MetricSeries:
+        """Return the metrics of a job's steps.
+
+        Args:
+            job_id: the job.
+            names: the metrics to return; None for all.
+            since_step: return only points after this step; None for all.
+            limit: largest number of points.
+        """
+        return await self._about(
+            job_id, lambda job: timeline.metrics(job.id, views.folder_of(job).events, names, since_step, limit)
+        )
+
+    async def cancel(self, job_id: str) -> None:
+        """Request the cancellation of a job; a second request changes nothing."""
+        job = await self.guard.run(self.store.request_cancel, job_id, self._whose("update"))
+        self.audit.note(callers.owner(), "cancel", job=job_id)
+        if not job.state.ended:
+            await self._wake_supervisor()
+
+    async def resume(self, job_id: str) -> submissions.ResumedJob:
+        """Resume a cancelled or failed job from its last complete checkpoint, or from the beginning without one."""
+        resumed = await self.guard.run(job_changes.resume, self.store, self.config, job_id, self._whose("update"))
+        self.audit.note(callers.owner(), "resume", job=job_id)
+        await self._wake_supervisor()
+        log.info("job %s: resumed", job_id)
+        return resumed
+
+    async def delete(self, job_id: str, force: bool = False) -> wire.DeletedJob:
+        """Delete a job that has ended, its exports and their folders; a `checkpoint_dir` elsewhere stays.
+
+        Args:
+            job_id: the job.
+            force: delete the job even if other jobs need its files.
+        """
+        whose = self._whose("delete")
+        deleted = await self.guard.run(job_changes.delete, self.store, self.config, job_id, whose, force)
+        self.audit.note(callers.owner(), "delete", job=job_id, exports=" ".join(deleted.exports) or None)
+        return deleted
+
+    async def health(self) -> wire.Health:
+        """Return whether the server can accept and run jobs."""
+        return await self.guard.health()
+
+    async def prometheus(self) -> str:
+        """Return the store's figures for Prometheus.
+
+        Raises:
+            Forbidden: the figures count every owner's jobs, and the caller may not read those.
+        """
+        self.must_read_every_job("metrics count every owner's jobs")
+        return await self.guard.run(prometheus.of_store, self.store)
+
+    def must_read_every_job(self, why: str) -> None:
+        """Raise `Forbidden`, which begins with `why`, unless the caller is an administrator or nobody logs in."""
+        if not callers.may_see_all_figures(self._policy):
+            raise Forbidden(
+                f"{why}; the access policy must permit you to read {compat.JOB_RESOURCE}::*, like an administrator"
+            )
+
+    def refused(self, method: str, route: str, status: int) -> None:
+        """Count a request that was answered with an error."""
+        self._telemetry.refused(method, route, status)
+
+    def _whose(self, action: compat.Action) -> str | None:
+        """Whose jobs the caller may use, see `callers.whose`."""
+        return callers.whose(self._policy, action)
+
+    async def _about[Answer](self, job_id: str, view: Callable[[Job], Answer]) -> Answer:
+        whose = self._whose("read")
+        return await self.guard.run(lambda: view(self.store.get(job_id, whose)))

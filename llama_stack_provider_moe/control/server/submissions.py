@@ -1,0 +1,42 @@
+"""Answers to requests that create, resume or check a job."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from llama_stack_provider_moe.control.server.wire import JsonObject, PostTrainingJob
+from llama_stack_provider_moe.jobdir.row_sources import DataSource
+
+Resumes = Literal["from_checkpoint", "from_completed_steps", "from_beginning"]
+_NOTES = "How the server resolved the names in the job, and what it could not check."
+
+
+class SubmittedJob(PostTrainingJob):
+    """An accepted job; all fields but the name are extensions of this provider."""
+
+    notes: list[str] = Field(default_factory=list, description=_NOTES)
+
+
+class Validated(BaseModel):
+    """The job that a submission would create."""
+
+    spec: JsonObject = Field(description="The complete job, with defaults filled in and names resolved.")
+    train_rows: int = Field(description="Number of training rows; 0 for a job without training.")
+    validation_rows: int | None = Field(
+        description="Number of held-out rows; null where the job splits them off the training rows, or trains nothing."
+    )
+    rows: dict[str, int] = Field(
+        description="Number of rows in each data set, by the name of its file in the job's folder."
+    )
+    sources: dict[str, DataSource] = Field(
+        description="The data set that each part of the rows came from, and its version."
+    )
+    notes: list[str] = Field(default_factory=list, description=_NOTES)
+
+
+class ResumedJob(PostTrainingJob):
+    """A job that was scheduled again."""
+
+    resumes: Resumes = Field(
+        description="Extension: where the job resumes; `from_completed_steps` applies to exports only."
+    )

@@ -1,0 +1,74 @@
+"""Answers of the routes for data sets that owners upload."""
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+from llama_stack_provider_moe.spec.data_profile import DataProfile
+
+
+class DatasetVersionInfo(BaseModel):
+    """One version of a data set."""
+
+    sha256: str = Field(description="SHA-256 of the stored rows; its first digits name the version, as in NAME@3fa8c1.")
+    rows: int
+    bytes: int = Field(description="Size of the stored rows: JSON Lines, uncompressed.")
+    columns: dict[str, int] = Field(
+        description="Number of rows with a value, by column; of a data set with more than 256 columns, the first 256."
+    )
+    created_at: datetime
+
+
+class PushedDataset(DatasetVersionInfo):
+    """The version that an upload made, or found."""
+
+    name: str
+    is_new: bool = Field(description="False if the same rows were stored under this name before.")
+    received_bytes: int = Field(description="Size of the request's body.")
+    received_sha256: str = Field(description="SHA-256 of the request's body.")
+
+
+class DatasetLine(BaseModel):
+    """A data set in a list: its current version, and the size of all."""
+
+    name: str
+    sha256: str
+    rows: int
+    bytes: int
+    created_at: datetime
+    versions: int = Field(description="Number of versions.")
+    total_bytes: int = Field(description="Size of all versions; it counts towards the owner's quota.")
+
+
+class ListDatasetsResponse(BaseModel):
+    """The caller's data sets, by name."""
+
+    data: list[DatasetLine]
+    has_more: bool
+    used_bytes: int = Field(description="Size of all data sets of the caller.")
+    quota_bytes: int = Field(description="`dataset_quota_bytes` of this server.")
+
+
+class Dataset(BaseModel):
+    """A data set and its versions, the current one first."""
+
+    name: str
+    versions: list[DatasetVersionInfo]
+    has_more: bool
+
+
+class DeletedDataset(BaseModel):
+    """What was deleted."""
+
+    name: str
+    versions: list[str] = Field(description="SHA-256 of each deleted version.")
+    bytes: int = Field(description="Size of the deleted versions.")
+
+
+class DatasetProfile(BaseModel):
+    """The profile of one version, or the news that it is being made."""
+
+    name: str
+    sha256: str = Field(description="SHA-256 of the version.")
+    is_ready: bool = Field(description="False while the profile is being made; ask again.")
+    profile: DataProfile | None = Field(description="The figures of `moe-train data check`; null until it is ready.")

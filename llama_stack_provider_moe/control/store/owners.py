@@ -1,0 +1,23 @@
+"""Owners in queries: one user, or every user of a tenant."""
+
+from sqlalchemy import ColumnElement
+
+from llama_stack_provider_moe.control.store.schema import jobs_table
+
+_EVERYBODY = "/*"
+
+
+def everybody_of(tenant: str) -> str:
+    """Return the owner that stands for every user of a tenant, the part of their names before the slash."""
+    return tenant + _EVERYBODY
+
+
+def belongs_to(owner: str) -> ColumnElement[bool]:
+    """Return the condition that a job belongs to an owner.
+
+    Args:
+        owner: A user's name in the store, or `everybody_of` a tenant.
+    """
+    if not owner.endswith(_EVERYBODY):
+        return jobs_table.c.owner == owner
+    return jobs_table.c.owner.startswith(owner.removesuffix("*"), autoescape=True)

@@ -1,1 +1,0 @@
-"""What a job is, and that none is lost. Standard library, pydantic and SQLAlchemy only."""

@@ -1,1 +1,0 @@
-"""Losses as pure tensor functions: torch alone, each tested against a hand derivation."""

@@ -1,0 +1,90 @@
+"""A user's file of rows, JSON Lines or CSV, gzipped or not, checked as the server checks the rows of a data set."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
+from llama_stack_provider_moe.spec import RoutingAnalysisSpec, RowKind
+from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
+from llama_stack_provider_moe.spec.row_files import FileRow, RowFile
+from llama_stack_provider_moe.spec.rows import conversation
+
+FILE_OF_ROWS = "a file of rows, JSON Lines or CSV"
+_PIECE_BYTES = 256 << 10
+
+_Form = Callable[[object, int], Mapping[str, object] | RowProblem]
+
+
+def evaluation_rows(path: Path, option: str, kind: RowKind, answered: bool) -> list[str]:
+    """Return the canonical rows of one set of an evaluation, each as a line of JSON.
+
+    Args:
+        path: the file.
+        option: of the command line that names it, for errors.
+        kind: of the rows.
+        answered: whether each must end with the assistant's turn.
+
+    Raises:
+        InvalidInput: the file can't be read, or is empty.
+        InvalidRows: rows are not valid.
+    """
+    if kind == "scenario" or kind == "judged":
+        return _lines(path, option, 1, lambda row, number: canonical_own(row, number, kind))
+    return _lines(path, option, 1, lambda row, number: conversation(row, number, "auto", answered))
+
+
+def evaluation_files(command: EvaluationCommand) -> dict[str, list[str]]:
+    """Return the canonical rows of each set that the command names; see `evaluation_rows`."""
+    return {
+        name: evaluation_rows(Path(getattr(command, name)), f"--{name}", kind, answered=name == "retain")
+        for name, kind in EVALUATION_SETS.items()
+        if getattr(command, name) is not None
+    }
+
+
+def routing_rows(path: Path, spec: RoutingAnalysisSpec) -> list[str]:
+    """Return the canonical rows of one set of a routing analysis, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or has too few rows.
+        InvalidRows: rows are not valid.
+    """
+    answered = spec.analysis.tokens == "response"
+    return _lines(path, "--set", 2, lambda row, number: conversation(row, number, spec.data.format, answered))
+
+
+def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:
+    file = RowFile(str(path), "csv" if path.name.lower().removesuffix(".gz").endswith(".csv") else "jsonl")
+    found: list[str] = []
+    problems: list[RowProblem] = []
+    count = 0
+    try:
+        for row in _rows(path, option, file):
+            made = form(row.content, row.number)
+            if isinstance(made, RowProblem):
+                count += 1
+                problems = [*problems, made][: InvalidRows.SHOWN]
+            else:
+                found.append(json.dumps(made) + "\n")
+    except InvalidRows as bad:
+        both = sorted([*problems, *bad.problems], key=lambda problem: problem.row)
+        raise InvalidRows(str(path), both, count + bad.count, bad.total_rows) from None
+    except InvalidInput as bad:
+        raise InvalidInput(option, str(path), bad.expected) from None
+    if count:
+        raise InvalidRows(str(path), problems, count, file.rows)
+    if len(found) < least:
+        raise InvalidInput(option, str(path), f"a file of at least {least} rows")
+    return found
+
+
+def _rows(path: Path, option: str, file: RowFile) -> Iterator[FileRow]:
+    try:
+        with path.open("rb") as opened:
+            while piece := opened.read(_PIECE_BYTES):
+                yield from file.feed(piece)
+    except OSError as error:
+        raise InvalidInput(option, str(path), f"{FILE_OF_ROWS} ({error.strerror})") from None
+    yield from file.finish()

@@ -1,0 +1,40 @@
+"""`RowSource`: one data set of a job, as the service copies it into the job's folder."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from llama_stack_provider_moe.spec.blocks import RowFormat
+
+# recipe: rows that the recipe trains on; the other kinds are for an evaluation (`spec.evaluation_rows`).
+RowKind = Literal["recipe", "conversation", "scenario", "judged"]
+
+
+class RowSource(NamedTuple):
+    """One data set of a job.
+
+    Attributes:
+        field: dotted name of the setting that names it.
+        dataset_id: as the job names it (`control.server.own_datasets`).
+        format: of its rows, as the job states it.
+        part: name of its rows in the job's folder (`JobFolder.rows`).
+        least: minimum number of rows.
+        why_least: the minimum and its reason, for the text of an error.
+        answered: whether each row must end with the assistant's turn.
+        kind: of its rows.
+        columns: the data's names of columns by the formats' names (`data.columns`).
+    """
+
+    field: str
+    dataset_id: str
+    format: RowFormat
+    part: str
+    least: int = 1
+    why_least: str = ""
+    answered: bool = True
+    kind: RowKind = "recipe"
+    columns: Mapping[str, str] | None = None
+
+    @property
+    def columns_field(self) -> str:
+        """Dotted name of the setting with `columns`."""
+        return f"{self.field.rpartition('.')[0]}.columns"

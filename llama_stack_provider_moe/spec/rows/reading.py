@@ -1,0 +1,133 @@
+"""One row as people write it -> its canonical form, or its first problem. Without torch: the server checks rows too.
+
+The columns decide the format (`formats`), unless the job names it. A row that two formats could read is a problem,
+unless both say the same. A column that would change the meaning and that the format does not read is a problem too;
+every other column that is not read is counted in the report.
+"""
+
+from collections.abc import Mapping
+from typing import Final, cast
+
+from llama_stack_provider_moe.errors import RowProblem, shorten
+from llama_stack_provider_moe.spec import Recipe, RowFormat
+from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
+from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
+from llama_stack_provider_moe.spec.rows.recognition import read
+from llama_stack_provider_moe.spec.rows.report import RowsReport
+from llama_stack_provider_moe.spec.rows.values import BadRow, Source, absent, blank
+
+_MEDIA = "this version trains on text; remove the column, if the texts are complete without it"
+_ELSEWHERE = "name it system with data.columns, or put its text into a message of role system"
+# Columns that would change what a row means, and what to do where the row's format does not read them.
+MEANT: Final[Mapping[str, str]] = {
+    "tools": "give messages, whose chat template shows the tools to the model, or remove the column",
+    "functions": "name it tools with data.columns",
+    "parallel_tool_calls": "remove the column",
+    "chat_template_kwargs": "remove the column",
+    "system": "remove the column, or put its text into the text",
+    "system_prompt": _ELSEWHERE,
+    "system_message": _ELSEWHERE,
+    "history": "give the earlier turns as messages",
+    "input": "only rows with instruction have an input; put its text into the prompt, or name the column with "
+    "data.columns",
+    "context": "put its text into the prompt, or name it input with data.columns where the rows have an instruction",
+    "weight": "rows have no weight; give the assistant's messages weight 0 or 1",
+    "weights": "rows have no weights; give the assistant's messages weight 0 or 1",
+    "label": "it may say which answers are bad (as for KTO), and each row would be learnt; keep the good rows, and "
+    "remove the column",
+    "labels": "the job makes labels itself; remove the column",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+}
+
+
+def canonical(
+    row: object,
+    number: int,
+    recipe: Recipe,
+    row_format: RowFormat,
+    answered: bool = True,
+    columns: Mapping[str, str] | None = None,
+    report: RowsReport | None = None,
+) -> CanonicalRow | RowProblem:
+    """The canonical form of one row, or its first problem.
+
+    Args:
+        row: as the host gave it. A data frame fills a column that this row does not have with NaN or None: both count
+            as missing.
+        number: the row's number from 1, for the problem's text.
+        recipe: `dpo` takes preferences, `sft` conversations and texts, every other recipe conversations.
+        row_format: the format that the job states; a row of another format is a problem.
+        answered: whether a conversation must end with the assistant's turn.
+        columns: the data's name of a column by the format's name.
+        report: counts the row, unless it has a problem.
+    """
+    if not isinstance(row, Mapping):
+        return RowProblem(number, "row", f"is {type(row).__name__}, not an object")
+    renamed = columns or {}
+    table = PREFERENCES if recipe == "dpo" else CHATS
+    try:
+        present, shadowed = _present(row, renamed)
+        name, found, source = read(present, table, row_format, answered)
+        if "text" in found and recipe != "sft":
+            raise BadRow(
+                "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
+            )
+        not_read = _not_read(present, shadowed, source, name)
+    except BadRow as problem:
+        return RowProblem(number, _by_its_own_name(problem.field, renamed), problem.reason)
+    if report is not None:
+        names = [renamed.get(column, column) for column in source.read]
+        report.add(name, names, [*not_read, *source.unread], source.notes)
+    return found
+
+
+def conversation(
+    row: object,
+    number: int,
+    row_format: RowFormat,
+    answered: bool = True,
+    columns: Mapping[str, str] | None = None,
+    report: RowsReport | None = None,
+) -> Conversation | RowProblem:
+    """As `canonical`, for what takes only conversations: evaluations and analyses; a row of text is a problem."""
+    found = canonical(row, number, "routing_analysis", row_format, answered, columns, report)
+    return found if isinstance(found, RowProblem) else cast(Conversation, found)
+
+
+def _present(row: Mapping[object, object], columns: Mapping[str, str]) -> tuple[dict[str, object], dict[str, object]]:
+    """The row's columns by the formats' names, and those whose name another column got."""
+    present: dict[str, object] = {}
+    for key, value in row.items():
+        if not isinstance(key, str):
+            raise BadRow("row", f"has a column named {shorten(key)}; expected text")
+        if not absent(value):
+            present[key] = value
+    if not columns:
+        return present, {}
+    given = {ours: present[theirs] for ours, theirs in columns.items() if theirs in present}
+    taken = set(columns.values())
+    rest = {key: value for key, value in present.items() if key not in taken}
+    shadowed = {key: rest.pop(key) for key in columns if key in rest}
+    return rest | given, shadowed
+
+
+def _by_its_own_name(field: str, columns: Mapping[str, str]) -> str:
+    for ours, theirs in columns.items():
+        if field == ours or field.startswith((f"{ours}[", f"{ours}.", f"{ours},")):
+            return theirs + field[len(ours) :]
+    return field
+
+
+def _not_read(row: Columns, shadowed: Columns, source: Source, name: str) -> list[str]:
+    found = [(column, value) for column, value in row.items() if column not in source.read] + [*shadowed.items()]
+    for column, value in found:
+        advice = MEANT.get(column)
+        if advice is not None and not _says_nothing(column, value):
+            raise BadRow(column, f"would change the meaning, but {name} rows have no such column; {advice}")
+    return [column for column, _ in found]
+
+
+def _says_nothing(column: str, value: object) -> bool:
+    if column == "weight" and isinstance(value, int | float):
+        return value == 1 and value is not True
+    return blank(value)

@@ -1,0 +1,145 @@
+"""pydantic's errors for a body -> one sentence for each problem: field, value, expectation."""
+
+import difflib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from llama_stack_provider_moe.errors import InvalidBody, shorten
+from llama_stack_provider_moe.spec import (
+    JOB_ID_PATTERN,
+    PROJECT_PATTERN,
+)
+from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
+from llama_stack_provider_moe.spec.recipes import RECIPES
+from llama_stack_provider_moe.spec.server_config import MIRROR_URL_PATTERN
+
+SHOWN = 8
+KEY_SHOWN = 64  # characters of one part of a path, which may be any key that the caller sent
+A_BODY = "a JSON object, sent as content type application/json"
+_TYPES = {
+    "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "dict": "an object", "model": "an object", "finite_number": "a finite number",
+}  # fmt: skip
+_NAME = "letters, digits, '.', '_' and '-', the first a letter or a digit"
+_PATTERNS = {
+    JOB_ID_PATTERN: f"1 to 128 {_NAME}",
+    PROJECT_PATTERN: f"1 to 64 {_NAME}",
+    MIRROR_URL_PATTERN: "s3://BUCKET[/PREFIX] or file:///FOLDER",
+    SHARD_PATTERN: "a number of bytes, or of KB, MB or GB, such as 5GB",
+    HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
+    NUMBERS_PATTERN: "numbers and ranges from 0 to 9999, such as '0-3,12'",
+    OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "> "), "greater_than_equal": ("ge", ">= "),
+    "less_than": ("lt", "< "), "less_than_equal": ("le", "<= "),
+}  # fmt: skip
+
+
+def validated[M: BaseModel](model: type[M], body: object) -> M:
+    """`body` as a `model`; raises `InvalidBody` if it is not valid."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise invalid_body(error.errors(include_url=False), model) from None
+
+
+def invalid_body(
+    errors: Sequence[Mapping[str, object]],
+    model: type[BaseModel] | None,
+    name: Callable[[str], str] = str,
+    reworded: Callable[[str], str] = str,
+) -> InvalidBody:
+    """The error for what `ValidationError.errors()` lists; it explains the first `SHOWN` problems.
+
+    Args:
+        errors: as pydantic gives them.
+        model: the model that the body was checked with, to list its keys; None: `JobSpec`, whose errors begin with the
+            recipe.
+        name: a field's dotted path -> the caller's name for it.
+        reworded: the same for names inside a validator's own text.
+    """
+    problems = [_problem(cast(ErrorDetails, error), model, name, reworded) for error in errors[:SHOWN]]
+    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    return InvalidBody(problems + more)
+
+
+def _problem(
+    error: ErrorDetails,
+    model: type[BaseModel] | None,
+    name: Callable[[str], str],
+    reworded: Callable[[str], str],
+) -> str:
+    location = list(error["loc"])
+    if location and location[0] in ("body", "query", "header", "path"):
+        location.pop(0)
+    if model is None and location and location[0] in RECIPES:
+        model = RECIPES[str(location.pop(0))].spec
+    path = name(".".join(_cut(str(part)) for part in location)) or "the body"
+    kind, context = error["type"], error.get("ctx", {})
+    match kind:
+        case "missing":
+            return f"{path}: is missing"
+        case "extra_forbidden":
+            return f"{path}: unknown key{_known(location, model)}"
+        case "value_error":
+            text = reworded(str(context["error"]))
+            return text if path == "the body" else f"{path}: {text}"
+        case "union_tag_not_found":
+            return f"recipe: is missing; expected one of {', '.join(map(repr, RECIPES))}"
+        case "union_tag_invalid":
+            return f"recipe: {shorten(context['tag'])} is not valid; expected one of {', '.join(map(repr, RECIPES))}"
+        case "json_invalid":
+            return f"the body is not JSON ({context['error']})"
+        case "string_unicode":  # in a value, or in a key of the object at `path`
+            return f"{path}: {shorten(error['input'])} holds half of a surrogate pair, which is not text"
+        case _ if not location:
+            return f"the body: {shorten(error['input'])} is not valid; expected {A_BODY}"
+        case _:
+            return f"{path}: {shorten(error['input'])} is not valid; expected {_expected(error, context)}"
+
+
+def _cut(key: str) -> str:
+    return key if len(key) <= KEY_SHOWN else f"{key[: KEY_SHOWN - 1]}…"
+
+
+def _expected(error: ErrorDetails, context: Mapping[str, Any]) -> str:
+    kind: str = error["type"]
+    if kind in _BOUNDS:
+        key, sign = _BOUNDS[kind]
+        return f"{sign}{context[key]:.15g}"
+    if kind in ("literal_error", "enum"):
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
+        return _PATTERNS[context["pattern"]]
+    if kind in ("string_too_short", "string_too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        return f"at least {least} character(s)" if kind == "string_too_short" else f"at most {most} characters"
+    family = kind if kind in _TYPES else kind.partition("_")[0]
+    return _TYPES.get(family, str(error["msg"]))
+
+
+def _known(location: Sequence[str | int], model: type[BaseModel] | None) -> str:
+    """The keys that are valid where an unknown one was found, the most similar first."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part)) if model else None
+        model = _model_in(field.annotation) if field else None
+    if model is None:
+        return ""
+    keys = list(model.model_fields)
+    if not keys:
+        return "; expected none"
+    close = difflib.get_close_matches(_cut(str(location[-1])), keys, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; expected {', '.join(keys)}"
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for found in map(_model_in, get_args(annotation)) if found), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

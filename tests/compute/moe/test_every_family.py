@@ -1,0 +1,64 @@
+"""Every model type of the installed transformers with experts: the laws of `family_laws` hold, or a reason is listed.
+
+A family that a newer transformers brings is tested without a new line here; so `FAILS` and `NOT_MADE` must be exact.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from llama_stack_provider_moe.compute.moe.adapters import require_loadable
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.exceptions import REFUSED
+from llama_stack_provider_moe.compute.moe.model_types import types_with_experts
+from llama_stack_provider_moe.errors import AdapterError, LayoutError, MoeError
+from llama_stack_provider_moe.spec import Moe
+from tests.support.family_laws import LAWS, Subject
+from tests.support.family_results import FAILS, FILE, NOT_MADE, text
+
+MADE = [each for each in types_with_experts() if each not in NOT_MADE and each not in REFUSED]
+
+
+@pytest.mark.parametrize("model_type", MADE)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.filterwarnings("ignore")
+def test_law(law: str, model_type: str, tmp_path: Path) -> None:
+    subject = Subject(model_type)
+    if (model_type, law) not in FAILS:
+        LAWS[law](subject, tmp_path)
+        return
+    with pytest.raises((AssertionError, MoeError), match=FAILS[model_type, law].shows):
+        LAWS[law](subject, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", MADE)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_peft_would_not_find_again_is_refused_before_it_is_trained(model_type: str) -> None:
+    model, _ = Subject(model_type).adapted(Moe())
+    failure = FAILS.get((model_type, "saved and merged"))
+    if failure is not None and failure.shows == "plain PEFT":
+        with pytest.raises(AdapterError, match=r"PEFT would not find .* because it renames"):
+            require_loadable(model)
+    else:
+        require_loadable(model)
+
+
+@pytest.mark.parametrize("model_type", [each for each in REFUSED if each in types_with_experts()])
+def test_a_refused_type_is_refused_with_its_reason(model_type: str) -> None:
+    with pytest.raises(LayoutError, match=f"{model_type}.*{REFUSED[model_type][:20]}"):
+        find_layout(Subject(model_type).model())
+
+
+@pytest.mark.parametrize("model_type", NOT_MADE)
+def test_a_type_that_is_not_made_can_not_be_made(model_type: str) -> None:
+    with pytest.raises((ImportError, AttributeError)):
+        Subject(model_type).model()
+
+
+def test_at_least_55_types_hold_all_laws() -> None:
+    assert len(MADE) - len({model_type for model_type, _ in FAILS}) >= 55
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_file_that_the_command_shows_is_up_to_date() -> None:
+    assert FILE.read_text(encoding="utf-8") == text(), "run python -m tests.support.family_results"

@@ -1,0 +1,196 @@
+"""Which implementation computes the experts: the decision on each device, without a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llama_stack_provider_moe.compute.moe import implementation
+from llama_stack_provider_moe.compute.moe.backend import OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL, kernels_of
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.implementation import (
+    ImplementationChoice,
+    available,
+    by_settings,
+    check,
+    choose,
+    limitations,
+)
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.spec import JOB_SPEC, TrainingSpec
+from tests.support import tiny_models
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def job(**blocks: Any) -> TrainingSpec:
+    body = {"recipe": "sft", "model": "m", "data": {"dataset_id": "d"}}
+    spec: Any = JOB_SPEC.validate_python(body | blocks)
+    return spec  # type: ignore[no-any-return]
+
+
+def model_of(family: str) -> tuple[Any, ExpertLayout]:
+    model = tiny_models.model(family)
+    layout = find_layout(model)
+    assert layout is not None
+    return model, layout
+
+
+def same(choice: ImplementationChoice) -> ImplementationChoice:
+    return choice
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decision sees an sm_90 GPU."""
+    pytest.importorskip("triton", reason="triton is published for Linux only")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def trials(monkeypatch: pytest.MonkeyPatch, torch_ms: float, triton_ms: float | None) -> list[tuple[Any, ...]]:
+    """The trial finds these times; the result collects what it is called with."""
+    from llama_stack_provider_moe.compute.moe import kernel_choice
+
+    found = {OURS: kernel_choice.Trial(torch_ms), TRITON: kernel_choice.Trial(triton_ms, "failed")}
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        kernel_choice, "try_layer", lambda *arguments, **sizes: calls.append((*arguments, sizes)) or found
+    )
+    return calls
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+@pytest.mark.parametrize(("balancing", "names"), [
+    ("switch", (OURS, TRITON)), ("expert_choice", (OURS_PARTIAL, TRITON_PARTIAL)),
+])  # fmt: skip
+def test_auto_takes_the_faster_kernels_on_a_gpu(
+    family: str, balancing: str, names: tuple[str, str], gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job(moe={"moe_load_balancing": balancing}, training={"batch_size": 2}, options={"max_length": 1024})
+    for torch_ms, triton_ms, expected in ((2.0, 1.0, names[1]), (1.0, 2.0, names[0]), (1.0, None, names[0])):
+        trials(monkeypatch, torch_ms, triton_ms)
+        choice = choose(spec, *model_of(family), GPU, same)
+        assert choice.implementation == expected
+        assert choice.notes[0].startswith("one layer forward and backward, 2,048 tokens: moe_torch ")
+    assert choose(spec, *model_of(family), CPU, same) == ImplementationChoice(names[0]), "nothing to time on a CPU"
+
+
+@pytest.mark.parametrize(("blocks", "tokens", "rank"), [
+    ({"training": {"batch_size": 2}, "options": {"max_length": 1024}}, 2048, 0),
+    ({"training": {"batch_size": 9}, "options": {"max_length": 1024}, "adapter": {"rank": 4}}, 8192, 4),
+])  # fmt: skip
+def test_the_trial_runs_a_layer_at_the_jobs_sizes(
+    blocks: dict[str, Any], tokens: int, rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = trials(monkeypatch, 2.0, 1.0)
+    model, layout = model_of("mixtral")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))  # the oldest that Triton's kernels need
+    choose(job(**blocks), model, layout, GPU, same)
+    [(experts, candidates, sizes)] = calls
+    assert experts is layout.experts(model)[0]
+    assert candidates == {OURS: kernels_of(OURS), TRITON: kernels_of(TRITON)}
+    assert sizes == {"tokens": tokens, "hidden": 32, "top_k": 2, "rank": rank}
+
+
+def test_the_notes_of_the_settings_are_not_repeated() -> None:
+    spec = job(moe={"experts_backend": "peft"})
+    model, layout = model_of("llama4_text")
+    assert by_settings(spec.moe, layout).notes
+    assert choose(spec, model, layout, CPU, same) == ImplementationChoice("eager")
+
+
+def test_every_process_follows_rank_0(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials(monkeypatch, 2.0, 1.0)
+    of_rank_0 = ImplementationChoice(OURS, ("rank 0 measured",))
+    seen: list[ImplementationChoice] = []
+    choice = choose(job(), *model_of("mixtral"), GPU, lambda mine: seen.append(mine) or of_rank_0)  # type: ignore[func-returns-value]
+    assert choice == of_rank_0
+    assert [each.implementation for each in seen] == [TRITON]
+
+
+@pytest.mark.parametrize(("moe", "expected"), [
+    ({"experts_backend": "torch"}, OURS), ({"experts_backend": "triton"}, TRITON),
+    ({"experts_backend": "peft"}, "grouped_mm"), ({"enable_moe_optimizations": False}, "eager"),
+])  # fmt: skip
+def test_an_implementation_that_was_named_is_not_timed(
+    moe: dict[str, Any], expected: str, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials(monkeypatch, 1.0, 1.0)
+    assert choose(job(moe=moe), *model_of("mixtral"), GPU, same) == ImplementationChoice(expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("blocks", "reason"), [
+    ({"options": {"deterministic": True}}, "timing must not decide in a repeatable job (options.deterministic)"),
+    ({"resources": {"strategy": "ep", "gpus": 2}}, "each process holds different experts (resources.strategy ep)"),
+])  # fmt: skip
+def test_settings_that_rule_out_a_trial(blocks: dict[str, Any], reason: str) -> None:
+    """Nothing is timed, so this holds without a GPU too."""
+    choice = choose(job(**blocks), *model_of("mixtral"), GPU, same)
+    assert choice == ImplementationChoice(OURS, (f"Triton's kernels were not tried: {reason}",))
+
+
+def test_an_old_gpu_rules_out_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    choice = choose(job(), *model_of("mixtral"), GPU, same)
+    assert choice == ImplementationChoice(OURS, ("Triton's kernels were not tried: they need sm_80 or newer",))
+
+
+def test_a_missing_triton_rules_out_a_trial(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "find_spec", lambda name: None)
+    choice = choose(job(), *model_of("mixtral"), GPU, same)
+    assert choice == ImplementationChoice(OURS, ("Triton's kernels were not tried: triton is not installed",))
+
+
+def test_triton_without_a_gpu_is_refused() -> None:
+    spec = job(moe={"experts_backend": "triton"})
+    for name in (TRITON, TRITON_PARTIAL):
+        with pytest.raises(ModelError, match=r"moe\.experts_backend: 'triton' is not valid here; it needs a CUDA GPU"):
+            check(spec, name, CPU)
+        check(spec, name, GPU)
+
+
+def test_quantised_experts_need_our_kernels() -> None:
+    spec = job(adapter={"quantize_base": True})
+    for name in ("grouped_mm", "eager"):
+        with pytest.raises(ModelError, match=rf"quantize_base: true is not valid with experts {name}; expected moe"):
+            check(spec, name, CPU)  # type: ignore[arg-type]
+        check(job(adapter={}), name, CPU)  # type: ignore[arg-type]
+    for fine in (OURS, OURS_PARTIAL, None):
+        check(spec, fine, CPU)
+
+
+def test_limitations_of_the_kernels_are_reported() -> None:
+    pytest.importorskip("triton", reason="triton is published for Linux only")
+    model, layout = model_of("mixtral")
+    experts: Any = next(iter(layout.experts(model).values()))
+    assert limitations(experts, OURS, CPU, dropout=True, rank=256) == []
+    assert limitations(experts, TRITON, CPU, dropout=False, rank=64) == []
+    assert limitations(experts, TRITON, CPU, dropout=True, rank=65) == [
+        "LoRA of rank 65 takes products of its own: one pass with the base holds at most rank 64",
+        "all activations of experts are kept: recomputing them would draw other dropout",
+    ]
+    experts.act_fn = torch.nn.GELU()
+    assert limitations(experts, TRITON, CPU, dropout=False, rank=0) == [
+        "torch computes the activation of MixtralExperts: no kernel has its formula"
+    ]
+    assert kernels_of(TRITON) is not kernels_of(OURS)
+
+
+@pytest.mark.parametrize(("blocks", "dropout", "rank"), [
+    ({}, False, 0), ({"moe": {"expert_dropout": 0.1}}, True, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, True, 65),
+    ({"adapter": {"rank": 65}}, False, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, False, 0),
+])  # fmt: skip
+def test_what_of_a_job_concerns_the_kernels(blocks: dict[str, Any], dropout: bool, rank: int) -> None:
+    pytest.importorskip("triton", reason="triton is published for Linux only")
+    blocks = blocks | {"moe": {"experts_backend": "triton", **blocks.get("moe", {})}}
+    choice = choose(job(**blocks), *model_of("mixtral"), GPU, same)
+    text = "; ".join(choice.notes)
+    assert (("draw other dropout" in text), ("LoRA of rank 65" in text)) == (dropout, rank == 65)
+
+
+def test_the_same_computation_without_a_gpu() -> None:
+    assert [available(name, "cpu") for name in (TRITON, TRITON_PARTIAL, "grouped_mm", OURS)] == [
+        OURS, OURS_PARTIAL, "grouped_mm", OURS,
+    ]  # fmt: skip
+    assert available(TRITON, "cuda") == TRITON

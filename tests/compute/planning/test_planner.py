@@ -1,0 +1,240 @@
+"""The planner: what a process holds under each strategy, the strategy that a job gets, and changes that make it fit."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_stack_provider_moe.compute.planning import plan_command
+from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
+from llama_stack_provider_moe.compute.planning.per_process import process_memory, transient_memory, weights_of
+from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, changed, refusal
+from llama_stack_provider_moe.compute.train import strategy
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.control.cli.plan import bytes_of
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, TrainingSpec
+from tests.support import tiny_models
+from tests.support.cli_support import moe_train
+from tests.support.training_support import Run, Workshop, workshop
+
+__all__ = ["workshop"]
+
+FAMILY = "mixtral"
+# So large that weights, not the head's tiles, take most of a step's memory.
+WIDE = {"hidden_size": 512, "intermediate_size": 1024}
+CONFIG = tiny_models.config(FAMILY, **WIDE)
+
+
+def job(**blocks: Any) -> TrainingSpec:
+    """SFT with LoRA on four GPUs, in micro-batches of 8 x 64."""
+    body = {"recipe": "sft", "model": "a/b", "data": {"dataset_id": "d"}, "training": {"batch_size": 8},
+            "adapter": {"rank": 4}, "options": {"max_length": 64}, "resources": {"gpus": 4}}  # fmt: skip
+    for name, block in blocks.items():
+        body[name] = {**body[name], **block} if isinstance(block, dict) and isinstance(body.get(name), dict) else block
+    made: TrainingSpec = JOB_SPEC.validate_python(body)  # type: ignore[assignment]
+    return made
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Planner:
+    """A planner for GPUs of 80 GB."""
+    return Planner(CONFIG, Machine("cuda", 80 * 10**9))
+
+
+def of(planner: Planner, memory_bytes: int) -> Planner:
+    """The same planner for other GPUs; dry runs are kept."""
+    other = Planner(CONFIG, Machine("cuda", memory_bytes))
+    other._seen = planner._seen
+    return other
+
+
+def peaks(planner: Planner, spec: TrainingSpec) -> dict[str, int]:
+    return {option.strategy: option.peak_bytes for option in planner.plan(spec).options}
+
+
+@pytest.mark.parametrize("adapter", [Adapter(rank=4), None], ids=["lora", "whole"])
+def test_one_of_n_processes_holds_its_share(adapter: Adapter | None) -> None:
+    """One of n holds an n-th of the base under FSDP, an n-th of the experts under EP, and else everything."""
+    adapted = blank(CONFIG, adapter, Moe())
+    weights = weights_of(adapted)
+    alone = process_memory(weights, "ddp", 1, moments=2)
+    assert alone.weights == adapted.weight_bytes
+    size = 2 if adapter is None else 4
+    assert alone.gradients == adapted.report.trainable_parameters * size == alone.optimizer // 2
+    buffers = sum(weight.bytes for weight in weights if weight.kind == "buffer")
+    for processes in (2, 4):
+        several = {way: process_memory(weights, way, processes, 2) for way in ("ddp", "fsdp", "ep")}
+        assert several["ddp"] == replace(alone, buckets=alone.gradients)
+        assert (several["fsdp"].weights - buffers) * processes == alone.weights - buffers
+        assert several["fsdp"].adapter == alone.adapter
+        assert several["fsdp"].gradients == (alone.gradients if adapter else alone.gradients // processes)
+        experts = sum(weight.bytes for weight in weights if weight.kind == "expert" and not weight.added)
+        assert alone.weights - several["ep"].weights == experts - experts // processes
+        assert transient_memory(adapted, weights, "ddp", processes, 64).layer == 0
+        # Two layers of the base in bf16, whatever trains.
+        layer = sum(weight.bytes for weight in weights if weight.layer == 0 and not weight.added)
+        assert transient_memory(adapted, weights, "fsdp", processes, 64).layer >= 2 * layer
+
+
+def test_rows_that_do_not_divide_are_filled_up() -> None:
+    weights = weights_of(blank(CONFIG, Adapter(rank=4), Moe()))
+    fifth = process_memory(weights, "fsdp", 5, 2).weights
+    assert fifth == sum(weight.of_one("fsdp", 5) for weight in weights if not weight.added)
+    assert 5 * fifth > process_memory(weights, "ddp", 1, 2).weights
+
+
+def test_memory_grows_with_the_batch_and_falls_with_processes(roomy: Planner) -> None:
+    by_batch = [peaks(roomy, job(training={"batch_size": size})) for size in (2, 4, 8)]
+    for way in ("ddp", "fsdp"):
+        assert by_batch[0][way] < by_batch[1][way] < by_batch[2][way]
+    by_gpus = [peaks(roomy, job(resources={"gpus": gpus})) for gpus in (2, 4, 8)]
+    assert by_gpus[0]["fsdp"] > by_gpus[1]["fsdp"] > by_gpus[2]["fsdp"]
+    assert by_gpus[0]["ddp"] == by_gpus[1]["ddp"] == by_gpus[2]["ddp"]
+    accumulated = peaks(roomy, job(training={"gradient_accumulation_steps": 2}))
+    assert accumulated["ddp"] >= by_batch[2]["ddp"]
+
+
+def test_memory_of_settings(roomy: Planner) -> None:
+    lora, whole = job(resources={"gpus": 1}), job(adapter=None, resources={"gpus": 1})
+    assert peaks(roomy, whole)["ddp"] > peaks(roomy, lora)["ddp"]
+    plain = roomy.estimate(whole, "ddp")
+    moments = roomy.estimate(job(adapter=None, resources={"gpus": 1}, optimizer={"optimizer_type": "sgd"}), "ddp")
+    assert plain[1] - moments[1] == plain[0].terms.optimizer == pytest.approx(2 * plain[0].terms.weights, rel=1e-3)
+    wide = roomy.estimate(job(adapter=None, resources={"gpus": 1}, training={"dtype": "fp32"}), "ddp")
+    assert wide[1] == pytest.approx(2 * plain[1], rel=1e-3)  # buffers are fp32 in both
+    there, away = (job(adapter=None, resources={"strategy": "fsdp", "cpu_offload": offloaded}) for offloaded in (0, 1))
+    terms = [roomy.estimate(spec, "fsdp")[0].terms for spec in (there, away)]
+    assert [each.gathered for each in terms] == [terms[0].gathered] * 2
+    assert terms[1].optimizer == terms[1].gradients == 0 < terms[0].optimizer
+    assert terms[1].weights < terms[0].weights
+    assert "cpu_offload: true is not valid" in str(roomy.plan(away).options[0].refused)
+    pairs = {"recipe": "dpo", "adapter": None, "resources": {"gpus": 1}}
+    copies = [roomy.estimate(job(**pairs, options={"precompute_ref_log_probs": ahead}), "ddp")[0].terms.weights
+              for ahead in (False, True)]  # fmt: skip
+    assert copies == [2 * plain[0].terms.weights, plain[0].terms.weights]
+    codes = {bits: roomy.estimate(job(adapter={"quantize_base": True, "quantize_bits": bits}), "ddp")[0].terms.weights
+             for bits in (8, 4)}  # fmt: skip
+    assert codes[4] < codes[8] < roomy.estimate(lora, "ddp")[0].terms.weights
+    refused = {option.strategy: option.refused for option in roomy.plan(job(adapter={"quantize_base": True})).options}
+    assert refused["ddp"] is None
+    assert "adapter.quantize_base true" in str(refused["fsdp"]), "as the door says it"
+    (three,) = [option for option in roomy.plan(job(resources={"gpus": 3})).options if option.strategy == "ep"]
+    assert three.refused == "4 experts can't be divided equally among 3 processes"
+
+
+def test_auto_is_the_first_that_fits(roomy: Planner) -> None:
+    spec = job()
+    whole, shared = peaks(roomy, spec)["ddp"], peaks(roomy, spec)["fsdp"]
+    assert max(shared, peaks(roomy, spec)["ep"]) < whole
+    assert roomy.plan(spec).chosen == roomy.plan(spec).options[0]
+    smaller = of(roomy, int((whole - 1) / 0.9)).plan(spec)
+    assert (smaller.verdict, smaller.as_json()["strategy"]) == ("fits", "fsdp")
+    asked = of(roomy, int((whole - 1) / 0.9)).plan(job(resources={"strategy": "ddp"}))
+    assert (asked.verdict, asked.as_json()["strategy"]) == ("tight", "ddp"), "what was asked for is not overruled"
+    on_cpu = Planner(CONFIG, Machine("cpu", 10**8)).plan(job(resources={"gpus": 0, "processes": 2}))
+    assert on_cpu.chosen is not None
+    assert on_cpu.chosen.strategy == "ddp"
+    assert [option.strategy for option in roomy.plan(job(resources={"gpus": 1})).options] == ["ddp"]
+
+
+def test_every_suggested_change_fits(roomy: Planner) -> None:
+    """Each change gives a valid job that fits; settings that are refused are never among them."""
+    spec = job(adapter=None, training={"batch_size": 1}, resources={"gpus": 2, "strategy": "ddp"})
+    certain = roomy.plan(spec).options[0].certain_bytes
+    small = of(roomy, int(0.7 * certain))
+    plan = small.plan(spec)
+    assert plan.chosen is None
+    changes = small.changes(spec)
+    assert {next(iter(change.fields)) for change in changes} >= {"adapter", "resources.strategy"}
+    for change in changes:
+        again = small.plan(changed(spec, change.fields))
+        assert again.verdict == "fits"
+        assert again.chosen is not None
+        assert (again.chosen.strategy, again.chosen.peak_bytes) == (change.strategy, change.peak_bytes)
+    told = refusal(plan, changes)
+    assert told.startswith("the job can't fit on 2 device(s)")
+    assert "ddp needs" in told
+    assert "fsdp needs" not in told, "which would do"
+    assert all(change.text() in told for change in changes)
+    tight = of(roomy, int((min(peaks(roomy, job()).values()) - 1) / 0.9))
+    kinds = {next(iter(change.fields)) for change in tight.changes(job())}
+    assert {"efficiency.enable_activation_checkpointing", "training.batch_size", "options.max_length"} <= kinds
+    assert of(roomy, 1000).changes(spec) == ()
+
+
+def test_several_settings_are_suggested_if_no_single_one_is_enough(roomy: Planner) -> None:
+    spec = job(resources={"gpus": 1})
+    alone = peaks(roomy, changed(spec, {"training.batch_size": 1, "training.gradient_accumulation_steps": 8}))["ddp"]
+    for room in range(alone, 0, -alone // 10):
+        found = of(roomy, room).changes(spec)
+        if not found or len(found[0].fields) > 2:
+            break
+    assert len(found) == 1
+    assert of(roomy, room).plan(changed(spec, found[0].fields)).verdict == "fits"
+
+
+def test_a_job_that_can_not_fit_ends_before_its_weights_are_read(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine with very little memory; with more, the job reports the estimate and trains."""
+    folder = workshop.job("sft", FAMILY, adapter=None)
+    spec: Any = folder.read_spec()
+    certain = Planner(read_config(spec.model)[0], Machine("cpu", 10**12)).plan(spec).options[0].certain_bytes
+    (weights,) = Path(spec.model).glob("*.safetensors")
+    hidden = weights.rename(weights.with_suffix(".hidden"))
+    monkeypatch.setattr(strategy, "_weights_on_disk", lambda model: 10**12)
+    monkeypatch.setattr(strategy, "_machine_bytes", lambda: certain - 1)
+    ended = workshop.again(Run(folder, 0))
+    assert ended.exit_code == FAILED
+    assert ended.reason.startswith("the job can't fit on 1 device(s)"), ended.reason
+    hidden.rename(weights)
+    monkeypatch.setattr(strategy, "_machine_bytes", lambda: certain + 1)
+    tight = workshop.run("sft", FAMILY, adapter=None)
+    assert tight.exit_code == COMPLETED, tight.reason
+    assert any(event.text.startswith("memory is tight") for event in tight.events("message"))
+    assert (tight.resolved["strategy"], tight.resolved["memory"]["verdict"]) == ("ddp", "tight")
+    assert "memory    ddp: 0.1" in capsys.readouterr().out
+
+
+def test_a_small_job_on_a_cpu_is_not_estimated(workshop: Workshop) -> None:
+    spec = workshop.job("sft", FAMILY).read_spec()
+    assert strategy._decide(spec, "cpu", strategy._machine_bytes()) == ("ddp", None, ())  # type: ignore[arg-type]
+    told = strategy._decide(job(), "cuda", 80 * 10**9)  # no such model
+    assert (told.strategy, told.forecast) == ("ddp", None)
+    assert told.warnings[0].startswith("memory could not be estimated (ModelError: model: the config of")
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    template = tmp_path / "job.json"
+    template.write_text(json.dumps({**job().model_dump(mode="json"), "model": str(tmp_path)}))
+    done = moe_train("plan", str(template), "--gpus", "2", "--memory", "1GB")
+    assert done.code == 0, done.err
+    assert "it fits, with ddp (resources.strategy auto)" in done.out
+    assert "2 GPU(s) of 1 GB" in done.out
+    for body, problem in (
+        ({**job().model_dump(mode="json"), "model": "/nowhere"}, "model: the config of '/nowhere'"),
+        ({"recipe": "sft", "model": "a/b"}, "data: "),
+        (
+            {"recipe": "routing_analysis", "model": "a/b", "data": {"sets": {"a": "d", "b": "e"}}},
+            "recipe: 'routing_analysis' is not valid",
+        ),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(body)))
+        assert plan_command.main(["--memory", "1000000000"]) == 2
+        assert problem in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize(("written", "found"), [("80GB", 80 * 10**9), ("79.5 GiB", int(79.5 * 2**30)), ("1tb", 10**12)])
+def test_sizes(written: str, found: int) -> None:
+    assert bytes_of(written) == found
+
+
+@pytest.mark.parametrize("written", ["80", "80 PB", "GB", "-1GB", "1e3GB", "0.01GB"])
+def test_no_sizes(written: str) -> None:
+    with pytest.raises(InvalidInput, match="--memory"):
+        bytes_of(written)

@@ -1,0 +1,1 @@
+"""Promises that tests keep: what the documentation says, what a release holds."""

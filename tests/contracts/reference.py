@@ -1,0 +1,179 @@
+"""Every setting of jobs and servers with its default and range, read from the pydantic models.
+
+`tests.contracts.docs_reference` makes docs/reference/settings.md of it.
+"""
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic.fields import FieldInfo
+
+from llama_stack_provider_moe.spec import (
+    Adapter,
+    Analysis,
+    AnalysisData,
+    AnalysisOptions,
+    AnalysisTraining,
+    Block,
+    BreakerSpec,
+    CircuitBreaker,
+    Curve,
+    Data,
+    DPOOptions,
+    DPOSpec,
+    Efficiency,
+    ExpertRule,
+    Exports,
+    ExportSpec,
+    FromAnalysis,
+    Gate,
+    JobDefaults,
+    MixedData,
+    MLflow,
+    Moe,
+    Optimizer,
+    Options,
+    RefusalJudge,
+    RepBend,
+    Resources,
+    RoutingAnalysisSpec,
+    RulesFrom,
+    SafetyEvaluation,
+    SFTSpec,
+    Trackers,
+    Trackio,
+    Training,
+    WandB,
+)
+from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
+from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.destinations import HubPush
+from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
+from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
+from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
+from llama_stack_provider_moe.spec.server_config import (
+    ExportsConfig,
+    MirrorConfig,
+    ModelsConfig,
+    ProviderConfig,
+    SupervisorConfig,
+)
+
+BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
+    # title, prefix, model, fields told elsewhere
+    ("Every job", "", SFTSpec, {"options"}),
+    ("DPO jobs also", "", DPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
+    ("Circuit-breaker jobs also", "", BreakerSpec, {*SFTSpec.model_fields} - {"recipe", "adapter"}),
+    ("`circuit_breaker`", "circuit_breaker.", CircuitBreaker, set()),
+    ("`circuit_breaker.retain` and `.safe`", "circuit_breaker.retain.", MixedData, set()),
+    ("`circuit_breaker.reroute_curve` and `.retain_curve`", "circuit_breaker.reroute_curve.", Curve, set()),
+    ("`circuit_breaker.repbend`", "circuit_breaker.repbend.", RepBend, set()),
+    ("`data`", "data.", Data, set()),
+    ("`training`", "training.", Training, set()),
+    ("`optimizer`", "optimizer.", Optimizer, set()),
+    ("`efficiency`", "efficiency.", Efficiency, set()),
+    ("`adapter`", "adapter.", Adapter, set()),
+    ("Each of `adapter.rules`", "adapter.rules.N.", ExpertRule, set()),
+    ("`adapter.from_analysis`", "adapter.from_analysis.", FromAnalysis, set()),
+    ("`adapter.rules_from`", "adapter.rules_from.", RulesFrom, set()),
+    ("`moe`", "moe.", Moe, set()),
+    ("`options`", "options.", Options, set()),
+    ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
+    ("`eval`", "eval.", SafetyEvaluation, set()),
+    ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
+    ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
+    ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
+    ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
+    ("`export`", "export.", Exports, set()),
+    ("`export.ollama`", "export.ollama.", Ollama, set()),
+    ("`export.push`", "export.push.", HubPush, set()),
+    ("`resources`", "resources.", Resources, set()),
+    ("`trackers`", "trackers.", Trackers, set()),
+    ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
+    ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
+    ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
+    (
+        "Routing analysis jobs: `job_uuid`, `model` and `resources` (of one process) as above, and",
+        "",
+        RoutingAnalysisSpec,
+        {"job_uuid", "model", "resources"},
+    ),
+    ("`data` of routing analysis jobs", "data.", AnalysisData, set()),
+    ("`analysis`", "analysis.", Analysis, set()),
+    ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
+    ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
+    (
+        "Export jobs: `job_uuid`, `resources` and `export` as above, and",
+        "",
+        ExportSpec,
+        {"job_uuid", "resources", "export"},
+    ),
+    ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
+    ("Server: `models:`", "models.", ModelsConfig, set()),
+    ("Server: `limits:`", "limits.", LimitsConfig, set()),
+    ("Server: `audit:`", "audit.", AuditConfig, set()),
+    ("Server: `exports:`", "exports.", ExportsConfig, set()),
+    ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
+    ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
+    ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
+    ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),
+    ("Server: `defaults:`", "defaults.", JobDefaults, set()),
+]
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(title, dotted name, field) of every setting there is."""
+    for title, prefix, model, elsewhere in BLOCKS:
+        for name, field in model.model_fields.items():
+            if name not in elsewhere:
+                yield title, prefix + name, field
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Block):
+        return "see below"
+    if value == sys.executable:
+        return "the server's"
+    if value is None or value == "":
+        return "-"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text}`"
+
+
+def allowed(field: FieldInfo) -> str:
+    annotation = field.annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+        if isinstance(annotation, type) and issubclass(annotation, Block):
+            return "a list of blocks, which follow"
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        if get_origin(value) is Annotated:
+            value = get_args(value)[0]
+        if value in (str, Any):
+            return ""
+        groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
+        return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
+    if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
+        return "numbers and ranges"
+    if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
+        return "at least `1KB`"
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}
+    bounds = [sign.format(rule) for rule in field.metadata for kind, sign in signs.items() if isinstance(rule, kind)]
+    bounds += [f"at least {rule.min_length} characters" for rule in field.metadata if isinstance(rule, MinLen)]
+    bounds += [f"at most {rule.max_length} characters" for rule in field.metadata if isinstance(rule, MaxLen)]
+    if bounds:
+        return ", ".join(bounds)
+    if annotation is bool:
+        return "`true`, `false`"
+    return "`A-Z a-z 0-9 . _ -`" if any(hasattr(rule, "pattern") for rule in field.metadata) else ""

@@ -1,0 +1,113 @@
+"""The figures of docs/explain/benchmarks.md are those of the newest result files."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.contracts.doc_blocks import ROOT
+
+PAGE = " ".join((ROOT / "docs" / "explain" / "benchmarks.md").read_text(encoding="utf-8").split())
+ADAPTED = "LoRA: ours to PEFT on grouped_mm"
+EAGER = "LoRA: ours to PEFT on eager"
+
+
+def newest(name: str) -> Any:
+    path = max((ROOT / "benchmarks" / "results").glob(f"{name}_*.json"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def span(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def experts(kind: str, case: str, tokens: str) -> list[float]:
+    return [
+        found[kind][case]
+        for shape in newest("cpu_experts")["shapes"].values()
+        for name, found in shape.items()
+        if name.endswith(tokens)
+    ]
+
+
+def rows_of_experts() -> list[str]:
+    rows = [
+        f"about {shown} | {span(experts('times_as_fast', ADAPTED, tokens), 1)} | "
+        f"{span(experts('times_the_memory', ADAPTED, tokens), 2)} |"
+        for shown, tokens in (("256", ", 256 tokens"), ("1,024", ", 1024 tokens"))
+    ]
+    rows.append(f"eager loop | both | {span(experts('times_as_fast', EAGER, 'tokens'), 1)} |")
+    rows.append(
+        f"all weights trained | both | {span(experts('times_as_fast', 'full: ours to grouped_mm', 'tokens'), 2)} |"
+    )
+    return rows
+
+
+def quantized() -> list[str]:
+    found = newest("quantized_base")
+    sizes = [f"| {bits} | {found['bytes'][f'{bits} bits']['bytes_after'] / 1e6:.0f} MB |" for bits in (8, 4)]
+    worse = [f"| {found['mean_cross_entropy_above_16_bits'][f'{bits} bits']:.3f} |" for bits in (8, 4)]
+    return [f"{found['bytes']['8 bits']['bytes_before'] / 1e6:.0f} MB", *sizes, *worse]
+
+
+def start() -> list[str]:
+    found = newest("job_start")["min_median_max"]
+    return [f"{found['warm']['first_step_s'][1]:.1f} s from the forkserver",
+            f"{found['cold']['first_step_s'][1]:.0f} s without it"]  # fmt: skip
+
+
+def store() -> list[str]:
+    found = newest("job_store")
+    assert all(each["many_clients"]["errors"] == 0 for each in found["databases"].values())
+    alone = found["databases"]["sqlite"]["one_client"]["ms"]
+    busy = [each["many_clients"]["requests_per_s"] for each in found["databases"].values()]
+    return [
+        f"{found['jobs']:,} jobs", f"{found['clients']} clients", "Neither had an error",
+        f"{alone['status_ended']['p50']:.0f} to {alone['status_in_progress']['p50']:.0f} ms",
+        f"{alone['first_page']['p50']:.0f} to {alone['later_page']['p50']:.0f} ms",
+        f"{span(busy, 0)} requests a second",
+    ]  # fmt: skip
+
+
+def memory() -> list[str]:
+    found = newest("peak_memory")
+    assert found["cases"] == len(found["found"]) == 10
+    return [span(found["ratio_least_and_most"], 3), span(found["ratio_on_top_least_and_most"], 3), "ten cases"]
+
+
+def merging() -> list[str]:
+    found = newest("merge")
+    copies = sorted(found["copy_seconds"])
+    return [
+        f"{found['checkpoint_bytes'] / 1e9:.1f} GB", f"{found['merge_seconds']:.0f} s",
+        f"{found['peak_bytes_above_start'] / 1e6:.0f} MB", f"{copies[0]:.0f} and {copies[1]:.0f} s",
+    ]  # fmt: skip
+
+
+def bringing() -> list[str]:
+    found = newest("bring_data")["pushes"]
+    assert all(each["seconds"] < 30 for name, each in found.items() if name != "large.jsonl")
+    large = found["large.jsonl"]
+    assert large["server_rss_mb"]["peak"] < large["server_rss_mb"]["before"] + 24
+    before, peak, after = (round(large["server_rss_mb"][when]) for when in ("before", "peak", "after"))
+    rows = {
+        "JSON Lines": "rows.jsonl", "JSON Lines, with server and command on one core": "rows.jsonl on one core",
+        "JSON Lines, gzipped": "rows.jsonl.gz", "CSV": "rows.csv", "Parquet": "rows.parquet",
+    }  # fmt: skip
+    return [
+        f"{found['rows.jsonl']['rows']:,} rows of 2 KB",
+        *(
+            f"| {shown} | {found[name]['seconds']:.1f} | {found[name]['rows_per_s']:,} |"
+            for shown, name in rows.items()
+        ),
+        f"1 GB took {large['seconds']:.0f} s",
+        f"{before} MB before it, {peak} MB at its peak and {after} MB after it",
+        f"{large['health_ms']['median']:.0f} ms (median) meanwhile, and in {large['health_ms']['max']:.0f} ms at most",
+    ]
+
+
+@pytest.mark.parametrize("claims", [rows_of_experts, quantized, start, store, memory, merging, bringing])
+def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:
+    missing = [claim for claim in claims() if claim not in PAGE]
+    assert not missing

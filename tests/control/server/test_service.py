@@ -1,0 +1,322 @@
+"""Tests the service without a server: ownership, traces of failed submissions, and the states of a job."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_stack.core.request_headers import RequestProviderDataContext
+from llama_stack_api import post_training
+from llama_stack_api.common.job_types import JobStatus
+
+from llama_stack_provider_moe.control.server import views
+from llama_stack_provider_moe.control.server.callers import ANONYMOUS
+from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store import parent_jobs
+from llama_stack_provider_moe.control.store.intake import STALE_STAGING_S
+from llama_stack_provider_moe.errors import Conflict, InvalidRows, MoeError, NotFound
+from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, Saved, Step
+from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
+from llama_stack_provider_moe.jobdir.state import JobState
+from tests.support.host_support import BODY, ROWS, Datasets, caller, serving_in_process, submit
+
+
+@pytest.fixture
+def datasets() -> Datasets:
+    return Datasets()
+
+
+@pytest.fixture
+def service(tmp_path: Path, datasets: Datasets) -> Iterator[PostTrainingService]:
+    with serving_in_process(tmp_path, datasets) as made:
+        yield made
+
+
+def left(service: PostTrainingService) -> set[str]:
+    """Everything in the state folder but the files that are always there."""
+    root = service.config.state_dir
+    found = {str(path.relative_to(root)) for path in root.rglob("*")}
+    always = {"jobs", "models", "staging", "deleted", "jobs/.lock", "store-id"}
+    always |= {"datasets", "datasets/.lock", "datasets/incoming"}
+    return {name for name in found if not name.startswith("jobs.db")} - always
+
+
+def test_a_job_is_in_folder_and_store(service: PostTrainingService) -> None:
+    job_id = submit(service, training={"n_epochs": 3})
+    job = service.store.get(job_id, ANONYMOUS)
+    folder = JobFolder(Path(job.folder))
+    assert folder.root == service.config.jobs_dir / job_id
+    spec = folder.read_spec()
+    assert (spec.job_uuid, spec.training.n_epochs, spec.recipe) == (job_id, 3, "sft")
+    assert len(folder.train_rows.read_text().splitlines()) == len(ROWS)
+    assert not folder.validation_rows.exists()
+    assert json.loads(folder.spec.read_text())["optimizer"]["lr"] == 1e-4, "the spec contains the defaults"
+    assert not any((service.config.state_dir / "staging").iterdir())
+
+
+def test_jobs_belong_to_their_callers(service: PostTrainingService) -> None:
+    with caller("alice"):
+        job_id = submit(service)
+        assert asyncio.run(service.status(job_id)).status == "scheduled"
+    with caller("bob"):
+        assert asyncio.run(service.jobs(10, None)).data == []
+        for request in (service.status, service.detail, service.artifacts, service.cancel):
+            with pytest.raises(NotFound):
+                asyncio.run(request(job_id))
+        with pytest.raises(NotFound):
+            asyncio.run(service.logs(job_id, 10, None))
+        with pytest.raises(NotFound):  # its artifacts can't be trained on either
+            submit(service, model=str(service.config.jobs_dir / job_id / "artifacts" / "merged"))
+        with pytest.raises(Conflict):  # a name is taken, whoever has it
+            submit(service, job_uuid=job_id)
+    with pytest.raises(NotFound):
+        asyncio.run(service.status(job_id))
+    with caller("alice"):
+        asyncio.run(service.cancel(job_id))
+        assert asyncio.run(service.status(job_id)).status == "cancelled"
+    assert "alice" not in service.store.get(job_id, None).owner
+
+
+def test_a_user_injected_by_a_header_is_anonymous(service: PostTrainingService) -> None:
+    # With authentication off, 0.6.1 passes the header's JSON through as the user.
+    with RequestProviderDataContext({"__authenticated_user": {"principal": "root"}}):
+        job_id = submit(service)
+    assert service.store.get(job_id, None).owner == ANONYMOUS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"dataset_id": "bad"}},
+        {"data": {"dataset_id": "gone"}},
+        {"data": {"dataset_id": "good", "validation_dataset_id": "bad"}},
+        {"data": {"dataset_id": "one"}},
+        {"training": {"batch_size": 0}},
+        {"model": "/etc"},
+        {"checkpoint_dir": "/etc"},
+        {"job_uuid": "../x"},
+    ],
+    ids=str,
+)
+def test_a_refused_job_leaves_nothing(service: PostTrainingService, changes: dict[str, Any]) -> None:
+    with pytest.raises(MoeError) as caught:
+        submit(service, **changes)
+    assert 400 <= caught.value.status < 500
+    assert left(service) == set()
+    assert sum(service.store.counts().values()) == 0
+
+
+def test_a_store_that_fails_leaves_nothing(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(parent_jobs, "as_job", full)  # inside the transaction, after the insert
+    with pytest.raises(OSError, match="no space"):
+        submit(service, job_uuid="mine")
+    monkeypatch.undo()
+    assert left(service) == set()
+    assert submit(service, job_uuid="mine") == "mine"
+
+
+def test_an_abandoned_request_leaves_nothing(service: PostTrainingService, datasets: Datasets) -> None:
+    async def abandon() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        datasets.during = task.cancel
+        await service.submit(BODY)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(abandon())
+    assert left(service) == set()
+
+
+def test_an_orphan_does_not_block_its_name(service: PostTrainingService) -> None:
+    orphan = service.config.jobs_dir / "mine"  # a server died between the rename and the insertion
+    (orphan / "data").mkdir(parents=True)
+    (orphan / "data" / "train.jsonl").write_text("old\n")
+    assert submit(service, job_uuid="mine") == "mine"
+    assert "old" not in (orphan / "data" / "train.jsonl").read_text()
+
+
+def test_one_of_many_gets_the_name(service: PostTrainingService) -> None:
+    outcomes: list[object] = []
+
+    def attempt() -> None:
+        try:
+            outcomes.append(submit(service, job_uuid="mine"))
+        except Conflict as conflict:
+            outcomes.append(conflict)
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("mine") == 1
+    assert len(outcomes) == 8
+    assert JobFolder(service.config.jobs_dir / "mine").read_spec().job_uuid == "mine"
+    assert not any((service.config.state_dir / "staging").iterdir())
+
+
+def test_stale_staging_is_cleared_and_fresh_is_not(service: PostTrainingService) -> None:
+    staging = service.config.state_dir / "staging"
+    for name in ("stale", "fresh"):
+        (staging / name / "data").mkdir(parents=True)
+    long_ago = datetime.now(UTC).timestamp() - STALE_STAGING_S - 60
+    os.utime(staging / "stale", (long_ago, long_ago))
+    second = PostTrainingService(service.config, {})
+    asyncio.run(second.initialize())
+    asyncio.run(second.shutdown())
+    assert [path.name for path in staging.iterdir()] == ["fresh"]
+
+
+def test_validation_data_and_splits(service: PostTrainingService) -> None:
+    def counts(**data: Any) -> tuple[int, int | None]:
+        split = data.pop("split", 0.1)
+        body = BODY | {"data": {"dataset_id": "good"} | data, "options": {"validation_split": split}}
+        found = asyncio.run(service.validate(body))
+        return found.train_rows, found.validation_rows
+
+    assert counts() == (12, None)
+    assert counts(split=0) == (12, 0)
+    assert counts(validation_dataset_id="one") == (12, 1)
+    assert counts(dataset_id="one", split=0) == (1, 0)
+    assert counts(dataset_id="one", validation_dataset_id="good") == (1, 12)
+    with pytest.raises(InvalidRows):
+        counts(dataset_id="bad")
+    assert left(service) == set(), "validate creates nothing"
+
+
+def artifact(folder: JobFolder, name: str, epoch: int) -> Artifact:
+    path = folder.root / name
+    path.mkdir(parents=True)
+    metrics = Metrics(epoch=epoch, train_loss=1.5, validation_loss=1.25, perplexity=3.5)
+    return Artifact(
+        identifier=f"{folder.root.name}/{name}", kind="checkpoint", path=str(path), epoch=epoch, step=epoch * 5,
+        created_at=datetime.now(UTC), bytes=1, metrics=metrics,
+    )  # fmt: skip
+
+
+def test_the_states_of_a_job_in_the_api(service: PostTrainingService) -> None:
+    first, second = submit(service), submit(service)
+
+    def status() -> post_training.PostTrainingJobStatusResponse:
+        answer = asyncio.run(service.status(first)).model_dump(mode="json")
+        return post_training.PostTrainingJobStatusResponse.model_validate(answer)
+
+    waiting = asyncio.run(service.status(second)).resources_allocated
+    assert waiting is not None
+    assert (waiting["stage"], waiting["queue_position"]) == ("queued", 2)
+
+    assert service.store.claim("me/1/1/1/1") is not None
+    folder = JobFolder(service.config.jobs_dir / first)
+    events = EventLog(folder.events)
+    events.append(Step(step=5, max_steps=10, epoch=1.0, metrics={"loss": 1.5, "aux_loss": float("nan")}, eta_s=2.0))
+    events.append(Evaluation(step=5, epoch=1.0, metrics={"eval_loss": 1.25}))
+    saved = artifact(folder, "checkpoints/epoch-1", 1)
+    events.append(Saved(artifact=saved.model_dump(mode="json")))
+    events.close()
+    running = status()
+    assert running.status is JobStatus.in_progress
+    assert running.resources_allocated is not None
+    assert (running.resources_allocated["percent"], running.resources_allocated["eta_s"]) == (50.0, 2.0)
+    [checkpoint] = running.checkpoints
+    assert (checkpoint.identifier, checkpoint.post_training_job_id) == (saved.identifier, first)
+    assert checkpoint.training_metrics is not None
+    assert checkpoint.training_metrics.perplexity == 3.5
+
+    final = artifact(folder, "artifacts/adapter", 2)
+    write_atomic(folder.manifest, Manifest(job_uuid=first, artifacts=[saved, final], summary={"loss": 1.0}))
+    write_atomic(folder.resolved, '{"family": "granitemoe"}')
+    service.store.move(first, JobState.COMPLETED, artifacts=(saved, final))
+    done = status()
+    assert (done.status, len(done.checkpoints)) == (JobStatus.completed, 2)
+    assert done.completed_at is not None
+    whole = asyncio.run(service.detail(first))
+    assert (whole.summary, whole.resolved) == ({"loss": 1.0}, {"family": "granitemoe"})
+    assert whole.spec is not None
+    assert whole.spec["model"] == "owner/name"
+    with pytest.raises(Conflict):
+        asyncio.run(service.cancel(first))
+    listed = asyncio.run(service.jobs(1, None))
+    assert ([line.job_uuid for line in listed.data], listed.has_more) == ([second], True)
+    assert [line.job_uuid for line in asyncio.run(service.jobs(1, second)).data] == [first]
+
+
+def test_a_failed_job_says_why(service: PostTrainingService) -> None:
+    job_id = submit(service)
+    service.store.move(job_id, JobState.FAILED, reason="out of memory")
+    answer = asyncio.run(service.status(job_id))
+    assert answer.resources_allocated is not None
+    assert answer.resources_allocated["reason"] == "out of memory"
+
+
+def test_an_earlier_reason_is_marked_as_such(service: PostTrainingService) -> None:
+    job_id = submit(service)
+    service.store.move(job_id, JobState.IN_PROGRESS)
+    service.store.requeue(job_id, "killed; it is tried again")
+    waiting = asyncio.run(service.detail(job_id))
+    assert waiting.reason == "killed; it is tried again"
+    service.store.claim("supervisor")
+    running = asyncio.run(service.detail(job_id))
+    assert running.status is JobState.IN_PROGRESS
+    assert running.reason == "last start: killed; it is tried again"
+    assert running.resources_allocated is not None
+    assert running.resources_allocated["reason"] == running.reason
+
+
+def test_logs_come_in_complete_lines_and_continue(service: PostTrainingService) -> None:
+    job_id = submit(service)
+    output = JobFolder(service.config.jobs_dir / job_id).output
+
+    def read(tail: int = 3, offset: int | None = None) -> tuple[list[str], int]:
+        answer = asyncio.run(service.logs(job_id, tail, offset))
+        return answer.log_lines, answer.next_offset
+
+    assert read() == ([], 0)
+    text = "".join(f"line {number}\n" for number in range(9)) + "10%\r50%\r100%\nhalf a li"
+    output.write_text(text)
+    lines, offset = read()
+    assert (lines, offset) == (["line 7", "line 8", "100%"], len(text) - len("half a li"))
+    assert read(offset=offset) == ([], offset)
+    with output.open("a") as file:
+        file.write("ne\n\x1b[31mred\x1b[0m\n\n")
+    lines, offset = read(offset=offset)
+    assert lines == ["half a line", "red", ""]
+    assert read(offset=offset) == ([], offset)
+    assert read(offset=10**9) == ([], output.stat().st_size), "an offset beyond the end means the end"
+    with output.open("a") as file:
+        file.write("last words")
+    service.store.move(job_id, JobState.FAILED, reason="it died")
+    assert read(offset=offset)[0] == ["last words"], "nothing more will come"
+
+
+def test_logs_are_bounded(service: PostTrainingService) -> None:
+    job_id = submit(service)
+    output = JobFolder(service.config.jobs_dir / job_id).output
+    output.write_bytes(b"x" * (views.LOG_WINDOW_BYTES + 10) + b"\nend\n")
+    answer = asyncio.run(service.logs(job_id, 10, None))
+    assert answer.log_lines[-1] == "end"
+    assert sum(map(len, answer.log_lines)) <= views.LOG_WINDOW_BYTES
+    total, offset = b"", 0
+    while True:
+        answer = asyncio.run(service.logs(job_id, 10, offset))
+        if answer.next_offset == offset:
+            break
+        total, offset = total + "".join(answer.log_lines).encode(), answer.next_offset
+    assert total == b"x" * (views.LOG_WINDOW_BYTES + 10) + b"end"
+
+
+def test_health_reports_a_store_whose_file_is_gone(service: PostTrainingService) -> None:
+    submit(service)
+    found = asyncio.run(service.health())
+    assert (found.status, found.supervisor, found.jobs[JobState.SCHEDULED]) == ("ok", "none", 1)
+    for path in service.config.state_dir.glob("jobs.db*"):
+        path.unlink()
+    found = asyncio.run(service.health())
+    assert (found.status, found.store) == ("error", "replaced")

@@ -1,0 +1,156 @@
+"""Shared by the tests of `control.server`: a service without a server, and its routes in this process."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from llama_stack.core.datatypes import User
+from llama_stack.core.request_headers import RequestProviderDataContext
+from llama_stack_api import DatasetNotFoundError
+from opentelemetry.metrics import Meter
+from starlette.routing import compile_path
+
+from llama_stack_provider_moe.control.server import compat
+from llama_stack_provider_moe.control.server.routes import PREFIX, create_router
+from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
+from tests.support.host_harness import hub_cache
+from tests.support.jobs_support import wait_for
+
+ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer {number}."} for number in range(12)]
+BODY: dict[str, Any] = {"recipe": "sft", "model": "owner/name", "data": {"dataset_id": "good"}}
+
+
+class Datasets:
+    """The host's data sets; it calls `during` while one is read."""
+
+    def __init__(self) -> None:
+        bad = [dict(row) for row in ROWS]
+        del bad[3]["prompt"]
+        self.rows = {"good": ROWS, "bad": bad, "one": ROWS[:1]}
+        self.during: Callable[[], Any] = lambda: None
+
+    async def get_dataset(self, request: Any) -> SimpleNamespace:
+        """Answer as the host's registry does."""
+        self.during()
+        if request.dataset_id not in self.rows:
+            raise DatasetNotFoundError(request.dataset_id)
+        source = SimpleNamespace(type="rows", rows=self.rows[request.dataset_id])
+        return SimpleNamespace(provider_id="localfs", source=source)
+
+
+@contextmanager
+def serving_in_process(
+    folder: Path, datasets: Datasets | None = None, meter: Meter | None = None, **settings: Any
+) -> Iterator[PostTrainingService]:
+    """A service on `folder` that starts no supervisor; `settings` change its configuration."""
+    settings = {"child_env": {"HF_HUB_CACHE": str(hub_cache(folder / "hub", "owner/name"))}, **settings}
+    config = ProviderConfig(state_dir=folder / "state", supervisor=SupervisorConfig(start=False), **settings)
+    made = PostTrainingService(config, {compat.Api.datasets: datasets or Datasets()}, meter=meter)
+    asyncio.run(made.initialize())
+    yield made
+    asyncio.run(made.shutdown())
+
+
+@contextmanager
+def caller(principal: str, **attributes: list[str]) -> Iterator[None]:
+    """Inside, requests come from `principal`, as the host's middleware would set it."""
+    with RequestProviderDataContext({}, User(principal=principal, attributes=attributes)):
+        yield
+
+
+def submit(service: PostTrainingService, **changes: Any) -> str:
+    """Submit a job; returns its id."""
+    return asyncio.run(service.submit(BODY | changes)).job_uuid
+
+
+def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
+    """Where a job of `service` keeps its files."""
+    return JobFolder(service.config.jobs_dir / job_id)
+
+
+@lru_cache(maxsize=4)
+def app_of(service: PostTrainingService) -> FastAPI:
+    """The routes of `service` without a host; made only once, because it takes a second."""
+    app = FastAPI()
+    app.include_router(create_router(service))
+    return app
+
+
+def ask(service: PostTrainingService, method: str, path: str, **request: Any) -> httpx.Response:
+    """The answer of a route; `path` starts after the prefix."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app_of(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test" + PREFIX) as client:
+            return await client.request(method, path, **request)
+
+    answer = asyncio.run(send())
+    must_be_documented(app_of(service), answer)
+    return answer
+
+
+def must_be_documented(app: FastAPI, answer: httpx.Response) -> None:
+    """Check that the OpenAPI document lists the status of `answer` for its route."""
+    method, path = answer.request.method.lower(), answer.request.url.path
+    for template, operations in app.openapi()["paths"].items():  # in the order in which routes are tried
+        pattern, _, _ = compile_path(template.replace("{path}", "{path:path}"))
+        if method in operations and pattern.match(path):
+            statuses = operations[method]["responses"]
+            assert str(answer.status_code) in statuses, f"{answer.status_code} of {template} is not documented"
+            return
+    assert answer.status_code in (404, 405), "there is no such route"
+
+
+def get_raw(service: PostTrainingService, path: str) -> httpx.Response:
+    """The answer to an unchanged path: httpx would resolve its `..`, but an attacker's client would not."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = (PREFIX + path).encode()
+    asyncio.run(app_of(service)(scope_of(raw), receive, send))
+    body = b"".join(message.get("body", b"") for message in sent)
+    return httpx.Response(sent[0]["status"], headers=sent[0]["headers"], content=body)
+
+
+def scope_of(raw_path: bytes, query: bytes = b"", method: str = "GET") -> dict[str, Any]:
+    """The ASGI scope that uvicorn makes for a request."""
+    return {
+        "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "method": method, "headers": [],
+        "path": unquote_to_bytes(raw_path).decode("utf-8", "replace"), "raw_path": raw_path, "query_string": query,
+        "root_path": "", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+
+
+@contextmanager
+def over_http(service: PostTrainingService, port: int = 0) -> Iterator[str]:
+    """Serve the routes of `service` on a port of this machine with uvicorn, without a host; yields their URL."""
+    config = uvicorn.Config(app_of(service), host="127.0.0.1", port=port, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    # In a thread uvicorn handles no signals, which `compat.is_stopping` reads.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "is_stopping", lambda: server.should_exit)
+        try:
+            wait_for(lambda: server.started)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
