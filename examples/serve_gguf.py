@@ -79,7 +79,9 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path | None = None) -> Iterator[str]:
+def llama_cpp(
+    gguf: Path, state: Path, context: int, threads: int, program: Path | None = None, alias: str = MODEL
+) -> Iterator[str]:
     """Run llama.cpp's server with a model; yield its address.
 
     Args:
@@ -88,6 +90,7 @@ def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path
         context: largest number of tokens in a conversation.
         threads: number of threads.
         program: program of the server; default: `llama-server` from the PATH, else xllamacpp.
+        alias: name of the model on the server.
     """
     if not gguf.is_file():
         raise ServingFailed(f"there is no file {gguf}")
@@ -95,19 +98,20 @@ def llama_cpp(gguf: Path, state: Path, context: int, threads: int, program: Path
     found = str(program) if program is not None else shutil.which("llama-server")
     if found is not None:
         command = [
-            found, "-m", str(gguf), "--alias", MODEL, "--host", "127.0.0.1", "--port", str(port),
+            found, "-m", str(gguf), "--alias", alias, "--host", "127.0.0.1", "--port", str(port),
             "-c", str(context), "-t", str(threads), "--jinja",
         ]  # fmt: skip
     elif importlib.util.find_spec("xllamacpp") is not None:
-        command = [sys.executable, "-c", _NATIVE, str(gguf), str(port), str(context), str(threads), MODEL]
+        command = [sys.executable, "-c", _NATIVE, str(gguf), str(port), str(context), str(threads), alias]
     else:
         raise ServingFailed(
             "llama-server is not on the PATH, and xllamacpp is not installed in this environment; "
             "pip install 'llama-stack-provider-moe[serve]'"
         )
     url = f"http://127.0.0.1:{port}"
-    with running("llama.cpp's server", command, state / "llama_cpp.log", {}):
-        yield wait_for("llama.cpp's server", url, "/health", state / "llama_cpp.log")
+    what, log = f"llama.cpp's server for {alias}", state / f"llama_cpp.{alias}.log"
+    with running(what, command, log, {}):
+        yield wait_for(what, url, "/health", log)
 
 
 @contextlib.contextmanager

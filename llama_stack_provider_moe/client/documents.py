@@ -79,6 +79,7 @@ class Export(TypedDict):
     job_uuid: str
     status: str
     steps: list[ExportStep]
+    served_as: NotRequired[str | None]
 
 
 class Progress(TypedDict, total=False):
@@ -205,6 +206,7 @@ class Deleted(TypedDict):
     kept: list[str]
     exports: NotRequired[list[str]]
     broken: NotRequired[list[str]]
+    withdrawn: NotRequired[str | None]
 
 
 class LogLines(TypedDict):

@@ -19,6 +19,7 @@ jobs/<job_uuid>/
   artifacts/evaluation/  eval.json: before, after, differences                  written by the training process
   trackers/<name>/       files of TensorBoard, trackio, MLflow or wandb         written by the training process
   exports.json           states of an export job's steps (`export_steps`)       written by the training process
+  served.json            a model that an export put on an inference server      written by the training process
   work/                  temporary files of an export job's steps               written by the training process
   mirror.json            where copies of checkpoints and artifacts are          written by the training process
   manifest.json          what the job leaves; written last and atomically       written by the training process
@@ -100,6 +101,7 @@ class JobFolder:
         self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
         self.exports = root / "exports.json"
+        self.served = root / "served.json"
         self.work = root / "work"
         self.mirror = root / "mirror.json"
         self.manifest = root / "manifest.json"

@@ -65,6 +65,11 @@ class Exports(Block):
     push: HubPush | None = Field(
         default=None, description="Repository on the Hugging Face hub to upload to; left out: none."
     )
+    serve: bool = Field(
+        default=False,
+        description="Serve the result with the server's inference (`serving` of the server), and require an answer; "
+        "the GGUF file that this needs is made too.",
+    )
     load_check: bool = Field(
         default=True,
         description="Load the trained and the merged model and compare their logits; needs the memory of a model.",
@@ -79,8 +84,8 @@ class Exports(Block):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "Exports":
-        if not self.merged and not self.gguf and self.ollama is None and self.push is None:
-            raise ValueError("asks for no export; expected merged: true, types in gguf, or push")
+        if not (self.merged or self.gguf or self.serve) and self.ollama is None and self.push is None:
+            raise ValueError("asks for no export; expected merged: true, serve: true, types in gguf, or push")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.spec import Block, JobDefaults, server_config_rule
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 from llama_stack_provider_moe.spec.executors_config import MAX_S, ExecutorsConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
+from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, ServingConfig
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
 # No part begins with a dot or a dash: the hub has no such names, and `..` names a folder.
@@ -275,6 +276,11 @@ class ProviderConfig(Block):
     )
     models: ModelsConfig = Field(default_factory=ModelsConfig)
     exports: ExportsConfig = Field(default_factory=ExportsConfig)
+    serving: ServingConfig | None = Field(
+        default=None,
+        description="Inference server that serves results of jobs: a block whose `kind` is llama_cpp, ollama or vllm. "
+        "Left out: none.",
+    )
     mirror: MirrorConfig = Field(default_factory=MirrorConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
@@ -313,6 +319,10 @@ class ProviderConfig(Block):
             server_config_rules.absolute(self.models_dir),
             self.mirror.folder,
         )
+        if isinstance(self.serving, LlamaCppServing):
+            server_config_rules.check_models_dir(
+                self.serving.models_dir, self.state_dir, self.allowed_roots, self.mirror.folder
+            )
         return self
 
     @property

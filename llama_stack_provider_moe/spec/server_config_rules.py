@@ -154,3 +154,20 @@ def check_roots(roots: Iterable[Path], own: tuple[Path, Path], models: Path, mir
     if mirror is not None and any(mirror.is_relative_to(each) or each.is_relative_to(mirror) for each in apart):
         raise ValueError(f"mirror.url: {str(mirror)!r} and state_dir {str(state)!r} overlap; expected a separate "
                          "folder, on another disk")  # fmt: skip
+
+
+def check_models_dir(folder: Path, state: Path, roots: Iterable[Path], mirror: Path | None) -> None:
+    """Raise ValueError if the folder of the inference server is one that jobs or this server use for something else.
+
+    Args:
+        folder: `serving.models_dir`, with links resolved.
+        state: the state folder.
+        roots: `allowed_roots`, where jobs write checkpoints.
+        mirror: the folder of a `file://` mirror.
+    """
+    others = [("state_dir", state), *(("allowed_roots", root) for root in roots)]
+    others += [] if mirror is None else [("mirror.url", absolute(mirror))]
+    for field, other in others:
+        if folder.is_relative_to(other) or other.is_relative_to(folder):
+            raise ValueError(f"serving.models_dir: {str(folder)!r} and {field} {str(other)!r} overlap; expected a "
+                             "separate folder")  # fmt: skip

@@ -61,6 +61,7 @@ from llama_stack_provider_moe.spec.server_config import (
     ProviderConfig,
     SupervisorConfig,
 )
+from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, OllamaServing, VllmServing
 
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     # title, prefix, model, fields told elsewhere
@@ -116,6 +117,9 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `limits:`", "limits.", LimitsConfig, set()),
     ("Server: `audit:`", "audit.", AuditConfig, set()),
     ("Server: `exports:`", "exports.", ExportsConfig, set()),
+    ("Server: `serving:` of kind llama_cpp", "serving.", LlamaCppServing, set()),
+    ("Server: `serving:` of kind ollama", "serving.", OllamaServing, {"answer_s"}),
+    ("Server: `serving:` of kind vllm", "serving.", VllmServing, {"answer_s"}),
     ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),

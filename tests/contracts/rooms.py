@@ -44,6 +44,7 @@ ROOMS: dict[str, Room] = {
     "llama_cpp": _room(2),
     "jobdir": _room(3, "pydantic fsspec"),
     "client": _room(3, "httpx"),
+    "serving": _room(4, "pydantic httpx"),
     "control.store": _room(10, "pydantic sqlalchemy alembic"),
     "control.supervisor": _room(11, "pydantic sqlalchemy httpx"),
     "control.config_check": _room(11, "pydantic sqlalchemy yaml"),

@@ -1,4 +1,4 @@
-"""A small server that follows Ollama's API (0.33) for blobs, creating and showing models, or fails on request."""
+"""A small server that follows Ollama's API (0.33) for blobs, models and chats, or fails on request."""
 
 import hashlib
 import json
@@ -71,10 +71,17 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/api/create":
             self.create(body)
+        elif self.path == "/v1/chat/completions" and body["model"] in self.state.models:
+            self.answer(200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Yes"}}]})
         elif (made := self.state.models.get(body["model"])) is None:
             self.answer(404, {"error": f"model '{body['model']}' not found"})
         else:
             self.answer(200, {"template": made.get("template", "{{ .Prompt }}")})
+
+    def do_DELETE(self) -> None:
+        if not self.instead():
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(200 if self.state.models.pop(body["model"], None) else 404)
 
     def digest(self) -> str:
         return self.path.rpartition("/")[2]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import httpx
 import numpy
 import pytest
 
+from examples import serve_models
 from examples.serve_gguf import MODEL, ServingFailed, chat, llama_cpp, llama_stack
 from tests.support import tiny_models
 
@@ -81,3 +83,41 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
         llama_cpp(tiny_gguf(tmp_path / "tiny.gguf"), tmp_path, 256, 1, Path(sys.executable)),
     ):
         pass
+
+
+@pytest.mark.e2e
+def test_a_folder_of_models_is_served(tmp_path: Path) -> None:
+    """Two models, of which one may be in memory: each answers by its name, and files come and go."""
+    models = tmp_path / "models"
+    models.mkdir()
+    one = tiny_gguf(models / "one.gguf")
+    body = {"messages": [{"role": "user", "content": "Write a letter."}], "temperature": 0, "max_tokens": 6}
+    with (
+        serve_models.serving(models, 0, most=1, context=256, threads=1) as url,
+        httpx.Client(base_url=url, timeout=300, trust_env=False) as http,
+    ):
+        assert http.get("/health").json() == {"status": "ok"}
+        shutil.copy(one, models / "two.gguf")
+        assert [each["id"] for each in http.get("/models?reload=1").json()["data"]] == ["one", "two"]
+        said = [
+            http.post("/v1/chat/completions", json={"model": name, **body}).json() for name in ("one", "two", "one")
+        ]
+        texts = [each["choices"][0]["message"]["content"] for each in said]
+        assert texts[0] == texts[1] == texts[2] != ""
+        with http.stream("POST", "/v1/chat/completions", json={"model": "one", "stream": True, **body}) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines[-1] == "[DONE]"
+        pieces = [json.loads(line)["choices"] for line in lines[:-1]]
+        assert "".join(each[0]["delta"].get("content") or "" for each in pieces if each) == texts[0]
+        one.unlink()
+        for model, told in (("one", "there is no model 'one'"), ("../one", "there is no model '../one'")):
+            refused = http.post("/v1/chat/completions", json={"model": model, **body})
+            assert (refused.status_code, refused.json()["error"]["message"]) == (404, told)
+        assert http.post("/v1/chat/completions", content=b"{").status_code == 400
+        assert http.get("/v1/nothing").status_code == 404
+        (models / "bad.gguf").write_bytes(b"GGUF and nothing else")
+        failed = http.post("/v1/chat/completions", json={"model": "bad", **body})
+        assert (failed.status_code, "ended with exit code" in failed.text) == (500, True)
+        assert http.post("/v1/chat/completions", json={"model": "two", **body}).status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/health", timeout=5, trust_env=False)

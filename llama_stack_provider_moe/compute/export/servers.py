@@ -101,7 +101,7 @@ def read_kind(adapter: Path) -> Kind:
 
 def statements(model_type: str, kind: Kind) -> list[Statement]:
     """For each server, what is known about an adapter of this kind on this family."""
-    found = [_transformers(kind), _vllm(model_type, kind), _sglang(kind), _llama_cpp(kind), _ollama(model_type, kind)]
+    found = [_transformers(kind), vllm(model_type, kind), _sglang(kind), _llama_cpp(kind), _ollama(model_type, kind)]
     if not kind.biases:
         return found
     why = f"no server reads {ROUTER_BIAS}, the router biases that training moved: merge first"
@@ -123,7 +123,9 @@ def _transformers(kind: Kind) -> Statement:
     )  # fmt: skip
 
 
-def _vllm(model_type: str, kind: Kind) -> Statement:
+def vllm(model_type: str, kind: Kind) -> Statement:
+    """What is known about vLLM and an adapter of this kind on this family."""
+
     def said(applies: Applies, why: str, source: str) -> Statement:
         return Statement(server="vLLM", applies=applies, why=why, source=source)
 

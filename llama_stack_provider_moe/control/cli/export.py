@@ -58,6 +58,9 @@ def job(
         ),
     ] = None,
     ollama_url: Annotated[str | None, typer.Option(metavar="URL", help="URL of the Ollama server.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the result with the server's inference, and require an answer.")
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option("--push", metavar="OWNER/NAME", help="Repository of the Hugging Face hub to upload to."),
@@ -83,6 +86,7 @@ def job(
         "dtype": dtype,
         "shard_size": shard_size,
         "gguf": gguf_types,
+        "serve": serve or None,
         "load_check": False if no_load_check else None,
     }
     body: dict[str, object] = {name: value for name, value in stated.items() if value is not None}

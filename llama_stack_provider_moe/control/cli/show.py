@@ -127,6 +127,8 @@ def deleted(document: Deleted) -> str:
     kept = document["kept"]
     exports = document.get("exports") or []  # an older server has none
     told = f"job {document['job_uuid']} is deleted" + (f", with its exports {', '.join(exports)}" if exports else "")
+    withdrawn = document.get("withdrawn")
+    told += f"; model {withdrawn} is no longer served" if withdrawn else ""
     told += f"; its checkpoints stay in {', '.join(kept)}" if kept else ""
     broken = document.get("broken") or []  # nor these
     return told + ("".join(f"\nbroken: {each}" for each in broken))

@@ -13,8 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from llama_stack_provider_moe.control.store import state_layout, store_url
 from llama_stack_provider_moe.control.store.state_folder import require_same_store
-from llama_stack_provider_moe.errors import InvalidInput, MoeError
+from llama_stack_provider_moe.errors import InvalidInput, MoeError, NoToolchain
+from llama_stack_provider_moe.llama_cpp import find_toolchain
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, gguf_of
 
 # Packages that a training process imports; they bring the rest of the extra `train`.
 _TRAINING = ("llama_stack_provider_moe", "torch", "transformers", "trl", "peft")
@@ -52,9 +54,10 @@ def check(config: ProviderConfig, environment: Mapping[str, str], thoroughly: bo
         f"allowed_roots: {str(root)!r} is not a folder; no file will be found there" for root in config.allowed_roots
         if not root.is_dir()
     ]  # fmt: skip
+    problems += _serving_folder(config)
     # With `supervisor.start: false`, jobs may run on another machine that has these.
     here = problems if config.supervisor.start else warnings
-    here += _interpreters(config, thoroughly)
+    here += [*_interpreters(config, thoroughly), *_serving_toolchain(config, environment)]
     unset = [name for name in config.child_secrets if not environment.get(name)]
     if unset:
         (warnings if thoroughly else here).append(
@@ -95,6 +98,25 @@ def _folders(config: ProviderConfig) -> Iterator[str]:
                 yield _not_writable(field, folder, error.strerror or str(error))
             else:
                 yield from () if shared is None else (str(shared),)
+
+
+def _serving_folder(config: ProviderConfig) -> Iterator[str]:
+    if not isinstance(config.serving, LlamaCppServing):
+        return
+    folder = config.serving.models_dir
+    # It is not created: a folder that is not there may be a disk that is not mounted.
+    why = _unwritable(folder) if folder.is_dir() else "there is no such folder"
+    if why is not None:
+        yield _not_writable("serving.models_dir", folder, why)
+
+
+def _serving_toolchain(config: ProviderConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    if config.serving is None or gguf_of(config.serving) is None:
+        return
+    try:
+        find_toolchain({**environment, **config.child_env})
+    except NoToolchain as error:
+        yield f"serving: {error}"
 
 
 def _open_folder(config: ProviderConfig) -> list[str]:

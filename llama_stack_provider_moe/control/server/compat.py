@@ -82,6 +82,9 @@ _api = import_module(f"{HOST}_api")
 _router_utils = import_module(f"{HOST}_api.router_utils")
 
 Api: Any = _api.Api
+HostError: type[Exception] = getattr(  # the base of the errors that a host's APIs raise on purpose
+    import_module(f"{HOST}_api.common.errors"), "OGXError" if HOST == "ogx" else "LlamaStackError"
+)
 InlineProviderSpec: Callable[..., object] = _api.InlineProviderSpec
 PUBLIC_ROUTE_KEY: str = _router_utils.PUBLIC_ROUTE_KEY
 
@@ -98,7 +101,7 @@ _reading = Pool("moe-data", 4, 256, "data sets", stuck_s=FILE_LIMIT_S)
 _HAS_DATASETS = "datasetio" in Api.__members__
 _FILE_ID = re.compile(r"file-[0-9A-Za-z]{16,}")  # beside data sets, what looks so is a file
 ROW_APIS: list[object] = [Api.datasetio, Api.datasets] if _HAS_DATASETS else [Api.files]
-OPTIONAL_ROW_APIS: list[object] = [Api.files] if _HAS_DATASETS else []
+OPTIONAL_APIS: list[object] = [Api.files, Api.models] if _HAS_DATASETS else [Api.models]  # models: to serve results
 
 
 class Caller(NamedTuple):

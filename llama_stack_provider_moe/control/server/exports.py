@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from llama_stack_provider_moe.control.server import views, wire
+from llama_stack_provider_moe.control.server import serving, views, wire
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor.executors.local import training_environment
@@ -35,7 +35,7 @@ class Listed(NamedTuple):
     maker: Job
 
 
-def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConfig) -> ExportSpec:
+def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConfig, store: JobStore) -> ExportSpec:
     """Return `spec` with the model of the training job filled in.
 
     Args:
@@ -43,11 +43,12 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
         parent: the training job that it names, which the caller may change.
         request: maps field names to the caller's names, for error texts.
         config: the server's configuration.
+        store: has the job's other exports.
 
     Raises:
         InvalidInput: the job has nothing to export, or the request states fields that the job decides.
-        Conflict: the job has not completed, or its folder belongs to another server.
-        NoToolchain, Forbidden: see `must_be_possible`.
+        Conflict: the job has not completed, its folder belongs to another server, or another export serves it.
+        NoToolchain, Forbidden: see `possible`.
     """
     field = request.name("of")
     if spec.model:
@@ -70,17 +71,29 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
             spec.export.check_without_adapter(f"{prefix}." if prefix else "")
         except ValueError as error:
             raise Conflict(str(error)) from None
-    must_be_possible(spec.export, request, config)
-    return spec.model_copy(update={"model": trained.model, "model_from": trained.model_from}).resolved()
+    if spec.export.serve and (other := serving.export_that_serves(parent, store)) is not None:
+        raise Conflict(f"{request.name('export.serve')}: export {other.id!r} serves job {parent.id!r} already; delete "
+                       "that export first")  # fmt: skip
+    asked = possible(spec.export, trained.adapter is not None, request, config)
+    found = {"model": trained.model, "model_from": trained.model_from, "export": asked}
+    return spec.model_copy(update=found).resolved()
 
 
-def must_be_possible(asked: Exports, request: Draft, config: ProviderConfig) -> None:
-    """Raise where this server can't run an `export` block, whatever the job trains.
+def possible(asked: Exports, has_adapter: bool, request: Draft, config: ProviderConfig) -> Exports:
+    """Return an `export` block with what serving needs; raise where this server can't run it.
+
+    Args:
+        asked: the block.
+        has_adapter: whether the job trains an adapter; else it trains all weights.
+        request: maps field names to the caller's names, for error texts.
+        config: the server's configuration.
 
     Raises:
+        InvalidInput: it asks for serving, and this server has none, or none for such a job.
         NoToolchain: the block asks for GGUF files and llama.cpp is missing; the text has the command that installs it.
         Forbidden: jobs may not push to this Ollama server or hub repository.
     """
+    asked = serving.completed(asked, has_adapter, request, config)
     if asked.gguf:
         find_toolchain(training_environment(os.environ, config))
     if asked.ollama is not None and asked.ollama.url not in config.exports.ollama_urls:
@@ -95,6 +108,7 @@ def must_be_possible(asked: Exports, request: Draft, config: ProviderConfig) -> 
             f"{field}: jobs of this server may not push to {asked.push.repo_id!r}; allowed "
             f"(`exports.hub_repositories`): {', '.join(map(repr, allowed)) or 'none'}"
         )
+    return asked
 
 
 def spec_of(job: Job, field: str) -> TrainingSpec:
@@ -121,6 +135,7 @@ def _one(job: Job) -> wire.ExportJob:
         scheduled_at=job.scheduled_at,
         completed_at=job.ended_at,
         steps=_steps(job),
+        served_as=serving.model_id_of(job),
     )
 
 

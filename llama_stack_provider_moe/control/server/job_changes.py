@@ -2,14 +2,24 @@
 
 import logging
 
-from llama_stack_provider_moe.control.server import submissions, views, wire
+from llama_stack_provider_moe.control.server import serving, submissions, views, wire
 from llama_stack_provider_moe.control.server.resumable import must_be_resumable, must_find_its_sources
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.control.supervisor import removal
+from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 log = logging.getLogger(__name__)
+
+
+def must_be_free(store: JobStore, job_id: str) -> None:
+    """Raise `Conflict` if there is a job of this name, whoever owns it."""
+    try:
+        store.get(job_id, None)
+    except NotFound:
+        return
+    raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
 
 
 def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | None) -> submissions.ResumedJob:
@@ -40,9 +50,15 @@ def delete(store: JobStore, config: ProviderConfig, job_id: str, whose: str | No
         whose: as in `resume`.
         force: delete it even if other jobs need its files.
     """
-    elsewhere = views.places(store.get(job_id, whose))[1:]
+    job = store.get(job_id, whose)
+    elsewhere = views.places(job)[1:]
+    served = [model for each in (job, *store.exports(job_id)) if (model := serving.model_id_of(each)) is not None]
     removed = removal.remove(store, config, job_id, whose, force)
     exports, broken = [job.id for job in removed.exports], removal.broken_by(removed)
     log.info("deleted: job %s%s", " ".join([job_id, *exports]), f"; breaks {'; '.join(broken)}" if broken else "")
     kept = [str(path) for path in elsewhere if path.exists()]
-    return wire.DeletedJob(job_uuid=job_id, kept=kept, exports=exports, broken=broken)
+    if any(removal.are_left(config, each) for each in (job_id, *exports)):
+        served = []  # it is withdrawn later
+    return wire.DeletedJob(
+        job_uuid=job_id, kept=kept, exports=exports, broken=broken, withdrawn=served[0] if served else None
+    )

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import RoutingAnalysisSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.serving_config import SERVED_PREFIX
 
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/([A-Za-z0-9][A-Za-z0-9@._-]{0,199}))?")
 # The names of artifacts (see `jobdir.folder`). A name with any other second part may be a hub id, whatever jobs exist.
@@ -144,7 +145,9 @@ class Names:
             NotFound: the job has no artifact of that name.
             InvalidInput: the artifact is neither a model nor an adapter.
         """
-        field = self._request.name(path)
+        field, serving = self._request.name(path), self._config.serving
+        if serving is not None:  # a result that is served, by its id in the host's inference
+            value = value.removeprefix(f"{serving.provider_id}/{SERVED_PREFIX}")
         match = _NAME.fullmatch(value)
         if match is None or (self._config.models_dir / value).is_dir():
             return None

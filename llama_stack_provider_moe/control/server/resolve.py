@@ -56,7 +56,7 @@ def resolve_names(
     if spec.loader == "unsloth" and config.unsloth_python is None:
         raise InvalidInput(request.name("loader"), spec.loader, NO_UNSLOTH)
     if spec.export is not None:
-        exports.must_be_possible(spec.export, request, config)
+        found["export"] = exports.possible(spec.export, found.get("adapter", spec.adapter) is not None, request, config)
     adapter = found.get("adapter", spec.adapter)
     if isinstance(adapter, Adapter) and adapter.from_analysis is not None:
         job = store.get(adapter.from_analysis.job, whose)

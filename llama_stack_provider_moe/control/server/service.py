@@ -28,6 +28,7 @@ from llama_stack_provider_moe.control.server import (
     job_status,
     prometheus,
     resolve,
+    serving,
     stream,
     submissions,
     timeline,
@@ -49,7 +50,7 @@ from llama_stack_provider_moe.control.store.state_folder import claim_state_fold
 from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
 from llama_stack_provider_moe.control.supervisor import removal
 from llama_stack_provider_moe.control.supervisor.supervisor_keeper import SupervisorKeeper
-from llama_stack_provider_moe.errors import Conflict, Forbidden, MoeError, NotFound, Unavailable
+from llama_stack_provider_moe.errors import Forbidden, MoeError, Unavailable
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.spec import ExportSpec, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -71,6 +72,7 @@ class PostTrainingService:
         datasets: the data sets that owners uploaded.
         quotas: the limits of owners.
         audit: writes down who did what.
+        offers: models of jobs in the host's inference.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PostTrainingService:
         self.audit = Audit(config)
         self.datasets = OwnDatasets(config, self.guard, lambda: self.store.datasets, self.quotas, self.audit)
         self._profiles = dataset_profiles.Profiles(config, self.guard)
+        self.offers = serving.Offers(config, deps)
         self._templates = TemplateChecker(config)
         self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
         self._followers = stream.Followers(self.guard.run, self.guard.failures)
@@ -98,13 +101,14 @@ class PostTrainingService:
             self._open_all()
 
     def _open_all(self) -> None:
+        self.offers.check()
         state_layout.tighten(self.config.state_dir, self.config.privacy, log.warning)
         for folder in (self.config.jobs_dir, self.config.models_dir, self._staging, removal.deleted_dir(self.config)):
             self.config.privacy.make_folder(folder)
         self.store = JobStore(self.config.url)
         try:
             claim_state_folder(self.config, self.store)
-            removal.restore(self.store, self.config)
+            removal.sweep(self.store, self.config)
             dataset_files.sweep(self.config, self.store.datasets)
         except BaseException:
             self.store.close()
@@ -226,19 +230,12 @@ class PostTrainingService:
 
     def _resolve_export(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
         named = spec.model_copy(update={"job_uuid": self._id_of(spec)})
-        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config)
+        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config, self.store)
 
     def _id_of(self, spec: JobSpec) -> str:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
-        self._must_be_free(job_id)
+        job_changes.must_be_free(self.store, job_id)
         return job_id
-
-    def _must_be_free(self, job_id: str) -> None:
-        try:
-            self.store.get(job_id, None)
-        except NotFound:
-            return
-        raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
 
     def _commit(self, spec: JobSpec, owner: str, staging: Path) -> Job:
         """Move the staged folder into place and add the job to the store, both or neither."""
@@ -251,7 +248,7 @@ class PostTrainingService:
         model = spec.model_from or spec.model
         new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses)
         with intake.committing(self.config):
-            self._must_be_free(spec.job_uuid)
+            job_changes.must_be_free(self.store, spec.job_uuid)
             self.quotas.must_have_bytes(owner, staging)
             return intake.accept_job(self.store, new, staging, self.config.limits)
 
@@ -364,7 +361,9 @@ class PostTrainingService:
         """
         whose = self._whose("delete")
         deleted = await self.guard.run(job_changes.delete, self.store, self.config, job_id, whose, force)
-        self.audit.note(callers.owner(), "delete", job=job_id, exports=" ".join(deleted.exports) or None)
+        await self.offers.withdrawn(deleted.withdrawn)
+        gone = {"exports": " ".join(deleted.exports) or None, "withdrawn": deleted.withdrawn}
+        self.audit.note(callers.owner(), "delete", job=job_id, **gone)
         return deleted
 
     async def health(self) -> wire.Health:

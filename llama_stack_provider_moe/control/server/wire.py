@@ -100,6 +100,9 @@ class ExportJob(PostTrainingJob):
     scheduled_at: datetime
     completed_at: datetime | None
     steps: list[ExportStep] = Field(description="Steps of the export; empty until it has begun.")
+    served_as: str | None = Field(
+        default=None, description="Id of the model in the server's inference, once it has answered there."
+    )
 
 
 class ListExportsResponse(BaseModel):
@@ -217,6 +220,7 @@ class DeletedJob(PostTrainingJob):
     kept: list[str] = Field(description="Folders that were not deleted: checkpoints in a `checkpoint_dir`.")
     exports: list[str] = Field(description="Exports of the job that were deleted with it.")
     broken: list[str] = Field(description="With `force`: jobs that needed its files, and what they can no longer do.")
+    withdrawn: str | None = Field(default=None, description="Id of the model that the server's inference had of it.")
 
 
 class Health(BaseModel):

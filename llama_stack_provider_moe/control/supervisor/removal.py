@@ -3,7 +3,8 @@
 The folder is renamed while the job's row is locked. Then the row is deleted, then the content of the folder. If a
 process dies in between, the next deletion handles the renamed folder: if the job still exists (the database failed, or
 a power cut), it gets its folder back; otherwise the folder is deleted.
-Nothing outside the folder is touched, not even a `checkpoint_dir` elsewhere. Copies in a mirror are deleted first.
+Nothing outside the folder is touched, not even a `checkpoint_dir` elsewhere. Copies in a mirror are deleted first, and
+a model that an export put on the inference server is withdrawn.
 """
 
 import logging
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from llama_stack_provider_moe.control.store.parent_jobs import named
 from llama_stack_provider_moe.control.store.store import Job, Jobs, JobStore
+from llama_stack_provider_moe.control.supervisor import withdrawal
 from llama_stack_provider_moe.control.supervisor.watchdog import WallClock
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.attempt import read_attempt
@@ -106,13 +108,26 @@ def remove(
         if not family or store.while_locked(job_id, lambda _: None):
             raise
         removed = family
-    # The folder `deleted` itself stays: another deletion may be about to rename into it, and would mistake the error
-    # for a job's folder that no longer exists. Folders that can't be removed now are tried again with the next job.
-    kept = restore(store, config)
-    for moved in deleted.iterdir():
-        if moved not in kept and _remove_copies(moved):
-            shutil.rmtree(moved, ignore_errors=True)
+    sweep(store, config)
     return Removed(removed[0], removed[1:], broken)
+
+
+def sweep(store: JobStore, config: ProviderConfig) -> None:
+    """Finish deletions: remove the folders of jobs that no longer exist, and what those jobs have left elsewhere.
+
+    Folders that can't be removed now are tried again by the next deletion, and by the next server.
+    """
+    # The folder `deleted` itself stays: another deletion may be about to rename into it, and would mistake the error
+    # for a job's folder that no longer exists.
+    kept = restore(store, config)
+    for moved in deleted_dir(config).iterdir():
+        if moved not in kept and _remove_copies(moved) and withdrawal.withdraw(moved, config.serving):
+            shutil.rmtree(moved, ignore_errors=True)
+
+
+def are_left(config: ProviderConfig, job_id: str) -> bool:
+    """Return whether files of a deleted job, or what it has left elsewhere, are still to be removed."""
+    return any(moved.name.rpartition(".")[0] == job_id for moved in deleted_dir(config).iterdir())
 
 
 def restore(store: JobStore, config: ProviderConfig) -> list[Path]:

@@ -161,6 +161,25 @@ def looked_at(folder: Path, thoroughly: bool = False, **settings: Any) -> surrou
     return surroundings.check(config, {"SET": "x"}, thoroughly)
 
 
+def test_serving_needs_its_folder_and_llama_cpp(tmp_path: Path) -> None:
+    serving = {"kind": "llama_cpp", "provider_id": "llama-cpp", "url": "http://127.0.0.1:9",
+               "models_dir": str(tmp_path / "models")}  # fmt: skip
+    child_env = {"MOE_TRAIN_CACHE": str(tmp_path / "cache")}
+    found = looked_at(tmp_path, serving=serving, child_env=child_env).problems
+    assert [each.partition(":")[0] for each in found] == ["serving.models_dir", "serving"]
+    assert "expected a folder that the server can write in (there is no such folder)" in found[0]
+    assert "run `moe-train export setup`" in found[1]
+    (tmp_path / "models").mkdir()
+    elsewhere = {"supervisor": {"start": False}, "serving": serving, "child_env": child_env}
+    problems, warnings = looked_at(tmp_path, **elsewhere)
+    assert (problems, [each.partition(":")[0] for each in warnings]) == ([], ["serving"])
+    (tmp_path / "models").rmdir()
+    (tmp_path / "models").touch()
+    assert "there is no such folder" in looked_at(tmp_path, **elsewhere).problems[0]
+    vllm = {"kind": "vllm", "provider_id": "vllm", "url": "http://127.0.0.1:9"}
+    assert looked_at(tmp_path, serving=vllm, child_env=child_env) == ([], [])
+
+
 def test_a_configuration_that_has_all_it_needs(tmp_path: Path) -> None:
     assert looked_at(tmp_path, store_url=f"sqlite:///{tmp_path}/a/jobs.db", child_secrets=["SET"]) == ([], [])
     assert list(tmp_path.iterdir()) == [], "looking leaves nothing"

@@ -106,7 +106,7 @@ def test_defaults_alone_export_nothing(service: PostTrainingService) -> None:
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "asks for no export; expected merged: true, types in gguf, or push"),
+        ({}, "asks for no export; expected merged: true, serve: true, types in gguf, or push"),
         ({"merged": False}, "asks for no export"),
         ({"merged": True, "dtype": "q4"}, "dtype: 'q4' is not valid; expected 'fp32', 'bf16' or 'fp16'"),
         ({"merged": True, "shard_size": "5 GB"}, "shard_size: '5 GB' is not valid; expected a number of bytes, or of"),
@@ -223,7 +223,7 @@ def test_a_job_is_deleted_with_its_exports(service: PostTrainingService) -> None
     [
         ({"gguf": ["q4"]}, 400, "gguf.0: 'q4' is not valid; expected 'f32', 'f16', 'bf16', 'q8_0', 'q4_0'"),
         ({"gguf": ["f16", "f16"]}, 400, "gguf: 'f16' is named twice; expected each type once"),
-        ({"gguf": []}, 400, "asks for no export; expected merged: true, types in gguf, or push"),
+        ({"gguf": []}, 400, "asks for no export; expected merged: true, serve: true, types in gguf, or push"),
         ({"gguf": ["f16"]}, 501, "run `moe-train export setup`"),
         ({"ollama": {"name": "m"}}, 400, "ollama: needs a GGUF file; name its type in gguf"),
         (

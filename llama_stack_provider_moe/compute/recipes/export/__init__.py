@@ -108,7 +108,10 @@ def plan(session: Session[ExportSpec], trained: Trained) -> list[PlannedStep]:
     steps = [load_check(session, trained)] if asked.load_check else []
     if asked.merged or (asked.gguf and trained.is_adapter):
         steps.append(merged(session, trained))
-    steps += Files(session, trained).steps()
+    files = Files(session, trained)
+    steps += files.steps()
+    if asked.serve:
+        steps.append(files.serving())
     if asked.push is not None:
         steps.append(pushed(session, trained))
     return steps

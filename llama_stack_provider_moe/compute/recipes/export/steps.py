@@ -1,4 +1,4 @@
-"""The steps of recipe `export`: load check, merge, GGUF files, Ollama, and a push to the hub."""
+"""The steps of recipe `export`: load check, merge, GGUF files, Ollama, serving, and a push to the hub."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from llama_stack_provider_moe.compute.export.load_check import NotRecorded
 from llama_stack_provider_moe.compute.export.merge import merge
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
 from llama_stack_provider_moe.compute.export.separate_process import compare
+from llama_stack_provider_moe.compute.recipes.export import serve
 from llama_stack_provider_moe.compute.recipes.export.step_log import Done, Figures, PlannedStep, Skipped
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
@@ -20,8 +21,10 @@ from llama_stack_provider_moe.jobdir.checkpoint_index import read_checksums
 from llama_stack_provider_moe.jobdir.folder import Artifact, ArtifactKind, JobFolder
 from llama_stack_provider_moe.llama_cpp import find_toolchain
 from llama_stack_provider_moe.spec import ExportSpec
+from llama_stack_provider_moe.spec.destinations import OllamaServer
 from llama_stack_provider_moe.spec.exports import shard_bytes
 from llama_stack_provider_moe.spec.gguf_types import GgufType
+from llama_stack_provider_moe.spec.serving_config import gguf_of
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,25 @@ class Files:
     def _push(self) -> Done:
         asked = self._asked.ollama
         assert asked is not None, "there is no such step without it"
-        type_ = self._asked.for_ollama
-        result = ollama.push(self._folder(type_) / self._name(type_), self._model, asked, _say)
+        result = ollama.push(self.file_of(self._asked.for_ollama), self._model, asked, _say)
         return Done(note=result.text(), figures=result.model_dump(mode="json"))
+
+    def file_of(self, type_: GgufType) -> Path:
+        """The GGUF file of a type, once its step is completed."""
+        return self._folder(type_) / self._name(type_)
+
+    def serving(self) -> PlannedStep:
+        """The step that serves the result with the server's inference."""
+        asked, trained = serve.asked_of_environment(), self._trained
+        type_ = None if asked is None else gguf_of(asked)
+
+        def push(name: str, url: str) -> None:
+            assert type_ is not None, "Ollama serves a GGUF file"
+            ollama.push(self.file_of(type_), self._model, OllamaServer(name=name, url=url), _say)
+
+        def published() -> Done:
+            adapter = trained.folder if trained.is_adapter else None
+            return serve.Publication(self._session, adapter, None if type_ is None else self.file_of(type_), push).run()
+
+        # Ollama gets the chat template from the model's folder, so that is needed too.
+        return PlannedStep("serve", published, [] if type_ is None else [*self._needs, step_of(type_)])

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_stack_provider_moe.control.server import views
+from llama_stack_provider_moe.control.server import serving, views
 from llama_stack_provider_moe.control.server.openai import ids
 from llama_stack_provider_moe.control.server.openai.objects import FineTuningEvent, FineTuningEvents
 from llama_stack_provider_moe.control.store.store import Job
@@ -32,6 +32,7 @@ from llama_stack_provider_moe.jobdir.events import (
 )
 
 BLOCK_BYTES = 1 << 16
+SERVED = f"{ids.EVENT}served"  # the newest event of a job whose serving has ended, which its file does not have either
 CREATED = f"{ids.EVENT}created"  # the oldest event of every job, which its file does not have
 _AT_BYTE = re.compile(rf"{ids.EVENT}(\d{{1,18}})")
 # Large events that this API has no form for; they are not even parsed.
@@ -45,11 +46,12 @@ class Line(NamedTuple):
     content: bytes
 
 
-def page(job: Job, limit: int, after: str | None) -> FineTuningEvents:
+def page(job: Job, served: serving.Served | None, limit: int, after: str | None) -> FineTuningEvents:
     """Return events of a job, newest first.
 
     Args:
         job: the job.
+        served: how far its serving is.
         limit: largest number of events.
         after: id of the last event of the previous page; None for the first page.
 
@@ -58,8 +60,8 @@ def page(job: Job, limit: int, after: str | None) -> FineTuningEvents:
     """
     if after == CREATED:
         return FineTuningEvents(data=[], has_more=False)
-    found: list[FineTuningEvent] = []
-    for line in backwards(views.folder_of(job).events, None if after is None else _byte_of(after)):
+    found = [_served(served)] if after is None and served is not None and served.at is not None else []
+    for line in backwards(views.folder_of(job).events, None if after in (None, SERVED) else _byte_of(after)):
         event = _event(line)
         if event is not None:
             found.append(event)
@@ -107,6 +109,14 @@ def _byte_of(after: str) -> int:
     if found is None:
         raise InvalidInput("after", after, "the id of an event of this job")
     return int(found[1])
+
+
+def _served(served: serving.Served) -> FineTuningEvent:
+    at = 0 if served.at is None else int(served.at.timestamp())
+    if served.state == "served":
+        return FineTuningEvent(id=SERVED, created_at=at, message=f"The model is served as {served.model}")
+    why = f"The model is not served, so `fine_tuned_model` is the name of the job: {served.why}"
+    return FineTuningEvent(id=SERVED, created_at=at, level="warn", message=why)
 
 
 def _created(job: Job) -> FineTuningEvent:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from llama_stack_provider_moe.control.server import views
+from llama_stack_provider_moe.control.server import serving, views
 from llama_stack_provider_moe.control.server.openai import ids, objects, results
 from llama_stack_provider_moe.control.server.openai.methods import BASE_LR, METHODS, multiplier
 from llama_stack_provider_moe.control.store.store import Job, JobStore
@@ -14,6 +14,7 @@ from llama_stack_provider_moe.jobdir.events import Failed, Step, latest
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import DPOSpec, TrainingSpec
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 PAGE_JOBS = 200  # of the store, while a list is filtered
 UNREADABLE = "unreadable"
@@ -42,12 +43,15 @@ def training_job(store: JobStore, whose: str | None, job_id: str) -> Job:
     return job
 
 
-def page(store: JobStore, whose: str | None, limit: int, after: str | None, wanted: Wanted) -> objects.FineTuningJobs:
+def page(
+    store: JobStore, whose: str | None, config: ProviderConfig, limit: int, after: str | None, wanted: Wanted
+) -> objects.FineTuningJobs:
     """Return a page of the jobs that train, newest first.
 
     Args:
         store: the store.
         whose: the owner of the jobs; None for all owners.
+        config: the server's configuration.
         limit: largest number of jobs.
         after: our id of the last job of the previous page.
         wanted: the metadata of the jobs.
@@ -56,7 +60,8 @@ def page(store: JobStore, whose: str | None, limit: int, after: str | None, want
     while len(found) <= limit and (jobs := store.list(whose, PAGE_JOBS, after)):
         found += [job for job in jobs if job.recipe in BASE_LR and _fits(job, wanted)]
         after = jobs[-1].id
-    return objects.FineTuningJobs(data=[described(job) for job in found[:limit]], has_more=len(found) > limit)
+    shown = [described(job, serving.of(job, store, config)) for job in found[:limit]]
+    return objects.FineTuningJobs(data=shown, has_more=len(found) > limit)
 
 
 def _fits(job: Job, wanted: Wanted) -> bool:
@@ -68,31 +73,44 @@ def _fits(job: Job, wanted: Wanted) -> bool:
     return wanted.items() <= spec.metadata.items() if wanted else not spec.metadata
 
 
-def described(job: Job) -> objects.FineTuningJob:
-    """Return a job as OpenAI's object; a job with damaged files has an `error` that says so."""
+def described(job: Job, served: serving.Served | None) -> objects.FineTuningJob:
+    """Return a job as OpenAI's object; a job with damaged files has an `error` that says so.
+
+    Args:
+        job: the job.
+        served: how far its serving is: until it has ended, the job is still running.
+    """
     spec = _spec(job)
     hyperparameters = objects.FineTuningHyperparameters() if spec is None else _hyperparameters(spec)
-    has_succeeded = job.state is JobState.COMPLETED
+    is_pending = served is not None and served.state == "pending"
+    has_succeeded = job.state is JobState.COMPLETED and not is_pending
+    ended_at = (
+        None if is_pending or not job.state.ended else _latest(job.ended_at, None if served is None else served.at)
+    )
     return objects.FineTuningJob(
         id=ids.of_job(job.id),
         created_at=_seconds(job.scheduled_at),
-        finished_at=None if job.ended_at is None or not job.state.ended else _seconds(job.ended_at),
+        finished_at=None if ended_at is None else _seconds(ended_at),
         estimated_finish=_if_readable(_estimated_finish, job) if job.state is JobState.IN_PROGRESS else None,
         model=job.model,
-        fine_tuned_model=job.id if has_succeeded else None,
+        fine_tuned_model=(served is not None and served.model) or job.id if has_succeeded else None,
         organization_id=f"org-{job.owner[:24]}",
-        status=_STATUS[job.state],
+        status="running" if is_pending else _STATUS[job.state],
         hyperparameters=hyperparameters,
         method=None if spec is None else _method(spec, hyperparameters),
         seed=0 if spec is None else spec.options.seed,
         training_file=UNREADABLE if spec is None else spec.data.dataset_id,
         validation_file=None if spec is None else spec.data.validation_dataset_id,
-        result_files=results.result_files(job),
+        result_files=results.result_files(job) if has_succeeded else [],
         trained_tokens=_if_readable(results.trained_tokens, job) if has_succeeded else None,
         error=_error(job, is_readable=spec is not None),
         integrations=None if spec is None else _integrations(spec),
         metadata=None if spec is None else spec.metadata or None,
     )
+
+
+def _latest(*times: datetime | None) -> datetime | None:
+    return max((time for time in times if time is not None), default=None)
 
 
 def _seconds(time: datetime) -> int:

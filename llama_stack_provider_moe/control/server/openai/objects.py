@@ -92,7 +92,8 @@ class FineTuningJob(BaseModel):
     estimated_finish: int | None = Field(description="When training is expected to end; null until there is a step.")
     model: str
     fine_tuned_model: str | None = Field(
-        description="Name of the result once the job has succeeded: a later job can use it as `model`."
+        description="Name of the result once the job has succeeded: its id in the server's inference, if it is served "
+        "there, else the name of the job. A later job can use either as `model`."
     )
     organization_id: str = Field(description="`org-` and the beginning of the hash of the owner.")
     status: FineTuningStatus

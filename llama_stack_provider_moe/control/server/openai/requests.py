@@ -13,6 +13,7 @@ from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.blocks import Block, Resources
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.serving_config import gguf_of
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 _SUFFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # PROJECT_PATTERN: a suffix begins the name of a job
@@ -183,7 +184,22 @@ def _draft(request: FineTuningRequest, config: ProviderConfig) -> Draft:
     for integration in request.integrations or []:
         _put_wandb(writer, integration.wandb)
     _put_hyperparameters(writer, asked, config)
+    _ask_for_serving(writer.body, config)
     return Draft(writer.body, writer.names)
+
+
+def _ask_for_serving(body: dict[str, Any], config: ProviderConfig) -> None:
+    """Let the result be served where this server can, unless the request or the server's defaults say otherwise."""
+    given = body.get("export", {})
+    if given == {"serve": False}:  # as an export it would ask for nothing
+        del body["export"]
+        return
+    complete = config.defaults.under(body)
+    is_stated = not isinstance(given, dict) or "serve" in {**config.defaults.export, **given}
+    if config.serving is None or is_stated:
+        return
+    if gguf_of(config.serving) is not None or complete.get("adapter") is not None:  # vLLM serves adapters alone
+        body["export"] = {**given, "serve": True}
 
 
 def _asked(request: FineTuningRequest) -> _Asked:

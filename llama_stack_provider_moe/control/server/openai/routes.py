@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 from pydantic import WrapValidator
 
+from llama_stack_provider_moe.control.server import serving
 from llama_stack_provider_moe.control.server.answers import Answers
 from llama_stack_provider_moe.control.server.openai import events, ids, jobs, objects, refusals, requests, results
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidRows
 
 PREFIX = "/v1/fine_tuning"
@@ -90,7 +92,7 @@ def _add_jobs(router: APIRouter, impl: PostTrainingService) -> None:
     @router.get("/jobs", summary="Get the fine-tuning jobs, newest first.", openapi_extra=_METADATA)
     async def listed(request: Request, limit: Limit = 20, after: After = None) -> objects.FineTuningJobs:
         wanted, last = _wanted(request), None if after is None else ids.job_of(after)
-        return await impl.seen(lambda store, whose: jobs.page(store, whose, limit, last, wanted))
+        return await impl.seen(lambda store, whose: jobs.page(store, whose, impl.config, limit, last, wanted))
 
     @router.get("/jobs/{fine_tuning_job_id}", summary="Get a fine-tuning job.")
     async def retrieve(fine_tuning_job_id: JobId) -> objects.FineTuningJob:
@@ -127,7 +129,12 @@ def _add_observation(router: APIRouter, impl: PostTrainingService) -> None:
     @router.get("/jobs/{fine_tuning_job_id}/events", summary="Get the events of a fine-tuning job, newest first.")
     async def listed(fine_tuning_job_id: JobId, limit: Limit = 20, after: After = None) -> objects.FineTuningEvents:
         job_id = ids.job_of(fine_tuning_job_id)
-        return await impl.seen(lambda store, whose: events.page(jobs.training_job(store, whose, job_id), limit, after))
+
+        def page(store: JobStore, whose: str | None) -> objects.FineTuningEvents:
+            job = jobs.training_job(store, whose, job_id)
+            return events.page(job, serving.of(job, store, impl.config), limit, after)
+
+        return await impl.seen(page)
 
     @router.get(
         "/jobs/{fine_tuning_job_id}/checkpoints", summary="Get the checkpoints of a fine-tuning job, newest first."
@@ -160,7 +167,15 @@ def _add_files(router: APIRouter, impl: PostTrainingService) -> None:
 
 
 async def _retrieved(impl: PostTrainingService, job_id: str) -> objects.FineTuningJob:
-    return await impl.seen(lambda store, whose: jobs.described(jobs.training_job(store, whose, job_id)))
+    def found(store: JobStore, whose: str | None) -> tuple[objects.FineTuningJob, str | None, str]:
+        job = jobs.training_job(store, whose, job_id)
+        served = serving.of(job, store, impl.config)
+        return jobs.described(job, served), None if served is None else served.model, job.owner
+
+    described, model, owner = await impl.seen(found)
+    if model is not None:
+        await impl.offers.registered(model, owner)
+    return described
 
 
 def _wanted(request: Request) -> jobs.Wanted:

@@ -36,6 +36,7 @@ from llama_stack_provider_moe.spec.server_config import (
     TRUST_VARIABLE,
     ProviderConfig,
 )
+from llama_stack_provider_moe.spec.serving_config import SERVING, SERVING_VARIABLE
 
 # The environment variables that a training process gets, and why. All others (API keys of the server's other providers,
 # database passwords, ...) are left out; `child_env` and `child_secrets` in the provider's config add more.
@@ -133,6 +134,7 @@ def child_environment(
     decided = {
         TRUST_VARIABLE: json.dumps(config.models.trust_remote_code),
         MIRROR_VARIABLE: config.mirror.url or "",
+        SERVING_VARIABLE: "" if config.serving is None else SERVING.dump_json(config.serving).decode(),
         SECRETS_VARIABLE: json.dumps(config.child_secrets),
         JOB_VARIABLE: str(folder),
         **({} if attempt is None else {ATTEMPT_VARIABLE: attempt}),

@@ -33,6 +33,7 @@ from llama_stack_provider_moe.spec.server_config import (
     TRUST_VARIABLE,
     ProviderConfig,
 )
+from llama_stack_provider_moe.spec.serving_config import SERVING_VARIABLE
 
 # A request must end between two renewals of the supervisor's lease.
 TIMEOUT = httpx.Timeout(5.0, connect=3.0)
@@ -130,7 +131,7 @@ class RayExecutor:
 
     def _new_run(self, child: Child, number: int) -> ClusterRun:
         ours = child_environment(os.environ, self._config, child.folder, attempt=child.attempt)
-        kept = (JOB_VARIABLE, ATTEMPT_VARIABLE, MIRROR_VARIABLE, SECRETS_VARIABLE, TRUST_VARIABLE)
+        kept = (JOB_VARIABLE, ATTEMPT_VARIABLE, MIRROR_VARIABLE, SECRETS_VARIABLE, SERVING_VARIABLE, TRUST_VARIABLE)
         decided = {name: ours[name] for name in kept}
         return ClusterRun(
             run=str(child.run),
