@@ -300,8 +300,10 @@ def main() -> int:
         return 1
     found = given.llama_server or shutil.which("llama-server")
     if found is not None:
-        command = [str(found), "--models-dir", str(given.folder), "--models-max", str(given.most), "--host",
-                   "127.0.0.1", "--port", str(given.port), "-c", str(given.context), "-t", str(given.threads)]  # fmt: skip
+        command = [
+            str(found), "--models-dir", str(given.folder), "--models-max", str(given.most), "--host", "127.0.0.1",
+            "--port", str(given.port), "-c", str(given.context), "-t", str(given.threads),
+        ]  # fmt: skip
         os.execv(command[0], command)
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # the threads of the server inherit it

@@ -41,9 +41,9 @@ def place(source: Path, target: Path, record: Callable[[PlacedFile], None]) -> b
     hidden = _hidden(target)
     try:
         hidden.unlink(missing_ok=True)  # of an earlier attempt
-        shared = _second(source, hidden)
-        record(PlacedFile.of(hidden))
         try:
+            shared = _second(source, hidden)
+            record(PlacedFile.of(hidden))
             _rename_unless_taken(hidden, target)
         finally:
             hidden.unlink(missing_ok=True)

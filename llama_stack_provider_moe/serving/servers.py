@@ -8,7 +8,7 @@ import httpx
 from llama_stack_provider_moe.errors import ExportError, shorten
 from llama_stack_provider_moe.serving.placing import path_of, take_away
 from llama_stack_provider_moe.serving.record import ServedRecord
-from llama_stack_provider_moe.serving.wire import Connection, Unreachable
+from llama_stack_provider_moe.serving.wire import READ_S, Connection, Unreachable
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, OllamaServing, ServingConfig, VllmServing
 
 
@@ -46,8 +46,8 @@ class InferenceServer(Protocol):
 class LlamaCpp:
     """llama.cpp's router: a folder of files, and a list that is read again on request."""
 
-    def __init__(self, serving: LlamaCppServing, name: str, transport: httpx.BaseTransport | None = None) -> None:
-        self.connection = Connection("llama.cpp's server", serving.url, transport)
+    def __init__(self, serving: LlamaCppServing, name: str, patience_s: float = READ_S) -> None:
+        self.connection = Connection("llama.cpp's server", serving.url, patience_s)
         self.target = path_of(serving.models_dir, name)
         self._name = name
 
@@ -73,8 +73,8 @@ class LlamaCpp:
 class OllamaModels:
     """An Ollama server."""
 
-    def __init__(self, serving: OllamaServing, name: str, transport: httpx.BaseTransport | None = None) -> None:
-        self.connection = Connection("Ollama", serving.url, transport)
+    def __init__(self, serving: OllamaServing, name: str, patience_s: float = READ_S) -> None:
+        self.connection = Connection("Ollama", serving.url, patience_s)
         self._name = name
 
     def is_taken(self, record: ServedRecord | None) -> bool:
@@ -94,8 +94,8 @@ class OllamaModels:
 class Vllm:
     """A vLLM server with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
 
-    def __init__(self, serving: VllmServing, name: str, transport: httpx.BaseTransport | None = None) -> None:
-        self.connection = Connection("vLLM", serving.url, transport)
+    def __init__(self, serving: VllmServing, name: str, patience_s: float = READ_S) -> None:
+        self.connection = Connection("vLLM", serving.url, patience_s)
         self._name = name
 
     def is_taken(self, record: ServedRecord | None) -> bool:
@@ -144,23 +144,21 @@ class Vllm:
         self.connection.ask("unloading the adapter", "POST", "/v1/unload_lora_adapter", body, (404,))
 
 
-def server_of(
-    serving: ServingConfig, name: str, transport: httpx.BaseTransport | None = None
-) -> LlamaCpp | OllamaModels | Vllm:
+def server_of(serving: ServingConfig, name: str, patience_s: float = READ_S) -> LlamaCpp | OllamaModels | Vllm:
     """The server that is configured, for one model.
 
     Args:
         serving: the configuration.
         name: of the model.
-        transport: replaces the network.
+        patience_s: longest wait for most of its answers.
     """
     match serving:
         case LlamaCppServing():
-            return LlamaCpp(serving, name, transport)
+            return LlamaCpp(serving, name, patience_s)
         case OllamaServing():
-            return OllamaModels(serving, name, transport)
+            return OllamaModels(serving, name, patience_s)
         case VllmServing():
-            return Vllm(serving, name, transport)
+            return Vllm(serving, name, patience_s)
 
 
 def first_answer(connection: Connection, name: str, limit_s: float) -> Answer:

@@ -9,8 +9,9 @@ import httpx
 
 from llama_stack_provider_moe.errors import ExportError, shorten
 
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 READ_S = 30.0
+BRIEF_S = 5.0  # for a supervisor or a server that has other work
 
 
 class Unreachable(ExportError):
@@ -23,13 +24,13 @@ class Connection:
     Args:
         what: its kind, for error texts: "llama.cpp's server".
         url: its address, without a path.
-        transport: replaces the network.
+        patience_s: longest wait for an answer, unless a request says otherwise.
     """
 
-    def __init__(self, what: str, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, what: str, url: str, patience_s: float = READ_S) -> None:
         self.what = what
         self.url = url
-        self._transport = transport
+        self._patience_s = patience_s
 
     def ask(
         self,
@@ -38,7 +39,7 @@ class Connection:
         path: str,
         body: Mapping[str, object] | None = None,
         also: tuple[int, ...] = (),
-        limit_s: float = READ_S,
+        limit_s: float | None = None,
     ) -> httpx.Response:
         """Send one request and return its answer.
 
@@ -48,18 +49,18 @@ class Connection:
             path: with its query.
             body: sent as JSON.
             also: statuses that are answers, besides 200 to 299.
-            limit_s: longest wait for the answer.
+            limit_s: longest wait for the answer; None: as usual.
 
         Raises:
             Unreachable: no server is there.
             ExportError: it refuses, redirects, or breaks the connection.
         """
+        limit_s = self._patience_s if limit_s is None else limit_s
         timeout = httpx.Timeout(limit_s, connect=min(CONNECT_S, limit_s))
         # A proxy from the environment must not be used for this machine; a redirect could lead anywhere.
         with httpx.Client(
-            base_url=self.url, timeout=timeout, follow_redirects=False, trust_env=not is_loopback(self.url),
-            transport=self._transport,
-        ) as client:  # fmt: skip
+            base_url=self.url, timeout=timeout, follow_redirects=False, trust_env=not is_loopback(self.url)
+        ) as client:
             try:
                 answer = client.request(method, path, json=body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:

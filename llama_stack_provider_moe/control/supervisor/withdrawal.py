@@ -7,6 +7,7 @@ from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.serving.record import read_record
 from llama_stack_provider_moe.serving.servers import server_of
+from llama_stack_provider_moe.serving.wire import BRIEF_S
 from llama_stack_provider_moe.spec.serving_config import ServingConfig
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def withdraw(folder: Path, serving: ServingConfig | None) -> bool:
         log.warning("model %s (%s) stays on its server: `serving` has changed since", record.model_id, record.kind)
         return True
     try:
-        server_of(serving, record.name).withdraw(record)
+        server_of(serving, record.name, BRIEF_S).withdraw(record)
     except (MoeError, OSError) as error:
         log.warning("model %s is withdrawn later: %s", record.model_id, error)
         return False

@@ -1,4 +1,4 @@
-"""The step `serve` of an export job, failing and killed too: a file for llama.cpp, an Ollama model, an adapter of vLLM."""
+"""The step `serve` of an export, failing and killed too: a file for llama.cpp, an Ollama model, an adapter of vLLM."""
 
 import json
 import os

@@ -258,6 +258,13 @@ def test_an_interpreter_that_can_not_train(tmp_path: Path) -> None:
 def test_our_run_configs_pass(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("MOE_LOCAL_DIR", str(tmp_path / "local"))
+    if path.stem == "train_and_serve":
+        (tmp_path / "models").mkdir()
+        monkeypatch.setenv("MOE_MODELS_DIR", str(tmp_path / "models"))
+        for part in ("convert_hf_to_gguf.py", "conversion/any.py", "gguf-py/gguf/any.py", "lib/libllama.so"):
+            (tmp_path / "llama.cpp" / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "llama.cpp" / part).touch()
+        monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "llama.cpp"))
     settings = yaml.safe_load(path.read_text())["providers"]["post_training"][0]
     if "unsloth_python" in settings["config"]:
         pytest.skip("names an environment that is made by hand")

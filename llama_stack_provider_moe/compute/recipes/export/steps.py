@@ -24,7 +24,7 @@ from llama_stack_provider_moe.spec import ExportSpec
 from llama_stack_provider_moe.spec.destinations import OllamaServer
 from llama_stack_provider_moe.spec.exports import shard_bytes
 from llama_stack_provider_moe.spec.gguf_types import GgufType
-from llama_stack_provider_moe.spec.serving_config import gguf_of
+from llama_stack_provider_moe.spec.serving_config import OllamaServing, gguf_of
 
 
 @dataclass(frozen=True)
@@ -280,5 +280,6 @@ class Files:
             adapter = trained.folder if trained.is_adapter else None
             return serve.Publication(self._session, adapter, None if type_ is None else self.file_of(type_), push).run()
 
-        # Ollama gets the chat template from the model's folder, so that is needed too.
-        return PlannedStep("serve", published, [] if type_ is None else [*self._needs, step_of(type_)])
+        # Ollama gets the chat template from the model's folder.
+        needs = [*self._needs] if isinstance(asked, OllamaServing) else []
+        return PlannedStep("serve", published, needs if type_ is None else [*needs, step_of(type_)])
