@@ -190,6 +190,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, {"object": "list", "data": models})
         elif path == "/health":
             self._answer(HTTPStatus.OK, {"status": "ok"})
+        elif path == "/props":  # OGX looks here whether this is llama.cpp's server
+            self._answer(HTTPStatus.OK, {"role": "router", "default_generation_settings": {}})
         else:
             self._refuse(Refused(HTTPStatus.NOT_FOUND, f"there is no {path}"))
 

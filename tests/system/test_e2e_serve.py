@@ -97,6 +97,7 @@ def test_a_folder_of_models_is_served(tmp_path: Path) -> None:
         httpx.Client(base_url=url, timeout=300, trust_env=False) as http,
     ):
         assert http.get("/health").json() == {"status": "ok"}
+        assert "default_generation_settings" in http.get("/props").json()
         shutil.copy(one, models / "two.gguf")
         assert [each["id"] for each in http.get("/models?reload=1").json()["data"]] == ["one", "two"]
         said = [

@@ -7,6 +7,7 @@ from llama_stack_provider_moe.control.server.compat import Api, Deps, HostError
 
 class _Model(Protocol):
     owner: object
+    model_type: str
 
 
 class _Registry(Protocol):
@@ -19,7 +20,7 @@ class _Models(Protocol):
     impls_by_provider_id: dict[str, object]
     dist_registry: _Registry
 
-    async def get_model(self, model_id: str) -> object: ...
+    async def get_model(self, model_id: str) -> _Model: ...
 
     async def register_model(self, *, model_id: str, provider_model_id: str, provider_id: str) -> object: ...
 
@@ -35,8 +36,8 @@ def providers(deps: Deps) -> set[str] | None:
 async def register(deps: Deps, provider_id: str, name: str) -> str | None:
     """Register a model in the caller's name, unless the caller can use it already.
 
-    The host also lists by itself what a provider has, as models of nobody. Where the policy lets the caller not use
-    those, such an entry is replaced; an entry that somebody owns is not.
+    The host also lists by itself what a provider has, as models of nobody; OGX guesses from the name whether one makes
+    embeddings. Where the caller can't chat with such an entry, it is replaced; an entry that somebody owns is not.
 
     Args:
         deps: the host's APIs.
@@ -50,11 +51,10 @@ async def register(deps: Deps, provider_id: str, name: str) -> str | None:
     if table is None:
         return None
     try:
-        await table.get_model(model_id)
+        if (await table.get_model(model_id)).model_type == "llm":
+            return None
     except HostError:  # not there, or not for this caller
         pass
-    else:
-        return None
     try:
         there = await table.dist_registry.get("model", model_id)
         if there is not None:

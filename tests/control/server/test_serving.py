@@ -297,17 +297,21 @@ def test_a_model_is_its_owners_alone(service: PostTrainingService, tmp_path: Pat
         assert not list((tmp_path / "models").iterdir())
 
 
-def test_what_the_host_listed_by_itself_becomes_the_owners(service: PostTrainingService, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llm", "embedding"])
+def test_what_the_host_listed_by_itself_becomes_the_owners(
+    service: PostTrainingService, tmp_path: Path, kind: str
+) -> None:
     models = table(tmp_path, POLICY)
     with_table(service, models)
     with caller("ann"):
         of = served_job(service)
-    listed = SimpleNamespace(provider_resource_id=f"ft-{of}", identifier=f"ft-{of}", metadata={}, model_type="llm")
+    listed = SimpleNamespace(provider_resource_id=f"ft-{of}", identifier=f"ft-{of}", metadata={}, model_type=kind)
     asyncio.run(models.update_registered_models("llama-cpp", [listed]))
     with caller("ann"):
         assert not readable(models, f"llama-cpp/ft-{of}"), "nobody's, and the policy permits owners alone"
         retrieved(service, of)
-        assert readable(models, f"llama-cpp/ft-{of}")
+        found = asyncio.run(models.get_model(f"llama-cpp/ft-{of}"))
+        assert (found.model_type, found.owner.principal) == ("llm", "ann")  # type: ignore[attr-defined]
 
 
 def test_somebody_elses_entry_stays(
