@@ -209,7 +209,7 @@ def test_a_job_is_deleted_with_its_exports(service: PostTrainingService) -> None
     assert (status, f"job {waits!r} is scheduled; cancel that one" in text) == (409, True)
     assert folder_of(service, of).root.is_dir()
     asyncio.run(service.cancel(waits))
-    gone = {"job_uuid": of, "kept": [], "exports": [waits, export_id], "broken": []}
+    gone = {"job_uuid": of, "kept": [], "exports": [waits, export_id], "broken": [], "withdrawn": None}
     assert ask(service, "DELETE", f"/jobs/{of}").json() == gone
     assert not {job.id for job in service.store.list(None)} & {of, waits, export_id}
     assert not any(folder_of(service, job_id).root.exists() for job_id in (of, waits, export_id))

@@ -101,7 +101,8 @@ def test_a_deleted_job_is_gone(service: PostTrainingService, state: JobState) ->
     folder = folder_of(service, job_id).root
     (folder / "big").write_bytes(b"x" * 10_000)
     answer = ask(service, "DELETE", f"/jobs/{job_id}")
-    assert (answer.status_code, answer.json()) == (200, {"job_uuid": job_id, "kept": [], "exports": [], "broken": []})
+    gone = {"job_uuid": job_id, "kept": [], "exports": [], "broken": [], "withdrawn": None}
+    assert (answer.status_code, answer.json()) == (200, gone)
     assert not folder.exists()
     assert not any("big" in path.name for path in service.config.state_dir.rglob("*")), "the files are gone everywhere"
     for method, path in (("GET", ""), ("GET", "/logs"), ("DELETE", ""), ("POST", "/resume")):
