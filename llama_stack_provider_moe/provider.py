@@ -13,7 +13,7 @@ def get_provider_spec() -> object:
         module="llama_stack_provider_moe",
         config_class="llama_stack_provider_moe.control.config_check.start.HostConfig",
         api_dependencies=compat.ROW_APIS,
-        optional_api_dependencies=compat.OPTIONAL_ROW_APIS,
+        optional_api_dependencies=[*compat.OPTIONAL_ROW_APIS, compat.Api.models],
         pip_packages=["llama-stack-provider-moe"],
         description="SFT and DPO of Mixture-of-Experts models, as durable jobs in separate processes.",
     )
