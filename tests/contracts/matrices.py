@@ -22,7 +22,7 @@ def hosts(table: Table) -> list[str]:
     lines = [
         "# Tests on each host",
         "",
-        f"The tests of `make test-hosts` on {results['date']}. Each uses a real server of the host, from an environment "
+        f"The tests of `make test-hosts` on {results['date']}. Each uses a real server of the host, in an environment "
         "of its own; `yes` with a number stands for as many cases. [Hosts](../getting-started/hosts.md) says how to "
         "start a server on each.",
         *table(["Host", "Versions"], [[each["title"], listed(each["versions"])] for each in results["hosts"].values()]),

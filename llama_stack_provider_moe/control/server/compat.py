@@ -8,7 +8,6 @@ The hosts differ as follows:
     OGX 1.5.0            the same, but rows from `files` alone, because OGX has no data sets; users may have a tenant
 """
 
-import asyncio
 import importlib.util
 import logging
 import re
@@ -67,19 +66,6 @@ class _Files(Protocol):
     async def openai_retrieve_file_content(self, request: object) -> object: ...
 
 
-class _Model(Protocol):
-    identifier: str
-    provider_resource_id: str | None
-
-
-class _ModelList(Protocol):
-    data: list[_Model]
-
-
-class _Models(Protocol):
-    async def list_models(self) -> _ModelList: ...
-
-
 class _Frame(Protocol):
     def to_dict(self, orient: str) -> list[object]: ...
 
@@ -106,7 +92,6 @@ JOB_RESOURCE = "post_training_job"  # the name of our jobs in access rules: `pos
 
 POST_TRAINING: object = Api.add("post_training")  # idempotent; the enum lacks it after llama-stack 0.6.1
 FILE_LIMIT_S = 60.0  # longest read of one page of a file
-MODELS_LIMIT_S = 5.0  # some hosts ask their inference servers for a list of models
 log = logging.getLogger(__name__)
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # http:, s3:, data: ...
 _reading = Pool("moe-data", 4, 256, "data sets", stuck_s=FILE_LIMIT_S)
@@ -213,21 +198,6 @@ async def has_dataset(deps: Deps, dataset_id: str) -> bool:
     except _api.ResourceNotFoundError:
         return False
     return True
-
-
-async def served_models(deps: Deps) -> set[str]:
-    """Return the names of the models that the host's inference serves to the caller; none without inference.
-
-    A model counts by the host's name for it (`openai/gpt-4o-mini`) and by its provider's (`gpt-4o-mini`).
-    """
-    if Api.models not in deps:
-        return set()
-    try:
-        async with asyncio.timeout(MODELS_LIMIT_S):
-            found = (await cast("_Models", deps[Api.models]).list_models()).data
-    except TimeoutError:
-        return set()
-    return {name for each in found for name in (each.identifier, each.provider_resource_id) if name}
 
 
 async def dataset_pages(

@@ -4,7 +4,9 @@ A common mistake is a model that the host's inference serves (`ollama/llama3.2:3
 with it, but this server does not have its weights. Whatever refuses such a name, the answer then says so.
 """
 
+import asyncio
 import re
+from typing import Protocol, cast
 
 from llama_stack_provider_moe.control.server import compat, hub_check, resolve
 from llama_stack_provider_moe.control.server.api_requests import Draft
@@ -15,7 +17,36 @@ from llama_stack_provider_moe.spec import JobSpec, LoadingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 MODEL_FIELDS = ("model", "eval.judge.model")
+MODELS_LIMIT_S = 5.0  # some hosts ask their inference servers for a list of models
 _TAGGED = re.compile(r"[A-Za-z0-9][\w./-]*:[\w.-]+")  # Ollama's names
+
+
+class _Model(Protocol):
+    identifier: str
+    provider_resource_id: str | None
+
+
+class _ModelList(Protocol):
+    data: list[_Model]
+
+
+class _Models(Protocol):
+    async def list_models(self) -> _ModelList: ...
+
+
+async def served_models(deps: compat.Deps) -> set[str]:
+    """Return the names of the models that the host's inference serves to the caller; none without inference.
+
+    A model counts by the host's name for it (`openai/gpt-4o-mini`) and by its provider's (`gpt-4o-mini`).
+    """
+    if compat.Api.models not in deps:
+        return set()
+    try:
+        async with asyncio.timeout(MODELS_LIMIT_S):
+            found = (await cast("_Models", deps[compat.Api.models]).list_models()).data
+    except TimeoutError:
+        return set()
+    return {name for each in found for name in (each.identifier, each.provider_resource_id) if name}
 
 
 class JobNames:
@@ -62,7 +93,7 @@ class JobNames:
         if type(error) is not InvalidInput or error.field not in map(request.name, MODEL_FIELDS):
             return error
         name = str(error.value)
-        if name in await compat.served_models(self._deps):
+        if name in await served_models(self._deps):
             why = "the host's inference serves a model of that name, but a job needs weights, which it does not give"
         elif _TAGGED.fullmatch(name):
             why = "a name with ':' is that of a served model (NAME:TAG of Ollama), and a job needs the weights"

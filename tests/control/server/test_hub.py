@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.control.server import compat, hub_check
+from llama_stack_provider_moe.control.server import hub_check, job_names
 from llama_stack_provider_moe.ground.hub_cache import cache_folder, is_cached
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from tests.support import hub_server
@@ -149,7 +149,7 @@ def test_a_model_with_weights_may_be_served_too(tmp_path: Path, hub: tuple[str, 
 def test_what_the_host_serves_is_not_known(
     tmp_path: Path, hub: tuple[str, State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "MODELS_LIMIT_S", 0.1)
+    monkeypatch.setattr(job_names, "MODELS_LIMIT_S", 0.1)
     for models in (None, SilentModels()):
         status, told = answer(tmp_path, "gpt-4o-mini", config={"served": models}, HF_ENDPOINT=hub[0])
         assert (status, told.endswith("has no such model, or HF_TOKEN may not read it")) == (400, True), told
