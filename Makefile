@@ -66,7 +66,7 @@ test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" --durations 15
 
 # Every generation of the Python and npm SDKs, and the openai packages, against live servers, in environments of their
-# own; needs the network. A whole run writes tests/results/sdks.json, for docs/reference/sdks.md.
+# own; needs the network. It writes tests/results/sdks.json, for docs/reference/sdks.md.
 test-sdks: $(VENV)/.dev hosts
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/system/test_sdk_matrix.py -m slow -s
 

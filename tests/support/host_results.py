@@ -1,7 +1,8 @@
 """Which tests of the hosts pass on which host: a plugin of pytest that writes `tests/results/hosts.json`.
 
-`make test-hosts` loads it (`-p tests.support.host_results`). A run of a part of the tests writes nothing.
-`tests.contracts.matrices` makes the page docs/reference/hosts.md from the file.
+`make test-hosts` loads it (`-p tests.support.host_results`). A run of a part of the tests changes the outcomes of these
+alone, if the hosts have the versions that the file says. `tests.contracts.matrices` makes the page
+docs/reference/hosts.md from the file.
 """
 
 import json
@@ -80,14 +81,30 @@ def document() -> dict[str, Any]:
     return {
         "date": f"{now():%Y-%m-%d}",
         "hosts": {str(host.name): {"title": HOSTS[host.name].title, "versions": versions(host)} for host in ALL},
-        "tests": {file: _found[file] for file in FILES},
+        "tests": {file: _found[file] for file in FILES if file in _found},
     }
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old results with the new outcomes in them."""
+    tests: dict[str, Any] = {file: dict(found) for file, found in old["tests"].items()}
+    for file, found in new["tests"].items():
+        for name, hosts in found.items():
+            tests.setdefault(file, {})[name] = {**tests.get(file, {}).get(name, {}), **hosts}
+    return {**new, "tests": tests}
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the file after a run of all tests on all hosts, whether they passed or not."""
-    ran = {host for tests in _found.values() for hosts in tests.values() for host in hosts}
-    if _is_part or exitstatus not in (0, 1) or set(_found) != set(FILES) or ran != {str(host.name) for host in ALL}:
+    """Write the file after a run of all tests on all hosts, whether they passed or not; or change it after another."""
+    if exitstatus not in (0, 1) or not _found:
         return
+    ran = {host for tests in _found.values() for hosts in tests.values() for host in hosts}
+    whole = not _is_part and set(_found) == set(FILES) and ran == {str(host.name) for host in ALL}
+    new = document()
+    if not whole:
+        old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else None
+        if old is None or old["hosts"] != new["hosts"]:
+            return
+        new = merged(old, new)
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps(document(), indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,11 @@ TYPES: dict[str, type[BaseModel]] = {
     "file": FileObject,
 }
 ERROR_KEYS = {"message", "type", "param", "code"}
+# Fields that may be null by OpenAI's types for TypeScript; others are left out. Python's types accept null for both.
+NULLABLE = {
+    "error", "param", "fine_tuned_model", "finished_at", "trained_tokens", "validation_file", "estimated_finish",
+    "integrations", "metadata", "name", "entity", "data",
+}  # fmt: skip
 
 
 def require_strict(content: Any) -> None:
@@ -31,6 +36,17 @@ def require_strict(content: Any) -> None:
         return
     parsed = TYPES[content["object"]].model_validate_json(json.dumps(content), strict=True)
     assert extras(parsed) == [], content
+    assert nulls(content) <= NULLABLE, content
+
+
+def nulls(content: Any) -> set[str]:
+    """Fields that are null, at every depth; figures of an event may be anything."""
+    if isinstance(content, list):
+        return set().union(*map(nulls, content))
+    if not isinstance(content, dict):
+        return set()
+    here = {name for name, value in content.items() if value is None}
+    return here.union(*(nulls(value) for name, value in content.items() if name != "data"))
 
 
 def extras(model: BaseModel, path: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Every generation of the SDKs with post-training, and of the openai packages, does what a user does, on a live server.
 
 Each SDK gets an environment of its own, from the package registries. SDK_ENVS names a folder that keeps them between
-runs. `make test-sdks` runs it; a run of all cases writes `tests/results/sdks.json`.
+runs. `make test-sdks` runs it, and writes `tests/results/sdks.json`.
 """
 
 import json
@@ -66,8 +66,8 @@ def envs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def results() -> Iterator[None]:
     yield
-    if set(FOUND) == set(CASES):
-        sdk_results.write({case: FOUND[case] for case in CASES})
+    if FOUND:
+        sdk_results.write(CASES, FOUND)
 
 
 @pytest.fixture(scope="module")
