@@ -3,8 +3,9 @@
 Serves `run_configs/ogx.yaml` by `ogx run`, from the environment that `make hosts` makes, with the host's files in a
 small S3 server on this machine's disk. A file is uploaded to the host; then its object in S3 becomes a file of 2 GB. A
 job of one step trains a tiny Mixture-of-Experts model on it: the host's S3 client reads the file, the server checks
-each row and writes it to the job's folder, and the training process tokenises them all. Meanwhile the server's memory
-is sampled, and another client asks for its health. S3 server, host and training share the machine.
+each row and writes it to the job's folder, and the training process tokenises them all. A row of 20 KB has 2 KB of
+prompt and completion; the rest is a column that no job reads. Meanwhile the server's memory is sampled, and another
+client asks for its health. S3 server, host and training share the machine.
 
     python -m benchmarks.s3_file [--bytes N] [--out FILE]
 """
@@ -35,6 +36,7 @@ from tests.support.other_hosts import ALL, serving_on, upload
 
 PIECE_BYTES = 1 << 20
 SAME_ROWS = 1000
+UNREAD_BYTES = 18_000
 LIMIT_S = 3600.0
 AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-central-1"}
 
@@ -104,7 +106,8 @@ def model(folder: Path) -> None:
 
 def write(path: Path, size: int) -> int:
     """Write JSON Lines of about `size` bytes; returns the number of rows."""
-    block = [json.dumps(row).encode() + b"\n" for row in rows(SAME_ROWS)]
+    source = " ".join(WORDS * (UNREAD_BYTES // len(" ".join(WORDS))))
+    block = [json.dumps({**row, "source": source}).encode() + b"\n" for row in rows(SAME_ROWS)]
     repeats = max(1, size // sum(map(len, block)))
     with path.open("wb") as file:
         for _ in range(repeats):
