@@ -45,26 +45,29 @@ fast: lint
 		$(addprefix --ignore=tests/control/, $(SLOWER))
 
 # Llama Stack 0.7 and OGX, each in an environment of its own: from our extra and its constraints, without torch.
-# With what pip has downloaded before, both take some 20 s. boto3 is for files in S3.
+# With what pip has downloaded before, both take some 20 s.
 HOSTS := llama-stack-0.7 ogx
 hosts: $(HOSTS:%=.cache/hosts/%/.made)
 
 .cache/hosts/%/.made: constraints-%.txt pyproject.toml | $(VENV)/.uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .cache/hosts/$*
-	$(BIN)/uv pip install --quiet --python .cache/hosts/$*/bin/python --constraint $< -e '.[$*]' boto3
+	$(BIN)/uv pip install --quiet --python .cache/hosts/$*/bin/python --constraint $< -e '.[$*,s3-files]'
 	@touch $@
 
-# Everything on every host: also restarts, streams at the end of a server, files in S3 and large ones.
+# Everything on every host: also restarts, streams at the end of a server, files in S3 and large ones. A whole run writes
+# tests/results/hosts.json, for docs/reference/hosts.md.
 test-hosts: $(VENV)/.dev hosts
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest tests/system/test_hosts.py tests/system/test_hosts_life.py --durations 15
+		$(BIN)/python -m pytest -p tests.support.host_results tests/system/test_hosts.py \
+		tests/system/test_hosts_life.py tests/system/test_openai_hosts.py --durations 15
 
 # What takes many minutes, such as 600 forks of the forkserver.
 test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" --durations 15
 
-# Every generation of the Python and npm SDKs against a live server, in environments of their own; needs the network.
-test-sdks: $(VENV)/.dev
+# Every generation of the Python and npm SDKs, and the openai packages, against live servers, in environments of their
+# own; needs the network. It writes tests/results/sdks.json, for docs/reference/sdks.md.
+test-sdks: $(VENV)/.dev hosts
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/system/test_sdk_matrix.py -m slow -s
 
 # Changes the files that compute in one place at a time, and names each change that no test notices.

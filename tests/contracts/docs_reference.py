@@ -23,7 +23,7 @@ from llama_stack_provider_moe import errors
 from llama_stack_provider_moe.control.cli.commands import EPILOG, app
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.jobdir import events, folder
-from tests.contracts import http_reference
+from tests.contracts import http_reference, matrices
 from tests.contracts.reference import allowed, default, fields
 
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
@@ -259,6 +259,8 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "events.md": events_and_files,
     "errors.md": error_tree,
     "families.md": families,
+    "hosts.md": lambda: matrices.hosts(table),
+    "sdks.md": lambda: matrices.sdks(table),
 }
 
 

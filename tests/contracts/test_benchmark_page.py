@@ -107,7 +107,21 @@ def bringing() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("claims", [rows_of_experts, quantized, start, store, memory, merging, bringing])
+def file_in_s3() -> list[str]:
+    found = newest("s3_file")["figures"]
+    memory = found["server_rss_mb"]
+    assert memory["peak"] < memory["before"] + 64, "flat"
+    assert found["bytes"] > 1.9e9
+    before, peak, after = (round(memory[when]) for when in ("before", "peak", "after"))
+    return [
+        f"{found['rows']:,} rows",
+        f"accepted after {found['seconds_to_accept']:.0f} s and completed after {found['seconds_to_complete']:.0f} s",
+        f"{before} MB before it, {peak} MB at its peak and {after} MB after it",
+        f"{found['health_ms']['median']:.0f} ms (median) meanwhile, and in {found['health_ms']['max']:,.0f} ms at most",
+    ]
+
+
+@pytest.mark.parametrize("claims", [rows_of_experts, quantized, start, store, memory, merging, bringing, file_in_s3])
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:
     missing = [claim for claim in claims() if claim not in PAGE]
     assert not missing

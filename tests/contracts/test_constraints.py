@@ -65,3 +65,12 @@ def test_training_has_the_same_versions_on_every_host(host: Host) -> None:
 @pytest.mark.parametrize("host", HOSTS.values(), ids=lambda host: host.extra)
 def test_the_package_has_the_file(host: Host) -> None:
     assert packaged.constraints(host.constraints) == (ROOT / host.constraints).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=lambda host: host.extra)
+def test_files_in_s3_are_pinned_on_every_host(host: Host) -> None:
+    """What the host's provider of files in S3 imports; the host itself installs none of it."""
+    assert [re.split(r"[=<>]", each, maxsplit=1)[0] for each in EXTRAS["s3-files"]] == ["boto3"]
+    tested, found = pins(ROOT / "constraints.txt"), pins(ROOT / host.constraints)
+    for package in ("boto3", "botocore", "s3transfer", "jmespath"):
+        assert found[package] == tested[package]

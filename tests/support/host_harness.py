@@ -146,6 +146,7 @@ def serving(
     health: str = API + "/health",
     env: dict[str, str] | None = None,
     command: Sequence[str | Path] = (Path(sys.executable).parent / "llama", "stack", "run"),
+    cwd: Path | None = None,
 ) -> Iterator[Server]:
     """`llama stack run` of `config` until the block ends; no job, supervisor or server is left then.
 
@@ -155,12 +156,13 @@ def serving(
         health: the path that answers 200 when the server is ready.
         env: added to this process's environment.
         command: starts a host; the run YAML and the port follow.
+        cwd: where it is started; None: here.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
     log, port, began = state_dir / "server.log", free_port(), time.monotonic()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, str(config), "--port", str(port)],
+            [*command, str(config), "--port", str(port)], cwd=cwd,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, **(env or {}), "MOE_STATE_DIR": str(state_dir)},
         )  # fmt: skip

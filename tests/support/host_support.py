@@ -52,12 +52,20 @@ class Datasets:
 
 @contextmanager
 def serving_in_process(
-    folder: Path, datasets: Datasets | None = None, meter: Meter | None = None, **settings: Any
+    folder: Path,
+    datasets: Datasets | None = None,
+    meter: Meter | None = None,
+    served: object | None = None,
+    **settings: Any,
 ) -> Iterator[PostTrainingService]:
-    """A service on `folder` that starts no supervisor; `settings` change its configuration."""
+    """A service on `folder` that starts no supervisor, on a host with the API `served` for models if it is given.
+
+    `settings` change the configuration of the service.
+    """
     settings = {"child_env": {"HF_HUB_CACHE": str(hub_cache(folder / "hub", "owner/name"))}, **settings}
     config = ProviderConfig(state_dir=folder / "state", supervisor=SupervisorConfig(start=False), **settings)
-    made = PostTrainingService(config, {compat.Api.datasets: datasets or Datasets()}, meter=meter)
+    deps = {compat.Api.datasets: datasets or Datasets()} | ({} if served is None else {compat.Api.models: served})
+    made = PostTrainingService(config, deps, meter=meter)
     asyncio.run(made.initialize())
     yield made
     asyncio.run(made.shutdown())

@@ -18,7 +18,7 @@ async function until(job_uuid, states) {
 
 const slow = `slow-${name}`;
 const quick = `quick-${name}`;
-const found = { style: "job_uuid" };
+const found = { style: "job_uuid", resource: "client.postTraining" };
 found.sft = (await api.supervisedFineTune({ ...bodies.sft, job_uuid: slow })).job_uuid === slow;
 found.status = await until(slow, ["in_progress", "completed"]);
 await api.job.cancel({ job_uuid: slow });

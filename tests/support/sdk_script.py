@@ -56,10 +56,12 @@ async def main(url: str, mode: str, name: str, bodies: dict[str, dict[str, Any]]
     """Submit, follow, cancel and list."""
     made: Any = llama_stack_client.AsyncLlamaStackClient if mode == "async" else llama_stack_client.LlamaStackClient
     client = made(base_url=url, max_retries=0)
-    api = client.alpha.post_training if hasattr(client, "alpha") else client.post_training
+    has_alpha = hasattr(client, "alpha")
+    api = client.alpha.post_training if has_alpha else client.post_training
     slow, quick = f"slow-{name}", f"quick-{name}"
     sft, dpo = bodies["sft"] | {"job_uuid": slow}, bodies["dpo"] | {"job_uuid": quick}
-    found: dict[str, object] = {"style": style_of(api)}
+    resource = "client.alpha.post_training" if has_alpha else "client.post_training"
+    found: dict[str, object] = {"style": style_of(api), "resource": resource}
     found["sft"] = (await got(api.supervised_fine_tune(**sft))).job_uuid == slow
     found["status"] = await until(api, slow, ("in_progress", "completed"))
     await about(api, "cancel", slow)

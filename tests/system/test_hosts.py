@@ -20,6 +20,7 @@ from tests.support.other_hosts import ALL, POLICY, HostUnderTest, register, requ
 
 pytestmark = pytest.mark.e2e
 
+FINE_TUNING = "/v1/fine_tuning"
 LIMIT_S = 900.0  # a process that imports torch and trl, on cores that others use too
 JSONL = "".join(json.dumps(row) + "\n" for row in WORDS).encode()
 
@@ -31,6 +32,7 @@ def user(principal: str, tenant: str, role: str = "user") -> dict[str, Any]:
 USERS = {
     "alice": user("alice", "red"),
     "bob": user("bob", "red"),
+    "carol": user("carol", "red"),
     "root": user("root", "red", "admin"),
     "blue-alice": user("alice", "blue"),
     "blue-root": user("root", "blue", "admin"),
@@ -46,7 +48,11 @@ class Running(NamedTuple):
 
     def strangers(self) -> list[str]:
         """Who may not know of Alice's jobs. Without tenants both Alices are one, and both administrators too."""
-        return ["bob", "blue-alice", "blue-root"] if self.host.has_tenants else ["bob"]
+        return ["bob", "carol", *(["blue-alice", "blue-root"] if self.host.has_tenants else [])]
+
+    def owners(self) -> list[str]:
+        """Users without a role, who own what they make."""
+        return ["alice", "bob", "carol", *(["blue-alice"] if self.host.has_tenants else [])]
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda host: host.name)
@@ -120,8 +126,25 @@ def test_nobody_else_finds_anything(running: Running, job: str) -> None:
         assert client.delete(f"/jobs/{job}").status_code == 404, token
     with running.server.http() as nobody:
         assert nobody.get("/health").status_code == 200
-        for path in ("/jobs", f"/jobs/{job}", "/metrics", "/datasets"):
+        for path in ("/jobs", f"/jobs/{job}", "/metrics", "/datasets", running.server.url + FINE_TUNING):
             assert nobody.get(path).status_code == 401, path
+
+
+def test_nobody_else_finds_anything_by_openais_routes(running: Running, job: str) -> None:
+    url = running.server.url + FINE_TUNING
+    own = running.clients["alice"].get(f"{url}/jobs/ftjob-{job}").json()
+    assert (own["status"], len(own["result_files"])) == ("succeeded", 1)
+    file = f"{url}/files/{own['result_files'][0]}"
+    assert running.clients["alice"].get(f"{file}/content").status_code == 200
+    for token in running.strangers():
+        client = running.clients[token]
+        assert client.get(f"{url}/jobs").json()["data"] == [], token
+        for path in ("", "/events", "/checkpoints"):
+            answer = client.get(f"{url}/jobs/ftjob-{job}{path}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), f"{token} {path}"
+        for path in ("cancel", "pause", "resume"):
+            assert client.post(f"{url}/jobs/ftjob-{job}/{path}").status_code == 404, f"{token} {path}"
+        assert [client.get(each).status_code for each in (file, f"{file}/content")] == [404, 404], token
 
 
 def test_an_administrator_reaches_the_jobs_of_the_tenant(running: Running, job: str) -> None:
@@ -164,3 +187,23 @@ def test_rows_of_every_kind_are_their_owners_alone(running: Running, file_id: st
 def test_principals_are_stored_as_hashes(running: Running, job: str) -> None:
     for path in running.server.state_dir.glob("jobs.db*"):
         assert b"alice" not in path.read_bytes().replace(b"alices-own", b""), path
+
+
+def test_each_owner_sees_the_own_jobs_alone(running: Running, job: str) -> None:
+    """Three owners, and on a host with tenants a fourth, who has the name of the first."""
+    made: dict[str, str] = {}
+    for token in running.owners():
+        client = running.clients[token]
+        assert client.put("/datasets/own", content=JSONL).status_code == 200
+        body = {"recipe": "sft", "model": "tiny", "data": {"dataset_id": "own"}, "adapter": {"rank": 2}}
+        made[token] = client.post("/jobs", json=body).json()["job_uuid"]
+        assert client.post(f"/jobs/{made[token]}/cancel").status_code == 200
+    for token in running.owners():
+        client = running.clients[token]
+        seen = {each["job_uuid"] for each in client.get("/jobs").json()["data"]}
+        assert seen == {made[token], *([job] if token == "alice" else [])}, token
+        listed = client.get(running.server.url + FINE_TUNING + "/jobs").json()["data"]
+        assert {each["id"] for each in listed} == {f"ftjob-{name}" for name in seen}, token
+        for other in made.values():
+            expected = 200 if other == made[token] else 404
+            assert client.get(f"/jobs/{other}/status").status_code == expected, f"{token} {other}"

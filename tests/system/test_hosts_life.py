@@ -19,7 +19,7 @@ import pytest
 from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from tests.support.bad_inputs import WORDS
 from tests.support.cli_support import moe_train
-from tests.support.host_harness import Server, serving, tiny_interpreter
+from tests.support.host_harness import Server, free_port, serving, tiny_interpreter
 from tests.support.jobs_support import wait_for
 from tests.support.other_hosts import ALL, POLICY, HostUnderTest, required, serving_on, upload
 from tests.support.s3_server import AWS, s3
@@ -146,6 +146,29 @@ def test_files_in_s3(host: HostUnderTest, s3: str, tmp_path: Path) -> None:
         assert grown < MOST_GROWTH_BYTES, f"{grown / 2**20:.0f} MB"
         client.delete_object(Bucket="bucket", Key=small)
         assert validated(server, small).status_code in (404, 503)
+
+
+def test_a_model_of_the_hosts_inference_is_refused_as_one(host: HostUnderTest, tmp_path: Path) -> None:
+    """The registry of models knows it, although its inference server is not there."""
+    nobody = {"api_key": "none", "base_url": f"http://127.0.0.1:{free_port()}/v1"}
+    model = {"model_id": "small", "provider_id": "nobody", "provider_model_id": "llama3.2:3b", "model_type": "llm"}
+    stack = {
+        "providers": {"inference": [{"provider_id": "nobody", "provider_type": "remote::openai", "config": nobody}]},
+        "registered_resources": {"models": [model]},
+    }
+    rows = ["datasetio"] if host.has_datasets else []
+    stack["apis"] = [*rows, "files", "inference", "post_training"]  # type: ignore[assignment]
+    given = provider(tmp_path) | {"child_env": {"HF_HUB_OFFLINE": "1"}}
+    with serving_on(host, tmp_path, given, stack) as server, server.http() as http:
+        served = [each["id"] for each in httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]]
+        assert served == ["nobody/llama3.2:3b"]
+        for name in (*served, "llama3.2:3b"):
+            body = {"recipe": "sft", "model": name, "data": {"dataset_id": "words"}}
+            answer = http.post("/jobs", json=body)
+            assert answer.status_code == 400, answer.text
+            assert f"model: {name!r} is not valid" in answer.text
+            assert "the host's inference serves a model of that name, but a job needs weights" in answer.text
+        assert "inference" not in http.post("/jobs", json={**BODY, "data": {"dataset_id": "words"}}).text
 
 
 def test_a_job_outlives_its_server(host: HostUnderTest, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from llama_stack_provider_moe.compute.moe.scoring import Scoring
 from llama_stack_provider_moe.errors import LayoutError
 
 DEFAULT_AUX_COEF = 0.001
+LISTS = ("layers", "h")  # names of a list of decoder layers
 GATE_UP = "gate_up_proj"
 UP = "up_proj"
 DOWN = "down_proj"
@@ -170,8 +171,9 @@ def without_adapters(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers of the language model: the one list named `layers` with the length that its
-    config gives.
+    """Path and list of the decoder layers of the language model: the one list with the name and the length of them.
+
+    The config gives the length. The name is `layers`, or `h` in GPT-2 and the dense families that came from it.
 
     Raises:
         LayoutError: there is none, or more than one.
@@ -183,13 +185,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers" and len(module) in wanted
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LISTS and len(module) in wanted
         and isinstance(_owner(model, name).config, type(config))
     ]  # fmt: skip
     if len(lists) != 1:
         raise LayoutError(
-            f"{config.model_type}: expected one list of {config.num_hidden_layers} decoder layers named 'layers', "
-            f"found {[name for name, _ in lists] or 'none'}"
+            f"{config.model_type}: expected one list of {config.num_hidden_layers} decoder layers named "
+            f"{' or '.join(map(repr, LISTS))}, found {[name for name, _ in lists] or 'none'}"
         )
     return lists[0]
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from fastapi.responses import StreamingResponse
 
-from llama_stack_provider_moe.control.server import host_files
+from llama_stack_provider_moe.control.server import host_files, hub_rows
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.errors import InvalidInput, NotFound, Unavailable
 from llama_stack_provider_moe.ground.redaction import passwords_in, scrubbed, without_passwords
@@ -95,6 +95,7 @@ JOB_RESOURCE = "post_training_job"  # the name of our jobs in access rules: `pos
 
 POST_TRAINING: object = Api.add("post_training")  # idempotent; the enum lacks it after llama-stack 0.6.1
 FILE_LIMIT_S = 60.0  # longest read of one page of a file
+HUB_LIMIT_S = 600.0  # longest download of a data set of the hub
 log = logging.getLogger(__name__)
 _REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # http:, s3:, data: ...
 _reading = Pool("moe-data", 4, 256, "data sets", stuck_s=FILE_LIMIT_S)
@@ -255,8 +256,8 @@ async def _datasetio_pages(
     models = import_module(f"{HOST}_api.datasets.models")
     datasets = cast("_Datasets", deps[Api.datasets])
     dataset = await datasets.get_dataset(models.GetDatasetRequest(dataset_id=dataset_id))
-    # For every page localfs of 0.6.1 reads the whole source again, on the server's event loop: 30 pages of a csv of
-    # 30,000 rows stop the server for half a minute, a million rows for a day. We page those sources ourselves.
+    # For every page localfs and huggingface of the host read the whole source again, on the server's event loop: 30
+    # pages of a csv of 30,000 rows stop the server for half a minute, a million rows for a day. We page such sources.
     if dataset.source.type == "rows":
         for start in range(0, len(dataset.source.rows), rows_per_page):
             yield dataset.source.rows[start : start + rows_per_page]
@@ -268,6 +269,10 @@ async def _datasetio_pages(
         async for page in _csv_pages(uri, why_not, rows_per_page):
             yield page
         return
+    if dataset.provider_id == "huggingface":
+        async for page in _hub_pages(uri, rows_per_page):
+            yield page
+        return
     datasetio = cast("_DatasetIO", deps[Api.datasetio])
     start, more = 0, True
     while more:
@@ -276,6 +281,13 @@ async def _datasetio_pages(
         yield answer.data
         start += len(answer.data)
         more = bool(answer.has_more and answer.data)
+
+
+async def _hub_pages(uri: str, rows_per_page: int) -> AsyncIterator[list[object]]:
+    why_not = f"{without_passwords(uri)[:300]} is not there within {HUB_LIMIT_S:g} seconds; try again"
+    found = await _reading.within(HUB_LIMIT_S, why_not, hub_rows.loaded, uri)
+    for start in range(0, len(found), rows_per_page):
+        yield await _reading.within(FILE_LIMIT_S, why_not, hub_rows.page, found, start, rows_per_page)
 
 
 async def _csv_pages(uri: str, why_not: str, rows_per_page: int) -> AsyncIterator[list[object]]:

@@ -13,11 +13,13 @@ Private folders, and who owns them:
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from llama_stack_provider_moe.errors import Forbidden, NotFound
+from llama_stack_provider_moe.control.server import hub_rows
+from llama_stack_provider_moe.errors import Forbidden, InvalidInput, NotFound, shorten
 from llama_stack_provider_moe.ground.small_files import real_path
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import ExportSpec, RoutingAnalysisSpec
@@ -140,13 +142,25 @@ def refuse_private_source(uri: str, field: str, dataset_id: str, config: Provide
 
     Raises:
         Forbidden: the file belongs to a job or the server.
+        InvalidInput: an address of the hub asks for more than rows of a data set.
     """
     parts = urlsplit(uri)
     if parts.scheme.lower() in ("http", "https", "data"):
         return
-    # pandas accepts a path, `file:` in several spellings, and fsspec's chains (`simplecache::file://...`).
-    named = {uri, uri.rpartition("://")[2], parts.path}
-    for each in named | {unquote(name) for name in named}:
+    if parts.scheme.lower() == hub_rows.SCHEME:
+        try:
+            hub_rows.arguments(uri)
+        except ValueError as error:
+            raise InvalidInput(field, dataset_id, f"a data set that jobs may read; its address {shorten(uri)} is not "
+                               f"one: {error}") from None  # fmt: skip
+    # pandas accepts a path, `file:` in several spellings, and fsspec's chains (`simplecache::file://...`). The hub's
+    # library takes an id for a folder where the server was started, if there is one, and reads all that is below it.
+    named = {uri, uri.rpartition("://")[2], parts.path, *chain.from_iterable(parse_qs(parts.query).values())}
+    folder = parts.path.lstrip("/")
+    if folder and parts.scheme and _holds_private(Path(folder), config):
+        raise Forbidden(f"{field}: data set {dataset_id!r} is a folder that holds jobs of this server; register a copy "
+                        "in another folder")  # fmt: skip
+    for each in named | {unquote(name) for name in named} | {folder}:
         try:
             path = real_path(Path(each).expanduser())
         except (OSError, ValueError, RuntimeError):
@@ -154,6 +168,16 @@ def refuse_private_source(uri: str, field: str, dataset_id: str, config: Provide
         if each and is_private(path, config):
             raise Forbidden(f"{field}: data set {dataset_id!r} is a file of a job or of this server; register a copy "
                             "in another folder")  # fmt: skip
+
+
+def _holds_private(path: Path, config: ProviderConfig) -> bool:
+    """Whether a folder of the server is below `path`."""
+    try:
+        real = real_path(path)
+    except (OSError, ValueError, RuntimeError):
+        return False
+    folders = [config.state_dir, config.jobs_dir, *([config.mirror.folder] if config.mirror.folder else [])]
+    return real.is_dir() and any(_below(real_path(each), real) is not None for each in folders)
 
 
 def _checkpoint_folders(path: Path, config: ProviderConfig) -> Iterator[Path]:

@@ -23,8 +23,8 @@ from llama_stack_provider_moe.control.server import (
     dataset_profiles,
     exports,
     files,
-    hub_check,
     job_changes,
+    job_names,
     job_status,
     prometheus,
     resolve,
@@ -89,6 +89,7 @@ class PostTrainingService:
         self._profiles = dataset_profiles.Profiles(config, self.guard)
         self.offers = serving.Offers(config, deps)
         self._templates = TemplateChecker(config)
+        self._names = job_names.JobNames(config, self.guard, deps)
         self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
         self._followers = stream.Followers(self.guard.run, self.guard.failures)
 
@@ -221,12 +222,7 @@ class PostTrainingService:
         if isinstance(spec, ExportSpec):
             return await self.guard.run(self._resolve_export, request, spec, self._whose("update"))
         job_id = await self.guard.run(self._id_of, spec)
-        found = await self.guard.in_job_paths(
-            resolve.named_folders(spec), resolve.resolve_names, request, spec, job_id, self.config, self.store,
-            self._whose("read"),
-        )  # fmt: skip
-        await hub_check.check(request, found, self.config, self.guard)
-        return found
+        return await self._names.resolve(request, spec, job_id, self.store, self._whose("read"))
 
     def _resolve_export(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
         named = spec.model_copy(update={"job_uuid": self._id_of(spec)})

@@ -1,13 +1,15 @@
-"""Tests the check of hub ids at submission: the cache, the hub's answers, and what can't be checked."""
+"""Tests the check of models at submission: the cache, the hub's answers, served models, and what can't be checked."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.control.server import hub_check
+from llama_stack_provider_moe.control.server import hub_check, job_names
 from llama_stack_provider_moe.ground.hub_cache import cache_folder, is_cached
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from tests.support import hub_server
@@ -39,6 +41,27 @@ def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+class Models:
+    """The models of a host's inference: name of the host, and of the provider."""
+
+    served = (("openai/gpt-4o-mini", "gpt-4o-mini"), ("ollama/llama3.2:3b", "llama3.2:3b"), ("vllm/o/n", "owner/name"))
+
+    async def list_models(self) -> SimpleNamespace:
+        """Answer as the host's registry does."""
+        return SimpleNamespace(
+            data=[SimpleNamespace(identifier=one, provider_resource_id=other) for one, other in self.served]
+        )
+
+
+class SilentModels(Models):
+    """A host whose inference servers do not answer."""
+
+    async def list_models(self) -> SimpleNamespace:
+        """Never answer."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
 def answer(
     tmp_path: Path, model: str, field: str = "model", config: dict[str, Any] | None = None, **environment: str
 ) -> tuple[int, str]:
@@ -46,7 +69,7 @@ def answer(
     given = {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN_PATH": str(tmp_path / "token"), **environment}
     judge = {"eval": {"refuse_dataset_id": "good", "judge": {"kind": "model", "model": model}}}
     named = {"model": model} if field == "model" else {"model": "owner/there", **judge}
-    with serving_in_process(tmp_path, child_env=given, **(config or {})) as service:
+    with serving_in_process(tmp_path, child_env=given, **{"served": Models(), **(config or {})}) as service:
         told = ask(service, "POST", "/jobs", json=BODY | named)
     if told.status_code == 200:
         return 200, "; ".join(told.json().get("notes", []))
@@ -92,6 +115,46 @@ def test_a_cached_model_needs_no_request_to_the_hub(tmp_path: Path, hub: tuple[s
     assert hub[1].asked == before
     (cache / "models--bert" / "refs" / "main").write_text("../../../../etc")
     assert not is_cached("bert", {"HF_HUB_CACHE": str(cache)})
+
+
+SERVED = "; the host's inference serves a model of that name, but a job needs weights, which it does not give"
+TAGGED = "; a name with ':' is that of a served model (NAME:TAG of Ollama), and a job needs the weights"
+
+
+@pytest.mark.parametrize("field", ["model", "eval.judge.model"])
+@pytest.mark.parametrize("model", [name for names in Models.served for name in names])
+def test_a_served_model_is_refused_as_one(tmp_path: Path, hub: tuple[str, State], model: str, field: str) -> None:
+    status, told = answer(tmp_path, model, field, HF_ENDPOINT=hub[0])
+    assert (status, told.startswith(f"{field}: {model!r} is not valid; expected "), told.endswith(SERVED)) == (
+        400, True, True,
+    )  # fmt: skip
+
+
+def test_a_served_model_is_refused_as_one_without_the_hub(tmp_path: Path) -> None:
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}):
+        status, told = answer(tmp_path, "gpt-4o-mini", **environment)
+        assert (status, told.endswith(SERVED)) == (400, True), told
+
+
+def test_a_model_with_weights_may_be_served_too(tmp_path: Path, hub: tuple[str, State]) -> None:
+    hub[1].repos["owner/name"] = CONFIG
+    try:
+        assert answer(tmp_path, "owner/name", HF_ENDPOINT=hub[0]) == (200, "")
+    finally:
+        del hub[1].repos["owner/name"]
+    hub_cache(tmp_path / "hf" / "hub", "gpt-4o-mini")
+    assert answer(tmp_path, "gpt-4o-mini", HF_HUB_OFFLINE="1") == (200, "")
+
+
+def test_what_the_host_serves_is_not_known(
+    tmp_path: Path, hub: tuple[str, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_names, "MODELS_LIMIT_S", 0.1)
+    for models in (None, SilentModels()):
+        status, told = answer(tmp_path, "gpt-4o-mini", config={"served": models}, HF_ENDPOINT=hub[0])
+        assert (status, told.endswith("has no such model, or HF_TOKEN may not read it")) == (400, True), told
+        status, told = answer(tmp_path, "qwen3:0.6b", config={"served": models}, HF_ENDPOINT=hub[0])
+        assert (status, told.endswith(TAGGED)) == (400, True), told
 
 
 @pytest.mark.parametrize("variable", [{"HF_HUB_OFFLINE": "1"}, {"TRANSFORMERS_OFFLINE": "yes"}])

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from llama_stack_provider_moe.control.server.allowed_paths import (
     resolve_model,
 )
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.errors import Conflict, Forbidden, MoeError, NotFound
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput, MoeError, NotFound
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -226,6 +227,47 @@ def test_a_data_set_does_not_expose_a_job(spelling: str, config: ProviderConfig)
         ownership.refuse_private_source(uri, "data.dataset_id", "d", config)
     for fine in (f"file://{config.allowed_roots[0]}/rows.csv", "https://host/state/jobs/x.csv", "data:text/csv,a"):
         ownership.refuse_private_source(fine, "data.dataset_id", "d", config)
+
+
+HUB = "huggingface://datasets/"
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("json?data_files={path}&split=train", "data_files: expected a data set with its owner"),
+        ("o/n?data_files={path}&split=train", "data_files: expected a path in the data set"),
+        ("o/n?data_files=../{relative}&split=train", "data_files: expected a path in the data set"),
+        ("o/n?data_files=file://{path}&split=train", "data_files: expected a path in the data set"),
+        ("o/n?data_dir=%2Fetc&split=train", "data_dir: expected a path in the data set"),
+        ("o/n?cache_dir=/tmp/elsewhere&split=train", "cache_dir: expected arguments among split, name"),
+        ("o/n?split=train&storage_options=x", "storage_options: expected arguments among split, name"),
+        ("../../{relative}?split=train", "expected huggingface://datasets/OWNER/NAME"),
+        ("o/n/m?split=train", "expected huggingface://datasets/OWNER/NAME"),
+    ],
+)
+def test_an_address_of_the_hub_names_rows_of_the_hub(address: str, says: str, config: ProviderConfig) -> None:
+    """`load_dataset` would read any file with these arguments, and write to any folder."""
+    path = config.jobs_dir / THEIRS / "data" / "train.jsonl"
+    uri = HUB + address.format(path=path, relative=os.path.relpath(path))
+    with pytest.raises(InvalidInput, match=re.escape(says)):
+        ownership.refuse_private_source(uri, "data.dataset_id", "d", config)
+
+
+def test_an_id_of_the_hub_is_no_folder_of_the_server(config: ProviderConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_dataset` reads a folder of that name where the server was started, and everything below it."""
+    jobs = config.jobs_dir / THEIRS / "data"
+    jobs.mkdir(parents=True)
+    (config.state_dir.parent / "beside" / "rows").mkdir(parents=True)
+    for started, name in ((config.state_dir.parent, "state/jobs"), (config.state_dir, "jobs"),
+                          (config.state_dir.parent, "state"), (config.state_dir.parent.parent, "")):  # fmt: skip
+        monkeypatch.chdir(started)
+        name = name or config.state_dir.parent.name
+        with pytest.raises(Forbidden, match="data set 'd' is a "):
+            ownership.refuse_private_source(f"{HUB}{name}?split=train", "data.dataset_id", "d", config)
+    monkeypatch.chdir(config.state_dir.parent)
+    for fine in ("beside/rows?split=train", "owner/name?split=train[:20]&name=a&revision=v1&data_dir=x/y"):
+        ownership.refuse_private_source(HUB + fine, "data.dataset_id", "d", config)
 
 
 class CsvDatasets(Datasets):

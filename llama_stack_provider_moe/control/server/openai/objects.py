@@ -6,6 +6,12 @@ from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.control.server.wire import JsonObject
 
+
+def _absent(value: object) -> bool:
+    """Of fields that OpenAI's types have as optional, but not as null: TypeScript tells these apart."""
+    return value is None
+
+
 FineTuningStatus = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 
 
@@ -25,19 +31,23 @@ class OpenAIError(BaseModel):
 
 
 class FineTuningHyperparameters(BaseModel):
-    """What a job was trained with; `auto` values are resolved. Null where the job's specification can't be read."""
+    """What a job was trained with; `auto` values are resolved. Left out where the job's specification can't be read."""
 
-    n_epochs: int | None = None
-    batch_size: int | None = Field(default=None, description="Rows (or pairs) in one optimiser step of all processes.")
+    n_epochs: int | None = Field(default=None, exclude_if=_absent)
+    batch_size: int | None = Field(
+        default=None, exclude_if=_absent, description="Rows (or pairs) in one optimiser step of all processes."
+    )
     learning_rate_multiplier: float | None = Field(
-        default=None, description="Learning rate divided by the method's base: 1e-4 for supervised, 5e-6 for dpo."
+        default=None,
+        exclude_if=_absent,
+        description="Learning rate divided by the method's base: 1e-4 for supervised, 5e-6 for dpo.",
     )
 
 
 class DPOHyperparameters(FineTuningHyperparameters):
     """The same, with DPO's own."""
 
-    beta: float | None = None
+    beta: float | None = Field(default=None, exclude_if=_absent)
 
 
 class SupervisedMethod(BaseModel):
@@ -56,8 +66,8 @@ class FineTuningMethod(BaseModel):
     """The method of a job; only the block of its type is set."""
 
     type: Literal["supervised", "dpo"]
-    supervised: SupervisedMethod | None = None
-    dpo: DPOMethod | None = None
+    supervised: SupervisedMethod | None = Field(default=None, exclude_if=_absent)
+    dpo: DPOMethod | None = Field(default=None, exclude_if=_absent)
 
 
 class WandbRun(BaseModel):
@@ -98,7 +108,9 @@ class FineTuningJob(BaseModel):
     organization_id: str = Field(description="`org-` and the beginning of the hash of the owner.")
     status: FineTuningStatus
     hyperparameters: FineTuningHyperparameters
-    method: FineTuningMethod | None = Field(description="Null for a recipe that this API has no method for.")
+    method: FineTuningMethod | None = Field(
+        exclude_if=_absent, description="Left out for a recipe that this API has no method for."
+    )
     seed: int
     training_file: str
     validation_file: str | None
@@ -141,8 +153,10 @@ class FineTuningCheckpointMetrics(BaseModel):
     """Figures of a checkpoint; losses in nats."""
 
     step: int
-    train_loss: float | None = Field(default=None, description="Null where no rows are held out.")
-    full_valid_loss: float | None = None
+    train_loss: float | None = Field(default=None, exclude_if=_absent)
+    full_valid_loss: float | None = Field(
+        default=None, exclude_if=_absent, description="Left out where no rows are held out."
+    )
 
 
 class FineTuningCheckpoint(BaseModel):
