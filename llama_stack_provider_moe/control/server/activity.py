@@ -104,7 +104,7 @@ def of_store(store: JobStore, whose: str | None, config: ProviderConfig) -> Acti
 
 def _devices(store: JobStore, shown: set[str], config: ProviderConfig) -> list[DeviceUse]:
     measured = machine_use.gpus()
-    by_name = {name: gpu for gpu in measured for name in (gpu.index, gpu.uuid)}
+    by_name = {name: gpu for gpu in measured for name in (gpu.number, gpu.uuid)}
     names = devices.given_out(config, os.environ) or ()
     holders = {device: job for job in store.running() for device in (job.devices or "").split(",") if device}
     found = []

@@ -80,7 +80,7 @@ def _notification(message: Message) -> Notification:
         id=message.id,
         event=message.event,
         url=message.url,
-        state=message.state.value,
+        state=message.state,
         attempts=message.attempts,
         next_attempt_at=message.due_at if message.state is Delivery.WAITING else None,
         told=message.told,

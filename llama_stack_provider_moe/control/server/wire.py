@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer
 
+from llama_stack_provider_moe.control.store.outbox import Delivery
 from llama_stack_provider_moe.jobdir.export_steps import ExportStep
 from llama_stack_provider_moe.jobdir.folder import Metrics
 from llama_stack_provider_moe.jobdir.row_sources import DataSource
@@ -203,7 +204,7 @@ class Notification(BaseModel):
     id: str = Field(description="Header `webhook-id` of the message.")
     event: str
     url: str
-    state: Literal["waiting", "delivered", "given_up"]
+    state: Delivery
     attempts: int = Field(description="How often it was sent.")
     next_attempt_at: datetime | None = Field(description="When it is sent next; null unless it waits.")
     told: str | None = Field(description="What went wrong at the last attempt.")

@@ -44,7 +44,9 @@ class SweepJob(BaseModel):
     job_uuid: str
     status: JobState
     chosen: JsonObject = Field(description="Values of the swept settings.")
-    figure: Figure | None = Field(description="The metric of its last evaluation; null if it has none yet.")
+    figure: Figure | None = Field(
+        description="The metric that ranks it: of its last evaluation, or of that for which the sweep ended it."
+    )
     step: int | None = Field(description="Step of that evaluation.")
     evaluations: int = Field(description="Number of its evaluations after a step.")
     ended_early: bool = Field(description="Whether the sweep ended it, because other jobs did better.")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, exists, or_
+from sqlalchemy import ColumnElement, or_, select
 
 from llama_stack_provider_moe.control.store.schema import jobs_table, labels_table
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -62,13 +62,13 @@ def _in_states(states: Sequence[JobState]) -> ColumnElement[bool]:
 
 def _has_label(key: str, value: str | None) -> ColumnElement[bool]:
     label = labels_table.c
-    found = exists().where(label.job == jobs_table.c.id, label.key == key)
-    return found if value is None else found.where(label.value == value)
+    found = select(label.job).where(label.key == key)
+    return jobs_table.c.id.in_(found if value is None else found.where(label.value == value))
 
 
 def _mentions(text: str) -> ColumnElement[bool]:
     # `autoescape`: a percent sign that somebody looks for is a percent sign.
     own = (jobs_table.c.id, jobs_table.c.model, jobs_table.c.note)
     label = labels_table.c
-    labelled = exists().where(label.job == jobs_table.c.id, label.value.icontains(text, autoescape=True))
-    return or_(*(column.icontains(text, autoescape=True) for column in own), labelled)
+    labelled = select(label.job).where(label.value.icontains(text, autoescape=True))
+    return or_(*(column.icontains(text, autoescape=True) for column in own), jobs_table.c.id.in_(labelled))

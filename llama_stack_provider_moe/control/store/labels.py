@@ -39,7 +39,7 @@ class LabelChange(NamedTuple):
 def of(connection: Connection, job_ids: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the labels of jobs, by job and key; jobs without labels are left out."""
     found: dict[str, dict[str, str]] = {}
-    for some in batched(job_ids, _AT_A_TIME, strict=False):
+    for some in batched(job_ids, _AT_A_TIME):
         query = select(_L.job, _L.key, _L.value).where(_L.job.in_(some)).order_by(_L.key)
         for job_id, key, value in connection.execute(query):
             found.setdefault(job_id, {})[key] = value

@@ -6,6 +6,7 @@ answer leaves the message to its successor. Receivers tell a second delivery by 
 """
 
 import json
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -17,9 +18,12 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from llama_stack_provider_moe.control.store import lease
 from llama_stack_provider_moe.control.store.schema import TableRow, webhooks_table
 from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.notify import Notify, NotifyEvent
 
-EVENTS = {
+log = logging.getLogger(__name__)
+EVENTS: dict[JobState, NotifyEvent] = {
     JobState.COMPLETED: "fine_tuning.job.succeeded",
     JobState.FAILED: "fine_tuning.job.failed",
     JobState.CANCELLED: "fine_tuning.job.cancelled",
@@ -67,8 +71,14 @@ class Message(NamedTuple):
 def write(connection: Connection, row: TableRow, new_state: JobState) -> None:
     """Write the message about a job that moves to `new_state`, if its owner asked for one."""
     event = EVENTS.get(new_state)
-    asked = json.loads(row.notify) if row.notify else {}
-    if event is None or event not in asked.get("events", ()):
+    if event is None or row.notify is None:
+        return
+    try:
+        asked = read_as(Notify, row.notify)
+    except ValueError:  # damaged, or of a later version: the end of the job is recorded all the same
+        log.warning("job %s: nobody is told of its end, because its `notify` can't be read", row.id)
+        return
+    if event not in asked.events:
         return
     moment, message_id = now(), f"evt_{uuid.uuid4().hex}"
     data = {"id": f"ftjob-{row.id}", "job_uuid": row.id}  # the first is the job's id in OpenAI's API
@@ -76,7 +86,7 @@ def write(connection: Connection, row: TableRow, new_state: JobState) -> None:
         "object": "event", "id": message_id, "type": event, "created_at": int(moment.timestamp()), "data": data,
     }  # fmt: skip
     connection.execute(insert(webhooks_table).values(
-        id=message_id, job=row.id, url=asked["url"], event=event, body=json.dumps(body, separators=(",", ":")),
+        id=message_id, job=row.id, url=asked.url, event=event, body=json.dumps(body, separators=(",", ":")),
         state=Delivery.WAITING.value, created_at=moment, due_at=moment, attempts=0,
     ))  # fmt: skip
 

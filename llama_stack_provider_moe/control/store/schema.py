@@ -181,7 +181,7 @@ labels_table = Table(
     Column("job", String(128), primary_key=True),
     Column("key", String(64), primary_key=True),
     Column("value", String(256), nullable=False),
-    Index("moe_labels_key_value", "key", "value"),
+    Index("moe_labels_key_value", "key", "value", "job"),
 )
 
 # Sweeps, see `sweep_rows`. The jobs of a sweep are ordinary jobs, and its state follows from theirs.

@@ -31,6 +31,10 @@ from llama_stack_provider_moe.jobdir.state import UNFINISHED, JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 
 CANCELLED_WAITING = "cancelled with its sweep before it started"
+NO_PLAN: dict[str, Any] = {
+    "metric": "validation_loss", "direction": "minimize", "parameters": {}, "random": None, "seed": 0, "halving": None,
+    "evaluations": 0,
+}  # fmt: skip
 _S, _T, _J, _F = sweeps_table.c, trials_table.c, jobs_table.c, trial_figures_table.c
 
 
@@ -281,7 +285,10 @@ def _jobs_of(connection: Connection, sweep_id: str, lock: bool = False) -> list[
 
 
 def _as_sweep(row: TableRow) -> SweepRow:
-    plan = json.loads(row.plan)
+    try:
+        plan = NO_PLAN | json.loads(row.plan)
+    except (ValueError, TypeError):  # damaged: its jobs can still be seen, cancelled and deleted
+        plan = NO_PLAN
     return SweepRow(row.id, row.owner, row.created_at, row.cancel_requested_at, row.max_parallel, plan)
 
 

@@ -53,8 +53,16 @@ def of_sweep(connection: Connection, sweep_id: str) -> list[Trial]:
 
 
 def _as_trial(row: TableRow, figures: tuple[TrialFigure, ...]) -> Trial:
-    chosen, state = json.loads(row.chosen), json.loads(row.pruner_state)
+    chosen, state = _object(row.chosen), _object(row.pruner_state)
     return Trial(row.job, row.sweep, row.number, chosen, row.pruned_at, state, figures)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError):  # a damaged row
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def forget(connection: Connection, job_ids: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ _SESSION, _UTIME, _STIME, _RSS = 3, 11, 12, 21
 class GpuUse(NamedTuple):
     """A GPU as the driver describes it; None for what it does not say, as for parts of a GPU (MIG)."""
 
-    index: str
+    number: str
     uuid: str
     name: str
     use: float | None  # share of the last moment in which it computed, 0 to 1

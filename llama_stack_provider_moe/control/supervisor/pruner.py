@@ -77,15 +77,18 @@ class Pruner:
 
     def _pruner(self) -> "BasePruner":
         asked, pruners = self._halving, self._optuna.pruners
+        found: BasePruner
         if asked.pruner == "hyperband":
-            return pruners.HyperbandPruner(
+            found = pruners.HyperbandPruner(
                 min_resource=asked.min_evaluations,
                 max_resource=max(self._evaluations, asked.min_evaluations),
                 reduction_factor=asked.reduction_factor,
             )
-        return pruners.SuccessiveHalvingPruner(
-            min_resource=asked.min_evaluations, reduction_factor=asked.reduction_factor
-        )
+        else:
+            found = pruners.SuccessiveHalvingPruner(
+                min_resource=asked.min_evaluations, reduction_factor=asked.reduction_factor
+            )
+        return found
 
 
 def _number(value: float | None) -> float:

@@ -4,6 +4,7 @@ A job's events are the source, and the store keeps the figures: a supervisor tha
 beginning, and passes over the figures that the store has.
 """
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from llama_stack_provider_moe.control.store.sweep_rows import Prune, SweepRow
 from llama_stack_provider_moe.control.supervisor.pruner import EXTRA, Pruner, is_installed
 from llama_stack_provider_moe.jobdir.events import Evaluation
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.scan import evaluations_from
 from llama_stack_provider_moe.spec.sweeps import Halving
 
@@ -42,17 +44,10 @@ class SweepWatch:
         self._cursors = {job_id: cursor for job_id, cursor in self._cursors.items() if job_id in waiting}
 
     def _read(self, job: Job, sweep: SweepRow) -> None:
-        events, start = JobFolder(Path(job.folder)).events, self._cursors.get(job.id, 0)
-        if not job.state.ended and start and _size(events) <= start:
+        start = self._cursors.get(job.id, 0)
+        found, cursor = _new_evaluations(job, start)
+        if cursor == start and not job.state.ended:
             return
-        found: list[Evaluation] = []
-        cursor = start
-        while True:
-            more, end = evaluations_from(events, cursor)
-            found += more
-            if end == cursor:
-                break
-            cursor = end
         # Step 0 is before training, and the same for every job.
         figures = [(each.step, _figure(each, sweep.plan["metric"])) for each in found if each.step > 0]
         if figures or job.state.ended:
@@ -67,7 +62,7 @@ class SweepWatch:
         if sweep.id not in self._pruners:
             self._pruners[sweep.id] = None
             if is_installed():
-                halving = Halving.model_validate(sweep.plan["halving"])
+                halving = read_as(Halving, json.dumps(sweep.plan["halving"]))
                 self._pruners[sweep.id] = Pruner(sweep, halving, sweep.plan["evaluations"]).decide
             else:  # the server had it when it accepted the sweep
                 log.error("sweep %s: no job ends early, because Optuna is not installed here; %s", sweep.id, EXTRA)
@@ -79,8 +74,18 @@ def _figure(event: Evaluation, metric: str) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _size(path: Path) -> int:
+def _new_evaluations(job: Job, cursor: int) -> tuple[list[Evaluation], int]:
+    """Return the evaluations of a job from a byte of its events on, and where they end; none if they can't be read."""
+    events = JobFolder(Path(job.folder)).events
+    found: list[Evaluation] = []
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+        if events.is_symlink() or (not job.state.ended and events.stat().st_size <= cursor):
+            return found, cursor
+        while True:
+            more, end = evaluations_from(events, cursor)
+            found += more
+            if end == cursor:
+                return found, cursor
+            cursor = end
+    except OSError:  # one job's folder must not stop the supervisor
+        return found, cursor

@@ -19,7 +19,7 @@ def upgrade(op: Operations) -> None:
         sa.Column("key", sa.String(64), primary_key=True),
         sa.Column("value", sa.String(256), nullable=False),
     )
-    op.create_index("moe_labels_key_value", "moe_labels", ["key", "value"])
+    op.create_index("moe_labels_key_value", "moe_labels", ["key", "value", "job"])
     _create_sweeps(op)
     _create_webhooks(op)
 
