@@ -4,7 +4,7 @@ GET   jobs                    `?state=`, `recipe`, `model`, `label`, `owner`, `s
 PATCH jobs/{id}               labels and note
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import APIRouter, Body, Query, Request
 from pydantic import WrapValidator
@@ -21,6 +21,8 @@ from llama_stack_provider_moe.spec.validation_errors import validated
 
 MAX_JOBS = 1000
 MAX_TEXT = 256
+# Not `JobState` itself: it takes any other text for a state of another version.
+StateName = Literal["scheduled", "in_progress", "completed", "failed", "cancelled", "unreadable"]
 if TYPE_CHECKING:
     ChangeBody = object
 else:  # a thread validates it; the document has the real type
@@ -35,7 +37,7 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_JOBS)] = MAX_JOBS,
         after: Annotated[str | None, Query(description="The last job of the previous page.")] = None,
         state: Annotated[
-            list[JobState] | None, Query(description="State of the jobs; repeat it for one of several.")
+            list[StateName] | None, Query(description="State of the jobs; repeat it for one of several.")
         ] = None,
         recipe: Annotated[str | None, Query(description="Recipe of the jobs.", max_length=64)] = None,
         model: Annotated[str | None, Query(description="Model of the jobs, as the list shows it.")] = None,
@@ -56,7 +58,7 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
         ] = None,
     ) -> wire.ListPostTrainingJobsResponse:
         chosen = JobFilter(
-            states=tuple(state or ()), recipe=recipe, model=model, labels=tuple(map(_label, label or ())), owner=owner,
+            states=tuple(map(JobState, state or ())), recipe=recipe, model=model, labels=tuple(map(_label, label or ())), owner=owner,
             sweep=sweep, text=text or None,
         )  # fmt: skip
         return await impl.seen(lambda store, whose: page(store, whose, limit, after, chosen))

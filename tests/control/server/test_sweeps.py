@@ -43,7 +43,7 @@ def message(answer: httpx.Response) -> str:
 def nothing_is_left(service: PostTrainingService) -> None:
     assert service.store.list(None) == []
     assert service.store.sweeps.list(None, 9) == []
-    assert list(service.config.jobs_dir.glob("*")) == []
+    assert list(service.config.jobs_dir.glob("[!.]*")) == []
     assert list((service.config.state_dir / "staging").iterdir()) == []
 
 

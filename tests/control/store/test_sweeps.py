@@ -73,7 +73,7 @@ def test_a_sweep_is_inserted_as_a_whole_or_not_at_all(store: JobStore) -> None:
     submit(store, "sweep-2")
     with pytest.raises(Conflict, match="sweep 'sweep', or a job with its name and a number, exists already"):
         store.sweeps.add(new_sweep(), NO_LIMITS)
-    with pytest.raises(OverLimit, match="you have 1 jobs that wait, .* allows 4 .*, so 3 are left, and 4 are needed"):
+    with pytest.raises(OverLimit, match=r"you have 1 jobs that wait, .* allows 4 .*, so 3 are left, and 4 are needed"):
         store.sweeps.add(new_sweep(name="other"), LimitsConfig(waiting_jobs=4))
     assert [job.id for job in store.list(None)] == ["sweep-2"]
     assert store.sweeps.list(None, 10) == []
