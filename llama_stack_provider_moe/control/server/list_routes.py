@@ -58,9 +58,14 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
         ] = None,
     ) -> wire.ListPostTrainingJobsResponse:
         chosen = JobFilter(
-            states=tuple(map(JobState, state or ())), recipe=recipe, model=model, labels=tuple(map(_label, label or ())), owner=owner,
-            sweep=sweep, text=text or None,
-        )  # fmt: skip
+            states=tuple(map(JobState, state or ())),
+            recipe=recipe,
+            model=model,
+            labels=tuple(map(_label, label or ())),
+            owner=owner,
+            sweep=sweep,
+            text=text or None,
+        )
         return await impl.seen(lambda store, whose: page(store, whose, limit, after, chosen))
 
     @router.patch("/jobs/{job_uuid}", summary="Change the labels and the note of a job, in any state.")
