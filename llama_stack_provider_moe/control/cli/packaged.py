@@ -5,6 +5,7 @@ import json
 import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from llama_stack_provider_moe.errors import InvalidInput
 
@@ -29,12 +30,12 @@ def constraints(name: str = CONSTRAINTS) -> str:
     Args:
         name: the file of a host.
     """
-    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
+    return _home().joinpath(name).read_text(encoding="utf-8")
 
 
 def external_api() -> str:
     """Return the YAML that tells a host without a post-training API where this one is."""
-    return files(_PACKAGE).joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
+    return _home().joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
 
 
 def run_config(name: str, option: str) -> Traversable:
@@ -89,8 +90,14 @@ def summary(job_template: Traversable) -> str:
     return ", ".join(filter(None, told))
 
 
+def _home() -> Traversable:
+    """The folder of the files: the package of a wheel, which setup.py fills, or the top level of a checkout."""
+    package = files(_PACKAGE)
+    return package if package.joinpath("run_configs").is_dir() else Path(str(package)).parent
+
+
 def _files(folder: str, suffix: str) -> dict[str, Traversable]:
-    found = (each for each in files(_PACKAGE).joinpath(folder).iterdir() if each.name.endswith(suffix))
+    found = (each for each in _home().joinpath(folder).iterdir() if each.name.endswith(suffix))
     return {each.name.removesuffix(suffix): each for each in sorted(found, key=lambda each: each.name)}
 
 
