@@ -90,15 +90,13 @@ def of_store(store: JobStore, whose: str | None, config: ProviderConfig) -> Acti
         config: the server's configuration.
     """
     running = store.list(whose, SHOWN_RUNNING, None, JobFilter(states=(JobState.IN_PROGRESS,)))
-    waiting = store.list(whose, 10**6, None, JobFilter(states=(JobState.SCHEDULED,)))
-    first = waiting[::-1][:SHOWN_WAITING]  # oldest first, which is nearly the order of the queue
-    queue = [_waiting(job, store.queue_position(job.id)) for job in first]
+    first, waiting = store.first_waiting(whose, SHOWN_WAITING)
     used = machine_use.sessions({job.pid for job in running if job.pid is not None and _runs_here(job)})
     return Activity(
         devices=_devices(store, {job.id for job in running}, config),
         running=[_running(job, used.get(job.pid or 0)) for job in running],
-        waiting=sorted((job for job in queue if job.position), key=lambda job: job.position),
-        more_waiting=len(waiting) - len(first),
+        waiting=[_waiting(job, position) for job, position in first],
+        more_waiting=waiting - len(first),
     )
 
 

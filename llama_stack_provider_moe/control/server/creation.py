@@ -131,10 +131,11 @@ class Creation:
 
     def _id_of(self, spec: JobSpec) -> str:
         job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
-        self._must_be_free(job_id)
+        self.must_be_free(job_id)
         return job_id
 
-    def _must_be_free(self, job_id: str) -> None:
+    def must_be_free(self, job_id: str) -> None:
+        """Raise `Conflict` if a job has this name."""
         try:
             self.store().get(job_id, None)
         except NotFound:
@@ -160,6 +161,6 @@ class Creation:
         """Move the staged folder into place and add the job to the store, both or neither."""
         new = self.written(spec, owner, staging)
         with intake.committing(self.config):
-            self._must_be_free(new.id)
+            self.must_be_free(new.id)
             self.quotas.must_have_bytes(owner, staging)
             return intake.accept_job(self.store(), new, staging, self.config.limits)

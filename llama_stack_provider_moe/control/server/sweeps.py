@@ -136,6 +136,8 @@ class Sweeps:
         plan["evaluations"] = max(each.spec.training.n_epochs for each in planned)
         new = NewSweep(sweep_id, owner, asked.max_parallel, plan, jobs)
         with intake.committing(self._config):
+            for job, _ in jobs:  # or the folder of a job that took the name meanwhile would be set aside
+                self._creation.must_be_free(job.id)
             self._creation.quotas.must_have_bytes(owner, *folders)
             return intake.accept_sweep(self._creation.store(), new, folders, self._config.limits)
 

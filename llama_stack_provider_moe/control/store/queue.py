@@ -25,6 +25,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_,
 
 from llama_stack_provider_moe.control.store import limits as owner_limits
 from llama_stack_provider_moe.control.store import trial_rows
+from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
@@ -73,6 +74,19 @@ def position(connection: Connection, row: TableRow) -> int:
     rank = (n, own.served, own.turn)
     others = sum(owner.first + owner.before(own.level + n, rank) for owner in owners.values())
     return own.first + n + others + 1
+
+
+def first_waiting(connection: Connection, owner: str | None, limit: int) -> tuple[list[TableRow], int]:
+    """Return the first waiting jobs of an owner in the order of the queue, and how many wait in all.
+
+    Args:
+        connection: A connection inside a transaction.
+        owner: The owner; None for all owners, whose jobs come in the order in which they began to wait.
+        limit: The largest number of jobs.
+    """
+    own = _WAITS if owner is None else and_(_WAITS, belongs_to(owner))
+    rows = connection.execute(select(jobs_table).where(own).order_by(_T.turn, _T.seq).limit(limit)).all()
+    return list(rows), connection.execute(select(func.count()).where(own)).scalar_one()
 
 
 def pick(

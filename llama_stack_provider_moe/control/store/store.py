@@ -35,7 +35,9 @@ __all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor", "Ne
 CANCELLED_WAITING = "cancelled before it started"
 _CANCELLED_AGAIN = "cancelled while it waited to resume"
 
-Jobs = list[Job]  # inside the class, `JobStore.list` hides the built-in
+# Inside the class, `JobStore.list` hides the built-in.
+Jobs = list[Job]
+Queue = list[tuple[Job, int]]  # jobs and their positions
 
 
 class JobStore(Moves):
@@ -318,6 +320,18 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             row = find(connection, job_id)
             return queue.position(connection, row) if row.state == JobState.SCHEDULED.value else 0
+
+    def first_waiting(self, owner: str | None, limit: int) -> tuple[Queue, int]:
+        """Return the first waiting jobs with their positions in the queue, and how many wait in all.
+
+        Args:
+            owner: Owner of the jobs; None for all owners.
+            limit: The largest number of jobs.
+        """
+        with self._reading.begin() as connection:
+            rows, count = queue.first_waiting(connection, owner, limit)
+            found = [(as_job(row), queue.position(connection, row)) for row in rows]
+            return sorted(found, key=lambda each: each[1]), count
 
     def counts(self) -> dict[JobState, int]:
         """Return the number of jobs in each state, of all owners."""

@@ -11,6 +11,7 @@ import pytest
 
 from llama_stack_provider_moe.control.server import sweeps as sweeps_module
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store.store import NewJob
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.cli_support import moe_train
 from tests.support.host_support import BODY, Datasets, ask, caller, folder_of, over_http, serving_in_process
@@ -144,6 +145,20 @@ def test_names_must_be_free(service: PostTrainingService) -> None:
     assert "with optimizer.lr=0.0002, adapter.rank=8: job_uuid: 'lr-2' is taken" in message(create(service))
     assert create(service, sweep_uuid="free").status_code == 200
     assert create(service, sweep_uuid="free").status_code == 409
+
+
+def test_a_job_that_takes_a_name_meanwhile_keeps_its_folder(service: PostTrainingService, datasets: Datasets) -> None:
+    def take() -> None:
+        datasets.during = lambda: None
+        taken = NewJob("lr-3", "bob", "sft", "some/model", str(folder_of(service, "lr-3").root))
+        folder_of(service, "lr-3").root.mkdir()
+        (folder_of(service, "lr-3").root / "mine").touch()
+        service.store.add(taken)
+
+    datasets.during = take
+    assert create(service).status_code == 409
+    assert (folder_of(service, "lr-3").root / "mine").exists()
+    assert [job.id for job in service.store.list(None)] == ["lr-3"]
 
 
 def test_limits_of_an_owner_count_every_job(tmp_path: Path) -> None:
