@@ -33,7 +33,8 @@ from sqlalchemy import insert, update
 from benchmarks.machine import RESULTS, machine, versions
 from benchmarks.server_start import PACKAGES
 from llama_stack_provider_moe.control.server.callers import ANONYMOUS
-from llama_stack_provider_moe.control.store.schema import jobs_table, open_engine, supervisor_table
+from llama_stack_provider_moe.control.store.opening import open_engine
+from llama_stack_provider_moe.control.store.schema import jobs_table, supervisor_table
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, LayerRouting, Routing, Started, Step, now
 from llama_stack_provider_moe.jobdir.folder import JobFolder

@@ -7,12 +7,12 @@ client of their own.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 import httpx
 
 from llama_stack_provider_moe.client import calls
-from llama_stack_provider_moe.client.calls import Call, Recipe
+from llama_stack_provider_moe.client.calls import Call, JobFilters, Recipe
 from llama_stack_provider_moe.client.connection import Endpoint, Words, following
 from llama_stack_provider_moe.client.documents import (
     ArtifactFiles,
@@ -40,11 +40,12 @@ from llama_stack_provider_moe.client.documents import (
 from llama_stack_provider_moe.client.patience import POLL_S, Deadline, Patience, has_ended
 from llama_stack_provider_moe.client.progress import Progress, display_of
 from llama_stack_provider_moe.client.sse import Event, Parser
+from llama_stack_provider_moe.client.sweep_methods import AsyncSweepMethods
 from llama_stack_provider_moe.client.sync_client import Client
 from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 
-class AsyncClient:
+class AsyncClient(AsyncSweepMethods):
     """A server with our provider; every method of `Client`, to be awaited.
 
     Args:
@@ -83,9 +84,9 @@ class AsyncClient:
         """Check a job and its rows without creating it: {spec, train_rows, validation_rows, rows, notes}."""
         return await self._send(calls.validate(body))
 
-    async def jobs(self, limit: int = 1000, after: str | None = None) -> JobList:
+    async def jobs(self, limit: int = 1000, after: str | None = None, **filters: Unpack[JobFilters]) -> JobList:
         """Return a page of jobs, newest first: {data, has_more}; `after` is the last job of the page before."""
-        return await self._send(calls.jobs(limit, after))
+        return await self._send(calls.jobs(limit, after, filters))
 
     async def job(self, job_id: str) -> Job:
         """Return all details of a job."""

@@ -3,9 +3,9 @@
 The synchronous and the asynchronous client send these calls; neither knows a route itself.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 from urllib.parse import quote
 
 from llama_stack_provider_moe.client.documents import (
@@ -29,11 +29,42 @@ from llama_stack_provider_moe.client.documents import (
     Status,
     Validated,
 )
+from llama_stack_provider_moe.client.sweep_documents import (
+    Activity,
+    CreatedSweep,
+    DeletedSweep,
+    JobLabels,
+    Sweep,
+    SweepLine,
+    SweepList,
+)
 from llama_stack_provider_moe.errors import InvalidInput
 
 API = "/v1alpha/post-training"
 Recipe = Literal["sft", "dpo", "circuit_breaker"]
-type Query = Mapping[str, int | str | None]
+type Query = Mapping[str, int | str | Sequence[str] | None]
+
+
+class JobFilters(TypedDict, total=False):
+    """Which jobs a list shows; all conditions must hold.
+
+    Keys:
+        state: states of the jobs: one of these.
+        recipe: their recipe.
+        model: their model, as the list shows it.
+        label: labels that they all have, each `KEY=VALUE`, or `KEY` with any value.
+        owner: their owner, as the list shows it; for administrators.
+        sweep: the sweep that they belong to.
+        text: a part of name, model, note or a label's value.
+    """
+
+    state: Sequence[str]
+    recipe: str
+    model: str
+    label: Sequence[str]
+    owner: str
+    sweep: str
+    text: str
 
 
 class Call[Kind](NamedTuple):
@@ -69,9 +100,46 @@ def validate(body: Mapping[str, object]) -> Call[Validated]:
     return Call(Validated, "POST", "/jobs/validate", body=body)
 
 
-def jobs(limit: int, after: str | None) -> Call[JobList]:
+def jobs(limit: int, after: str | None, filters: JobFilters) -> Call[JobList]:
     """List jobs, newest first."""
-    return Call(JobList, "GET", "/jobs", {"limit": limit, "after": after})
+    chosen: dict[str, str | Sequence[str]] = {**filters}  # type: ignore[dict-item]  # no value of it is another object
+    return Call(JobList, "GET", "/jobs", {"limit": limit, "after": after, **chosen})
+
+
+def label(job_id: str, labels: Mapping[str, str | None], note: str | None) -> Call[JobLabels]:
+    """Change labels of a job, and its note unless that is None."""
+    body: dict[str, object] = {"labels": dict(labels)} | ({} if note is None else {"note": note or None})
+    return Call(JobLabels, "PATCH", job_path(job_id), body=body)
+
+
+def create_sweep(body: Mapping[str, object]) -> Call[CreatedSweep]:
+    """Create a sweep."""
+    return Call(CreatedSweep, "POST", "/sweeps", body=body)
+
+
+def sweeps(limit: int, after: str | None) -> Call[SweepList]:
+    """List sweeps, newest first."""
+    return Call(SweepList, "GET", "/sweeps", {"limit": limit, "after": after})
+
+
+def sweep(sweep_id: str) -> Call[Sweep]:
+    """Ask for a sweep and its jobs."""
+    return Call(Sweep, "GET", sweep_path(sweep_id))
+
+
+def cancel_sweep(sweep_id: str) -> Call[SweepLine]:
+    """Cancel a sweep."""
+    return Call(SweepLine, "POST", sweep_path(sweep_id, "/cancel"))
+
+
+def delete_sweep(sweep_id: str, force: bool) -> Call[DeletedSweep]:
+    """Delete a sweep and its jobs."""
+    return Call(DeletedSweep, "DELETE", sweep_path(sweep_id), {"force": "true" if force else None})
+
+
+def activity() -> Call[Activity]:
+    """Ask what runs on which device, and what waits."""
+    return Call(Activity, "GET", "/activity")
 
 
 def job(job_id: str) -> Call[Job]:
@@ -182,6 +250,13 @@ def job_path(job_id: str, view: str = "") -> str:
     if not job_id or "/" in job_id or job_id.startswith("."):  # would lead to another route
         raise InvalidInput("ID", job_id, "a job's name; `moe-train ls` lists them")
     return f"/jobs/{quote(job_id, safe='')}{view}"
+
+
+def sweep_path(sweep_id: str, view: str = "") -> str:
+    """Return the path of a sweep's route."""
+    if not sweep_id or "/" in sweep_id or sweep_id.startswith("."):  # would lead to another route
+        raise InvalidInput("SWEEP", sweep_id, "a sweep's name; `moe-train sweeps` lists them")
+    return f"/sweeps/{quote(sweep_id, safe='')}{view}"
 
 
 def file_path(job_id: str, name: str, path: str) -> str:

@@ -159,6 +159,10 @@ class Job(Status):
     spec: dict[str, object] | None
     resolved: dict[str, object] | None
     sources: NotRequired[dict[str, DataSource] | None]
+    labels: NotRequired[dict[str, str]]
+    note: NotRequired[str | None]
+    sweep: NotRequired[str | None]
+    notifications: NotRequired[list[dict[str, object]]]
 
 
 class JobLine(TypedDict):
@@ -171,6 +175,10 @@ class JobLine(TypedDict):
     scheduled_at: str
     started_at: str | None
     completed_at: str | None
+    labels: NotRequired[dict[str, str]]
+    note: NotRequired[str | None]
+    sweep: NotRequired[str | None]
+    owner: NotRequired[str]
     unreadable: NotRequired[str | None]
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, Self, cast
+from typing import ClassVar, NamedTuple, Protocol, Self, Unpack, cast
 
 import httpx
 
 from llama_stack_provider_moe.client import calls, upload
-from llama_stack_provider_moe.client.calls import Call, Recipe
+from llama_stack_provider_moe.client.calls import Call, JobFilters, Recipe
 from llama_stack_provider_moe.client.connection import (
     NO_READ_LIMIT,
     Endpoint,
@@ -46,6 +46,7 @@ from llama_stack_provider_moe.client.patience import POLL_S, Deadline, Patience,
 from llama_stack_provider_moe.client.progress import Progress, display_of
 from llama_stack_provider_moe.client.pull import Puller
 from llama_stack_provider_moe.client.sse import Event, events
+from llama_stack_provider_moe.client.sweep_methods import SweepMethods
 from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 CHUNK_BYTES = 1 << 20
@@ -65,7 +66,7 @@ class _Connection(Protocol):
     def get_extra_info(self, info: str) -> object: ...
 
 
-class Client:
+class Client(SweepMethods):
     """A server with our provider.
 
     Args:
@@ -116,9 +117,9 @@ class Client:
         """Check a job and its rows without creating it: {spec, train_rows, validation_rows, rows, notes}."""
         return self._send(calls.validate(body))
 
-    def jobs(self, limit: int = 1000, after: str | None = None) -> JobList:
+    def jobs(self, limit: int = 1000, after: str | None = None, **filters: Unpack[JobFilters]) -> JobList:
         """Return a page of jobs, newest first: {data, has_more}; `after` is the last job of the page before."""
-        return self._send(calls.jobs(limit, after))
+        return self._send(calls.jobs(limit, after, filters))
 
     def job(self, job_id: str) -> Job:
         """Return all details of a job."""

@@ -1,6 +1,7 @@
 """Find the events of one type in a long file without parsing the others."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llama_stack_provider_moe.jobdir.events import LINE_LIMIT_BYTES, Assessed, Evaluation, Saved
@@ -35,6 +36,32 @@ def scan[E: (Evaluation, Assessed, Saved)](
                 except ValueError:  # an incomplete line, or a text that quotes an event
                     continue
                 yield event
+
+
+def evaluations_from(path: Path, cursor: int, limit_bytes: int = 16 << 20) -> tuple[list[Evaluation], int]:
+    """Return the evaluations in whole lines from byte `cursor` on, and the cursor of the next call.
+
+    Args:
+        path: An events file; a missing file has none.
+        cursor: Byte to start at.
+        limit_bytes: Read this many bytes at most. A longer line without an end is damage, and is passed over.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return [], cursor
+    with file:
+        file.seek(cursor)
+        content = file.read(limit_bytes)
+    end = content.rfind(b"\n") + 1
+    if not end and len(content) == limit_bytes:
+        end = limit_bytes
+    found = []
+    for line in content[:end].splitlines():
+        if b'"type":"evaluation"' in line:
+            with suppress(ValueError):  # a text that quotes an event, or a line that a full disk cut
+                found.append(Evaluation.model_validate_json(line))
+    return found, cursor + end
 
 
 def saved_artifacts(folder: JobFolder) -> tuple[Artifact, ...]:

@@ -35,7 +35,9 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
+from llama_stack_provider_moe.spec.labels import Labelled
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
+from llama_stack_provider_moe.spec.notify import Notify
 from llama_stack_provider_moe.spec.options import (
     PROJECT_PATTERN,
     DPOOptions,
@@ -132,7 +134,7 @@ DPOLoss = Literal[
 SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 
 
-class _AnyJob(Block):
+class _AnyJob(Labelled):
     job_uuid: str | None = Field(
         default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: the server chooses one."
     )
@@ -183,6 +185,9 @@ class TrainingJob(_AnyJob):
     export: Exports | None = Field(
         default=None,
         description="Exports to make from the result, in a separate job once this one has completed; left out: none.",
+    )
+    notify: Notify | None = Field(
+        default=None, description="Whom to tell when the job has ended, by a webhook; left out: nobody."
     )
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict,

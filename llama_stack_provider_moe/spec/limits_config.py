@@ -31,6 +31,7 @@ class LimitsConfig(Block):
         description="Maximum size in bytes of an owner's jobs and data sets in `state_dir`; running jobs may exceed "
         "it. Left out: no limit.",
     )
+    sweep_jobs: int = Field(default=64, ge=1, le=1000, description="Maximum number of jobs of one sweep.")
 
 
 class AuditConfig(Block):

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.spec import Block, JobDefaults, server_config_rule
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 from llama_stack_provider_moe.spec.executors_config import MAX_S, ExecutorsConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
+from llama_stack_provider_moe.spec.notify import NotifyConfig
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, ServingConfig
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
@@ -284,6 +285,7 @@ class ProviderConfig(Block):
     mirror: MirrorConfig = Field(default_factory=MirrorConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
+    notify: NotifyConfig = Field(default_factory=NotifyConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, Exports
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.rows import canonical
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.sweeps import SweepSpec
 from tests.contracts.reference import BLOCKS
 
 JOB_FIELDS = {name for _, prefix, model, _ in BLOCKS if prefix == "" for name in model.model_fields} - {
@@ -89,6 +90,10 @@ def _accepted(value: dict[str, Any], keys: set[str]) -> str:
         is_dpo = "beta" in (value.get("algorithm_config") or {})
         model = wire_requests.PreferenceOptimizeRequest if is_dpo else wire_requests.SupervisedFineTuneRequest
         TypeAdapter(model).validate_python(value)
+        return "request"
+    if {"job", "parameters"} <= keys:
+        SweepSpec.model_validate(value)
+        JOB_SPEC.validate_python(value["job"])
         return "request"
     if "training_file" in keys:
         FineTuningRequest.model_validate(value)

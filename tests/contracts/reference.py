@@ -54,6 +54,7 @@ from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
+from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
     MirrorConfig,
@@ -91,16 +92,17 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`export`", "export.", Exports, set()),
     ("`export.ollama`", "export.ollama.", Ollama, set()),
     ("`export.push`", "export.push.", HubPush, set()),
+    ("`notify`", "notify.", Notify, set()),
     ("`resources`", "resources.", Resources, set()),
     ("`trackers`", "trackers.", Trackers, set()),
     ("`trackers.trackio`", "trackers.trackio.", Trackio, set()),
     ("`trackers.mlflow`", "trackers.mlflow.", MLflow, set()),
     ("`trackers.wandb`", "trackers.wandb.", WandB, set()),
     (
-        "Routing analysis jobs: `job_uuid`, `model` and `resources` (of one process) as above, and",
+        "Routing analysis jobs: `job_uuid`, `model`, `labels`, `note` and `resources` (of one process) as above, and",
         "",
         RoutingAnalysisSpec,
-        {"job_uuid", "model", "resources"},
+        {"job_uuid", "model", "resources", "labels", "note"},
     ),
     ("`data` of routing analysis jobs", "data.", AnalysisData, set()),
     ("`analysis`", "analysis.", Analysis, set()),
@@ -121,6 +123,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `serving:` of kind ollama", "serving.", OllamaServing, {"answer_s"}),
     ("Server: `serving:` of kind vllm", "serving.", VllmServing, {"answer_s"}),
     ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
+    ("Server: `notify:`", "notify.", NotifyConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),

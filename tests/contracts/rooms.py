@@ -46,7 +46,7 @@ ROOMS: dict[str, Room] = {
     "client": _room(3, "httpx"),
     "serving": _room(4, "pydantic httpx"),
     "control.store": _room(10, "pydantic sqlalchemy alembic"),
-    "control.supervisor": _room(11, "pydantic sqlalchemy httpx"),
+    "control.supervisor": _room(11, "pydantic sqlalchemy httpx optuna"),
     "control.config_check": _room(11, "pydantic sqlalchemy yaml"),
     "control.server": _room(12, "pydantic fastapi starlette opentelemetry httpx"),
     "control.cli": _room(12, "pydantic httpx rich typer click yaml"),
@@ -76,6 +76,7 @@ DOORS: dict[str, str] = {
     "lm_eval": "compute.evaluation.lm_eval_tasks",
     "matplotlib": "compute.analysis.plots",
     "alembic": "control.store.migrations",
+    "optuna": "control.supervisor.pruner",
     **dict.fromkeys(("mlflow", "trackio", "wandb"), "compute.train.trackers"),
 }
 

@@ -3,6 +3,7 @@
 It reports like `compute.worker.main`, with events, output, manifest and exit code, in some 50 ms.
 
     steps, step_s       steps to take, and how long each takes
+    held_out            figures on held-out rows, one after each step, in turn
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
     killed              how many of its starts kill themselves with SIGKILL after the first step
     print_bytes         to print before the first step, in lines
@@ -73,6 +74,8 @@ def main(folder: Path) -> int:
     for step in range(1, steps + 1):
         time.sleep(plan.get("step_s", 0.01))
         emit("step", step=step, max_steps=steps, epoch=step / steps, metrics={"loss": 1 / step}, eta_s=0.0)
+        if held_out := plan.get("held_out"):
+            emit("evaluation", step=step, epoch=step / steps, metrics={"validation_loss": (held_out * steps)[step - 1]})
         if plan.get("fill_disk"):
             save("checkpoint", step)
             fill_disk(folder / "artifacts" / f".checkpoint-{step + 1}.writing")

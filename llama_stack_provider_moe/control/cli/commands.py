@@ -12,11 +12,14 @@ from llama_stack_provider_moe.control.cli import (
     data_commands,
     export,
     job_commands,
+    label,
     local,
     plan,
     quota,
     report,
     start_files,
+    sweep_commands,
+    top,
     torch_commands,
 )
 from llama_stack_provider_moe.control.cli.act import end
@@ -39,6 +42,9 @@ app = App(
 
 start_files.register(app)
 job_commands.register(app)
+app.command(name="label")(label.label)
+sweep_commands.register(app)
+app.command(name="top")(top.top)
 app.add_typer(data_commands.app, name="data")
 app.command(name="quota")(quota.quota)
 app.add_typer(report.app, name="report")

@@ -1,13 +1,14 @@
 """Commands about jobs of a running server: `moe-train submit`, `ls`, `status`, `logs` and the like."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from llama_stack_provider_moe.client.calls import JobFilters
 from llama_stack_provider_moe.client.documents import Pulled
 from llama_stack_provider_moe.client.pull import Puller
-from llama_stack_provider_moe.control.cli import show
+from llama_stack_provider_moe.control.cli import label, show
 from llama_stack_provider_moe.control.cli.act import Where, answer, follow_job, hint, run, typed, ways_on
 from llama_stack_provider_moe.control.cli.client import Client, state_of
 from llama_stack_provider_moe.control.cli.exits import OUTCOMES, Exit
@@ -46,6 +47,10 @@ def register(app: typer.Typer) -> None:
 def submit(
     file: File,
     changes: Changes = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Label to find the job by. Repeatable.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(metavar="TEXT", help="Note about the job.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Wait until the job has ended.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
@@ -55,21 +60,22 @@ def submit(
 
     def act(server: Client, screen: Screen) -> Exit:
         body = read_template(file, changes or [])
+        label.put_into(body, labels or [], note)
         with hint(f"to see whether the job was created: {typed(server, 'ls')}"):
             created = server.submit(body)
         job_id = str(created.get("job_uuid"))
         if follow:
             if screen.as_json:
                 screen.line(created)
-            for note in [] if screen.as_json else created.get("notes", []):
-                screen.note(note)
+            for line in [] if screen.as_json else created.get("notes", []):
+                screen.note(line)
             return follow_job(server, screen, job_id)
         if screen.as_json:
             screen.document(created)
         else:
             screen.say(f"job {job_id} is scheduled")
-            for note in created.get("notes", []):
-                screen.note(note)
+            for line in created.get("notes", []):
+                screen.note(line)
             screen.note(ways_on(server, job_id))
         return Exit.OK
 
@@ -90,14 +96,35 @@ def validate(
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Number of jobs to list at most.")] = 50,
     after: Annotated[str | None, typer.Option(metavar="ID", help="Job after which the list starts.")] = None,
+    state: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="State of the jobs. Repeatable for others.")
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="KEY=VALUE", help="Label of the jobs, or KEY with any value. Repeatable: all of them."
+        ),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Recipe of the jobs.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model of the jobs, as the list shows it.")] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="SWEEP", help="Sweep that the jobs belong to.")] = None,
+    owner: Annotated[
+        str | None, typer.Option(metavar="OWNER", help="Owner, as `--json` shows it; only for administrators.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--text", metavar="TEXT", help="A part of name, model, note or a label's value.")
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first: all, or those that fit every filter."""
+    single = {"recipe": recipe, "model": model, "sweep": sweep, "owner": owner, "text": part}
+    chosen = {name: value for name, value in single.items() if value is not None}
 
     def act(server: Client, screen: Screen) -> Exit:
-        return answer(screen, server.jobs(limit, after), show.jobs)
+        filters = cast(JobFilters, chosen | {"state": state or [], "label": labels or []})
+        return answer(screen, server.jobs(limit, after, **filters), show.jobs)
 
     run(Where(url, key), as_json, act)
 

@@ -1,6 +1,7 @@
 """API documents -> text for users. Unknown figures are left out, never shown as zero."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 
 from rich.console import Group, RenderableType
@@ -39,11 +40,15 @@ def jobs(listed: JobList) -> RenderableType:
     """Render one line per job, newest first."""
     if not listed["data"]:
         return "no jobs"
+    heads = ["JOB", "STATUS", "RECIPE", "MODEL", "SUBMITTED", "TOOK"]
     rows = [
-        (job["job_uuid"], job["status"], job["recipe"], job["model"], moment(job["scheduled_at"]), took(job))
+        [job["job_uuid"], job["status"], job["recipe"], job["model"], moment(job["scheduled_at"]), took(job)]
         for job in listed["data"]
     ]
-    jobs = table(("JOB", "STATUS", "RECIPE", "MODEL", "SUBMITTED", "TOOK"), rows)
+    if any(job.get("labels") for job in listed["data"]):
+        heads.append("LABELS")
+        rows = [[*row, spelled(job.get("labels") or {})] for row, job in zip(rows, listed["data"], strict=True)]
+    jobs = table(heads, rows)
     told = [
         text(f"{job['job_uuid']} can't be read in full: {job['unreadable']}")
         for job in listed["data"]
@@ -63,6 +68,9 @@ def job(detail: Job) -> RenderableType:
         ("reason", detail["reason"]),
         ("unreadable", resources.get("unreadable")),
         ("recipe", f"{detail['recipe']} of {detail['model']}"),
+        ("labels", spelled(detail.get("labels") or {})),
+        ("note", detail.get("note")),
+        ("sweep", detail.get("sweep")),
         ("exports job", detail.get("parent")),
         ("data", _data_sets(detail)),
         ("submitted", moment(detail["scheduled_at"])),
@@ -76,6 +84,7 @@ def job(detail: Job) -> RenderableType:
         ("stopped by", resources.get("stopped_by")),
         ("GPUs", resources.get("devices")),
         ("Ray job", resources.get("run")),
+        *(("told", _told(each)) for each in detail.get("notifications") or ()),
         ("folder", detail["folder"]),
         ("on disk", size(resources["disk_bytes"]) if "disk_bytes" in resources else ""),
     ]
@@ -276,6 +285,16 @@ def _scores(metrics: Metrics) -> list[str]:
 
 def _label(name: str) -> str:
     return "reward accuracy" if name == _ACCURACY else "loss"
+
+
+def spelled(labels: Mapping[str, str]) -> str:
+    """Render labels on one line."""
+    return " ".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _told(message: Mapping[str, object]) -> str:
+    why = f" ({message['told']})" if message.get("told") else ""
+    return f"{message.get('event')}: {str(message.get('state')).replace('_', ' ')}{why}"
 
 
 def _data_sets(detail: Job) -> str:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llama_stack_provider_moe.control.store import state_layout, store_url
 from llama_stack_provider_moe.control.store.state_folder import require_same_store
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, NoToolchain
+from llama_stack_provider_moe.ground.webhook_signature import EXPECTED, secrets_in
 from llama_stack_provider_moe.llama_cpp import find_toolchain
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, gguf_of
@@ -63,6 +64,7 @@ def check(config: ProviderConfig, environment: Mapping[str, str], thoroughly: bo
         (warnings if thoroughly else here).append(
             f"child_secrets: {', '.join(unset)} is not set; expected environment variables of the server"
         )
+    (warnings if thoroughly else here).extend(_signing(config, environment))
     if (config.mirror.url or "").startswith("s3:") and importlib.util.find_spec("s3fs") is None:
         warnings.append("mirror.url: s3 needs the package 's3fs' here too, or copies of deleted jobs remain; "
                         "pip install 'llama-stack-provider-moe[s3]'")  # fmt: skip
@@ -190,6 +192,16 @@ def _store(config: ProviderConfig) -> list[str]:
 def _unreachable(url: str, why: str) -> str:
     return f"store_url: {store_url.shown(url)!r} can't be used; expected a database that answers within " \
            f"{store_url.CONNECT_S} s ({why})"  # fmt: skip
+
+
+def _signing(config: ProviderConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    name = config.notify.secret_variable
+    if name is not None:
+        try:
+            secrets_in(environment.get(name, ""))
+        except ValueError as problem:
+            yield f"notify.secret_variable: {name} {problem}; expected an environment variable of the server with " \
+                  f"{EXPECTED}"  # fmt: skip
 
 
 def _interpreters(config: ProviderConfig, thoroughly: bool) -> Iterator[str]:

@@ -38,6 +38,9 @@ _BOTH = {
     "eval": "eval",
     "export": "export",
     "resources": "resources",
+    "labels": "labels",
+    "note": "note",
+    "notify": "notify",
 }
 SFT_FIELDS = _BOTH | {
     "model": "model",
@@ -63,7 +66,8 @@ REFUSED = {
     "always wraps each layer",
     "training_config.efficiency_config.fsdp_cpu_offload": "false, or leave it out: use resources.cpu_offload with "
     "resources.strategy fsdp instead",
-    "hyperparam_search_config": "{}: this provider has no hyperparameter search",
+    "hyperparam_search_config": "{}: this route makes one job; POST sweeps (moe-train sweep) runs one for each "
+    "combination of settings",
 }
 
 

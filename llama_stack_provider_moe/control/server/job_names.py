@@ -64,7 +64,13 @@ class JobNames:
         self._deps = deps
 
     async def resolve(
-        self, request: Draft, spec: LoadingSpec, job_id: str, store: JobStore, whose: str | None
+        self,
+        request: Draft,
+        spec: LoadingSpec,
+        job_id: str,
+        store: JobStore,
+        whose: str | None,
+        asks_hub: bool = True,
     ) -> JobSpec:
         """Return the spec with every name resolved, and models that can be known not to exist refused.
 
@@ -74,6 +80,7 @@ class JobNames:
             job_id: the id of the new job.
             store: the store that has the named jobs.
             whose: the owner whose jobs the request may name; None for every owner's.
+            asks_hub: whether the hub is asked for the model.
 
         Raises:
             InvalidInput, Forbidden, NotFound, Conflict: a named thing does not exist, or the caller may not use it.
@@ -83,7 +90,8 @@ class JobNames:
             found = await self._guard.in_job_paths(
                 resolve.named_folders(spec), resolve.resolve_names, request, spec, job_id, self._config, store, whose
             )
-            await hub_check.check(request, found, self._config, self._guard)
+            if asks_hub:
+                await hub_check.check(request, found, self._config, self._guard)
         except InvalidInput as error:
             raise await self._explained(error, request) from None
         return found

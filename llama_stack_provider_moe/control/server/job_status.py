@@ -5,7 +5,13 @@ from typing import TypedDict
 
 from llama_stack_provider_moe.control.server import exports, views
 from llama_stack_provider_moe.control.server.progress import progress
-from llama_stack_provider_moe.control.server.wire import Checkpoint, JobDetail, PostTrainingJobStatusResponse
+from llama_stack_provider_moe.control.server.wire import (
+    Checkpoint,
+    JobDetail,
+    Notification,
+    PostTrainingJobStatusResponse,
+)
+from llama_stack_provider_moe.control.store.outbox import Delivery, Message
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.jobdir.reading import why_unreadable
 from llama_stack_provider_moe.jobdir.row_sources import SOURCES_FILE, read_sources
@@ -52,6 +58,11 @@ def detail(job: Job, store: JobStore) -> JobDetail:
         recipe=job.recipe,
         model=job.model,
         parent=job.parent,
+        owner=job.owner,
+        labels=store.labels([job.id]).get(job.id, {}),
+        note=job.note,
+        sweep=job.sweep,
+        notifications=[_notification(message) for message in store.outbox.of(job.id)],
         cancel_requested_at=job.cancel_requested_at,
         attempts=job.attempts,
         reason=why if isinstance(why, str) else None,
@@ -61,6 +72,18 @@ def detail(job: Job, store: JobStore) -> JobDetail:
         resolved=views.json_of(folder.resolved),
         summary=manifest.summary if manifest else None,
         sources=sources,
+    )
+
+
+def _notification(message: Message) -> Notification:
+    return Notification(
+        id=message.id,
+        event=message.event,
+        url=message.url,
+        state=message.state,
+        attempts=message.attempts,
+        next_attempt_at=message.due_at if message.state is Delivery.WAITING else None,
+        told=message.told,
     )
 
 

@@ -34,25 +34,27 @@ class Quotas:
         self._store = store
         self._measured: dict[str, tuple[datetime | None, int]] = {}  # job -> its end, and the bytes of its folder
 
-    def must_have_left(self, owner: str) -> None:
-        """Raise `OverLimit` if the owner is at a limit, before the rows of a job or a data set are read."""
-        self._store().must_have_left(owner, self._limits)
+    def must_have_left(self, owner: str, jobs: int = 1) -> None:
+        """Raise `OverLimit` if the owner is at a limit, before the rows of jobs or of a data set are read."""
+        self._store().must_have_left(owner, self._limits, jobs)
         self.must_have_bytes(owner)
 
-    def must_have_bytes(self, owner: str, staged: Path | None = None) -> None:
+    def must_have_bytes(self, owner: str, *staged: Path) -> None:
         """Raise `OverLimit` if the owner's files reach the limit.
 
         Args:
             owner: the owner.
-            staged: the folder of a job that is about to become the owner's.
+            staged: the folders of jobs that are about to become the owner's. A file that two of them share counts
+                twice, because it counts for each job once they have been accepted.
         """
         most = self._limits.stored_bytes
         if most is None:
             return
         stored = self.stored_bytes(owner)
-        more = 0 if staged is None else tree_bytes([staged])
-        if stored + more > most or (staged is None and stored >= most):
-            wanted = f", and the rows of this job need {more:,} more" if more else ""
+        more = sum(tree_bytes([each]) for each in staged)
+        if stored + more > most or (not staged and stored >= most):
+            what = "this job need" if len(staged) == 1 else "these jobs need"
+            wanted = f", and the rows of {what} {more:,} more" if more else ""
             raise OverLimit(
                 f"your jobs and data sets take {stored:,} of the {most:,} bytes that this server allows "
                 f"(`limits.stored_bytes`){wanted}, so {max(0, most - stored):,} are left; delete jobs or data sets "

@@ -1,14 +1,17 @@
 """Every route of the post-training API: the six of llama-stack 0.6.1, the older family, and ours.
 
     POST supervised-fine-tune, preference-optimize            0.6.1
-    GET  jobs; jobs/{id}/status, artifacts; POST jobs/{id}/cancel
+    GET  jobs/{id}/status, artifacts; POST jobs/{id}/cancel
     GET  job/status, job/artifacts; POST job/cancel           clients up to 0.6.1: the id is `?job_uuid=`
     POST jobs, jobs/validate                                  a whole JobSpec
     GET  jobs/{id}, jobs/{id}/logs, events, metrics; health
     GET  jobs/{id}/artifacts/{name}, artifacts/{name}/{path}  files
     POST, GET jobs/{id}/exports
     POST jobs/{id}/resume; DELETE jobs/{id}
+    GET  jobs; PATCH jobs/{id}                                see `list_routes`
+    POST, GET, DELETE sweeps                                  see `sweep_routes`
     PUT, GET, DELETE datasets                                 see `dataset_routes`
+    GET  activity                                             see `activity`
     GET  quota, quotas                                        the caller's limits; every owner's
     GET  metrics                                              for Prometheus, if the server's `prometheus` is on
     /v1/fine_tuning/...                                       OpenAI's fine-tuning API, see `openai.routes`
@@ -34,11 +37,14 @@ from llama_stack_provider_moe.control.server import (
     wire_quota,
     wire_requests,
 )
+from llama_stack_provider_moe.control.server.activity import add_activity
 from llama_stack_provider_moe.control.server.answers import answers_of
 from llama_stack_provider_moe.control.server.dataset_routes import add_datasets
 from llama_stack_provider_moe.control.server.files import download
+from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import Exports, JobSpec
 from llama_stack_provider_moe.spec.validation_errors import validated
@@ -53,7 +59,6 @@ class _RouteOptions(TypedDict):
 
 
 NOTES_IF_ANY: _RouteOptions = {"response_model_exclude_defaults": True}
-MAX_JOBS = 1000
 MAX_LINES = 10_000
 MAX_EVENTS = 10_000
 MAX_POINTS = 10_000
@@ -105,12 +110,15 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
         include_in_schema=prefix == PREFIX,
     )  # fmt: skip
     _add_creation(router, impl)
+    add_list(router, impl)
     _add_jobs(router, impl)
     _add_artifacts(router, impl)
     _add_exports(router, impl)
     _add_observation(router, impl)
     _add_old_family(router, impl)
     add_datasets(router, impl)
+    add_sweeps(router, impl)
+    add_activity(router, impl)
     _add_quotas(router, impl)
 
     @router.get(
@@ -153,13 +161,6 @@ def _add_creation(router: APIRouter, impl: PostTrainingService) -> None:
 
 
 def _add_jobs(router: APIRouter, impl: PostTrainingService) -> None:
-    @router.get("/jobs", summary="Get all training jobs, newest first.")
-    async def jobs(
-        limit: Annotated[int, Query(ge=1, le=MAX_JOBS)] = MAX_JOBS,
-        after: Annotated[str | None, Query(description="The last job of the previous page.")] = None,
-    ) -> wire.ListPostTrainingJobsResponse:
-        return await impl.jobs(limit, after)
-
     @router.get("/jobs/{job_uuid}", summary="Get all details of a job.")
     async def detail(job_uuid: str) -> wire.JobDetail:
         return await impl.detail(job_uuid)

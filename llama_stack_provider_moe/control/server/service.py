@@ -6,12 +6,8 @@ because llama-stack initialises a provider in an event loop that it then discard
 
 import asyncio
 import logging
-import shutil
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import cast
 
 from opentelemetry.metrics import Meter, get_meter
@@ -39,23 +35,23 @@ from llama_stack_provider_moe.control.server import (
 )
 from llama_stack_provider_moe.control.server.api_requests import Draft, drafted
 from llama_stack_provider_moe.control.server.audit import Audit
+from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.guard import Guard, health
 from llama_stack_provider_moe.control.server.job_rows import RowReader
 from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
 from llama_stack_provider_moe.control.server.quotas import Quotas
+from llama_stack_provider_moe.control.server.sweeps import Sweeps
 from llama_stack_provider_moe.control.server.telemetry import METER, Telemetry
 from llama_stack_provider_moe.control.server.template_check import TemplateChecker
-from llama_stack_provider_moe.control.store import dataset_files, intake, references, state_layout
+from llama_stack_provider_moe.control.store import dataset_files, intake, state_layout
 from llama_stack_provider_moe.control.store.state_folder import claim_state_folder
-from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
+from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor import removal
 from llama_stack_provider_moe.control.supervisor.supervisor_keeper import SupervisorKeeper
-from llama_stack_provider_moe.errors import Forbidden, MoeError, Unavailable
-from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
-from llama_stack_provider_moe.spec import ExportSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.errors import Forbidden, Unavailable
+from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
-NOT_ACCEPTED = "the job was not accepted"
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +69,7 @@ class PostTrainingService:
         quotas: the limits of owners.
         audit: writes down who did what.
         offers: models of jobs in the host's inference.
+        sweeps: sweeps, whose jobs are ordinary jobs.
     """
 
     def __init__(
@@ -89,8 +86,12 @@ class PostTrainingService:
         self._profiles = dataset_profiles.Profiles(config, self.guard)
         self.offers = serving.Offers(config, deps)
         self._templates = TemplateChecker(config)
-        self._names = job_names.JobNames(config, self.guard, deps)
         self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
+        names = job_names.JobNames(config, self.guard, deps)
+        self._creation = Creation(
+            config, self.guard, names, self._rows, self.quotas, lambda: self.store, self._whose, self._accepted
+        )
+        self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
         self._followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:
@@ -147,7 +148,7 @@ class PostTrainingService:
     async def validate(self, body: object, size_bytes: int = 0) -> submissions.Validated:
         """Run all the checks of `submit` without creating a job."""
         request = Draft(body)
-        spec = await self._checked(request, size_bytes)
+        spec = await self._creation.checked(request, size_bytes)
         found = await self._rows.read(request, spec, None)
         counted = found.counts()
         held_out = None
@@ -179,87 +180,35 @@ class PostTrainingService:
         if model is None:
             spec = await self.guard.bodies.run(0, resolve.parse_spec, request, self.config)
         else:
-            spec = await self._checked(request, 0)
+            spec = await self._creation.checked(request, 0)
         return await self._profiles.get(found, cast(TrainingSpec, spec), has_model=model is not None)
 
     async def _create(self, request: Draft, size_bytes: int = 0) -> submissions.SubmittedJob:
-        spec = await self._checked(request, size_bytes)
-        owner = callers.owner()
-        if isinstance(spec, ExportSpec):  # an export belongs to the job's owner, even if an administrator asks for it
-            owner = (await self.guard.run(self.store.get, spec.of, None)).owner
-        await self.guard.must_have_room(NOT_ACCEPTED)
-        await self.guard.run(self.quotas.must_have_left, owner)
-        staging = self._staging / uuid.uuid4().hex
-        try:
-            await self.guard.run(self.config.privacy.make_folder, staging / "data")
-            await self._rows.read(request, spec, JobFolder(staging))
-            job = await self.guard.run(self._commit, spec, owner, staging)
-        except Exception as error:
-            # Check for a full disk before removing the staged files frees space. Rows, spec and store raise different
-            # errors for it.
-            known = None if isinstance(error, MoeError) else await self.guard.known_failure(error, NOT_ACCEPTED)
-            if known is not None:
-                raise known from error
-            raise
-        finally:
-            with suppress(Unavailable):  # leftovers are removed after a day
-                # Does nothing once it has become the job's folder.
-                await self.guard.in_state_dir(partial(shutil.rmtree, staging, ignore_errors=True))
-        await self._wake_supervisor()
-        self._telemetry.submitted(job)
-        self.audit.note(callers.owner(), "submit", job=job.id, recipe=job.recipe, model=job.model, of=job.parent)
-        log.info("job %s: scheduled, %s of %s", job.id, job.recipe, job.model)
+        job = await self._creation.create(request, size_bytes)
         return submissions.SubmittedJob(job_uuid=job.id, notes=request.notes)
+
+    async def _accepted(self, jobs: Sequence[Job]) -> None:
+        """Have new jobs run, count them, and write down who created them."""
+        await self._wake_supervisor()
+        for job in jobs:
+            self._telemetry.submitted(job)
+            self.audit.note(callers.owner(), "submit", job=job.id, recipe=job.recipe, model=job.model, of=job.parent)
+            log.info("job %s: scheduled, %s of %s", job.id, job.recipe, job.model)
 
     async def _wake_supervisor(self) -> None:
         """Make sure that a supervisor runs. The store already has the request, so an error here does not fail it."""
         with suppress(Unavailable):  # the keeper tries again
             await self.guard.run(self._keeper.ensure_alive)
 
-    async def _checked(self, request: Draft, size_bytes: int) -> JobSpec:
-        """The complete job with resolved names and folders; everything but its rows is checked."""
-        spec = await self.guard.bodies.run(size_bytes, resolve.parse_spec, request, self.config)
-        if isinstance(spec, ExportSpec):
-            return await self.guard.run(self._resolve_export, request, spec, self._whose("update"))
-        job_id = await self.guard.run(self._id_of, spec)
-        return await self._names.resolve(request, spec, job_id, self.store, self._whose("read"))
-
-    def _resolve_export(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
-        named = spec.model_copy(update={"job_uuid": self._id_of(spec)})
-        return exports.resolved(named, self.store.get(spec.of, whose), request, self.config, self.store)
-
-    def _id_of(self, spec: JobSpec) -> str:
-        job_id = spec.job_uuid or f"{spec.recipe}-{uuid.uuid4().hex[:12]}"
-        job_changes.must_be_free(self.store, job_id)
-        return job_id
-
-    def _commit(self, spec: JobSpec, owner: str, staging: Path) -> Job:
-        """Move the staged folder into place and add the job to the store, both or neither."""
-        assert spec.job_uuid is not None
-        folder = self.config.jobs_dir / spec.job_uuid
-        write_atomic(JobFolder(staging).spec, spec, mode=0o666 & ~self.config.privacy.umask)
-        of = spec.of if isinstance(spec, ExportSpec) else None
-        where, gpus = resolve.executor_of(spec)
-        uses = references.uses_of(spec, self.config.jobs_dir)
-        model = spec.model_from or spec.model
-        new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses)
-        with intake.committing(self.config):
-            job_changes.must_be_free(self.store, spec.job_uuid)
-            self.quotas.must_have_bytes(owner, staging)
-            return intake.accept_job(self.store, new, staging, self.config.limits)
-
     # Requests about a job.
-
-    async def jobs(self, limit: int, after: str | None) -> wire.ListPostTrainingJobsResponse:
-        """Return the caller's jobs, newest first; `after` is the last one of the previous page."""
-        found = await self.guard.run(self.store.list, self._whose("read"), limit + 1, after)
-        return wire.ListPostTrainingJobsResponse(
-            data=[views.line(job) for job in found[:limit]], has_more=len(found) > limit
-        )
 
     async def seen[Answer](self, view: Callable[[JobStore, str | None], Answer]) -> Answer:
         """Return a view of the store, given the owner whose jobs the caller may read; None for every owner's."""
         return await self.guard.run(view, self.store, self._whose("read"))
+
+    async def changed[Answer](self, change: Callable[[JobStore, str | None], Answer]) -> Answer:
+        """Return what a change of the store returns, given the owner whose jobs the caller may change."""
+        return await self.guard.run(change, self.store, self._whose("update"))
 
     async def status(self, job_id: str) -> wire.PostTrainingJobStatusResponse:
         """Return the status of a job."""

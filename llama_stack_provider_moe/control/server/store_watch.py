@@ -18,7 +18,7 @@ from llama_stack_provider_moe.errors import Unavailable
 LONG_S = 1.0  # a call that takes longer triggers a probe
 ANSWER_S = 2.0  # time limit of a probe
 FRESH_S = 1.0  # a result that is not older still counts
-THREADS = 16  # the engine has connections for these, the probe and the other pools (`schema.MORE_CONNECTIONS`)
+THREADS = 16  # the engine has connections for these, the probe and the other pools (`opening.MORE_CONNECTIONS`)
 WAITING = 512
 LOST = "the job store does not answer; nothing is lost and jobs continue; try again"
 UNSURE = (

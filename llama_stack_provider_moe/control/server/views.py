@@ -34,8 +34,8 @@ def folder_of(job: Job) -> JobFolder:
     return folder
 
 
-def line(job: Job) -> JobLine:
-    """Return a job as an entry of a list."""
+def line(job: Job, labels: dict[str, str]) -> JobLine:
+    """Return a job with these labels as an entry of a list."""
     return JobLine(
         job_uuid=job.id,
         status=job.state,
@@ -45,6 +45,10 @@ def line(job: Job) -> JobLine:
         scheduled_at=job.scheduled_at,
         started_at=job.started_at,
         completed_at=job.ended_at,
+        owner=job.owner,
+        labels=labels,
+        note=job.note,
+        sweep=job.sweep,
         unreadable=job.unreadable,
     )
 

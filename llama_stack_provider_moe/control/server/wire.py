@@ -10,12 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer
 
+from llama_stack_provider_moe.control.store.outbox import Delivery
 from llama_stack_provider_moe.jobdir.export_steps import ExportStep
 from llama_stack_provider_moe.jobdir.folder import Metrics
 from llama_stack_provider_moe.jobdir.row_sources import DataSource
 from llama_stack_provider_moe.jobdir.state import JobState
 
 _PARENT = "For an export: the job that it exports."
+_LABELS = "Labels, a text by key."
+_NOTE = "Its owner's own words about it."
+_SWEEP = "The sweep that it belongs to."
 JsonObject = dict[str, object]
 
 
@@ -57,11 +61,22 @@ class JobLine(PostTrainingJob):
     scheduled_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
+    owner: str = Field(description="The owner as the store names them: a hash, or `anonymous`.")
+    labels: dict[str, str] = Field(description=_LABELS)
+    note: str | None = Field(description=_NOTE)
+    sweep: str | None = Field(description=_SWEEP)
     unreadable: str | None = Field(
         default=None,
         description="Parts of the job's row that this server can't read, because another version wrote them or they "
         "are damaged; null if all of it is readable.",
     )
+
+
+class JobLabels(PostTrainingJob):
+    """The labels and the note of a job after a change."""
+
+    labels: dict[str, str] = Field(description=_LABELS)
+    note: str | None = Field(description=_NOTE)
 
 
 class ListPostTrainingJobsResponse(BaseModel):
@@ -186,12 +201,29 @@ class MetricSeries(BaseModel):
     evaluations: list[EvaluationPoint]
 
 
+class Notification(BaseModel):
+    """A message about the end of a job, see `notify` of the job."""
+
+    id: str = Field(description="Header `webhook-id` of the message.")
+    event: str
+    url: str
+    state: Delivery
+    attempts: int = Field(description="How often it was sent.")
+    next_attempt_at: datetime | None = Field(description="When it is sent next; null unless it waits.")
+    told: str | None = Field(description="What went wrong at the last attempt.")
+
+
 class JobDetail(PostTrainingJobStatusResponse):
     """All details of a job."""
 
     recipe: str
     model: str
     parent: str | None = Field(description=_PARENT)
+    owner: str = Field(description="The owner as the store names them: a hash, or `anonymous`.")
+    labels: dict[str, str] = Field(description=_LABELS)
+    note: str | None = Field(description=_NOTE)
+    sweep: str | None = Field(description=_SWEEP)
+    notifications: list[Notification] = Field(description="Messages about its ends, oldest first.")
     cancel_requested_at: datetime | None
     attempts: int
     reason: str | None = Field(

@@ -14,14 +14,19 @@ from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
 from llama_stack_provider_moe.spec.blocks import NoBoolAsNumber, Resources
 from llama_stack_provider_moe.spec.evaluation import SafetyEvaluation
+from llama_stack_provider_moe.spec.labels import MAX_LABELS, LabelKey, LabelValue, Note
+from llama_stack_provider_moe.spec.notify import Notify
 
 # Descriptions of fields that several models have.
 _UNSUPPORTED = "Unsupported; true is an error."
-_NO_SEARCH = "Hyperparameter search, which this provider does not have; must be empty."
+_NO_SEARCH = "Hyperparameter search; must be empty, because this route makes one job. `POST sweeps` makes several."
 _TRACKERS = "Trackers: `tensorboard`, `trackio`, `mlflow`, `wandb`, each with its settings; may be empty."
 _MOE = "Extension: Mixture-of-Experts settings."
 _EVAL = "Extension: safety evaluation before and after training."
 _EXPORT = "Extension: exports of the result for serving."
+_LABELS = "Extension: labels to find the job by; they can be changed later."
+_NOTE = "Extension: your own words about the job; they can be changed later."
+_NOTIFY = "Extension: whom to tell when the job has ended, by a webhook."
 _RESOURCES = "Extension: GPUs, and the number of processes that train together."
 
 
@@ -58,6 +63,7 @@ OptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(SFTOptions))]
 DPOOptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(DPOOptions))]
 EvalBlock = Annotated[JsonObject, WithJsonSchema(_schema(SafetyEvaluation))]
 ExportBlock = Annotated[JsonObject, WithJsonSchema(_schema(Exports))]
+NotifyBlock = Annotated[JsonObject, WithJsonSchema(_schema(Notify))]
 ResourcesBlock = Annotated[JsonObject, WithJsonSchema(_schema(Resources))]
 
 
@@ -186,6 +192,9 @@ class SupervisedFineTuneRequest(Wire):
     eval: EvalBlock | None = Field(default=None, description=_EVAL)
     export: ExportBlock | None = Field(default=None, description=_EXPORT)
     resources: ResourcesBlock | None = Field(default=None, description=_RESOURCES)
+    labels: dict[str, str] | None = Field(default=None, description=_LABELS)
+    note: str | None = Field(default=None, description=_NOTE)
+    notify: NotifyBlock | None = Field(default=None, description=_NOTIFY)
 
 
 class PreferenceOptimizeRequest(Wire):
@@ -205,6 +214,18 @@ class PreferenceOptimizeRequest(Wire):
     eval: EvalBlock | None = Field(default=None, description=_EVAL)
     export: ExportBlock | None = Field(default=None, description=_EXPORT)
     resources: ResourcesBlock | None = Field(default=None, description=_RESOURCES)
+    labels: dict[str, str] | None = Field(default=None, description=_LABELS)
+    note: str | None = Field(default=None, description=_NOTE)
+    notify: NotifyBlock | None = Field(default=None, description=_NOTIFY)
+
+
+class JobChange(Wire):
+    """Changes of what an owner writes about a job."""
+
+    labels: dict[LabelKey, LabelValue | None] = Field(
+        default_factory=dict, max_length=2 * MAX_LABELS, description="Labels to set; null removes one. Others stay."
+    )
+    note: Note | None = Field(default=None, description="The new note; null removes it; left out: it stays.")
 
 
 class CancelTrainingJobRequest(Wire):

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from llama_stack_provider_moe.control.store import limits
 from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
+from llama_stack_provider_moe.control.store.sweep_rows import NewSweep
 from llama_stack_provider_moe.errors import Conflict, MoeError, NotFound
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
@@ -39,6 +40,50 @@ def accept_job(store: JobStore, new: NewJob, staged: Path, owner_limits: LimitsC
             return job
         shutil.rmtree(new.folder, ignore_errors=True)
         raise
+
+
+def accept_sweep(store: JobStore, new: NewSweep, staged: Sequence[Path], owner_limits: LimitsConfig) -> list[Job]:
+    """Move the folders of a sweep's jobs into place and insert the sweep: all of it or nothing. See `accept_job`.
+
+    Raises:
+        OverLimit: The jobs would exceed one of `owner_limits`.
+        Conflict: A name is taken, or a folder with its name contains results.
+        SQLAlchemyError: The store failed. The folders stay if it is unknown whether the store has the sweep.
+    """
+    placed: list[str] = []
+    try:
+        for path, (job, _) in zip(staged, new.jobs, strict=True):
+            place(path, Path(job.folder))
+            placed.append(job.folder)
+        return store.sweeps.add(new, owner_limits)
+    except (MoeError, SQLAlchemyError, OSError) as error:
+        found = _settled_sweep(store, new, error)
+        if found is not None:
+            return found
+        for folder in placed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _settled_sweep(store: JobStore, new: NewSweep, error: Exception) -> list[Job] | None:
+    """Return the sweep's jobs if the store has it after all, None if it has not; see `_settled`."""
+    if not isinstance(error, SQLAlchemyError):
+        return None
+    try:
+        if not store.is_embedded:
+            try:
+                return store.sweeps.add(new, limits.NONE)
+            except (Conflict, NotFound):
+                pass
+        found = store.sweeps.get(new.id, None)
+    except NotFound:
+        return None
+    except SQLAlchemyError:
+        log.exception("sweep %s: it is unknown whether the store has it; its jobs' folders stay for now", new.id)
+        raise error from None
+    if sorted(found.jobs) != sorted(job.id for job, _ in new.jobs):
+        return None
+    return [found.jobs[job.id] for job, _ in new.jobs]
 
 
 def _settled(store: JobStore, new: NewJob, error: Exception) -> Job | None:

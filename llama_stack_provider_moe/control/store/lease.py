@@ -5,10 +5,13 @@ from datetime import datetime
 
 from sqlalchemy import Connection, select, update
 
-from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
+from llama_stack_provider_moe.control.store import trial_rows
+from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table, webhooks_table
 from llama_stack_provider_moe.errors import LeaseLost
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import UNFINISHED
+
+MESSAGE_WAITS = "waiting"  # state of a message that was not delivered yet, see `outbox`
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ def release(connection: Connection, supervisor_id: str, only_if_idle: bool) -> b
 
 
 def has_work(connection: Connection) -> bool:
-    """Return whether any job waits or runs."""
+    """Return whether a supervisor has anything to do.
+
+    A job waits or runs, a message about one waits, or figures of a job of a sweep are not yet read.
+    """
     query = select(jobs_table.c.seq).where(jobs_table.c.state.in_(UNFINISHED)).limit(1)
-    return connection.execute(query).first() is not None
+    if connection.execute(query).first() is not None:
+        return True
+    waits = select(webhooks_table.c.seq).where(webhooks_table.c.state == MESSAGE_WAITS).limit(1)
+    return connection.execute(waits).first() is not None or trial_rows.are_unread(connection)

@@ -91,16 +91,25 @@ def use_of(connection: Connection, owner: str) -> Use:
     )
 
 
-def must_have_left(connection: Connection, owner: str, limits: LimitsConfig) -> None:
-    """Raise `OverLimit` unless one more job of the owner may wait. Call it after `queue.next_turn`."""
+def must_have_left(connection: Connection, owner: str, limits: LimitsConfig, jobs: int = 1) -> None:
+    """Raise `OverLimit` unless more jobs of the owner may wait. Call it after `queue.next_turn`.
+
+    Args:
+        connection: A connection inside a transaction.
+        owner: The owner.
+        limits: What the owner may use.
+        jobs: Number of the new jobs.
+    """
     if limits.waiting_jobs is None and limits.gpu_hours_per_day is None:
         return
     use = use_of(connection, owner)
     most = limits.waiting_jobs
-    if most is not None and use.waiting >= most:
+    if most is not None and use.waiting + jobs > most:
+        more = "" if jobs == 1 else f", and {jobs} are needed"
         raise OverLimit(
-            f"you have {use.waiting} jobs that wait, and this server allows {most} (`limits.waiting_jobs`), so 0 are "
-            "left; try again when one of them has started, or cancel one (moe-train cancel JOB)",
+            f"you have {use.waiting} jobs that wait, and this server allows {most} (`limits.waiting_jobs`), so "
+            f"{max(0, most - use.waiting)} are left{more}; try again when one of them has started, or cancel one "
+            "(moe-train cancel JOB)",
             PLACE_RETRY_S,
         )
     hours = limits.gpu_hours_per_day

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 
-from llama_stack_provider_moe.control.store import lease, limits, parent_jobs, queue, transitions
+from llama_stack_provider_moe.control.store import lease, limits, outbox, parent_jobs, queue, transitions, trial_rows
 from llama_stack_provider_moe.control.store.job_row import ARTIFACTS, Job, as_job
 from llama_stack_provider_moe.control.store.lease import LiveSupervisor, holder
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
@@ -162,6 +162,9 @@ class Moves:
                 if first is not None:
                     first()
                 limits.record_use(connection, row)
+                outbox.write(connection, row, new_state)
+                if new_state is JobState.CANCELLED:
+                    reason = trial_rows.why_cancelled(connection, row, reason)
                 changes = {
                     "state": new_state.value, "reason": reason, "artifacts": _json(artifacts),
                     "stopped_by": stopped_by, "ended_at": now() if new_state in ENDED else None,
@@ -181,7 +184,7 @@ class Moves:
             return [as_job(row) for row in connection.execute(query)]
 
     def has_work(self) -> bool:
-        """Return whether any job of any owner waits or runs."""
+        """Return whether a supervisor has anything to do, see `lease.has_work`."""
         with self._reading.begin() as connection:
             return lease.has_work(connection)
 

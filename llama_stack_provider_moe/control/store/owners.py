@@ -12,12 +12,13 @@ def everybody_of(tenant: str) -> str:
     return tenant + _EVERYBODY
 
 
-def belongs_to(owner: str) -> ColumnElement[bool]:
+def belongs_to(owner: str, column: ColumnElement[str] = jobs_table.c.owner) -> ColumnElement[bool]:
     """Return the condition that a job belongs to an owner.
 
     Args:
         owner: A user's name in the store, or `everybody_of` a tenant.
+        column: Column with the owner, if it is not about jobs.
     """
     if not owner.endswith(_EVERYBODY):
-        return jobs_table.c.owner == owner
-    return jobs_table.c.owner.startswith(owner.removesuffix("*"), autoescape=True)
+        return column == owner
+    return column.startswith(owner.removesuffix("*"), autoescape=True)

@@ -5,14 +5,22 @@ A job is deleted while its own row and then those of its exports are locked. So 
 export is deleted while it waits or runs, and no files are deleted while another job needs them, unless that is forced.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select
 
+from llama_stack_provider_moe.control.store import labels, trial_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, find
-from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, uses_table
+from llama_stack_provider_moe.control.store.schema import (
+    TableRow,
+    jobs_table,
+    labels_table,
+    uses_table,
+    webhooks_table,
+)
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -34,6 +42,10 @@ class NewJob(NamedTuple):
         executor: Where it runs; None: on the supervisor's machine. Elsewhere it uses none of this machine's devices.
         uses: Ids of jobs whose files it needs for as long as it exists.
         uses_to_complete: Ids of jobs whose files it needs until it has completed.
+        labels: Its labels, by key.
+        note: Its owner's note.
+        sweep: The sweep that it belongs to.
+        notify: JSON of the `notify` block of its specification.
     """
 
     id: str
@@ -46,6 +58,10 @@ class NewJob(NamedTuple):
     executor: str | None = None
     uses: tuple[str, ...] = ()
     uses_to_complete: tuple[str, ...] = ()
+    labels: Mapping[str, str] = MappingProxyType({})
+    note: str | None = None
+    sweep: str | None = None
+    notify: str | None = None
 
 
 def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
@@ -68,7 +84,7 @@ def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
             raise NotFound(f"job {used!r}, whose files this job needs, no longer exists") from None
     moment = now()
     values = new._asdict()
-    del values["uses"], values["uses_to_complete"]
+    del values["uses"], values["uses_to_complete"], values["labels"]
     values |= {
         "state": JobState.SCHEDULED.value, "scheduled_at": moment, "queued_at": moment, "turn": turn,
     }  # fmt: skip
@@ -76,6 +92,7 @@ def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
     if uses:
         rows = [{"job": new.id, "used": used, "until_completed": until} for used, until in uses.items()]
         connection.execute(insert(uses_table), rows)
+    labels.set_first(connection, new.id, new.labels)
     return as_job(find(connection, new.id))
 
 
@@ -146,6 +163,9 @@ def delete_family(
         for job in reversed(family):
             first(job)
     connection.execute(delete(uses_table).where(or_(uses_table.c.job.in_(ids), uses_table.c.used.in_(ids))))
+    for table in (labels_table, webhooks_table):
+        connection.execute(delete(table).where(table.c.job.in_(ids)))
+    trial_rows.forget(connection, ids)
     connection.execute(delete(jobs_table).where(jobs_table.c.id.in_(ids)))
     return family
 

@@ -10,7 +10,8 @@ The order is the one in which jobs would be claimed if none ended meanwhile:
 A job that needs more devices than are free waits, but not for ever: the first such job gets turn 0, and from then on
 free devices are kept for it. Jobs that need no devices may overtake it, because they take nothing that it waits for.
 
-Jobs of an owner who is at a limit (`limits`) are passed over until that changes. Positions do not foresee that.
+Jobs of an owner who is at a limit (`limits`), and jobs of a sweep of which as many run as may, are passed over until
+that changes. Positions do not foresee that.
 
 Step 2 needs no simulation. If an owner has c jobs in progress, the owner's n-th waiting job (from 0) is claimed at
 level c + n. Lower levels come first. Within a level, owners served longest ago come first; an owner who would be served
@@ -20,9 +21,11 @@ during the simulation (n > 0) counts as served later than all others, and later 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_, select, update
 
 from llama_stack_provider_moe.control.store import limits as owner_limits
+from llama_stack_provider_moe.control.store import trial_rows
+from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
@@ -73,6 +76,19 @@ def position(connection: Connection, row: TableRow) -> int:
     return own.first + n + others + 1
 
 
+def first_waiting(connection: Connection, owner: str | None, limit: int) -> tuple[list[TableRow], int]:
+    """Return the first waiting jobs of an owner in the order of the queue, and how many wait in all.
+
+    Args:
+        connection: A connection inside a transaction.
+        owner: The owner; None for all owners, whose jobs come in the order in which they began to wait.
+        limit: The largest number of jobs.
+    """
+    own = _WAITS if owner is None else and_(_WAITS, belongs_to(owner))
+    rows = connection.execute(select(jobs_table).where(own).order_by(_T.turn, _T.seq).limit(limit)).all()
+    return list(rows), connection.execute(select(func.count()).where(own)).scalar_one()
+
+
 def pick(
     connection: Connection, devices: Sequence[str] | None, limits: LimitsConfig = owner_limits.NONE
 ) -> ClaimChoice:
@@ -108,8 +124,9 @@ def pick(
 
 def _candidates(connection: Connection, count: int) -> list[TableRow]:
     """Return, in order, every job with turn 0, then each owner's first job and first job that needs no device."""
-    possible = or_(_T.gpus.is_(None), _T.gpus <= count)
-    needs_none = _T.gpus == 0 if count else possible
+    may_start = trial_rows.not_in(trial_rows.full_sweeps(connection))
+    possible = and_(or_(_T.gpus.is_(None), _T.gpus <= count), may_start)
+    needs_none = and_(_T.gpus == 0, may_start) if count else possible
     first = connection.execute(select(jobs_table).where(_WAITS, _T.turn == 0, possible).order_by(_T.seq)).all()
     heads = connection.execute(
         select(jobs_table).where(_WAITS, or_(_T.turn.in_(_lowest(possible)), _T.turn.in_(_lowest(needs_none))))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama_stack_provider_moe.control.store import disk
 
-# Larger than the store's write-ahead log grows between two checkpoints, see `schema.CHECKPOINT_PAGES`.
+# Larger than the store's write-ahead log grows between two checkpoints, see `opening.CHECKPOINT_PAGES`.
 RESERVE_BYTES = 1 << 20
 # The most that one transaction needs. The reserve is not released earlier, or a job that still writes would take it.
 RELEASE_BELOW_BYTES = 256 << 10

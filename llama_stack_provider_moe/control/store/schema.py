@@ -1,30 +1,20 @@
-"""The store's tables, and how connections are opened. All code that depends on the kind of database is here.
+"""The store's tables. `opening` opens connections to them.
 
 The table `moe_supervisor` always has one row. If nobody holds the lease, the row has no holder. So there is always a
 row to lock.
 """
 
-import os
-import sqlite3
-import tempfile
-import uuid
 from collections.abc import Callable
-from contextlib import closing, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from sqlalchemy import (
-    URL,
     BigInteger,
     Boolean,
     Column,
-    Connection,
     DateTime,
     Dialect,
     Double,
-    Engine,
     Index,
     Integer,
     MetaData,
@@ -33,32 +23,11 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-    text,
-    update,
 )
-from sqlalchemy.pool import NullPool
 
-from llama_stack_provider_moe.control.store import store_url
-from llama_stack_provider_moe.control.store.database_file import DatabaseFile, damage_reported, damaged
-from llama_stack_provider_moe.control.store.reserve import Reserve
-from llama_stack_provider_moe.errors import InvalidInput
-
-SCHEMA_VERSION = 7
-BUSY_TIMEOUT_S = 15
-# After this many pages, SQLite moves its write-ahead log into the database, so the log stays smaller than the reserve.
-CHECKPOINT_PAGES = 100
-# In addition to the 5 that SQLAlchemy keeps open. Each server thread that uses the store needs one
-# (`control.server.store_watch`); a thread that waited for one in vain would report the store as lost.
-MORE_CONNECTIONS = 20
+SCHEMA_VERSION = 8
 # Placeholder for a time that can't be read; no job is that old.
 UNREADABLE_TIME = datetime(1970, 1, 1, tzinfo=UTC)
-# An arbitrary number; every process that opens the store must use the same one.
-_POSTGRES_SCHEMA_LOCK = 0x6D6F65
 
 # A row of one of the tables below. SQLAlchemy does not type the columns of a `Table`.
 type TableRow = Row[Any]
@@ -138,12 +107,16 @@ jobs_table = Table(
     Column("parent", String(128)),  # id of the job that this job exports
     Column("executor", String(16)),  # where the job runs; null: on the supervisor's machine
     Column("run", String(128)),  # the job's name on a cluster
+    Column("note", Text),  # its owner's words about it
+    Column("sweep", String(128)),  # id of the sweep that it belongs to
+    Column("notify", Text),  # JSON: where its end is reported, see `outbox`
     Index("moe_jobs_state_owner_turn", "state", "owner", "turn"),
     Index("moe_jobs_owner_started_at", "owner", "started_at"),
     Index("moe_jobs_ended_at", "ended_at"),
     Index("moe_jobs_state_seq", "state", "seq"),
     Index("moe_jobs_owner_seq", "owner", "seq"),
     Index("moe_jobs_parent", "parent"),
+    Index("moe_jobs_sweep", "sweep"),
     sqlite_autoincrement=True,
 )
 
@@ -201,181 +174,71 @@ gpu_use_table = Table(
     Index("moe_gpu_use_ended_at", "ended_at"),
 )
 
+# What owners label their jobs with; a row is deleted with its job.
+labels_table = Table(
+    "moe_labels",
+    METADATA,
+    Column("job", String(128), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(256), nullable=False),
+    Index("moe_labels_key_value", "key", "value", "job"),
+)
 
-def open_engine(url: str) -> Engine:
-    """Open an engine for `url`, and create, migrate or check its schema.
+# Sweeps, see `sweep_rows`. The jobs of a sweep are ordinary jobs, and its state follows from theirs.
+sweeps_table = Table(
+    "moe_sweeps",
+    METADATA,
+    Column("turn", Integer, primary_key=True, autoincrement=False),  # the order of submission
+    Column("id", String(128), nullable=False, unique=True),
+    Column("owner", String(256), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("cancel_requested_at", UtcDateTime),
+    Column("max_parallel", Integer, nullable=False),
+    Column("plan", Text, nullable=False),  # JSON of what was asked for
+    Index("moe_sweeps_owner_turn", "owner", "turn"),
+)
 
-    SQLite gets a folder (0700) and a file (0600), WAL, foreign keys and a busy timeout. Transactions of an engine
-    from `engine.execution_options(writes=True)` take SQLite's write lock when they begin. A transaction that reads
-    first and asks for the lock later is refused at once if another one wrote in between, whatever the busy timeout.
+# What a job of a sweep is in it; a row is deleted with its job, and a sweep with its last row.
+trials_table = Table(
+    "moe_trials",
+    METADATA,
+    Column("job", String(128), primary_key=True),
+    Column("sweep", String(128), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("chosen", Text, nullable=False),  # JSON: the values of the swept settings
+    Column("is_read", Boolean, nullable=False),  # the job has ended, and every figure of it is in the store
+    Column("pruned_at", Integer),  # number of the evaluation after which the sweep ended it
+    Column("pruner_state", Text, nullable=False),  # JSON: what the pruner remembers about it
+    Index("moe_trials_sweep_number", "sweep", "number", unique=True),
+    Index("moe_trials_is_read", "is_read"),
+)
 
-    Tables of an older version are migrated in the transaction that finds them.
+# The held-out figures of a job of a sweep, in the order of its evaluations.
+trial_figures_table = Table(
+    "moe_trial_figures",
+    METADATA,
+    Column("job", String(128), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # 1 for the first evaluation after a step
+    Column("step", BigInteger, nullable=False),
+    Column("value", Double),  # null: not a number
+)
 
-    Raises:
-        InvalidInput: `url` is not an SQLAlchemy URL, names a database in the memory of one process, or names a
-            database that is damaged or has the schema of a newer version of this package.
-    """
-    parsed = store_url.parsed(url)
-    if parsed.get_backend_name() != "sqlite":
-        # Set explicitly: a transaction that waited for a row's lock must see what the lock's holder did.
-        engine = store_url.engine(
-            parsed, pool_pre_ping=True, isolation_level="READ COMMITTED", max_overflow=MORE_CONNECTIONS,
-            connect_args=store_url.time_limit(parsed),
-        )  # fmt: skip
-    else:
-        _make_private_file(_file_of(parsed))
-        reserve = Reserve(_file_of(parsed))
-        reserve.maintain()  # the first connection may create files
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=MORE_CONNECTIONS)
-        event.listen(engine, "connect", _on_sqlite_connect)
-
-        def begin(connection: Connection) -> None:
-            writes = connection.get_execution_options().get("writes", False)
-            if writes:
-                reserve.maintain()
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-        event.listen(engine, "begin", begin)
-    try:
-        with damage_reported(parsed), engine.execution_options(writes=True).begin() as connection:
-            _bring_schema_up(connection)
-        if parsed.get_backend_name() == "sqlite":
-            file = DatabaseFile(_file_of(parsed))
-            event.listen(engine, "begin", file.check)
-            # A new connection to a deleted file would create an empty one in its place.
-            event.listen(engine, "do_connect", lambda *_: file.check())
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
-
-
-def identity_of(url: str) -> str | None:
-    """Return the id of the store at `url`; None if there is no store yet, or it is older than ids. Creates nothing.
-
-    Raises:
-        InvalidInput: See `open_engine`.
-        SQLAlchemyError: The database does not answer.
-    """
-    parsed = store_url.parsed(url)
-    if parsed.get_backend_name() == "sqlite":
-        if not _file_of(parsed).exists():
-            return None
-        Reserve(_file_of(parsed)).release_if_needed()  # SQLite creates files even to read
-        # With `mode=rw`, SQLite does not create the file again if it is deleted meanwhile.
-        path = f"file:{quote(str(_file_of(parsed).absolute()))}"
-        looking = create_engine(
-            parsed.set(database=path).update_query_dict({"mode": "rw", "uri": "true"}), poolclass=NullPool,
-            connect_args={"timeout": BUSY_TIMEOUT_S},
-        )  # fmt: skip
-    else:
-        limit = store_url.time_limit(parsed)
-        looking = store_url.engine(parsed, poolclass=NullPool, connect_args=limit)
-    with damage_reported(parsed), looking.connect() as connection:
-        version = _version(connection, parsed)
-        if version is None or (version < SCHEMA_VERSION and not inspect(connection).has_table(identity_table.name)):
-            return None
-        return str(connection.execute(select(identity_table.c.id)).scalar_one())
-
-
-def for_reading(engine: Engine) -> Engine:
-    """Return `engine` for read-only transactions: each query sees the store as it was at the transaction's first query.
-
-    SQLite does so anyway. With PostgreSQL's default, one query could see a job that waits and the next one see that
-    it was claimed meanwhile.
-    """
-    return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="REPEATABLE READ")
-
-
-def _file_of(url: URL) -> Path:
-    """Return the file of a SQLite store."""
-    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
-        raise InvalidInput("store_url", str(url), "a file, because the supervisor is another process and reads it")
-    return Path(url.database)
-
-
-def _make_private_file(path: Path) -> None:
-    """Create an empty WAL database that only this user can read. SQLite gives its -wal and -shm files the same mode.
-
-    This must not open `path`: closing a file drops all locks that this process holds on it, including those of its
-    SQLite connections (sqlite.org/howtocorrupt.html, 2.2). The next process to close the database would believe that it
-    is the last one and delete the -wal file, while those connections still write to it.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.exists():
-        return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    # The file appears in WAL mode. If two processes change the mode of a new file, SQLite refuses one at once
-    # ("database is locked"), whatever the busy timeout.
-    with closing(sqlite3.connect(name)) as database:
-        database.execute("PRAGMA journal_mode = WAL")
-    with suppress(FileExistsError):  # another process created it meanwhile
-        os.link(name, path)
-    os.unlink(name)
-
-
-def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # sqlite3's own BEGIN comes too late, see `open_engine`
-    connection.text_factory = _text  # otherwise one text that is not UTF-8 makes the whole query fail
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    # With WAL and NORMAL, a power cut may lose the last transactions, but never the file. FULL keeps those too: a
-    # job that was confirmed to a client must not disappear.
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-    cursor.close()
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "replace")
-
-
-def _bring_schema_up(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        # Otherwise two servers that start at once would both find no table and both create it.
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRES_SCHEMA_LOCK})
-    version = _version(connection, connection.engine.url)
-    if version is None:
-        METADATA.create_all(connection)
-        connection.execute(insert(schema_table).values(version=SCHEMA_VERSION))
-        connection.execute(insert(supervisor_table).values(id=1))
-        connection.execute(insert(identity_table).values(id=str(uuid.uuid4())))
-        return
-    if version == SCHEMA_VERSION:
-        if connection.execute(select(supervisor_table.c.id)).first() is None:  # there must always be a row to lock
-            connection.execute(insert(supervisor_table).values(id=1))
-        return
-    # Imported here because hardly any start needs alembic, and every start would pay for the import.
-    from llama_stack_provider_moe.control.store.migrations import migrate
-
-    migrate(connection, version)
-    connection.execute(update(schema_table).values(version=SCHEMA_VERSION))
-
-
-def _version(connection: Connection, url: URL) -> int | None:
-    """Return the schema's version, at most `SCHEMA_VERSION`; None for a database without our tables.
-
-    Raises:
-        InvalidInput: The schema is newer, or tables are damaged or missing; the text names `url`.
-    """
-    if not inspect(connection).has_table(schema_table.name):
-        return None
-    versions = connection.execute(select(schema_table.c.version)).scalars().all()
-    if len(versions) != 1 or not isinstance(versions[0], int) or versions[0] < 1:
-        found = ", ".join(repr(each) for each in versions) or "none"
-        raise damaged(url, f"its table {schema_table.name} should hold one version and holds {found}")
-    version = versions[0]
-    if version == SCHEMA_VERSION:
-        missing = [table.name for table in METADATA.sorted_tables if not inspect(connection).has_table(table.name)]
-        if missing:
-            raise damaged(url, f"it has no table {', '.join(missing)}")
-    if version > SCHEMA_VERSION:
-        raise InvalidInput(
-            "store_url",
-            url.render_as_string(hide_password=True),
-            f"a store of schema version {SCHEMA_VERSION}; this one has version {version}, so another version of "
-            "llama-stack-provider-moe created it: run that version, or use another store",
-        )
-    return version
+# Messages about jobs that ended, see `outbox`; a row is deleted with its job.
+webhooks_table = Table(
+    "moe_webhooks",
+    METADATA,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),  # the receiver's key against a second delivery
+    Column("job", String(128), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event", String(64), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("told", Text),  # what the last attempt met
+    Index("moe_webhooks_state_due_at", "state", "due_at"),
+    Index("moe_webhooks_job", "job"),
+    sqlite_autoincrement=True,
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy.engine import make_url
 
-from llama_stack_provider_moe.control.store.schema import identity_of
+from llama_stack_provider_moe.control.store.opening import identity_of
 from llama_stack_provider_moe.control.store.state_layout import STORE_FILE
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput

@@ -4,27 +4,26 @@ Every method is one transaction. Reads are cheap. The database serialises the wr
 claimed only once, and a move is checked against the job's actual state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 
 from sqlalchemy import PoolProxiedConnection, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from llama_stack_provider_moe.control.store import limits, parent_jobs, queue
+from llama_stack_provider_moe.control.store import labels, limits, outbox, parent_jobs, queue, trial_rows
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable
 from llama_stack_provider_moe.control.store.job_counts import JobCounts, count_jobs
+from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB, JobFilter
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, change, find
+from llama_stack_provider_moe.control.store.labels import LabelChange, LabelledJob
 from llama_stack_provider_moe.control.store.lease import LiveSupervisor
 from llama_stack_provider_moe.control.store.moves import Moves
+from llama_stack_provider_moe.control.store.opening import for_reading, open_engine
+from llama_stack_provider_moe.control.store.outbox import Outbox
 from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
-from llama_stack_provider_moe.control.store.schema import (
-    for_reading,
-    identity_table,
-    jobs_table,
-    open_engine,
-    supervisor_table,
-)
+from llama_stack_provider_moe.control.store.schema import identity_table, jobs_table, supervisor_table
+from llama_stack_provider_moe.control.store.sweep_rows import SweepTable
 from llama_stack_provider_moe.control.store.transitions import WAITS
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.events import now
@@ -36,7 +35,9 @@ __all__ = ["CANCELLED_WAITING", "Job", "JobStore", "Jobs", "LiveSupervisor", "Ne
 CANCELLED_WAITING = "cancelled before it started"
 _CANCELLED_AGAIN = "cancelled while it waited to resume"
 
-Jobs = list[Job]  # inside the class, `JobStore.list` hides the built-in
+# Inside the class, `JobStore.list` hides the built-in.
+Jobs = list[Job]
+Queue = list[tuple[Job, int]]  # jobs and their positions
 
 
 class JobStore(Moves):
@@ -47,6 +48,8 @@ class JobStore(Moves):
 
     Attributes:
         datasets: The data sets that owners uploaded.
+        sweeps: Sweeps, whose jobs are ordinary jobs.
+        outbox: Messages about jobs that ended.
     """
 
     def __init__(self, url: str) -> None:
@@ -54,6 +57,8 @@ class JobStore(Moves):
         self._reading = for_reading(engine)
         self._writing = engine.execution_options(writes=True)
         self.datasets = DatasetTable(self._reading, self._writing)
+        self.sweeps = SweepTable(self._reading, self._writing)
+        self.outbox = Outbox(self._reading, self._writing)
         self._looking: PoolProxiedConnection | None = None
         self._version: int | None = None
 
@@ -153,24 +158,37 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             return as_job(find(connection, job_id, owner))
 
-    def list(self, owner: str | None, limit: int = 1000, after: str | None = None) -> Jobs:
+    def list(
+        self, owner: str | None, limit: int = 1000, after: str | None = None, chosen: JobFilter = EVERY_JOB
+    ) -> Jobs:
         """Return a page of jobs, newest first.
 
         Args:
             owner: Owner of the jobs; None for all owners.
             limit: The largest number of jobs.
             after: Id of the last job of the previous page.
+            chosen: Which of them to return.
 
         Raises:
             NotFound: There is no job `after`.
         """
-        query = select(jobs_table).order_by(jobs_table.c.seq.desc()).limit(limit)
+        query = select(jobs_table).where(*chosen.conditions()).order_by(jobs_table.c.seq.desc()).limit(limit)
         if owner is not None:
             query = query.where(belongs_to(owner))
         with self._reading.begin() as connection:
             if after is not None:
                 query = query.where(jobs_table.c.seq < find(connection, after, owner).seq)
             return [as_job(row) for row in connection.execute(query)]
+
+    def labels(self, job_ids: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the labels of jobs, by job and key; jobs without labels are left out."""
+        with self._reading.begin() as connection:
+            return labels.of(connection, job_ids)
+
+    def label(self, job_id: str, owner: str | None, asked: LabelChange) -> LabelledJob:
+        """Change the labels and the note of a job, see `labels.apply`."""
+        with self._writing.begin() as connection:
+            return labels.apply(connection, job_id, owner, asked)
 
     def request_cancel(self, job_id: str, owner: str | None) -> Job:
         """Request that a job be cancelled. You can repeat the request.
@@ -190,6 +208,7 @@ class JobStore(Moves):
             moment = now()
             changes: dict[str, object] = {"cancel_requested_at": moment}
             if state is JobState.SCHEDULED:
+                outbox.write(connection, row, JobState.CANCELLED)
                 changes |= {
                     "state": JobState.CANCELLED.value,
                     "ended_at": moment,
@@ -202,10 +221,10 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             return limits.use_of(connection, owner)
 
-    def must_have_left(self, owner: str, owner_limits: LimitsConfig) -> None:
-        """Raise `OverLimit` if the owner is at a limit now; `add` and `resume` decide."""
+    def must_have_left(self, owner: str, owner_limits: LimitsConfig, jobs: int = 1) -> None:
+        """Raise `OverLimit` if the owner can't have so many more jobs wait now; `add` and `resume` decide."""
         with self._reading.begin() as connection:
-            limits.must_have_left(connection, owner, owner_limits)
+            limits.must_have_left(connection, owner, owner_limits, jobs)
 
     def owners(self) -> set[str]:
         """Return every owner of jobs, data sets, or GPU time of the last 24 hours."""
@@ -235,6 +254,7 @@ class JobStore(Moves):
                 raise Conflict(f"job {job_id!r} is {state.value}; only a cancelled or failed job can be resumed")
             check_move(job_id, state, JobState.SCHEDULED)
             limits.must_have_left(connection, row.owner, owner_limits)
+            trial_rows.may_change(connection, job_id)
             return change(connection, row, WAITS | {"queued_at": now(), "turn": turn, "lost": 0, "reason": None})
 
     def delete(
@@ -300,6 +320,18 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             row = find(connection, job_id)
             return queue.position(connection, row) if row.state == JobState.SCHEDULED.value else 0
+
+    def first_waiting(self, owner: str | None, limit: int) -> tuple[Queue, int]:
+        """Return the first waiting jobs with their positions in the queue, and how many wait in all.
+
+        Args:
+            owner: Owner of the jobs; None for all owners.
+            limit: The largest number of jobs.
+        """
+        with self._reading.begin() as connection:
+            rows, count = queue.first_waiting(connection, owner, limit)
+            found = [(as_job(row), queue.position(connection, row)) for row in rows]
+            return sorted(found, key=lambda each: each[1]), count
 
     def counts(self) -> dict[JobState, int]:
         """Return the number of jobs in each state, of all owners."""

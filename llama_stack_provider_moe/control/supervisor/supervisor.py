@@ -29,7 +29,9 @@ from llama_stack_provider_moe.control.supervisor.launching import launch
 from llama_stack_provider_moe.control.supervisor.outcome import REASON_LIMIT, Outcome, outcome
 from llama_stack_provider_moe.control.supervisor.processes import PidScope, ProcessName
 from llama_stack_provider_moe.control.supervisor.removal import Retention
+from llama_stack_provider_moe.control.supervisor.sweep_watch import SweepWatch
 from llama_stack_provider_moe.control.supervisor.watchdog import Watchdog
+from llama_stack_provider_moe.control.supervisor.webhooks import WebhookSender
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, LeaseLost, NotFound, StoreReplaced
 from llama_stack_provider_moe.ground.redaction import known_secrets, scrubbed, without_passwords
 from llama_stack_provider_moe.jobdir.folder import JobFolder
@@ -71,6 +73,7 @@ class Supervisor:
         self._given_up: dict[str, str] = {}  # job id -> why the supervisor stopped it without a request
         self._unsettled: dict[Child, Outcome] = {}  # ends not recorded yet: executors report each end only once
         self._retention = Retention(store, config)
+        self._sweeps = SweepWatch(store, self.id)
         self._failures = FailureLog(log, config.state_dir)
         self._disk_is_full = False
 
@@ -147,6 +150,7 @@ class Supervisor:
             return False
         self._idle = False
         running = sum([self._check_job(job) for job in self._store.running()])
+        self._sweeps.look()
         if not self._leaving and running < self._limits.max_concurrent_jobs:
             self._fail_impossible_jobs()
         while not self._leaving and running < self._limits.max_concurrent_jobs and self._has_disk_space():
@@ -377,7 +381,8 @@ def supervise(config: ProviderConfig, lock: int | None = None) -> int:
             log.info("another supervisor is alive; leaving")
             return 0
         log.info("supervisor of %s", config.state_dir)
-        return 0 if supervisor.run() else 1
+        with WebhookSender(store, config.notify, supervisor.id):
+            return 0 if supervisor.run() else 1
     finally:
         store.close()
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from llama_stack_provider_moe.compute.evaluation.served import Endpoint
 from llama_stack_provider_moe.control.cli.exits import Exit as Code
-from llama_stack_provider_moe.control.store.schema import open_engine
+from llama_stack_provider_moe.control.store.opening import open_engine
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.control.supervisor.executors import Child
 from llama_stack_provider_moe.control.supervisor.executors.local import child_environment

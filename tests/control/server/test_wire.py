@@ -19,7 +19,7 @@ from llama_stack_provider_moe.jobdir import folder
 from llama_stack_provider_moe.spec import DPO_LOSSES, JOB_SPEC, JobDefaults
 from llama_stack_provider_moe.spec.validation_errors import invalid_body
 
-BLOCKS = {"adapter", "moe", "options", "eval", "export", "resources"}
+BLOCKS = {"adapter", "moe", "options", "eval", "export", "resources", "labels", "note", "notify"}
 PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     # theirs, ours, additional fields of ours
     (api.DataConfig, wire_requests.DataConfig, set()),

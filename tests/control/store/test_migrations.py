@@ -9,7 +9,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
 from llama_stack_provider_moe.control.store.migrations import STEPS
-from llama_stack_provider_moe.control.store.schema import METADATA, SCHEMA_VERSION, identity_of
+from llama_stack_provider_moe.control.store.opening import identity_of
+from llama_stack_provider_moe.control.store.schema import METADATA, SCHEMA_VERSION
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.jobdir.state import JobState
