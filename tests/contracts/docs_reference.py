@@ -252,8 +252,10 @@ def families() -> list[str]:
         "- **resume**: two steps, saved, and two more from the files give the weights of four steps, bit for bit.",
         "- **states of blocks**: a pass that ends at a block, as circuit breakers need it, has the whole pass's states.",
         "- **routing analysis**: rows of several lengths are counted together as each is alone.",
-        "- **LoRA report**: from the config alone, `moe-train report lora` counts experts, layers, shapes of LoRA, "
-        "parameters and bytes as they are in the modules, and estimates the memory of each recipe.",
+        "- **LoRA report**: from the config alone, `moe-train report lora` counts experts, layers, shapes of LoRA and "
+        "parameters as they are in the modules.",
+        "- **memory plan**: from the config alone, a plan has the bytes of the modules, and runs every layer of a step "
+        "without weights.",
     ]
 
 

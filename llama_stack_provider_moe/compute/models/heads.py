@@ -137,8 +137,8 @@ def _outermost(base: PreTrainedModel, parts: dict[str, nn.Module]) -> PreTrained
     nn.Module.__init__(copied)
     fresh = vars(copied).keys() | {"forward"}
     vars(copied).update({name: value for name, value in vars(base).items() if name not in fresh})
-    for name, part in parts.items():
-        copied.add_module(name, part)
+    for name, child in base.named_children():
+        copied.add_module(name, parts.get(name, child))
     return copied.eval()
 
 
