@@ -250,7 +250,7 @@ def families() -> list[str]:
         "- **saved and merged**: an adapter, loaded in plain PEFT and merged on disk, gives what was trained.",
         "- **load check**: `moe-train export check` finds what was trained in the adapter and in the merged model.",
         "- **resume**: two steps, saved, and two more from the files give the weights of four steps, bit for bit.",
-        "- **states of blocks**: a pass that ends at a block, as circuit breakers need it, has the whole pass's states.",
+        "- **states of blocks**: a pass that ends at a block, for circuit breakers, has the states of the whole pass.",
         "- **routing analysis**: rows of several lengths are counted together as each is alone.",
         "- **LoRA report**: from the config alone, `moe-train report lora` counts experts, layers, shapes of LoRA and "
         "parameters as they are in the modules.",

@@ -145,15 +145,15 @@ def lora_reported(subject: Subject, folder: Path) -> None:
 
 
 def memory_planned(subject: Subject, folder: Path) -> None:
-    """From the config alone, a plan has the bytes of the modules, and every layer of a step in which no number exists."""
+    """From the config alone, a plan has the bytes of the modules, and runs every layer of a step without weights."""
     adapted = _blank(subject, folder)
     weights = weights_of(adapted)
     static = process_memory(weights, "ddp", 1, moments=2)
     loaded = subject.kind.from_pretrained(subject.files.base, dtype=torch.bfloat16)
     tensors = [*loaded.parameters(), *loaded.buffers()]
     stored = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
-    # transformers keeps a few numbers in fp32, which are a share only of a tiny model.
-    assert static.weights == pytest.approx(sum(stored.values()), rel=0.02)
+    # Buffers that are read may be in another dtype, which is a share only of a tiny model.
+    assert static.weights == pytest.approx(sum(stored.values()), rel=0.01)
     lora = sum(each.nbytes for each in subject.adapted(Moe(), EVERYTHING)[0].parameters() if each.requires_grad)
     assert (static.adapter, static.gradients, static.optimizer) == (lora, lora, 2 * lora)
     layout, batch = subject.layout, Batch(2, 16)

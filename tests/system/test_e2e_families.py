@@ -33,6 +33,8 @@ FAMILIES = {
     "mistral4": "latent attention",
 }
 COMPOSITE = {"glm4v_moe", "gemma4"}
+# The load check starts two processes that import the libraries; in the others the test itself compares the logits.
+LOAD_CHECKED = "gemma4-sft"
 RECIPES = ["sft", "dpo"]
 TOKENS = torch.arange(5, 25).unsqueeze(0)
 
@@ -66,7 +68,8 @@ def jobs(server: Server) -> dict[str, dict[str, Any]]:
                 "recipe": recipe, "job_uuid": job_id, "model": str(server.state_dir / "models" / family),
                 "data": {"dataset_id": "words" if recipe == "sft" else "pairs"},
                 "training": {"batch_size": 8, "dtype": "fp32"}, "optimizer": {"lr": 5e-3}, "adapter": {"rank": 4},
-                "options": {"max_length": 64, "lr_scheduler": "constant"}, "export": {"merged": True},
+                "options": {"max_length": 64, "lr_scheduler": "constant"},
+                "export": {"merged": True, "load_check": job_id == LOAD_CHECKED},
             }  # fmt: skip
             answer = http.post("/jobs", json=body)
             assert answer.status_code == 200, answer.text
@@ -99,9 +102,9 @@ def test_job_completes_learns_and_is_exported(jobs: dict[str, dict[str, Any]], f
     layout = Subject(family).layout
     assert job["resolved"]["layout"]["moe_layers"] == list(layout.moe_layers)
     (export,) = job["exports"]
-    assert (export["status"], [(step["name"], step["state"]) for step in export["steps"]]) == (
-        "completed", [("load_check", "completed"), ("merged", "completed")],
-    )  # fmt: skip
+    steps = ["load_check", "merged"] if f"{family}-{recipe}" == LOAD_CHECKED else ["merged"]
+    assert export["status"] == "completed"
+    assert [(step["name"], step["state"]) for step in export["steps"]] == [(step, "completed") for step in steps]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,7 +26,7 @@ from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_
 from llama_stack_provider_moe.compute.moe import backend
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES, Groups, Sorted, bucket
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_config, without_adapters
-from llama_stack_provider_moe.errors import LayoutError
+from llama_stack_provider_moe.errors import LayoutError, ModelError
 
 Device = Literal["cuda", "cpu"]
 
@@ -115,6 +115,10 @@ class DryRun:
     shared: int
 
 
+class NotMeasurable(ModelError):
+    """A model can't run on tensors without numbers."""
+
+
 class Rehearsal:
     """A model on the meta device, adapted or with all weights to train, ready to be measured; its weights become fake.
 
@@ -149,7 +153,19 @@ class Rehearsal:
             batch: number of sequences.
             length: tokens of each, padding included.
             with_head: whether to run the output head and the loss too.
+
+        Raises:
+            NotMeasurable: the sizes of its tensors depend on their numbers.
         """
+        try:
+            return self._run(batch, length, with_head)
+        except DynamicOutputShapeException as error:
+            raise NotMeasurable(
+                f"memory can't be estimated from the config of a {text_config(self._model).model_type} model: the sizes "
+                "of some tensors in its layers depend on the numbers in others"
+            ) from error
+
+    def _run(self, batch: int, length: int, with_head: bool) -> DryRun:
         with _even_routing(self._device), self._mode:
             ids, mask = torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.long)
             whole = partial(self._forward, ids, mask, with_head)
