@@ -37,8 +37,8 @@ NOT_MADE: dict[str, str] = {
 # Model type and law -> why it does not hold.
 FAILS: dict[tuple[str, str], Failure] = {
     ("glm5_next", "memory plan"): Failure(
-        "its attention keeps as many blocks as the numbers in a mask say, and a dry run has no numbers; the LoRA report "
-        "says so and counts the rest, and a job starts without an estimate",
+        "its attention keeps as many blocks as the numbers in a mask say, and a dry run has no numbers; the LoRA "
+        "report says so and counts the rest, and a job starts without an estimate",
         "depend on the numbers",
     ),
 }

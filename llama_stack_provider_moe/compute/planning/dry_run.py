@@ -161,8 +161,8 @@ class Rehearsal:
             return self._run(batch, length, with_head)
         except DynamicOutputShapeException as error:
             raise NotMeasurable(
-                f"memory can't be estimated from the config of a {text_config(self._model).model_type} model: the sizes "
-                "of some tensors in its layers depend on the numbers in others"
+                f"the memory of a {text_config(self._model).model_type} model can't be estimated from its config: the "
+                "sizes of some tensors in its layers depend on the numbers in others"
             ) from error
 
     def _run(self, batch: int, length: int, with_head: bool) -> DryRun:
