@@ -240,15 +240,22 @@ def families() -> list[str]:
         "- **counts**: experts, layers, top-k and the shapes of LoRA are those of the modules.",
         "- **fast path**: logits and gradients equal those of transformers' loop over experts with plain W + s B A.",
         "- **telemetry**: every token is counted top-k times in each layer, and the experts get what was counted.",
-        "- **saved and merged**: an adapter, loaded in plain PEFT and merged on disk, gives what was trained.",
         "- **one step**: a step of training lowers the loss, and moves nothing but LoRA.",
         "- **adapter off**: with its adapter off, the model is the base, bit for bit.",
         "- **TRL's figures**: TRL's head gives the log-probabilities of the model's own logits, and its balance loss.",
-        "- **LoRA report**: from the config alone, the report counts what the modules get.",
         "- **masks**: a masked expert gets no token.",
-        "- **4 bits**: LoRA over a base in 4 bits computes and learns what it does over the decoded base.",
+        "- **4 bits**, **8 bits**: LoRA over such a base computes and learns what it does over the decoded base.",
         "- **balances**: each balance that the family can have acts, and the others are refused.",
         "- **whole model**: training all weights lowers the loss; other parts of a composite model stay as they are.",
+        "- **saved and merged**: an adapter, loaded in plain PEFT and merged on disk, gives what was trained.",
+        "- **load check**: `moe-train export check` finds what was trained in the adapter and in the merged model.",
+        "- **resume**: two steps, saved, and two more from the files give the weights of four steps, bit for bit.",
+        "- **states of blocks**: a pass that ends at a block, for circuit breakers, has the states of the whole pass.",
+        "- **routing analysis**: rows of several lengths are counted together as each is alone.",
+        "- **LoRA report**: from the config alone, `moe-train report lora` counts experts, layers, shapes of LoRA and "
+        "parameters as they are in the modules.",
+        "- **memory plan**: from the config alone, a plan has the bytes of the modules, and runs every layer of a step "
+        "without weights.",
     ]
 
 

@@ -1,106 +1,35 @@
 """The laws that a family of models with experts must hold, each a function of a subject; see `test_every_family`.
 
-A law raises if it does not hold. All run in this process, on a tiny model with random weights.
+A law raises if it does not hold. All run in this process, on a tiny model with random weights. Here are those of what
+is computed; `family_job_laws` has those of what jobs and reports do with it.
 """
 
-import warnings
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-import transformers
-from peft import PeftModel
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from llama_stack_provider_moe.compute.export.merge import merge
 from llama_stack_provider_moe.compute.models.determinism import without_dropout
-from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
-from llama_stack_provider_moe.compute.moe.adapters import add_lora, below_layer, injected, train_whole
+from llama_stack_provider_moe.compute.models.heads import differs_after_backbone, needs_plain_head, set_plain_head
+from llama_stack_provider_moe.compute.moe.adapters import add_lora, injected, train_whole
 from llama_stack_provider_moe.compute.moe.balance import balance_loss
-from llama_stack_provider_moe.compute.moe.derive import find_layout
-from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, outside_text, text_config
+from llama_stack_provider_moe.compute.moe.layout import outside_text, text_config
 from llama_stack_provider_moe.compute.moe.masking import masked_experts
-from llama_stack_provider_moe.compute.moe.model_types import class_of, types_with_experts
+from llama_stack_provider_moe.compute.moe.model_types import class_of
 from llama_stack_provider_moe.compute.moe.quantize import dequantize, quantize
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.compute.moe.steering import Steering
-from llama_stack_provider_moe.compute.planning.lora_report import targets_of
-from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
 from llama_stack_provider_moe.compute.train import checkpoints
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import Adapter, Moe
-from tests.support import tiny_models
-from tests.support.every_family import tiny_config
-
-IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(5))
-RANK, ALPHA = 2, 4
-EXPERTS_ONLY = Adapter(rank=RANK, alpha=ALPHA, lora_attn_modules=[], plan="all_experts")
-# Of the norm, in fp32.
-CLOSE = 2e-5
-
-
-@dataclass
-class Subject:
-    """A tiny model of one model type, always with the same weights."""
-
-    model_type: str
-
-    def model(self) -> PreTrainedModel:
-        kind = getattr(transformers, types_with_experts()[self.model_type])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            made: PreTrainedModel = kind(tiny_config(self.model_type)).eval()
-            with torch.no_grad():
-                for parameter in made.parameters():
-                    if parameter.dim() > 1 and not parameter.abs().max() > 0:  # some start at zero, as routers
-                        parameter.normal_(0, 0.1)
-                for name, buffer in made.named_buffers():
-                    if name.endswith("tid2eid"):
-                        buffer.copy_(torch.randint(4, buffer.shape))
-        return made
-
-    @cached_property
-    def layout(self) -> ExpertLayout:
-        found = find_layout(self.model())
-        assert found is not None, "no experts were found"
-        return found
-
-    def adapted(self, moe: Moe, adapter: Adapter = EXPERTS_ONLY) -> tuple[PeftModel, Any]:
-        """With LoRA as after training: B begins at zero, and would hide A's gradient."""
-        model = self.model()
-        resolved = resolve_moe(moe, self.layout, full=False)
-        shipped = apply_moe(model, self.layout, resolved)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            made = add_lora(model, adapter, self.layout, resolved)
-            with torch.no_grad():
-                for name, parameter in made.model.named_parameters():
-                    if "lora_B" in name:
-                        parameter.normal_(0, 0.1)
-        return made.model.eval(), shipped
-
-
-def answer(model: nn.Module) -> Tensor:
-    made: Tensor = model(input_ids=IDS, use_cache=False).logits
-    return made
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    logits = answer(model)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-
-
-def off_by(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-12))
+from tests.support import family_job_laws, tiny_models
+from tests.support.family_subject import ALPHA, CLOSE, IDS, RANK, Subject, answer, loss_of, off_by
 
 
 def counts(subject: Subject, folder: Path) -> None:
@@ -206,28 +135,6 @@ def telemetry(subject: Subject, folder: Path) -> None:
         assert abs(sum(routing.share) - 1) < 1e-5
 
 
-def saved(subject: Subject, folder: Path) -> None:
-    """An adapter, saved and loaded in plain PEFT, and merged on disk, gives what was trained; so does the class."""
-    base = folder / "base"
-    subject.model().save_pretrained(base)
-    tiny_models.tokenizer().save_pretrained(base)
-    model, shipped = subject.adapted(Moe(), Adapter(rank=RANK, alpha=ALPHA, lora_attn_modules=[]))
-    with torch.no_grad():
-        expected = answer(model)
-    checkpoints.save(model, tiny_models.tokenizer(), folder / "adapter", shipped.restored(), step=1)
-    kind = getattr(transformers, types_with_experts()[subject.model_type])
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
-        plain = PeftModel.from_pretrained(kind.from_pretrained(base), folder / "adapter").eval()
-        assert off_by(answer(plain), expected) < CLOSE, f"plain PEFT: {off_by(answer(plain), expected):.1e}"
-    merge(base, folder / "adapter", folder / "merged")
-    merged, loading = kind.from_pretrained(folder / "merged", output_loading_info=True)
-    assert not loading["missing_keys"], loading
-    assert not loading["mismatched_keys"], loading
-    with torch.no_grad():
-        assert off_by(answer(merged.eval()), expected) < CLOSE, f"merged: {off_by(answer(merged), expected):.1e}"
-
-
 def one_step(subject: Subject, folder: Path) -> None:
     """A step of training lowers the loss, and moves nothing but LoRA."""
     model, _ = subject.adapted(Moe())
@@ -267,6 +174,9 @@ def trl_figures(subject: Subject, folder: Path) -> None:
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = layout.aux_loss
     add_fused_lm_head(model)
+    if model.base_model is not model:
+        # A sharded model can't run the pass that decides; it must come to the same.
+        assert differs_after_backbone(model) == needs_plain_head(model)
     if needs_plain_head(model):
         set_plain_head(model)
     wanted = {"output_router_logits": True} if layout.aux_loss else {}
@@ -276,23 +186,6 @@ def trl_figures(subject: Subject, folder: Path) -> None:
     if layout.aux_loss:
         # With top-k of E experts, the loss is K at perfect balance.
         assert 0.5 * layout.top_k < float(found.aux_loss) < 2 * layout.num_experts
-
-
-def lora_report(subject: Subject, folder: Path) -> None:
-    """From the config alone, the LoRA report counts what the modules of a whole model get."""
-    subject.model().config.save_pretrained(folder)
-    adapter = Adapter(rank=RANK, alpha=ALPHA, plan="all_experts")
-    config, _ = read_config(str(folder))
-    reported: Counter[tuple[object, ...]] = Counter()
-    for row in targets_of(blank(config, adapter, Moe())):
-        reported[row.name, row.experts, row.lora_a_shape, row.lora_b_shape] += row.count
-    model, _ = subject.adapted(Moe(), adapter)
-    found: Counter[tuple[object, ...]] = Counter()
-    for name, lora in injected(model).items():
-        shapes = [tuple(part["default"].weight.shape) for part in (lora.lora_A, lora.lora_B)]
-        experts = lora.get_param().shape[0] if isinstance(lora, ParamWrapper) and lora.get_param().dim() == 3 else 0
-        found[below_layer(name), experts, *shapes] += 1
-    assert reported == found
 
 
 def whole_model(subject: Subject, folder: Path) -> None:
@@ -349,16 +242,32 @@ def masked(subject: Subject, folder: Path) -> None:
 
 def four_bits(subject: Subject, folder: Path) -> None:
     """LoRA over a base in 4 bits computes and learns what it does over the decoded base."""
+    quantized(subject, 4)
+
+
+def eight_bits(subject: Subject, folder: Path) -> None:
+    """The same over a base in 8 bits."""
+    quantized(subject, 8)
+
+
+def quantized(subject: Subject, bits: Literal[4, 8]) -> None:
     layout = subject.layout
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     for decoded in (False, True):
         model = subject.model()
         resolved = resolve_moe(Moe(), layout, full=False)
-        quantize(model, layout, 4, torch.device("cpu"))
+        quantize(model, layout, bits, torch.device("cpu"))
         if decoded:
             dequantize(model, layout)
         apply_moe(model, layout, resolved)
-        adapter = Adapter(rank=RANK, alpha=ALPHA, lora_attn_modules=[], plan="all_experts", quantize_base=not decoded)
+        adapter = Adapter(
+            rank=RANK,
+            alpha=ALPHA,
+            lora_attn_modules=[],
+            plan="all_experts",
+            quantize_base=not decoded,
+            quantize_bits=4 if decoded else bits,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             made = add_lora(model, adapter, layout, resolved).model.eval()
@@ -426,13 +335,13 @@ LAWS: dict[str, Callable[[Subject, Path], None]] = {
     "counts": counts,
     "fast path": fast_path,
     "telemetry": telemetry,
-    "saved and merged": saved,
     "one step": one_step,
     "adapter off": adapter_off,
     "TRL's figures": trl_figures,
-    "LoRA report": lora_report,
     "masks": masked,
     "4 bits": four_bits,
+    "8 bits": eight_bits,
     "balances": balances,
     "whole model": whole_model,
+    **family_job_laws.LAWS,
 }

@@ -79,7 +79,8 @@ def count(
             counts_BT = pad_sequence([torch.tensor(prompts[row].counts) for row in rows], batch_first=True).to(device)
             with torch.no_grad(), recorder.recording(mask_BT):
                 model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
-            for place, chosen_TK in enumerate(recorder.chosen()):
+            for place, layer in enumerate(layout.moe_layers):
+                chosen_TK = recorder.chosen_in(layer)
                 routed_NLE[rows, place] = _by_row(chosen_TK, counts_BT, layout.choices).cpu().numpy()
             progress(start + len(rows))
     finally:

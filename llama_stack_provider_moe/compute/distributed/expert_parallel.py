@@ -22,7 +22,7 @@ from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.exchange import Shard
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.model_types import blank_model, class_of
-from llama_stack_provider_moe.compute.moe.sharding import ShardedExperts
+from llama_stack_provider_moe.compute.moe.sharding import ShardedExperts, undividable
 from llama_stack_provider_moe.compute.runtime.peers import WAIT_LIMIT, Peers
 from llama_stack_provider_moe.errors import ModelError
 
@@ -34,16 +34,16 @@ def require_divisible(config: PreTrainedConfig, processes: int) -> ExpertLayout:
         ModelError: the model has no experts, or they do not divide evenly.
     """
     with torch.device("meta"):
-        layout = find_layout(blank_model(config))
+        model = blank_model(config)
+        layout = find_layout(model)
     if layout is None:
         raise ModelError(
             "resources.strategy: 'ep' is not valid for this model: it is dense, without experts; expected 'ddp' or "
             "'fsdp'"
         )
-    if layout.idle_choices:
+    if (reason := undividable(model, layout)) is not None:
         raise ModelError(
-            f"resources.strategy: 'ep' is not valid for {layout.family}: its routers also choose to compute nothing; "
-            "expected 'ddp' or 'fsdp'"
+            f"resources.strategy: 'ep' is not valid for {layout.family}: {reason}; expected 'ddp' or 'fsdp'"
         )
     if layout.num_experts % processes:
         fitting = [str(count) for count in range(2, layout.num_experts + 1) if not layout.num_experts % count]

@@ -42,6 +42,7 @@ from llama_stack_provider_moe.compute.moe.implementation import ExpertsImplement
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.quantize import quantize
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS, restore_biases
 from llama_stack_provider_moe.errors import AdapterError
@@ -256,7 +257,9 @@ def _load(
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise AdapterError(f"adapter: PEFT can't load {adapter}: {' '.join(str(error).split())[:600]}") from error
     written = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
-    there: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = names_in_file(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    there: dict[str, Tensor] = {names[own]: tensor for own, tensor in state.items()}
     if lost := sorted(written.keys() - there.keys()):
         raise AdapterError(f"adapter: PEFT finds no place for {len(lost)} of its tensors: {', '.join(lost[:3])}")
     if missing := sorted(there.keys() - written.keys()):

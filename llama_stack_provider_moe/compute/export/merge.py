@@ -248,16 +248,25 @@ def _merged(numbers: Tensor, first: int, entry: TensorEntry, place: TensorPlace,
         left, right = (update.left, update.right) if place.expert is None else (
             update.left[place.expert], update.right[place.expert])  # fmt: skip
         begin = place.first_row + first // columns
-        rows.addmm_(left[begin : begin + len(rows)], right, alpha=update.scale)
+        rows.addmm_(_rows(left, begin, len(rows), place.interleaved), right, alpha=update.scale)
         return rows
     height, done, begin = entry.shape[-2], 0, first // columns
     while done < len(rows):
         expert, row = divmod(begin + done, height)
         count = min(height - row, len(rows) - done)
         at = place.first_row + row
-        rows[done : done + count].addmm_(update.left[expert, at : at + count], update.right[expert], alpha=update.scale)
+        left = _rows(update.left[expert], at, count, place.interleaved)
+        rows[done : done + count].addmm_(left, update.right[expert], alpha=update.scale)
         done += count
     return rows
+
+
+def _rows(left: Tensor, begin: int, count: int, interleaved: bool) -> Tensor:
+    """Rows of a matrix in memory that are rows `begin` and following on disk (see `TensorPlace.interleaved`)."""
+    if not interleaved:
+        return left[begin : begin + count]
+    on_disk = torch.arange(begin, begin + count, device=left.device)
+    return left[on_disk % 2 * (len(left) // 2) + on_disk // 2]
 
 
 def _finite(numbers: Tensor, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llama_stack_provider_moe.compute.export.tensors import TensorEntry, read_header
 from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME, injected
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
 from llama_stack_provider_moe.errors import AdapterError, MoeError, shorten
 from llama_stack_provider_moe.ground.small_files import read_object
@@ -61,7 +62,7 @@ class Updates:
         self.shapes = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
         shared = _shared(model)
         self._entries = _weights(folder)
-        self._layers = _adapted(model, self.config)
+        self._layers, self._names = _adapted(model, self.config)
         self._kept: OrderedDict[str, Update] = OrderedDict()
         if tied := sorted(set(self._layers) & shared):
             raise AdapterError(
@@ -90,7 +91,8 @@ class Updates:
 
     def _read(self, parameter: str) -> Update:
         key, layer = self._layers[parameter]
-        weights = [self._entries[f"{key}.{part}.weight"].tensor().float() for part in ("lora_A", "lora_B")]
+        names = [self._names[f"{key}.{part}.weight"] for part in ("lora_A", "lora_B")]
+        weights = [self._entries[name].tensor().float() for name in names]
         if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             raise AdapterError(f"adapter: LoRA of {parameter} has numbers that are not finite")
         scale = float(layer.scaling[ADAPTER_NAME])
@@ -106,7 +108,7 @@ class Updates:
     def _check(self, folder: Path) -> None:
         """Check that every weight belongs to a target, every target has both weights, and the shapes match."""
         expected = {
-            f"{key}.{part}.weight": tuple(getattr(layer, part)[ADAPTER_NAME].weight.shape)
+            self._names[f"{key}.{part}.weight"]: tuple(getattr(layer, part)[ADAPTER_NAME].weight.shape)
             for key, layer in self._layers.values() for part in ("lora_A", "lora_B")
         }  # fmt: skip
         file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -168,8 +170,8 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
         raise AdapterError(f"adapter: {error}") from error
 
 
-def _adapted(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[str, LoraLayer]]:
-    """Full name of each parameter that gets LoRA -> (name under which its LoRA is saved, its layer)."""
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> tuple[dict[str, tuple[str, LoraLayer]], dict[str, str]]:
+    """Full name of each parameter that gets LoRA -> (name of its LoRA in PEFT's model, its layer); `names_in_file`."""
     with warnings.catch_warnings(), torch.device("meta"):
         # peft 0.21 looks for parameters' names among modules, and warns about ties; the result is checked here.
         warnings.simplefilter("ignore")
@@ -189,7 +191,7 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[str,
         found[name if isinstance(layer, ParamWrapper) else f"{name}.weight"] = keys[id(layer)], layer
     if not found:
         raise AdapterError("adapter: this base has none of its targets")
-    return found
+    return found, names_in_file(adapted)
 
 
 def _shared(model: PreTrainedModel) -> set[str]:

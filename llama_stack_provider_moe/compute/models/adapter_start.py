@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from llama_stack_provider_moe.compute.models.saved_weights import restore_weights
 from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME, EXPERT_RANKS, expert_ranks
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS, Steering
 from llama_stack_provider_moe.errors import AdapterError
 
@@ -41,11 +42,13 @@ def start_from(model: PeftModel, folder: Path, steering: Steering | None, moves_
         CheckpointError: the router biases belong to another model.
     """
     weights, ranks = _read(folder)
+    names = names_in_file(model)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    here = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    here = {names[own]: tuple(tensor.shape) for own, tensor in state.items()}
     problems = _differences(here, weights)
     if not problems:
-        problems = _unequal_ranks(expert_ranks(model), ranks) + _unequal_scales(model, folder)
+        of_job = {names[own]: each for own, each in expert_ranks(model).items()}
+        problems = _unequal_ranks(of_job, ranks) + _unequal_scales(model, folder)
     has_biases = (folder / ROUTER_BIAS).is_file()
     if has_biases and not moves_biases:
         problems.append(f"it has trained router biases ({ROUTER_BIAS}), which only sft with 'aux_free' can use")

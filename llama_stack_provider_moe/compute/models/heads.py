@@ -9,7 +9,8 @@ cases:
 - With FSDP2 a head that is sharded apart from the final norm is in parts when TRL reads it. TRL gathers it, and each
   process keeps only the gradient of its own rows.
 - It knows by names of config keys what a model does between hidden states and logits, and not every name (Inkling's).
-  Here a short pass shows whether both give the same figures.
+  Here a short pass shows whether both give the same figures. A sharded model can't run it: there the outermost module
+  runs alone, on random hidden states.
 
 In these cases the plain head runs the model unchanged and computes the same figures from its logits. That needs memory
 for the logits: batch x length x vocabulary, in fp32. Remove it when TRL calls the head's forward.
@@ -24,13 +25,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 _PLAIN = "_has_plain_head"
 _TOKENS = 8
+_WIDTH = 8  # of hidden states that stand for a model's
 _SAME = 0.1  # of log-probabilities; rounding in bf16 gives up to 0.03 (measured on tiny models of every family)
 
 
@@ -52,9 +54,9 @@ def _differs(base: PreTrainedModel) -> bool:
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
         return False
     if any(isinstance(module, FSDPModule) for module in base.modules()):
-        return False  # its parameters are in parts, and a pass outside of training would leave the wrong ones gathered
-    vocabulary = int(base.get_input_embeddings().weight.shape[0])
-    ids_BT = torch.tensor([[(7919 * (index + 1)) % vocabulary for index in range(_TOKENS)]], device=base.device)
+        # Its parameters are in parts, and a pass outside of training would leave the wrong ones gathered.
+        return differs_after_backbone(base)
+    ids_BT = _ids(base).to(base.device)
     modes = {module: module.training for module in base.modules()}
     with torch.no_grad(), torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         try:
@@ -64,8 +66,80 @@ def _differs(base: PreTrainedModel) -> bool:
         finally:
             for module, training in modes.items():
                 module.training = training
+    return _unlike(by_trl_BT, logits_BTV, ids_BT)
+
+
+def _ids(base: PreTrainedModel) -> Tensor:
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])
+    return torch.tensor([[(7919 * (index + 1)) % vocabulary for index in range(_TOKENS)]])
+
+
+def _unlike(log_probs_BT: Tensor, logits_BTV: Tensor, ids_BT: Tensor) -> bool:
     own_BT = token_figures(logits_BTV[:, :-1], ids_BT[:, 1:]).log_probs
-    return bool((by_trl_BT - own_BT).abs().max() > _SAME)
+    return bool((log_probs_BT - own_BT).abs().max() > _SAME)
+
+
+def differs_after_backbone(base: PreTrainedModel) -> bool:
+    """Whether TRL's head would give other figures for the same hidden states; no weight of the model is read.
+
+    The outermost module, which turns hidden states into logits, is copied without its parts: the backbone of the copy
+    gives random hidden states of a few numbers, and its head multiplies them by random weights.
+    """
+    head = base.get_output_embeddings()
+    names = {id(child): name for name, child in base.named_children()}
+    if id(head) not in names or base.base_model_prefix not in names.values():
+        return True  # the logits come from within a part, where this can't look
+    random = torch.Generator().manual_seed(0)
+    states_BTD = torch.randn(1, _TOKENS, _WIDTH, generator=random)
+    with torch.device("cpu"):
+        small = nn.Linear(_WIDTH, int(head.weight.shape[0]), bias=head.bias is not None)
+    with torch.no_grad():
+        for parameter in small.parameters():  # logits spread by some 10: less would hide a soft cap
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 10 / _WIDTH**0.5)
+    copied = _outermost(base, {base.base_model_prefix: _GivenStates(states_BTD), names[id(head)]: small})
+    vars(copied)["get_output_embeddings"] = lambda: small  # transformers looks for it below the backbone too
+    add_fused_lm_head(copied)
+    ids_BT = _ids(base)
+    with torch.no_grad():
+        by_trl_BT = copied(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True, use_cache=False).log_probs
+        logits_BTV = copied(input_ids=ids_BT, use_cache=False).logits
+    return _unlike(by_trl_BT, logits_BTV, ids_BT)
+
+
+class _GivenStates(nn.Module):
+    """A backbone whose hidden states are given, and whose every other output is None."""
+
+    class Outputs:
+        """What a model's forward reads of its backbone's outputs."""
+
+        def __init__(self, states_BTD: Tensor) -> None:
+            self.last_hidden_state = states_BTD
+
+        def __getattr__(self, name: str) -> None:
+            return None
+
+        def __getitem__(self, index: int) -> Tensor | None:
+            return self.last_hidden_state if index == 0 else None
+
+    def __init__(self, states_BTD: Tensor) -> None:
+        super().__init__()
+        self.states_BTD = states_BTD
+
+    def forward(self, *_: object, **__: object) -> "_GivenStates.Outputs":
+        """The given states, whatever the input."""
+        return self.Outputs(self.states_BTD)
+
+
+def _outermost(base: PreTrainedModel, parts: dict[str, nn.Module]) -> PreTrainedModel:
+    """A copy of the outermost module with other parts, without hooks, and of the class that FSDP2 has replaced."""
+    kind = next(each for each in type(base).__mro__ if not issubclass(each, FSDPModule))
+    copied: PreTrainedModel = kind.__new__(kind)
+    nn.Module.__init__(copied)
+    fresh = vars(copied).keys() | {"forward"}
+    vars(copied).update({name: value for name, value in vars(base).items() if name not in fresh})
+    for name, child in base.named_children():
+        copied.add_module(name, parts.get(name, child))
+    return copied.eval()
 
 
 def _is_gathered_alone(base: PreTrainedModel) -> bool:

@@ -14,18 +14,13 @@ from llama_stack_provider_moe.compute.models.adapter_start import start_from
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
 from llama_stack_provider_moe.compute.moe import implementation
-from llama_stack_provider_moe.compute.moe.adapters import (
-    Adapted,
-    AdapterReport,
-    add_lora,
-    require_loadable,
-    train_whole,
-)
+from llama_stack_provider_moe.compute.moe.adapters import Adapted, AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, quantize, spare_ddp
 from llama_stack_provider_moe.compute.moe.rates import Rates
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.sharding import ShardedExperts
 from llama_stack_provider_moe.compute.moe.steering import Steering
 from llama_stack_provider_moe.compute.runtime.context import AnySession
@@ -138,7 +133,7 @@ def make_trainable(session: AnySession, base: Base) -> tuple[PreTrainedModel | P
     spec = session.spec
     if spec.adapter is not None:
         adapted = add_lora(base.model, spec.adapter, base.layout, base.resolved)
-        require_loadable(adapted.model)
+        names_in_file(adapted.model)  # an adapter that PEFT would not find again is refused before it is trained
         if base.quantized is not None:
             spare_ddp(adapted.model)
         return adapted.model, _report_with_start(spec, base, adapted), adapted.rates

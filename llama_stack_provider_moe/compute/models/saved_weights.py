@@ -15,6 +15,7 @@ from llama_stack_provider_moe.compute.distributed.expert_parallel import local
 from llama_stack_provider_moe.compute.distributed.full_state import reshard
 from llama_stack_provider_moe.compute.distributed.sharded_checkpoint import is_sharded, read_weights
 from llama_stack_provider_moe.compute.models.loader import load_checkpoint_like, load_held
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.sharding import ShardedExperts
 from llama_stack_provider_moe.errors import CheckpointError
 
@@ -33,7 +34,9 @@ def restore_weights(model: PreTrainedModel | PeftModel, folder: Path, experts: S
     if isinstance(model, PeftModel):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         if experts is not None:
-            tensors = experts.parts(tensors)
+            names = names_in_file(model)
+            own = {name: tensors[in_file] for name, in_file in names.items() if in_file in tensors}
+            tensors = {names[name]: part for name, part in experts.parts(own).items()}
         expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = {name: parameter._version for name, parameter in model.named_parameters() if name in expected}
         outcome = set_peft_model_state_dict(model, tensors)

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils import get_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.compute.moe.backend import ALL_OURS
@@ -130,28 +128,6 @@ def add_lora(
     if adapter.dropout and targets.parameters:
         notes += _add_dropout(found, targets, adapter.dropout)
     return Adapted(peft_model, replace(report, notes=tuple(notes)), _rates(found, settings))
-
-
-def require_loadable(model: PeftModel) -> None:
-    """Check that PEFT will find the adapter's tensors again, before it is trained.
-
-    peft 0.21 renames the tensors of an adapter that it loads as transformers renames those of a checkpoint. In a few
-    families a renaming also matches names that need none (Laguna's `shared_expert.`, found in `shared_experts.`); PEFT
-    then only warns, and the adapter would have no effect.
-
-    Raises:
-        AdapterError: some tensors would not be found.
-    """
-    written = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    config = model.peft_config[ADAPTER_NAME]
-    names = {name: torch.empty(0) for name in written}
-    found = convert_peft_adapter_state_dict_for_transformers(model, config, names, ADAPTER_NAME)
-    if lost := sorted(set(written) - set(found)):
-        raise AdapterError(
-            f"adapter: PEFT would not find {len(lost)} of its {len(written)} tensors when it loads it, because it "
-            f"renames them ({', '.join(lost[:2])}); expected an adapter without these targets, or full training "
-            "(adapter null)"
-        )
 
 
 def expert_ranks(model: nn.Module) -> dict[str, list[int]]:

@@ -245,6 +245,10 @@ class RoutingRecorder:
         """The experts (T, K) that were chosen, in the order of `logits`; E means none."""
         return [chosen_TK for passes in self._balanced(self._chosen) for chosen_TK in passes]
 
+    def chosen_in(self, layer: int) -> Tensor:
+        """The experts (T, K) that were chosen in the last pass through a layer, also where ids of tokens fix them."""
+        return self._chosen[layer][-1]
+
     def _balanced[Each](self, by_layer: dict[int, Each]) -> list[Each]:
         """Of the layers whose router chooses; where a token's id fixes its experts, nothing can be balanced."""
         return [each for layer, each in by_layer.items() if layer not in self.layout.by_token_layers]

@@ -192,6 +192,19 @@ class ShardedExperts:
         assert not self.aside, f"not taken: {sorted(self.aside)}"
 
 
+def undividable(model: nn.Module, layout: ExpertLayout) -> str | None:
+    """Why processes can't divide the experts of `model`, whatever their number; None where they can."""
+    experts = next(iter(layout.experts(model).values()))
+    for name in ShardedExperts.names(layout):
+        rows = experts.get_parameter(name).shape[0]
+        if rows != layout.num_experts:
+            return (
+                f"{name} of {layout.experts_class} is a stack of {rows} matrices for {layout.num_experts} experts: it "
+                "also has some for the choices that compute nothing"
+            )
+    return None
+
+
 def pieces(model: nn.Module, layout: ExpertLayout | None) -> int:
     """The number of processes that share the experts of `model`; 1 if this one holds them all."""
     if layout is None:

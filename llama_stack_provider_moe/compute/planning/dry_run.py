@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,7 +26,7 @@ from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_
 from llama_stack_provider_moe.compute.moe import backend
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES, Groups, Sorted, bucket
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_config, without_adapters
-from llama_stack_provider_moe.errors import LayoutError
+from llama_stack_provider_moe.errors import LayoutError, ModelError
 
 Device = Literal["cuda", "cpu"]
 
@@ -115,6 +115,10 @@ class DryRun:
     shared: int
 
 
+class NotMeasurable(ModelError):
+    """A model can't run on tensors without numbers."""
+
+
 class Rehearsal:
     """A model on the meta device, adapted or with all weights to train, ready to be measured; its weights become fake.
 
@@ -149,13 +153,26 @@ class Rehearsal:
             batch: number of sequences.
             length: tokens of each, padding included.
             with_head: whether to run the output head and the loss too.
+
+        Raises:
+            NotMeasurable: the sizes of its tensors depend on their numbers.
         """
+        try:
+            return self._run(batch, length, with_head)
+        except DynamicOutputShapeException as error:
+            raise NotMeasurable(
+                f"the memory of a {text_config(self._model).model_type} model can't be estimated from its config: the "
+                "sizes of some tensors in its layers depend on the numbers in others"
+            ) from error
+
+    def _run(self, batch: int, length: int, with_head: bool) -> DryRun:
         with _even_routing(self._device), self._mode:
             ids, mask = torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.long)
             whole = partial(self._forward, ids, mask, with_head)
-            with _skipping(self._layers, set(self._first.values())) as calls, torch.no_grad():
+            beside: list[object] = []
+            with _skipping(self._layers, set(self._first.values()), beside) as calls, torch.no_grad():
                 self._autocast(whole)
-            with _skipping(self._layers, set()):
+            with _skipping(self._layers, set(), beside):
                 ends = self._footprint(whole, self._model)
             found = {kind: self._of_layer(number, calls[number]) for kind, number in self._first.items()}
         given = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
@@ -177,8 +194,8 @@ class Rehearsal:
         def run() -> Tensor:
             # Not a leaf: autograd would keep the value of a leaf after the backward pass.
             hidden = torch.zeros(1, dtype=call.dtype, requires_grad=True).expand(call.shape).clone()
-            out: Tensor = layer(hidden, *call.args, **call.kwargs)
-            return out
+            out: Tensor | tuple[Tensor, ...] = layer(hidden, *call.args, **call.kwargs)
+            return out if isinstance(out, Tensor) else out[0]
 
         return self._footprint(run, layer)
 
@@ -218,8 +235,15 @@ class _Call:
 
 
 @contextmanager
-def _skipping(layers: nn.ModuleList, keep: set[int]) -> Iterator[dict[int, _Call]]:
-    """Make decoder layers that are not in `keep` return their input; yields the calls of the others."""
+def _skipping(layers: nn.ModuleList, keep: set[int], beside: list[object]) -> Iterator[dict[int, _Call]]:
+    """Make decoder layers that are not in `keep` return their input; yields the calls of the others.
+
+    Args:
+        layers: of the model.
+        keep: numbers of the layers that run.
+        beside: what layers return beside hidden states (Mistral Large 4's indices), from the last one that ran; a pass
+            in which none runs gets it from the pass before.
+    """
     calls: dict[int, _Call] = {}
 
     def called(number: int, own: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -227,12 +251,15 @@ def _skipping(layers: nn.ModuleList, keep: set[int]) -> Iterator[dict[int, _Call
         hidden = cast(Tensor, first)
         if number not in keep:
             # The first layer makes its output need a gradient, as adapters in it would.
-            return hidden + torch.zeros(1, dtype=hidden.dtype, requires_grad=True) if number == 0 else hidden
+            same = hidden + torch.zeros(1, dtype=hidden.dtype, requires_grad=True) if number == 0 else hidden
+            return (same, *beside) if beside else same
         calls[number] = _Call(hidden.shape, hidden.dtype, tuple(others), kwargs)
         out = own(hidden, *others, **kwargs)
-        if not isinstance(out, Tensor):
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+            beside[:] = out[1:]
+        elif not isinstance(out, Tensor):
             raise LayoutError(f"decoder layer {number} ({type(layers[number]).__name__}) returns {type(out).__name__}; "
-                              "expected only the hidden states")  # fmt: skip
+                              "expected hidden states, alone or first")  # fmt: skip
         return out
 
     for number, layer in enumerate(layers):

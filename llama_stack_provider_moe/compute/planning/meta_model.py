@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.backend import keep_code
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.model_types import blank_model, is_composite, types_with_experts
 from llama_stack_provider_moe.compute.moe.quantize import BLOCKS, Code, CodedLinear, linear_layers, placeholder
@@ -132,7 +133,13 @@ def bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, without changes."""
     with torch.device("meta"):
         # Adapting a model changes its config, and the caller may build another model from this one.
-        return blank_model(type(config).from_dict(config.to_dict()), dtype)
+        model = blank_model(type(config).from_dict(config.to_dict()), dtype)
+    # transformers does so when it reads the weights.
+    wide = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if dtype in HALVES and any(part in name for part in wide):
+            parameter.data = parameter.data.float()
+    return model
 
 
 def adapt(model: PreTrainedModel, adapter: Adapter | None, moe: Moe, bits: Bits = 16) -> MetaModel:

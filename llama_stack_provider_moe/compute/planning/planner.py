@@ -19,6 +19,7 @@ from llama_stack_provider_moe.compute.methods.reference_ahead import reference_a
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
+from llama_stack_provider_moe.compute.moe.sharding import undividable
 from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
 from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
@@ -230,12 +231,15 @@ class Planner:
             changed(spec, {"resources.strategy": way})
         except ValidationError as error:
             return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
-        layout, processes = self._rehearsed(spec).adapted.layout, spec.resources.ranks
-        if way == "ep" and layout is None:
+        adapted, processes = self._rehearsed(spec).adapted, spec.resources.ranks
+        layout = adapted.layout
+        if way != "ep":
+            return None
+        if layout is None:
             return "the model is dense: it has no experts to divide"
-        if way == "ep" and layout is not None and layout.num_experts % processes:
+        if layout.num_experts % processes:
             return f"{layout.num_experts} experts can't be divided equally among {processes} processes"
-        return None
+        return undividable(adapted.model, layout)
 
     def _rehearsed(self, spec: TrainingSpec) -> _Rehearsed:
         """A step of a single process; arithmetic adds strategy, checkpointing and optimiser."""

@@ -22,6 +22,7 @@ from llama_stack_provider_moe.compute.export.servers import card_section, family
 from llama_stack_provider_moe.compute.models.generation_ends import write_beside
 from llama_stack_provider_moe.compute.models.unsloth.files import as_peft_writes
 from llama_stack_provider_moe.compute.moe.adapters import EXPERT_RANKS, expert_ranks
+from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.steering import Steering
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts
 from llama_stack_provider_moe.ground import liveness
@@ -115,7 +116,7 @@ def write(
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=own)
             as_peft_writes(folder / CONFIG_NAME)
             (folder / CARD).unlink(missing_ok=True)  # PEFT's template, which nobody has filled in
-            _write_ranks(folder / SAFETENSORS_WEIGHTS_NAME, expert_ranks(model))
+            _rewrite(folder / SAFETENSORS_WEIGHTS_NAME, names_in_file(model), expert_ranks(model))
             write_beside(model.get_base_model(), folder)
         elif weights is not None and has_sharded_parameters(model):
             _write_gathered(model, weights, folder)
@@ -170,14 +171,16 @@ def write_beside_shards(
         steering.save(folder)
 
 
-def _write_ranks(weights: Path, ranks: dict[str, list[int]]) -> None:
-    """Write each expert's rank into the metadata of a saved adapter, for weights that are padded with zeros.
+def _rewrite(weights: Path, names: dict[str, str], ranks: dict[str, list[int]]) -> None:
+    """Give a saved adapter's tensors other names, and write each expert's rank for weights that are padded with zeros.
 
-    The field is `expert_ranks`, JSON: name of a tensor -> ranks. It is not in adapter_config.json, because PEFT warns
-    of every key there that it does not know.
+    The ranks are in the field `expert_ranks` of the metadata, JSON: name of a tensor -> ranks. They are not in
+    adapter_config.json, because PEFT warns of every key there that it does not know.
     """
-    if ranks:
-        save_file(load_file(weights), weights, metadata={"format": "pt", EXPERT_RANKS: json.dumps(ranks)})
+    if ranks or any(name != own for own, name in names.items()):
+        named = {names[own]: tensor for own, tensor in load_file(weights).items()}
+        told = {EXPERT_RANKS: json.dumps({names[own]: each for own, each in ranks.items()})} if ranks else {}
+        save_file(named, weights, metadata={"format": "pt", **told})
 
 
 def save(

@@ -132,11 +132,9 @@ def shown(report: Report) -> RenderableType:
         _targets(report),
         "",
         _parts(report),
-        "",
-        _memory(report),
-        "",
-        _cards(report),
     ]
+    if report["memory"]:  # the notes say why there is none
+        parts += ["", _memory(report), "", _cards(report)]
     lines = [text(f"- {line}") for line in (*report["recommended"], *report["notes"])]
     return Group(*parts, "", *lines)
 

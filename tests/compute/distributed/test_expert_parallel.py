@@ -17,15 +17,17 @@ from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.support import tiny_models
 from tests.support.ep_group import in_processes
+from tests.support.every_family import tiny_config
+from tests.support.family_subject import Subject
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["granitemoe", "qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", ["granitemoe", "qwen3_moe", "gpt_oss", "llama4_text", "zaya"])
 def test_a_process_reads_its_own_experts(family: str, tmp_path: Path) -> None:
     """On disk experts are fused, or one tensor each, with biases or transposed; a process reads only its part."""
-    folder = tiny_models.build(family, tmp_path / "model")
-    config = tiny_models.config(family)
+    folder, config = tmp_path / "model", tiny_config(family)
+    Subject(family).model().save_pretrained(folder)
 
     def work(rank: int) -> Any:
         model = load_held(str(folder), type(config).from_pretrained(folder), torch.float32, CPU, 2)
@@ -49,6 +51,14 @@ def test_a_number_of_processes_that_does_not_divide_the_experts_is_refused() -> 
         require_divisible(tiny_models.config("mixtral"), 3)
     with pytest.raises(MoeError, match="'ep' is not valid for this model: it is dense"):
         require_divisible(tiny_models.config("llama"), 2)
+
+
+def test_experts_with_rows_for_other_choices_are_refused() -> None:
+    """LongCat's choices that compute nothing have rows in its up projection; Zaya's have none."""
+    wanted = r"'ep' is not valid for LongcatFlash: gate_up_proj of LongcatFlashExperts is a stack of 6 .* for 4 experts"
+    with pytest.raises(MoeError, match=wanted):
+        require_divisible(tiny_config("longcat_flash"), 2)
+    assert require_divisible(tiny_config("zaya"), 2).idle_choices == 1
 
 
 REFUSED: dict[str, dict[str, Any]] = {

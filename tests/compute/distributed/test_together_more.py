@@ -1,13 +1,16 @@
 """Laws of two processes, for combined methods: probes before training, states of all blocks, helper processes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.support import tiny_models
 from tests.support.alike import assert_alike
+from tests.support.family_subject import Subject
 from tests.support.together import Office, office
 from tests.support.training_support import Run, Workshop, dpo_rows, sft_rows, workshop
 
@@ -24,7 +27,7 @@ def desk(workshop: Workshop) -> Iterator[Office]:
         yield made
 
 
-def job(workshop: Workshop, recipe: str, family: str, processes: int, **more: Any) -> JobFolder:
+def job(workshop: Workshop, recipe: str, family: str | Path, processes: int, **more: Any) -> JobFolder:
     """11 rows in micro-batches of 4, two a step; 3 held out, so that one process has more of them."""
     make = dpo_rows if recipe == "dpo" else sft_rows
     training = {"batch_size": 4 // processes, "gradient_accumulation_steps": 2}
@@ -53,6 +56,18 @@ def test_a_breaker_with_all_states_leaves_the_same_as_one_process(
     assert_alike(shared, one, ATOL)
     assert shared.resolved["circuit_breaker"]["retain_layers"] == ["embeddings", 0, "final norm"]
     assert len(shared.resolved["held_in_evaluation_mode"]) == 2
+
+
+def test_experts_whose_router_may_choose_none_are_divided(workshop: Workshop, desk: Office) -> None:
+    """Zaya: a token that chooses to compute nothing goes to expert 0, with weight 0."""
+    folder = workshop.root / "models" / "zaya"
+    Subject("zaya").model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    more: dict[str, Any] = {"moe": {"train_router": True, "router_aux_loss_coef": 0.1}}
+    one = workshop.again(Run(job(workshop, "sft", folder, 1, **more), 0))
+    resources = {"gpus": 0, "processes": 2, "strategy": "ep"}
+    assert one.exit_code == COMPLETED, one.reason
+    assert_alike(two(desk, job(workshop, "sft", folder, 2, resources=resources, **more)), one, ATOL)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "circuit_breaker"])

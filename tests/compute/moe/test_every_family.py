@@ -7,40 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from llama_stack_provider_moe.compute.moe.adapters import require_loadable
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.exceptions import REFUSED
 from llama_stack_provider_moe.compute.moe.model_types import types_with_experts
-from llama_stack_provider_moe.errors import AdapterError, LayoutError, MoeError
-from llama_stack_provider_moe.spec import Moe
-from tests.support.family_laws import LAWS, Subject
+from llama_stack_provider_moe.errors import LayoutError, MoeError
+from tests.support.family_laws import LAWS
 from tests.support.family_results import FAILS, FILE, NOT_MADE, text
+from tests.support.family_subject import Subject
 
 MADE = [each for each in types_with_experts() if each not in NOT_MADE and each not in REFUSED]
 
 
-@pytest.mark.parametrize("model_type", MADE)
+# One family after the other: its laws share its model.
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("model_type", MADE)
 @pytest.mark.filterwarnings("ignore")
-def test_law(law: str, model_type: str, tmp_path: Path) -> None:
+def test_law(model_type: str, law: str, tmp_path: Path) -> None:
     subject = Subject(model_type)
     if (model_type, law) not in FAILS:
         LAWS[law](subject, tmp_path)
         return
     with pytest.raises((AssertionError, MoeError), match=FAILS[model_type, law].shows):
         LAWS[law](subject, tmp_path)
-
-
-@pytest.mark.parametrize("model_type", MADE)
-@pytest.mark.filterwarnings("ignore")
-def test_an_adapter_that_peft_would_not_find_again_is_refused_before_it_is_trained(model_type: str) -> None:
-    model, _ = Subject(model_type).adapted(Moe())
-    failure = FAILS.get((model_type, "saved and merged"))
-    if failure is not None and failure.shows == "plain PEFT":
-        with pytest.raises(AdapterError, match=r"PEFT would not find .* because it renames"):
-            require_loadable(model)
-    else:
-        require_loadable(model)
 
 
 @pytest.mark.parametrize("model_type", [each for each in REFUSED if each in types_with_experts()])

@@ -9,7 +9,7 @@ from llama_stack_provider_moe.compute.moe.exceptions import KNOWN_LOOPS, OF_IMAG
 from llama_stack_provider_moe.compute.moe.implementation import by_settings
 from llama_stack_provider_moe.errors import LayoutError
 from llama_stack_provider_moe.spec import Moe
-from tests.support.family_laws import Subject
+from tests.support.family_subject import Subject
 
 LOOPS = {"llama4_text": "Llama4TextExperts", "longcat_flash": "LongcatFlashExperts", "step3p7": "Step3p7Experts"}
 HAS_SCORING = {"phimoe": "PhimoeTopKRouter"}

@@ -15,10 +15,12 @@ from llama_stack_provider_moe.compute.planning.dry_run import Meter, Rehearsal
 from llama_stack_provider_moe.compute.planning.lora_report import main, report, targets_of
 from llama_stack_provider_moe.compute.planning.memory import Batch, estimate, hidden_state_bytes
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
+from llama_stack_provider_moe.control.cli.report import shown
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.support import tiny_models
 from tests.support.cli_support import moe_train
+from tests.support.every_family import tiny_config
 from tests.support.measured_memory import Case, estimated, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,6 +99,16 @@ def test_counts_are_those_by_hand(stem: str) -> None:
     # In addition to the 16-bit weights there are only embeddings, norms and small buffers.
     assert adapted.weight_bytes == pytest.approx(2 * (wanted["base"] + outside), rel=1e-3)
     assert bool(notes) == (stem == "llama-4-scout-17b-16e")
+
+
+def test_a_model_that_can_not_be_rehearsed_is_counted_all_the_same(tmp_path: Path) -> None:
+    """GLM-5's next attention keeps as many blocks as a mask says."""
+    tiny_config("glm5_next").save_pretrained(tmp_path)
+    found = report(str(tmp_path), Adapter(rank=4), Moe(), Batch(1, 16), (16,), None, "cpu", load=False)
+    assert found.memory == ()
+    assert found.targets
+    assert any("depend on the numbers" in note for note in found.notes)
+    assert shown(json.loads(json.dumps(asdict(found)))) is not None
 
 
 def test_every_config_says_where_it_is_from() -> None:

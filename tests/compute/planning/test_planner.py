@@ -19,6 +19,7 @@ from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, TrainingSpec
 from tests.support import tiny_models
 from tests.support.cli_support import moe_train
+from tests.support.every_family import tiny_config
 from tests.support.training_support import Run, Workshop, workshop
 
 __all__ = ["workshop"]
@@ -124,6 +125,9 @@ def test_memory_of_settings(roomy: Planner) -> None:
     assert "adapter.quantize_base true" in str(refused["fsdp"]), "as the door says it"
     (three,) = [option for option in roomy.plan(job(resources={"gpus": 3})).options if option.strategy == "ep"]
     assert three.refused == "4 experts can't be divided equally among 3 processes"
+    longcat = Planner(tiny_config("longcat_flash"), Machine("cuda", 80 * 10**9))
+    (ep,) = [option for option in longcat.plan(job(resources={"gpus": 2})).options if option.strategy == "ep"]
+    assert "LongcatFlashExperts is a stack of 6 matrices for 4 experts" in str(ep.refused)
 
 
 def test_auto_is_the_first_that_fits(roomy: Planner) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from llama_stack_provider_moe.compute.moe.model_types import class_of
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from tests.support import tiny_models
-from tests.support.family_laws import Subject
+from tests.support.family_subject import Subject
 from tests.support.training_support import Workshop, workshop
 
 __all__ = ["workshop"]

@@ -1,0 +1,135 @@
+"""SFT and DPO over HTTP of families whose layout only the derivation finds, exported merged: a server, tiny models.
+
+Each job completes and lowers its held-out loss, and its merged model is a whole model of its own class, whose logits
+are those of base and adapter.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig
+
+from llama_stack_provider_moe.compute.moe.layout import outside_text
+from llama_stack_provider_moe.compute.moe.model_types import class_of
+from tests.support import tiny_models
+from tests.support.family_subject import Subject
+from tests.support.host_harness import QUICKSTART, Server, run_config, serving
+from tests.system.test_e2e import DPO_ROWS, LIMIT_S, SFT_ROWS, asking
+
+pytestmark = pytest.mark.e2e
+
+# Model type -> what is special about it.
+FAMILIES = {
+    "nemotron_h": "experts without a gate; a layer is attention, Mamba, an MLP or experts",
+    "jamba": "hybrid",
+    "glm4v_moe": "composite; a bias for the choice",
+    "gemma4": "composite; a dense MLP beside the experts, which are in the layer itself",
+    "deepseek_v32": "latent attention with an indexer, and groups of experts",
+    "mistral4": "latent attention",
+}
+COMPOSITE = {"glm4v_moe", "gemma4"}
+# The load check starts two processes that import the libraries; in the others the test itself compares the logits.
+LOAD_CHECKED = "gemma4-sft"
+RECIPES = ["sft", "dpo"]
+TOKENS = torch.arange(5, 25).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("e2e-families")
+    provider = {
+        "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        "supervisor": {"max_concurrent_jobs": 2, "poll_s": 0.5},
+    }
+    with serving(run_config(QUICKSTART, folder, provider=provider), folder / "state") as running:
+        for family in FAMILIES:
+            Subject(family).model().save_pretrained(running.state_dir / "models" / family)
+            tiny_models.tokenizer().save_pretrained(running.state_dir / "models" / family)
+        running.register("words", SFT_ROWS)
+        running.register("pairs", DPO_ROWS)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def jobs(server: Server) -> dict[str, dict[str, Any]]:
+    """Every family and recipe, all at once: id -> the whole job, once its export has ended too."""
+    ids = [f"{family}-{recipe}" for family in FAMILIES for recipe in RECIPES]
+    found: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + LIMIT_S
+    with asking(server) as http:
+        for job_id in ids:
+            family, _, recipe = job_id.rpartition("-")
+            body = {
+                "recipe": recipe, "job_uuid": job_id, "model": str(server.state_dir / "models" / family),
+                "data": {"dataset_id": "words" if recipe == "sft" else "pairs"},
+                "training": {"batch_size": 8, "dtype": "fp32"}, "optimizer": {"lr": 5e-3}, "adapter": {"rank": 4},
+                "options": {"max_length": 64, "lr_scheduler": "constant"},
+                "export": {"merged": True, "load_check": job_id == LOAD_CHECKED},
+            }  # fmt: skip
+            answer = http.post("/jobs", json=body)
+            assert answer.status_code == 200, answer.text
+        while len(found) < len(ids) and time.monotonic() < deadline:
+            for job_id in set(ids) - set(found):
+                job = http.get(f"/jobs/{job_id}").json()
+                if job["status"] in ("scheduled", "in_progress"):
+                    continue
+                exports = http.get(f"/jobs/{job_id}/exports").json()["data"]
+                if job["status"] != "completed" or (exports and exports[0]["completed_at"]):
+                    found[job_id] = {**job, "exports": exports, **http.get(f"/jobs/{job_id}/artifacts").json()}
+            time.sleep(2)
+    assert set(found) == set(ids), f"not ended after {LIMIT_S} s: {set(ids) - set(found)}"
+    return found
+
+
+def artifact(job: dict[str, Any], name: str) -> Path:
+    (found,) = [each["path"] for each in job["checkpoints"] if each["kind"] == name]
+    return Path(found)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_job_completes_learns_and_is_exported(jobs: dict[str, dict[str, Any]], family: str, recipe: str) -> None:
+    job = jobs[f"{family}-{recipe}"]
+    assert job["status"] == "completed", job.get("reason")
+    evaluation = job["resources_allocated"]["evaluation"]
+    before, after = (evaluation[which]["metrics"]["validation_loss"] for which in ("first", "last"))
+    assert after < before
+    layout = Subject(family).layout
+    assert job["resolved"]["layout"]["moe_layers"] == list(layout.moe_layers)
+    (export,) = job["exports"]
+    steps = ["load_check", "merged"] if f"{family}-{recipe}" == LOAD_CHECKED else ["merged"]
+    assert export["status"] == "completed"
+    assert [(step["name"], step["state"]) for step in export["steps"]] == [(step, "completed") for step in steps]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_merged_model_is_a_whole_model_of_its_class(
+    jobs: dict[str, dict[str, Any]], server: Server, family: str, recipe: str
+) -> None:
+    job, kind = jobs[f"{family}-{recipe}"], Subject(family).kind
+    merged_at, base_at = artifact(job, "merged"), server.state_dir / "models" / family
+    assert class_of(AutoConfig.from_pretrained(merged_at)) is kind
+    merged, loading = kind.from_pretrained(merged_at, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["mismatched_keys"]
+    assert not loading["unexpected_keys"]
+    base = kind.from_pretrained(base_at).eval()
+    before, after = dict(base.named_parameters()), dict(merged.named_parameters())
+    rest = outside_text(base)
+    assert bool(rest) is (family in COMPOSITE)
+    assert all(torch.equal(before[name], after[name]) for name in rest), "frozen, and saved as it was"
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with torch.no_grad():
+        untouched = base(input_ids=TOKENS, use_cache=False).logits
+        tuned = PeftModel.from_pretrained(base, artifact(job, "adapter")).eval()
+        expected = tuned(input_ids=TOKENS, use_cache=False).logits
+        found = merged.eval()(input_ids=TOKENS, use_cache=False).logits
+    assert (expected - untouched).abs().max() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
