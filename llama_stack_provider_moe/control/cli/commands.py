@@ -12,6 +12,7 @@ from llama_stack_provider_moe.control.cli import (
     data_commands,
     export,
     job_commands,
+    job_report,
     local,
     plan,
     quota,
@@ -41,6 +42,7 @@ start_files.register(app)
 job_commands.register(app)
 app.add_typer(data_commands.app, name="data")
 app.command(name="quota")(quota.quota)
+report.app.command(name="job")(job_report.job)
 app.add_typer(report.app, name="report")
 app.add_typer(export.app, name="export")
 app.add_typer(config.app, name="config")

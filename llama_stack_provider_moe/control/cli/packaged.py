@@ -1,12 +1,12 @@
 """Files in this package: run configs, job templates, and the versions that it was tested with."""
 
 import difflib
-import json
 import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.job_templates import job_templates, packaged_files
 
 _PACKAGE = "llama_stack_provider_moe"
 CONSTRAINTS = "constraints.txt"
@@ -15,12 +15,7 @@ _SHOWN = 3  # names that are similar to a wrong one
 
 def run_configs() -> dict[str, Traversable]:
     """Return run configs by name."""
-    return _files("run_configs", ".yaml")
-
-
-def job_templates() -> dict[str, Traversable]:
-    """Return job templates by name."""
-    return _files("job_templates", ".json")
+    return packaged_files("run_configs", ".yaml")
 
 
 def constraints(name: str = CONSTRAINTS) -> str:
@@ -68,30 +63,6 @@ def headline(run_config: Traversable) -> str:
             break
         comment.append(line[2:].strip())
     return re.split(r"(?<=\.) ", " ".join(comment), maxsplit=1)[0].removesuffix(".")
-
-
-def summary(job_template: Traversable) -> str:
-    """Summarize a job template in one line: recipe, model, and what differs from a plain job."""
-    job = json.loads(job_template.read_bytes())
-    adapter, resources = job.get("adapter", {}), job.get("resources", {})
-    nodes, gpus = resources.get("nodes"), resources.get("gpus")
-    gpu_text = f"{gpus} GPU{'' if gpus == 1 else 's'}" + (f" of each of {nodes} nodes" if nodes else "")
-    told = [
-        f"{job['recipe']} of {job.get('model') or 'job ' + job['of']}",
-        "all weights" if adapter is None else "",
-        "4-bit base" if adapter and adapter.get("quantize_base") else "",
-        f"plan {adapter['plan']}" if adapter and adapter.get("plan") else "",
-        f"loader {job['loader']}" if "loader" in job else "",
-        "with eval" if "eval" in job else "",
-        f"exports {', '.join(job['export'])}" if "export" in job else "",
-        gpu_text if gpus else "",
-    ]
-    return ", ".join(filter(None, told))
-
-
-def _files(folder: str, suffix: str) -> dict[str, Traversable]:
-    found = (each for each in files(_PACKAGE).joinpath(folder).iterdir() if each.name.endswith(suffix))
-    return {each.name.removesuffix(suffix): each for each in sorted(found, key=lambda each: each.name)}
 
 
 def _chosen(name: str, option: str, known: dict[str, Traversable], what: str, prefix: str = "") -> Traversable:

@@ -71,6 +71,7 @@ class PostTrainingService:
         datasets: the data sets that owners uploaded.
         quotas: the limits of owners.
         audit: writes down who did what.
+        followers: the clients that follow jobs.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class PostTrainingService:
         self._profiles = dataset_profiles.Profiles(config, self.guard)
         self._templates = TemplateChecker(config)
         self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
-        self._followers = stream.Followers(self.guard.run, self.guard.failures)
+        self.followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:
         """Make the state folder, open the store, and start a supervisor for the jobs that an earlier server left."""
@@ -142,7 +143,7 @@ class PostTrainingService:
     async def validate(self, body: object, size_bytes: int = 0) -> submissions.Validated:
         """Run all the checks of `submit` without creating a job."""
         request = Draft(body)
-        spec = await self._checked(request, size_bytes)
+        spec = await self.checked(request, size_bytes)
         found = await self._rows.read(request, spec, None)
         counted = found.counts()
         held_out = None
@@ -174,11 +175,11 @@ class PostTrainingService:
         if model is None:
             spec = await self.guard.bodies.run(0, resolve.parse_spec, request, self.config)
         else:
-            spec = await self._checked(request, 0)
+            spec = await self.checked(request, 0)
         return await self._profiles.get(found, cast(TrainingSpec, spec), has_model=model is not None)
 
     async def _create(self, request: Draft, size_bytes: int = 0) -> submissions.SubmittedJob:
-        spec = await self._checked(request, size_bytes)
+        spec = await self.checked(request, size_bytes)
         owner = callers.owner()
         if isinstance(spec, ExportSpec):  # an export belongs to the job's owner, even if an administrator asks for it
             owner = (await self.guard.run(self.store.get, spec.of, None)).owner
@@ -211,8 +212,8 @@ class PostTrainingService:
         with suppress(Unavailable):  # the keeper tries again
             await self.guard.run(self._keeper.ensure_alive)
 
-    async def _checked(self, request: Draft, size_bytes: int) -> JobSpec:
-        """The complete job with resolved names and folders; everything but its rows is checked."""
+    async def checked(self, request: Draft, size_bytes: int) -> JobSpec:
+        """Return the complete job with resolved names and folders; everything but its rows is checked."""
         spec = await self.guard.bodies.run(size_bytes, resolve.parse_spec, request, self.config)
         if isinstance(spec, ExportSpec):
             return await self.guard.run(self._resolve_export, request, spec, self._whose("update"))
@@ -316,14 +317,10 @@ class PostTrainingService:
 
         def look(start: int | None) -> stream.OutputPage:
             job = self.store.get(job_id, whose)  # read the state before the output, so that no line is missed
-            return stream.OutputPage(job.state, views.log(job, tail, start))
+            return stream.page_of_output(job.state, views.log(job, tail, start))
 
         views.folder_of(await self.guard.run(self.store.get, job_id, whose))
-        return self._followers.output(look, offset)
-
-    async def events(self, job_id: str, cursor: int, limit: int) -> wire.Events:
-        """Return a page of a job's events."""
-        return await self._about(job_id, lambda job: timeline.page(job.id, views.folder_of(job).events, cursor, limit))
+        return self.followers.output(look, offset)
 
     async def metrics(
         self, job_id: str, names: set[str] | None, since_step: int | None, limit: int

@@ -44,6 +44,7 @@ def line(job: Job) -> JobLine:
         scheduled_at=job.scheduled_at,
         started_at=job.started_at,
         completed_at=job.ended_at,
+        owner=job.owner,
         unreadable=job.unreadable,
     )
 

@@ -57,6 +57,7 @@ class JobLine(PostTrainingJob):
     scheduled_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
+    owner: str = Field(description="The owner as the store names them: a hash, or `anonymous`.")
     unreadable: str | None = Field(
         default=None,
         description="Parts of the job's row that this server can't read, because another version wrote them or they "
@@ -181,6 +182,7 @@ class MetricSeries(BaseModel):
         description="Values of each metric by its name; null for a step without that metric."
     )
     evaluations: list[EvaluationPoint]
+    cursor: int = Field(description="`cursor` with which `events` continues after these figures.")
 
 
 class JobDetail(PostTrainingJobStatusResponse):

@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from llama_stack_provider_moe.control.store import limits, parent_jobs, queue
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable
 from llama_stack_provider_moe.control.store.job_counts import JobCounts, count_jobs
+from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB, JobFilter
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, change, find
 from llama_stack_provider_moe.control.store.lease import LiveSupervisor
 from llama_stack_provider_moe.control.store.moves import Moves
@@ -153,18 +154,21 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             return as_job(find(connection, job_id, owner))
 
-    def list(self, owner: str | None, limit: int = 1000, after: str | None = None) -> Jobs:
+    def list(
+        self, owner: str | None, limit: int = 1000, after: str | None = None, chosen: JobFilter = EVERY_JOB
+    ) -> Jobs:
         """Return a page of jobs, newest first.
 
         Args:
             owner: Owner of the jobs; None for all owners.
             limit: The largest number of jobs.
             after: Id of the last job of the previous page.
+            chosen: Which of them to return.
 
         Raises:
             NotFound: There is no job `after`.
         """
-        query = select(jobs_table).order_by(jobs_table.c.seq.desc()).limit(limit)
+        query = select(jobs_table).where(*chosen.conditions()).order_by(jobs_table.c.seq.desc()).limit(limit)
         if owner is not None:
             query = query.where(belongs_to(owner))
         with self._reading.begin() as connection:
@@ -301,9 +305,11 @@ class JobStore(Moves):
             row = find(connection, job_id)
             return queue.position(connection, row) if row.state == JobState.SCHEDULED.value else 0
 
-    def counts(self) -> dict[JobState, int]:
-        """Return the number of jobs in each state, of all owners."""
+    def counts(self, owner: str | None = None) -> dict[JobState, int]:
+        """Return the number of jobs in each state, of all owners or of one."""
         query = select(jobs_table.c.state, func.count().label("jobs")).group_by(jobs_table.c.state)
+        if owner is not None:
+            query = query.where(belongs_to(owner))
         with self._reading.begin() as connection:
             found = dict.fromkeys(JobState, 0)
             for state, jobs in connection.execute(query):
