@@ -3,7 +3,7 @@
 GET   jobs                    `?state=`, `recipe`, `text`
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
@@ -15,6 +15,8 @@ from llama_stack_provider_moe.jobdir.state import JobState
 
 MAX_JOBS = 1000
 MAX_TEXT = 256
+# Not `JobState`, which takes any text: a row in the store may have a state of a later version.
+State = Literal["scheduled", "in_progress", "completed", "failed", "cancelled"]
 
 
 def add_list(router: APIRouter, impl: PostTrainingService) -> None:
@@ -25,14 +27,14 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_JOBS)] = MAX_JOBS,
         after: Annotated[str | None, Query(description="The last job of the previous page.")] = None,
         state: Annotated[
-            list[JobState] | None, Query(description="State of the jobs; repeat it for one of several.")
+            list[State] | None, Query(description="State of the jobs; repeat it for one of several.")
         ] = None,
         recipe: Annotated[str | None, Query(description="Recipe of the jobs.", max_length=64)] = None,
         text: Annotated[
             str | None, Query(description="A part of the job's name or the model's, in any case.", max_length=MAX_TEXT)
         ] = None,
     ) -> wire.ListPostTrainingJobsResponse:
-        chosen = JobFilter(states=tuple(state or ()), recipe=recipe, text=text or None)
+        chosen = JobFilter(states=tuple(map(JobState, state or ())), recipe=recipe, text=text or None)
         return await impl.seen(lambda store, whose: page(store, whose, limit, after, chosen))
 
 

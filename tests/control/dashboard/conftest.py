@@ -38,17 +38,18 @@ class World:
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    with browsing() as made:
-        yield made
-
-
-@pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with serving_in_process(tmp_path_factory.mktemp("dashboard")) as service:
         make_jobs(service)
         with over_http(service) as url:
             yield World(service, url)
+
+
+@pytest.fixture(scope="package")
+def browser(world: World) -> Iterator[Browser]:
+    """A browser; after the server, for Playwright's event loop stays in this thread until the browser is closed."""
+    with browsing() as made:
+        yield made
 
 
 def make_jobs(service: PostTrainingService) -> None:

@@ -76,6 +76,8 @@ def test_a_page_is_readable_everywhere(browser: Browser, world: World, name: str
     path, ready = PAGES[name]
     context = {"viewport": PHONE, "has_touch": True} if width == "phone" else {}
     with visiting(browser, world.url, color_scheme=scheme, **context) as visitor:
+        if name == "new":  # the template's data set is not there
+            visitor.refused.add(400)
         ready(visitor.open(path))
         visitor.must_fit()
         visitor.must_be_accessible()
@@ -151,7 +153,7 @@ def test_a_job_shows_how_it_stands_and_its_curves(visitor: Visitor) -> None:
     standing = page.get_by_role("region", name="Progress")
     for text in ("training", "70", "of 120", "Held-out loss"):
         expect(standing).to_contain_text(text)
-    titles = page.locator("figure h3").all_text_contents()
+    titles = page.locator("figure h2").all_text_contents()
     for title in ("Loss", "Rewards", "Reward accuracy", "Learning rate", "Tokens a second", "Peak memory"):
         assert title in titles
     page.locator("figure", has_text="Loss").first.get_by_text("As a table").click()
@@ -192,7 +194,7 @@ def test_experts_are_shown_and_dead_ones_named(visitor: Visitor) -> None:
         "dead: no token"
     )
     page.get_by_label("Measure").select_option("dead")
-    expect(page.locator("figure h3").first).to_have_text("Dead experts of each layer")
+    expect(page.locator("figure h2").first).to_have_text("Dead experts of each layer")
     visitor.must_be_accessible()
     visitor.picture("experts", whole=True)
 

@@ -102,6 +102,7 @@ def test_a_job_with_a_link_does_not_hide_the_others(service: PostTrainingService
         assert "is a link" in found[0]["reason"]
     finally:
         events.unlink()
+        ask(service, "POST", "/jobs/linked/cancel")
 
 
 def test_the_overview_counts_the_callers_jobs(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:

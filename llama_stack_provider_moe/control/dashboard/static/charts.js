@@ -2,23 +2,12 @@
 
 import { h, note, put, say, table } from "./dom.js";
 import { figure } from "./format.js";
+import { plotly } from "./plotly.js";
 import { BASE } from "./shell.js";
 
 export const HAS_CHARTS = document.body.dataset.plotly === "yes";
 const TABLE_ROWS = 200;
 const all = new Set();
-let loading = null;
-
-function library() {
-  loading ??= new Promise((done, failed) => {
-    const script = h("script", { src: `${BASE}/static/plotly.min.js` });
-    script.addEventListener("load", () => done(window.Plotly));
-    script.addEventListener("error", () => failed(new Error("Plotly.js did not load")));
-    document.head.append(script);
-  });
-  return loading;
-}
-
 export function withoutCharts() {
   return HAS_CHARTS ? null : note("info", "Charts need Plotly.js on the server: ",
     h("code", {}, "pip install 'llama-stack-provider-moe[dashboard]'"), " Until then this page shows tables.");
@@ -53,7 +42,7 @@ class Chart {
     this.more = h("details", { class: "as-table", on: { toggle: () => this.fill() } }, h("summary", {}, "As a table"), this.rows);
     this.more.open = !HAS_CHARTS;
     this.element = h("figure", { class: `card chart${wide ? " wide" : ""}` },
-      h("figcaption", {}, h("h3", {}, title), this.now), HAS_CHARTS ? this.plot : null, this.more);
+      h("figcaption", {}, h("h2", {}, title), this.now), HAS_CHARTS ? this.plot : null, this.more);
     this.due = 0;
     all.add(this);
   }
@@ -73,7 +62,7 @@ class Chart {
       this.fill();
       if (!HAS_CHARTS) return;
       try {
-        const Plotly = await library();
+        const Plotly = await plotly(BASE);
         if (!this.plot.isConnected) return;
         await Plotly.react(this.plot, this.traces(), layout(this.layout()), CONFIG);
         this.drawn?.();

@@ -38,7 +38,7 @@ export function pathAt(text, place) {
 export async function editor(place, text, changed) {
   const whole = await schema();
   const area = h("textarea", { id: "job-text", class: "code", spellcheck: "false", rows: 26, "aria-describedby": "verdict" });
-  const help = h("aside", { class: "card help", "aria-label": "Help for the field at the cursor" });
+  const help = h("aside", { class: "card help", tabindex: 0, "aria-label": "Help for the field at the cursor" });
   const verdict = h("div", { id: "verdict", role: "status" });
   area.value = text;
   put(place, h("div", { class: "write" }, h("label", { for: "job-text" }, "Job, as JSON"), area, verdict), help);

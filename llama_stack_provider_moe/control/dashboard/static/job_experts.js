@@ -41,9 +41,9 @@ export function experts(panel, { path, job }) {
     const [title, value, meaning] = MEASURES[measure];
     say(about, `${meaning} Choose a layer here or in the map to see its experts.`);
     byLayer.value = value;
-    say(byLayer.element.querySelector("h3"), title);
+    say(byLayer.element.querySelector("h2"), title);
     byLayer.set({ x: found.steps, y: found.layers, z: found[measure], marks: null, least: 0 });
-    say(byExpert.element.querySelector("h3"), `Share of each expert in layer ${found.layer}`);
+    say(byExpert.element.querySelector("h2"), `Share of each expert in layer ${found.layer}`);
     const marks = found.share.map((row) => row.map((share) => (share === 0 ? 1 : null)));
     const any = marks.some((row) => row.some((mark) => mark !== null));
     byExpert.set({ x: found.steps, y: found.share.map((_, index) => index), z: found.share, marks: any ? marks : null, least: 0 });
