@@ -15,8 +15,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 
 SCREENSHOTS = os.environ.get("MOE_SCREENSHOTS")  # a folder that pictures of the pages go to
 ARGUMENTS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking",    "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 WAIT_MS = 20_000
 

@@ -1,4 +1,4 @@
-"""Jobs in every state with events, logs, artifacts and an evaluation, as training processes leave them, without training."""
+"""Jobs in every state with events, logs, artifacts and an evaluation, as training leaves them, without training."""
 
 import json
 import math
@@ -53,21 +53,25 @@ def metrics_of(recipe: str, done: float, rng: random.Random, lr: float) -> dict[
     """The figures of a step of a recipe, `done` of the way from 0 to 1."""
     loss = 0.9 + 1.6 * math.exp(-4 * done) + rng.gauss(0, 0.03)
     found = {
-        "loss": loss + 0.02, "learning_rate": lr * min(1, done / 0.1) * (1 - 0.9 * done), "grad_norm": 0.8 + rng.random() / 3,
+        "loss": loss + 0.02, "learning_rate": lr * min(1, done / 0.1) * (1 - 0.9 * done),
+        "grad_norm": 0.8 + rng.random() / 3,
         "tokens": 8192.0, "tokens_per_s": 5200 + 300 * rng.random(), "memory_bytes": 23.4e9 + 1e9 * min(1, 5 * done),
-        "aux_loss": 1.02 + 0.1 * math.exp(-3 * done), "mean_token_accuracy": 0.5 + 0.2 * done, "entropy": 1.4 - done / 2,
+        "aux_loss": 1.02 + 0.1 * math.exp(-3 * done), "mean_token_accuracy": 0.5 + 0.2 * done,
+        "entropy": 1.4 - done / 2,
     }  # fmt: skip
     if recipe == "dpo":
         gap = 1.8 * done + rng.gauss(0, 0.05)
         found |= {
-            "preference_loss": math.log(1 + math.exp(-gap)), "rewards/chosen": 0.6 * gap, "rewards/rejected": -0.4 * gap,
+            "preference_loss": math.log(1 + math.exp(-gap)), "rewards/chosen": 0.6 * gap,
+            "rewards/rejected": -0.4 * gap,
             "rewards/margins": gap, "rewards/accuracies": min(1.0, 0.5 + 0.45 * done),
         }  # fmt: skip
     elif recipe == "circuit_breaker":
         found |= {
             "breaker_loss": 9 * (1 - done) + 0.4, "reroute_loss": 1 - 0.95 * done, "retain_loss": 0.05 + 0.2 * done,
             "cosine/break/10": 1 - 0.97 * done, "cosine/break/20": 1 - 0.9 * done, "cosine/retain/10": 1 - 0.02 * done,
-            "cosine/retain/20": 1 - 0.03 * done, "reroute_coefficient": 10 * (1 - done), "retain_coefficient": 10 * done,
+            "cosine/retain/20": 1 - 0.03 * done, "reroute_coefficient": 10 * (1 - done),
+            "retain_coefficient": 10 * done,
         }  # fmt: skip
     else:
         found["ce"] = loss
@@ -109,6 +113,11 @@ def train(
     folder.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def held_out(loss: float) -> Metrics:
+    """The held-out figures of an artifact."""
+    return Metrics(epoch=3, train_loss=loss, validation_loss=loss + 0.1, perplexity=math.exp(loss + 0.1))
+
+
 def artifact(
     folder: JobFolder, name: str, kind: str, step: int, files: Mapping[str, str], loss: float | None = None
 ) -> Artifact:
@@ -122,7 +131,7 @@ def artifact(
     found = Artifact(
         identifier=f"{folder.root.name}/{name}", kind=kind, path=str(root), epoch=3, step=step, created_at=now(),
         bytes=sum(each.stat().st_size for each in root.iterdir()), sha256=sha256,
-        metrics=None if loss is None else Metrics(epoch=3, train_loss=loss, validation_loss=loss + 0.1, perplexity=math.exp(loss + 0.1)),
+        metrics=None if loss is None else held_out(loss),
     )  # fmt: skip
     log = EventLog(folder.events)
     log.append(Saved(artifact=found.model_dump(mode="json")))
@@ -146,7 +155,9 @@ def evaluation() -> dict[str, Any]:
             "refusal_rate": one(0.52, 0.1), "over_refusal_rate": one(0.02, 0.03), "perplexity_ratio": one(1.011, 0.01),
         }},
         "masked_experts": {}, "masked_from": None,
-        "gate": [{"name": "capability_drop", "limit": 0.02, "value": 0.011, "before": 8.12, "after": 8.21, "exceeded": False}],
+        "gate": [
+            {"name": "capability_drop", "limit": 0.02, "value": 0.011, "before": 8.12, "after": 8.21, "exceeded": False}
+        ],
         "skipped": ["tasks arc_easy: lm-eval is not installed"],
         "examples": [
             {

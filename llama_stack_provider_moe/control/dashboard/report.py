@@ -1,4 +1,4 @@
-"""One HTML file about a job, for people who were not there: figures, curves as SVG, settings, evaluation. No scripts."""
+"""One HTML file about a job, without scripts: figures, curves as SVG, settings, evaluation."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +75,8 @@ def render(sources: Sources) -> str:
     """Return the report as HTML."""
     job = sources.job
     return _environment().get_template("report.html").render(
-        job=job, charts=list(_charts(sources.metrics)), maps=list(_maps(sources.routing)), evaluation=sources.evaluation,
+        job=job, charts=list(_charts(sources.metrics)), maps=list(_maps(sources.routing)),
+        evaluation=sources.evaluation,
         settings=sorted(_leaves(job["spec"] or {})), progress=job["resources_allocated"] or {},
         made_at=datetime.now(UTC), version=version("llama-stack-provider-moe"),
     )  # fmt: skip

@@ -91,7 +91,9 @@ def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]], 
             ))  # fmt: skip
     every = max(1, math.ceil(len(rows) / 16))
     parts += [
-        Markup('<text x="{}" y="{:.1f}" class="tick end">{}</text>').format(LEFT - 6, TOP + (index + 0.7) * high, names[index])
+        Markup('<text x="{}" y="{:.1f}" class="tick end">{}</text>').format(
+            LEFT - 6, TOP + (index + 0.7) * high, names[index]
+        )
         for index in range(0, len(rows), every)
     ]  # fmt: skip
     for index in {0, len(steps) // 2, len(steps) - 1}:

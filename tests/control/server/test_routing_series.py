@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_long_series_are_thinned_evenly_to_the_last_step(
     assert steps[-1] == 40
     assert len(parsed) == len(steps), "no other table is parsed"
     if limit == 7:
-        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(steps)]
         assert max(gaps) - min(gaps) <= 1
 
 

@@ -47,6 +47,11 @@ class Chart {
     all.add(this);
   }
 
+  rename(title) {
+    this.title = title;
+    say(this.element.querySelector("h2"), title);
+  }
+
   forget() {
     all.delete(this);
     clearTimeout(this.due);
@@ -80,7 +85,7 @@ export class LineChart extends Chart {
     this.series = [];
     this.format = options.format ?? figure;
     this.xTitle = options.xTitle ?? "step";
-    this.tick = options.tick ?? "";
+    this.unit = options.unit ?? "";
   }
 
   set(series) {
@@ -97,14 +102,14 @@ export class LineChart extends Chart {
       type: "scatter", name, x, y: y.map((value) => (typeof value === "number" ? value : null)),
       mode: points || x.length < 3 ? "lines+markers" : "lines", connectgaps: Boolean(points),
       line: { color: colour(index), width: 2, dash: dash ?? "solid" }, marker: { color: colour(index), size: 7 },
-      hovertemplate: `%{y:.5~g}${this.tick}`,
+      hovertemplate: this.unit ? `%{y:.4~s}${this.unit}` : "%{y:.5~g}",
     }));
   }
 
   layout() {
     return {
       hovermode: "x unified", showlegend: this.series.length > 1, xaxis: { title: { text: this.xTitle, standoff: 4 } },
-      yaxis: { tickformat: "~s", exponentformat: "SI" }, margin: { l: 12, r: 12, t: this.series.length > 1 ? 30 : 8, b: 36 },
+      yaxis: this.unit ? { tickformat: "~s", ticksuffix: this.unit } : { exponentformat: "e" }, margin: { l: 12, r: 12, t: this.series.length > 1 ? 30 : 8, b: 36 },
     };
   }
 

@@ -3,7 +3,7 @@
 import { get, part } from "./api.js";
 import { LineChart, withoutCharts } from "./charts.js";
 import { byId, h, put, table } from "./dom.js";
-import { duration, figure, moment, shown } from "./format.js";
+import { bytes, duration, figure, moment, shown } from "./format.js";
 import { Series } from "./job_curves.js";
 import { pill } from "./pieces.js";
 import { leaves, same } from "./schema.js";
@@ -11,7 +11,13 @@ import { every, jobPath, problem, toast } from "./shell.js";
 
 const MOST = 12;
 const POINTS = 500;
-const FIRST = ["validation_loss", "loss"];
+// Figures with a name for people come first, in this order.
+const FIGURES = new Map([
+  ["validation_loss", "Held-out loss"], ["perplexity", "Perplexity on held-out rows"], ["loss", "Training loss, with balance terms"],
+  ["ce", "Training loss"], ["preference_loss", "Training loss"], ["breaker_loss", "Training loss"], ["rewards/margins", "Reward margin"],
+  ["rewards/accuracies", "Reward accuracy"], ["mean_token_accuracy", "Token accuracy"], ["train_seconds", "Seconds of training"],
+  ["tokens_per_s", "Tokens a second"], ["memory_bytes", "Peak memory"], ["learning_rate", "Learning rate"], ["grad_norm", "Norm of the gradient"],
+]);
 const LOSS = ["ce", "preference_loss", "breaker_loss", "loss"];
 const CURVES = [
   ["Training loss", (series) => LOSS.find((name) => series.metrics.has(name)), false],
@@ -22,7 +28,7 @@ const CURVES = [
   ["Learning rate", () => "learning_rate", false],
   ["Norm of the gradient", () => "grad_norm", false],
   ["Tokens a second", () => "tokens_per_s", false],
-  ["Peak memory", () => "memory_bytes", false],
+  ["Peak memory", () => "memory_bytes", false, { format: bytes, unit: "B" }],
   ["Balance loss", () => "aux_loss", false],
 ];
 const details = new Map();
@@ -48,7 +54,7 @@ const differing = h("section");
 const final = h("section");
 
 function drawCurves(list) {
-  for (const [title, choice, isHeldOut] of CURVES) {
+  for (const [title, choice, isHeldOut, options] of CURVES) {
     const lines = list.filter((name) => series.has(name)).map((name) => {
       const found = series.get(name);
       const metric = choice(found);
@@ -56,7 +62,7 @@ function drawCurves(list) {
       return metric && found.metrics.has(metric) ? { ...found.line(metric), name } : { name, x: [], y: [] };
     });
     if (!lines.some(({ x }) => x.length)) { charts.get(title)?.element.remove(); continue; }
-    if (!charts.has(title)) charts.set(title, new LineChart(title));
+    if (!charts.has(title)) charts.set(title, new LineChart(title, options));
     if (!charts.get(title).element.isConnected) grid.append(charts.get(title).element);
     charts.get(title).set(lines);
   }
@@ -89,15 +95,16 @@ function drawFinal(list) {
     ["Model", ...found.map((job) => job.model)],
     ["Submitted", ...found.map((job) => moment(job.scheduled_at))],
     ["Took", ...found.map(took)],
-    ...metrics.map((metric) => [metric, ...found.map((job) => {
+    ...metrics.map((metric) => [FIGURES.get(metric) ?? h("code", {}, metric), ...found.map((job) => {
       const value = last.get(job.job_uuid)[metric];
-      return value !== undefined && value === least(metric) ? h("strong", { class: "best" }, figure(value), h("span", { class: "sub" }, "lowest")) : figure(value);
+      if (metric === "memory_bytes") return bytes(value);
+      return value !== undefined && value === least(metric) ? h("strong", { class: "best" }, figure(value), " (lowest)") : figure(value);
     })]),
     ...balance.filter(([name]) => found.some((job) => routing(job, name) !== undefined)).map(([name, title]) => [title, ...found.map((job) => figure(routing(job, name)))]),
   ];
   put(final, h("h2", {}, "Final figures"), found.length ? table("Final figures", ["Figure", ...found.map((job) => job.job_uuid)], rows) : null);
 }
-const rank = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : 9);
+const rank = (name) => (FIGURES.has(name) ? [...FIGURES.keys()].indexOf(name) : FIGURES.size);
 
 async function load() {
   const list = names();

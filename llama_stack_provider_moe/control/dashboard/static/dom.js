@@ -23,6 +23,11 @@ export function put(element, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+// A text with `code` in it, as the descriptions of settings have.
+export function prose(text) {
+  return text.split(/`([^`]+)`/).map((part, index) => (index % 2 ? h("code", {}, part) : part));
+}
+
 // Sets a text only if it differs, so that live regions and selections stay quiet.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -32,7 +37,7 @@ export function table(caption, heads, rows, { classes = "" } = {}) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     h("table", { class: `plain ${classes}` },
       h("caption", { class: "hidden" }, caption),
-      h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
+      h("thead", {}, h("tr", {}, heads.map((head) => (head ? h("th", { scope: "col" }, head) : h("td"))))),
       h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, index) =>
         index === 0 ? h("th", { scope: "row" }, cell) : h("td", {}, cell)))))));
 }

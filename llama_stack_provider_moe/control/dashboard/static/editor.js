@@ -1,8 +1,8 @@
 // An editor for a job in JSON: help for the field at the caret, and the server's checks while you type.
 
 import { post } from "./api.js";
-import { debounced, h, note, put, say } from "./dom.js";
-import { fieldOf, fieldsOf, kind, schema } from "./schema.js";
+import { debounced, h, note, prose, put, say } from "./dom.js";
+import { about, fieldOf, fieldsOf, kind, schema } from "./schema.js";
 
 // The path of the JSON value at a place of a text, however incomplete the text is.
 export function pathAt(text, place) {
@@ -55,9 +55,9 @@ export async function editor(place, text, changed) {
     const inner = fieldsOf(whole, recipe, found ? used : []);
     put(help,
       h("h2", {}, found ? h("code", {}, used.join(".")) : `Recipe ${recipe.replaceAll("_", " ")}`),
-      found ? h("p", {}, found.field.description ?? found.choices[0]?.about ?? found.choices[0]?.description ?? "") : h("p", { class: "muted" }, "Put the cursor on a field to read about it."),
+      found ? h("p", {}, prose(about(whole, found.field))) : h("p", { class: "muted" }, "Put the cursor on a field to read about it."),
       found ? h("p", { class: "sub" }, "Takes ", kind(whole, found.field), found.field.default === undefined ? "" : `; default ${JSON.stringify(found.field.default)}`) : null,
-      inner.length ? h("div", {}, h("h3", {}, found ? "Its fields" : "Fields"), h("dl", { class: "fields" }, inner.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, short(field.description ?? ""))]))) : null);
+      inner.length ? h("div", {}, h("h3", {}, found ? "Its fields" : "Fields"), h("dl", { class: "fields" }, inner.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, prose(short(about(whole, field))))]))) : null);
   }
 
   let number = 0;
@@ -81,7 +81,7 @@ export async function editor(place, text, changed) {
       changed(body, found);
     } catch (error) {
       if (mine !== number) return;
-      put(verdict, note("bad", h("strong", {}, "Not valid: "), h("ul", { class: "notes" }, error.message.split("; ").map((each) => h("li", {}, each)))));
+      put(verdict, note("bad", h("strong", {}, "Not valid: "), error.message));
       changed(body, null);
     }
   }, 700);

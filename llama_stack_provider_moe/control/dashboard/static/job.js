@@ -1,7 +1,7 @@
 // One job: how it stands, its tabs, and what can be done with it.
 
 import { get, part } from "./api.js";
-import { byId, facts, h, note, put, say } from "./dom.js";
+import { byId, h, note, put, say } from "./dom.js";
 import { ago, bytes, duration, figure, moment } from "./format.js";
 import { actions } from "./job_actions.js";
 import { curves } from "./job_curves.js";

@@ -1,7 +1,7 @@
 // What can be done with a job: cancel, resume, export, clone, delete.
 
 import { part, post, remove } from "./api.js";
-import { h, note } from "./dom.js";
+import { h, note, prose } from "./dom.js";
 import { BASE, jobPath, problem, question, toast } from "./shell.js";
 import { kind, schema } from "./schema.js";
 
@@ -37,7 +37,7 @@ export function actions(job, changed) {
     input.value = JSON.stringify({ merged: true }, null, 2);
     const content = h("div", {}, h("p", {}, "Makes files for serving from this job's result, in a job of its own."),
       h("label", { for: "export-body" }, "Export, as JSON"), input,
-      h("details", {}, h("summary", {}, "Fields"), h("dl", { class: "pairs" }, fields.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, field.description ?? "", h("span", { class: "sub" }, kind(whole, field)))]))));
+      h("details", {}, h("summary", {}, "Fields"), h("dl", { class: "pairs" }, fields.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, prose(field.description ?? ""), h("span", { class: "sub" }, kind(whole, field)))]))));
     if (!(await question("Export this job", content, "Export"))) return;
     let body = null;
     try { body = JSON.parse(input.value); } catch (error) { toast(`That is not JSON: ${error.message}`, "bad"); return; }

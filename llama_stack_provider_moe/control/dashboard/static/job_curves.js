@@ -20,7 +20,7 @@ const GROUPS = [
   ["Learning rate", (name) => name === "learning_rate", () => false, {}],
   ["Norm of the gradient", (name) => name === "grad_norm", () => false, {}],
   ["Tokens a second", (name) => name === "tokens_per_s", () => false, {}],
-  ["Peak memory", (name) => name === "memory_bytes", () => false, { format: bytes, tick: "B" }],
+  ["Peak memory", (name) => name === "memory_bytes", () => false, { format: bytes, unit: "B" }],
   ["Balance loss", (name) => ["aux_loss", "router_z_loss"].includes(name), (name) => name === "aux_loss", {}],
   ["Token accuracy", (name) => name === "mean_token_accuracy", (name) => name === "mean_token_accuracy", {}],
 ];

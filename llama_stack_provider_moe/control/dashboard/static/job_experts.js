@@ -13,6 +13,8 @@ const MEASURES = {
   dead: ["Dead experts of each layer", "dead experts", "Experts that got no token in a step."],
 };
 
+const largest = (rows) => Math.max(1e-9, ...rows.flat().filter((value) => typeof value === "number"));
+
 export function experts(panel, { path, job }) {
   const left = new AbortController();
   let layer = null;
@@ -41,12 +43,12 @@ export function experts(panel, { path, job }) {
     const [title, value, meaning] = MEASURES[measure];
     say(about, `${meaning} Choose a layer here or in the map to see its experts.`);
     byLayer.value = value;
-    say(byLayer.element.querySelector("h2"), title);
-    byLayer.set({ x: found.steps, y: found.layers, z: found[measure], marks: null, least: 0 });
-    say(byExpert.element.querySelector("h2"), `Share of each expert in layer ${found.layer}`);
+    byLayer.rename(title);
+    byLayer.set({ x: found.steps, y: found.layers, z: found[measure], marks: null, least: 0, most: largest(found[measure]) });
+    byExpert.rename(`Share of each expert in layer ${found.layer}`);
     const marks = found.share.map((row) => row.map((share) => (share === 0 ? 1 : null)));
     const any = marks.some((row) => row.some((mark) => mark !== null));
-    byExpert.set({ x: found.steps, y: found.share.map((_, index) => index), z: found.share, marks: any ? marks : null, least: 0 });
+    byExpert.set({ x: found.steps, y: found.share.map((_, index) => index), z: found.share, marks: any ? marks : null, least: 0, most: largest(found.share) });
     const last = found.steps.length - 1;
     const now = found.share.flatMap((row, expert) => (row[last] === 0 ? [expert] : []));
     const all = found.dead.reduce((sum, row) => sum + row[last], 0);

@@ -15,7 +15,7 @@ export function artifacts(panel, { id, path, job }) {
 
   function drawMade(checkpoints) {
     put(made, h("h2", {}, "Checkpoints and results"), checkpoints.length ? checkpoints.map((each) => artifact(each)) : h("p", { class: "empty" }, "Nothing is saved yet."),
-      checkpoints.length ? h("p", { class: "muted" }, "In a terminal: ", h("code", {}, `moe-train artifacts ${id} --pull`), " downloads and verifies all of it.") : null);
+      checkpoints.length ? h("p", { class: "muted" }, "In a terminal: ", h("code", {}, `moe-train artifacts ${id} --pull DIR`), " downloads and verifies all of it.") : null);
   }
 
   function artifact(each) {
@@ -43,7 +43,7 @@ export function artifacts(panel, { id, path, job }) {
     const name = file.path.split("/").pop();
     if (!token()) return h("a", { href: address(where), download: name }, "Download");
     return h("button", { type: "button", class: "quiet", on: { click: async (event) => {
-      if (file.bytes > LARGE) { toast(`${name} is large: use moe-train artifacts ${id} --pull`, "bad"); return; }
+      if (file.bytes > LARGE) { toast(`${name} is large: use moe-train artifacts ${id} --pull DIR`, "bad"); return; }
       event.target.disabled = true;
       try {
         const link = URL.createObjectURL(await (await request("GET", where)).blob());

@@ -1,6 +1,6 @@
 // A job's settings against the defaults, and what was decided from the model and the data.
 
-import { facts, h, put, table } from "./dom.js";
+import { facts, h, prose, put, table } from "./dom.js";
 import { count, shown } from "./format.js";
 import { fieldOf, leaves, same, schema } from "./schema.js";
 import { problem } from "./shell.js";
@@ -23,7 +23,7 @@ export function settings(panel, { job }) {
     put(place,
       h("h2", {}, "Settings"),
       found.length ? table("Settings of this job", ["Setting", "Value", "Default", "Meaning"], found.map(({ name, value, usual, differs, about }) => [
-        h("code", {}, name), h("code", { class: differs ? "differs" : "" }, shown(value)), usual === undefined ? "none" : h("code", {}, shown(usual)), about]), { classes: "settings" })
+        h("code", {}, name), h("code", { class: differs ? "differs" : "" }, shown(value)), usual === undefined ? "none" : h("code", {}, shown(usual)), prose(about)]), { classes: "settings" })
         : h("p", { class: "empty" }, "All settings are the defaults."),
       sources && h("h2", {}, "Data"),
       sources && table("Data of this job", ["Part", "Data set", "Version", "Rows"], Object.entries(sources).map(([name, source]) =>

@@ -13,9 +13,9 @@ const named = (whole, ref) => whole.$defs[ref.replace("#/$defs/", "")];
 // The schemas that a value may have here: references followed, unions opened.
 function choices(whole, found) {
   if (!found) return [];
-  if (found.$ref) return choices(whole, named(whole, found.$ref)).map((each) => ({ ...each, about: found.description ?? each.about }));
+  if (found.$ref) return choices(whole, named(whole, found.$ref));
   const union = found.anyOf ?? found.oneOf;
-  return union ? union.flatMap((each) => choices(whole, each)).map((each) => ({ ...each, about: found.description ?? each.about })) : [found];
+  return union ? union.flatMap((each) => choices(whole, each)) : [found];
 }
 
 export function recipeOf(whole, recipe) {
@@ -38,6 +38,11 @@ export function fieldOf(whole, recipe, path) {
 export function fieldsOf(whole, recipe, path) {
   const here = path.length ? fieldOf(whole, recipe, path)?.choices ?? [] : [recipeOf(whole, recipe)];
   return here.flatMap((each) => Object.entries(each?.properties ?? {}));
+}
+
+// What a field means: its own words, or those of the block that it holds.
+export function about(whole, field) {
+  return field.description ?? choices(whole, field).map((each) => each.description).find(Boolean) ?? "";
 }
 
 // What a field takes, in a few words.
