@@ -4,6 +4,8 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,11 +28,17 @@ FIRST_CONTENT_S, SHARE_OF_A_CORE = 3.0, 0.04
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
-    with serving_in_process(tmp_path_factory.mktemp("many")) as service:
-        submit(service, job_uuid="long")
-        many(service)
-        long_job(service)
-        yield service
+    # In another thread: Playwright's event loop is in this one.
+    with ThreadPoolExecutor(1) as other, ExitStack() as stack:
+        made = serving_in_process(tmp_path_factory.mktemp("many"))
+        service = other.submit(stack.enter_context, made).result()
+        try:
+            other.submit(submit, service, job_uuid="long").result()
+            many(service)
+            long_job(service)
+            yield service
+        finally:
+            other.submit(stack.close).result()
 
 
 def many(service: PostTrainingService) -> None:
