@@ -86,6 +86,7 @@ class Visitor:
         """Keep a picture of the page, if somebody wants pictures."""
         if SCREENSHOTS:
             Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.evaluate("() => scrollTo(0, 0)")
             self.page.wait_for_timeout(400)
             self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=whole)
 
