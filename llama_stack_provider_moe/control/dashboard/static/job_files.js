@@ -13,7 +13,12 @@ export function artifacts(panel, { id, path, job }) {
   const exports = h("div");
   put(panel, made, exports);
 
+  let drawn = "";
+
   function drawMade(checkpoints) {
+    const key = JSON.stringify(checkpoints.map(({ identifier, sha256 }) => [identifier, sha256]));
+    if (drawn === key) return; // what somebody has opened stays open
+    drawn = key;
     put(made, h("h2", {}, "Checkpoints and results"), checkpoints.length ? checkpoints.map((each) => artifact(each)) : h("p", { class: "empty" }, "Nothing is saved yet."),
       checkpoints.length ? h("p", { class: "muted" }, "In a terminal: ", h("code", {}, `moe-train artifacts ${id} --pull DIR`), " downloads and verifies all of it.") : null);
   }
