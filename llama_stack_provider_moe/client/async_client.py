@@ -33,6 +33,7 @@ from llama_stack_provider_moe.client.documents import (
     PushedDataset,
     Quota,
     QuotaList,
+    RoutingSeries,
     Scheduled,
     Status,
     Validated,
@@ -124,6 +125,16 @@ class AsyncClient(AsyncSweepMethods):
             limit: largest number of steps; more are thinned evenly.
         """
         return await self._send(calls.metrics(job_id, names, since_step, limit))
+
+    async def routing(self, job_id: str, layer: int | None = None, limit: int = 200) -> RoutingSeries:
+        """Return how a job's routers used their experts: {steps, layers, experts, cv, dead, largest, layer, share}.
+
+        Args:
+            job_id: name of the job.
+            layer: layer whose experts' shares are returned; None: the first one.
+            limit: largest number of steps; more are thinned evenly.
+        """
+        return await self._send(calls.routing(job_id, layer, limit))
 
     async def cancel(self, job_id: str) -> None:
         """Cancel a job; repeating it is harmless."""

@@ -25,6 +25,7 @@ from llama_stack_provider_moe.client.documents import (
     MetricSeries,
     Quota,
     QuotaList,
+    RoutingSeries,
     Scheduled,
     Status,
     Validated,
@@ -177,6 +178,11 @@ def metrics(job_id: str, names: Iterable[str] | None, since_step: int | None, li
     chosen = None if names is None else ",".join(names)
     query: Query = {"names": chosen, "since_step": since_step, "limit": limit}
     return Call(MetricSeries, "GET", job_path(job_id, "/metrics"), query)
+
+
+def routing(job_id: str, layer: int | None, limit: int) -> Call[RoutingSeries]:
+    """Ask how a job's routers used their experts."""
+    return Call(RoutingSeries, "GET", job_path(job_id, "/routing"), {"layer": layer, "limit": limit})
 
 
 def cancel(job_id: str) -> Call[object]:

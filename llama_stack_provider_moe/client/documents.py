@@ -249,6 +249,20 @@ class MetricSeries(TypedDict):
     evaluations: list[EvaluationPoint]
 
 
+class RoutingSeries(TypedDict):
+    """How the routers of a job used their experts: tables by layer or expert, with one column for each of `steps`."""
+
+    job_uuid: str
+    steps: list[int]
+    layers: list[int]
+    experts: int
+    cv: list[list[Figure]]
+    dead: list[list[int]]
+    largest: list[list[Figure]]
+    layer: int | None
+    share: list[list[Figure]]
+
+
 class ExportJob(Export):
     """An export of a job, when it was submitted and why it ended."""
 

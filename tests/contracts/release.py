@@ -111,6 +111,8 @@ def missing_sources(wheel: Wheel) -> list[str]:
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py")}
     ours |= {f"{PACKAGE}/py.typed"}
     ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.jsonl")}
+    pages = ROOT / PACKAGE / "control" / "dashboard"
+    ours |= {path.relative_to(ROOT).as_posix() for part in ("static", "templates") for path in (pages / part).iterdir()}
     problems = [f"the wheel lacks {name}" for name in sorted(ours - wheel.names)]
     tops = {name.partition("/")[0] for name in wheel.names}
     strange = sorted(top for top in tops if top != PACKAGE and not top.endswith(".dist-info"))

@@ -48,6 +48,7 @@ ROOMS: dict[str, Room] = {
     "control.store": _room(10, "pydantic sqlalchemy alembic"),
     "control.supervisor": _room(11, "pydantic sqlalchemy httpx optuna"),
     "control.config_check": _room(11, "pydantic sqlalchemy yaml"),
+    "control.dashboard": _room(11, "fastapi starlette jinja2 markupsafe"),
     "control.server": _room(12, "pydantic fastapi starlette opentelemetry httpx"),
     "control.cli": _room(12, "pydantic httpx rich typer click yaml"),
     "compute.moe.kernels": _room(20, "torch triton"),

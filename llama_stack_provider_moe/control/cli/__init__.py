@@ -9,6 +9,7 @@
     export              `moe-train export`: of a job by the server, or on this machine
     llama_cpp_setup     `moe-train export setup`
     report              `moe-train report`: what a model would train, and the memory it would take
+    job_report          `moe-train report job`: one HTML file about a job
     plan                `moe-train plan`: whether a job fits on your GPUs
     planning_documents  types of the JSON of report and plan
     config              `moe-train config check`: checks a server's YAML and this machine

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.control.cli import (
     data_commands,
     export,
     job_commands,
+    job_report,
     label,
     local,
     plan,
@@ -47,6 +48,7 @@ sweep_commands.register(app)
 app.command(name="top")(top.top)
 app.add_typer(data_commands.app, name="data")
 app.command(name="quota")(quota.quota)
+report.app.command(name="job")(job_report.job)
 app.add_typer(report.app, name="report")
 app.add_typer(export.app, name="export")
 app.add_typer(config.app, name="config")

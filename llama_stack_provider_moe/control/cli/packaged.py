@@ -1,27 +1,19 @@
 """Files in this package: run configs, job templates, and the versions that it was tested with."""
 
 import difflib
-import json
 import re
-from importlib.resources import files
 from importlib.resources.abc import Traversable
-from pathlib import Path
 
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.job_templates import home, job_templates, packaged_files
 
-_PACKAGE = "llama_stack_provider_moe"
 CONSTRAINTS = "constraints.txt"
 _SHOWN = 3  # names that are similar to a wrong one
 
 
 def run_configs() -> dict[str, Traversable]:
     """Return run configs by name."""
-    return _files("run_configs", ".yaml")
-
-
-def job_templates() -> dict[str, Traversable]:
-    """Return job templates by name."""
-    return _files("job_templates", ".json")
+    return packaged_files("run_configs", ".yaml")
 
 
 def constraints(name: str = CONSTRAINTS) -> str:
@@ -30,12 +22,12 @@ def constraints(name: str = CONSTRAINTS) -> str:
     Args:
         name: the file of a host.
     """
-    return _home().joinpath(name).read_text(encoding="utf-8")
+    return home().joinpath(name).read_text(encoding="utf-8")
 
 
 def external_api() -> str:
     """Return the YAML that tells a host without a post-training API where this one is."""
-    return _home().joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
+    return home().joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
 
 
 def run_config(name: str, option: str) -> Traversable:
@@ -69,36 +61,6 @@ def headline(run_config: Traversable) -> str:
             break
         comment.append(line[2:].strip())
     return re.split(r"(?<=\.) ", " ".join(comment), maxsplit=1)[0].removesuffix(".")
-
-
-def summary(job_template: Traversable) -> str:
-    """Summarize a job template in one line: recipe, model, and what differs from a plain job."""
-    job = json.loads(job_template.read_bytes())
-    adapter, resources = job.get("adapter", {}), job.get("resources", {})
-    nodes, gpus = resources.get("nodes"), resources.get("gpus")
-    gpu_text = f"{gpus} GPU{'' if gpus == 1 else 's'}" + (f" of each of {nodes} nodes" if nodes else "")
-    told = [
-        f"{job['recipe']} of {job.get('model') or 'job ' + job['of']}",
-        "all weights" if adapter is None else "",
-        "4-bit base" if adapter and adapter.get("quantize_base") else "",
-        f"plan {adapter['plan']}" if adapter and adapter.get("plan") else "",
-        f"loader {job['loader']}" if "loader" in job else "",
-        "with eval" if "eval" in job else "",
-        f"exports {', '.join(job['export'])}" if "export" in job else "",
-        gpu_text if gpus else "",
-    ]
-    return ", ".join(filter(None, told))
-
-
-def _home() -> Traversable:
-    """The folder of the files: the package of a wheel, which setup.py fills, or the top level of a checkout."""
-    package = files(_PACKAGE)
-    return package if package.joinpath("run_configs").is_dir() else Path(str(package)).parent
-
-
-def _files(folder: str, suffix: str) -> dict[str, Traversable]:
-    found = (each for each in _home().joinpath(folder).iterdir() if each.name.endswith(suffix))
-    return {each.name.removesuffix(suffix): each for each in sorted(found, key=lambda each: each.name)}
 
 
 def _chosen(name: str, option: str, known: dict[str, Traversable], what: str, prefix: str = "") -> Traversable:

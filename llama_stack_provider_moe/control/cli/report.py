@@ -184,7 +184,7 @@ def _shape(sizes: list[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-app = App(help="Report what a job would train in a model, and the memory it would need. Needs torch.",
+app = App(help="Report a job in one HTML file, or what a job would train in a model and the memory it would need.",
                   no_args_is_help=True)  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def _lora(
         str | None, typer.Option("--json", metavar="FILE", help="File to write JSON to; - for standard output.")
     ] = None,
 ) -> None:  # fmt: skip
-    """Report what LoRA reaches and trains, and the peak memory of a step of SFT, DPO and circuit breakers."""
+    """Report what LoRA reaches and trains, and the peak memory of SFT, DPO and circuit breakers. Needs torch."""
     for name, given, known in (("--bits", bits, (None, 16, 4)), ("--device", device, ("cuda", "cpu"))):
         if given not in known:
             raise typer.BadParameter(f"{name}: {given!r} is not valid; expected one of "

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.options import Json
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.job_templates import job_templates, summary
 
 # The files refer to each other by their paths in a checkout.
 _RUN_CONFIG = re.compile(r"run_configs/(\w+\.yaml)")
@@ -77,7 +78,7 @@ def templates(as_json: Json = False) -> None:
     def act(screen: Screen) -> Exit:
         document = {
             "run_configs": {name: packaged.headline(file) for name, file in packaged.run_configs().items()},
-            "job_templates": {name: packaged.summary(file) for name, file in packaged.job_templates().items()},
+            "job_templates": {name: summary(file) for name, file in job_templates().items()},
         }
         return answer(screen, document, _listed)
 

@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llama_stack_provider_moe.control.server import safe_json
 from llama_stack_provider_moe.control.server.bodies import BoundedRequest
+from llama_stack_provider_moe.control.server.cross_site import must_not_be_from_another_site
 from llama_stack_provider_moe.control.server.failures import Failures
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.service import PostTrainingService
@@ -78,6 +79,7 @@ class Answers(APIRoute):
 
         async def checked(request: Request) -> Response:
             try:
+                must_not_be_from_another_site(request.method, request.headers)
                 return await handle(request if self.streams else BoundedRequest(request, limit_bytes, bodies))
             except ClientDisconnect:  # raised where the endpoint reads the body
                 return Response(status_code=HTTPStatus.BAD_REQUEST)

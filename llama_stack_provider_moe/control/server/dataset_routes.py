@@ -4,6 +4,7 @@
     GET    datasets            the caller's data sets
     GET    datasets/{name}     one, with its versions
     GET    datasets/{name}/profile    what a job would make of it
+    GET    datasets/{name}/rows       its rows, in pages
     DELETE datasets/{name}     one, or one version of it
 
 Each caller sees only their own; a name that another owner uses is free.
@@ -18,6 +19,7 @@ from llama_stack_provider_moe.control.server.answers import streaming_answers_of
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 
 MAX_DATASETS = 1000
+MAX_ROWS = 200
 ProfiledRecipe = Literal["sft", "dpo", "circuit_breaker"]
 Name = Annotated[str, Path(description="Name of the data set.")]
 _TEXT: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -63,6 +65,17 @@ def add_datasets(router: APIRouter, impl: PostTrainingService) -> None:
         version: Annotated[str | None, Query(description="Beginning of the SHA-256 of a version.")] = None,
     ) -> wire_datasets.DatasetProfile:
         return await impl.dataset_profile(name, version, model, recipe, max_length)
+
+    @router.get("/datasets/{name}/rows", summary="Get a page of the rows of a data set.")
+    async def rows(
+        name: Name,
+        version: Annotated[str | None, Query(description="Beginning of the SHA-256 of a version.")] = None,
+        cursor: Annotated[
+            int, Query(ge=0, lt=2**63, description="Byte to continue from: `cursor` of the previous page.")
+        ] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_ROWS, description="Largest number of rows.")] = 20,
+    ) -> wire_datasets.DatasetRows:
+        return await impl.datasets.rows(callers.owner(), name, version, cursor, limit)
 
     @router.delete("/datasets/{name}", summary="Delete an uploaded data set, or one version; jobs keep their rows.")
     async def delete(

@@ -22,6 +22,7 @@ from llama_stack_provider_moe.control.server.uploads import Form, Uploads
 from llama_stack_provider_moe.control.server.wire_datasets import (
     Dataset,
     DatasetLine,
+    DatasetRows,
     DatasetVersionInfo,
     DeletedDataset,
     ListDatasetsResponse,
@@ -142,6 +143,18 @@ class OwnDatasets:
         """Return a version of a data set; None stands for the current one."""
         return await self._guard.run(self._table().get, owner, checked_name(name), version)
 
+    async def rows(self, owner: str, name: str, version: str | None, cursor: int, limit: int) -> DatasetRows:
+        """Return rows of a version from byte `cursor` on.
+
+        Raises:
+            InvalidInput: no row begins at that byte.
+            NotFound: no such data set or version.
+        """
+        found = await self.version(owner, name, version)
+        path = dataset_files.rows_of(self._config, found.id)
+        rows, end = await _reading.run(_rows_at, path, name, cursor, limit)
+        return DatasetRows(name=name, sha256=found.sha256, rows=rows, cursor=end, has_more=end < found.bytes)
+
     async def delete(self, owner: str, name: str, version: str | None) -> DeletedDataset:
         """Delete a data set, or one version of it. Jobs have copies of their rows."""
         gone = await self._guard.run(
@@ -206,6 +219,19 @@ async def _pages(path: Path, dataset_id: str, rows_per_page: int) -> AsyncIterat
             yield page
     finally:
         file.close()  # of a file that was read, which does not block
+
+
+def _rows_at(path: Path, name: str, cursor: int, limit: int) -> tuple[list[object], int]:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise NotFound(f"data set {name!r} was deleted just now") from None
+    with file:
+        if cursor:
+            file.seek(cursor - 1)
+            if file.read(1) != b"\n":
+                raise InvalidInput("cursor", cursor, "0, or `cursor` of the previous page")
+        return _page(file, limit), file.tell()
 
 
 def _page(file: BinaryIO, rows: int) -> list[object]:

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from pydantic import BaseModel
 
+from llama_stack_provider_moe.control.server.evaluation_scan import first_and_last
 from llama_stack_provider_moe.control.store import disk
 from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.control.supervisor.processes import PidScope, ProcessName, is_alive
@@ -15,10 +16,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.scan import scan
 from llama_stack_provider_moe.jobdir.state import JobState
 
-# Evaluations are rare. The first one is near the beginning of the file, unless the untrained model was not evaluated;
-# the last one is among the events of the last epoch. Only these windows of the file are searched.
-HEAD_BYTES = 4 << 20
-TAIL_BYTES = 16 << 20
+HEAD_BYTES = 4 << 20  # what was measured before training is there
 
 type Figure = float | str | None  # NaN and infinity are text, see `_number`
 
@@ -199,12 +197,9 @@ def _work(job: Job, newest: _Newest) -> Work | None:
 
 
 def _evaluations(path: Path, last: Evaluation | None) -> Evaluations | None:
-    first = next(scan(path, Evaluation, limit_bytes=HEAD_BYTES), None)
-    if last is None and path.exists():
-        start = max(0, path.stat().st_size - TAIL_BYTES)
-        for event in scan(path, Evaluation, start=start, limit_bytes=TAIL_BYTES):
-            last = event
-    first, last = first or last, last or first
+    first, earlier = first_and_last(path)
+    last = last or earlier
+    first = first or last
     if first is None or last is None:
         return None
     return {"first": _evaluation(first), "last": _evaluation(last)}

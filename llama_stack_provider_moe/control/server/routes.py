@@ -15,6 +15,8 @@
     GET  quota, quotas                                        the caller's limits; every owner's
     GET  metrics                                              for Prometheus, if the server's `prometheus` is on
     /v1/fine_tuning/...                                       OpenAI's fine-tuning API, see `openai.routes`
+    overview, figures, templates, schema, POST jobs/plan      for pages, see `overview_routes`
+    /moe/...                                                  the dashboard, see `control.dashboard`
 
 Ours are served under `/v1alpha/post-training`, and again under `/v1/post-training` for older SDKs.
 Errors always have the form `{"error": {"message": ...}}`, see `answers`; OpenAI's have more fields.
@@ -25,8 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import Field, SkipValidation, WrapValidator
+from pydantic import SkipValidation, WrapValidator
 
+from llama_stack_provider_moe.control import dashboard
 from llama_stack_provider_moe.control.server import (
     callers,
     compat,
@@ -40,9 +43,11 @@ from llama_stack_provider_moe.control.server import (
 from llama_stack_provider_moe.control.server.activity import add_activity
 from llama_stack_provider_moe.control.server.answers import answers_of
 from llama_stack_provider_moe.control.server.dataset_routes import add_datasets
+from llama_stack_provider_moe.control.server.event_routes import Offset, add_events
 from llama_stack_provider_moe.control.server.files import download
 from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
+from llama_stack_provider_moe.control.server.overview_routes import add_overview
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
 from llama_stack_provider_moe.errors import InvalidInput
@@ -60,7 +65,6 @@ class _RouteOptions(TypedDict):
 
 NOTES_IF_ANY: _RouteOptions = {"response_model_exclude_defaults": True}
 MAX_LINES = 10_000
-MAX_EVENTS = 10_000
 MAX_POINTS = 10_000
 
 # The OpenAPI document has the real types. The service validates bodies in a thread, and a job after it has added the
@@ -89,18 +93,18 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.INSUFFICIENT_STORAGE,
     )
 }  # fmt: skip
-# The largest offset that `seek` accepts.
-Offset = Annotated[int, Field(ge=0, lt=2**63)]
 JobUuid = Annotated[str | None, Query(description="Name of the job; newer routes have it in the path.")]
 
 
 def create_router(impl: PostTrainingService) -> APIRouter:
-    """Return a router with all routes of `impl`: ours under both prefixes, and OpenAI's."""
+    """Return a router with all routes of `impl`: ours under both prefixes, OpenAI's, and the dashboard's."""
     both = APIRouter()
     for prefix in (PREFIX, OLDER_PREFIX):
         # Flat: llama-stack 0.6.1 and 0.7.3 look for routes at the top level only, to find out which are public.
         both.routes.extend(_routes(impl, prefix).routes)
     both.routes.extend(openai_routes.create_router(impl).routes)
+    pages = dashboard.create_router(answers_of(impl), compat.PUBLIC_ROUTE_KEY, impl.guard.in_state_dir)
+    both.routes.extend(pages.routes)
     return both
 
 
@@ -115,6 +119,8 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     _add_artifacts(router, impl)
     _add_exports(router, impl)
     _add_observation(router, impl)
+    add_events(router, impl)
+    add_overview(router, impl)
     _add_old_family(router, impl)
     add_datasets(router, impl)
     add_sweeps(router, impl)
@@ -258,14 +264,6 @@ def _add_observation(router: APIRouter, impl: PostTrainingService) -> None:
             return await impl.logs(job_uuid, tail, offset)
         lines = await impl.follow(job_uuid, tail, offset if last_event_id is None else last_event_id)
         return StreamingResponse(lines, media_type=stream.MEDIA_TYPE, headers=stream.HEADERS)
-
-    @router.get("/jobs/{job_uuid}/events", summary="Get a page of a training job's events.")
-    async def events(
-        job_uuid: str,
-        cursor: Annotated[Offset, Query(description="Byte to continue from: `cursor` of the previous page.")] = 0,
-        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="Largest number of events in the page.")] = 1000,
-    ) -> wire.Events:
-        return await impl.events(job_uuid, cursor, limit)
 
     @router.get("/jobs/{job_uuid}/metrics", summary="Get the metrics of a training job as time series.")
     async def metrics(

@@ -49,7 +49,7 @@ from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor import removal
 from llama_stack_provider_moe.control.supervisor.supervisor_keeper import SupervisorKeeper
 from llama_stack_provider_moe.errors import Forbidden, Unavailable
-from llama_stack_provider_moe.spec import TrainingSpec
+from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class PostTrainingService:
         audit: writes down who did what.
         offers: models of jobs in the host's inference.
         sweeps: sweeps, whose jobs are ordinary jobs.
+        followers: the clients that follow jobs.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class PostTrainingService:
             config, self.guard, names, self._rows, self.quotas, lambda: self.store, self._whose, self._accepted
         )
         self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
-        self._followers = stream.Followers(self.guard.run, self.guard.failures)
+        self.followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:
         """Make the state folder, open the store, and start a supervisor for the jobs that an earlier server left."""
@@ -183,6 +184,10 @@ class PostTrainingService:
             spec = await self._creation.checked(request, 0)
         return await self._profiles.get(found, cast(TrainingSpec, spec), has_model=model is not None)
 
+    async def checked(self, request: Draft, size_bytes: int) -> JobSpec:
+        """Return the complete job with resolved names and folders; everything but its rows is checked."""
+        return await self._creation.checked(request, size_bytes)
+
     async def _create(self, request: Draft, size_bytes: int = 0) -> submissions.SubmittedJob:
         job = await self._creation.create(request, size_bytes)
         return submissions.SubmittedJob(job_uuid=job.id, notes=request.notes)
@@ -258,14 +263,10 @@ class PostTrainingService:
 
         def look(start: int | None) -> stream.OutputPage:
             job = self.store.get(job_id, whose)  # read the state before the output, so that no line is missed
-            return stream.OutputPage(job.state, views.log(job, tail, start))
+            return stream.page_of_output(job.state, views.log(job, tail, start))
 
         views.folder_of(await self.guard.run(self.store.get, job_id, whose))
-        return self._followers.output(look, offset)
-
-    async def events(self, job_id: str, cursor: int, limit: int) -> wire.Events:
-        """Return a page of a job's events."""
-        return await self._about(job_id, lambda job: timeline.page(job.id, views.folder_of(job).events, cursor, limit))
+        return self.followers.output(look, offset)
 
     async def metrics(
         self, job_id: str, names: set[str] | None, since_step: int | None, limit: int

@@ -1,7 +1,7 @@
-"""A job's output as server-sent events, until the job has ended.
+"""A job's output, or its events, as server-sent events until the job has ended.
 
-    id: 1287                                                  bytes of the output up to here
-    data: {"log_lines": ["step 3", ...], "next_offset": 1287}
+    id: 1287                                                  bytes of the file up to here
+    data: {"log_lines": ["step 3", ...], "next_offset": 1287}     or {"events": [...], "cursor": 1287}
 
     event: end
     data: {"job_uuid": "...", "status": "completed"}
@@ -18,7 +18,7 @@ from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.failures import Failures
 from llama_stack_provider_moe.control.server.safe_json import dumps
 from llama_stack_provider_moe.control.server.views import LOG_WINDOW_BYTES
-from llama_stack_provider_moe.control.server.wire import PostTrainingJobLogStream
+from llama_stack_provider_moe.control.server.wire import Events, JsonObject, PostTrainingJobLogStream
 from llama_stack_provider_moe.control.store.store_errors import is_store_lost
 from llama_stack_provider_moe.errors import MoeError, Unavailable
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -33,10 +33,31 @@ HEARTBEAT_S = 15.0
 
 
 class OutputPage(NamedTuple):
-    """The state and new output of a job at one moment."""
+    """The state of a job at one moment, and what is new in a file of it.
+
+    Attributes:
+        state: state of the job.
+        job_uuid: its name.
+        data: what a client gets; None if nothing is new.
+        position: bytes of the file up to here.
+    """
 
     state: JobState
-    piece: PostTrainingJobLogStream
+    job_uuid: str
+    data: JsonObject | None
+    position: int
+
+
+def page_of_output(state: JobState, piece: PostTrainingJobLogStream) -> OutputPage:
+    """Return lines of a job's output as a page."""
+    data: JsonObject = {"log_lines": piece.log_lines, "next_offset": piece.next_offset}
+    return OutputPage(state, piece.job_uuid, data if piece.log_lines else None, piece.next_offset)
+
+
+def page_of_events(state: JobState, piece: Events) -> OutputPage:
+    """Return events of a job as a page."""
+    data: JsonObject = {"events": piece.events, "cursor": piece.cursor}
+    return OutputPage(state, piece.job_uuid, data if piece.events else None, piece.cursor)
 
 
 class Followers:
@@ -58,8 +79,8 @@ class Followers:
         """Yield the bytes of the stream.
 
         Args:
-            look: returns the job's state, and the lines from a byte on (None for the last lines); it reads the state
-                first. May block. Raises NotFound once the job is deleted.
+            look: returns the job's state, and what is new from a byte on (None for the last lines of the output); it
+                reads the state first. May block. Raises NotFound once the job is deleted.
             offset: the byte to begin at.
         """
         self._count += 1
@@ -91,19 +112,18 @@ class Followers:
                     text = "the server failed on an unexpected error; see the server's log"
                 yield _event({"error": {"message": text}}, name="error")
                 return
-            piece, silent_s = found.piece, silent_s + poll_s
-            if piece.log_lines:
-                data = {"log_lines": piece.log_lines, "next_offset": piece.next_offset}
-                yield _event(data, number=piece.next_offset)
+            silent_s += poll_s
+            if found.data is not None:
+                yield _event(found.data, number=found.position)
                 silent_s = 0.0
             elif silent_s >= HEARTBEAT_S:
                 yield b": waiting\n\n"
                 silent_s = 0.0
-            if found.state.over and piece.next_offset == offset:
-                yield _event({"job_uuid": piece.job_uuid, "status": found.state.value}, name="end")
+            if found.state.over and found.position == offset:
+                yield _event({"job_uuid": found.job_uuid, "status": found.state.value}, name="end")
                 return
-            behind = offset is not None and piece.next_offset - offset > LOG_WINDOW_BYTES // 2
-            offset = piece.next_offset
+            behind = offset is not None and found.position - offset > LOG_WINDOW_BYTES // 2
+            offset = found.position
             if not found.state.over and not behind:
                 await _slept(poll_s)
 
@@ -116,7 +136,7 @@ async def _slept(duration_s: float) -> None:
         await asyncio.sleep(min(duration_s, 0.5))
 
 
-def _event(data: dict[str, object], name: str | None = None, number: int | None = None) -> bytes:
+def _event(data: JsonObject, name: str | None = None, number: int | None = None) -> bytes:
     head = ("" if name is None else f"event: {name}\n") + ("" if number is None else f"id: {number}\n")
     # ASCII, so that it contains none of Unicode's line separators.
     return f"{head}data: {dumps(data)}\n\n".encode("ascii")

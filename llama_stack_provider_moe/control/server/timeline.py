@@ -16,11 +16,12 @@ from llama_stack_provider_moe.ground.small_files import open_regular
 from llama_stack_provider_moe.jobdir.events import Evaluation, Resumed, Step, parse
 
 WINDOW_BYTES = 4 << 20  # size of one page of events; a page has at least one event or one unreadable line
+TAIL_BYTES = 64 << 10
 # Longer than any event. A longer line is read in pieces, and none of them is an event.
 LINE_LIMIT_BYTES = 4 << 20
 
 
-def page(job_id: str, path: Path, cursor: int, limit: int) -> wire.Events:
+def page(job_id: str, path: Path, cursor: int, limit: int, types: frozenset[str] = frozenset()) -> wire.Events:
     """Return up to `limit` events from byte `cursor` on, as they are in the file; a missing file has none.
 
     Lines that are not events (such as one that a full disk cut short) are counted and skipped.
@@ -30,16 +31,23 @@ def page(job_id: str, path: Path, cursor: int, limit: int) -> wire.Events:
         path: the file with its events.
         cursor: the byte to start at.
         limit: largest number of events.
+        types: types of the events; none: any. Lines of other types are not parsed.
     """
     events: list[wire.JsonObject] = []
     unreadable, start = 0, cursor
-    for line in _lines(path, cursor):
+    needles = [f'"type":"{name}"'.encode() for name in types]
+    for line in lines(path, cursor):
         if len(events) + unreadable == limit or (cursor > start and cursor + len(line) - start > WINDOW_BYTES):
             break
         cursor += len(line)
+        if needles and not any(needle in line for needle in needles):
+            continue
         try:
+            event = parse(line)
+            if types and event.type not in types:  # its text quotes another event
+                continue
             # NaN and infinity become text, because JSON lacks them; a later version may write events with such values.
-            events.append(json.loads(parse(line).model_dump_json(), parse_constant=str))
+            events.append(json.loads(event.model_dump_json(), parse_constant=str))
         except ValueError:
             unreadable += 1
     return wire.Events(job_uuid=job_id, events=events, cursor=cursor, unreadable=unreadable)
@@ -59,6 +67,7 @@ def metrics(job_id: str, path: Path, names: set[str] | None, since_step: int | N
     def chosen(found: dict[str, float]) -> dict[str, float]:
         return {name: value for name, value in found.items() if names is None or name in names}
 
+    cursor = _complete_bytes(path)  # before the file is read: an event is never missing, but may come twice
     after = -1 if since_step is None else since_step
     steps: _Thinned[Step] = _Thinned(limit, after)
     evaluations: _Thinned[Evaluation] = _Thinned(limit, after)
@@ -79,7 +88,26 @@ def metrics(job_id: str, path: Path, names: set[str] | None, since_step: int | N
             wire.EvaluationPoint(step=each.step, epoch=each.epoch, metrics=dict(each.metrics))
             for each in evaluations.points()
         ],
+        cursor=cursor,
     )
+
+
+def _complete_bytes(path: Path) -> int:
+    """Size of the file up to its last line end."""
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return 0
+    with file:
+        end = file.seek(0, 2)
+        while end:
+            start = max(0, end - TAIL_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
 def total(path: Path, name: str) -> float | None:
@@ -99,7 +127,7 @@ def _effective(path: Path) -> Iterator[Step | Evaluation]:
     """The steps and evaluations that no later `resumed` event has undone."""
     undone = _undone(path)
     offset = 0
-    for line in _lines(path):
+    for line in lines(path):
         offset += len(line)
         while undone and undone[0].before < offset:
             undone.pop(0)
@@ -111,7 +139,7 @@ def _effective(path: Path) -> Iterator[Step | Evaluation]:
 
 def _undone(path: Path) -> list[_Undone]:
     found, offset = [], 0
-    for line in _lines(path):
+    for line in lines(path):
         event = _read(line, Resumed)
         if event is not None:
             found.append(_Undone(offset, event.step))
@@ -134,8 +162,8 @@ def _read[E: (Step, Evaluation, Resumed)](line: bytes, kind: type[E]) -> E | Non
         return None
 
 
-def _lines(path: Path, start: int = 0) -> Iterator[bytes]:
-    """Complete lines from byte `start` on, with line ends; skips a last line that is still being written."""
+def lines(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Yield complete lines from byte `start` on, with line ends; skips a last line that is still being written."""
     try:
         file = open_regular(path)
     except FileNotFoundError:

@@ -199,6 +199,7 @@ class MetricSeries(BaseModel):
         description="Values of each metric by its name; null for a step without that metric."
     )
     evaluations: list[EvaluationPoint]
+    cursor: int = Field(description="`cursor` with which `events` continues after these figures.")
 
 
 class Notification(BaseModel):

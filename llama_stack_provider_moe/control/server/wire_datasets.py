@@ -57,6 +57,16 @@ class Dataset(BaseModel):
     has_more: bool
 
 
+class DatasetRows(BaseModel):
+    """A page of the rows of one version."""
+
+    name: str
+    sha256: str = Field(description="SHA-256 of the version.")
+    rows: list[object] = Field(description="Rows as they were uploaded.")
+    cursor: int = Field(description="Parameter `cursor` of the next page.")
+    has_more: bool
+
+
 class DeletedDataset(BaseModel):
     """What was deleted."""
 

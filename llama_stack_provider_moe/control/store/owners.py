@@ -12,6 +12,11 @@ def everybody_of(tenant: str) -> str:
     return tenant + _EVERYBODY
 
 
+def is_one_user(owner: str | None) -> bool:
+    """Return whether an owner in a query is a single user; None stands for every owner."""
+    return owner is not None and not owner.endswith(_EVERYBODY)
+
+
 def belongs_to(owner: str, column: ColumnElement[str] = jobs_table.c.owner) -> ColumnElement[bool]:
     """Return the condition that a job belongs to an owner.
 

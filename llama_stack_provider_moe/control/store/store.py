@@ -333,9 +333,11 @@ class JobStore(Moves):
             found = [(as_job(row), queue.position(connection, row)) for row in rows]
             return sorted(found, key=lambda each: each[1]), count
 
-    def counts(self) -> dict[JobState, int]:
-        """Return the number of jobs in each state, of all owners."""
+    def counts(self, owner: str | None = None) -> dict[JobState, int]:
+        """Return the number of jobs in each state, of all owners or of one."""
         query = select(jobs_table.c.state, func.count().label("jobs")).group_by(jobs_table.c.state)
+        if owner is not None:
+            query = query.where(belongs_to(owner))
         with self._reading.begin() as connection:
             found = dict.fromkeys(JobState, 0)
             for state, jobs in connection.execute(query):

@@ -33,7 +33,8 @@ GENERAL = {
     ("get", "/jobs"), ("post", "/jobs"), ("post", "/jobs/validate"), ("post", "/supervised-fine-tune"),
     ("post", "/preference-optimize"), ("get", "/health"), ("get", "/metrics"), ("get", "/datasets"),
     ("put", "/datasets/{name}"), ("get", "/datasets/{name}"), ("delete", "/datasets/{name}"),
-    ("get", "/datasets/{name}/profile"), ("get", "/quota"), ("get", "/quotas"),
+    ("get", "/datasets/{name}/profile"), ("get", "/datasets/{name}/rows"), ("get", "/quota"), ("get", "/quotas"),
+    ("get", "/overview"), ("get", "/figures"), ("get", "/templates"), ("get", "/schema"), ("post", "/jobs/plan"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 
@@ -106,6 +107,9 @@ def test_every_request_of_another_user_finds_nothing(
         assert nothing.text == answer.text.replace(job, "no-such-job"), "the answer must not reveal that it exists"
     for query, header in (("?follow=true", {}), ("?follow=true", {"Last-Event-ID": "0"})):
         assert clients[BOB].get(f"/jobs/{job}/logs{query}", headers=header).status_code == 404
+        assert clients[BOB].get(f"/jobs/{job}/events{query}", headers=header).status_code == 404
+    assert clients[BOB].get("/figures", params={"jobs": job}).json() == {"data": []}
+    assert clients[BOB].get("/overview").json()["jobs"]["completed"] == 0
     assert clients[BOB].post("/job/cancel", json={"job_uuid": job}).status_code == 404
     assert clients[ALICE].get(f"/jobs/{job}/status").json()["status"] == "completed", "nothing happened to the job"
 

@@ -1,0 +1,67 @@
+"""`moe-train report job`: one HTML file about a job, for people who were not there."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_stack_provider_moe.client.documents import Job
+from llama_stack_provider_moe.control.cli.act import Where, run
+from llama_stack_provider_moe.control.cli.client import Client
+from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
+from llama_stack_provider_moe.control.cli.screen import Screen
+from llama_stack_provider_moe.control.dashboard import report
+from llama_stack_provider_moe.errors import InvalidInput
+
+_POINTS = 600
+_COLUMNS = 100
+_EVALUATION_BYTES = 16 << 20
+_EVALUATION, _EVALUATION_FILE = "evaluation", "eval.json"
+
+
+def job(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, in any state.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="HTML file to write; it needs no other file.")
+    ] = Path("report.html"),
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file about a job: figures, curves, experts, evaluation, settings. It runs no scripts."""
+
+    def act(server: Client, screen: Screen) -> Exit:
+        found = server.job(job_id)
+        sources = report.Sources(
+            found,
+            server.metrics(job_id, limit=_POINTS),
+            server.routing(job_id, limit=_COLUMNS),
+            _evaluation(server, found),
+        )
+        text = report.render(sources)
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InvalidInput("--out", str(out), f"a file that can be written: {error.strerror}") from error
+        if screen.as_json:
+            screen.document({"job_uuid": job_id, "file": str(out), "bytes": len(text.encode())})
+        else:
+            screen.say(f"wrote {out}, {len(text.encode()):,} bytes; open it in a browser")
+        return Exit.OK
+
+    run(Where(url, key), as_json, act)
+
+
+def _evaluation(server: Client, found: Job) -> dict[str, object] | None:
+    """What the job's `eval` measured; None without that block, or while it has not measured anything."""
+    if not any(each["name"] == _EVALUATION and each["bytes"] < _EVALUATION_BYTES for each in found["checkpoints"]):
+        return None
+    listed = server.artifact_files(found["job_uuid"], _EVALUATION)["files"]
+    file = next((each for each in listed if each["path"] == _EVALUATION_FILE), None)
+    if file is None:
+        return None
+    with server.artifact_file(found["job_uuid"], _EVALUATION, _EVALUATION_FILE, 0, file["sha256"]) as sent:
+        content: dict[str, object] = json.loads(b"".join(sent.chunks))
+    return content

@@ -1,0 +1,132 @@
+"""One HTML file about a job, without scripts: figures, curves as SVG, settings, evaluation."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from llama_stack_provider_moe.control.dashboard.svg import Line, heat_map, line_chart, short
+
+_LOSSES = ("ce", "preference_loss", "breaker_loss")
+_NAMES = {**dict.fromkeys(_LOSSES, "training"), "validation_loss": "held out"}
+# title, which figures of the steps, which of the evaluations
+_CHARTS: tuple[tuple[str, Callable[[str], bool], Callable[[str], bool]], ...] = (
+    ("Loss", lambda name: name in _LOSSES, lambda name: name == "validation_loss"),
+    ("Rewards", lambda name: name in ("rewards/chosen", "rewards/rejected", "rewards/margins"), lambda name: False),
+    ("Reward accuracy", lambda name: name == "rewards/accuracies", lambda name: False),
+    ("Cosine with the base model", lambda name: name.startswith("cosine/"), lambda name: False),
+    ("Reroute and retain loss", lambda name: name in ("reroute_loss", "retain_loss"), lambda name: False),
+    ("Learning rate", lambda name: name == "learning_rate", lambda name: False),
+    ("Norm of the gradient", lambda name: name == "grad_norm", lambda name: False),
+    ("Tokens a second", lambda name: name == "tokens_per_s", lambda name: False),
+    ("Peak memory, bytes", lambda name: name == "memory_bytes", lambda name: False),
+    ("Balance loss", lambda name: name in ("aux_loss", "router_z_loss"), lambda name: False),
+)
+
+type Document = Mapping[str, Any]
+
+
+class Sources(NamedTuple):
+    """What the report is made of: documents of the HTTP API.
+
+    Attributes:
+        job: all details of the job.
+        metrics: its metrics as series.
+        routing: use of its experts.
+        evaluation: its eval.json; None without one.
+    """
+
+    job: Document
+    metrics: Document
+    routing: Document
+    evaluation: Document | None
+
+
+class Chart(NamedTuple):
+    """A chart with the names of its lines.
+
+    Attributes:
+        title: what it shows.
+        names: the lines, in the order of their colours.
+        drawing: SVG.
+    """
+
+    title: str
+    names: Sequence[str]
+    drawing: Markup
+
+
+@lru_cache(1)
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("llama_stack_provider_moe.control.dashboard"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters.update(figure=_figure, text=_text)
+    return made
+
+
+def render(sources: Sources) -> str:
+    """Return the report as HTML."""
+    job = sources.job
+    return _environment().get_template("report.html").render(
+        job=job, charts=list(_charts(sources.metrics)), maps=list(_maps(sources.routing)),
+        evaluation=sources.evaluation,
+        settings=sorted(_leaves(job["spec"] or {})), progress=job["resources_allocated"] or {},
+        made_at=datetime.now(UTC), version=version("llama-stack-provider-moe"),
+    )  # fmt: skip
+
+
+def _charts(metrics: Document) -> Iterable[Chart]:
+    steps, found, evaluations = metrics["steps"], metrics["metrics"], metrics["evaluations"]
+    evaluated = dict.fromkeys(name for each in evaluations for name in each["metrics"])
+    for title, of_step, of_evaluation in _CHARTS:
+        lines = [
+            Line(_named(name), steps, [_number(value) for value in found[name]]) for name in found if of_step(name)
+        ]
+        for name in filter(of_evaluation, evaluated):
+            points = [each for each in evaluations if name in each["metrics"]]
+            values = [_number(each["metrics"][name]) for each in points]
+            lines.append(Line(_named(name), [each["step"] for each in points], values, has_points=True))
+        drawing = line_chart(title, lines)
+        if drawing is not None:
+            yield Chart(title, [line.name for line in lines], drawing)
+
+
+def _maps(routing: Document) -> Iterable[Chart]:
+    steps = routing["steps"]
+    uneven = heat_map("Unevenness of each layer", steps, routing["cv"], routing["layers"])
+    if uneven is not None:
+        yield Chart("Unevenness of each layer (variation of the experts' shares)", (), uneven)
+    shares = heat_map("Share of each expert", steps, routing["share"], range(routing["experts"]))
+    if shares is not None:
+        yield Chart(f"Share of each expert in layer {routing['layer']}; red: no token", (), shares)
+
+
+def _named(name: str) -> str:
+    return _NAMES.get(name, name.removeprefix("rewards/").removeprefix("cosine/"))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None  # NaN and infinity are text in the API
+
+
+def _leaves(value: object, path: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, _text(value)
+
+
+def _figure(value: object) -> str:
+    return "–" if value is None else short(float(value)) if isinstance(value, int | float) else str(value)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

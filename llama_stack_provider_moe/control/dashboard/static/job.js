@@ -1,0 +1,100 @@
+// One job: how it stands, its tabs, and what can be done with it.
+
+import { get, part } from "./api.js";
+import { byId, h, note, put, say } from "./dom.js";
+import { ago, bytes, duration, figure, moment } from "./format.js";
+import { actions } from "./job_actions.js";
+import { curves } from "./job_curves.js";
+import { evaluation } from "./job_evaluation.js";
+import { experts } from "./job_experts.js";
+import { artifacts } from "./job_files.js";
+import { events, log } from "./job_output.js";
+import { settings } from "./job_settings.js";
+import { bar, pill, tabs } from "./pieces.js";
+import { every, jobPath, lastOfPath, problem } from "./shell.js";
+
+const id = lastOfPath();
+const RUNS = ["scheduled", "in_progress"];
+// name -> [title, draws into an element and returns what ends it]
+const TABS = {
+  curves: ["Curves", curves], experts: ["Experts", experts], evaluation: ["Evaluation", evaluation],
+  settings: ["Settings", settings], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
+};
+let job = null;
+let close = () => {};
+
+document.title = `${id} · MoE training`;
+say(byId("title"), id);
+
+function showHead() {
+  put(byId("facts"), pill(job.status), h("span", {}, job.recipe.replaceAll("_", " ")), h("span", { class: "model" }, job.model),
+    job.parent ? h("span", {}, "of ", h("a", { href: jobPath(job.parent) }, job.parent)) : null,
+    h("time", { datetime: job.scheduled_at, title: moment(job.scheduled_at) }, `submitted ${ago(job.scheduled_at)}`));
+  put(byId("actions"), actions(job, load));
+  const bad = job.status === "failed" ? "bad" : "info";
+  put(byId("problem"), job.reason ? note(bad, h("strong", {}, job.status === "failed" ? "It failed: " : "Note: "), job.reason) : null);
+}
+
+function showStanding() {
+  const found = job.resources_allocated ?? {};
+  const took = job.started_at ? (Date.parse(job.completed_at ?? new Date().toISOString()) - Date.parse(job.started_at)) / 1000 : null;
+  const held = found.evaluation?.last?.metrics ?? {};
+  const first = found.evaluation?.first?.metrics ?? {};
+  const speed = found.metrics?.tokens_per_s;
+  const change = typeof held.validation_loss === "number" && typeof first.validation_loss === "number" && found.evaluation.first.step !== found.evaluation.last.step
+    ? `from ${figure(first.validation_loss)}` : "";
+  const work = found.work ? `${found.work.done.toLocaleString("en")}${found.work.total ? ` of ${found.work.total.toLocaleString("en")}` : ""} ${found.work.unit}` : "";
+  const tiles = [
+    ["Now", found.stage ?? job.status, work || (found.queue_position ? `position ${found.queue_position} in the queue` : "")],
+    ["Step", found.max_steps ? found.step.toLocaleString("en") : null, found.max_steps ? `of ${found.max_steps.toLocaleString("en")}` : ""],
+    ["Held-out loss", "validation_loss" in held ? figure(held.validation_loss) : null, change],
+    ["Perplexity", "perplexity" in held ? figure(held.perplexity) : null, "perplexity" in first && change ? `from ${figure(first.perplexity)}` : ""],
+    ["Speed", speed ? figure(speed) : null, "tokens a second"],
+    [job.completed_at ? "Took" : "Runs for", took === null ? null : duration(took), typeof found.eta_s === "number" ? `${duration(found.eta_s)} left` : ""],
+    ["On disk", found.disk_bytes === undefined ? null : bytes(found.disk_bytes), found.devices ? `GPU ${found.devices}` : ""],
+  ].filter(([, value]) => value !== null && value !== undefined);
+  const percent = found.percent;
+  put(byId("standing"),
+    percent === null || percent === undefined || !RUNS.includes(job.status) ? null : bar(percent, "Progress of this job"),
+    h("dl", { class: "tiles" }, tiles.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, more ? h("small", {}, more) : null)))));
+  byId("standing").hidden = false;
+}
+
+function open(name) {
+  close();
+  const panel = byId("panel");
+  put(panel);
+  close = TABS[name][1](panel, { id, path: `jobs/${part(id)}`, job: () => job }) ?? (() => {});
+  if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
+}
+
+async function load() {
+  try {
+    job = await get(`jobs/${part(id)}`);
+  } catch (error) {
+    problem(error);
+    if (error.status === 404) { put(byId("facts"), "There is no such job, or it is another user's."); for (const place of ["tabs", "panel", "standing"]) byId(place).hidden = true; }
+    return;
+  }
+  showHead();
+  showStanding();
+  if (byId("tabs").hidden) {
+    byId("tabs").hidden = false;
+    byId("panel").hidden = false;
+    const fits = Object.entries(TABS).filter(([name]) => !(job.recipe === "export" && ["curves", "experts", "evaluation"].includes(name)));
+    tabs(byId("tabs"), byId("panel"), fits.map(([name, [title]]) => [name, title]), location.hash.slice(1), open);
+  }
+}
+
+// The status is small and cheap; all details are asked for when the state changes.
+async function refresh() {
+  if (job === null || !RUNS.includes(job.status)) return;
+  const found = await get(`jobs/${part(id)}/status`).catch((error) => problem(error));
+  if (!found) return;
+  if (found.status !== job.status) { await load(); return; }
+  job.resources_allocated = { ...found.resources_allocated, disk_bytes: job.resources_allocated?.disk_bytes };
+  showStanding();
+}
+
+load();
+every(2000, refresh);

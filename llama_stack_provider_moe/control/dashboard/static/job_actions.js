@@ -1,0 +1,73 @@
+// What can be done with a job: cancel, resume, export, clone, delete.
+
+import { part, post, remove } from "./api.js";
+import { h, note, prose } from "./dom.js";
+import { BASE, jobPath, problem, question, toast } from "./shell.js";
+import { kind, schema } from "./schema.js";
+
+const TRAINS = ["sft", "dpo", "circuit_breaker"];
+
+export function actions(job, changed) {
+  const id = part(job.job_uuid);
+  const act = (name, run, classes = "") => h("button", { type: "button", class: classes, on: { click: async (event) => {
+    event.target.disabled = true;
+    try { await run(); } catch (error) { problem(error); }
+    event.target.disabled = false;
+  } } }, name);
+
+  async function cancel() {
+    const sure = await question("Cancel this job?", h("p", {}, "It finishes its step and saves a checkpoint, so that you can resume it."), "Cancel the job", "danger");
+    if (!sure) return;
+    await post(`jobs/${id}/cancel`);
+    toast("The job is asked to stop.");
+    await changed();
+  }
+
+  async function resume() {
+    const found = await post(`jobs/${id}/resume`);
+    const from = { from_checkpoint: "its last checkpoint", from_completed_steps: "its completed steps", from_beginning: "the beginning" }[found.resumes] ?? found.resumes;
+    toast(`The job waits to run again, from ${from}.`);
+    await changed();
+  }
+
+  async function exported() {
+    const whole = await schema();
+    const fields = Object.entries(whole.$defs?.Exports?.properties ?? {});
+    const input = h("textarea", { id: "export-body", rows: 8, spellcheck: "false" });
+    input.value = JSON.stringify({ merged: true }, null, 2);
+    const content = h("div", {}, h("p", {}, "Makes files for serving from this job's result, in a job of its own."),
+      h("label", { for: "export-body" }, "Export, as JSON"), input,
+      h("details", {}, h("summary", {}, "Fields"), h("dl", { class: "pairs" }, fields.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, prose(field.description ?? ""), h("span", { class: "sub" }, kind(whole, field)))]))));
+    if (!(await question("Export this job", content, "Export"))) return;
+    let body = null;
+    try { body = JSON.parse(input.value); } catch (error) { toast(`That is not JSON: ${error.message}`, "bad"); return; }
+    const made = await post(`jobs/${id}/exports`, body);
+    location.href = jobPath(made.job_uuid);
+  }
+
+  async function deleted() {
+    const exports = (job.resources_allocated?.exports ?? []).map((each) => each.job_uuid).filter((each) => each !== job.job_uuid);
+    const sure = await question(`Delete ${job.job_uuid}?`, h("div", {}, h("p", {}, "Its folder goes, with checkpoints, results and log. This can't be undone."),
+      exports.length ? h("p", {}, `Its exports go with it: ${exports.join(", ")}.`) : null), "Delete", "danger");
+    if (!sure) return;
+    try {
+      await remove(`jobs/${id}`);
+    } catch (error) {
+      if (error.status !== 409) throw error;
+      const anyway = await question("Other jobs need it", h("div", {}, note("warn", error.message), h("p", {}, "If you delete it anyway, those jobs can no longer be resumed or exported.")), "Delete anyway", "danger");
+      if (!anyway) return;
+      await remove(`jobs/${id}`, { force: true });
+    }
+    location.href = BASE;
+  }
+
+  const runs = ["scheduled", "in_progress"].includes(job.status);
+  return [
+    h("a", { class: "button", href: `${BASE}/compare?jobs=${id}` }, "Compare"),
+    job.recipe === "export" ? null : h("a", { class: "button", href: `${BASE}/new?from=${id}` }, "Clone"),
+    job.status === "completed" && TRAINS.includes(job.recipe) ? act("Export", exported) : null,
+    ["failed", "cancelled"].includes(job.status) ? act("Resume", resume, "primary") : null,
+    runs && !job.cancel_requested_at ? act("Cancel", cancel, "danger") : null,
+    runs ? null : act("Delete", deleted, "danger"),
+  ];
+}

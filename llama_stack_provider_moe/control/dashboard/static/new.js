@@ -1,0 +1,75 @@
+// A new job: from a template or from another job, with the server's checks and a memory plan.
+
+import { get, part, post } from "./api.js";
+import { byId, h, note, put, table } from "./dom.js";
+import { bytes } from "./format.js";
+import { editor } from "./editor.js";
+import { jobPath, problem } from "./shell.js";
+
+const GB = 1e9;
+const asked = new URLSearchParams(location.search);
+const pretty = (job) => JSON.stringify(job, null, 2);
+
+// A job's complete settings, as somebody would write them: without its name and what the server resolved.
+function cloned(spec) {
+  const { job_uuid: _, model_from: from, ...rest } = spec;
+  return { ...rest, model: from ?? rest.model };
+}
+
+async function start() {
+  const [templates, sets] = await Promise.all([get("templates"), get("datasets", { limit: 100 }).catch(() => ({ data: [] }))]);
+  const from = asked.get("from");
+  const names = templates.data.map(({ name }) => name);
+  const first = names.includes(asked.get("template")) ? asked.get("template") : names.includes("granite_moe_sft") ? "granite_moe_sft" : names[0];
+  const byName = new Map(templates.data.map((each) => [each.name, each]));
+  const choice = h("select", { id: "template" }, from ? h("option", { value: "" }, `job ${from}`) : null,
+    templates.data.map(({ name, summary }) => h("option", { value: name }, `${name}: ${summary}`)));
+  choice.value = from ? "" : first;
+  const data = h("select", { id: "dataset" }, h("option", { value: "" }, "as written below"), sets.data.map(({ name }) => h("option", { value: name }, name)));
+  const memory = h("input", { id: "memory", type: "number", min: 0.1, max: 10000, step: "any", value: 80 });
+  const plan = h("button", { type: "button" }, "Plan memory");
+  const send = h("button", { type: "button", class: "primary", disabled: true }, "Start job");
+  const planned = h("div");
+  const place = h("div", { class: "editor-body" });
+  put(byId("content"),
+    h("div", { class: "filters" }, h("div", { class: "field grow" }, h("label", { for: "template" }, "Start from"), choice),
+      h("div", { class: "field" }, h("label", { for: "dataset" }, "Data set"), data)),
+    place,
+    h("div", { class: "filters send" }, h("div", { class: "field" }, h("label", { for: "memory" }, "Memory of a GPU (of the machine on the CPU), GB"), memory), h("div", { class: "field" }, plan), h("div", { class: "field push" }, send)),
+    planned);
+
+  const text = from ? pretty(cloned((await get(`jobs/${part(from)}`)).spec)) : pretty(byName.get(first).job);
+  let body = null;
+  const written = await editor(place, text, (job, valid) => { body = job; send.disabled = valid === null; });
+  choice.addEventListener("change", () => { if (byName.has(choice.value)) written.set(pretty(byName.get(choice.value).job)); });
+  data.addEventListener("change", () => {
+    const job = written.read();
+    if (job && data.value) written.set(pretty({ ...job, data: { ...job.data, dataset_id: data.value } }));
+  });
+  plan.addEventListener("click", async () => {
+    plan.disabled = true;
+    put(planned, h("p", { class: "muted", role: "status" }, "The planner computes; the first time takes half a minute …"));
+    try { put(planned, shownPlan(await post("jobs/plan", body ?? written.read(), { memory_bytes: Math.round(Number(memory.value) * GB) }))); } catch (error) { put(planned); problem(error, planned); }
+    plan.disabled = false;
+  });
+  send.addEventListener("click", async () => {
+    send.disabled = true;
+    try {
+      const made = await post("jobs", body);
+      location.href = jobPath(made.job_uuid);
+    } catch (error) { problem(error); send.disabled = false; scrollTo(0, 0); }
+  });
+}
+
+function shownPlan({ job, plan, changes }) {
+  const words = { fits: ["good", `It fits, with ${plan.strategy}.`], tight: ["warn", "It may not fit: the estimate is more than the usable memory."] };
+  const [kind, text] = words[plan.verdict] ?? ["bad", "It can't fit: what is certain alone is more than the memory."];
+  return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text),
+    h("p", {}, `${job.recipe} of ${job.model}, ${job.trains}; micro-batches of ${job.batch_size} rows with ${job.max_length} tokens, ${job.dtype}. ${plan.processes} process(es) of ${bytes(plan.device_bytes)}, of which ${bytes(plan.usable_bytes)} can be used.`),
+    table("Memory by strategy", ["Strategy", "Verdict", "Peak", "Certain", "Largest parts"], plan.options.map((option) => [option.strategy, option.verdict,
+      option.estimate ? bytes(option.peak_bytes) : "–", option.estimate ? bytes(option.certain_bytes) : option.refused ?? "",
+      option.estimate ? Object.entries(option.estimate.terms).filter(([, value]) => value).sort(([, one], [, other]) => other - one).slice(0, 3).map(([name, value]) => `${name.replaceAll("_", " ")} ${bytes(value)}`).join(", ") : ""])),
+    changes.length ? h("div", {}, h("p", {}, "Each of these changes alone makes it fit:"), h("ul", {}, changes.map((change) => h("li", {}, change.text)))) : null);
+}
+
+start().catch(problem);

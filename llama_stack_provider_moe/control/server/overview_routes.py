@@ -1,0 +1,104 @@
+"""Routes for pages that show many jobs, and for those that make one.
+
+GET  overview                 counts of the caller's jobs; what the server is
+GET  figures?jobs=a,b         how these jobs stand, in a few figures each
+GET  jobs/{id}/routing        balance of the experts over the steps
+GET  templates, schema        job files of this package; the JSON schema of a job
+POST jobs/plan                whether a job fits into memory, before it is sent
+"""
+
+import json
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import APIRouter, Body, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import SkipValidation
+
+from llama_stack_provider_moe.control.server import job_figures, job_plans, routing_series, views, wire_overview
+from llama_stack_provider_moe.control.server.api_requests import Draft
+from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.server.wire import JsonObject
+from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec
+from llama_stack_provider_moe.spec.job_templates import job_templates, summary
+
+if TYPE_CHECKING:
+    JobBody = object
+else:
+    JobBody = Annotated[SkipValidation[JobSpec], Body()]
+MAX_FIGURES = 100
+MAX_COLUMNS = 1000
+LEAST_BYTES, MOST_BYTES = 10**8, 10**13  # memory of a device
+
+
+def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
+    """Add these routes to the router of `impl`."""
+
+    @router.get("/overview", summary="Get the number of the caller's jobs in each state, and what the server is.")
+    async def overview() -> wire_overview.Overview:
+        return await impl.seen(job_figures.overview)
+
+    @router.get("/figures", summary="Get how several jobs stand, in a few figures each.")
+    async def figures(
+        jobs: Annotated[str, Query(description=f"Names of at most {MAX_FIGURES} jobs, `a,b`.", max_length=16_384)],
+    ) -> wire_overview.ListJobFigures:
+        names = list(dict.fromkeys(filter(None, jobs.split(","))))
+        if len(names) > MAX_FIGURES:
+            raise InvalidInput("jobs", f"{len(names)} names", f"at most {MAX_FIGURES} names")
+        return await impl.seen(partial(job_figures.figures, names=names))
+
+    @router.get("/jobs/{job_uuid}/routing", summary="Get how a job's routers used their experts over its steps.")
+    async def routing(
+        job_uuid: str,
+        layer: Annotated[
+            int | None, Query(ge=0, le=10_000, description="Layer whose experts are shown; left out: the first one.")
+        ] = None,
+        limit: Annotated[
+            int, Query(ge=1, le=MAX_COLUMNS, description="Largest number of steps; more are thinned evenly.")
+        ] = 200,
+    ) -> wire_overview.RoutingSeries:
+        def view(store: JobStore, whose: str | None) -> wire_overview.RoutingSeries:
+            job = store.get(job_uuid, whose)
+            return routing_series.series(job.id, views.folder_of(job).events, layer, limit)
+
+        return await impl.seen(view)
+
+    @router.get("/templates", summary="Get the job files of this package, to start a job from.")
+    async def templates() -> wire_overview.ListJobTemplates:
+        return await impl.guard.in_state_dir(_templates)
+
+    @router.get("/schema", summary="Get the JSON schema of a job.", response_model=JsonObject)
+    async def schema() -> JSONResponse:
+        return JSONResponse(await impl.guard.in_state_dir(_schema))
+
+    @router.post("/jobs/plan", summary="Get whether a job fits into memory, with which strategy, and what would help.")
+    async def plan(
+        body: JobBody,
+        request: Request,
+        memory_bytes: Annotated[
+            int,
+            Query(
+                ge=LEAST_BYTES, le=MOST_BYTES, description="Memory of each GPU; for a job on the CPU, of the machine."
+            ),
+        ] = 80 * 10**9,
+    ) -> JsonObject:
+        spec = await impl.checked(Draft(body), len(await request.body()))
+        return await job_plans.plan(spec, memory_bytes, impl.config)
+
+
+@lru_cache(1)
+def _templates() -> wire_overview.ListJobTemplates:
+    found = job_templates().items()
+    return wire_overview.ListJobTemplates(
+        data=[
+            wire_overview.JobTemplate(name=name, summary=summary(file), job=json.loads(file.read_bytes()))
+            for name, file in found
+        ]
+    )
+
+
+@lru_cache(1)
+def _schema() -> JsonObject:
+    return JOB_SPEC.json_schema()
