@@ -151,7 +151,9 @@ def test_files_in_s3(host: HostUnderTest, s3: str, tmp_path: Path) -> None:
 def test_a_model_of_the_hosts_inference_is_refused_as_one(host: HostUnderTest, tmp_path: Path) -> None:
     """The registry of models knows it, although its inference server is not there."""
     nobody = {"api_key": "none", "base_url": f"http://127.0.0.1:{free_port()}/v1"}
-    model = {"model_id": "small", "provider_id": "nobody", "provider_model_id": "llama3.2:3b", "model_type": "llm"}
+    # Llama Stack names a model by its provider's name for it, OGX by the id that is given here.
+    model = {"model_id": "nobody/llama3.2:3b", "provider_id": "nobody", "provider_model_id": "llama3.2:3b",
+             "model_type": "llm"}  # fmt: skip
     stack = {
         "providers": {"inference": [{"provider_id": "nobody", "provider_type": "remote::openai", "config": nobody}]},
         "registered_resources": {"models": [model]},
