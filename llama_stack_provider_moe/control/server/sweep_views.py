@@ -84,7 +84,7 @@ def _job(trial: Trial, job: Job, rank: int) -> SweepJob:
         figure=None if last is None else (math.nan if last.value is None else last.value),
         step=None if last is None else last.step,
         evaluations=len(trial.figures),
-        ended_early=trial.pruned_at is not None and job.state is not JobState.COMPLETED,
+        ended_early=bool(trial.pruned_at) and job.state is not JobState.COMPLETED,
         reason=job.reason,
     )
 
@@ -94,6 +94,6 @@ def _ranking(trial: Trial, is_completed: bool) -> TrialFigure | None:
 
     Until it stops, such a job may go on to the next evaluation, which says nothing about the others.
     """
-    if trial.pruned_at is not None and not is_completed:
+    if trial.pruned_at and not is_completed:
         return next((each for each in trial.figures if each.number == trial.pruned_at), None)
     return trial.figures[-1] if trial.figures else None

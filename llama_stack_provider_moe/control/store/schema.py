@@ -207,7 +207,7 @@ trials_table = Table(
     Column("number", Integer, nullable=False),
     Column("chosen", Text, nullable=False),  # JSON: the values of the swept settings
     Column("is_read", Boolean, nullable=False),  # the job has ended, and every figure of it is in the store
-    Column("pruned_at", Integer),  # number of the evaluation after which the sweep ended it
+    Column("pruned_at", Integer),  # number of the evaluation after which the sweep ended it; 0: resumed since
     Column("pruner_state", Text, nullable=False),  # JSON: what the pruner remembers about it
     Index("moe_trials_sweep_number", "sweep", "number", unique=True),
     Index("moe_trials_is_read", "is_read"),

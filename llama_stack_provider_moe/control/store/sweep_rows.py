@@ -253,7 +253,7 @@ class SweepTable:
                 if pruned_at is not None:
                     end = update(jobs_table).where(_J.seq == row.seq).values(cancel_requested_at=now())
                     connection.execute(end)
-                    break
+                    prune = None  # its later figures are kept, and decide nothing
             if is_last and JobState(row.state).ended and row.attempts == job.attempts:
                 connection.execute(update(trials_table).where(_T.job == job.id).values(is_read=True))
         return pruned_at

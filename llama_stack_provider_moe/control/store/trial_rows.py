@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, exists, func, select, update
 
 from llama_stack_provider_moe.control.store.schema import (
     TableRow,
@@ -17,6 +17,7 @@ from llama_stack_provider_moe.control.store.schema import (
 from llama_stack_provider_moe.jobdir.state import JobState
 
 _T, _J, _S, _F = trials_table.c, jobs_table.c, sweeps_table.c, trial_figures_table.c
+RESUMED = 0  # `pruned_at` of a job that its sweep ended and somebody resumed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Trial:
     sweep: str
     number: int
     chosen: dict[str, Any]
-    pruned_at: int | None  # number of the evaluation after which the sweep ended it
+    pruned_at: int | None  # number of the evaluation after which the sweep ended it; `RESUMED`
     pruner_state: dict[str, Any]
     figures: tuple[TrialFigure, ...]  # by number
 
@@ -77,8 +78,9 @@ def forget(connection: Connection, job_ids: Sequence[str]) -> None:
 
 
 def may_change(connection: Connection, job_id: str) -> None:
-    """Note that a job will run again, so that its figures are read again."""
-    connection.execute(update(trials_table).where(_T.job == job_id).values(is_read=False))
+    """Note that a job will run again: its figures are read again, and its sweep does not end it a second time."""
+    resumed = case((_T.pruned_at.is_not(None), RESUMED))
+    connection.execute(update(trials_table).where(_T.job == job_id).values(is_read=False, pruned_at=resumed))
 
 
 def are_unread(connection: Connection) -> bool:
@@ -110,7 +112,7 @@ def why_cancelled(connection: Connection, row: TableRow, reason: str | None) -> 
     if row.sweep is None:
         return reason
     found = connection.execute(select(_T.pruned_at).where(_T.job == row.id)).scalar_one_or_none()
-    if found is None:
+    if not found:  # or it was resumed afterwards
         return reason
     why = f"its sweep {row.sweep} ended it after evaluation {found}, because other jobs did better"
     return why if reason is None else f"{why}; {reason}"

@@ -197,9 +197,9 @@ def test_a_job_that_is_ended_early_is_asked_once_and_says_why(running: JobStore)
         return mine.figures[-1].number == 2, {"seen": mine.figures[-1].number}
 
     assert running.sweeps.record("me", job, [(5, 2.0), (10, 3.0), (15, 4.0)], False, ends) == 2
-    assert figures(running, "sweep-0")[-1] == (2, 10, 3.0), "the third figure comes when it is looked at again"
+    assert figures(running, "sweep-0") == [(1, 5, 2.0), (2, 10, 3.0), (3, 15, 4.0)]
     assert running.get("sweep-0", None).cancel_requested_at is not None
-    assert running.sweeps.record("me", job, [(15, 4.0)], False, ends) is None, "it has been asked"
+    assert running.sweeps.record("me", job, [(20, 4.0)], False, ends) is None, "it has been asked"
     (trial, _) = running.sweeps.get("sweep", None).trials
     assert (trial.pruned_at, trial.pruner_state) == (2, {"seen": 2})
     end = running.move("sweep-0", JobState.CANCELLED, "cancelled at step 16, after saving a checkpoint")

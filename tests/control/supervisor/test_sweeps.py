@@ -92,6 +92,9 @@ def test_a_job_that_its_sweep_ended_can_be_resumed_and_is_not_ended_again(folder
     run_until_idle(supervisor)
     assert store.get(second, None).state is JobState.CANCELLED
     store.resume(second, "ann")
+    store.request_cancel(second, "ann")
+    assert store.get(second, None).reason == "cancelled while it waited to resume"
+    store.resume(second, "ann")
     run_until_idle(supervisor)
     assert store.get(second, None).state is JobState.COMPLETED
     found = {job.job_uuid: job for job in seen(store).data}
