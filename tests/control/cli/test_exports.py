@@ -43,6 +43,7 @@ def test_a_mistake_is_reported(service: PostTrainingService) -> None:
     of = trained(service)
     for words, told in (
         ([of], "asks for no export"),
+        ([of, "--serve"], "serve: True is not valid; expected false, because this server has no inference server"),
         ([of, "--gguf", "q4"], "gguf.0: 'q4' is not valid; expected 'f32'"),
         (["nobody", "--merged"], "job 'nobody' does not exist"),
         ([of, "--merged", "--ollama-url", "http://a:1"], "--ollama-url needs --ollama NAME"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,13 +20,14 @@ from llama_stack_api import Api
 from llama_stack_provider_moe.control.server import compat, host_models
 from llama_stack_provider_moe.control.server.openai.requests import drafted
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.supervisor.executors.local import child_environment
 from llama_stack_provider_moe.errors import InvalidConfig
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.serving.record import PlacedFile, ServedRecord, write_record
 from llama_stack_provider_moe.spec import ExportSpec, JobDefaults, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
-from llama_stack_provider_moe.spec.serving_config import SERVING
+from llama_stack_provider_moe.spec.serving_config import SERVING, SERVING_VARIABLE
 from tests.control.server.test_exports import ended, message, trained
 from tests.support import llama_support
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process, submit
@@ -197,6 +199,16 @@ def test_a_result_is_served_once(service: PostTrainingService) -> None:
     published(service, of, second)
     ended(service, second, JobState.FAILED)  # another step of it failed
     assert message(service, "POST", f"/jobs/{of}/exports", json={"serve": True})[0] == 409
+
+
+def test_nothing_else_decides_where_a_result_goes(tmp_path: Path) -> None:
+    """Neither the server's environment nor `child_env` replaces the setting that an export's process gets."""
+    serving = SERVING.validate_python({"kind": "ollama", "provider_id": "ollama"})
+    elsewhere = {SERVING_VARIABLE: '{"kind": "ollama", "provider_id": "x", "url": "http://192.0.2.1:1"}'}
+    for given in (serving, None):
+        config = ProviderConfig(state_dir=tmp_path, child_env=elsewhere, serving=given)
+        found = child_environment({**os.environ, **elsewhere}, config, tmp_path)[SERVING_VARIABLE]
+        assert (SERVING.validate_json(found) if found else None) == given
 
 
 # What OpenAI's API says.
