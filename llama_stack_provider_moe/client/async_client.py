@@ -14,14 +14,17 @@ import httpx
 from llama_stack_provider_moe.client import calls
 from llama_stack_provider_moe.client.calls import Call, JobFilters, Recipe
 from llama_stack_provider_moe.client.connection import Endpoint, Words, following
-from llama_stack_provider_moe.client.documents import (
-    ArtifactFiles,
-    Artifacts,
+from llama_stack_provider_moe.client.dataset_documents import (
     Dataset,
     DatasetList,
     DatasetProfile,
-    Deleted,
     DeletedDataset,
+    PushedDataset,
+)
+from llama_stack_provider_moe.client.documents import (
+    ArtifactFiles,
+    Artifacts,
+    Deleted,
     EventPage,
     ExportList,
     Health,
@@ -30,7 +33,6 @@ from llama_stack_provider_moe.client.documents import (
     LogLines,
     MetricSeries,
     PulledFile,
-    PushedDataset,
     Quota,
     QuotaList,
     RoutingSeries,

@@ -8,14 +8,11 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, TypedDict
 from urllib.parse import quote
 
+from llama_stack_provider_moe.client.dataset_documents import Dataset, DatasetList, DatasetProfile, DeletedDataset
 from llama_stack_provider_moe.client.documents import (
     ArtifactFiles,
     Artifacts,
-    Dataset,
-    DatasetList,
-    DatasetProfile,
     Deleted,
-    DeletedDataset,
     EventPage,
     ExportList,
     Health,

@@ -19,14 +19,17 @@ from llama_stack_provider_moe.client.connection import (
     following,
     rest_of_file,
 )
-from llama_stack_provider_moe.client.documents import (
-    ArtifactFiles,
-    Artifacts,
+from llama_stack_provider_moe.client.dataset_documents import (
     Dataset,
     DatasetList,
     DatasetProfile,
-    Deleted,
     DeletedDataset,
+    PushedDataset,
+)
+from llama_stack_provider_moe.client.documents import (
+    ArtifactFiles,
+    Artifacts,
+    Deleted,
     EventPage,
     ExportList,
     Health,
@@ -35,7 +38,6 @@ from llama_stack_provider_moe.client.documents import (
     LogLines,
     MetricSeries,
     PulledFile,
-    PushedDataset,
     Quota,
     QuotaList,
     RoutingSeries,

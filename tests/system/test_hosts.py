@@ -207,3 +207,15 @@ def test_each_owner_sees_the_own_jobs_alone(running: Running, job: str) -> None:
         for other in made.values():
             expected = 200 if other == made[token] else 404
             assert client.get(f"/jobs/{other}/status").status_code == expected, f"{token} {other}"
+
+
+def test_the_dashboard_is_public_and_its_data_are_not(running: Running) -> None:
+    with httpx.Client(base_url=running.server.url, timeout=60) as nobody:
+        for path in ("/moe", "/moe/jobs/any", "/moe/compare", "/moe/data/any", "/moe/new", "/moe/static/app.css"):
+            answer = nobody.get(path)
+            assert answer.status_code == 200, f"{path}: {answer.text}"
+            assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+        assert nobody.get("/moe/static/no.js").status_code == 404
+        for path in ("/jobs", "/overview", "/figures?jobs=any", "/templates", "/schema"):
+            assert nobody.get(f"/v1alpha/post-training{path}").status_code == 401, path
+    assert running.clients["alice"].get("/overview").status_code == 200

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llama_stack_provider_moe.client.documents import PushedDataset
+from llama_stack_provider_moe.client.dataset_documents import PushedDataset
 from llama_stack_provider_moe.client.upload import SOURCE_FORMATS, SourceFormat, Upload, opened
 from llama_stack_provider_moe.control.cli import data_check, show_data, upload_progress
 from llama_stack_provider_moe.control.cli.act import Where, answer, hint, run, typed

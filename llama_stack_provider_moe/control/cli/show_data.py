@@ -2,7 +2,7 @@
 
 from rich.console import Group, RenderableType
 
-from llama_stack_provider_moe.client.documents import Dataset, DatasetList, DeletedDataset, PushedDataset
+from llama_stack_provider_moe.client.dataset_documents import Dataset, DatasetList, DeletedDataset, PushedDataset
 from llama_stack_provider_moe.control.cli.screen import table, text
 from llama_stack_provider_moe.control.cli.show import moment, size
 

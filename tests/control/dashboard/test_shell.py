@@ -1,8 +1,6 @@
 """The shell of the dashboard: public pages without data, their policy, and the files that they load."""
 
-import asyncio
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,34 +10,21 @@ from llama_stack_provider_moe.control.dashboard import assets, pages
 from llama_stack_provider_moe.control.dashboard.routes import POLICY
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.routes import create_router
-from llama_stack_provider_moe.control.server.service import PostTrainingService
+from tests.control.dashboard.conftest import World
 from tests.support.dashboard_jobs import MARKUP
-from tests.support.host_support import app_of, serving_in_process
 
 STATIC = Path(assets.__file__).parent / "static"
 PATHS = [page.path.format(job_uuid="j", name="n") for page in pages.PAGES]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
-    with serving_in_process(tmp_path_factory.mktemp("shell")) as made:
-        yield made
-
-
-def get(service: PostTrainingService, path: str, **headers: str) -> httpx.Response:
+def get(world: World, path: str, **headers: str) -> httpx.Response:
     """The answer to a path below `/moe`."""
-
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app_of(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get(f"/moe{path}", headers=headers)
-
-    return asyncio.run(send())
+    return httpx.get(f"{world.url}/moe{path}", headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.strip("/").replace("/", "-") or "jobs")
-def test_a_page_runs_nothing_inline_and_loads_only_from_here(service: PostTrainingService, path: str) -> None:
-    answer = get(service, path)
+def test_a_page_runs_nothing_inline_and_loads_only_from_here(world: World, path: str) -> None:
+    answer = get(world, path)
     assert answer.status_code == 200
     assert answer.headers["content-security-policy"] == POLICY
     assert answer.headers["x-frame-options"] == "DENY"
@@ -49,7 +34,7 @@ def test_a_page_runs_nothing_inline_and_loads_only_from_here(service: PostTraini
     assert loaded
     for each in loaded:
         assert each.startswith("/moe"), f"{each} is not of this server"
-        assert get(service, each.removeprefix("/moe")).status_code == 200, each
+        assert get(world, each.removeprefix("/moe")).status_code == 200, each
 
 
 def test_the_policy_is_strict() -> None:
@@ -60,19 +45,19 @@ def test_the_policy_is_strict() -> None:
     assert "unsafe" not in POLICY
 
 
-def test_every_route_is_public_and_at_the_top_level(service: PostTrainingService) -> None:
-    ours = [route for route in create_router(service).routes if getattr(route, "path", "").startswith("/moe")]
+def test_every_route_is_public_and_at_the_top_level(world: World) -> None:
+    ours = [route for route in create_router(world.service).routes if getattr(route, "path", "").startswith("/moe")]
     assert len(ours) == len(pages.PAGES) + 1
     for route in ours:
         assert (getattr(route, "openapi_extra", None) or {}).get(compat.PUBLIC_ROUTE_KEY) is True, route
 
 
-def test_a_page_holds_nothing_of_its_address(service: PostTrainingService) -> None:
+def test_a_page_holds_nothing_of_its_address(world: World) -> None:
     for path in ("/jobs/{}", "/data/{}"):
-        answer = get(service, path.format("secret-name"))
-        assert answer.text == get(service, path.format("other")).text
+        answer = get(world, path.format("secret-name"))
+        assert answer.text == get(world, path.format("other")).text
         assert "secret-name" not in answer.text
-    assert "hacked" not in get(service, "/compare?jobs=" + MARKUP).text
+    assert "hacked" not in get(world, "/compare?jobs=" + MARKUP).text
 
 
 def test_modules_import_only_modules_that_exist_and_make_no_markup() -> None:
@@ -93,24 +78,24 @@ def test_modules_import_only_modules_that_exist_and_make_no_markup() -> None:
             assert word not in text, f"{path.name} has {word}"
 
 
-def test_a_file_is_sent_once(service: PostTrainingService) -> None:
-    first = get(service, "/static/app.css")
+def test_a_file_is_sent_once(world: World) -> None:
+    first = get(world, "/static/app.css")
     assert first.headers["content-encoding"] == "gzip"
     assert first.headers["content-type"] == "text/css; charset=utf-8"
-    again = get(service, "/static/app.css", **{"If-None-Match": first.headers["etag"]})
+    again = get(world, "/static/app.css", **{"If-None-Match": first.headers["etag"]})
     assert again.status_code == 304
     assert again.content == b""
 
 
 @pytest.mark.parametrize("name", ["no.js", "..%2Froutes.py", "%2Fetc%2Fpasswd", "routes.py", "app.css%00.js"])
-def test_no_other_file_is_sent(service: PostTrainingService, name: str) -> None:
-    assert get(service, f"/static/{name}").status_code == 404
+def test_no_other_file_is_sent(world: World, name: str) -> None:
+    assert get(world, f"/static/{name}").status_code == 404
 
 
-def test_without_plotly_pages_say_so(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plotly_pages_say_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     pages.render.cache_clear()
     monkeypatch.setattr(pages, "has_plotly", lambda: False)
-    assert 'data-plotly="no"' in get(service, "/jobs/j").text
+    assert 'data-plotly="no"' in get(world, "/jobs/j").text
     pages.render.cache_clear()
     monkeypatch.undo()
-    assert 'data-plotly="yes"' in get(service, "/jobs/j").text
+    assert 'data-plotly="yes"' in get(world, "/jobs/j").text

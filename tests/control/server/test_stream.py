@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from llama_stack_provider_moe.control.server import stream
+from llama_stack_provider_moe.control.server import event_routes, stream
 from llama_stack_provider_moe.control.server.routes import PREFIX
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.views import LOG_WINDOW_BYTES
+from llama_stack_provider_moe.jobdir.events import EventLog, Message, Step
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.host_support import app_of, ask, caller, folder_of, scope_of, serving_in_process, submit
 
@@ -208,3 +209,30 @@ def test_a_stream_keeps_its_caller_to_the_end(service: PostTrainingService) -> N
 def test_the_document_describes_both_answers(service: PostTrainingService, tmp_path: Path) -> None:
     documented = app_of(service).openapi()["paths"][f"{PREFIX}/jobs/{{job_uuid}}/logs"]["get"]["responses"]["200"]
     assert set(documented["content"]) == {"application/json", "text/event-stream"}
+
+
+def test_events_are_followed_to_the_end_in_pieces(
+    service: PostTrainingService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_routes, "STREAMED_EVENTS", 3)
+    job_id = submit(service)
+    path = folder_of(service, job_id).events
+    log = EventLog(path)
+    for step in range(1, 11):
+        log.append(Step(step=step, max_steps=10, epoch=1, metrics={"loss": 1.0}))
+        log.append(Message(text=f"after step {step}"))
+    log.close()
+    asyncio.run(service.cancel(job_id))
+    query = {"follow": True, "types": "step"}
+    answer = ask(service, "GET", f"/jobs/{job_id}/events", params=query)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = parsed(answer.text)
+    steps = [event["step"] for sent in events[:-1] for event in sent.data["events"]]
+    assert steps == list(range(1, 11))
+    assert max(len(sent.data["events"]) for sent in events[:-1]) == 3
+    assert (events[-1].name, events[-1].data) == ("end", {"job_uuid": job_id, "status": "cancelled"})
+    again = ask(
+        service, "GET", f"/jobs/{job_id}/events", params=query, headers={"Last-Event-ID": str(events[1].number)}
+    )
+    rest = [event["step"] for sent in parsed(again.text)[:-1] for event in sent.data["events"]]
+    assert rest == steps[6:]

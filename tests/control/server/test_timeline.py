@@ -139,6 +139,7 @@ def test_series_are_columns(service: PostTrainingService, job: str) -> None:
             {"step": 0, "epoch": 0.0, "metrics": {"loss": 2.0, "accuracy": 0.5}},
             {"step": 2, "epoch": 0.2, "metrics": {"loss": 1.75}},
         ],
+        "cursor": path.stat().st_size,
     }  # fmt: skip
     chosen = series(service, names="aux_loss, accuracy,none", since_step=1)
     assert (chosen["steps"], chosen["metrics"]) == ([2], {"aux_loss": [0.01]})
@@ -223,3 +224,27 @@ def test_values_out_of_range_are_refused(service: PostTrainingService, job: str,
     assert answer.status_code == 400
     name, _, value = query.partition("?")[2].partition("=")
     assert answer.json()["error"]["message"].startswith(f"{name}: {value!r} is not valid; expected ")
+
+
+def test_events_of_some_types_alone(service: PostTrainingService, job: str) -> None:
+    quoting = Message(text='another "type":"step" and "step":9')
+    write(folder_of(service, job).events, Started(pid=1, versions={}), 1, quoting, 2)
+    assert [event["type"] for event in page(service, types="step,started")["events"]] == ["started", "step", "step"]
+    first = page(service, types="step", limit=1)
+    assert [event["step"] for event in first["events"]] == [1]
+    assert [event["step"] for event in page(service, types="step", cursor=first["cursor"])["events"]] == [2]
+    answer = ask(service, "GET", "/jobs/j/events", params={"types": "Step!"})
+    assert answer.status_code == 400
+
+
+def test_events_continue_after_the_metrics(service: PostTrainingService, job: str) -> None:
+    assert series(service)["cursor"] == 0
+    write(folder_of(service, job).events, 1, 2)
+    cursor = series(service)["cursor"]
+    assert cursor == folder_of(service, job).events.stat().st_size
+    with folder_of(service, job).events.open("ab") as file:
+        file.write(b'{"time":"2026-01-01T00')
+    assert series(service)["cursor"] == cursor, "a line that is being written comes later"
+    folder_of(service, job).events.write_bytes(folder_of(service, job).events.read_bytes()[:cursor])
+    write(folder_of(service, job).events, 3)
+    assert [event["step"] for event in page(service, cursor=cursor)["events"]] == [3]
