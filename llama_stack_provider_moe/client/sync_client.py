@@ -12,13 +12,7 @@ import httpx
 
 from llama_stack_provider_moe.client import calls, upload
 from llama_stack_provider_moe.client.calls import Call, JobFilters, Recipe
-from llama_stack_provider_moe.client.connection import (
-    NO_READ_LIMIT,
-    Endpoint,
-    Words,
-    following,
-    rest_of_file,
-)
+from llama_stack_provider_moe.client.connection import NO_READ_LIMIT, Endpoint, Words, following, rest_of_file
 from llama_stack_provider_moe.client.dataset_documents import (
     Dataset,
     DatasetList,
