@@ -3,13 +3,20 @@
 import json
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 _PACKAGE = "llama_stack_provider_moe"
 
 
+def home() -> Traversable:
+    """Return the folder of the files: the package of a wheel, which setup.py fills, or the top level of a checkout."""
+    package = files(_PACKAGE)
+    return package if package.joinpath("run_configs").is_dir() else Path(str(package)).parent
+
+
 def packaged_files(folder: str, suffix: str) -> dict[str, Traversable]:
     """Return the files of a folder of this package, by name without suffix, in alphabetical order."""
-    found = (each for each in files(_PACKAGE).joinpath(folder).iterdir() if each.name.endswith(suffix))
+    found = (each for each in home().joinpath(folder).iterdir() if each.name.endswith(suffix))
     return {each.name.removesuffix(suffix): each for each in sorted(found, key=lambda each: each.name)}
 
 

@@ -48,9 +48,9 @@ def build(folder: Path) -> Path:
         # setuptools writes beside what it builds: from a copy, so that nothing old gets into the wheel.
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
         for name in filter(None, listed.decode().split("\0")):
-            if (ROOT / name).is_file() or (ROOT / name).is_symlink():
+            if (ROOT / name).is_file():
                 (source / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, source / name, follow_symlinks=False)  # data of the package are links
+                shutil.copy(ROOT / name, source / name)
         subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel

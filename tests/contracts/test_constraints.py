@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_stack_provider_moe.control.cli import packaged
 from llama_stack_provider_moe.control.cli.hosts import HOSTS, Host, HostName
 
 ROOT = Path(__file__).parents[2]
@@ -63,4 +64,4 @@ def test_training_has_the_same_versions_on_every_host(host: Host) -> None:
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=lambda host: host.extra)
 def test_the_package_has_the_file(host: Host) -> None:
-    assert (ROOT / "llama_stack_provider_moe" / host.constraints).resolve() == (ROOT / host.constraints).resolve()
+    assert packaged.constraints(host.constraints) == (ROOT / host.constraints).read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from llama_stack_provider_moe.control.config_check.run_yaml import read_run_config
 from tests.contracts.doc_blocks import ROOT
 from tests.contracts.doc_shell import require_known, require_parses
@@ -80,13 +81,18 @@ def test_stages_copy_what_exists_and_install_extras_that_exist() -> None:
     assert {"train", "postgres"} <= trainer
 
 
-def test_the_wheels_stage_copies_what_the_package_links_to() -> None:
+def test_the_wheels_stage_copies_what_the_build_puts_into_the_package() -> None:
     stage = CONTAINERFILE.split("\nFROM ")[1]
     copied = {source for line in re.findall(r"^COPY (.+)$", stage, re.MULTILINE) for source in line.split()[:-1]}
-    package = ROOT / "llama_stack_provider_moe"
-    links = {path.resolve().relative_to(ROOT).parts[0] for path in package.iterdir() if path.is_symlink()}
-    assert links
-    assert links <= copied
+    needed = {"setup.py", "run_configs", "job_templates", *(host.constraints for host in HOSTS.values())}
+    assert needed <= copied
+
+
+def test_the_repository_has_no_links() -> None:
+    """Archives, patches and other systems turn links into plain files, and then the package lacks its data."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert listed
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
 
 
 def test_stages_build_on_one_another_and_name_no_registry() -> None:

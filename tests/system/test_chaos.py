@@ -79,10 +79,12 @@ class Arena:
         self.process.wait()
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
-        """The JSON answer; None if there is no answer."""
+        """The JSON answer; None if there is none, or the server says "try again": after a kill on a busy machine."""
         try:
             answer = httpx.request(method, f"http://127.0.0.1:{self.port}{API}{path}", timeout=60, **more)
         except httpx.TransportError:
+            return None
+        if answer.status_code == 503:
             return None
         assert answer.status_code < 300, answer.text
         return answer.json()
@@ -104,7 +106,7 @@ class Arena:
             # A checkpoint a step, so that a start gets further than the one before, however soon it is killed.
             "options": {"max_length": 64, "autosave_minutes": 1e-6},
         }  # fmt: skip
-        assert self.ask("POST", "/jobs", json=body) is not None
+        until(lambda: self.ask("POST", "/jobs", json=body), f"{job_id} is accepted")
 
     def ended(self, job_id: str) -> dict[str, Any] | None:
         job = self.ask("GET", f"/jobs/{job_id}")

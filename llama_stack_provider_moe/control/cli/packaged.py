@@ -2,13 +2,11 @@
 
 import difflib
 import re
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.job_templates import job_templates, packaged_files
+from llama_stack_provider_moe.spec.job_templates import home, job_templates, packaged_files
 
-_PACKAGE = "llama_stack_provider_moe"
 CONSTRAINTS = "constraints.txt"
 _SHOWN = 3  # names that are similar to a wrong one
 
@@ -24,12 +22,12 @@ def constraints(name: str = CONSTRAINTS) -> str:
     Args:
         name: the file of a host.
     """
-    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
+    return home().joinpath(name).read_text(encoding="utf-8")
 
 
 def external_api() -> str:
     """Return the YAML that tells a host without a post-training API where this one is."""
-    return files(_PACKAGE).joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
+    return home().joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
 
 
 def run_config(name: str, option: str) -> Traversable:
