@@ -23,7 +23,9 @@ def names_in_file(model: PeftModel, adapter_name: str = "default") -> dict[str, 
     Raises:
         AdapterError: PEFT would not find some of them under any name.
     """
-    own = list(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    # PEFT chooses by name alone, so it gets no weights: of sharded ones it would gather all, which needs every process.
+    nothing = dict.fromkeys(model.state_dict(), torch.empty(1, 1, device="cpu"))
+    own = list(get_peft_model_state_dict(model, nothing, adapter_name=adapter_name, save_embedding_layers=False))
     names = {name: name for name in own}
     if lost := _lost(model, names, adapter_name):
         renamings = [each for each in get_model_conversion_mapping(model.get_base_model())
