@@ -12,7 +12,6 @@ from llama_stack_provider_moe.control.cli.client import Client
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen
-from llama_stack_provider_moe.control.dashboard import report
 from llama_stack_provider_moe.errors import InvalidInput
 
 _POINTS = 600
@@ -33,6 +32,8 @@ def job(
     """Write one HTML file about a job: figures, curves, experts, evaluation, settings. It runs no scripts."""
 
     def act(server: Client, screen: Screen) -> Exit:
+        from llama_stack_provider_moe.control.dashboard import report  # it loads Jinja, which other commands don't need
+
         found = server.job(job_id)
         sources = report.Sources(
             found,

@@ -9,7 +9,3 @@
 The shell is public, like a log-in page. All data come from the HTTP API by `fetch`, with the caller's token, so owners
 and access policies hold for the pages as for every other client.
 """
-
-from llama_stack_provider_moe.control.dashboard.routes import create_router
-
-__all__ = ["create_router"]

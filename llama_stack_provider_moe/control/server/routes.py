@@ -29,7 +29,7 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import SkipValidation, WrapValidator
 
-from llama_stack_provider_moe.control import dashboard
+from llama_stack_provider_moe.control.dashboard import routes as dashboard
 from llama_stack_provider_moe.control.server import (
     callers,
     compat,

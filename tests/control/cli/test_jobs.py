@@ -293,4 +293,5 @@ def test_resume_and_rm(service: PostTrainingService, url: str) -> None:
         "kept": [],
         "exports": [],
         "broken": [],
+        "withdrawn": None,
     }

@@ -144,14 +144,15 @@ def test_a_template_from_standard_input(
 
 
 def test_a_refusal_is_shown_in_full(server: host_harness.Server, template: Path) -> None:
-    changes = ["--set", "training.batch_sise=2", "--set", "optimizer.lr=-1", "--set", "nothing.here=true"]
+    changes = ["--set", "training.batch_sise=2", "--set", "optimizer.lr=-1", "--set", "unheard.of=true"]
     fields = moe_train("submit", str(template), *changes)
     assert fields.code == Exit.REFUSED
     assert fields.err.splitlines() == [
         "moe-train: training.batch_sise: unknown key (did you mean batch_size?)",
         "  optimizer.lr: -1 is not valid; expected > 0",
-        "  nothing: unknown key; expected job_uuid, model, model_from, resources, loader, data, training, optimizer, "
-        "efficiency, adapter, moe, trackers, checkpoint_dir, eval, export, metadata, recipe, options",
+        "  unheard: unknown key; expected labels, note, job_uuid, model, model_from, resources, loader, data, "
+        "training, optimizer, efficiency, adapter, moe, trackers, checkpoint_dir, eval, export, notify, metadata, "
+        "recipe, options",
     ]
     rows = moe_train("validate", str(template), "--set", "data.dataset_id=bad-rows")
     assert rows.code == Exit.REFUSED

@@ -71,7 +71,7 @@ def test_every_command_has_the_same_help(name: str, command: Any, monkeypatch: p
     # One style for the words that stand for values: none that typer makes of a type, and none beside a flag.
     assert not re.search(r"<\w+( range)?>", done.out)
     assert re.search(r"--help +Show this message", done.out)
-    assert all(re.fullmatch(r"|[A-Z][A-Z.=:/]*|[a-z0-9_.]+(\|[a-z0-9_.]+)+", word_of(each)) for each in command.params
+    assert all(re.fullmatch(r"|[A-Z][A-Z.=:/,]*|[a-z0-9_.]+(\|[a-z0-9_.]+)+", word_of(each)) for each in command.params
                if each.param_type_name == "option"), [word_of(each) for each in command.params]  # fmt: skip
 
 

@@ -126,8 +126,9 @@ def test_old_files_are_deleted(tmp_path: Path) -> None:
         for index in range(500):
             audit.note("ann", "cancel", job=f"job-{index}", file="f" * 100)
         audit.close(20)
-    names = sorted(path.name for path in (config.state_dir / "audit").glob("audit.jsonl*"))
-    assert names == ["audit.jsonl.1", "audit.jsonl.2"]
+    names = {path.name for path in (config.state_dir / "audit").glob("audit.jsonl*")}
+    # Whether there is a newest file depends on how many records the thread wrote at once.
+    assert names - {"audit.jsonl"} == {"audit.jsonl.1", "audit.jsonl.2"}
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
