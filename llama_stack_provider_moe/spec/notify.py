@@ -9,6 +9,8 @@ from llama_stack_provider_moe.ground.redaction import without_passwords
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.destinations import check_url
 
+VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+
 # OpenAI's names.
 NotifyEvent = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 EVERY_EVENT: tuple[NotifyEvent, ...] = (
@@ -61,7 +63,7 @@ class NotifyConfig(Block):
     )
     secret_variable: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$",
+        pattern=VARIABLE_PATTERN,
         description="Name of the supervisor's environment variable with the signing secret, `whsec_` and base64 of 24 "
         "to 64 bytes; several secrets, separated by spaces, sign each message once each. Left out: none.",
     )

@@ -96,16 +96,18 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingSe
         yield made
 
 
-def test_a_server_without_its_environment_refuses_and_says_how_to_make_one(service: PostTrainingService) -> None:
+def test_a_server_without_its_environment_refuses_and_says_how_to_make_one(
+    service: PostTrainingService, tmp_path: Path
+) -> None:
     body = {**BODY, "loader": "unsloth", "adapter": {}}
     answer = ask(service, "POST", "/jobs/validate", json=body)
     assert answer.status_code == 400, answer.text
     for told in ("loader: 'unsloth' is not valid", "constraints-unsloth.txt", "`unsloth_python`"):
         assert told in answer.text
-    service.config = service.config.model_copy(update={"unsloth_python": "/opt/unsloth/bin/python"})
-    answer = ask(service, "POST", "/jobs/validate", json=body)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["spec"]["loader"] == "unsloth"
+    with serving_in_process(tmp_path, unsloth_python="/opt/unsloth/bin/python") as other:
+        answer = ask(other, "POST", "/jobs/validate", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["spec"]["loader"] == "unsloth"
 
 
 def a_folder(folder: Path, **blocks: Any) -> Path:
