@@ -35,6 +35,8 @@ GENERAL = {
     ("put", "/datasets/{name}"), ("get", "/datasets/{name}"), ("delete", "/datasets/{name}"),
     ("get", "/datasets/{name}/profile"), ("get", "/datasets/{name}/rows"), ("get", "/quota"), ("get", "/quotas"),
     ("get", "/overview"), ("get", "/figures"), ("get", "/templates"), ("get", "/schema"), ("post", "/jobs/plan"),
+    ("get", "/activity"), ("get", "/sweeps"), ("post", "/sweeps"), ("get", "/sweeps/{sweep_uuid}"),
+    ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 

@@ -22,7 +22,7 @@ ROW = {"prompt": "What is it?", "completion": "An answer."}
 
 
 class Host:
-    """Data sets as 0.6.1 serves them; providers other than localfs serve them only through iterrows."""
+    """Data sets as 0.6.1 serves them; a provider that we do not know serves them only through iterrows."""
 
     def __init__(self, **sources: SimpleNamespace) -> None:
         self.sources = sources
@@ -52,13 +52,13 @@ def csv_source(path: Path) -> SimpleNamespace:
     return SimpleNamespace(provider_id="localfs", source=SimpleNamespace(type="uri", uri=f"file://{path}"))
 
 
-def hub_source(total: int) -> SimpleNamespace:
+def paged_source(total: int) -> SimpleNamespace:
     def make(start: int, limit: int) -> tuple[list[Any], bool]:
         end = min(start + limit, total)
         return [{**ROW, "completion": f"answer {number}"} for number in range(start, end)], end < total
 
-    source = SimpleNamespace(type="uri", uri="huggingface://datasets/x")
-    return SimpleNamespace(provider_id="huggingface", source=source, make=make)
+    source = SimpleNamespace(type="uri", uri="warehouse://rows")
+    return SimpleNamespace(provider_id="warehouse", source=source, make=make)
 
 
 def reported(host: Host, dataset_id: str, recipe: Any = "sft", out: Any = None, **more: Any) -> RowsReport:
@@ -76,17 +76,17 @@ def written(out: io.BytesIO) -> Iterator[Any]:
 
 def test_rows_come_in_pages_and_keep_their_order() -> None:
     total = 2 * ROWS_PER_PAGE + 7
-    host, out = Host(hub=hub_source(total)), io.BytesIO()
-    assert copy(host, "hub", out=out) == total
+    host, out = Host(paged=paged_source(total)), io.BytesIO()
+    assert copy(host, "paged", out=out) == total
     assert host.pages == [(start, ROWS_PER_PAGE) for start in (0, ROWS_PER_PAGE, 2 * ROWS_PER_PAGE)]
     answers = [row["messages"][-1]["content"] for row in written(out)]
     assert answers == [f"answer {number}" for number in range(total)]
 
 
 def test_a_source_that_claims_more_but_gives_none_ends() -> None:
-    source = hub_source(0)
+    source = paged_source(0)
     source.make = lambda start, limit: ([ROW] if start == 0 else [], True)
-    assert copy(Host(hub=source), "hub") == 1
+    assert copy(Host(paged=source), "paged") == 1
 
 
 def test_a_csv_is_read_as_text(tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_bad_rows_of_every_kind_are_found() -> None:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     def peak(pages: int) -> int:
-        host = Host(hub=hub_source(pages * ROWS_PER_PAGE))
+        host = Host(paged=paged_source(pages * ROWS_PER_PAGE))
         with (tmp_path / f"{pages}.jsonl").open("wb") as out:
             tracemalloc.start()
-            copy(host, "hub", out=out)
+            copy(host, "paged", out=out)
             size: int = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         return size
