@@ -69,7 +69,9 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
         return await impl.seen(lambda store, whose: page(store, whose, limit, after, chosen))
 
     @router.patch("/jobs/{job_uuid}", summary="Change the labels and the note of a job, in any state.")
-    async def change(job_uuid: str, body: ChangeBody, request: Request) -> wire.JobLabels:
+    async def change(job_uuid: str, request: Request, body: ChangeBody | None = None) -> wire.JobLabels:
+        # Access is checked first, so that errors of the body reveal nothing to others.
+        await impl.changed(lambda store, whose: store.get(job_uuid, whose))
         size_bytes = len(await request.body())
         asked = await impl.guard.bodies.run(size_bytes, validated, wire_requests.JobChange, body)
         wanted = LabelChange(asked.labels, asked.note, "note" in asked.model_fields_set)

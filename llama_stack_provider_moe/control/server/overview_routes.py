@@ -42,7 +42,7 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
 
     @router.get("/figures", summary="Get how several jobs stand, in a few figures each.")
     async def figures(
-        jobs: Annotated[str, Query(description=f"Names of at most {MAX_FIGURES} jobs, `a,b`.", max_length=16_384)],
+        jobs: Annotated[str, Query(description=f"Names of at most {MAX_FIGURES} jobs, `a,b`.", max_length=4096)],
     ) -> wire_overview.ListJobFigures:
         names = list(dict.fromkeys(filter(None, jobs.split(","))))
         if len(names) > MAX_FIGURES:
