@@ -11,6 +11,7 @@ const STATES = ["in_progress", "scheduled", "completed", "failed", "cancelled"];
 const body = byId("jobs").tBodies[0];
 const rows = new Map();
 const figures = new Map();
+const FIGURES_AT_ONCE = 30; // the longest names of so many jobs fit into a request line
 const picked = new Set();
 let asked = new URLSearchParams(location.search);
 let shown = { data: [], has_more: false };
@@ -102,7 +103,10 @@ async function refreshFigures(again) {
     return !found || found.status !== job.status || (again && ["scheduled", "in_progress"].includes(job.status));
   }).map((job) => job.job_uuid);
   if (!names.length) return;
-  for (const found of (await get("figures", { jobs: names.join(",") })).data) figures.set(found.job_uuid, found);
+  for (let start = 0; start < names.length; start += FIGURES_AT_ONCE) {
+    const some = names.slice(start, start + FIGURES_AT_ONCE);
+    for (const found of (await get("figures", { jobs: some.join(",") })).data) figures.set(found.job_uuid, found);
+  }
 }
 
 async function load() {
