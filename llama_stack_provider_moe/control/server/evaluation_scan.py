@@ -48,8 +48,8 @@ def first_and_last(path: Path) -> tuple[Evaluation | None, Evaluation | None]:
         start = max(0, before.size_bytes - OVERLAP_BYTES, found.st_size - TAIL_BYTES)
     last = before.last if before is not None and before.inode == found.st_ino else None
     for event in scan(path, Evaluation, start=start, limit_bytes=TAIL_BYTES):
-        last = event
-    first, last = first or last, last or first
+        first, last = first or event, event
+    last = last or first
     with _lock:
         _known[path] = _Scanned(found.st_ino, found.st_size, first, last)
         _known.move_to_end(path)

@@ -32,6 +32,14 @@ def test_what_is_appended_is_found(tmp_path: Path) -> None:
         assert steps(path) == (0, step)
 
 
+def test_the_first_of_several_between_two_looks_is_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    write(path, "nothing yet")
+    assert steps(path) == (None, None)
+    write(path, 0, 5, 9)
+    assert steps(path) == (0, 9)
+
+
 def test_a_line_that_was_incomplete_is_found_later(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     write(path, 1)
