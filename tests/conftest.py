@@ -1,5 +1,7 @@
 """Fixtures of the jobs room; a file with other needs has its own by the same name."""
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,14 @@ from llama_stack_provider_moe.control.supervisor.supervisor import Supervisor
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Each test begins with the same random numbers, whatever ran before it; those without torch need not load it."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.jobdir.cluster_run import ClusterRun
 from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.host_support import serving_in_process, submit
+from tests.support.live_folders import everything
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +108,7 @@ def test_what_an_earlier_version_left_open(tmp_path: Path) -> None:
 
 
 def modes(root: Path) -> dict[str, int]:
-    return {str(path.relative_to(root)): stat.S_IMODE(path.lstat().st_mode) for path in [root, *root.rglob("*")]}
+    return {str(path.relative_to(root)): stat.S_IMODE(found.st_mode) for path, found in everything(root)}
 
 
 def test_a_folder_that_others_use_stays_as_it_is(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
 from tests.support.host_support import Datasets
+from tests.support.live_folders import contents
 from tests.support.together import LIMIT_S, Office, office
 from tests.support.training_support import Workshop, _write, sft_rows, workshop
 
@@ -92,7 +93,7 @@ def test_a_job_cancelled_before_its_first_step_starts_again(
     cache = folder.root / "cache"
     reached = {
         "loading": lambda: told(folder, "started"),
-        "tokenising": lambda: any(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
+        "tokenising": lambda: any(content for _, content in contents(cache)),
     }
     assert cancelled_once(desk, folder, reached[stage]) == NOTHING_SAVED
     assert not told(folder, "plan"), "it was to be stopped earlier than this"

@@ -21,6 +21,7 @@ from tests.support.bad_inputs import WORDS
 from tests.support.cli_support import moe_train
 from tests.support.host_harness import Server, free_port, serving, tiny_interpreter
 from tests.support.jobs_support import wait_for
+from tests.support.live_folders import contents
 from tests.support.other_hosts import ALL, POLICY, HostUnderTest, required, serving_on, upload
 from tests.support.s3_server import AWS, s3
 
@@ -242,6 +243,7 @@ def test_an_api_key_is_a_user_and_never_stored(host: HostUnderTest, tmp_path: Pa
             assert [each.get("/jobs/mine").status_code for each in (one, other, nobody)] == [200, 200, 401]
             assert [each.get("/metrics").status_code for each in (one, other, nobody)] == [200, 200, 401]
         state = server.state_dir
-        ours = [*state.glob("jobs.db*"), *filter(Path.is_file, (state / "jobs").rglob("*"))]
-        assert len(ours) > 3
-        assert not [path for path in ours if b"key-of" in path.read_bytes()]
+        found = {path: content for path, content in contents(state)
+                 if "jobs" in path.parts or path.name.startswith("jobs.db")}  # fmt: skip
+        assert len(found) > 3
+        assert not [path for path, content in found.items() if b"key-of" in content]

@@ -19,6 +19,7 @@ import queue
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,30 +102,43 @@ class Audit:
     def _write_or_count(self, batch: list[dict[str, object]]) -> None:
         with self._lock:
             lost, self._lost = self._lost, 0
+        waiting = [{"at": batch[0]["at"], "who": None, "action": "lost", "records": lost}, *batch] if lost else batch
+        done = 0  # of `waiting`
         try:
-            self._write(batch, lost)
+            for written in self._write(waiting):
+                done = written
         except OSError as error:  # a full disk, or a folder that was deleted: requests go on
+            left = len(waiting) - done
             with self._lock:
-                self._lost += lost + len(batch)
+                self._lost += lost + len(batch) if done == 0 else left
                 count = self._lost
             if time.monotonic() - self._complained_at >= COMPLAINT_S:
                 self._complained_at = time.monotonic()
                 log.warning("audit trail: %d records could not be written (%s)", count, error)
 
-    def _write(self, batch: list[dict[str, object]], lost: int) -> None:
+    def _write(self, records: list[dict[str, object]]) -> Iterator[int]:
+        """Append records; after each part that fits into a file, give how many are written."""
         self._privacy.make_folder(self._folder)
         if self._key is None:
             self._key = _key_in(self._folder)
-        lines = [{**each, "who": pseudonym(self._key, str(each["who"]))} for each in batch]
-        if lost:
-            lines.insert(0, {"at": batch[0]["at"], "who": None, "action": "lost", "records": lost})
-        text = "".join(json.dumps(each, ensure_ascii=True) + "\n" for each in lines).encode()
+        key = self._key
+        named = [each if each["who"] is None else {**each, "who": pseudonym(key, str(each["who"]))} for each in records]
+        lines = [json.dumps(each, ensure_ascii=True).encode() + b"\n" for each in named]
         path = self._folder / "audit.jsonl"
+        done = 0
         with self._privacy.appended(self._folder / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _append(path, text, self._privacy)
-            if path.stat().st_size >= self._limits.max_bytes:
-                self._rotate(path)
+            while done < len(lines):
+                room = self._limits.max_bytes - (path.stat().st_size if path.exists() else 0)
+                first, size = done, 0
+                while done < len(lines) and size < room:
+                    size += len(lines[done])
+                    done += 1
+                if size:
+                    _append(path, b"".join(lines[first:done]), self._privacy)
+                if size >= room:
+                    self._rotate(path)
+                yield done
 
     def _rotate(self, path: Path) -> None:
         for number in range(self._limits.kept_files, 0, -1):

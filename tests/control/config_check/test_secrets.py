@@ -31,6 +31,7 @@ from tests.support.bad_inputs import GOOD_BODIES, JOBS, WORDS
 from tests.support.host_harness import QUICKSTART, run_config, serving, tiny_interpreter
 from tests.support.host_support import serving_in_process, submit
 from tests.support.jobs_support import ended, new_job, wait_for
+from tests.support.live_folders import contents
 
 PLANTED = "planted-Zq7-secret"
 
@@ -128,6 +129,7 @@ from pathlib import Path
 early = logging.StreamHandler()
 from llama_stack_provider_moe.jobdir.events import EventLog, Message
 from llama_stack_provider_moe.compute.runtime.redacted_output import environment_secrets, redact_output
+from tests.support.live_folders import contents
 redact_output()
 import os
 token, named = os.environ["HF_TOKEN"], os.environ["CUSTOM"]
@@ -290,9 +292,9 @@ def test_nothing_that_a_server_and_a_job_leave_holds_a_secret(locked_url: str, t
         # The supervisor, which got its configuration, must end before its log is read.
         wait_for(lambda: http.get("/health").json()["supervisor"] == "none")
     assert not [answer for answer in answers if PLANTED in answer]
-    left = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    left = dict(contents(tmp_path / "state"))
     assert {"server.log", "supervisor.log", "spec.json", "output.log"} <= {path.name for path in left}
-    holding = [path for path in left if PLANTED.encode() in path.read_bytes()]
+    holding = [path for path, content in left.items() if PLANTED.encode() in content]
     # The tiny child writes down what it got, so this shows that it did get the secret.
     assert [path.name for path in holding] == ["environment.json"]
 

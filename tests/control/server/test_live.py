@@ -6,6 +6,7 @@ can find (a hub model that does not exist, DoRA on a family with experts).
 
 import json
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from tests.support.bad_inputs import (
 )
 from tests.support.host_harness import API, QUICKSTART, RUN_CONFIGS, Server, run_config, serving, tiny_interpreter
 from tests.support.jobs_support import wait_for
+from tests.support.live_folders import everything
 
 pytestmark = pytest.mark.e2e
 
@@ -123,10 +125,10 @@ def message(answer: httpx.Response) -> str:
 def kept(state_dir: Path) -> dict[str, int]:
     """Every file and folder of the state folder with its size, but for databases and the processes' own logs."""
     found = {}
-    for path in state_dir.rglob("*"):
+    for path, stats in everything(state_dir):
         name = str(path.relative_to(state_dir))
         if ".db" not in name and name not in ("server.log", "supervisor.log"):
-            found[name] = path.stat().st_size if path.is_file() else -1
+            found[name] = stats.st_size if stat.S_ISREG(stats.st_mode) else -1
     return found
 
 
