@@ -13,6 +13,15 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
 
+SLOW_LIMIT_S = 7200
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get more time than `timeout` in pyproject.toml, which is for those of `make test`."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:

@@ -24,7 +24,7 @@ from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.events import EventLog, Step, now
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
-from tests.support.host_harness import free_port
+from tests.support.free_ports import free_port
 from tests.support.host_support import BODY, ROWS, folder_of, over_http, serving_in_process, submit
 
 WEIGHTS = bytes(range(256)) * 4000

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import yaml
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.control.supervisor.processes import ProcessName, is_alive
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from tests.support.free_ports import free_port
 from tests.support.jobs_support import TINY_CHILD
 
 RUN_CONFIGS = Path(__file__).parents[2] / "run_configs"
@@ -33,7 +33,7 @@ HUB_MODELS = {
     *(json.loads(path.read_text(encoding="utf-8")).get("model", "owner/name") for path in TEMPLATES.glob("*.json")),
 }  # fmt: skip
 STOP_LIMIT_S = 120.0
-START_LIMIT_S = 1800.0  # the imports take some 9 CPU-seconds, on a core that others may use too
+START_LIMIT_S = 600.0  # the imports take some 9 CPU-seconds, on a core that others may use too
 
 
 def hub_cache(folder: Path, *models: str) -> Path:
@@ -103,14 +103,6 @@ def tiny_interpreter(folder: Path) -> str:
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

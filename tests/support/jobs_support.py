@@ -117,12 +117,17 @@ def submit(store: JobStore, job_id: str, owner: str = "ann", gpus: int | None = 
     return store.submit(job_id, owner, "sft", "some/model", f"/jobs/{job_id}", gpus)
 
 
-def wait_for[T](what: Callable[[], T], timeout_s: float = 120) -> T:
-    """Wait for the first true result of `what`, and return it."""
-    until = time.monotonic() + timeout_s
+def wait_for[T](what: Callable[[], T], timeout_s: float = 300) -> T:
+    """Wait for the first true result of `what`, and return it.
+
+    The longer it has waited, the less often it looks (every 10 to 50 ms), because each look takes processor time from
+    what it waits for. The limit is only for what never happens: it is no measure of how fast something is.
+    """
+    began = time.monotonic()
     while not (answer := what()):
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.01)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, f"it did not happen within {timeout_s:g} s"
+        time.sleep(min(max(0.01, waited_s / 40), 0.05))
     return answer
 
 

@@ -60,7 +60,7 @@ def measure(case: Case) -> Measured:
     forbid_threads(environment)
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.measured_memory", json.dumps(asdict(case))],
-        capture_output=True, text=True, timeout=900, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
         cwd=Path(__file__).parents[2], env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,20 +17,10 @@ from pathlib import Path
 import httpx
 
 from llama_stack_provider_moe.control.supervisor.processes import with_environment
+from tests.support.free_ports import free_ports
 
 MARK = "MOE_TEST_CLUSTER"
 START_LIMIT_S = 300.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports, below the range that the system assigns itself, so that they stay free."""
-    found: list[int] = []
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with suppress(OSError), socket.create_server(("", port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no ports are free")
 
 
 class Cluster:

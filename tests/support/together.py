@@ -39,10 +39,11 @@ class Office:
     def after_steps(self, folder: JobFolder, steps: int) -> Job:
         """The job, when it has taken this number of steps."""
         until = time.monotonic() + LIMIT_S
-        while sum(event.type == "step" for event in read(folder.events).events) < steps:
+        while (taken := sum(event.type == "step" for event in read(folder.events).events)) < steps:
             assert time.monotonic() < until, folder.output.read_text()
             self.supervisor.step()
-            time.sleep(0.005)
+            # Until it trains, there are seconds of imports, which need the cores; then steps follow each other fast.
+            time.sleep(0.005 if taken else 0.1)
         return self.job(folder)
 
     def cancel(self, folder: JobFolder) -> None:
@@ -58,7 +59,7 @@ class Office:
         until = time.monotonic() + LIMIT_S
         while self.supervisor.step():
             assert time.monotonic() < until, folder.output.read_text()
-            time.sleep(0.01)
+            time.sleep(0.05)
         return Run(folder, CODES[self.job(folder).state])
 
     def ranks(self, folder: JobFolder) -> dict[int, int]:

@@ -21,7 +21,7 @@ FAMILIES = ["granitemoe", "mixtral", "qwen3_moe", "llama"]
 RECIPES = ["sft", "dpo"]
 LATER = {"merged": True, "dtype": "bf16", "load_check": False}
 EXPORTED = "granitemoe-sft"  # by itself, as soon as it has completed
-LIMIT_S = 2700  # ten processes that import torch and trl, some minutes each where cores are slow
+LIMIT_S = 800  # ten processes that import torch and trl, some minutes each where cores are slow
 
 WORDS = ["garden", "letter", "friend", "spring", "answer", "France", "Paris", "token"]
 SFT_ROWS = [

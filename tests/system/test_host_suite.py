@@ -24,7 +24,7 @@ from tests.support.host_harness import Server, serving
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 900.0
+LIMIT_S = 800.0
 
 
 @pytest.fixture(scope="module")

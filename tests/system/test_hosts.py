@@ -21,7 +21,7 @@ from tests.support.other_hosts import ALL, POLICY, HostUnderTest, register, requ
 pytestmark = pytest.mark.e2e
 
 FINE_TUNING = "/v1/fine_tuning"
-LIMIT_S = 900.0  # a process that imports torch and trl, on cores that others use too
+LIMIT_S = 800.0  # a process that imports torch and trl, on cores that others use too
 JSONL = "".join(json.dumps(row) + "\n" for row in WORDS).encode()
 
 

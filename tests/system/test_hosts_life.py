@@ -19,7 +19,8 @@ import pytest
 from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from tests.support.bad_inputs import WORDS
 from tests.support.cli_support import moe_train
-from tests.support.host_harness import Server, free_port, serving, tiny_interpreter
+from tests.support.free_ports import free_port
+from tests.support.host_harness import Server, serving, tiny_interpreter
 from tests.support.jobs_support import wait_for
 from tests.support.live_folders import contents
 from tests.support.other_hosts import ALL, POLICY, HostUnderTest, required, serving_on, upload

@@ -24,7 +24,7 @@ from tests.support.openai_support import async_client, client, result_file
 pytestmark = pytest.mark.e2e
 
 GUIDE = ROOT / "docs" / "guides" / "openai.md"
-LIMIT_S = 1800
+LIMIT_S = 800
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"Number {n}."}]}
     for n in range(8)

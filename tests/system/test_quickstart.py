@@ -6,7 +6,6 @@ downloaded before; the port is a free one; and the hub's model is taken from a c
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from tests.contracts.doc_blocks import ROOT, SHELL, blocks_of
+from tests.support.free_ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -82,12 +82,6 @@ def end_all(state: Path) -> None:
         with suppress(psutil.Error):
             if process.environ().get("MOE_STATE_DIR") == str(state):
                 process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 @pytest.mark.parametrize("page", PAGES)

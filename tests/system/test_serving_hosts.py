@@ -27,7 +27,7 @@ from examples import serve_models
 pytestmark = pytest.mark.e2e
 
 GUIDE = ROOT / "docs" / "guides" / "openai.md"
-LIMIT_S = 1800
+LIMIT_S = 800
 HOSTS = [host for host in ALL if host.name is not HostName.LLAMA_STACK_0_7]
 USERS = {
     "none": {"principal": "alice", "attributes": {"roles": ["user"]}},  # the script's api_key

@@ -16,7 +16,7 @@ from tests.system.test_chaos import Arena, pid_of, until
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 1200.0
+LIMIT_S = 800.0
 PARAMETERS = {"optimizer.lr": [1e-4, 3e-3, 1e-2, 3e-2], "adapter.rank": [2, 4]}
 
 

@@ -1,7 +1,6 @@
 """Our experts under DistributedDataParallel: two processes with half a batch each get the gradients of one process."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from llama_stack_provider_moe.compute.moe.quantize import quantize, spare_ddp
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.support import tiny_models
+from tests.support.free_ports import free_port
 
 IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -58,10 +58,7 @@ def work(rank: int, port: int, family: str, bits: int | None, out: Path) -> None
 
 @pytest.mark.parametrize(("family", "bits"), [("granitemoe", 4), ("llama4_text", None)])
 def test_two_processes_give_the_gradients_of_one(family: str, bits: int | None, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, family, bits, tmp_path), nprocs=2, join=True)
+    mp.spawn(work, args=(free_port(), family, bits, tmp_path), nprocs=2, join=True)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     expected = gradients(made(family, bits), IDS)
     assert first.keys() == expected.keys()

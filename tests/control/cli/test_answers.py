@@ -17,7 +17,7 @@ from llama_stack_provider_moe.control.cli.follow import Follower
 from llama_stack_provider_moe.errors import InvalidRows, MoeError, RowProblem, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.cli_support import moe_train, template_at
-from tests.support.host_harness import free_port
+from tests.support.free_ports import free_port
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from llama_stack_provider_moe.jobdir.checkpoint_index import STATE, write_checks
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.cli_support import moe_train
-from tests.support.host_harness import free_port
+from tests.support.free_ports import free_port
 from tests.support.host_support import folder_of, over_http, serving_in_process, submit
 
 WEIGHTS = bytes(range(256)) * 4000

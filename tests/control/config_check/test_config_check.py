@@ -22,7 +22,8 @@ from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
 from llama_stack_provider_moe.spec.defaults import DEFAULT_BLOCKS, JobDefaults
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
 from tests.control.cli.test_words import moe_train
-from tests.support.host_harness import QUICKSTART, RUN_CONFIGS, free_port, run_config
+from tests.support.free_ports import free_port
+from tests.support.host_harness import QUICKSTART, RUN_CONFIGS, run_config
 from tests.support.host_support import serving_in_process
 
 LLAMA = Path(sys.executable).parent / "llama"
@@ -364,7 +365,7 @@ def test_a_server_ends_with_the_text_and_no_traceback(tmp_path: Path) -> None:
     path = run_config(QUICKSTART, tmp_path, provider=wrong)
     environment = {**os.environ, "MOE_STATE_DIR": str(tmp_path / "state")}
     command = [LLAMA, "stack", "run", str(path), "--port", str(free_port())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     checked = moe_train("config", "check", str(path), "--json").error["message"]

@@ -157,7 +157,7 @@ def test_a_training_process_that_fails_hides_it_in_its_last_output(tmp_path: Pat
     folder.mkdir()
     command = [sys.executable, "-m", "llama_stack_provider_moe.compute.worker.main", str(folder)]
     environment = {**os.environ, "HF_TOKEN": PLANTED}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 1
     (failed,) = read(folder / "events.jsonl").events
     assert (failed.type, failed.error) == ("failed", "FileNotFoundError")

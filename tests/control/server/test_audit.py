@@ -36,7 +36,7 @@ def lines(config: ProviderConfig, name: str = "audit.jsonl") -> list[dict[str, A
 
 
 def written(service: PostTrainingService, count: int) -> list[dict[str, Any]]:
-    wait_for(lambda: len(lines(service.config)) >= count, 20)
+    wait_for(lambda: len(lines(service.config)) >= count)
     return lines(service.config)
 
 
@@ -140,14 +140,14 @@ def test_a_full_disk_breaks_no_request_and_the_loss_is_told(small: Path) -> None
     config = ProviderConfig(state_dir=small / "state")
     audit = Audit(config)
     audit.note("ann", "cancel", job="before")
-    wait_for(lambda: len(lines(config)) == 1, 20)
+    wait_for(lambda: len(lines(config)) == 1)
     ballast = fill(small)
     for index in range(3):
         audit.note("ann", "cancel", job=f"lost-{index}" + "x" * 5000)
-    wait_for(lambda: audit._lost == 3, 20)
+    wait_for(lambda: audit._lost == 3)
     ballast.unlink()
     audit.note("ann", "cancel", job="after")
-    wait_for(lambda: len(lines(config)) == 3, 20)
+    wait_for(lambda: len(lines(config)) == 3)
     audit.close()
     before, lost, after = lines(config)
     assert (before["job"], after["job"]) == ("before", "after")

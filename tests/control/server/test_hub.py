@@ -13,7 +13,8 @@ from llama_stack_provider_moe.control.server import hub_check, job_names
 from llama_stack_provider_moe.ground.hub_cache import cache_folder, is_cached
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from tests.support import hub_server
-from tests.support.host_harness import free_port, hub_cache
+from tests.support.free_ports import free_port
+from tests.support.host_harness import hub_cache
 from tests.support.host_support import BODY, ask, serving_in_process
 from tests.support.hub_server import TOKEN, State
 

@@ -24,9 +24,10 @@ from llama_stack_provider_moe.jobdir.events import read
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from tests.support.free_ports import free_port
 from tests.support.host_support import serving_in_process, submit
 from tests.support.jobs_support import LONG, job_folders, new_supervisor, wait_for
-from tests.support.ray_cluster import Cluster, free_ports
+from tests.support.ray_cluster import Cluster
 from tests.support.training_support import Run, Workshop, sft_rows, workshop
 
 __all__ = ["workshop"]
@@ -87,11 +88,13 @@ class Office:
         return self.store.get(job_id, None)
 
     def until(self, what: Any, limit_s: float = 600) -> Any:
-        def look() -> Any:
+        until = time.monotonic() + limit_s
+        while True:
             self.supervisor.step()
-            return what()
-
-        return wait_for(look, limit_s)
+            if answer := what():
+                return answer
+            assert time.monotonic() < until, "it did not happen in time"
+            time.sleep(0.1)  # each look is a request to the cluster
 
     def steps(self, job_id: str) -> int:
         events = read(JobFolder(self.config.jobs_dir / job_id).events).events
@@ -200,7 +203,7 @@ def test_a_head_that_was_restarted_loses_no_job(cluster: Cluster) -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    address = f"http://127.0.0.1:{free_port()}"
     office = Office(config_for(tmp_path, address, unreachable_s=0.3))
     office.submit("job")
     office.supervisor.step()

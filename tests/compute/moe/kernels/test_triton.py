@@ -27,7 +27,7 @@ def run(what: str) -> list[dict[str, Any]]:
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.triton_cases", what],
-        env=environment, capture_output=True, text=True, timeout=900, check=False,
+        env=environment, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
