@@ -17,7 +17,8 @@ _SWITCHES = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off"})
 _SHORTEST = 8
 
 # scheme://user:password@host; in SQLAlchemy a password may contain `/` and `@`, so it ends at the last @ of the word.
-_USER_INFO = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://[^\s/:@"'<>]*):[^\s"'<>]*@""")
+# The pattern begins behind the scheme: with it, each letter of a long word would be tried as the scheme's first.
+_USER_INFO = re.compile(r"""(://[^\s/:@"'<>]*):[^\s"'<>]*@""")
 # https://token@host; in a database URL, a single name before @ is a user's name.
 _BEARER = re.compile(r"""(https?://)[^\s/:@"'<>]+@""", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^\s/:@]*:([^\s]+)@")

@@ -11,14 +11,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
 SCREENSHOTS = os.environ.get("MOE_SCREENSHOTS")  # a folder that pictures of the pages go to
 ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking",    "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-WAIT_MS = 20_000
+WAIT_MS = 60_000  # for what never comes; nothing is measured by it
 
 
 def chromium() -> str:
@@ -38,6 +38,7 @@ def chromium() -> str:
 def browsing() -> Iterator[Browser]:
     """A browser with a profile of its own that is gone afterwards."""
     program = chromium()
+    expect.set_options(timeout=WAIT_MS)  # pages' own timeouts do not count for it, and its default is 5 s
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=list(ARGUMENTS))
         try:

@@ -16,6 +16,7 @@ class Hooks:
     location: str = ""
     body: bytes = b""
     received: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)  # of each answer: whether the sender read it to its end
 
 
 @contextmanager
@@ -35,7 +36,9 @@ def hook_server() -> Iterator[Hooks]:
             self.end_headers()
             try:
                 self.wfile.write(hooks.body)
+                hooks.taken.append(True)
             except OSError:  # the sender has read enough
+                hooks.taken.append(False)
                 self.close_connection = True
 
         def log_message(self, *_: object) -> None:

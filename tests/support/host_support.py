@@ -1,6 +1,7 @@
 """Shared by the tests of `control.server`: a service without a server, and its routes in this process."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from llama_stack.core.datatypes import User
 from llama_stack.core.request_headers import RequestProviderDataContext
 from llama_stack_api import DatasetNotFoundError
 from opentelemetry.metrics import Meter
-from starlette.routing import compile_path
+from starlette.routing import Route, compile_path
 
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.routes import PREFIX, create_router
@@ -91,8 +92,11 @@ def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
 @lru_cache(maxsize=4)
 def app_of(service: PostTrainingService) -> FastAPI:
     """The routes of `service` without a host; made only once, because it takes a second."""
-    app = FastAPI()
-    app.include_router(create_router(service))
+    app, router = FastAPI(), create_router(service)
+    app.include_router(router)
+    app.state.routes = frozenset(
+        (method, route.path) for route in router.routes if isinstance(route, Route) for method in route.methods or ()
+    )
     return app
 
 
@@ -105,20 +109,37 @@ def ask(service: PostTrainingService, method: str, path: str, **request: Any) ->
             return await client.request(method, path, **request)
 
     answer = asyncio.run(send())
-    must_be_documented(app_of(service), answer)
+    must_be_documented(service, answer)
     return answer
 
 
-def must_be_documented(app: FastAPI, answer: httpx.Response) -> None:
+# Routes (method and path) of an application -> its document: pattern, path, and method -> documented statuses. The
+# document takes a second of processor time, and is the same for every service with the same routes.
+_documents: dict[frozenset[tuple[str, str]], list[tuple[re.Pattern[str], str, dict[str, set[str]]]]] = {}
+
+
+def must_be_documented(service: PostTrainingService, answer: httpx.Response) -> None:
     """Check that the OpenAPI document lists the status of `answer` for its route."""
     method, path = answer.request.method.lower(), answer.request.url.path
-    for template, operations in app.openapi()["paths"].items():  # in the order in which routes are tried
-        pattern, _, _ = compile_path(template.replace("{path}", "{path:path}"))
+    for pattern, template, operations in _document(app_of(service)):  # in the order in which routes are tried
         if method in operations and pattern.match(path):
-            statuses = operations[method]["responses"]
-            assert str(answer.status_code) in statuses, f"{answer.status_code} of {template} is not documented"
+            told = f"{answer.status_code} of {template} is not documented"
+            assert str(answer.status_code) in operations[method], told
             return
     assert answer.status_code in (404, 405), "there is no such route"
+
+
+def _document(app: FastAPI) -> list[tuple[re.Pattern[str], str, dict[str, set[str]]]]:
+    if app.state.routes not in _documents:
+        _documents[app.state.routes] = [
+            (
+                compile_path(template.replace("{path}", "{path:path}"))[0],
+                template,
+                {method: set(operation["responses"]) for method, operation in operations.items()},
+            )
+            for template, operations in app.openapi()["paths"].items()
+        ]
+    return _documents[app.state.routes]
 
 
 def get_raw(service: PostTrainingService, path: str) -> httpx.Response:

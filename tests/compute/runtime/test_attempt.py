@@ -2,14 +2,14 @@
 
 import os
 import stat
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from llama_stack_provider_moe.control.supervisor.processes import birth
 from llama_stack_provider_moe.jobdir.attempt import Attempt, read_attempt
-from llama_stack_provider_moe.jobdir.folder import write_atomic
+from llama_stack_provider_moe.jobdir.events import read
+from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from tests.support.jobs_support import wait_for
 from tests.support.together import LIMIT_S, office
 from tests.support.training_support import Workshop, workshop
@@ -25,6 +25,10 @@ def open_umask() -> Iterator[None]:
     os.umask(before)
 
 
+def checkpoints_in(folder: JobFolder) -> set[str]:
+    return {path.name for path in (folder.root / "checkpoints").iterdir() if path.name[0] != "."}
+
+
 @pytest.mark.usefixtures("open_umask")
 def test_all_processes_of_a_replaced_attempt_end_and_write_nothing_more(workshop: Workshop) -> None:
     folder = workshop.job(
@@ -37,12 +41,11 @@ def test_all_processes_of_a_replaced_attempt_end_and_write_nothing_more(workshop
         pids = [job.pid, *desk.ranks(folder).values()]
         assert read_attempt(folder.root) == Attempt(number=1, name=job.attempt)
         write_atomic(folder.attempt, Attempt(number=2, name="2@now"))  # as another supervisor does
-        time.sleep(0.1)  # for a write that was checked just before
-        events = folder.events.read_bytes()
-        saved = sorted(path.name for path in (folder.root / "checkpoints").iterdir() if path.name[0] != ".")
+        events, saved = len(read(folder.events).events), checkpoints_in(folder)
         wait_for(lambda: all(pid is None or birth(pid) is None for pid in pids), LIMIT_S)
-    assert folder.events.read_bytes() == events
-    assert sorted(path.name for path in (folder.root / "checkpoints").iterdir() if path.name[0] != ".") == saved
+    # Each process may be in the middle of one write, which was checked just before. Hundreds of steps would follow.
+    assert len(read(folder.events).events) - events <= 2
+    assert len(checkpoints_in(folder) - saved) <= 1
     assert not folder.manifest.exists()
     written = [folder.events, folder.resolved, folder.root / "checkpoints", *(folder.root / "checkpoints").rglob("*")]
     assert any(path.suffix == ".safetensors" for path in written)

@@ -303,5 +303,5 @@ def test_the_command_does_not_import_torch_or_pyarrow() -> None:
 def test_the_details_of_a_job_name_the_version(tmp_path: Path, url: str) -> None:
     moe_train("data", "push", str(written(tmp_path, "rows.jsonl")), "--name", "mine")
     body = BODY | {"data": {"dataset_id": "mine", "validation_dataset_id": "good"}}
-    job = httpx.post(url + "/v1alpha/post-training/jobs", json=body).json()["job_uuid"]
+    job = httpx.post(url + "/v1alpha/post-training/jobs", json=body, timeout=60).json()["job_uuid"]
     assert f"mine@{VERSION[:12]} (uploaded), good (host data set)" in moe_train("status", job).out

@@ -44,7 +44,7 @@ def log_in(page: Page, token: str) -> None:
 
 
 def test_pages_are_public_and_their_data_are_not(server: Server) -> None:
-    with httpx.Client(base_url=server.url) as nobody:
+    with httpx.Client(base_url=server.url, timeout=60) as nobody:
         for path in ("/moe", "/moe/jobs/alices-own", "/moe/static/app.css", "/moe/static/plotly.min.js"):
             answer = nobody.get(path)
             assert answer.status_code == 200, path

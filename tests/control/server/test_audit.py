@@ -165,6 +165,6 @@ def test_noting_is_quick_even_if_nothing_can_be_written(tmp_path: Path) -> None:
         began = time.monotonic()
         for index in range(30_000):
             broken.note("ann", "cancel", job=str(index))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60, "a note that waits for the disk would wait 30,000 times"
         broken.close()
     assert broken._lost > 0

@@ -437,7 +437,7 @@ def test_the_routes_are_documented(service: PostTrainingService) -> None:
     }  # fmt: skip
     assert put["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/PushedDataset")
     assert {"400", "413", "503", "507"} <= set(put["responses"])
-    must_be_documented(app_of(service), push(service))
+    must_be_documented(service, push(service))
 
 
 def test_the_host_is_not_asked_about_names_that_nobody_uploaded(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_connection_that_is_cut_leaves_nothing(service: PostTrainingService, l
         with an_open_upload(url, JSONL * 1000, length):
             wait_for(lambda: bool(files(service)))
         wait_for(lambda: not files(service))
-        assert httpx.get(url + PREFIX + "/datasets").json()["data"] == []
+        assert httpx.get(url + PREFIX + "/datasets", timeout=LIMIT_S).json()["data"] == []
 
 
 def test_a_client_that_stops_sending_is_refused(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_server_that_stops_does_not_wait_for_an_upload(service: PostTrainingSe
         connection = an_open_upload(url, JSONL * 1000)
         wait_for(lambda: bool(files(service)))
         began = time.monotonic()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < uploads.SILENCE_S / 2
     answer = http.client.HTTPResponse(connection)
     answer.begin()
     assert answer.status == 503
@@ -94,9 +94,9 @@ def test_too_many_uploads_at_a_time(service: PostTrainingService, monkeypatch: p
     with over_http(service) as url:
         with an_open_upload(url, JSONL * 1000):
             wait_for(lambda: bool(files(service)))
-            answer = httpx.put(url + PREFIX + "/datasets/other", content=JSONL)
+            answer = httpx.put(url + PREFIX + "/datasets/other", content=JSONL, timeout=LIMIT_S)
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
-        wait_for(lambda: httpx.put(url + PREFIX + "/datasets/other", content=JSONL).status_code == 200)
+        wait_for(lambda: httpx.put(url + PREFIX + "/datasets/other", content=JSONL, timeout=LIMIT_S).status_code == 200)
 
 
 def test_a_client_hears_of_a_bad_row_and_can_continue(service: PostTrainingService) -> None:
@@ -119,7 +119,7 @@ def test_many_pushes_of_one_name_at_once(service: PostTrainingService) -> None:
 
         answers = list(clients.map(send, contents))
         assert {answer.status_code for answer in answers} == {200}
-        versions = httpx.get(url + PREFIX + "/datasets/mine").json()["versions"]
+        versions = httpx.get(url + PREFIX + "/datasets/mine", timeout=LIMIT_S).json()["versions"]
     assert sorted(each["sha256"] for each in versions) == sorted({answer.json()["sha256"] for answer in answers})
     assert sum(answer.json()["is_new"] for answer in answers) == len(versions) == 4
     assert len([path for path in files(service) if path.is_file()]) == 4
@@ -141,8 +141,8 @@ def test_a_job_that_reads_is_not_disturbed(service: PostTrainingService, monkeyp
         body = BODY | {"data": {"dataset_id": "mine"}}
         submitted = other.submit(httpx.post, url + PREFIX + "/jobs", json=body, timeout=LIMIT_S)
         assert reading.wait(LIMIT_S)
-        assert httpx.put(url + PREFIX + "/datasets/mine", content=JSONL).json()["sha256"] == VERSION
-        assert len(httpx.delete(url + PREFIX + "/datasets/mine").json()["versions"]) == 2
+        assert httpx.put(url + PREFIX + "/datasets/mine", content=JSONL, timeout=LIMIT_S).json()["sha256"] == VERSION
+        assert len(httpx.delete(url + PREFIX + "/datasets/mine", timeout=LIMIT_S).json()["versions"]) == 2
         may_go_on.set()
         job = submitted.result().json()["job_uuid"]
     assert len(folder_of(service, job).train_rows.read_bytes().splitlines()) == 200 * 12
@@ -151,18 +151,25 @@ def test_a_job_that_reads_is_not_disturbed(service: PostTrainingService, monkeyp
 
 
 def test_the_server_answers_others_during_an_upload(service: PostTrainingService) -> None:
+    """Were it blocked, one answer would take most of the time that the upload takes."""
     slowest_s, requests = 0.0, 0
-    with over_http(service) as url, ThreadPoolExecutor(1) as other, httpx.Client(base_url=url + PREFIX) as client:
+    with (
+        over_http(service) as url,
+        ThreadPoolExecutor(1) as other,
+        httpx.Client(base_url=url + PREFIX, timeout=LIMIT_S) as client,
+    ):
         client.get("/datasets")
         content = b"".join(rows_of(40 * MIB))
         sent = other.submit(httpx.put, url + PREFIX + "/datasets/mine", content=content, timeout=LIMIT_S)
+        start = time.monotonic()
         while not sent.done():
             began = time.monotonic()
-            assert client.get("/datasets", timeout=LIMIT_S).status_code == 200
+            assert client.get("/datasets").status_code == 200
             slowest_s, requests = max(slowest_s, time.monotonic() - began), requests + 1
+        took_s = time.monotonic() - start
         assert sent.result().status_code == 200
     assert requests > 10
-    assert slowest_s < 1.0
+    assert slowest_s < took_s / 2
 
 
 @pytest.mark.e2e

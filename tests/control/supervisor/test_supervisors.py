@@ -108,7 +108,7 @@ def test_a_supervisor_asked_to_leave_frees_the_lease_and_leaves_its_children(
     folder = new_job(store, config, "job", **LONG)
     pid = started(folder)
     process.terminate()
-    process.join(10)
+    process.join(120)
     assert process.exitcode == 0
     assert store.live_supervisor() is None
     job = store.get("job", None)
@@ -128,7 +128,7 @@ def test_of_two_supervisors_the_second_ends_and_a_dead_ones_lease_is_taken_at_on
     wait_for(store.live_supervisor)
     store.close()
     second = supervisor_process(config)
-    second.join(60)
+    second.join(120)
     assert second.exitcode == 0
     assert first.is_alive()
     first.kill()

@@ -206,9 +206,9 @@ def test_a_server_that_is_not_allowed_any_more_gets_nothing(store: JobStore, hoo
 def test_a_long_answer_is_not_read_to_its_end(store: JobStore, hooks: Hooks, monkeypatch: pytest.MonkeyPatch) -> None:
     hooks.answers, hooks.body = [200], bytes(64 << 20)
     ended(store, hooks.url)
-    start = time.monotonic()
     sender(store, hooks).send_due()
-    assert time.monotonic() - start < 5
+    wait_for(lambda: hooks.taken)
+    assert hooks.taken == [False]
     assert message(store).state is Delivery.DELIVERED
 
 
@@ -224,7 +224,7 @@ def test_a_receiver_that_never_answers_costs_a_bounded_time(
         config = NotifyConfig(allowed=[address], secret_variable=VARIABLE)
         start = time.monotonic()
         WebhookSender(store, config, "me").send_due()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 60, "without a limit it would wait for ever"
     assert (message(store).told or "").startswith("ReadTimeout")
 
 
