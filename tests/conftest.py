@@ -1,4 +1,4 @@
-"""Fixtures of the jobs room; a file with other needs has its own by the same name."""
+"""Limits and order of all tests, and fixtures of the jobs room; a file with other needs has its own of that name."""
 
 import random
 import sys
@@ -14,10 +14,16 @@ from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
 
 SLOW_LIMIT_S = 7200
+TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests get more time than `timeout` in pyproject.toml, which is for those of `make test`."""
+    """Slow tests get more time than `timeout` in pyproject.toml, which is for those of `make test`.
+
+    Those of whole systems come first: their files take minutes, and at the end of a run one process would still be busy
+    with the last of them while the others have nothing left.
+    """
+    items.sort(key=lambda item: "system" not in item.path.relative_to(TESTS).parts[:1])
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))

@@ -93,7 +93,7 @@ def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
 def app_of(service: PostTrainingService) -> FastAPI:
     """The routes of `service` without a host; made only once, because it takes a second."""
     app, router = FastAPI(), create_router(service)
-    app.include_router(router)
+    app.router.routes.extend(router.routes)  # `include_router` would build each of them again
     app.state.routes = frozenset(
         (method, route.path) for route in router.routes if isinstance(route, Route) for method in route.methods or ()
     )

@@ -243,7 +243,7 @@ def test_mistakes_of_commands_with_torch_are_found_without_it(tmp_path: Path) ->
         "    start, code = time.process_time(), None\n"
         "    try:\n        code = main([*words, '--json'])\n"
         "    except SystemExit as left:\n        code = left.code\n"
-        "    print(code, time.process_time() - start < 2)\n"
+        "    print(code, time.process_time() - start < 5)\n"
         "slow = {'torch', 'transformers', 'peft', 'huggingface_hub'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(slow)}' if slow else 0)"
     )

@@ -68,7 +68,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingSe
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first import may take long on a busy machine."""
-    monkeypatch.setattr(template_check, "LIMIT_S", 100.0)
+    monkeypatch.setattr(template_check, "LIMIT_S", 300.0)
 
 
 def body(model: str = "strict", dataset_id: str = "good", **more: Any) -> dict[str, Any]:
@@ -195,10 +195,10 @@ def test_an_endless_template_costs_the_limit_and_its_process(
 
     began = time.monotonic()
     assert asyncio.run(submit()) == [NOT_CHECKED + "the chat template gave no answer within 1 s"]
-    assert time.monotonic() - began < 90, "far less than the 100 s that it would have without the limit"
+    assert time.monotonic() - began < 90, "far less than the 300 s that it would have without the limit"
     assert len(pulses) >= 10, "the event loop ran meanwhile"
     assert not before.is_running()
-    monkeypatch.setattr(template_check, "LIMIT_S", 100.0)
+    monkeypatch.setattr(template_check, "LIMIT_S", 300.0)
     with pytest.raises(InvalidRows):
         asyncio.run(service.submit(body(dataset_id="greets")))
 
@@ -251,7 +251,7 @@ def test_an_idle_process_is_replaced_before_it_ends_itself(
 def test_a_broken_environment_costs_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, why: str
 ) -> None:
-    monkeypatch.setattr(template_check, "LIMIT_S", 0.5 if script is not None and "sleep" in script else 100.0)
+    monkeypatch.setattr(template_check, "LIMIT_S", 0.5 if script is not None and "sleep" in script else 300.0)
     python, before = tmp_path / "python", processes()
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
@@ -314,7 +314,7 @@ def test_the_server_s_end_ends_it(tmp_path: Path) -> None:
     waiting.join()
     assert told == ["its process ended or gave no answer that can be read (EOFError)"]
     assert not busy.is_running()
-    assert time.monotonic() - began < 90, "the template itself may take 100 s"
+    assert time.monotonic() - began < 90, "the template itself may take 300 s"
     assert asyncio.run(checker.check(question)).unavailable, "a closed one starts no process"
     assert checker.pid is None
 
@@ -394,6 +394,7 @@ def test_many_jobs_at_a_time_are_all_checked(service: PostTrainingService) -> No
     assert child(service)
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_answer_over_http_names_the_row(service: PostTrainingService) -> None:
     with over_http(service) as url:
         answer = httpx.post(f"{url}{PREFIX}/jobs/validate", json=body(dataset_id="greets"), timeout=120)

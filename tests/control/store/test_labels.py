@@ -105,7 +105,7 @@ def test_pages_of_a_filtered_list_are_exact(store: JobStore) -> None:
     assert [job.id for job in store.list("ann", 2, "job10", wanted)] == ["job9", "job6"], "of any job before"
 
 
-LIMIT_S = 0.1
+LIMIT_S = 0.25  # of processor time, which grows where other processes use the caches
 
 
 def test_of_ten_thousand_jobs_a_page_is_found_at_once(store: JobStore, url: str) -> None:
