@@ -100,6 +100,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+	$(BIN)/python -m benchmarks.follow_cost
 	$(BIN)/python -m benchmarks.bring_data
 	$(BIN)/python -m benchmarks.data_check
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tokenising

@@ -22,8 +22,8 @@ from tests.support.host_support import folder_of, over_http, serving_in_process,
 
 JOBS, STEPS = 10_000, 50_000
 FOLLOWED_S = 20.0
-# The aim is 1 s and 2%; a machine that others use too gets some room.
-FIRST_CONTENT_S, SHARE_OF_A_CORE = 3.0, 0.04
+# The aim is 1 s; a machine that others use too gets some room. Processor time needs none: 1.5% was measured on one.
+FIRST_CONTENT_S, SHARE_OF_A_CORE = 2.0, 0.02
 
 
 @pytest.fixture(scope="module")
