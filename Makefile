@@ -18,8 +18,9 @@ export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 # HOST=ogx or HOST=0.7: on that host, in an environment of its own.
 HOST := 0.6
 ENVIRONMENT := $(if $(filter-out 0.6,$(HOST)),.cache/hosts/$(if $(filter 0.7,$(HOST)),llama-stack-0.7,$(HOST)))
+# STAY=1: the server stays up at the end, for a look at the dashboard, until Ctrl-C.
 demo: $(VENV)/.llama_cpp $(ENVIRONMENT:%=%/.made)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py --host $(HOST) $(ENVIRONMENT:%=--programs %/bin)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py --host $(HOST) $(ENVIRONMENT:%=--programs %/bin) $(if $(filter 1,$(STAY)),--stay)
 
 # MODEL=--dense: the dense model instead of the upcycled one.
 demo-circuit-breaker: $(VENV)/.demo
@@ -100,6 +101,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
+	$(BIN)/python -m benchmarks.follow_cost
 	$(BIN)/python -m benchmarks.bring_data
 	$(BIN)/python -m benchmarks.data_check
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tokenising

@@ -5,7 +5,7 @@ server, registers rows with llama-stack-client, and submits an SFT job, then a D
 is merged, exported to GGUF files, and loaded with plain transformers, peft and llama.cpp. Every figure that is printed
 was measured in this run. The exit code is not 0 if a job did not complete or did not help.
 
-    $ python examples/demo.py [--state FOLDER] [--host 0.7|ogx --programs FOLDER]
+    $ python examples/demo.py [--state FOLDER] [--host 0.7|ogx --programs FOLDER] [--stay]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from demo_answers import ask_gguf, compare
 from demo_exports import EXPORT, exported
 from demo_jobs import LORA, artifact, follow, register, report, rows_of, training
 from demo_screen import DemoFailed, console, ended, say, title
-from demo_server import Stack, serving
+from demo_server import Stack, page_of, serving, stay
 from smollm2 import cache_dir, smollm2
 
 from llama_stack_provider_moe.client.documents import Job
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--host", type=HostName, choices=list(HostName), default=HostName.LLAMA_STACK_0_6,
                         help="what the server runs on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--programs", type=Path, metavar="FOLDER", help="bin folder of the host's environment")
+    parser.add_argument("--stay", action="store_true", help="keep the server up at the end, until Ctrl-C")
     asked = parser.parse_args()
     name = "demo" if asked.host is HostName.LLAMA_STACK_0_6 else f"demo-{asked.host}"
     state: Path = (asked.state or cache_dir() / name).resolve()
@@ -59,10 +60,11 @@ def main() -> int:
             sft, dpo = train(stack, moe)
             title("6. Export the result: the merged model and GGUF files")
             exports = exported(stack, dpo)
-        compare(str(moe), artifact(sft, "merged")["path"], artifact(dpo, "adapter")["path"])
-        served = exports[SERVED]
-        (gguf,) = Path(served["path"]).glob("*.gguf")
-        ask_gguf(gguf, served["bytes"], exports["merged"]["path"])
+            compare(str(moe), artifact(sft, "merged")["path"], artifact(dpo, "adapter")["path"])
+            served = exports[SERVED]
+            (gguf,) = Path(served["path"]).glob("*.gguf")
+            ask_gguf(gguf, served["bytes"], exports["merged"]["path"])
+            show(stack, dpo, asked.stay)
 
     return ended(work, state)
 
@@ -127,6 +129,16 @@ def train(stack: Stack, moe: Path) -> tuple[Job, Job]:
     dpo = follow(stack, f"dpo-{run}")
     report(dpo, "DPO loss of held-out pairs, in nats per pair; lower is better")
     return sft, dpo
+
+
+def show(stack: Stack, job: Job, stays: bool) -> None:
+    """Print the address of a job's page on the dashboard, and keep the server up if it is to stay."""
+    title("The job in the dashboard: curves, experts, settings, files")
+    say(page_of(stack, job["job_uuid"]))
+    if stays:
+        stay(stack)
+    else:
+        say("The server stops now. To look at the page, keep the server up: make demo STAY=1")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,16 @@ class Stack(NamedTuple):
         server: our client, which `moe-train` uses.
         client: Llama Stack's own client.
         submitted: names of the jobs that the demo has created.
+        url: its address.
+        process: the server's process.
         uploads_files: whether rows go to the host as files, because OGX has no data sets.
     """
 
     server: Client
     client: "LlamaStackClient"
     submitted: list[str]
+    url: str
+    process: "subprocess.Popen[bytes]"
     uploads_files: bool = False
 
 
@@ -74,7 +78,7 @@ def serving(state: Path, host: HostName = HostName.LLAMA_STACK_0_6, programs: Pa
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its line per request would hide the progress bar
     with Client(url) as server:
         client = LlamaStackClient(base_url=url, max_retries=0, timeout=PATIENCE_S)
-        stack = Stack(server, client, [], uploads_files=HOSTS[host].is_external)
+        stack = Stack(server, client, [], url, process, uploads_files=HOSTS[host].is_external)
         try:
             with console.status("The server starts"):
                 _wait_until_healthy(stack, process, log)
@@ -84,6 +88,20 @@ def serving(state: Path, host: HostName = HostName.LLAMA_STACK_0_6, programs: Pa
             raise DemoFailed(f"the server refused a request: {error.message}") from error
         finally:
             _stop(stack, process, state)
+
+
+def page_of(stack: Stack, job: str) -> str:
+    """Return the address of a job's page on the dashboard."""
+    return f"{stack.url}/moe/jobs/{job}"
+
+
+def stay(stack: Stack) -> None:
+    """Wait until the user presses Ctrl-C, or the server ends."""
+    say("The server stays up until you press Ctrl-C.")
+    with contextlib.suppress(KeyboardInterrupt):
+        code = stack.process.wait()
+        raise DemoFailed(f"the server ended with exit code {code}")
+    say("\nThe server is stopped.")
 
 
 def run_config(state: Path, host: HostName) -> Path:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from llama_stack_provider_moe.jobdir.attempt import require_current
 StoppedBy = Literal["time_budget", "early_stopping"]
 
 # If an earlier start of a job wrote one of these, it says nothing about the current start.
-_ENDS = ("failed", "finished", "cancelled")
+ENDS = ("failed", "finished", "cancelled")
 # Longer than any event. Damaged content without newlines is read in pieces of this size.
 LINE_LIMIT_BYTES = 4 << 20
 
@@ -329,8 +329,8 @@ def read(path: Path, cursor: int = 0, limit: int = 1000) -> Page:
 def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
     """Return the newest event of each type in the last `window_bytes` of the file, by type name, newest first.
 
-    Events about the end of an earlier start are left out: a resumed job has not failed. Every status request calls
-    this, so it parses no more events than it returns.
+    Events about the end of an earlier start are left out: a resumed job has not failed. This parses no more events than
+    it returns.
     """
     try:
         file = path.open("rb")
@@ -341,6 +341,11 @@ def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
         file.seek(start)
         # The last piece is still being written; the first piece may have begun before the window.
         lines = file.read(window_bytes).split(b"\n")[1 if start else 0 : -1]
+    return newest_of(lines)
+
+
+def newest_of(lines: Sequence[bytes]) -> dict[str, Any]:
+    """Return the newest event of each type in lines of the file, see `latest`."""
     newest: dict[str, Any] = {}
     settled: set[str] = set()
     for line in reversed(lines):
@@ -353,5 +358,5 @@ def latest(path: Path, window_bytes: int = 1 << 20) -> dict[str, Any]:
             continue
         if event.type not in settled:
             newest[event.type] = event
-            settled |= {event.type, *_ENDS} if event.type == "started" else {event.type}
+            settled |= {event.type, *ENDS} if event.type == "started" else {event.type}
     return newest

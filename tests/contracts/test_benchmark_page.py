@@ -121,7 +121,33 @@ def file_in_s3() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("claims", [rows_of_experts, quantized, start, store, memory, merging, bringing, file_in_s3])
+def following() -> list[str]:
+    jobs = list(newest("follow_cost")["jobs"].values())
+    for each in jobs:
+        assert each["cpu_ms"]["status"] <= 10
+        assert each["cpu_ms"]["metrics since the last step"] <= 20
+
+    def row(name: str, digits: int = 1) -> str:
+        return " | ".join(f"{each['cpu_ms'][name]:.{digits}f} ms" for each in jobs)
+
+    return [
+        " | ".join(
+            f"{each['steps']:,} steps of {each['layers']} x {each['experts']} experts, {each['bytes'] / 1e9:.2f} GB"
+            for each in jobs
+        ),
+        f"The first one, which reads the file | {row('first look', 0)} |",
+        f"`status` | {row('status')} |",
+        f"`metrics` since the last step | {row('metrics since the last step')} |",
+        f"`metrics`, 1,000 points | {row('metrics, 1,000 points')} |",
+        f"`routing`, 200 columns | {row('routing, 200 columns')} |",
+        " and ".join(f"{each['share_of_a_core']['200 followers']:.2f}" for each in jobs) + " of a core",
+        " and ".join(str(each["followers_to_one"]) for each in jobs) + " times as much as one client",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "claims", [rows_of_experts, quantized, start, store, memory, merging, bringing, file_in_s3, following]
+)
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:
     missing = [claim for claim in claims() if claim not in PAGE]
     assert not missing

@@ -1,11 +1,17 @@
-"""The last step of the demo: a GGUF file answers a plain question through its own chat template."""
+"""The last steps of the demo: a GGUF file answers a plain question through its own chat template; the server stays."""
 
 import importlib
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 import yaml
 
@@ -91,3 +97,61 @@ def test_a_host_without_torch_trains_with_the_demos_python(
     written = yaml.safe_load(path.read_text(encoding="utf-8"))["providers"]["post_training"][0]["config"]
     assert written.get("training_python") == (sys.executable if HOSTS[host].is_external else None)
     assert read_run_config(path, None, {"MOE_STATE_DIR": str(tmp_path)}).training_python == sys.executable
+
+
+STAYS = """
+import sys
+from pathlib import Path
+
+from demo import show
+from demo_screen import ended
+from demo_server import serving
+
+state = Path(sys.argv[1])
+
+
+def work():
+    with serving(state) as stack:
+        print(f"pid {stack.process.pid}", flush=True)
+        show(stack, {"job_uuid": "dpo-1"}, sys.argv[2] == "stay")
+
+
+sys.exit(ended(work, state))
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "server ends", "no stay"])
+def test_the_server_stays_up_until_ctrl_c(tmp_path: Path, how: str) -> None:
+    """On a real server: the address is of a page of it, and Ctrl-C ends both the demo and the server."""
+    asked = "end" if how == "no stay" else "stay"
+    demo = subprocess.Popen(
+        [sys.executable, "-c", STAYS, str(tmp_path), asked], cwd=EXAMPLES, text=True, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"}, start_new_session=True,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    lines: list[str] = []
+    try:
+        for line in demo.stdout:
+            lines.append(line)
+            if line.startswith("The server st"):
+                break
+        found = "".join(lines)
+        (pid,) = re.findall(r"^pid (\d+)$", found, re.MULTILINE)
+        (url,) = re.findall(r"^(http://127\.0\.0\.1:\d+/moe/jobs/dpo-1)$", found, re.MULTILINE)
+        server = psutil.Process(int(pid)) if how != "no stay" else None
+        if server is not None:
+            page = httpx.get(url, timeout=60)
+            assert (page.status_code, "<title>" in page.text) == (200, True)
+            if how == "ctrl-c":
+                demo.send_signal(signal.SIGINT)
+            else:
+                server.terminate()
+        rest = demo.communicate(timeout=120)[0]
+        if how == "server ends":
+            assert (demo.returncode, "the server ended with exit code" in rest) == (1, True)
+        else:
+            assert (demo.returncode, "Done in" in rest) == (0, True), found + rest
+        assert not psutil.pid_exists(int(pid))
+    finally:
+        demo.kill()
+        demo.wait()

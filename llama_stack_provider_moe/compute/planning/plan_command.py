@@ -1,8 +1,8 @@
 """The half of `moe-train plan` that imports torch: a job's body on standard input -> its plan as one JSON object.
 
-    python -m llama_stack_provider_moe.compute.planning.plan_command --memory BYTES [--model CONFIG] < job.json
+    python -m llama_stack_provider_moe.compute.planning.plan_command --memory BYTES [--model CONFIG] [--rows N] < JOB
 
-prints `{"job": ..., "plan": ..., "changes": [...]}`, or `{"error": ...}`.
+prints `{"job": ..., "plan": ..., "changes": [...], "time": ...}`, or `{"error": ...}`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from llama_stack_provider_moe.compute.planning.estimated_time import device_name, estimated
 from llama_stack_provider_moe.compute.planning.meta_model import read_config
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
@@ -22,13 +23,14 @@ from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 
-def planned(body: object, memory_bytes: int, config: str | None = None) -> dict[str, object]:
+def planned(body: object, memory_bytes: int, config: str | None = None, rows: int | None = None) -> dict[str, object]:
     """The plan of a job.
 
     Args:
         body: the job.
         memory_bytes: of each GPU; for a job on the CPU, of the machine.
         config: place of the model's config; None: the place of its weights.
+        rows: of the training data set; None if unknown.
 
     Raises:
         MoeError, ValidationError: the job or its model is not valid.
@@ -57,6 +59,7 @@ def planned(body: object, memory_bytes: int, config: str | None = None) -> dict[
         },
         "plan": plan.as_json(),
         "changes": [{**asdict(change), "text": change.text()} for change in changes],
+        "time": estimated(planner, training, device_name(training), rows),
     }
 
 
@@ -70,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plan_command", description="Find the strategy with which a job fits.")
     parser.add_argument("--memory", type=int, required=True, help="bytes of each GPU, or of the machine")
     parser.add_argument("--model", help="place of the model's config")
+    parser.add_argument("--rows", type=int, help="number of rows of the training data set")
     options = parser.parse_args(argv)
     try:
-        print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model)))
+        print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model, options.rows)))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc'][1:]))}: {shorten(each['input'])}: {each['msg']}"
                     for each in error.errors()]  # fmt: skip

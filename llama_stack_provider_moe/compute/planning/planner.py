@@ -189,6 +189,10 @@ class Planner:
         )
         return step.peak(has, made.bits, spec.efficiency.enable_activation_checkpointing), has.certain
 
+    def adapted(self, spec: TrainingSpec) -> MetaModel:
+        """The model as the job trains it, without numbers."""
+        return self._rehearsed(spec).adapted
+
     def changes(self, spec: TrainingSpec) -> tuple[Change, ...]:
         """The changes that make the job fit: single settings if any are enough, else several at once; () if none are.
 

@@ -33,12 +33,12 @@ from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.rates import Rates
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe
+from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import Batch, Loss, Prepared, prepare
 from llama_stack_provider_moe.compute.train.step_figures import StepFigures
-from llama_stack_provider_moe.compute.train.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import Manifest

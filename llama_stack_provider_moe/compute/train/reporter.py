@@ -16,10 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step
 from llama_stack_provider_moe.compute.moe.routing import LayerRouting as Recorded
+from llama_stack_provider_moe.compute.planning.throughput import peak_flops
 from llama_stack_provider_moe.compute.runtime.context import AnySession, Stopped
 from llama_stack_provider_moe.compute.train.prepared import Batch
 from llama_stack_provider_moe.compute.train.resume import Resume, RunState
-from llama_stack_provider_moe.compute.train.throughput import peak_flops
 from llama_stack_provider_moe.compute.train.trackers import OpenTrackers
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.ground import liveness

@@ -23,7 +23,7 @@ from llama_stack_provider_moe.compute.models.heads import head_without_adapter, 
 from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, Total, local_sum
-from llama_stack_provider_moe.compute.train import throughput
+from llama_stack_provider_moe.compute.planning import throughput
 from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTrainer
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome

@@ -14,11 +14,6 @@ from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key,
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput
 
-_POINTS = 600
-_COLUMNS = 100
-_EVALUATION_BYTES = 16 << 20
-_EVALUATION, _EVALUATION_FILE = "evaluation", "eval.json"
-
 
 def job(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, in any state.")],
@@ -37,8 +32,8 @@ def job(
         found = server.job(job_id)
         sources = report.Sources(
             found,
-            server.metrics(job_id, limit=_POINTS),
-            server.routing(job_id, limit=_COLUMNS),
+            server.metrics(job_id, limit=report.POINTS),
+            server.routing(job_id, limit=report.COLUMNS),
             _evaluation(server, found),
         )
         text = report.render(sources)
@@ -57,12 +52,14 @@ def job(
 
 def _evaluation(server: Client, found: Job) -> dict[str, object] | None:
     """What the job's `eval` measured; None without that block, or while it has not measured anything."""
-    if not any(each["name"] == _EVALUATION and each["bytes"] < _EVALUATION_BYTES for each in found["checkpoints"]):
+    from llama_stack_provider_moe.control.dashboard.report import EVALUATION, EVALUATION_BYTES, EVALUATION_FILE
+
+    if not any(each["name"] == EVALUATION and each["bytes"] < EVALUATION_BYTES for each in found["checkpoints"]):
         return None
-    listed = server.artifact_files(found["job_uuid"], _EVALUATION)["files"]
-    file = next((each for each in listed if each["path"] == _EVALUATION_FILE), None)
+    listed = server.artifact_files(found["job_uuid"], EVALUATION)["files"]
+    file = next((each for each in listed if each["path"] == EVALUATION_FILE), None)
     if file is None:
         return None
-    with server.artifact_file(found["job_uuid"], _EVALUATION, _EVALUATION_FILE, 0, file["sha256"]) as sent:
+    with server.artifact_file(found["job_uuid"], EVALUATION, EVALUATION_FILE, 0, file["sha256"]) as sent:
         content: dict[str, object] = json.loads(b"".join(sent.chunks))
     return content

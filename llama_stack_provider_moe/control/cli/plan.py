@@ -16,9 +16,10 @@ from llama_stack_provider_moe.control.cli.options import Json
 from llama_stack_provider_moe.control.cli.planning_documents import Plan, PlanDocument
 from llama_stack_provider_moe.control.cli.report import TERMS, answer_of
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
-from llama_stack_provider_moe.control.cli.show import size
+from llama_stack_provider_moe.control.cli.show import duration, size
 from llama_stack_provider_moe.control.cli.template import read_template, training_job
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.run_time import RunTime
 
 _MODULE = "llama_stack_provider_moe.compute.planning.plan_command"
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -50,11 +51,20 @@ def shown(document: PlanDocument) -> RenderableType:
         ("machine", f"{found['processes']} {'GPU(s)' if what == 'device' else 'process(es)'} of "
                     f"{size(found['device_bytes'])}, of which {size(found['usable_bytes'])} can be used"),
     ]  # fmt: skip
+    facts.append(("training", timed(document["time"])))
     grid = Table.grid(padding=(0, 2))
     for name, value in facts:
         grid.add_row(name, text(value))
     lines = [text(line) for line in _told(document)]
     return Group(grid, "", _options(found), "", *lines)
+
+
+def timed(found: RunTime) -> str:
+    """Return how long the job will train, in words."""
+    if found["tokens_per_s"] is None:
+        return f"time not known: {found['basis']}"
+    took = "time not known" if found["seconds"] is None else f"about {duration(found['seconds'])}"
+    return f"{took} at {found['tokens_per_s']:,.0f} tokens/s ({found['basis']})"
 
 
 def _options(found: Plan) -> Table:

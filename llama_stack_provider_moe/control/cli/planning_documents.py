@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+from llama_stack_provider_moe.spec.run_time import RunTime
+
 type Terms = dict[str, int]  # bytes of each term of an estimate
 
 
@@ -131,3 +133,4 @@ class PlanDocument(TypedDict):
     job: PlannedJob
     plan: Plan
     changes: list[Change]
+    time: RunTime

@@ -12,6 +12,9 @@ from markupsafe import Markup
 
 from llama_stack_provider_moe.control.dashboard.svg import Line, heat_map, line_chart, short
 
+POINTS, COLUMNS = 600, 100  # most steps of a curve, and of a map of the experts
+EVALUATION, EVALUATION_FILE = "evaluation", "eval.json"  # the artifact with what `eval` measured, and its file
+EVALUATION_BYTES = 16 << 20  # a larger file is left out
 _LOSSES = ("ce", "preference_loss", "breaker_loss")
 _NAMES = {**dict.fromkeys(_LOSSES, "training"), "validation_loss": "held out"}
 # title, which figures of the steps, which of the evaluations

@@ -8,12 +8,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from llama_stack_provider_moe.control.server import stream, timeline, views, wire
+from llama_stack_provider_moe.control.server.event_texts import EventTexts
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import JobStore
 
 MAX_EVENTS = 10_000
-# A stream sends as many at a time: a page of routing tables can be megabytes.
-STREAMED_EVENTS = 200
 # The largest offset that `seek` accepts.
 Offset = Annotated[int, Field(ge=0, lt=2**63)]
 Types = Annotated[
@@ -23,6 +22,7 @@ Types = Annotated[
 
 def add_events(router: APIRouter, impl: PostTrainingService) -> None:
     """Add the route to the router of `impl`."""
+    texts = EventTexts()
 
     @router.get(
         "/jobs/{job_uuid}/events",
@@ -49,7 +49,7 @@ def add_events(router: APIRouter, impl: PostTrainingService) -> None:
 
         if not follow:
             return await impl.seen(page)
-        look = await impl.seen(lambda store, whose: _look(store, whose, job_uuid, wanted))
+        look = await impl.seen(lambda store, whose: _look(store, whose, job_uuid, texts, wanted))
         found = impl.followers.output(look, start)
         return StreamingResponse(found, media_type=stream.MEDIA_TYPE, headers=stream.HEADERS)
 
@@ -61,22 +61,26 @@ class _Look:
         store: the store.
         whose: the owner whose jobs the caller may read; None for every owner's.
         job_uuid: the job.
+        texts: the texts of events, for all followers.
         types: types of the events; none: any.
     """
 
-    def __init__(self, store: JobStore, whose: str | None, job_uuid: str, types: frozenset[str]) -> None:
+    def __init__(
+        self, store: JobStore, whose: str | None, job_uuid: str, texts: EventTexts, types: frozenset[str]
+    ) -> None:
         self._store = store
         self._whose = whose
         self._job_uuid = job_uuid
+        self._texts = texts
         self._types = types
 
     def __call__(self, start: int | None) -> stream.OutputPage:
         """Return the state and the events from a byte on; the state first, so that no event is missed."""
         job = self._store.get(self._job_uuid, self._whose)
-        events = views.folder_of(job).events
-        return stream.page_of_events(job.state, timeline.page(job.id, events, start or 0, STREAMED_EVENTS, self._types))
+        page = self._texts.page(views.folder_of(job).events, start or 0, self._types)
+        return stream.OutputPage(job.state, job.id, page.text, page.position)
 
 
-def _look(store: JobStore, whose: str | None, job_uuid: str, types: frozenset[str]) -> _Look:
+def _look(store: JobStore, whose: str | None, job_uuid: str, texts: EventTexts, types: frozenset[str]) -> _Look:
     views.folder_of(store.get(job_uuid, whose))  # refuse before the stream begins
-    return _Look(store, whose, job_uuid, types)
+    return _Look(store, whose, job_uuid, texts, types)

@@ -1,4 +1,4 @@
-"""The memory plan of a job before it is sent: `moe-train plan`, from the server.
+"""The memory plan of a job before it is sent, and the time that it will take: `moe-train plan`, from the server.
 
 The planner needs torch, so it runs in a process of its own, one at a time.
 """
@@ -23,13 +23,14 @@ log = logging.getLogger(__name__)
 _planning = Pool("moe-plans", 1, 16, "memory plans")
 
 
-async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig) -> dict[str, Any]:
+async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: int | None = None) -> dict[str, Any]:
     """Return the plan of a job that was checked.
 
     Args:
         spec: the job, with resolved names.
         memory_bytes: memory of each GPU; for a job on the CPU, of the machine.
         config: has the interpreter of training processes.
+        rows: of the training data set; None if unknown.
 
     Raises:
         InvalidInput: the job does not train, or the model's configuration can't be read.
@@ -38,13 +39,13 @@ async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig) -> dict
     if not isinstance(spec, TrainingSpec):
         trained = ", ".join(recipe.name for recipe in RECIPES.values() if recipe.trains)
         raise InvalidInput("recipe", spec.recipe, f"one that trains: {trained}")
-    return await _planning.run(_planned, spec, memory_bytes, config)
+    return await _planning.run(_planned, spec, memory_bytes, config, rows)
 
 
-def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig) -> dict[str, Any]:
+def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig, rows: int | None) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [config.training_python, "-m", _MODULE, "--memory", str(memory_bytes)],
+            [config.training_python, "-m", _MODULE, "--memory", str(memory_bytes), *_words(rows)],
             check=False, input=spec.model_dump_json(), capture_output=True, text=True, errors="replace",
             timeout=LIMIT_S, env=training_environment(os.environ, config), cwd=config.state_dir,
         )  # fmt: skip
@@ -58,3 +59,7 @@ def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig) -> d
     if "error" in document:
         raise InvalidInput("model", spec.model_from or spec.model, f"a job that can be planned ({document['error']})")
     return document
+
+
+def _words(rows: int | None) -> list[str]:
+    return [] if rows is None else ["--rows", str(rows)]

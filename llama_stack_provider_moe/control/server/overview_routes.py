@@ -4,7 +4,7 @@ GET  overview                 counts of the caller's jobs; what the server is
 GET  figures?jobs=a,b         how these jobs stand, in a few figures each
 GET  jobs/{id}/routing        balance of the experts over the steps
 GET  templates, schema        job files of this package; the JSON schema of a job
-POST jobs/plan                whether a job fits into memory, before it is sent
+POST jobs/plan                whether a job fits into memory, and how long it will train, before it is sent
 """
 
 import json
@@ -15,13 +15,21 @@ from fastapi import APIRouter, Body, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import SkipValidation
 
-from llama_stack_provider_moe.control.server import job_figures, job_plans, routing_series, views, wire_overview
+from llama_stack_provider_moe.control.server import (
+    callers,
+    job_figures,
+    job_plans,
+    routing_series,
+    views,
+    wire_overview,
+)
 from llama_stack_provider_moe.control.server.api_requests import Draft
+from llama_stack_provider_moe.control.server.measured_time import measured
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.job_templates import job_templates, summary
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
     async def schema() -> JSONResponse:
         return JSONResponse(await impl.guard.in_state_dir(_schema))
 
-    @router.post("/jobs/plan", summary="Get whether a job fits into memory, with which strategy, and what would help.")
+    @router.post("/jobs/plan", summary="Get whether a job fits into memory, what would help, and how long it trains.")
     async def plan(
         body: JobBody,
         request: Request,
@@ -85,7 +93,12 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
         ] = 80 * 10**9,
     ) -> JsonObject:
         spec = await impl.checked(Draft(body), len(await request.body()))
-        return await job_plans.plan(spec, memory_bytes, impl.config)
+        rows = None
+        if isinstance(spec, TrainingSpec):
+            rows = await impl.datasets.row_count(callers.owner(), spec.data.dataset_id)
+        document = await job_plans.plan(spec, memory_bytes, impl.config, rows)
+        time = await impl.guard.run(measured, spec, impl.store, callers.owner(), rows)
+        return document if time is None else document | {"time": time}
 
 
 @lru_cache(1)

@@ -192,6 +192,17 @@ class OwnDatasets:
                                f"{HOSTS}{dataset_id} for the {kind}: both have this name")  # fmt: skip
         return await self._own(owner, name, version if at else None)
 
+    async def row_count(self, owner: str, dataset_id: str) -> int | None:
+        """Return the number of rows of what a job's `dataset_id` means; None if it is not the caller's own data set."""
+        name, at, version = dataset_id.removeprefix(OWN).partition("@")
+        if dataset_id.startswith(HOSTS) or not _NAME.fullmatch(name):
+            return None
+        try:
+            found = await self._guard.run(self._table().get, owner, name, version if at else None)
+        except (NotFound, InvalidInput):  # it may be the host's
+            return None
+        return found.rows
+
     async def _own(self, owner: str, name: str, version: str | None) -> Found:
         found = await self._guard.run(self._table().get, owner, name, version)
         return Found(None, version=found, path=dataset_files.rows_of(self._config, found.id))

@@ -8,10 +8,11 @@ from typing import TypedDict
 from pydantic import BaseModel
 
 from llama_stack_provider_moe.control.server.evaluation_scan import first_and_last
+from llama_stack_provider_moe.control.server.newest_events import newest_events
 from llama_stack_provider_moe.control.store import disk
 from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.control.supervisor.processes import PidScope, ProcessName, is_alive
-from llama_stack_provider_moe.jobdir.events import Assessed, Evaluation, Failed, Progress, Routing, Step, latest
+from llama_stack_provider_moe.jobdir.events import Assessed, Evaluation, Failed, Progress, Routing, Step
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.scan import scan
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -109,7 +110,7 @@ class _Newest:
 
 def progress(job: Job, folder: JobFolder) -> JobProgress:
     """Return a job's progress."""
-    events = latest(folder.events)
+    events = newest_events(folder.events)
     newest = _Newest(events)
     step = newest.event(Step)
     routing = newest.event(Routing)

@@ -15,6 +15,7 @@
     GET  quota, quotas                                        the caller's limits; every owner's
     GET  metrics                                              for Prometheus, if the server's `prometheus` is on
     /v1/fine_tuning/...                                       OpenAI's fine-tuning API, see `openai.routes`
+    GET  jobs/{id}/report                                     one HTML file about a job, see `job_reports`
     overview, figures, templates, schema, POST jobs/plan      for pages, see `overview_routes`
     /moe/...                                                  the dashboard, see `control.dashboard`
 
@@ -45,6 +46,7 @@ from llama_stack_provider_moe.control.server.answers import answers_of
 from llama_stack_provider_moe.control.server.dataset_routes import add_datasets
 from llama_stack_provider_moe.control.server.event_routes import Offset, add_events
 from llama_stack_provider_moe.control.server.files import download
+from llama_stack_provider_moe.control.server.job_reports import add_reports
 from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
 from llama_stack_provider_moe.control.server.overview_routes import add_overview
@@ -120,6 +122,7 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     _add_exports(router, impl)
     _add_observation(router, impl)
     add_events(router, impl)
+    add_reports(router, impl)
     add_overview(router, impl)
     _add_old_family(router, impl)
     add_datasets(router, impl)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from llama_stack_provider_moe.control.server.pools import Pool
+from llama_stack_provider_moe.control.server.pools import Pool, retrieve_error
 from llama_stack_provider_moe.control.store.store_errors import is_store_lost
 from llama_stack_provider_moe.errors import Unavailable
 
@@ -53,6 +53,7 @@ class StoreWatch:
             raise Unavailable(LOST)
         begun = self._calls.submit(partial(call, *args))
         waited = asyncio.wrap_future(begun)
+        waited.add_done_callback(retrieve_error)  # nobody waits once the client has left, but the call goes on
         while not (await asyncio.wait({waited}, timeout=LONG_S))[0]:
             if not await self.answers() and not waited.done():
                 never = begun.cancel()
@@ -90,7 +91,7 @@ class StoreWatch:
     async def _ends(self, running: "Future[bool]", limit_s: float) -> bool:
         if limit_s > 0:
             waited = asyncio.wrap_future(running)
-            waited.add_done_callback(_retrieve_error)
+            waited.add_done_callback(retrieve_error)
             await asyncio.wait({waited}, timeout=limit_s)
         return running.done()
 
@@ -117,9 +118,3 @@ class StoreWatch:
         with self._lock:
             if during is None or self._running is during:  # otherwise that probe has ended and recorded its result
                 self._last = (time.monotonic(), found)
-
-
-def _retrieve_error(waited: "asyncio.Future[bool]") -> None:
-    """Retrieve the error of a failed probe, or the host's logger renders its traceback on the event loop."""
-    if not waited.cancelled():
-        waited.exception()

@@ -18,7 +18,7 @@ from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.failures import Failures
 from llama_stack_provider_moe.control.server.safe_json import dumps
 from llama_stack_provider_moe.control.server.views import LOG_WINDOW_BYTES
-from llama_stack_provider_moe.control.server.wire import Events, JsonObject, PostTrainingJobLogStream
+from llama_stack_provider_moe.control.server.wire import PostTrainingJobLogStream
 from llama_stack_provider_moe.control.store.store_errors import is_store_lost
 from llama_stack_provider_moe.errors import MoeError, Unavailable
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -38,26 +38,21 @@ class OutputPage(NamedTuple):
     Attributes:
         state: state of the job.
         job_uuid: its name.
-        data: what a client gets; None if nothing is new.
+        text: what a client gets, as JSON; None if nothing is new. The thread that looks makes it, because a page of
+            events can be megabytes.
         position: bytes of the file up to here.
     """
 
     state: JobState
     job_uuid: str
-    data: JsonObject | None
+    text: str | None
     position: int
 
 
 def page_of_output(state: JobState, piece: PostTrainingJobLogStream) -> OutputPage:
     """Return lines of a job's output as a page."""
-    data: JsonObject = {"log_lines": piece.log_lines, "next_offset": piece.next_offset}
-    return OutputPage(state, piece.job_uuid, data if piece.log_lines else None, piece.next_offset)
-
-
-def page_of_events(state: JobState, piece: Events) -> OutputPage:
-    """Return events of a job as a page."""
-    data: JsonObject = {"events": piece.events, "cursor": piece.cursor}
-    return OutputPage(state, piece.job_uuid, data if piece.events else None, piece.cursor)
+    text = dumps({"log_lines": piece.log_lines, "next_offset": piece.next_offset}) if piece.log_lines else None
+    return OutputPage(state, piece.job_uuid, text, piece.next_offset)
 
 
 class Followers:
@@ -110,17 +105,17 @@ class Followers:
                 if not isinstance(error, MoeError):
                     self._failures.report("a stream of output", error)
                     text = "the server failed on an unexpected error; see the server's log"
-                yield _event({"error": {"message": text}}, name="error")
+                yield _event(dumps({"error": {"message": text}}), name="error")
                 return
             silent_s += poll_s
-            if found.data is not None:
-                yield _event(found.data, number=found.position)
+            if found.text is not None:
+                yield _event(found.text, number=found.position)
                 silent_s = 0.0
             elif silent_s >= HEARTBEAT_S:
                 yield b": waiting\n\n"
                 silent_s = 0.0
             if found.state.over and found.position == offset:
-                yield _event({"job_uuid": found.job_uuid, "status": found.state.value}, name="end")
+                yield _event(dumps({"job_uuid": found.job_uuid, "status": found.state.value}), name="end")
                 return
             behind = offset is not None and found.position - offset > LOG_WINDOW_BYTES // 2
             offset = found.position
@@ -136,7 +131,7 @@ async def _slept(duration_s: float) -> None:
         await asyncio.sleep(min(duration_s, 0.5))
 
 
-def _event(data: JsonObject, name: str | None = None, number: int | None = None) -> bytes:
+def _event(data: str, name: str | None = None, number: int | None = None) -> bytes:
     head = ("" if name is None else f"event: {name}\n") + ("" if number is None else f"id: {number}\n")
-    # ASCII, so that it contains none of Unicode's line separators.
-    return f"{head}data: {dumps(data)}\n\n".encode("ascii")
+    # `dumps` writes ASCII, so that the text contains none of Unicode's line separators.
+    return f"{head}data: {data}\n\n".encode("ascii")

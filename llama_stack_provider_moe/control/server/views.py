@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from llama_stack_provider_moe.control.server.event_index import saved_artifacts
 from llama_stack_provider_moe.control.server.wire import JobLine, JsonObject, PostTrainingJobLogStream
 from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.errors import Forbidden
 from llama_stack_provider_moe.ground.small_files import open_regular, read_small
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder
 from llama_stack_provider_moe.jobdir.output import printable
-from llama_stack_provider_moe.jobdir.scan import saved_artifacts
 
 LOG_WINDOW_BYTES = 1 << 20
 
@@ -81,7 +81,7 @@ def disk_bytes(job: Job) -> int:
 
 def artifacts(job: Job) -> tuple[Artifact, ...]:
     """Return the artifacts of a job; while it runs, those that it has saved so far."""
-    return job.artifacts if job.state.ended else saved_artifacts(folder_of(job))
+    return job.artifacts if job.state.ended else saved_artifacts(folder_of(job).events)
 
 
 def log(job: Job, tail: int, offset: int | None) -> PostTrainingJobLogStream:

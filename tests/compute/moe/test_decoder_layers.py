@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers
-from llama_stack_provider_moe.compute.train.throughput import count_flops
+from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.errors import LayoutError
 from tests.support import tiny_models
 

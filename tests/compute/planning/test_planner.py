@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.compute.planning import plan_command
+from llama_stack_provider_moe.compute.planning.estimated_time import UTILISATION, estimated, flops_a_token
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
 from llama_stack_provider_moe.compute.planning.per_process import process_memory, transient_memory, weights_of
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, changed, refusal
 from llama_stack_provider_moe.compute.train import strategy
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
-from llama_stack_provider_moe.control.cli.plan import bytes_of
+from llama_stack_provider_moe.control.cli.plan import bytes_of, timed
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, TrainingSpec
 from tests.support import tiny_models
@@ -220,6 +221,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert done.code == 0, done.err
     assert "it fits, with ddp (resources.strategy auto)" in done.out
     assert "2 GPU(s) of 1 GB" in done.out
+    assert "time not known: no job like it was measured" in done.out
     for body, problem in (
         ({**job().model_dump(mode="json"), "model": "/nowhere"}, "model: the config of '/nowhere'"),
         ({"recipe": "sft", "model": "a/b"}, "data: "),
@@ -231,6 +233,48 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(body)))
         assert plan_command.main(["--memory", "1000000000"]) == 2
         assert problem in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_time_is_estimated_from_operations_and_a_devices_peak(roomy: Planner) -> None:
+    spec = job()
+    a_token = flops_a_token(roomy, spec)
+    found = estimated(roomy, spec, "NVIDIA H200", rows=1000)
+    speed = UTILISATION * 989.4e12 * 4 / a_token
+    assert found["source"] == "estimated"
+    assert found["tokens_per_s"] == pytest.approx(speed)
+    rows = 1000 * (1 - spec.options.validation_split)
+    assert found["seconds"] == pytest.approx(rows * 64 / speed)
+    assert "20% of the peak of NVIDIA H200" in found["basis"]
+    assert timed(found).startswith("about 0s at ")
+    assert flops_a_token(roomy, job(adapter={"quantize_base": True})) == a_token, "the products are the same"
+    assert flops_a_token(roomy, job(adapter=None)) > a_token, "all weights have gradients"
+    dpo = estimated(roomy, job(recipe="dpo"), "NVIDIA H200", rows=1000)
+    assert dpo["seconds"] is not None
+    assert dpo["seconds"] > 2 * rows * 64 / speed, "pairs, and a reference's pass"
+    longer = estimated(roomy, job(training={"n_epochs": 3, "max_steps_per_epoch": 5}), "NVIDIA H200")
+    assert longer["seconds"] == pytest.approx(3 * 5 * 8 * 4 * 64 / speed)
+
+
+@pytest.mark.parametrize(
+    ("device", "blocks", "why"),
+    [
+        (None, {}, "the peak of a CPU or an absent GPU is not known"),
+        ("NVIDIA GeForce 9", {}, "the peak of NVIDIA GeForce 9 in bf16 is not known"),
+        ("NVIDIA H200", {"training": {"dtype": "fp32"}}, "the peak of NVIDIA H200 in fp32 is not known"),
+    ],
+)
+def test_a_time_that_nothing_tells(roomy: Planner, device: str | None, blocks: dict[str, Any], why: str) -> None:
+    found = estimated(roomy, job(**blocks), device, rows=10)
+    assert (found["seconds"], found["tokens_per_s"], found["source"]) == (None, None, None)
+    assert why in found["basis"]
+    assert timed(found) == f"time not known: {found['basis']}"
+
+
+def test_a_speed_without_rows(roomy: Planner) -> None:
+    found = estimated(roomy, job(), "NVIDIA H200")
+    assert found["seconds"] is None
+    assert "the number of rows is not known" in found["basis"]
+    assert timed(found).startswith(f"time not known at {found['tokens_per_s']:,.0f} tokens/s (estimated from ")
 
 
 @pytest.mark.parametrize(("written", "found"), [("80GB", 80 * 10**9), ("79.5 GiB", int(79.5 * 2**30)), ("1tb", 10**12)])

@@ -15,12 +15,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.train.throughput import StepFlops, count_flops
+from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.compute.planning.test_throughput import mixtral
 from tests.compute.recipes.test_dpo import log_prob
 from tests.compute.recipes.test_sft import mean_nll
-from tests.compute.train.test_throughput import mixtral
 from tests.support.training_support import Row, Run, Workshop, _write, dpo_rows, said, workshop
 
 __all__ = ["workshop"]

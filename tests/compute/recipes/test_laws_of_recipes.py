@@ -14,12 +14,12 @@ from llama_stack_provider_moe.compute.data.mixture import MixtureSampler
 from llama_stack_provider_moe.compute.models.backend import Transformers, Unsloth
 from llama_stack_provider_moe.compute.models.hidden_states import EMBEDDINGS
 from llama_stack_provider_moe.compute.models.unsloth import base as unsloth_base
+from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, sft
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.runtime.peers import ALONE, Peers
 from llama_stack_provider_moe.compute.train import fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
-from llama_stack_provider_moe.compute.train.throughput import count_flops
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.jobdir.events import EventLog
 from tests.support.training_support import Run, Workshop, workshop

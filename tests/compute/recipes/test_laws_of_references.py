@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llama_stack_provider_moe.compute.moe.rates import Rates
+from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.compute.recipes import dpo
-from llama_stack_provider_moe.compute.train.throughput import count_flops
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec
 from tests.compute.recipes.test_laws_of_recipes import Maker, make

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.control.server import routing_series
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.events import EventLog, Message, Resumed, Routing
 from tests.support.dashboard_jobs import EXPERTS, LAYERS, routing
@@ -112,12 +111,3 @@ def test_a_layer_without_experts_is_refused(service: PostTrainingService, events
     answer = ask(service, "GET", "/jobs/j/routing", params={"layer": 99})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("layer: 99 is not valid; expected a layer with experts: 0, 1")
-
-
-def test_memory_does_not_grow_with_the_tables(events: Path) -> None:
-    write(events, *range(1, 30))
-    places = routing_series._places(events)
-    with events.open("rb") as file:
-        for place in places:
-            file.seek(place.start)
-            assert Routing.model_validate_json(file.read(place.length)).step == place.step

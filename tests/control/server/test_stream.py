@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from llama_stack_provider_moe.control.server import event_routes, stream
+from llama_stack_provider_moe.control.server import event_texts, stream
 from llama_stack_provider_moe.control.server.routes import PREFIX
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.views import LOG_WINDOW_BYTES
@@ -214,7 +214,7 @@ def test_the_document_describes_both_answers(service: PostTrainingService, tmp_p
 def test_events_are_followed_to_the_end_in_pieces(
     service: PostTrainingService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_routes, "STREAMED_EVENTS", 3)
+    monkeypatch.setattr(event_texts, "STREAMED_EVENTS", 3)
     job_id = submit(service)
     path = folder_of(service, job_id).events
     log = EventLog(path)

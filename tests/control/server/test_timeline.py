@@ -206,14 +206,6 @@ def test_long_series_are_thinned_evenly(tmp_path: Path, limit: int, count: int) 
         assert max(gaps) <= 4 * count / limit
 
 
-def test_memory_has_at_most_twice_the_limit_of_points() -> None:
-    thinned = timeline._Thinned[Step](10, -1)
-    for number in range(1, 10_000):
-        thinned.add(a_step(number))
-        assert len(thinned._kept) <= 20
-    assert len(thinned.points()) == 10
-
-
 @pytest.mark.parametrize(
     "query",
     ["events?cursor=-1", "events?limit=0", "events?limit=10001", f"events?cursor={2**63}", "metrics?limit=0",

@@ -19,12 +19,12 @@ from llama_stack_provider_moe.compute.data.sampling import rows_an_epoch
 from llama_stack_provider_moe.compute.methods.breaker_plan import decide
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.determinism import require_determinism, without_dropout
+from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.recipes.circuit_breaker.trainer import BreakerTrainer
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import Batch, prepare
-from llama_stack_provider_moe.compute.train.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.spec import BreakerSpec

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from llama_stack_provider_moe.control.server import serving, views
+from llama_stack_provider_moe.control.server.newest_events import newest_events
 from llama_stack_provider_moe.control.server.openai import ids, objects, results
 from llama_stack_provider_moe.control.server.openai.methods import BASE_LR, METHODS, multiplier
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import Forbidden, InvalidInput, NotFound
-from llama_stack_provider_moe.jobdir.events import Failed, Step, latest
+from llama_stack_provider_moe.jobdir.events import Failed, Step
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import DPOSpec, TrainingSpec
@@ -158,7 +159,7 @@ def _integrations(spec: TrainingSpec) -> list[objects.FineTuningIntegration] | N
 
 
 def _estimated_finish(job: Job) -> int | None:
-    step = latest(views.folder_of(job).events).get("step")
+    step = newest_events(views.folder_of(job).events).get("step")
     if not isinstance(step, Step) or step.eta_s is None or not math.isfinite(step.eta_s):
         return None
     return int(step.time.timestamp() + step.eta_s)
@@ -168,7 +169,7 @@ def _error(job: Job, is_readable: bool) -> objects.FineTuningFailure | None:
     if job.state is JobState.FAILED:
         code, param = "job_failed", None
         try:
-            failed = latest(views.folder_of(job).events).get("failed")
+            failed = newest_events(views.folder_of(job).events).get("failed")
         except (OSError, Forbidden):
             failed = None
         if isinstance(failed, Failed):

@@ -18,17 +18,16 @@ Model FLOPs utilisation as in PaLM (arXiv 2204.02311, appendix B), with only the
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config, without_adapters
 from llama_stack_provider_moe.compute.moe.sharding import pieces
-from llama_stack_provider_moe.compute.train.prepared import Batch
 from llama_stack_provider_moe.spec import DType
 
 # Dense bf16 and fp16 peaks in TFLOP/s, without sparsity, from NVIDIA's data sheets; the first that a name contains.
@@ -161,7 +160,7 @@ def _pairs(length: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
-def lengths_of(batch: Batch) -> list[int]:
+def lengths_of(batch: Mapping[str, Tensor]) -> list[int]:
     """The number of tokens in each row of a micro-batch, packed or not, without padding."""
     mask = batch.get("attention_mask")
     if mask is not None:

@@ -11,8 +11,8 @@ from llama_stack_provider_moe.compute.moe.adapters import add_lora
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import quantize
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
-from llama_stack_provider_moe.compute.train import throughput
-from llama_stack_provider_moe.compute.train.throughput import StepFlops, count_flops, lengths_of, peak_flops
+from llama_stack_provider_moe.compute.planning import throughput
+from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops, lengths_of, peak_flops
 from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.support import tiny_models
 from tests.support.training_support import Workshop, workshop
