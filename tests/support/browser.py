@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
 SCREENSHOTS = os.environ.get("MOE_SCREENSHOTS")  # a folder that pictures of the pages go to
 ARGUMENTS = (
@@ -19,6 +19,7 @@ ARGUMENTS = (
     "--disable-background-networking",    "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 WAIT_MS = 20_000
+expect.set_options(timeout=WAIT_MS)  # 5 s by default, which is little on a busy machine
 
 
 def chromium() -> str:
