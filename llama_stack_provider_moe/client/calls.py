@@ -23,6 +23,7 @@ from llama_stack_provider_moe.client.documents import (
     Quota,
     QuotaList,
     RoutingSeries,
+    RoutingShares,
     Scheduled,
     Status,
     Validated,
@@ -180,6 +181,11 @@ def metrics(job_id: str, names: Iterable[str] | None, since_step: int | None, li
 def routing(job_id: str, layer: int | None, limit: int) -> Call[RoutingSeries]:
     """Ask how a job's routers used their experts."""
     return Call(RoutingSeries, "GET", job_path(job_id, "/routing"), {"layer": layer, "limit": limit})
+
+
+def routing_shares(job_id: str) -> Call[RoutingShares]:
+    """Ask for the share of every expert over a job's last steps."""
+    return Call(RoutingShares, "GET", job_path(job_id, "/routing/shares"))
 
 
 def cancel(job_id: str) -> Call[object]:

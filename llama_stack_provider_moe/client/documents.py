@@ -263,6 +263,15 @@ class RoutingSeries(TypedDict):
     share: list[list[Figure]]
 
 
+class RoutingShares(TypedDict):
+    """The mean share of every expert over a job's last steps; `share` is by layer and expert."""
+
+    job_uuid: str
+    steps: list[int]
+    layers: list[int]
+    share: list[list[Figure]]
+
+
 class ExportJob(Export):
     """An export of a job, when it was submitted and why it ended."""
 

@@ -1,10 +1,11 @@
-"""The clients' methods about sweeps, labels, and what runs where."""
+"""The clients' methods about many jobs: sweeps, labels, what runs where, and what jobs are compared by."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
 
 from llama_stack_provider_moe.client import calls
 from llama_stack_provider_moe.client.calls import Call
+from llama_stack_provider_moe.client.documents import RoutingShares
 from llama_stack_provider_moe.client.sweep_documents import (
     Activity,
     CreatedSweep,
@@ -52,6 +53,10 @@ class SweepMethods:
         """Delete a sweep and its jobs; with `force`, even if other jobs need their files: {sweep_uuid, jobs}."""
         return self._send(calls.delete_sweep(sweep_id, force))
 
+    def routing_shares(self, job_id: str) -> RoutingShares:
+        """Return the share of every expert over a job's last steps, by layer: {steps, layers, share}."""
+        return self._send(calls.routing_shares(job_id))
+
     def activity(self) -> Activity:
         """Return what runs on which device, and what waits: {devices, running, waiting}."""
         return self._send(calls.activity())
@@ -86,6 +91,10 @@ class AsyncSweepMethods:
     async def delete_sweep(self, sweep_id: str, force: bool = False) -> DeletedSweep:
         """Delete a sweep and its jobs; with `force`, even if other jobs need their files: {sweep_uuid, jobs}."""
         return await self._send(calls.delete_sweep(sweep_id, force))
+
+    async def routing_shares(self, job_id: str) -> RoutingShares:
+        """Return the share of every expert over a job's last steps, by layer: {steps, layers, share}."""
+        return await self._send(calls.routing_shares(job_id))
 
     async def activity(self) -> Activity:
         """Return what runs on which device, and what waits: {devices, running, waiting}."""

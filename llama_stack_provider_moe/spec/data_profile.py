@@ -45,9 +45,22 @@ class ShownRow(Block):
     """One sequence as it is learnt."""
 
     row: int = Field(description="Number of the row in its file, from 1.")
+    length: int = Field(
+        description="Number of tokens of the sequence; the lists below may have only the first of them."
+    )
     ids: list[int] = Field(description="Token ids.")
     labels: list[int] = Field(description="Token ids to learn; -100 where no loss is computed.")
     pieces: list[str] = Field(description="Text of each token.")
+
+    def first(self, count: int) -> "ShownRow":
+        """Return it with only the first `count` tokens."""
+        return ShownRow(
+            row=self.row,
+            length=self.length,
+            ids=self.ids[:count],
+            labels=self.labels[:count],
+            pieces=self.pieces[:count],
+        )
 
 
 class TokenFigures(Block):

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from sqlalchemy import insert, update
+
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store.schema import jobs_table, trial_figures_table, trials_table
 from llama_stack_provider_moe.jobdir.checkpoint_index import sha256_of, write_checksums
 from llama_stack_provider_moe.jobdir.events import (
     Assessed,
@@ -90,6 +93,8 @@ def train(
     lines = [
         "model     granite-3.0-1b-a400m-instruct, 24 layers of 32 experts",
         "adapter   LoRA r=16 on experts and attention",
+        "row       the first row:",
+        "<|user|>What is the tallest mountain?<|assistant|>⟦Mount Everest, 8,849 m.<|end|>⟧",
     ]
     first = 2.31 + rng.random() / 10
     log.append(Evaluation(step=0, epoch=0.0, metrics={"validation_loss": first, "perplexity": math.exp(first)}))
@@ -216,6 +221,23 @@ class Workshop:
             reason="cancelled after step 40",
         )
 
+    def measure(self, job_id: str, figures: Mapping[int, float]) -> None:
+        """Give the store figures of a sweep's job by step, as the supervisor does."""
+        rows = [
+            {"job": job_id, "number": number, "step": step, "value": value}
+            for number, (step, value) in enumerate(figures.items(), 1)
+        ]
+        with self.service.store._writing.begin() as connection:
+            connection.execute(insert(trial_figures_table), rows)
+
+    def end_early(self, job_id: str, number: int) -> None:
+        """Let a sweep end its job after the evaluation `number`."""
+        with self.service.store._writing.begin() as connection:
+            ended = update(trials_table).where(trials_table.c.job == job_id).values(pruned_at=number)
+            connection.execute(ended)
+        self.cancel(job_id)
+        change(self.service, job_id, reason=f"its sweep ended it after evaluation {number}, because others did better")
+
     def assess(self, folder: JobFolder) -> None:
         """Write the event of an evaluation."""
         found = evaluation()
@@ -226,9 +248,5 @@ class Workshop:
 
 def change(service: PostTrainingService, job_id: str, **columns: Any) -> None:
     """Change columns of a job's row, without the rules of a supervisor."""
-    from sqlalchemy import update
-
-    from llama_stack_provider_moe.control.store.schema import jobs_table
-
     with service.store._writing.begin() as connection:
         connection.execute(update(jobs_table).where(jobs_table.c.id == job_id).values(**columns))

@@ -109,7 +109,8 @@ class Sequences:
 
     def _as_shown(self, number: int, encoded: Encoded) -> Iterator[ShownRow]:
         for ids, labels in _sequences(encoded):
-            yield ShownRow(row=number, ids=ids, labels=labels, pieces=pieces_of(self._cut.tokenizer, ids))
+            pieces = pieces_of(self._cut.tokenizer, ids)
+            yield ShownRow(row=number, length=len(ids), ids=ids, labels=labels, pieces=pieces)
 
     def figures(self, positions: int | None) -> TokenFigures:
         """All figures.

@@ -31,6 +31,8 @@ PAGES = (
     Page("", "jobs.html", "Jobs", "jobs.js", "jobs"),
     Page("/jobs/{job_uuid}", "job.html", "Job", "job.js", "jobs"),
     Page("/compare", "compare.html", "Compare", "compare.js", "compare"),
+    Page("/sweeps", "sweeps.html", "Sweeps", "sweeps.js", "sweeps"),
+    Page("/sweeps/{sweep_uuid}", "sweep.html", "Sweep", "sweep.js", "sweeps"),
     Page("/data", "data.html", "Data", "data.js", "data"),
     Page("/data/{name}", "dataset.html", "Data set", "dataset.js", "data"),
     Page("/new", "new.html", "New job", "new.js", "new"),

@@ -35,6 +35,8 @@ from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 WAIT_S = 20.0  # for a profile, before the caller is told to come again
+SHOWN = 6  # sequences with their learnt tokens
+SHOWN_TOKENS = 2048  # of each: a row may have a million
 LIMIT_S = 3600.0  # of the process that counts tokens
 _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
 _SAID_LIMIT = 2000  # characters
@@ -113,6 +115,7 @@ def _key(spec: TrainingSpec, has_model: bool) -> str:
     known = {
         "version": version_of("llama-stack-provider-moe"),
         "has_model": has_model,
+        "shown": [SHOWN, SHOWN_TOKENS],
         "job": spec.model_dump(mode="json", exclude={"job_uuid"}),
     }
     if has_model and Path(spec.model).is_dir():  # a folder may get other files
@@ -154,7 +157,7 @@ def _rows(path: Path) -> Iterator[object]:
 
 
 def _with_tokens(config: ProviderConfig, spec: TrainingSpec, profile: DataProfile, valid: Path) -> DataProfile:
-    request = json.dumps({"job": spec.model_dump(mode="json"), "rows": str(valid), "show": 0})
+    request = json.dumps({"job": spec.model_dump(mode="json"), "rows": str(valid), "show": SHOWN})
     try:
         done = subprocess.run(
             [config.training_python, "-m", _MODULE], check=False, input=request, capture_output=True, text=True,
@@ -166,6 +169,7 @@ def _with_tokens(config: ProviderConfig, spec: TrainingSpec, profile: DataProfil
         log.error("counting tokens ended with exit code %d: %s", done.returncode, done.stderr[-_SAID_LIMIT:].strip())
         raise Unavailable(f"counting tokens ended with exit code {done.returncode}; see the server's log")
     try:
-        return profile.with_tokens(done.stdout)
+        found = profile.with_tokens(done.stdout)
     except ModelError as error:
         raise InvalidInput("model", spec.model_from or spec.model, f"a model that can render rows ({error})") from None
+    return found.model_copy(update={"shown": [each.first(SHOWN_TOKENS) for each in found.shown]})

@@ -3,6 +3,7 @@
 GET  overview                 counts of the caller's jobs; what the server is
 GET  figures?jobs=a,b         how these jobs stand, in a few figures each
 GET  jobs/{id}/routing        balance of the experts over the steps
+GET  jobs/{id}/routing/shares   share of every expert over the last steps
 GET  templates, schema        job files of this package; the JSON schema of a job
 POST jobs/plan                whether a job fits into memory, and how long it will train, before it is sent
 """
@@ -20,6 +21,7 @@ from llama_stack_provider_moe.control.server import (
     job_figures,
     job_plans,
     routing_series,
+    routing_shares,
     views,
     wire_overview,
 )
@@ -70,6 +72,14 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
         def view(store: JobStore, whose: str | None) -> wire_overview.RoutingSeries:
             job = store.get(job_uuid, whose)
             return routing_series.series(job.id, views.folder_of(job).events, layer, limit)
+
+        return await impl.seen(view)
+
+    @router.get("/jobs/{job_uuid}/routing/shares", summary="Get the share of every expert over a job's last steps.")
+    async def routing_of_all_layers(job_uuid: str) -> wire_overview.RoutingShares:
+        def view(store: JobStore, whose: str | None) -> wire_overview.RoutingShares:
+            job = store.get(job_uuid, whose)
+            return routing_shares.shares(job.id, views.folder_of(job).events)
 
         return await impl.seen(view)
 

@@ -66,3 +66,12 @@ class RoutingSeries(BaseModel):
     largest: list[list[Figure]] = Field(description="Share of the most used expert, by layer and step.")
     layer: int | None = Field(description="The layer that `share` is of; null without layers.")
     share: list[list[Figure]] = Field(description="Share of the layer's tokens, by expert and step.")
+
+
+class RoutingShares(BaseModel):
+    """The mean share of every expert over a job's last steps; lists are empty for a job without routing tables."""
+
+    job_uuid: str
+    steps: list[int] = Field(description="Optimiser steps whose mean it is, at most the last 16, in ascending order.")
+    layers: list[int] = Field(description="Numbers of the layers with experts; the rows of `share`.")
+    share: list[list[Figure]] = Field(description="Share of the layer's tokens, by layer and expert.")

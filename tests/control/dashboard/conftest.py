@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,10 +13,13 @@ from llama_stack_provider_moe.control.server.routes import PREFIX
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.events import EventLog, Message
 from tests.support import dashboard_jobs
-from tests.support.browser import browsing
+from tests.support.browser import Visitor, browsing, visiting
 from tests.support.dashboard_jobs import MARKUP, Workshop, artifact, change
-from tests.support.host_support import folder_of, over_http, serving_in_process, submit
+from tests.support.host_support import BODY, ask, folder_of, over_http, serving_in_process, submit
 
+PHONE = {"width": 390, "height": 844}
+JOBS = 13  # that make_jobs makes
+SWEEP = "lr-sweep"
 GRANITE = "ibm-granite/granite-3.0-1b-a400m-instruct"
 STEPS = 120
 
@@ -27,10 +31,12 @@ class World:
     Attributes:
         service: what is behind it.
         url: its address.
+        models: a folder whose models jobs may use; empty at first.
     """
 
     service: PostTrainingService
     url: str
+    models: Path
 
     def http(self) -> httpx.Client:
         """A client of the post-training API."""
@@ -39,10 +45,11 @@ class World:
 
 @pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with serving_in_process(tmp_path_factory.mktemp("dashboard")) as service:
+    models = tmp_path_factory.mktemp("models")
+    with serving_in_process(tmp_path_factory.mktemp("dashboard"), allowed_roots=[models]) as service:
         make_jobs(service)
         with over_http(service) as url:
-            yield World(service, url)
+            yield World(service, url, models)
 
 
 @pytest.fixture(scope="package")
@@ -52,11 +59,18 @@ def browser(world: World) -> Iterator[Browser]:
         yield made
 
 
+@pytest.fixture
+def visitor(browser: Browser, world: World) -> Iterator[Visitor]:
+    with visiting(browser, world.url) as made:
+        yield made
+
+
 def make_jobs(service: PostTrainingService) -> None:
     """Jobs of each recipe and state; one has markup wherever somebody could put it."""
     workshop = Workshop(service)
     for job_id, lr, seed in (("sft-lr2e-4", 2e-4, 1), ("sft-lr1e-4", 1e-4, 2)):
-        submit(service, job_uuid=job_id, optimizer={"lr": lr}, adapter={"rank": 16, "alpha": 32})
+        labels = {"team": "geo"} | ({"use": "baseline"} if seed == 2 else {})
+        submit(service, job_uuid=job_id, optimizer={"lr": lr}, adapter={"rank": 16, "alpha": 32}, labels=labels)
         folder = workshop.begin(job_id)
         dashboard_jobs.train(folder, "sft", STEPS, STEPS, lr, seed)
         made = artifact(folder, "adapter", "adapter", STEPS, {"adapter_config.json": "{}"}, 1.0 + seed / 20)
@@ -70,7 +84,8 @@ def make_jobs(service: PostTrainingService) -> None:
     workshop.complete("breaker-1", artifacts=(made,))
     change(service, "breaker-1", recipe="circuit_breaker")
     for job_id in ("dpo-run-7", "sft-failed", "sft-stopped", "markup-1", "sft-next", "sft-later"):
-        submit(service, job_uuid=job_id, metadata={"note": MARKUP})
+        told = {"labels": {"from": MARKUP}, "note": MARKUP} if job_id == "markup-1" else {}
+        submit(service, job_uuid=job_id, metadata={"note": MARKUP}, **told)
     dashboard_jobs.train(workshop.begin("dpo-run-7"), "dpo", 70, STEPS, 5e-6, 4, dead=True)
     change(service, "dpo-run-7", recipe="dpo")
     dashboard_jobs.train(workshop.begin("sft-failed"), "sft", 31, STEPS, 2e-3, 5)
@@ -80,6 +95,7 @@ def make_jobs(service: PostTrainingService) -> None:
     dashboard_jobs.train(workshop.begin("sft-stopped"), "sft", 40, STEPS, 2e-4, 6)
     workshop.cancel("sft-stopped")
     markup(service, workshop)
+    sweep(service, workshop)
     for job_id in (
         "sft-lr2e-4",
         "sft-lr1e-4",
@@ -91,6 +107,25 @@ def make_jobs(service: PostTrainingService) -> None:
         "sft-later",
     ):
         change(service, job_id, model=GRANITE)
+
+
+def sweep(service: PostTrainingService, workshop: Workshop) -> None:
+    """A sweep with two completed jobs, one that it ended early, and one that runs."""
+    body = {
+        "job": BODY, "parameters": {"optimizer.lr": [1e-4, 3e-4], "adapter.rank": [8, 16]}, "sweep_uuid": SWEEP,
+        "max_parallel": 2, "halving": {},
+    }  # fmt: skip
+    assert ask(service, "POST", "/sweeps", json=body).status_code == 200
+    figures = {0: [2.31, 1.42, 1.21], 1: [2.31, 1.38, 1.16], 2: [2.31, 2.9], 3: [2.31, 1.51]}
+    for number, values in figures.items():
+        job_id = f"{SWEEP}-{number}"
+        dashboard_jobs.train(workshop.begin(job_id), "sft", 40 * (len(values) - 1), STEPS, 2e-4, 10 + number)
+        workshop.measure(job_id, {40 * index: value for index, value in enumerate(values) if index})
+        change(service, job_id, model=GRANITE)
+        if number < 2:
+            workshop.complete(job_id)
+    workshop.end_early(f"{SWEEP}-2", 1)
+    change(service, f"{SWEEP}-3", devices="1")
 
 
 def markup(service: PostTrainingService, workshop: Workshop) -> None:

@@ -4,26 +4,19 @@ Every visit also checks that the console has no error, no script or style was re
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from llama_stack_provider_moe.jobdir.events import EventLog, Resumed, Step
-from tests.control.dashboard.conftest import STEPS, World
+from tests.control.dashboard.conftest import JOBS, PHONE, STEPS, SWEEP, World
 from tests.support import dashboard_jobs
 from tests.support.browser import Visitor, visiting
 from tests.support.dashboard_jobs import MARKUP, Workshop
 from tests.support.host_support import folder_of
 
-PHONE = {"width": 390, "height": 844}
-JOB_TABS = ["Curves", "Experts", "Evaluation", "Settings", "Log", "Events", "Files"]
-
-
-@pytest.fixture
-def visitor(browser: Browser, world: World) -> Iterator[Visitor]:
-    with visiting(browser, world.url) as made:
-        yield made
+JOB_TABS = ["Curves", "Experts", "Evaluation", "Settings", "Data", "Log", "Events", "Files"]
 
 
 def tab(page: Page, name: str) -> None:
@@ -36,7 +29,7 @@ def charts_are_drawn(page: Page, least: int = 1) -> None:
 
 
 def ready_jobs(page: Page) -> None:
-    expect(page.locator("#jobs tbody tr")).to_have_count(9)
+    expect(page.locator("#jobs tbody tr")).to_have_count(JOBS)
     expect(page.locator("#states .big").first).not_to_have_text("–")
     page.wait_for_function(
         "() => ![...document.querySelectorAll('#jobs .progress')].some((cell) => cell.textContent === '…')"
@@ -60,10 +53,20 @@ def ready_data(page: Page) -> None:
     expect(page.locator("#quota")).to_contain_text("used")
 
 
+def ready_sweeps(page: Page) -> None:
+    expect(page.get_by_role("link", name=SWEEP)).to_be_visible()
+
+
+def ready_sweep(page: Page) -> None:
+    expect(page.get_by_role("region", name="Jobs of this sweep").get_by_role("row")).to_have_count(5)
+
+
 PAGES: dict[str, tuple[str, Callable[[Page], None]]] = {
     "jobs": ("", ready_jobs),
     "job": ("/jobs/dpo-run-7", ready_job),
     "compare": ("/compare?jobs=sft-lr2e-4,sft-lr1e-4", ready_compare),
+    "sweeps": ("/sweeps", ready_sweeps),
+    "sweep": (f"/sweeps/{SWEEP}", ready_sweep),
     "data": ("/data", ready_data),
     "new": ("/new", ready_new),
 }
@@ -107,7 +110,7 @@ def test_jobs_are_filtered_and_the_address_says_how(visitor: Visitor) -> None:
     page = visitor.open("")
     ready_jobs(page)
     rows = page.locator("#jobs tbody tr")
-    page.get_by_role("button", name=re.compile("failed")).click()
+    page.locator("#states").get_by_role("button", name=re.compile("failed")).click()
     expect(rows).to_have_count(2)
     page.get_by_label("Name or model").fill("MARKUP")
     expect(rows).to_have_count(1)
@@ -115,7 +118,9 @@ def test_jobs_are_filtered_and_the_address_says_how(visitor: Visitor) -> None:
     assert "text=MARKUP" in page.url
     page.reload()
     expect(rows).to_have_count(1)
-    expect(page.get_by_role("button", name=re.compile("failed"))).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#states").get_by_role("button", name=re.compile("failed"))).to_have_attribute(
+        "aria-pressed", "true"
+    )
     page.get_by_label("Name or model").fill("nothing like it")
     expect(page.locator("#empty")).to_have_text("No job matches these filters.")
 
@@ -281,28 +286,6 @@ def test_a_job_that_does_not_exist(visitor: Visitor) -> None:
     expect(page.get_by_role("alert")).to_contain_text("job 'no-such-job' does not exist")
     expect(page.locator("#tabs")).to_be_hidden()
     visitor.must_be_accessible()
-
-
-# Compare.
-
-
-def test_comparison_names_settings_that_differ_and_final_figures(visitor: Visitor) -> None:
-    page = visitor.open("/compare?jobs=sft-lr2e-4")
-    expect(page.locator("#content")).to_contain_text("Add a second job")
-    page.get_by_label("Add a job").fill("sft-lr1e-4")
-    page.get_by_role("button", name="Add").click()
-    page.wait_for_url("**jobs=sft-lr2e-4,sft-lr1e-4")
-    differ = page.get_by_role("region", name="Settings that differ")
-    expect(differ).to_contain_text("optimizer.lr")
-    expect(differ.get_by_role("row")).to_have_count(2)
-    final = page.get_by_role("region", name="Final figures")
-    expect(final).to_contain_text("Held-out loss")
-    expect(final).to_contain_text("lowest")
-    charts_are_drawn(page, 5)
-    page.get_by_role("button", name="Remove sft-lr2e-4").click()
-    page.wait_for_url("**jobs=sft-lr1e-4")
-    page.go_back()
-    expect(page.locator(".chip")).to_have_count(2)
 
 
 # Data and new jobs.

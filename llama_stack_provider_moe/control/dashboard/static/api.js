@@ -76,6 +76,7 @@ export async function request(method, path, { query, body, signal, more } = {}) 
 
 export const get = async (path, query, signal) => (await request("GET", path, { query, signal })).json();
 export const post = async (path, body, query) => (await request("POST", path, { body, query })).json();
+export const patch = async (path, body) => (await request("PATCH", path, { body })).json();
 export const remove = async (path, query) => (await request("DELETE", path, { query })).json();
 
 // Server-sent events of a path until its `end`; a lost connection continues after the last event.

@@ -1,9 +1,10 @@
-// Several jobs: curves over each other, settings that differ, final figures. The address names the jobs.
+// Several jobs: curves over each other, settings that differ, final figures, routing. The address names the jobs.
 
 import { get, part } from "./api.js";
 import { LineChart, withoutCharts } from "./charts.js";
 import { byId, h, put, table } from "./dom.js";
 import { bytes, duration, figure, moment, shown } from "./format.js";
+import { compareRouting } from "./compare_routing.js";
 import { Series } from "./job_curves.js";
 import { pill } from "./pieces.js";
 import { leaves, same } from "./schema.js";
@@ -52,6 +53,8 @@ function chips(list) {
 const grid = h("div", { class: "charts" });
 const differing = h("section");
 const final = h("section");
+const routing = h("section");
+const isRunning = (name) => ["scheduled", "in_progress"].includes(details.get(name)?.status);
 
 function drawCurves(list) {
   for (const [title, choice, isHeldOut, options] of CURVES) {
@@ -83,7 +86,7 @@ function drawFinal(list) {
   const found = list.filter((name) => details.has(name)).map((name) => details.get(name));
   const took = (job) => (job.started_at && job.completed_at ? duration((Date.parse(job.completed_at) - Date.parse(job.started_at)) / 1000) : "–");
   const last = new Map(found.map((job) => [job.job_uuid, { ...job.resources_allocated?.metrics, ...job.summary, ...job.resources_allocated?.evaluation?.last.metrics }]));
-  const routing = (job, name) => job.resources_allocated?.routing?.[name];
+  const health = (job, name) => job.resources_allocated?.routing?.[name];
   const metrics = [...new Set([...last.values()].flatMap((each) => Object.keys(each)))].sort((one, other) => rank(one) - rank(other) || one.localeCompare(other));
   const least = (metric) => {
     const values = found.map((job) => last.get(job.job_uuid)[metric]).filter((value) => typeof value === "number");
@@ -100,7 +103,7 @@ function drawFinal(list) {
       if (metric === "memory_bytes") return bytes(value);
       return value !== undefined && value === least(metric) ? h("strong", { class: "best" }, figure(value), " (lowest)") : figure(value);
     })]),
-    ...balance.filter(([name]) => found.some((job) => routing(job, name) !== undefined)).map(([name, title]) => [title, ...found.map((job) => figure(routing(job, name)))]),
+    ...balance.filter(([name]) => found.some((job) => health(job, name) !== undefined)).map(([name, title]) => [title, ...found.map((job) => figure(health(job, name)))]),
   ];
   put(final, h("h2", {}, "Final figures"), found.length ? table("Final figures", ["Figure", ...found.map((job) => job.job_uuid)], rows) : null);
 }
@@ -111,10 +114,10 @@ async function load() {
   chips(list);
   problem(null);
   if (!list.length) { put(byId("content"), h("p", { class: "empty" }, "Add jobs here, or select them in the list of jobs.")); return; }
-  if (!grid.isConnected) put(byId("content"), withoutCharts(), grid, differing, final);
+  if (!grid.isConnected) put(byId("content"), withoutCharts(), grid, differing, final, routing);
   const results = await Promise.allSettled(list.map(async (name) => {
     const old = details.get(name);
-    if (old && !["scheduled", "in_progress"].includes(old.status) && series.has(name)) return;
+    if (old && !isRunning(name) && series.has(name)) return;
     details.set(name, await get(`jobs/${part(name)}`));
     series.set(name, new Series(await get(`jobs/${part(name)}/metrics`, { limit: POINTS })));
   }));
@@ -128,6 +131,7 @@ async function load() {
   drawCurves(list);
   drawSettings(list);
   drawFinal(list);
+  await compareRouting(routing, list.filter((name) => details.has(name)), isRunning).catch((error) => problem(error, routing));
 }
 
 byId("add").addEventListener("submit", (event) => {
@@ -143,6 +147,5 @@ addEventListener("popstate", load);
 get("jobs", { limit: 100 }).then(({ data }) => put(byId("known"), data.map((job) => h("option", { value: job.job_uuid }, job.model))), () => {});
 load();
 every(5000, () => {
-  const running = names().some((name) => ["scheduled", "in_progress"].includes(details.get(name)?.status));
-  return running ? load() : null;
+  return names().some(isRunning) ? load() : null;
 });

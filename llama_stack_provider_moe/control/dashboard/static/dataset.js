@@ -1,10 +1,12 @@
 // One data set: versions, profile, rows.
 
 import { get, part, remove } from "./api.js";
-import { byId, facts, h, note, put, say, table } from "./dom.js";
+import { byId, facts, h, put, say, table } from "./dom.js";
 import { bytes, count, moment } from "./format.js";
+import { showProfile } from "./profile.js";
 import { BASE, lastOfPath, problem, question } from "./shell.js";
 
+const RECIPES = ["sft", "dpo", "circuit_breaker"];
 const name = lastOfPath();
 const path = `datasets/${part(name)}`;
 let version = null;
@@ -38,54 +40,21 @@ async function removeAll() {
   } catch (error) { problem(error); }
 }
 
+// The address may say for which job: `?recipe=sft&model=NAME&max_length=2048&version=3fa8c1`, as the page of a job does.
 function askProfile() {
-  const recipe = h("select", { id: "recipe" }, ["sft", "dpo", "circuit_breaker"].map((each) => h("option", { value: each }, each.replaceAll("_", " "))));
-  const model = h("input", { id: "model", maxlength: 1024, spellcheck: "false", placeholder: "without a model, no token is counted" });
+  const asked = new URLSearchParams(location.search);
+  const recipe = h("select", { id: "recipe" }, RECIPES.map((each) => h("option", { value: each }, each.replaceAll("_", " "))));
+  if (RECIPES.includes(asked.get("recipe"))) recipe.value = asked.get("recipe");
+  const model = h("input", { id: "model", maxlength: 1024, spellcheck: "false", placeholder: "without a model, no token is counted", value: asked.get("model") ?? "" });
+  const length = h("input", { id: "max-length", type: "number", min: 8, step: 1, placeholder: "default", value: asked.get("max_length") ?? "" });
   const found = h("div");
-  const form = h("form", { class: "filters", on: { submit: async (event) => {
-    event.preventDefault();
-    await showProfile(found, recipe.value, model.value.trim());
-  } } }, h("div", { class: "field" }, h("label", { for: "recipe" }, "For recipe"), recipe),
-    h("div", { class: "field grow" }, h("label", { for: "model" }, "Model"), model), h("div", { class: "field" }, h("button", {}, "Profile")));
+  const show = () => showProfile(found, path, { recipe: recipe.value, model: model.value.trim(), max_length: length.value, version: asked.get("version") });
+  const form = h("form", { class: "filters", on: { submit: (event) => { event.preventDefault(); show(); } } },
+    h("div", { class: "field" }, h("label", { for: "recipe" }, "For recipe"), recipe),
+    h("div", { class: "field grow" }, h("label", { for: "model" }, "Model"), model),
+    h("div", { class: "field" }, h("label", { for: "max-length" }, "Longest sequence, tokens"), length), h("div", { class: "field" }, h("button", {}, "Profile")));
   put(profile, h("h2", {}, "What a job would make of it"), form, found);
-}
-
-async function showProfile(place, recipe, model) {
-  put(place, h("p", { class: "muted", role: "status" }, "The server reads the rows …"));
-  try {
-    for (;;) {
-      const answer = await get(`${path}/profile`, { recipe, model });
-      if (answer.is_ready) { put(place, profiled(answer.profile)); return; }
-      put(place, h("p", { class: "muted", role: "status" }, "It takes longer; the page asks again."));
-      await new Promise((done) => setTimeout(done, 2000));
-    }
-  } catch (error) {
-    put(place);
-    problem(error, place);
-  }
-}
-
-const listed = (found) => Object.entries(found).map(([each, rows]) => `${each} (${count(rows)})`).join(", ");
-
-function lengths(title, found) {
-  if (!found) return null;
-  const most = Math.max(...found.histogram.map((bucket) => bucket.rows), 1);
-  return h("div", { class: "card" }, h("h3", {}, title),
-    facts([["Total", count(found.total)], ["Shortest", count(found.smallest)], ["Median", count(found.median)], ["95% have at most", count(found.p95)], ["Longest", count(found.largest)]]),
-    table(title, ["Length", "Rows", ""], found.histogram.map((bucket) => [`${count(bucket.least)} to ${count(bucket.most)}`, count(bucket.rows), h("meter", { min: 0, max: most, value: bucket.rows, "aria-label": `${bucket.rows} rows` })])));
-}
-
-function profiled(found) {
-  const tokens = found.tokens;
-  const refused = [...found.refused_rows, ...(tokens?.refused_rows ?? []), ...(tokens?.dropped_rows ?? [])];
-  return h("div", {},
-    found.refused ? note("bad", `${count(found.refused)} of ${count(found.rows)} rows are not valid for this recipe.`) : note("good", `All ${count(found.rows)} rows are valid for this recipe.`),
-    facts([["Formats", listed(found.formats)], ["Columns read", listed(found.columns_read)], ["Columns not read", listed(found.columns_not_read)], ["Noticed", listed(found.notes)],
-      ["Duplicates", found.duplicates ? `${count(found.duplicates)} (${found.duplicate_rows.slice(0, 5).map((each) => `row ${each.row} = row ${each.same_as}`).join(", ")})` : "none"]]),
-    tokens ? facts([["How rows are rendered", tokens.plan.join("; ")], ["Tokens of an epoch", count(tokens.tokens)], ["Tokens with a loss", count(tokens.learnt)], ["Cut to the length", count(tokens.cut)],
-      ["Steps of an epoch", count(tokens.steps)]]) : null,
-    refused.length ? table("Rows that are refused or left out", ["Row", "Reason"], refused.map((each) => [each.row, each.reason])) : null,
-    h("div", { class: "sides" }, lengths("Characters of a row", found.characters), lengths("Tokens of a sequence", tokens?.lengths)));
+  if (asked.has("model")) show();
 }
 
 async function showRows(sha256) {

@@ -101,4 +101,9 @@ export async function editor(place, text, changed) {
   return { read, set: (value) => { area.value = value; area.dispatchEvent(new Event("input")); }, area };
 }
 
-const short = (text) => (text.length > 160 ? `${text.slice(0, 157)}…` : text);
+function short(text) {
+  if (text.length <= 160) return text;
+  const kept = text.slice(0, 157);
+  const isInCode = kept.split("`").length % 2 === 0; // half of a `code` would show its sign
+  return `${isInCode ? kept.slice(0, kept.lastIndexOf("`")).trimEnd() : kept}…`;
+}

@@ -5,20 +5,22 @@ import { byId, h, note, put, say } from "./dom.js";
 import { ago, bytes, duration, figure, moment } from "./format.js";
 import { actions } from "./job_actions.js";
 import { curves } from "./job_curves.js";
+import { data } from "./job_data.js";
 import { evaluation } from "./job_evaluation.js";
 import { experts } from "./job_experts.js";
 import { artifacts } from "./job_files.js";
 import { events, log } from "./job_output.js";
 import { settings } from "./job_settings.js";
+import { editLabels, labelLinks } from "./labels.js";
 import { bar, pill, tabs } from "./pieces.js";
-import { every, jobPath, lastOfPath, problem } from "./shell.js";
+import { every, jobPath, lastOfPath, problem, sweepPath } from "./shell.js";
 
 const id = lastOfPath();
 const RUNS = ["scheduled", "in_progress"];
 // name -> [title, draws into an element and returns what ends it]
 const TABS = {
   curves: ["Curves", curves], experts: ["Experts", experts], evaluation: ["Evaluation", evaluation],
-  settings: ["Settings", settings], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
+  settings: ["Settings", settings], data: ["Data", data], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
 };
 let job = null;
 let close = () => {};
@@ -29,10 +31,22 @@ say(byId("title"), id);
 function showHead() {
   put(byId("facts"), pill(job.status), h("span", {}, job.recipe.replaceAll("_", " ")), h("span", { class: "model" }, job.model),
     job.parent ? h("span", {}, "of ", h("a", { href: jobPath(job.parent) }, job.parent)) : null,
+    job.sweep ? h("span", {}, "of sweep ", h("a", { href: sweepPath(job.sweep) }, job.sweep)) : null,
     h("time", { datetime: job.scheduled_at, title: moment(job.scheduled_at) }, `submitted ${ago(job.scheduled_at)}`));
+  put(byId("labels"), labelLinks(job.labels),
+    h("button", { type: "button", class: "quiet edit", on: { click: edit } }, Object.keys(job.labels).length || job.note ? "Edit labels and note" : "Add labels or a note"));
+  put(byId("note"), job.note ?? "");
+  byId("note").hidden = !job.note;
   put(byId("actions"), actions(job, load));
   const bad = job.status === "failed" ? "bad" : "info";
-  put(byId("problem"), job.reason ? note(bad, h("strong", {}, job.status === "failed" ? "It failed: " : "Note: "), job.reason) : null);
+  put(byId("problem"), job.reason ? note(bad, h("strong", {}, job.status === "failed" ? "It failed: " : "Reason: "), job.reason) : null);
+}
+
+async function edit() {
+  const found = await editLabels(job);
+  if (!found) return;
+  job = { ...job, labels: found.labels, note: found.note };
+  showHead();
 }
 
 function showStanding() {
@@ -81,7 +95,7 @@ async function load() {
   if (byId("tabs").hidden) {
     byId("tabs").hidden = false;
     byId("panel").hidden = false;
-    const fits = Object.entries(TABS).filter(([name]) => !(job.recipe === "export" && ["curves", "experts", "evaluation"].includes(name)));
+    const fits = Object.entries(TABS).filter(([name]) => !(job.recipe === "export" && ["curves", "experts", "evaluation", "data"].includes(name)));
     tabs(byId("tabs"), byId("panel"), fits.map(([name, [title]]) => [name, title]), location.hash.slice(1), open);
   }
 }

@@ -38,10 +38,13 @@ export function actions(job, changed) {
     const content = h("div", {}, h("p", {}, "Makes files for serving from this job's result, in a job of its own."),
       h("label", { for: "export-body" }, "Export, as JSON"), input,
       h("details", {}, h("summary", {}, "Fields"), h("dl", { class: "pairs" }, fields.map(([name, field]) => [h("dt", {}, h("code", {}, name)), h("dd", {}, prose(field.description ?? ""), h("span", { class: "sub" }, kind(whole, field)))]))));
-    if (!(await question("Export this job", content, "Export"))) return;
-    let body = null;
-    try { body = JSON.parse(input.value); } catch (error) { toast(`That is not JSON: ${error.message}`, "bad"); return; }
-    const made = await post(`jobs/${id}/exports`, body);
+    let made = null;
+    const sure = await question("Export this job", content, "Export", "primary", async () => {
+      let body = null;
+      try { body = JSON.parse(input.value); } catch (error) { throw new Error(`That is not JSON: ${error.message}`, { cause: error }); }
+      made = await post(`jobs/${id}/exports`, body);
+    });
+    if (!sure) return;
     location.href = jobPath(made.job_uuid);
   }
 

@@ -1,11 +1,14 @@
 // Checkpoints, artifacts and exports of a job, with downloads.
 
 import { address, get, part, request, token } from "./api.js";
-import { h, note, put, table } from "./dom.js";
-import { bytes, count, figure, moment } from "./format.js";
+import { facts, h, note, put, table } from "./dom.js";
+import { bytes, count, figure, moment, shown } from "./format.js";
 import { pill } from "./pieces.js";
-import { jobPath, problem, toast } from "./shell.js";
+import { leaves } from "./schema.js";
+import { every, jobPath, problem, toast } from "./shell.js";
 
+const EVERY_MS = 3000;
+const RUNS = ["scheduled", "in_progress"];
 const LARGE = 1e9; // a browser that sends a token must hold the file in memory
 
 export function artifacts(panel, { id, path, job }) {
@@ -30,8 +33,14 @@ export function artifacts(panel, { id, path, job }) {
         each.training_metrics ? h("span", { class: "number" }, h("span", { class: "sub" }, "held-out loss "), figure(each.training_metrics.validation_loss)) : null,
         h("span", { class: "number" }, bytes(each.bytes))),
       list,
-      each.verification ? h("div", {}, h("h3", {}, "Verified before it was listed"), h("pre", { tabindex: 0 }, JSON.stringify(each.verification, null, 2))) : null);
+      each.verification ? verified(each.verification) : null);
     return open;
+  }
+
+  // The comparisons that the artifact passed, as pairs of a name and a figure.
+  function verified(found) {
+    return h("div", {}, h("h3", {}, "Verified before it was listed"), facts(leaves(found).map(([names, value]) => [
+      names.join(", ").replaceAll("_", " "), typeof value === "number" ? figure(value) : shown(value)])));
   }
 
   async function files(list, each) {
@@ -59,7 +68,12 @@ export function artifacts(panel, { id, path, job }) {
     } } }, "Download");
   }
 
+  let drawnExports = "";
+
   function drawExports(found) {
+    const key = JSON.stringify(found);
+    if (drawnExports === key) return;
+    drawnExports = key;
     put(exports, h("h2", {}, "Exports"), found.length ? found.map((each) => h("section", { class: "card" },
       h("div", { class: "head small" }, h("h3", {}, each.job_uuid === id ? "Steps" : h("a", { href: jobPath(each.job_uuid), class: "name" }, each.job_uuid)), pill(each.status)),
       each.reason ? note(each.status === "failed" ? "bad" : "info", each.reason) : null,
@@ -69,9 +83,20 @@ export function artifacts(panel, { id, path, job }) {
         : h("p", { class: "muted" }, "Its steps show once it has begun."))) : h("p", { class: "empty" }, "No exports."));
   }
 
-  drawMade(job().checkpoints ?? []);
   const left = new AbortController();
-  get(`${path}/exports`, {}, left.signal).then((found) => drawExports(found.data), problem);
-  get(`${path}/artifacts`, {}, left.signal).then((found) => drawMade(found.checkpoints), problem);
-  return () => left.abort();
+
+  async function load() {
+    try {
+      const [steps, saved] = await Promise.all([get(`${path}/exports`, {}, left.signal), get(`${path}/artifacts`, {}, left.signal)]);
+      runs = [job().status, ...steps.data.map((each) => each.status)].some((status) => RUNS.includes(status));
+      drawExports(steps.data);
+      drawMade(saved.checkpoints);
+    } catch (error) { problem(error); }
+  }
+
+  let runs = true;
+  drawMade(job().checkpoints ?? []);
+  load();
+  const stop = every(EVERY_MS, () => (runs ? load() : null));
+  return () => { stop(); left.abort(); };
 }

@@ -1,7 +1,7 @@
-// A job's settings against the defaults, and what was decided from the model and the data.
+// A job's settings against the defaults, and what was decided from the model.
 
 import { facts, h, prose, put, table } from "./dom.js";
-import { count, shown } from "./format.js";
+import { shown } from "./format.js";
 import { fieldOf, leaves, same, schema } from "./schema.js";
 import { problem } from "./shell.js";
 
@@ -12,7 +12,7 @@ export function settings(panel, { job }) {
   put(panel, h("div", { class: "filters" }, h("label", { class: "check" }, only, " Only settings that differ from the defaults")), place);
 
   function draw() {
-    const { spec, recipe, sources, rows, resolved } = job();
+    const { spec, recipe, resolved } = job();
     if (!spec || spec.unreadable) { put(place, h("p", { class: "empty" }, spec?.unreadable ?? "This job has no settings.")); return; }
     const found = leaves(spec).map(([path, value]) => {
       const field = fieldOf(whole, recipe, path)?.field ?? null;
@@ -25,10 +25,6 @@ export function settings(panel, { job }) {
       found.length ? table("Settings of this job", ["Setting", "Value", "Default", "Meaning"], found.map(({ name, value, usual, differs, about }) => [
         h("code", {}, name), h("code", { class: differs ? "differs" : "" }, shown(value)), usual === undefined ? "none" : h("code", {}, shown(usual)), prose(about)]), { classes: "settings" })
         : h("p", { class: "empty" }, "All settings are the defaults."),
-      sources && h("h2", {}, "Data"),
-      sources && table("Data of this job", ["Part", "Data set", "Version", "Rows"], Object.entries(sources).map(([name, source]) =>
-        [name, source.id, source.version ? source.version.slice(0, 12) : "–", count(source.rows)])),
-      rows && !rows.unreadable && h("details", {}, h("summary", {}, "Formats and columns of the rows"), h("pre", { tabindex: 0 }, JSON.stringify(rows, null, 2))),
       resolved && h("h2", {}, "Decided from the model"),
       resolved && decided(resolved));
   }

@@ -1,10 +1,12 @@
 // The list of jobs: filters, pages, and rows that follow the server.
 
+import { activity } from "./activity.js";
 import { get } from "./api.js";
 import { byId, debounced, h, put, say } from "./dom.js";
 import { ago, duration, figure, moment, stateWord } from "./format.js";
+import { editLabels, filterChips, labelLinks } from "./labels.js";
 import { bar, pill } from "./pieces.js";
-import { BASE, every, jobPath, problem } from "./shell.js";
+import { BASE, every, jobPath, problem, sweepPath } from "./shell.js";
 
 const PAGE = 50;
 const STATES = ["in_progress", "scheduled", "completed", "failed", "cancelled"];
@@ -20,6 +22,7 @@ let readsEveryOwner = false;
 
 const query = () => ({
   limit: PAGE, after: asked.get("after"), state: asked.getAll("state"), recipe: asked.get("recipe"), text: asked.get("text"),
+  label: asked.getAll("label"), sweep: asked.get("sweep"),
 });
 
 function change(edit, keepsPage = false) {
@@ -39,21 +42,27 @@ function row(job, shows) {
   box.checked = picked.has(job.job_uuid);
   const cells = {
     recipe: h("span", { class: "sub" }, job.recipe.replaceAll("_", " "), job.parent ? ` of ${job.parent}` : ""),
+    labels: h("span", { class: "labels" }),
     state: h("span"), model: h("span", { class: "model" }, job.model), progress: h("div", { class: "progress" }),
     loss: h("span"), time: h("time", { datetime: job.scheduled_at, title: moment(job.scheduled_at) }),
   };
   const element = h("tr", {},
     h("td", { class: "pick" }, box),
-    h("th", { scope: "row" }, link, cells.recipe),
+    h("th", { scope: "row" }, link, h("div", { class: "about" }, cells.recipe, cells.labels)),
     h("td", { "data-head": "State" }, cells.state), h("td", { "data-head": "Model" }, cells.model),
     h("td", { "data-head": "Progress" }, cells.progress), h("td", { class: "number", "data-head": "Held-out loss" }, cells.loss),
     h("td", { "data-head": "Submitted" }, cells.time),
     shows ? h("td", { class: "owner", "data-head": "Owner", title: job.owner }, (job.owner ?? "").slice(0, 8)) : null);
-  return { element, cells, drawn: "" };
+  return { element, cells, drawn: "", written: "" };
 }
 
 function fill(each, job) {
   const found = figures.get(job.job_uuid);
+  const written = JSON.stringify([job.labels, job.note]);
+  if (each.written !== written) { // apart from the rest, so that a row that changes leaves the focus alone
+    each.written = written;
+    drawLabels(each.cells.labels, job);
+  }
   const key = JSON.stringify([job.status, found]);
   say(each.cells.time, ago(job.scheduled_at));
   if (each.drawn === key) return;
@@ -61,6 +70,16 @@ function fill(each, job) {
   put(each.cells.state, pill(job.status));
   put(each.cells.progress, ...progress(job, found));
   say(each.cells.loss, found ? figure(found.held_out_loss) : "");
+}
+
+function drawLabels(place, job) {
+  put(place, labelLinks(job.labels), job.sweep ? h("a", { class: "label sweep", href: sweepPath(job.sweep) }, h("span", {}, "sweep"), h("b", {}, job.sweep)) : null,
+    h("button", { type: "button", class: "quiet edit", "aria-label": `Edit labels and note of ${job.job_uuid}`, title: "Edit labels and note", on: { click: () => edit(job) } }, "✎"),
+    job.note ? h("p", { class: "sub said", title: job.note }, job.note) : null);
+}
+
+async function edit(job) {
+  if (await editLabels(job)) await load();
 }
 
 function progress(job, found) {
@@ -89,7 +108,7 @@ function draw(listed) {
   for (const id of rows.keys()) if (!listed.data.some((job) => job.job_uuid === id)) rows.delete(id);
   byId("jobs").hidden = listed.data.length === 0;
   byId("empty").hidden = listed.data.length !== 0;
-  const filters = ["state", "recipe", "text"].some((name) => asked.has(name));
+  const filters = ["state", "recipe", "text", "label", "sweep"].some((name) => asked.has(name));
   put(byId("empty"), filters ? "No job matches these filters." : [h("strong", {}, "No jobs yet. "), h("a", { href: `${BASE}/new` }, "Make the first one"), "."]);
   byId("older").disabled = !listed.has_more;
   byId("newest").disabled = !asked.has("after");
@@ -145,6 +164,14 @@ function showFilters() {
   const chosen = asked.getAll("state");
   for (const [state, { button }] of states) button.setAttribute("aria-pressed", String(chosen.includes(state)));
   byId("recipe").value = asked.get("recipe") ?? "";
+  filterChips(byId("chosen"), ["label", "sweep"].flatMap((name) => asked.getAll(name).map((value) => [name, value])), (name, value) => {
+    change((words) => {
+      const kept = words.getAll(name).filter((each) => each !== value);
+      words.delete(name);
+      kept.forEach((each) => words.append(name, each));
+    });
+    showFilters();
+  });
 }
 
 async function showCounts() {
@@ -175,7 +202,14 @@ byId("text").addEventListener("input", debounced(() => change((words) => {
 byId("recipe").addEventListener("change", () => change((words) => {
   if (byId("recipe").value) words.set("recipe", byId("recipe").value); else words.delete("recipe");
 }));
-byId("filters").addEventListener("submit", (event) => event.preventDefault());
+byId("filters").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const label = byId("label").value.trim();
+  if (!label) return;
+  byId("label").value = "";
+  if (!asked.getAll("label").includes(label)) change((words) => words.append("label", label));
+  showFilters();
+});
 byId("older").addEventListener("click", () => { change((words) => words.set("after", shown.data.at(-1).job_uuid), true); scrollTo(0, 0); });
 byId("newest").addEventListener("click", () => change((words) => words.delete("after"), true));
 addEventListener("popstate", () => {
@@ -185,6 +219,8 @@ addEventListener("popstate", () => {
   load();
 });
 
+showFilters();
+activity(byId("activity"));
 load();
 showCounts().catch(problem);
 every(3000, load);

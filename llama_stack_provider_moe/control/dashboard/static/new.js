@@ -1,9 +1,10 @@
-// A new job: from a template or from another job, with the server's checks and a memory plan.
+// A new job: from a template or from another job, with the server's checks, and a plan of memory and time.
 
 import { get, part, post } from "./api.js";
 import { byId, h, note, put, table } from "./dom.js";
-import { bytes } from "./format.js";
+import { bytes, duration, figure } from "./format.js";
 import { editor } from "./editor.js";
+import { sweepStart } from "./new_sweep.js";
 import { jobPath, problem } from "./shell.js";
 
 const GB = 1e9;
@@ -27,20 +28,22 @@ async function start() {
   choice.value = from ? "" : first;
   const data = h("select", { id: "dataset" }, h("option", { value: "" }, "as written below"), sets.data.map(({ name }) => h("option", { value: name }, name)));
   const memory = h("input", { id: "memory", type: "number", min: 0.1, max: 10000, step: "any", value: 80 });
-  const plan = h("button", { type: "button" }, "Plan memory");
+  const plan = h("button", { type: "button" }, "Plan memory and time");
   const send = h("button", { type: "button", class: "primary", disabled: true }, "Start job");
   const planned = h("div");
+  let written = null;
   const place = h("div", { class: "editor-body" });
   put(byId("content"),
     h("div", { class: "filters" }, h("div", { class: "field grow" }, h("label", { for: "template" }, "Start from"), choice),
       h("div", { class: "field" }, h("label", { for: "dataset" }, "Data set"), data)),
     place,
     h("div", { class: "filters send" }, h("div", { class: "field" }, h("label", { for: "memory" }, "Memory of a GPU (of the machine on the CPU), GB"), memory), h("div", { class: "field" }, plan), h("div", { class: "field push" }, send)),
-    planned);
+    planned, sweepStart(() => written?.read() ?? null));
+  if (location.hash === "#sweep") byId("sweep").scrollIntoView();
 
   const text = from ? pretty(cloned((await get(`jobs/${part(from)}`)).spec)) : pretty(byName.get(first).job);
   let body = null;
-  const written = await editor(place, text, (job, valid) => { body = job; send.disabled = valid === null; });
+  written = await editor(place, text, (job, valid) => { body = job; send.disabled = valid === null; });
   choice.addEventListener("change", () => { if (byName.has(choice.value)) written.set(pretty(byName.get(choice.value).job)); });
   data.addEventListener("change", () => {
     const job = written.read();
@@ -61,10 +64,20 @@ async function start() {
   });
 }
 
-function shownPlan({ job, plan, changes }) {
+// How long training will take; `source` says whether like jobs were measured or the planner computed it.
+function shownTime(time) {
+  if (time === undefined) return null; // a server without estimates
+  if (time === null) return h("p", { class: "muted" }, "The server can't say how long it will take.");
+  if (typeof time.seconds !== "number") return h("p", { class: "muted" }, `No time estimate: ${time.source}`);
+  const isMeasured = time.source.startsWith("measured");
+  return h("p", { class: "time" }, h("span", { class: "pill", "data-state": isMeasured ? "completed" : "scheduled" }, isMeasured ? "measured" : "estimated"),
+    " Training takes about ", h("strong", {}, duration(time.seconds)), typeof time.tokens_per_s === "number" ? ` at ${figure(time.tokens_per_s)} tokens a second` : "", ` (${time.source}).`);
+}
+
+function shownPlan({ job, plan, changes, time }) {
   const words = { fits: ["good", `It fits, with ${plan.strategy}.`], tight: ["warn", "It may not fit: the estimate is more than the usable memory."] };
   const [kind, text] = words[plan.verdict] ?? ["bad", "It can't fit: what is certain alone is more than the memory."];
-  return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text),
+  return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text), shownTime(time),
     h("p", {}, `${job.recipe} of ${job.model}, ${job.trains}; micro-batches of ${job.batch_size} rows with ${job.max_length} tokens, ${job.dtype}. ${plan.processes} process(es) of ${bytes(plan.device_bytes)}, of which ${bytes(plan.usable_bytes)} can be used.`),
     table("Memory by strategy", ["Strategy", "Verdict", "Peak", "Certain", "Largest parts"], plan.options.map((option) => [option.strategy, option.verdict,
       option.estimate ? bytes(option.peak_bytes) : "–", option.estimate ? bytes(option.certain_bytes) : option.refused ?? "",

@@ -6,6 +6,7 @@ import { byId, h, note, put, say } from "./dom.js";
 const { base, api } = document.body.dataset;
 export const BASE = base;
 export const jobPath = (id) => `${base}/jobs/${encodeURIComponent(id)}`;
+export const sweepPath = (id) => `${base}/sweeps/${encodeURIComponent(id)}`;
 export const lastOfPath = () => decodeURIComponent(location.pathname.replace(/\/+$/, "").split("/").pop());
 
 askWith((why) => new Promise((answered) => {
@@ -101,14 +102,28 @@ export function problem(error, place = byId("problem")) {
   put(place, note("bad", h("strong", {}, `${head}: `), text));
 }
 
-// A question in a dialogue. `fields` are elements; resolves to true for its action.
-export function question(title, content, action, kind = "primary") {
+// A question in a dialogue. Resolves to true for its action. With `act` the dialogue stays open until `act` is done, and
+// shows why it failed, so that nothing typed is lost.
+export function question(title, content, action, kind = "primary", act = null) {
   return new Promise((answered) => {
     const dialogue = byId("ask-dialog");
     const cancel = h("button", { type: "button", class: "quiet", on: { click: () => dialogue.close("") } }, "Back");
-    put(dialogue, h("form", { method: "dialog" },
-      h("h2", { id: "ask-title" }, title), content,
-      h("div", { class: "buttons" }, cancel, action ? h("button", { value: "ok", class: kind }, action) : null)));
+    const failed = h("div");
+    const button = action ? h("button", { value: "ok", class: kind }, action) : null;
+    const form = h("form", { method: "dialog" }, h("h2", { id: "ask-title" }, title), content, failed, h("div", { class: "buttons" }, cancel, button));
+    if (act) form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      button.disabled = true;
+      try {
+        await act();
+        dialogue.close("ok");
+      } catch (error) {
+        put(failed, note("bad", error.message));
+        if (!(error instanceof ApiError) && error.constructor !== Error) reportError(error);
+      }
+      button.disabled = false;
+    });
+    put(dialogue, form);
     dialogue.returnValue = "";
     dialogue.addEventListener("close", () => answered(dialogue.returnValue === "ok"), { once: true });
     dialogue.showModal();

@@ -1,0 +1,110 @@
+"""Labels and notes on the pages: shown, edited, and filtered by, with an address that says how."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.control.dashboard.conftest import World
+from tests.support.browser import Visitor
+from tests.support.dashboard_jobs import MARKUP
+
+
+@pytest.fixture
+def labelled(world: World) -> Iterator[str]:
+    """A job that ends with the labels that it had."""
+    yield "sft-stopped"
+    with world.http() as api:
+        before = {"labels": {"team": None, "use": None, "stage": None}, "note": None}
+        api.patch("/jobs/sft-stopped", json=before).raise_for_status()
+
+
+def of(world: World, job: str) -> tuple[dict[str, str], str | None]:
+    """The labels and the note that the API gives."""
+    with world.http() as api:
+        found = api.get(f"/jobs/{job}").json()
+    return found["labels"], found["note"]
+
+
+def write_label(page: Page, key: str, value: str) -> None:
+    """Fill the last line of the dialogue."""
+    dialogue = page.get_by_role("dialog")
+    dialogue.get_by_label("Key of a label").last.fill(key)
+    dialogue.locator("input.value").last.fill(value)
+
+
+def test_a_job_is_labelled_on_its_page(visitor: Visitor, world: World, labelled: str) -> None:
+    visitor.refused.add(400)
+    page = visitor.open(f"/jobs/{labelled}")
+    page.get_by_role("button", name="Add labels or a note").click()
+    dialogue = page.get_by_role("dialog", name=f"Labels and note of {labelled}")
+    write_label(page, "bad key!", "x")
+    visitor.must_be_accessible()
+    visitor.picture("labels")
+    dialogue.get_by_role("button", name="Save").click()
+    expect(dialogue.get_by_role("alert")).to_contain_text("bad key!")
+    expect(dialogue.locator("input.value").last).to_have_value("x")
+    write_label(page, "team", "geo")
+    dialogue.get_by_role("button", name="Add a label").click()
+    write_label(page, "team", "chat")
+    dialogue.get_by_role("button", name="Save").click()
+    expect(dialogue.get_by_role("alert")).to_contain_text("there twice")
+    write_label(page, "stage", f"second {MARKUP}")
+    dialogue.get_by_label("Note").fill(f"Stopped too early.\n{MARKUP}")
+    dialogue.get_by_role("button", name="Save").click()
+    expect(dialogue).to_be_hidden()
+    expect(page.locator("#labels")).to_contain_text("teamgeo")
+    expect(page.locator("#note")).to_contain_text(MARKUP)
+    assert of(world, labelled) == (
+        {"team": "geo", "stage": f"second {MARKUP}"}, f"Stopped too early.\n{MARKUP}"
+    )  # fmt: skip
+    page.get_by_role("button", name="Edit labels and note").click()
+    dialogue.get_by_role("button", name="Remove stage").click()
+    dialogue.get_by_label("Note").fill("")
+    dialogue.get_by_role("button", name="Save").click()
+    expect(page.locator("#note")).to_be_hidden()
+    assert of(world, labelled) == ({"team": "geo"}, None)
+    assert page.evaluate("() => window.hacked") is None
+
+
+def test_a_job_is_labelled_in_the_list(visitor: Visitor, world: World, labelled: str) -> None:
+    page = visitor.open(f"?text={labelled}")
+    page.get_by_role("button", name=f"Edit labels and note of {labelled}").click()
+    write_label(page, "use", "baseline")
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()
+    expect(page.locator("#jobs tbody .label")).to_have_text("usebaseline")
+    assert of(world, labelled)[0] == {"use": "baseline"}
+
+
+def test_the_list_is_filtered_by_labels_and_the_address_says_how(visitor: Visitor) -> None:
+    page = visitor.open("")
+    rows = page.locator("#jobs tbody tr")
+    page.get_by_label("Label", exact=True).fill("team=geo")
+    page.get_by_label("Label", exact=True).press("Enter")
+    expect(rows).to_have_count(2)
+    page.get_by_label("Label", exact=True).fill("use")
+    page.get_by_role("button", name="Filter", exact=True).click()
+    expect(rows).to_have_count(1)
+    assert "label=team%3Dgeo&label=use" in page.url
+    page.reload()
+    expect(rows).to_have_count(1)
+    visitor.must_be_accessible()
+    page.get_by_role("button", name="Remove the filter label use").click()
+    expect(rows).to_have_count(2)
+    page.get_by_role("button", name="Remove the filter label team=geo").click()
+    assert "label" not in page.url
+    page.locator("#jobs tbody").get_by_role("link", name="use baseline").click()
+    expect(rows).to_have_count(1)
+    assert "label=use%3Dbaseline" in page.url
+
+
+def test_a_label_with_markup_is_text_and_a_filter(visitor: Visitor) -> None:
+    page = visitor.open("?text=markup-1")
+    label = page.locator("#jobs tbody .label")
+    expect(label).to_contain_text(MARKUP)
+    expect(page.locator("#jobs tbody .said")).to_have_text(MARKUP)
+    label.click()
+    expect(page.locator("#chosen")).to_contain_text(f"from={MARKUP}")
+    expect(page.locator("#jobs tbody tr")).to_have_count(1)
+    assert page.evaluate("() => window.hacked") is None
+    assert page.evaluate("() => document.querySelectorAll('main img, main script').length") == 0
