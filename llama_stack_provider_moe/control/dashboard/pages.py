@@ -33,6 +33,7 @@ PAGES = (
     Page("/compare", "compare.html", "Compare", "compare.js", "compare"),
     Page("/data", "data.html", "Data", "data.js", "data"),
     Page("/data/{name}", "dataset.html", "Data set", "dataset.js", "data"),
+    Page("/playground", "playground.html", "Playground", "playground.js", "playground"),
     Page("/new", "new.html", "New job", "new.js", "new"),
 )
 
