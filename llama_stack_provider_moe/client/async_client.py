@@ -6,6 +6,7 @@ client of their own.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self, Unpack
 
@@ -41,6 +42,7 @@ from llama_stack_provider_moe.client.documents import (
     Validated,
 )
 from llama_stack_provider_moe.client.patience import POLL_S, Deadline, Patience, has_ended
+from llama_stack_provider_moe.client.playground_methods import AsyncPlaygroundMethods
 from llama_stack_provider_moe.client.progress import Progress, display_of
 from llama_stack_provider_moe.client.sse import Event, Parser
 from llama_stack_provider_moe.client.sweep_methods import AsyncSweepMethods
@@ -48,7 +50,7 @@ from llama_stack_provider_moe.client.sync_client import Client
 from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 
-class AsyncClient(AsyncSweepMethods):
+class AsyncClient(AsyncSweepMethods, AsyncPlaygroundMethods):
     """A server with our provider; every method of `Client`, to be awaited.
 
     Args:
@@ -237,16 +239,23 @@ class AsyncClient(AsyncSweepMethods):
         """
         headers, query = following(tail, offset)
         path = calls.job_path(job_id, "/logs")
+        async with self._streaming(path, headers, query) as answer:
+            parser = Parser()
+            async for line in answer.aiter_lines():
+                event = parser.feed(line)
+                if event is not None:
+                    yield event
+
+    @asynccontextmanager
+    async def _streaming(
+        self, path: str, headers: Mapping[str, str], query: Mapping[str, int | bool]
+    ) -> AsyncIterator[httpx.Response]:
         with self._endpoint.translated_errors():
             async with self._http.stream("GET", path, headers=headers, params=query) as answer:
                 if not answer.is_success:
                     await answer.aread()
                     raise self._endpoint.refusal(answer)
-                parser = Parser()
-                async for line in answer.aiter_lines():
-                    event = parser.feed(line)
-                    if event is not None:
-                        yield event
+                yield answer
 
     async def _send[Kind](self, call: Call[Kind]) -> Kind:
         with self._endpoint.translated_errors():

@@ -28,6 +28,7 @@ from llama_stack_provider_moe.client.documents import (
     Status,
     Validated,
 )
+from llama_stack_provider_moe.client.playground_documents import Playground, PromptAnswer, SentPrompt, StoppedPrompt
 from llama_stack_provider_moe.client.sweep_documents import (
     Activity,
     CreatedSweep,
@@ -244,6 +245,26 @@ def profile(
     return Call(DatasetProfile, "GET", dataset_path(name) + "/profile", query)
 
 
+def playground(job_id: str) -> Call[Playground]:
+    """Ask for a playground and its prompts."""
+    return Call(Playground, "GET", job_path(job_id, "/prompts"))
+
+
+def send_prompt(job_id: str, body: Mapping[str, object]) -> Call[SentPrompt]:
+    """Send a prompt to a playground."""
+    return Call(SentPrompt, "POST", job_path(job_id, "/prompts"), body=body)
+
+
+def prompt_answer(job_id: str, number: int) -> Call[PromptAnswer]:
+    """Ask for a prompt and its answer so far."""
+    return Call(PromptAnswer, "GET", prompt_path(job_id, number))
+
+
+def stop_prompt(job_id: str, number: int) -> Call[StoppedPrompt]:
+    """Stop the answer to a prompt."""
+    return Call(StoppedPrompt, "DELETE", prompt_path(job_id, number))
+
+
 def quota() -> Call[Quota]:
     """Ask what the caller uses of the server."""
     return Call(Quota, "GET", "/quota")
@@ -259,6 +280,11 @@ def job_path(job_id: str, view: str = "") -> str:
     if not job_id or "/" in job_id or job_id.startswith("."):  # would lead to another route
         raise InvalidInput("ID", job_id, "a job's name; `moe-train ls` lists them")
     return f"/jobs/{quote(job_id, safe='')}{view}"
+
+
+def prompt_path(job_id: str, number: int) -> str:
+    """Return the path of the route of a playground's prompt."""
+    return job_path(job_id, f"/prompts/{number}")
 
 
 def sweep_path(sweep_id: str, view: str = "") -> str:

@@ -40,6 +40,7 @@ from llama_stack_provider_moe.client.documents import (
     Validated,
 )
 from llama_stack_provider_moe.client.patience import POLL_S, Deadline, Patience, has_ended
+from llama_stack_provider_moe.client.playground_methods import PlaygroundMethods
 from llama_stack_provider_moe.client.progress import Progress, display_of
 from llama_stack_provider_moe.client.pull import Puller
 from llama_stack_provider_moe.client.sse import Event, events
@@ -63,7 +64,7 @@ class _Connection(Protocol):
     def get_extra_info(self, info: str) -> object: ...
 
 
-class Client(SweepMethods):
+class Client(SweepMethods, PlaygroundMethods):
     """A server with our provider.
 
     Args:

@@ -20,6 +20,7 @@ jobs/<job_uuid>/
   trackers/<name>/       files of TensorBoard, trackio, MLflow or wandb         written by the training process
   exports.json           states of an export job's steps (`export_steps`)       written by the training process
   served.json            a model that an export put on an inference server      written by the training process
+  prompts/               prompts to a playground and their answers (`jobdir.prompts`)
   work/                  temporary files of an export job's steps               written by the training process
   mirror.json            where copies of checkpoints and artifacts are          written by the training process
   manifest.json          what the job leaves; written last and atomically       written by the training process
@@ -38,7 +39,7 @@ from pydantic import BaseModel, Field
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_FILE, require_current
 from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.jobdir.reading import read_as, read_with, unknown_fields
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, ExportSpec, JobSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, ExportSpec, InferenceJob, JobSpec
 
 ArtifactKind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation", "gguf"]
 
@@ -102,6 +103,7 @@ class JobFolder:
         self.trackers = root / "trackers"
         self.exports = root / "exports.json"
         self.served = root / "served.json"
+        self.prompts = root / "prompts"
         self.work = root / "work"
         self.mirror = root / "mirror.json"
         self.manifest = root / "manifest.json"
@@ -113,7 +115,7 @@ class JobFolder:
 
     def checkpoints(self, spec: JobSpec) -> Path:
         """Return the folder of the checkpoints. Inside a `checkpoint_dir`, each job has its own folder."""
-        if isinstance(spec, RoutingAnalysisSpec | ExportSpec) or spec.checkpoint_dir is None:
+        if isinstance(spec, InferenceJob | ExportSpec) or spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 

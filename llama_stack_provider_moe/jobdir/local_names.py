@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, JobSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, InferenceJob, JobSpec
 
 STATE_VARIABLE = "MOE_STATE_DIR"
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/((?:adapter|model|merged|(?:epoch|step)-\d+)))?")
@@ -136,7 +136,7 @@ def _artifact(job: _Job, name: str) -> Path | None:
     """Return the folder of the job's artifact; for `merged`, also look in the job's exports."""
     places = [job.folder / "artifacts", job.folder / "checkpoints"]
     spec = job.spec
-    if not isinstance(spec, ExportSpec | RoutingAnalysisSpec) and spec.checkpoint_dir is not None:
+    if not isinstance(spec, ExportSpec | InferenceJob) and spec.checkpoint_dir is not None:
         places.append(Path(spec.checkpoint_dir) / job.name)
     if name == "merged":
         places += [path.parent for path in sorted(_jobs().glob("*/artifacts/merged")) if _is_export_of(path, job)]

@@ -17,13 +17,13 @@ from llama_stack_provider_moe.spec.adapter import (
     FromAnalysis,
     RulesFrom,
 )
+from llama_stack_provider_moe.spec.any_job import AnyJob
 from llama_stack_provider_moe.spec.blocks import (
     JOB_ID_PATTERN,
     Block,
     Data,
     DType,
     Efficiency,
-    OneProcess,
     Optimizer,
     Resources,
     RowFormat,
@@ -35,7 +35,7 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
-from llama_stack_provider_moe.spec.labels import Labelled
+from llama_stack_provider_moe.spec.inference_jobs import InferenceJob, PlaygroundSpec, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.notify import Notify
 from llama_stack_provider_moe.spec.options import (
@@ -48,12 +48,8 @@ from llama_stack_provider_moe.spec.options import (
     Trackio,
     WandB,
 )
-from llama_stack_provider_moe.spec.routing import (
-    Analysis,
-    AnalysisData,
-    AnalysisOptions,
-    AnalysisTraining,
-)
+from llama_stack_provider_moe.spec.playground import Playground
+from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
 from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
@@ -86,6 +82,7 @@ __all__ = [
     "Exports",
     "FromAnalysis",
     "Gate",
+    "InferenceJob",
     "JobDefaults",
     "JobSpec",
     "LoadBalancing",
@@ -96,6 +93,8 @@ __all__ = [
     "Moe",
     "Optimizer",
     "Options",
+    "Playground",
+    "PlaygroundSpec",
     "Recipe",
     "RefusalJudge",
     "RepBend",
@@ -121,7 +120,7 @@ __all__ = [
 
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
-Recipe = Literal[TrainingRecipe, "routing_analysis", "export"]
+Recipe = Literal[TrainingRecipe, "routing_analysis", "playground", "export"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
 # API also names `kto_pair`, which TRL does not implement.
@@ -134,27 +133,7 @@ DPOLoss = Literal[
 SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 
 
-class _AnyJob(Labelled):
-    job_uuid: str | None = Field(
-        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: the server chooses one."
-    )
-    model: str = Field(
-        min_length=1,
-        max_length=1024,
-        description="Model to load: the result of one of your jobs (`JOB`, `JOB/merged`, `JOB/epoch-2`), a hub id, or "
-        "a folder under an allowed root.",
-    )
-    model_from: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1024,
-        description="Name of the job result that `model` named; the server fills it in and replaces `model` by a path "
-        "or hub id.",
-    )
-    resources: Resources = Field(default_factory=Resources)
-
-
-class TrainingJob(_AnyJob):
+class TrainingJob(AnyJob):
     """The fields that all jobs that train have in common."""
 
     if TYPE_CHECKING:
@@ -359,37 +338,8 @@ class BreakerSpec(TrainingJob):
         return sources
 
 
-class RoutingAnalysisSpec(_AnyJob):
-    """Measures which experts serve which prompts; trains nothing."""
-
-    recipe: Literal["routing_analysis"] = Field(
-        description="Routing analysis: compare how often each expert is chosen on two or more data sets."
-    )
-    data: AnalysisData = Field(description="Rows to compare: a block, its fields follow.")
-    analysis: Analysis = Field(default_factory=Analysis)
-    training: AnalysisTraining = Field(default_factory=AnalysisTraining)
-    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
-    resources: OneProcess = Field(default_factory=OneProcess)
-    adapter_folder: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1024,
-        description="Adapter to load onto the model: the result of one of your jobs (`JOB`, `JOB/adapter`, "
-        "`JOB/epoch-2`), or a folder as for `model`; left out: none.",
-    )
-
-    def row_sources(self) -> list[RowSource]:
-        """The sets to compare."""
-        answered = self.analysis.tokens == "response"
-        few = "at least 2 rows, because the intervals come from the differences between rows"
-        return [
-            RowSource(f"data.sets.{name}", dataset_id, self.data.format, f"set-{name}", 2, few, answered)
-            for name, dataset_id in self.data.sets.items()
-        ]
-
-
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-LoadingSpec = TrainingSpec | RoutingAnalysisSpec  # the jobs whose process loads the model
-JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | ExportSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | ExportSpec] = TypeAdapter(JobSpec)
+LoadingSpec = TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
+JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluatio
 from llama_stack_provider_moe.spec.exports import Exports
 from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
+from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
@@ -24,6 +25,12 @@ DEFAULT_BLOCKS: dict[str, type[Block]] = {
     "training": Training, "optimizer": Optimizer, "efficiency": Efficiency, "adapter": Adapter, "moe": Moe,
     "options": Options, "trackers": Trackers, "eval": SafetyEvaluation, "export": Exports,
 }  # fmt: skip
+
+# Recipes with few of the blocks, and few of their fields.
+_FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
+    "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
+    "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
+}
 
 
 class JobDefaults(Block):
@@ -93,11 +100,11 @@ class JobDefaults(Block):
         `"adapter": null` in a body is a choice (train all weights) and stays null, as does `"eval": null`.
         """
         merged = dict(body)
-        analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
         for name in type(self).model_fields:
             defaults = getattr(self, name)
-            if body.get("recipe") == "routing_analysis":  # it has few of the blocks and few of their fields
-                known = analysis[name].model_fields if name in analysis else {}
+            few = _FEW_BLOCKS.get(str(body.get("recipe")))
+            if few is not None:
+                known = few[name].model_fields if name in few else {}
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
             if body.get("recipe") == "export" and name != "export":
                 continue

@@ -36,6 +36,8 @@ from llama_stack_provider_moe.spec import (
     Moe,
     Optimizer,
     Options,
+    Playground,
+    PlaygroundSpec,
     RefusalJudge,
     RepBend,
     Resources,
@@ -55,6 +57,7 @@ from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayC
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
+from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
     MirrorConfig,
@@ -108,6 +111,16 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`analysis`", "analysis.", Analysis, set()),
     ("`training` of routing analysis jobs", "training.", AnalysisTraining, set()),
     ("`options` of routing analysis jobs", "options.", AnalysisOptions, set()),
+    (
+        "Playground jobs: `job_uuid`, `model`, `adapter_folder`, `labels`, `note` and `resources` as in routing "
+        "analysis jobs, and",
+        "",
+        PlaygroundSpec,
+        {"job_uuid", "model", "model_from", "adapter_folder", "resources", "labels", "note"},
+    ),
+    ("`playground`", "playground.", Playground, set()),
+    ("`training` of playground jobs", "training.", PlaygroundTraining, set()),
+    ("`options` of playground jobs", "options.", PlaygroundOptions, set()),
     (
         "Export jobs: `job_uuid`, `resources` and `export` as above, and",
         "",

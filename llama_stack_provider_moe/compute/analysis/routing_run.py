@@ -14,10 +14,8 @@ from llama_stack_provider_moe.compute.analysis.plots import MISSING, heat_maps, 
 from llama_stack_provider_moe.compute.analysis.routing_report import Counts, Prompt, compare, count
 from llama_stack_provider_moe.compute.data.positions import judge, positions_of
 from llama_stack_provider_moe.compute.data.rendering import Rendered, Renderer, Tokens, Unrenderable
-from llama_stack_provider_moe.compute.models.loader import load, pick_device
-from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.models.adapted import load_adapted
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import write_atomic
@@ -36,19 +34,10 @@ def load_routed(spec: RoutingAnalysisSpec) -> tuple[PreTrainedModel | PeftModel,
     Raises:
         ModelError: the model is dense, or the adapter does not fit it.
     """
-    model, tokenizer = load(spec, pick_device(spec.training.dtype))
-    layout = find_layout(model)
-    if layout is None:
+    found = load_adapted(spec)
+    if found.layout is None:
         raise ModelError(f"model: {spec.model!r} is dense; it has no experts to analyse")
-    if spec.adapter_folder is None:
-        return model.eval(), tokenizer, layout
-    folder = Path(spec.adapter_folder)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
-        raise ModelError(f"adapter_folder: {str(folder)!r} is not an adapter of this model: {error}") from error
-    restore_biases(folder, adapted, layout)
-    return adapted.eval(), tokenizer, layout
+    return found.model, found.tokenizer, found.layout
 
 
 def read_prompts(

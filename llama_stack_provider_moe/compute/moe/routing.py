@@ -249,6 +249,19 @@ class RoutingRecorder:
         """The experts (T, K) that were chosen in the last pass through a layer, also where ids of tokens fix them."""
         return self._chosen[layer][-1]
 
+    def last_choice(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The experts (K,) chosen for the last position of the last pass through a layer, and their scores (K,).
+
+        A score is the expert's share of the router's scores, see `scoring.probabilities`.
+        """
+        chosen_K = self._chosen[layer][-1][-1]
+        probs_E = probabilities(self._logits[layer][-1][-1].detach(), self.layout.scoring)
+        return chosen_K, probs_E[chosen_K]
+
+    def forget_passes(self) -> None:
+        """Drop the logits and choices of the passes so far, which take memory; the figures of `take` stay."""
+        self._logits, self._chosen = {}, {}
+
     def _balanced[Each](self, by_layer: dict[int, Each]) -> list[Each]:
         """Of the layers whose router chooses; where a token's id fixes its experts, nothing can be balanced."""
         return [each for layer, each in by_layer.items() if layer not in self.layout.by_token_layers]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llama_stack_provider_moe.control.cli import (
+    chat,
     config,
     data_commands,
     export,
@@ -45,6 +46,7 @@ start_files.register(app)
 job_commands.register(app)
 app.command(name="label")(label.label)
 sweep_commands.register(app)
+app.command(name="chat")(chat.chat)
 app.command(name="top")(top.top)
 app.add_typer(data_commands.app, name="data")
 app.command(name="quota")(quota.quota)

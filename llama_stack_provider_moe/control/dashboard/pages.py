@@ -35,6 +35,7 @@ PAGES = (
     Page("/sweeps/{sweep_uuid}", "sweep.html", "Sweep", "sweep.js", "sweeps"),
     Page("/data", "data.html", "Data", "data.js", "data"),
     Page("/data/{name}", "dataset.html", "Data set", "dataset.js", "data"),
+    Page("/playground", "playground.html", "Playground", "playground.js", "playground"),
     Page("/new", "new.html", "New job", "new.js", "new"),
 )
 

@@ -29,7 +29,8 @@ from llama_stack_provider_moe.ground.private import Privacy
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 type Action = Literal[
-    "submit", "export", "cancel", "resume", "delete", "label", "download", "upload dataset", "delete dataset"
+    "submit", "export", "cancel", "resume", "delete", "label", "prompt", "download", "upload dataset",
+    "delete dataset",
 ]  # fmt: skip
 WAITING = 10_000  # records
 COMPLAINT_S = 60.0

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from llama_stack_provider_moe.control.server import callers, compat, exports, job_changes, resolve
+from llama_stack_provider_moe.control.server import callers, compat, exports, job_changes, playgrounds, resolve
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.job_names import JobNames
@@ -17,7 +17,7 @@ from llama_stack_provider_moe.control.store import intake, references
 from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, Unavailable
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
-from llama_stack_provider_moe.spec import ExportSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec import ExportSpec, JobSpec, PlaygroundSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 NOT_ACCEPTED = "the job was not accepted"
@@ -113,6 +113,8 @@ class Creation:
         if isinstance(spec, ExportSpec):
             return await self.guard.run(self._resolve_export, request, spec, self.whose("update"))
         self._must_be_tellable(request, spec)
+        if isinstance(spec, PlaygroundSpec) and not spec.playground.replace:
+            await self.guard.run(playgrounds.must_be_alone, self.store(), callers.owner())
         job_id = await self.guard.run(self._id_of, spec)
         return await self.names.resolve(request, spec, job_id, self.store(), self.whose("read"), asks_hub)
 
@@ -160,4 +162,10 @@ class Creation:
         with intake.committing(self.config):
             self.must_be_free(new.id)
             self.quotas.must_have_bytes(owner, staging)
-            return intake.accept_job(self.store(), new, staging, self.config.limits)
+            if not isinstance(spec, PlaygroundSpec):
+                return intake.accept_job(self.store(), new, staging, self.config.limits)
+            if not spec.playground.replace:
+                playgrounds.must_be_alone(self.store(), owner)
+            job = intake.accept_job(self.store(), new, staging, self.config.limits)
+            playgrounds.replace_others(self.store(), job)
+            return job

@@ -78,7 +78,7 @@ class _Look:
         """Return the state and the events from a byte on; the state first, so that no event is missed."""
         job = self._store.get(self._job_uuid, self._whose)
         page = self._texts.page(views.folder_of(job).events, start or 0, self._types)
-        return stream.OutputPage(job.state, job.id, page.text, page.position)
+        return stream.OutputPage(job.state.over, job.state.value, job.id, page.text, page.position)
 
 
 def _look(store: JobStore, whose: str | None, job_uuid: str, texts: EventTexts, types: frozenset[str]) -> _Look:

@@ -2,7 +2,7 @@
 
 import logging
 
-from llama_stack_provider_moe.control.server import serving, submissions, views, wire
+from llama_stack_provider_moe.control.server import playgrounds, serving, submissions, views, wire
 from llama_stack_provider_moe.control.server.resumable import must_be_resumable, must_find_its_sources
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.control.supervisor import removal
@@ -36,6 +36,8 @@ def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | No
     if job.state in (JobState.FAILED, JobState.CANCELLED):  # `store.resume` refuses the other states
         found = must_be_resumable(job)
         must_find_its_sources(job, store, config.jobs_dir)
+        if job.recipe == playgrounds.RECIPE:
+            playgrounds.must_be_alone(store, job.owner, but=job.id)
     store.resume(job_id, whose, config.limits)
     return submissions.ResumedJob(job_uuid=job_id, resumes=found)
 

@@ -9,9 +9,9 @@ from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.spec import (
     JOB_SPEC,
     Adapter,
+    InferenceJob,
     JobSpec,
     LoadingSpec,
-    RoutingAnalysisSpec,
     SafetyEvaluation,
     TrainingSpec,
 )
@@ -44,7 +44,7 @@ def resolve_names(
     """
     names = model_names.Names(request, config, store, whose)
     found: dict[str, object] = {"job_uuid": job_id, **names.resolve_model_field(spec)}
-    if isinstance(spec, RoutingAnalysisSpec):
+    if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
             folder, _, source = names.adapter(spec.adapter_folder, "adapter_folder")
             if source is not None and source.model != found["model"]:

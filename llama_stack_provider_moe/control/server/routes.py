@@ -10,6 +10,7 @@
     POST jobs/{id}/resume; DELETE jobs/{id}
     GET  jobs; PATCH jobs/{id}                                see `list_routes`
     POST, GET, DELETE sweeps                                  see `sweep_routes`
+    POST, GET, DELETE jobs/{id}/prompts                       see `playground_routes`
     PUT, GET, DELETE datasets                                 see `dataset_routes`
     GET  activity                                             see `activity`
     GET  quota, quotas                                        the caller's limits; every owner's
@@ -50,6 +51,7 @@ from llama_stack_provider_moe.control.server.job_reports import add_reports
 from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
 from llama_stack_provider_moe.control.server.overview_routes import add_overview
+from llama_stack_provider_moe.control.server.playground_routes import add_playground
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
 from llama_stack_provider_moe.errors import InvalidInput
@@ -124,6 +126,7 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     add_events(router, impl)
     add_reports(router, impl)
     add_overview(router, impl)
+    add_playground(router, impl)
     _add_old_family(router, impl)
     add_datasets(router, impl)
     add_sweeps(router, impl)

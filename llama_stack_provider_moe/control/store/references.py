@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import JobSpec, RoutingAnalysisSpec, TrainingSpec
+from llama_stack_provider_moe.spec import InferenceJob, JobSpec, TrainingSpec
 
 
 class Uses(NamedTuple):
@@ -35,7 +35,7 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
         jobs_dir: The folder that contains the job folders.
     """
     named = set(_jobs(_resolved(spec), jobs_dir)) - {spec.job_uuid}
-    if isinstance(spec, RoutingAnalysisSpec) and spec.adapter_folder is not None:
+    if isinstance(spec, InferenceJob) and spec.adapter_folder is not None:
         named |= _base_of(spec.adapter_folder, jobs_dir)
     is_adapter = isinstance(spec, TrainingSpec) and spec.adapter is not None
     always = set(_jobs([spec.model], jobs_dir)) if is_adapter else set()
@@ -69,7 +69,7 @@ def _base_of(adapter: str, jobs_dir: Path) -> set[str]:
 def _resolved(spec: JobSpec) -> list[str]:
     """Return every path that `control.server.resolve` put into the spec after it checked the caller's access."""
     found = [spec.model]
-    if isinstance(spec, RoutingAnalysisSpec):
+    if isinstance(spec, InferenceJob):
         found.append(spec.adapter_folder or "")
     if isinstance(spec, TrainingSpec):
         found.append("" if spec.adapter is None else spec.adapter.init_from or "")

@@ -124,6 +124,8 @@ def _where_cancelled(recipe: str, folder: JobFolder, saved: tuple[Artifact, ...]
     """Say where a job was when it stopped and from what it can resume."""
     if recipe == "export":
         return "cancelled during the export; a resumed export keeps the completed steps"
+    if recipe == "playground":
+        return "cancelled; its answers stay, and a resumed playground answers the prompts that still wait"
     if recipe == "routing_analysis":
         return "cancelled before the report was written; a resumed analysis starts from the beginning"
     return f"cancelled {_where_it_stopped(folder, saved)}"

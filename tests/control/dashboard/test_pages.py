@@ -49,6 +49,11 @@ def ready_new(page: Page) -> None:
     expect(page.locator("#verdict .note")).to_be_visible()
 
 
+def ready_playground(page: Page) -> None:
+    expect(page.get_by_label("Job or model")).to_have_value("sft-lr2e-4")
+    expect(page.locator("#known option[value=sft-lr2e-4]")).to_be_attached()
+
+
 def ready_data(page: Page) -> None:
     expect(page.locator("#quota")).to_contain_text("used")
 
@@ -68,6 +73,7 @@ PAGES: dict[str, tuple[str, Callable[[Page], None]]] = {
     "sweeps": ("/sweeps", ready_sweeps),
     "sweep": (f"/sweeps/{SWEEP}", ready_sweep),
     "data": ("/data", ready_data),
+    "playground": ("/playground?of=sft-lr2e-4", ready_playground),
     "new": ("/new", ready_new),
 }
 
@@ -396,3 +402,12 @@ def test_no_page_can_be_put_into_a_frame(browser: Browser, world: World) -> None
     page.goto(f"{world.url}/moe")
     expect(page.get_by_text("MoE training").first).to_be_visible()
     context.close()
+
+
+def test_a_finished_job_can_be_tried(visitor: Visitor) -> None:
+    page = visitor.open("/jobs/sft-lr2e-4")
+    page.get_by_role("link", name="Try it").click()
+    ready_playground(page)
+    page = visitor.open("/jobs/sft-failed")
+    expect(page.get_by_role("link", name="Compare", exact=True)).to_have_count(2)  # the navigation's, and the job's
+    expect(page.get_by_role("link", name="Try it")).to_have_count(0)

@@ -91,7 +91,7 @@ def requests_about(server: Server, job_id: str) -> list[tuple[str, str]]:
             if "{job_uuid}" not in path and not in_query:
                 general.add((method, path))
                 continue
-            filled = path.format(job_uuid=job_id, name="adapter-0", path="weights")
+            filled = path.format(job_uuid=job_id, name="adapter-0", path="weights", number=1)
             about.append((method, filled + (f"?job_uuid={job_id}" if in_query else "")))
     assert general == GENERAL, "a new route either takes a job, or belongs in GENERAL and gets a test"
     assert len(about) >= 14
@@ -111,6 +111,7 @@ def test_every_request_of_another_user_finds_nothing(
     for query, header in (("?follow=true", {}), ("?follow=true", {"Last-Event-ID": "0"})):
         assert clients[BOB].get(f"/jobs/{job}/logs{query}", headers=header).status_code == 404
         assert clients[BOB].get(f"/jobs/{job}/events{query}", headers=header).status_code == 404
+        assert clients[BOB].get(f"/jobs/{job}/prompts/1{query}", headers=header).status_code == 404
     assert clients[BOB].get("/figures", params={"jobs": job}).json() == {"data": []}
     assert clients[BOB].get("/overview").json()["jobs"]["completed"] == 0
     assert clients[BOB].post("/job/cancel", json={"job_uuid": job}).status_code == 404

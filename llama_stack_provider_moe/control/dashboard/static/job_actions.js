@@ -66,6 +66,7 @@ export function actions(job, changed) {
 
   const runs = ["scheduled", "in_progress"].includes(job.status);
   return [
+    job.status === "completed" && TRAINS.includes(job.recipe) ? h("a", { class: "button", href: `${BASE}/playground?of=${id}` }, "Try it") : null,
     h("a", { class: "button", href: `${BASE}/compare?jobs=${id}` }, "Compare"),
     job.recipe === "export" ? null : h("a", { class: "button", href: `${BASE}/new?from=${id}` }, "Clone"),
     job.status === "completed" && TRAINS.includes(job.recipe) ? act("Export", exported) : null,

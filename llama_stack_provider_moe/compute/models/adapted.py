@@ -1,0 +1,79 @@
+"""A model with a trained adapter that no job trains further, and the model without it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_stack_provider_moe.compute.models.loader import load, pick_device
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.steering import restore_biases
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.spec import PlaygroundSpec, RoutingAnalysisSpec
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model in evaluation mode, perhaps with an adapter.
+
+    Attributes:
+        model: the model.
+        tokenizer: of the model.
+        layout: of its experts; None for a dense model.
+        base_biases: the router biases of the model without its adapter, by layer; an adapter may bring its own.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: ExpertLayout | None
+    base_biases: dict[int, Tensor]
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what it computed before the adapter was loaded."""
+        assert isinstance(self.model, PeftModel), "the model has an adapter"
+        biases = {} if self.layout is None else self.layout.biases(self.model)
+        adapted = {layer: bias.clone() for layer, bias in biases.items()}
+        _copy(self.base_biases, biases)
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            _copy(adapted, biases)
+
+
+def load_adapted(spec: RoutingAnalysisSpec | PlaygroundSpec, template_needed: bool = True) -> Adapted:
+    """Load the model of a job that trains nothing, and its adapter if the job names one.
+
+    Args:
+        spec: names the model, its dtype and the adapter.
+        template_needed: whether the tokenizer must have a chat template.
+
+    Raises:
+        ModelError: the adapter does not fit the model, or either can't be loaded.
+    """
+    model, tokenizer = load(spec, pick_device(spec.training.dtype), template_needed)
+    layout = find_layout(model)
+    if spec.adapter_folder is None:
+        return Adapted(model.eval(), tokenizer, layout, {})
+    folder = Path(spec.adapter_folder)
+    biases = {} if layout is None else {layer: bias.clone() for layer, bias in layout.biases(model).items()}
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
+        raise ModelError(f"adapter_folder: {str(folder)!r} is not an adapter of this model: {error}") from error
+    if layout is not None:
+        restore_biases(folder, adapted, layout)
+    return Adapted(adapted.eval(), tokenizer, layout, biases)
+
+
+def _copy(source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
+    with torch.no_grad():
+        for layer, bias in target.items():
+            bias.copy_(source[layer])

@@ -1,0 +1,170 @@
+// A playground: the owner's one, prompts to it, and answers of both sides as they come.
+
+import { ApiError, follow, get, part, post, remove } from "./api.js";
+import { byId, h, note, put, say } from "./dom.js";
+import { count, duration } from "./format.js";
+import { pill } from "./pieces.js";
+import { Strip } from "./strip.js";
+import { every, jobPath, problem, question, toast } from "./shell.js";
+
+const NAMES = { on: "With its adapter", off: "Base, without the adapter" };
+const ENDS = { stop: "ended by the model", length: "reached the limit of tokens", stopped: "stopped" };
+let job = null; // name of the playground
+let state = null; // the playground, as the server tells
+let number = null; // of the prompt that is answered
+let left = null;
+
+async function find() {
+  const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
+  const found = await get("jobs", { recipe: "playground", state: ["scheduled", "in_progress"], limit: 100 });
+  return found.data.find((line) => line.owner === owner)?.job_uuid ?? null;
+}
+
+async function look() {
+  if (job === null) return;
+  try {
+    const before = state;
+    state = await get(`jobs/${part(job)}/prompts`);
+    const about = await get(`jobs/${part(job)}`);
+    draw(about);
+    if (!before?.loaded && state.loaded) opened(before !== null);
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 404) job = null;
+    problem(error);
+  }
+}
+
+function draw(about) {
+  const place = byId("standing");
+  const loaded = state.loaded;
+  const stage = about.resources_allocated?.stage;
+  const what = loaded === null ? (state.is_open ? `${stage ?? "starting"} …` : null)
+    : loaded.moe_layers.length ? `${loaded.moe_layers.length} layers of ${loaded.experts} experts, ${loaded.top_k} for each token` : "a dense model";
+  put(place, h("div", { class: "head small" },
+    h("div", { class: "grow" }, h("h2", {}, h("a", { href: jobPath(job), class: "name" }, about.model)),
+      h("p", { class: "facts" }, pill(state.status), what ? h("span", {}, what) : null,
+        state.is_open ? h("span", {}, `ends after ${duration(state.idle_s)} without a prompt`) : null)),
+    state.is_open ? h("button", { type: "button", class: "danger", on: { click: end } }, "End") : null),
+  state.is_open ? null : note(state.status === "failed" ? "bad" : "info", about.reason ?? "This playground has ended. Start another to go on."));
+  place.hidden = false;
+  byId("ask").hidden = !state.is_open;
+}
+
+// What the loaded model can do decides what the form offers.
+function opened(isNew) {
+  const { has_adapter: hasAdapter, moe_layers: layers } = state.loaded;
+  for (const option of byId("adapter").options) option.disabled = option.value !== "on" && !hasAdapter;
+  byId("adapter").value = hasAdapter ? "both" : "on";
+  byId("routing").disabled = layers.length === 0;
+  byId("routing").checked = layers.length > 0;
+  byId("max-tokens").max = state.max_new_tokens;
+  byId("max-tokens").value = Math.min(256, state.max_new_tokens);
+  if (isNew) toast("The playground is ready.");
+}
+
+async function end() {
+  try {
+    await post(`jobs/${part(job)}/cancel`);
+    await look();
+  } catch (error) { problem(error); }
+}
+
+async function start(model, replace = false) {
+  problem(null);
+  try {
+    const made = await post("jobs", { recipe: "playground", model, playground: { replace } });
+    job = made.job_uuid;
+    state = null;
+    put(byId("answers"));
+    await look();
+  } catch (error) {
+    if (!(error instanceof ApiError) || error.status !== 409 || replace || !(await find())) { problem(error); return; }
+    if (await question("Replace your playground?", h("p", {}, error.message), "Replace it", "danger")) await start(model, true);
+  }
+}
+
+function side(name, layers) {
+  const text = h("pre", { tabindex: 0, role: "log", "aria-label": `Answer: ${NAMES[name]}` });
+  const facts = h("p", { class: "muted" });
+  const strip = new Strip(`Experts: ${NAMES[name]}`, layers);
+  return { name, text, facts, strip, element: h("section", { class: "card" }, h("h2", {}, NAMES[name]), text, facts, strip.element) };
+}
+
+function show(sides, piece) {
+  const place = sides[piece.side];
+  switch (piece.type) {
+    case "begun": say(byId("said"), "Answering …"); break;
+    case "text": place.text.append(piece.text); break;
+    case "routed": place.strip.add(piece); break;
+    case "answered":
+      say(place.text, piece.text);
+      say(place.facts, `${count(piece.tokens)} tokens in ${piece.seconds.toFixed(1)} s, ${ENDS[piece.reason]}`);
+      break;
+    case "ended": if (piece.error) problem(new ApiError(0, piece.error)); break;
+    default: break; // of a later version
+  }
+}
+
+function prompt() {
+  const system = byId("system").value.trim();
+  const messages = [{ role: "user", content: byId("prompt").value }];
+  if (system) messages.unshift({ role: "system", content: system });
+  return {
+    messages, adapter: byId("adapter").value, seed: Number(byId("seed").value), temperature: Number(byId("temperature").value),
+    max_tokens: Number(byId("max-tokens").value), routing: byId("routing").checked && !byId("routing").disabled,
+  };
+}
+
+async function ask() {
+  const asked = prompt();
+  const path = `jobs/${part(job)}/prompts`;
+  problem(null);
+  byId("send").disabled = true;
+  say(byId("said"), "Sent; it waits for its turn …");
+  try {
+    const sent = await post(path, asked);
+    number = sent.number;
+    const names = asked.adapter === "both" ? ["on", "off"] : [asked.adapter];
+    const sides = Object.fromEntries(names.map((name) => [name, side(name, state.loaded?.moe_layers ?? [])]));
+    put(byId("answers"), Object.values(sides).map((each) => each.element));
+    byId("stop").disabled = false;
+    left = new AbortController();
+    for await (const { name, data } of follow(`${path}/${number}`, { signal: left.signal })) {
+      if (name !== "end") for (const piece of data.pieces) show(sides, piece);
+      else if (data.status === "failed") problem(new ApiError(0, (await get(`${path}/${number}`)).error));
+    }
+    say(byId("said"), "Answered.");
+  } catch (error) {
+    say(byId("said"), "");
+    problem(error);
+  }
+  byId("send").disabled = false;
+  byId("stop").disabled = true;
+  number = null;
+  look();
+}
+
+byId("start").addEventListener("submit", (event) => { event.preventDefault(); start(byId("model").value.trim()); });
+byId("ask").addEventListener("submit", (event) => { event.preventDefault(); if (number === null) ask(); });
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
+});
+byId("stop").addEventListener("click", async () => {
+  byId("stop").disabled = true;
+  try {
+    const found = await remove(`jobs/${part(job)}/prompts/${number}`);
+    if (found?.status === "withdrawn") left.abort();
+  } catch (error) { problem(error); }
+});
+
+async function load() {
+  byId("model").value = new URLSearchParams(location.search).get("of") ?? "";
+  try {
+    job = await find();
+    const done = await get("jobs", { state: "completed", limit: 200 });
+    put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
+    await look();
+  } catch (error) { problem(error); }
+}
+load();
+every(2000, () => (job !== null && (state === null || state.is_open) ? look() : null));

@@ -1,0 +1,103 @@
+"""A playground: what its job states, and what a prompt to it states."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llama_stack_provider_moe.spec.blocks import Block, DType
+
+MAX_WAITING = 8  # prompts of a playground that wait for their answers
+KEPT_PROMPTS = 100  # prompts of a playground whose files stay; older ones are removed
+MAX_TEXT = 100_000  # characters of one message
+MAX_MESSAGES = 200
+MAX_ANSWER_TOKENS = 4096
+ROUTED_TOKENS = 512  # tokens of an answer whose experts are written down
+
+AdapterSide = Literal["on", "off"]
+AdapterChoice = Literal["on", "off", "both"]
+
+
+class Playground(Block):
+    """How long a playground stays, and how long its answers may be."""
+
+    idle_s: int = Field(
+        default=600, ge=5, le=7200, description="Seconds without a prompt after which the job completes."
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens that a prompt may ask for."
+    )
+    replace: bool = Field(
+        default=False,
+        description="Cancel the owner's other playground, of which there can be only one; else this job is refused "
+        "while there is another.",
+    )
+
+
+class PlaygroundTraining(Block):
+    """How the model is loaded; nothing is trained."""
+
+    dtype: DType = Field(default="bf16", description="Data type of the model's parameters.")
+
+
+class PlaygroundOptions(Block):
+    """The options of a job that a playground uses."""
+
+    max_length: int = Field(
+        default=4096, ge=8, le=1 << 20, description="Largest number of tokens of a prompt; longer ones are refused."
+    )
+    chat_template: Literal["chatml", "plain"] | None = Field(
+        default=None, description="Chat template to use; default: the model's own."
+    )
+
+
+class ChatMessage(Block):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
+    content: str = Field(max_length=MAX_TEXT, description="What is said.")
+
+
+class PromptRequest(Block):
+    """A prompt to a playground: a conversation, or a text that the model continues."""
+
+    messages: list[ChatMessage] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        description="Conversation to answer; its last message is the user's.",
+    )
+    prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="Text to continue, without a chat template; instead of `messages`.",
+    )
+    adapter: AdapterChoice = Field(
+        default="on",
+        description="Whether the adapter is on, off, or both: one answer each, with the same seed. Off is the base "
+        "model.",
+    )
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choice of tokens. The same prompt and seed give the same text on the same machine.",
+    )
+    temperature: float = Field(
+        default=0.7, ge=0, le=2, description="Randomness of the choice of tokens; 0: always the most likely token."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Share of probability that tokens are chosen from, the most likely first."
+    )
+    max_tokens: int = Field(
+        default=256, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens of each answer."
+    )
+    routing: bool = Field(default=False, description="Whether the answer has the experts of each token in each layer.")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "PromptRequest":
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("messages: state either messages or prompt, not both")
+        if self.messages is not None and self.messages[-1].role != "user":
+            raise ValueError(f"messages: the last one has role {self.messages[-1].role!r}; expected 'user'")
+        return self

@@ -1,0 +1,292 @@
+"""A playground in this process: what it answers with its adapter on and off, and which experts it shows."""
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from llama_stack_provider_moe.compute.models.loader import load_plain
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
+from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED, train
+from llama_stack_provider_moe.jobdir import events
+from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
+from llama_stack_provider_moe.jobdir.prompts import (
+    Answered,
+    AnswerLog,
+    Begun,
+    Ended,
+    Piece,
+    PromptFiles,
+    Routed,
+    Text,
+    pieces_from,
+)
+from llama_stack_provider_moe.spec import JOB_SPEC
+from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, ROUTED_TOKENS, PromptRequest
+from tests.support import tiny_models
+from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
+
+__all__ = ["workshop"]
+QUESTION = [{"role": "user", "content": "Write 3 words about friend."}]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop) -> Run:
+    """A job whose adapter answers differently from its base."""
+    run = workshop.run("sft", "granitemoe", optimizer={"lr": 5e-2}, training={"n_epochs": 4, "batch_size": 4})
+    assert run.exit_code == COMPLETED, run.reason
+    return run
+
+
+def playground(workshop: Workshop, trained: Run | None = None, **changes: Any) -> JobFolder:
+    """The folder of a playground that ends soon."""
+    workshop.jobs += 1
+    folder = JobFolder(workshop.root / "jobs" / f"playground-{workshop.jobs}")
+    folder.data.mkdir(parents=True)
+    PromptFiles(folder.prompts).folder.mkdir()
+    body = {
+        "recipe": "playground", "job_uuid": folder.root.name, "model": str(workshop.model("granitemoe")),
+        "training": {"dtype": "fp32"}, "playground": {"idle_s": 5},
+        "adapter_folder": None if trained is None else str(trained.folder.adapter), **changes,
+    }  # fmt: skip
+    write_atomic(folder.spec, JOB_SPEC.validate_python(body))
+    return folder
+
+
+def ask(folder: JobFolder, **fields: Any) -> int:
+    """Put a prompt into a playground's folder; its number."""
+    asked = {"max_tokens": 12, "temperature": 1.0} | fields
+    if "prompt" not in asked:
+        asked.setdefault("messages", QUESTION)
+    return PromptFiles(folder.prompts).add(PromptRequest.model_validate(asked), 0o600)
+
+
+def run(folder: JobFolder) -> None:
+    with _signals_put_back():
+        code = train(folder)
+    assert code == COMPLETED, [event for event in events.read(folder.events).events if event.type == "failed"]
+
+
+def answer(folder: JobFolder, number: int) -> list[Piece]:
+    found, _ = pieces_from(PromptFiles(folder.prompts).answer(number), 0)
+    return found
+
+
+def texts(pieces: Sequence[Piece]) -> dict[str, str]:
+    return {piece.side: piece.text for piece in pieces if isinstance(piece, Answered)}
+
+
+@pytest.fixture(scope="module")
+def answered(workshop: Workshop, trained: Run) -> tuple[JobFolder, dict[str, int]]:
+    """One playground that has answered these prompts."""
+    folder = playground(workshop, trained)
+    numbers = {
+        "both": ask(folder, adapter="both", routing=True),
+        "both again": ask(folder, adapter="both", routing=True),
+        "off": ask(folder, adapter="off"),
+        "on": ask(folder),
+        "other seed": ask(folder, seed=7),
+        "greedy": ask(folder, temperature=0, seed=1),
+        "greedy with another seed": ask(folder, temperature=0, seed=2),
+        "text": ask(folder, prompt="The capital of", max_tokens=5),
+        "one token": ask(folder, max_tokens=1),
+    }
+    run(folder)
+    return folder, numbers
+
+
+def test_the_same_prompt_and_seed_give_the_same_text(answered: tuple[JobFolder, dict[str, int]]) -> None:
+    folder, numbers = answered
+    found = {name: texts(answer(folder, number)) for name, number in numbers.items()}
+    assert found["both"] == found["both again"]
+    assert found["both"]["off"] == found["off"]["off"]
+    assert found["both"]["on"] == found["on"]["on"]
+    assert found["on"] != found["other seed"]
+    assert found["greedy"] == found["greedy with another seed"]
+    assert found["both"]["on"] != found["both"]["off"], "the adapter changes the answer"
+
+
+def test_the_pieces_add_up_to_the_answer(answered: tuple[JobFolder, dict[str, int]]) -> None:
+    folder, numbers = answered
+    for number in numbers.values():
+        pieces = answer(folder, number)
+        assert isinstance(pieces[0], Begun)
+        assert pieces[-1] == Ended(error=None)
+        for side, text in texts(pieces).items():
+            assert "".join(piece.text for piece in pieces if isinstance(piece, Text) and piece.side == side) == text
+        for piece in pieces:
+            if isinstance(piece, Answered):
+                assert 1 <= piece.tokens <= 12
+                assert piece.reason in ("stop", "length")
+
+
+def test_without_its_adapter_it_is_the_base(
+    workshop: Workshop, answered: tuple[JobFolder, dict[str, int]], trained: Run
+) -> None:
+    """The same prompts to a playground of the base alone."""
+    folder, numbers = answered
+    base = playground(workshop)
+    number = ask(base, routing=True)
+    run(base)
+    mine = answer(base, number)
+    theirs = [piece for piece in answer(folder, numbers["both"]) if getattr(piece, "side", None) == "off"]
+    assert texts(mine) == {"on": texts(theirs)["off"]}
+    assert [piece.experts for piece in mine if isinstance(piece, Routed)] == [
+        piece.experts for piece in theirs if isinstance(piece, Routed)
+    ]
+
+
+@pytest.mark.parametrize("side", ["on", "off"])
+def test_every_token_has_its_experts(
+    workshop: Workshop, answered: tuple[JobFolder, dict[str, int]], trained: Run, side: str
+) -> None:
+    """As many as top_k x layers x tokens, and those that one pass over prompt and answer records."""
+    folder, numbers = answered
+    pieces = answer(folder, numbers["both"])
+    routed = [piece for piece in pieces if isinstance(piece, Routed) and piece.side == side]
+    [ended] = [piece for piece in pieces if isinstance(piece, Answered) and piece.side == side]
+    loaded = PromptFiles(folder.prompts).read_model()
+    assert loaded is not None
+    assert len(routed) == ended.tokens
+    chosen = sum(len(layer) for piece in routed for layer in piece.experts)
+    assert chosen == loaded.top_k * len(loaded.moe_layers) * ended.tokens
+    for piece in routed:
+        assert all(0 <= weight <= 1 for layer in piece.weights for weight in layer)
+
+    model = load_plain(str(workshop.model("granitemoe")), "fp32", torch.device("cpu"))
+    layout = find_layout(model)
+    assert layout is not None
+    whole = PeftModel.from_pretrained(model, str(trained.folder.adapter)).eval() if side == "on" else model
+    tokenizer = tiny_models.tokenizer()
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    recorder = RoutingRecorder(whole, layout)
+    with torch.no_grad(), recorder.recording(None):
+        whole(torch.tensor([[*prompt, *(piece.id for piece in routed[:-1])]]), use_cache=False)
+    for place, layer in enumerate(layout.moe_layers):
+        expected = recorder.chosen_in(layer)[len(prompt) - 1 :]
+        assert [sorted(piece.experts[place]) for piece in routed] == [sorted(each) for each in expected.tolist()]
+
+
+def test_a_prompt_that_cannot_be_answered_says_why(workshop: Workshop) -> None:
+    """And the playground answers the next one."""
+    folder = playground(workshop, options={"max_length": 8})
+    long, damaged, good = ask(folder), ask(folder), ask(folder, prompt="The", max_tokens=1)
+    PromptFiles(folder.prompts).prompt(damaged).write_text("{")
+    run(folder)
+    [ended] = answer(folder, long)
+    assert isinstance(ended, Ended)
+    assert ended.error is not None
+    assert "tokens; expected 1 to 8 (options.max_length)" in ended.error
+    [ended] = answer(folder, damaged)
+    assert isinstance(ended, Ended)
+    assert str(ended.error).startswith("the prompt can't be read")
+    assert answer(folder, good)[-1] == Ended()
+    manifest = folder.read_manifest()
+    assert manifest is not None
+    assert manifest.summary["prompts"] == 3
+    assert manifest.artifacts == []
+
+
+def test_an_answer_can_be_stopped(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number, after = ask(folder, max_tokens=4000), ask(folder, max_tokens=1)
+    files = PromptFiles(folder.prompts)
+
+    def stop() -> None:
+        while not any(isinstance(piece, Text) for piece in answer(folder, number)):
+            time.sleep(0.01)
+        files.stop(number).touch()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    run(folder)
+    stopping.join()
+    [ended] = [piece for piece in answer(folder, number) if isinstance(piece, Answered)]
+    assert ended.reason == "stopped"
+    assert 1 <= ended.tokens < 4000
+    assert answer(folder, number)[-1] == Ended()
+    assert answer(folder, after)[-1] == Ended()
+
+
+def test_a_cancelled_playground_ends_its_answer_and_answers_the_rest_when_resumed(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number, waiting = ask(folder, max_tokens=4000), ask(folder, max_tokens=1)
+
+    def cancel() -> None:
+        while not any(isinstance(piece, Text) for piece in answer(folder, number)):
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGTERM)
+
+    cancelling = threading.Thread(target=cancel)
+    cancelling.start()
+    with _signals_put_back():
+        assert train(folder) == STOPPED
+    cancelling.join()
+    ended = answer(folder, number)[-1]
+    assert isinstance(ended, Ended)
+    assert ended.error is not None
+    assert "cancelled" in ended.error
+    assert answer(folder, waiting) == []
+    run(folder)
+    assert answer(folder, waiting)[-1] == Ended()
+
+
+def test_what_a_lost_process_left_half_answered_ends_with_an_error(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number = ask(folder)
+    files = PromptFiles(folder.prompts)
+    log = AnswerLog(files.answer(number))
+    log.append(Begun(side="on", prompt_tokens=3))
+    log.close()
+    with files.answer(number).open("a", encoding="utf-8") as file:
+        file.write('{"type":"text","side":')
+    files.closed.touch()
+    run(folder)
+    assert answer(folder, number) == [Begun(side="on", prompt_tokens=3), Ended(error=RESTARTED)]
+
+
+def test_a_prompt_of_the_last_moment_is_answered(tmp_path: Path) -> None:
+    """The server looks for `closed` after it has written a prompt; here the process finds the prompt."""
+    inbox = Inbox(tmp_path / "prompts")
+    inbox.reopen()
+    assert inbox.close()
+    assert inbox.files.closed.exists()
+    inbox.reopen()
+    assert not inbox.files.closed.exists()
+    number = inbox.files.add(PromptRequest(prompt="a"), 0o600)
+    assert not inbox.close()
+    assert not inbox.files.closed.exists()
+    assert inbox.next() == number
+
+
+def test_old_answers_are_removed(tmp_path: Path) -> None:
+    files = PromptFiles(tmp_path)
+    for number in range(1, KEPT_PROMPTS + 4):
+        assert files.add(PromptRequest(prompt="a"), 0o600) == number
+        if number != 2:
+            log = AnswerLog(files.answer(number))
+            log.append(Ended())
+            log.close()
+    files.forget_old()
+    kept = files.numbers()
+    assert kept[:2] == [2, 4], "one that waits stays"
+    assert len(kept) == KEPT_PROMPTS + 1
+    assert files.add(PromptRequest(prompt="a"), 0o600) == KEPT_PROMPTS + 4
+
+
+def test_few_tokens_have_their_experts_written_down(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number = ask(folder, max_tokens=ROUTED_TOKENS + 8, routing=True, seed=3)
+    run(folder)
+    pieces = answer(folder, number)
+    [ended] = [piece for piece in pieces if isinstance(piece, Answered)]
+    assert sum(isinstance(piece, Routed) for piece in pieces) == min(ROUTED_TOKENS, ended.tokens)
