@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
+from llama_stack_provider_moe.spec.ablation_jobs import AblationMeasureSpec, AblationSpec
 from llama_stack_provider_moe.spec.adapter import (
     Adapter,
     AdapterGroup,
@@ -23,7 +24,6 @@ from llama_stack_provider_moe.spec.blocks import (
     Data,
     DType,
     Efficiency,
-    OneProcess,
     Optimizer,
     Resources,
     RowFormat,
@@ -35,7 +35,7 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
-from llama_stack_provider_moe.spec.labels import Labelled
+from llama_stack_provider_moe.spec.job import AnalysisJob, AnyJob
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.notify import Notify
 from llama_stack_provider_moe.spec.options import (
@@ -64,11 +64,15 @@ __all__ = [
     "JOB_SPEC",
     "PROJECT_PATTERN",
     "SMOOTHED_LOSSES",
+    "AblationMeasureSpec",
+    "AblationSpec",
     "Adapter",
     "AdapterGroup",
     "Analysis",
     "AnalysisData",
+    "AnalysisJob",
     "AnalysisOptions",
+    "AnalysisSpec",
     "AnalysisTraining",
     "AttentionModule",
     "Block",
@@ -121,7 +125,7 @@ __all__ = [
 
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
-Recipe = Literal[TrainingRecipe, "routing_analysis", "export"]
+Recipe = Literal[TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "export"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
 # API also names `kto_pair`, which TRL does not implement.
@@ -134,27 +138,7 @@ DPOLoss = Literal[
 SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 
 
-class _AnyJob(Labelled):
-    job_uuid: str | None = Field(
-        default=None, pattern=JOB_ID_PATTERN, description="Name of the job; left out: the server chooses one."
-    )
-    model: str = Field(
-        min_length=1,
-        max_length=1024,
-        description="Model to load: the result of one of your jobs (`JOB`, `JOB/merged`, `JOB/epoch-2`), a hub id, or "
-        "a folder under an allowed root.",
-    )
-    model_from: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1024,
-        description="Name of the job result that `model` named; the server fills it in and replaces `model` by a path "
-        "or hub id.",
-    )
-    resources: Resources = Field(default_factory=Resources)
-
-
-class TrainingJob(_AnyJob):
+class TrainingJob(AnyJob):
     """The fields that all jobs that train have in common."""
 
     if TYPE_CHECKING:
@@ -359,24 +343,13 @@ class BreakerSpec(TrainingJob):
         return sources
 
 
-class RoutingAnalysisSpec(_AnyJob):
+class RoutingAnalysisSpec(AnalysisJob):
     """Measures which experts serve which prompts; trains nothing."""
 
     recipe: Literal["routing_analysis"] = Field(
         description="Routing analysis: compare how often each expert is chosen on two or more data sets."
     )
-    data: AnalysisData = Field(description="Rows to compare: a block, its fields follow.")
     analysis: Analysis = Field(default_factory=Analysis)
-    training: AnalysisTraining = Field(default_factory=AnalysisTraining)
-    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
-    resources: OneProcess = Field(default_factory=OneProcess)
-    adapter_folder: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1024,
-        description="Adapter to load onto the model: the result of one of your jobs (`JOB`, `JOB/adapter`, "
-        "`JOB/epoch-2`), or a folder as for `model`; left out: none.",
-    )
 
     def row_sources(self) -> list[RowSource]:
         """The sets to compare."""
@@ -389,7 +362,8 @@ class RoutingAnalysisSpec(_AnyJob):
 
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-LoadingSpec = TrainingSpec | RoutingAnalysisSpec  # the jobs whose process loads the model
-JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | ExportSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | ExportSpec] = TypeAdapter(JobSpec)
+AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec
+LoadingSpec = TrainingSpec | AnalysisSpec  # the jobs whose process loads the model
+JobSpec = Annotated[TrainingSpec | AnalysisSpec | AblationSpec | ExportSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | AblationSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTrain
 MEASURED = (*GATE_NEEDS.values(), "tasks")
 OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from")
 
+_ANALYSES = ("routing_analysis", "ablation_measure")
+
 # Some fields of a block, as they are in JSON; the block itself checks them.
 Part = dict[str, Any]
 
@@ -96,7 +98,9 @@ class JobDefaults(Block):
         analysis: dict[str, type[Block]] = {"training": AnalysisTraining, "options": AnalysisOptions}
         for name in type(self).model_fields:
             defaults = getattr(self, name)
-            if body.get("recipe") == "routing_analysis":  # it has few of the blocks and few of their fields
+            if body.get("recipe") == "ablation":  # it has none of the blocks
+                continue
+            if body.get("recipe") in _ANALYSES:  # they have few of the blocks and few of their fields
                 known = analysis[name].model_fields if name in analysis else {}
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
             if body.get("recipe") == "export" and name != "export":

@@ -21,7 +21,7 @@ from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import write_atomic
-from llama_stack_provider_moe.spec import RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import Analysis, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, SetSummary, TokenChoice
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, TextRow
 
@@ -42,13 +42,22 @@ def load_routed(spec: RoutingAnalysisSpec) -> tuple[PreTrainedModel | PeftModel,
         raise ModelError(f"model: {spec.model!r} is dense; it has no experts to analyse")
     if spec.adapter_folder is None:
         return model.eval(), tokenizer, layout
-    folder = Path(spec.adapter_folder)
+    return with_adapter(model, Path(spec.adapter_folder), layout).eval(), tokenizer, layout
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, layout: ExpertLayout | None) -> PeftModel:
+    """The model with the adapter in `folder`, and with the router biases that were trained with it.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
         raise ModelError(f"adapter_folder: {str(folder)!r} is not an adapter of this model: {error}") from error
-    restore_biases(folder, adapted, layout)
-    return adapted.eval(), tokenizer, layout
+    if layout is not None:
+        restore_biases(folder, adapted, layout)
+    return adapted
 
 
 def read_prompts(
@@ -170,27 +179,49 @@ def analyse(
 
         counted[name] = count(model, layout, each, spec.training.batch_size, progress_of_all)
         done += len(each)
-    found = compare(counted, layout.moe_layers, spec.analysis, spec.options.seed)
+    return report_of(spec.model, spec.adapter_folder, layout, counted, spec.data.sets, spec.analysis, spec.options.seed)
+
+
+def report_of(
+    model: str,
+    adapter: str | None,
+    layout: ExpertLayout,
+    counted: Mapping[str, Counts],
+    sources: Mapping[str, str],
+    settings: Analysis,
+    seed: int,
+) -> RoutingReport:
+    """Compare what was counted.
+
+    Args:
+        model: name of the model.
+        adapter: folder of the adapter on it, if any.
+        layout: of its experts.
+        counted: name of a set -> its counts.
+        sources: name of a set -> id of its data set, or its file.
+        settings: of the analysis.
+        seed: of the resampling.
+    """
     report = RoutingReport(
-        model=spec.model,
-        adapter=spec.adapter_folder,
+        model=model,
+        adapter=adapter,
         family=layout.family,
         moe_layers=list(layout.moe_layers),
         num_experts=layout.choices,
         top_k=layout.top_k,
-        tokens=spec.analysis.tokens,
-        confidence=spec.analysis.confidence,
-        resamples=spec.analysis.resamples,
-        permutations=spec.analysis.permutations,
-        seed=spec.options.seed,
+        tokens=settings.tokens,
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        permutations=settings.permutations,
+        seed=seed,
         sets={
-            name: SetSummary(source=spec.data.sets[name], rows=len(each), tokens=int(counted[name].tokens_N.sum()))
-            for name, each in prompts.items()
+            name: SetSummary(source=sources[name], rows=len(each.tokens_N), tokens=int(each.tokens_N.sum()))
+            for name, each in counted.items()
         },
-        layers=found,
+        layers=compare(counted, layout.moe_layers, settings, seed),
         top={},
     )
-    top = {name: [one for one in report.ranked(name) if one.difference > 0][: spec.analysis.top] for name in prompts}
+    top = {name: [one for one in report.ranked(name) if one.difference > 0][: settings.top] for name in counted}
     return report.model_copy(update={"top": top})
 
 
