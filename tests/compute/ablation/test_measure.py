@@ -204,8 +204,8 @@ def test_figures_by_hand() -> None:
 
 
 def test_the_command_writes_measurements_routing_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, words in (("target", "the garden in spring"), ("baseline", "two and three")):
-        rows = [{"prompt": f"Tell me {number} facts of {words}"} for number in range(6)]
+    for name, subjects in (("target", "the garden in spring"), ("baseline", "two and three")):
+        rows = [{"prompt": f"Tell me {number} facts of {subjects}"} for number in range(6)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     words = [str(folder_of("mixtral")), "--set", f"target={tmp_path / 'target.jsonl'}", "--set",
              f"baseline={tmp_path / 'baseline.jsonl'}", "--dtype", "fp32", "--out", str(tmp_path / "out")]  # fmt: skip

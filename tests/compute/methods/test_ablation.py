@@ -20,7 +20,7 @@ from llama_stack_provider_moe.compute.methods.ablation import (
     untouched,
     without,
 )
-from llama_stack_provider_moe.spec.ablation import NormPreserving
+from llama_stack_provider_moe.spec.ablation import DirectionKind, NormPreserving
 
 WIDTH, INPUTS, EXPERTS = 96, 160, 8
 
@@ -35,7 +35,8 @@ def unit(seed: int = 1, sparsity: float = 0.0) -> Tensor:
 
 
 def columns(weight_HI: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight_HI, dim=0)
+    norms: Tensor = torch.linalg.vector_norm(weight_HI, dim=0)
+    return norms
 
 
 def test_a_direction_by_hand() -> None:
@@ -64,7 +65,7 @@ def test_a_projected_direction_has_nothing_of_the_means() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "projected"])
-def test_means_that_do_not_differ_have_no_direction(kind: ablation.DirectionKind) -> None:
+def test_means_that_do_not_differ_have_no_direction(kind: DirectionKind) -> None:
     mean = noise(WIDTH)
     with pytest.raises(NoDirection, match="the two means are equal"):
         direction(mean, mean.clone(), kind)
