@@ -15,6 +15,7 @@ jobs/<job_uuid>/
   artifacts/model/       the final model, if all weights were trained           written by the training process
   artifacts/merged/      base plus adapter, on request                          written by the training process
   artifacts/routing/     a routing analysis: routing.json and its charts        written by the training process
+  artifacts/measurements/ mean states of `ablation_measure`, and their report   written by the training process
   before.json            what `eval` measured before training                   written by the training process
   artifacts/evaluation/  eval.json: before, after, differences                  written by the training process
   trackers/<name>/       files of TensorBoard, trackio, MLflow or wandb         written by the training process
@@ -39,7 +40,7 @@ from pydantic import BaseModel, Field
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_FILE, require_current
 from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.jobdir.reading import read_as, read_with, unknown_fields
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, ExportSpec, InferenceJob, JobSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec, TrainingSpec
 
 ArtifactKind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation", "gguf"]
 
@@ -98,6 +99,7 @@ class JobFolder:
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
         self.routing = root / "artifacts" / "routing"
+        self.measurements = root / "artifacts" / "measurements"
         self.before = root / "before.json"
         self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
@@ -115,7 +117,7 @@ class JobFolder:
 
     def checkpoints(self, spec: JobSpec) -> Path:
         """Return the folder of the checkpoints. Inside a `checkpoint_dir`, each job has its own folder."""
-        if isinstance(spec, InferenceJob | ExportSpec) or spec.checkpoint_dir is None:
+        if not isinstance(spec, TrainingSpec) or spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, InferenceJob, JobSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 
 STATE_VARIABLE = "MOE_STATE_DIR"
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/((?:adapter|model|merged|(?:epoch|step)-\d+)))?")
@@ -88,6 +89,24 @@ def job_or_artifact(name: str, option: str) -> str:
     return name if found is None else str(found[1])
 
 
+def measurements_file(name: str, option: str) -> Path:
+    """Return a file of measurements: the file itself, that in a folder, or that of a job.
+
+    Raises:
+        InvalidInput: there is no such file, or the job has not measured.
+    """
+    job = _job(name)
+    path = Path(name) if job is None else job.folder / "artifacts" / "measurements"
+    path = path / MEASUREMENTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InvalidInput(
+            option,
+            name,
+            f"a {MEASUREMENTS_FILE}, its folder, or the name of a completed job of recipe ablation_measure",
+        )
+    return path
+
+
 def _found(name: str, option: str) -> tuple[_Job, Path] | None:
     match = _NAME.fullmatch(name)
     job = None if match is None else _job(match[1])
@@ -136,7 +155,7 @@ def _artifact(job: _Job, name: str) -> Path | None:
     """Return the folder of the job's artifact; for `merged`, also look in the job's exports."""
     places = [job.folder / "artifacts", job.folder / "checkpoints"]
     spec = job.spec
-    if not isinstance(spec, ExportSpec | InferenceJob) and spec.checkpoint_dir is not None:
+    if isinstance(spec, TrainingSpec) and spec.checkpoint_dir is not None:
         places.append(Path(spec.checkpoint_dir) / job.name)
     if name == "merged":
         places += [path.parent for path in sorted(_jobs().glob("*/artifacts/merged")) if _is_export_of(path, job)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_validator
 
+from llama_stack_provider_moe.spec.ablation_jobs import AblationMeasureSpec, AblationSpec
 from llama_stack_provider_moe.spec.adapter import (
     Adapter,
     AdapterGroup,
@@ -35,7 +36,12 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
-from llama_stack_provider_moe.spec.inference_jobs import InferenceJob, PlaygroundSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec.inference_jobs import (
+    AnalysisJob,
+    InferenceJob,
+    PlaygroundSpec,
+    RoutingAnalysisSpec,
+)
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.notify import Notify
 from llama_stack_provider_moe.spec.options import (
@@ -60,11 +66,15 @@ __all__ = [
     "JOB_SPEC",
     "PROJECT_PATTERN",
     "SMOOTHED_LOSSES",
+    "AblationMeasureSpec",
+    "AblationSpec",
     "Adapter",
     "AdapterGroup",
     "Analysis",
     "AnalysisData",
+    "AnalysisJob",
     "AnalysisOptions",
+    "AnalysisSpec",
     "AnalysisTraining",
     "AttentionModule",
     "Block",
@@ -120,7 +130,7 @@ __all__ = [
 
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
-Recipe = Literal[TrainingRecipe, "routing_analysis", "playground", "export"]
+Recipe = Literal[TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "playground", "export"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
 # API also names `kto_pair`, which TRL does not implement.
@@ -339,7 +349,8 @@ class BreakerSpec(TrainingJob):
 
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-LoadingSpec = TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
-JobSpec = Annotated[TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | RoutingAnalysisSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
+AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec
+LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
+JobSpec = Annotated[TrainingSpec | AnalysisSpec | AblationSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | AblationSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from llama_stack_provider_moe.spec.ablation import MeasureTraining
 from llama_stack_provider_moe.spec.adapter import Adapter
 from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
 from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluation
@@ -29,6 +30,8 @@ DEFAULT_BLOCKS: dict[str, type[Block]] = {
 # Recipes with few of the blocks, and few of their fields.
 _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
+    "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
+    "ablation": {},
     "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
 }
 

@@ -24,16 +24,21 @@ class InferenceJob(AnyJob):
     )
 
 
-class RoutingAnalysisSpec(InferenceJob):
+class AnalysisJob(InferenceJob):
+    """A job that runs named sets of rows through a model and trains nothing."""
+
+    data: AnalysisData = Field(description="Rows to compare: a block, its fields follow.")
+    training: AnalysisTraining = Field(default_factory=AnalysisTraining)
+    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
+
+
+class RoutingAnalysisSpec(AnalysisJob):
     """Measures which experts serve which prompts; trains nothing."""
 
     recipe: Literal["routing_analysis"] = Field(
         description="Routing analysis: compare how often each expert is chosen on two or more data sets."
     )
-    data: AnalysisData = Field(description="Rows to compare: a block, its fields follow.")
     analysis: Analysis = Field(default_factory=Analysis)
-    training: AnalysisTraining = Field(default_factory=AnalysisTraining)
-    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
 
     def row_sources(self) -> list[RowSource]:
         """The sets to compare."""

@@ -111,7 +111,7 @@ class GgufCommand(JsonCommandLine):
     type: GgufType | None = option(None, "Type of the weights (required).")
 
 
-def _settings_of(*blocks: type[Block], only: tuple[str, ...] | None = None) -> dict[str, Any]:
+def settings_of(*blocks: type[Block], only: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Options with the names, defaults and meanings of a job's settings. The blocks check the values."""
     return {
         name: (Any, option(field.get_default(), str(field.description), metavar(field)))
@@ -134,7 +134,7 @@ class RoutingCommand(JsonCommandLine):
 ROUTING_COMMAND: type[RoutingCommand] = create_model(
     "RoutingCommand",
     __base__=RoutingCommand,
-    **_settings_of(Analysis, AnalysisTraining, AnalysisOptions),
+    **settings_of(Analysis, AnalysisTraining, AnalysisOptions),
 )
 
 
@@ -181,7 +181,7 @@ class EvaluationCommand(JsonCommandLine):
 EVALUATION_COMMAND: type[EvaluationCommand] = create_model(
     "EvaluationCommand",
     __base__=EvaluationCommand,
-    **_settings_of(SafetyEvaluation, only=_PLAIN),
+    **settings_of(SafetyEvaluation, only=_PLAIN),
 )
 
 
@@ -191,12 +191,7 @@ def routing_job(command: RoutingCommand) -> tuple[RoutingAnalysisSpec, dict[str,
     Raises:
         InvalidInput: a value is not valid.
     """
-    sets: dict[str, str] = {}
-    for given in command.set:
-        name, equals, path = given.partition("=")
-        if not equals or name in sets:
-            raise InvalidInput("--set", given, "NAME=FILE, each name once")
-        sets[name] = path
+    sets = named_files(command.set)
     body = {
         "recipe": "routing_analysis",
         "model": command.model,
@@ -209,7 +204,22 @@ def routing_job(command: RoutingCommand) -> tuple[RoutingAnalysisSpec, dict[str,
     try:
         return RoutingAnalysisSpec.model_validate(body), {name: Path(path) for name, path in sets.items()}
     except ValidationError as error:
-        raise InvalidBody(_problems(error)) from None
+        raise InvalidBody(problems_of(error)) from None
+
+
+def named_files(given: list[str]) -> dict[str, str]:
+    """Name -> file of each `--set NAME=FILE`.
+
+    Raises:
+        InvalidInput: one has another form, or a name occurs twice.
+    """
+    sets: dict[str, str] = {}
+    for each in given:
+        name, equals, path = each.partition("=")
+        if not equals or name in sets:
+            raise InvalidInput("--set", each, "NAME=FILE, each name once")
+        sets[name] = path
+    return sets
 
 
 def evaluation_settings(command: EvaluationCommand) -> SafetyEvaluation:
@@ -247,7 +257,7 @@ def evaluation_settings(command: EvaluationCommand) -> SafetyEvaluation:
     try:
         return SafetyEvaluation.model_validate(body)
     except ValidationError as error:
-        raise InvalidBody(_problems(error)) from None
+        raise InvalidBody(problems_of(error)) from None
 
 
 def _limits(command: EvaluationCommand) -> dict[str, str]:
@@ -277,7 +287,8 @@ def _of_analysis(command: EvaluationCommand, file: str) -> tuple[dict[str, str],
     return found, made_for(report, f"{path.name}, set {name}, top {top}").model_dump()
 
 
-def _problems(error: ValidationError) -> list[str]:
+def problems_of(error: ValidationError) -> list[str]:
+    """Each problem of a block as `field: reason`."""
     return [
         f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}".removeprefix(": ")
         for each in error.errors()

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
-from llama_stack_provider_moe.spec import RoutingAnalysisSpec, RowKind
+from llama_stack_provider_moe.spec import AblationMeasureSpec, RoutingAnalysisSpec, RowKind
+from llama_stack_provider_moe.spec.ablation_jobs import LEAST_ROWS
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
 from llama_stack_provider_moe.spec.row_files import FileRow, RowFile
@@ -53,6 +54,16 @@ def routing_rows(path: Path, spec: RoutingAnalysisSpec) -> list[str]:
     """
     answered = spec.analysis.tokens == "response"
     return _lines(path, "--set", 2, lambda row, number: conversation(row, number, spec.data.format, answered))
+
+
+def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
+    """Return the canonical rows of one set of `moe-train ablate measure`, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or has too few rows.
+        InvalidRows: rows are not valid.
+    """
+    return _lines(path, "--set", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
 
 
 def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:

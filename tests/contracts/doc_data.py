@@ -28,6 +28,8 @@ BASES: list[dict[str, Any]] = [
     {"recipe": "circuit_breaker", "model": "m", "data": {"dataset_id": "d"},
      "circuit_breaker": {"retain": {"dataset_id": "r"}, "target_layers": "1,2"}},
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},
+    {"recipe": "ablation_measure", "model": "m", "data": {"sets": {"target": "d", "baseline": "e"}}},
+    {"recipe": "ablation", "model": "m", "measurements": "job", "ablate": [{"layer": 1, "measurement": 1}]},
     {"recipe": "export", "of": "job", "export": {"merged": True}},
 ]  # fmt: skip
 

@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
 from llama_stack_provider_moe.spec import (
+    AblationMeasureSpec,
+    AblationSpec,
     Adapter,
     Analysis,
     AnalysisData,
@@ -50,6 +52,7 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
+from llama_stack_provider_moe.spec.ablation import AblatedLayers, ContrastData, Measure, MeasureTraining
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
@@ -121,6 +124,23 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`playground`", "playground.", Playground, set()),
     ("`training` of playground jobs", "training.", PlaygroundTraining, set()),
     ("`options` of playground jobs", "options.", PlaygroundOptions, set()),
+    (
+        "Measuring for an ablation: `job_uuid`, `model`, `labels`, `note`, `resources`, `options` and `adapter_folder` "
+        "as for routing analysis jobs, and",
+        "",
+        AblationMeasureSpec,
+        {"job_uuid", "model", "model_from", "resources", "labels", "note", "options", "adapter_folder"},
+    ),
+    ("`data` of measuring jobs", "data.", ContrastData, set()),
+    ("`measure`", "measure.", Measure, set()),
+    ("`training` of measuring jobs", "training.", MeasureTraining, set()),
+    (
+        "Ablation jobs: `job_uuid`, `model`, `labels`, `note` and `resources` (of one process) as above, and",
+        "",
+        AblationSpec,
+        {"job_uuid", "model", "model_from", "resources", "labels", "note"},
+    ),
+    ("Each of `ablate`", "ablate.N.", AblatedLayers, set()),
     (
         "Export jobs: `job_uuid`, `resources` and `export` as above, and",
         "",

@@ -62,6 +62,7 @@ ROOMS: dict[str, Room] = {
     "compute.export": _room(25, _MODEL + "pydantic jinja2 httpx huggingface_hub"),
     "compute.analysis": _room(25, _MODEL + "pydantic numpy matplotlib"),
     "compute.planning": _room(25, _MODEL + "pydantic trl"),
+    "compute.ablation": _room(26, _MODEL + "pydantic numpy"),
     "compute.train": _room(26, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb"),
     "compute.recipes": _room(27, _MODEL + "pydantic trl datasets"),
     "compute.worker": _room(28, "torch transformers datasets ray"),

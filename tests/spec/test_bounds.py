@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from llama_stack_provider_moe.control.server.wire_requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.spec import (
+    AblationMeasureSpec,
+    AblationSpec,
     BreakerSpec,
     DPOSpec,
     ExportSpec,
@@ -24,7 +26,8 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 ROOTS: tuple[type[BaseModel], ...] = (
-    SFTSpec, DPOSpec, BreakerSpec, RoutingAnalysisSpec, ExportSpec, ProviderConfig, RoutingReport,
+    SFTSpec, DPOSpec, BreakerSpec, RoutingAnalysisSpec, AblationMeasureSpec, AblationSpec, ExportSpec,
+    ProviderConfig, RoutingReport,
 )  # fmt: skip
 LARGEST = 2**53  # beyond it, JSON's numbers are not exact
 

@@ -24,10 +24,12 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
     blocks: dict[str, dict[str, Any]] = {
         "circuit_breaker": {"circuit_breaker": named},
         "routing_analysis": {"data": {"sets": {"a": "a", "b": "b"}}},
+        "ablation_measure": {"data": {"sets": {"target": "a", "baseline": "b"}}},
+        "ablation": {"measurements": "a", "ablate": [{"layer": 1, "measurement": 1}]},
         "export": {"of": "a", "export": {"merged": True}},
     }
     body: dict[str, Any] = {"recipe": name, "model": "m", "data": {"dataset_id": "a"}} | blocks.get(name, {})
-    if name in ("export", "playground"):
+    if name in ("export", "playground", "ablation"):
         del body["data"]
     assert type(JOB_SPEC.validate_python(body)) is RECIPES[name].spec
 

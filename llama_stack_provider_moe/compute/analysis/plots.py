@@ -47,7 +47,8 @@ def heat_maps(report: RoutingReport, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
     # Without pyplot, which would look for a screen and keep every figure.
     from matplotlib.figure import Figure
 
@@ -80,7 +81,7 @@ def _maps(report: RoutingReport, maps: dict[str, _Map], titles: dict[str, str], 
     layers, experts = len(report.moe_layers), report.num_experts
     width = min(14.0, max(5.0, 2.2 + 0.11 * experts))
     height = min(7.0, max(1.8, 1.1 + 0.2 * layers))
-    figure = _figure(width, height * len(maps) + 0.2)
+    figure = new_figure(width, height * len(maps) + 0.2)
     axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         image = axis.imshow(values, aspect="auto", interpolation="nearest", **scale)
@@ -93,13 +94,13 @@ def _maps(report: RoutingReport, maps: dict[str, _Map], titles: dict[str, str], 
 
 def _experts_and_layers(axis: "Axes", report: RoutingReport) -> None:
     axis.set_ylabel("layer")
-    places = _ticks(report.num_experts)
+    places = ticks(report.num_experts)
     axis.set_xticks(places, [str(place) for place in places])
-    rows = _ticks(len(report.moe_layers))
+    rows = ticks(len(report.moe_layers))
     axis.set_yticks(rows, [str(report.moe_layers[row]) for row in rows])
 
 
-def _ticks(count: int) -> list[int]:
+def ticks(count: int) -> list[int]:
     """Places of labels that do not overlap: every one, or every 2nd, 4th, 8th ... if there are many."""
     step = 1
     while count / step > MOST_TICKS:
@@ -109,7 +110,7 @@ def _ticks(count: int) -> list[int]:
 
 def _information(report: RoutingReport) -> "Figure":
     """Mutual information of each layer, and what shuffled rows show."""
-    figure = _figure(7.5, 3.6)
+    figure = new_figure(7.5, 3.6)
     axis = figure.subplots()
     layers = [layer.layer for layer in report.layers]
     found = [layer.mutual_information for layer in report.layers]
@@ -120,7 +121,7 @@ def _information(report: RoutingReport) -> "Figure":
     axis.set_xlabel("layer")
     axis.set_ylabel("nats")
     axis.set_ylim(bottom=0)
-    axis.set_xticks([layers[place] for place in _ticks(len(layers))])
+    axis.set_xticks([layers[place] for place in ticks(len(layers))])
     axis.set_title(f"mutual information of set and expert (at most ln {len(report.sets)} = "
                    f"{np.log(len(report.sets)):.3f})", fontsize=10)  # fmt: skip
     axis.legend(fontsize=8, frameon=False)
@@ -131,7 +132,7 @@ def _top(report: RoutingReport) -> "Figure":
     """Each set's experts with the largest difference, with intervals."""
     names = list(report.sets)
     count = max([1, *(len(ranked) for ranked in report.top.values())])
-    figure = _figure(4.6 * len(names), max(2.4, 1.2 + 0.22 * min(count, 2 * MOST_TICKS)))
+    figure = new_figure(4.6 * len(names), max(2.4, 1.2 + 0.22 * min(count, 2 * MOST_TICKS)))
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         ranked = report.top[name][: 2 * MOST_TICKS]

@@ -81,14 +81,14 @@ def count(
                 model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
             for place, layer in enumerate(layout.moe_layers):
                 chosen_TK = recorder.chosen_in(layer)
-                routed_NLE[rows, place] = _by_row(chosen_TK, counts_BT, layout.choices).cpu().numpy()
+                routed_NLE[rows, place] = by_row(chosen_TK, counts_BT, layout.choices).cpu().numpy()
             progress(start + len(rows))
     finally:
         recorder.close()
     return Counts(routed_NLE, tokens_N)
 
 
-def _by_row(chosen_TK: torch.Tensor, counts_BT: torch.Tensor, num_experts: int) -> torch.Tensor:
+def by_row(chosen_TK: torch.Tensor, counts_BT: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Number of tokens of each row that went to each expert, (B, E); T = B x length."""
     batch, length = counts_BT.shape
     chosen_BX = chosen_TK.reshape(batch, -1)

@@ -19,7 +19,7 @@ from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import write_atomic
-from llama_stack_provider_moe.spec import RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import Analysis, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, SetSummary, TokenChoice
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, TextRow
 
@@ -159,27 +159,49 @@ def analyse(
 
         counted[name] = count(model, layout, each, spec.training.batch_size, progress_of_all)
         done += len(each)
-    found = compare(counted, layout.moe_layers, spec.analysis, spec.options.seed)
+    return report_of(spec.model, spec.adapter_folder, layout, counted, spec.data.sets, spec.analysis, spec.options.seed)
+
+
+def report_of(
+    model: str,
+    adapter: str | None,
+    layout: ExpertLayout,
+    counted: Mapping[str, Counts],
+    sources: Mapping[str, str],
+    settings: Analysis,
+    seed: int,
+) -> RoutingReport:
+    """Compare what was counted.
+
+    Args:
+        model: name of the model.
+        adapter: folder of the adapter on it, if any.
+        layout: of its experts.
+        counted: name of a set -> its counts.
+        sources: name of a set -> id of its data set, or its file.
+        settings: of the analysis.
+        seed: of the resampling.
+    """
     report = RoutingReport(
-        model=spec.model,
-        adapter=spec.adapter_folder,
+        model=model,
+        adapter=adapter,
         family=layout.family,
         moe_layers=list(layout.moe_layers),
         num_experts=layout.choices,
         top_k=layout.top_k,
-        tokens=spec.analysis.tokens,
-        confidence=spec.analysis.confidence,
-        resamples=spec.analysis.resamples,
-        permutations=spec.analysis.permutations,
-        seed=spec.options.seed,
+        tokens=settings.tokens,
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        permutations=settings.permutations,
+        seed=seed,
         sets={
-            name: SetSummary(source=spec.data.sets[name], rows=len(each), tokens=int(counted[name].tokens_N.sum()))
-            for name, each in prompts.items()
+            name: SetSummary(source=sources[name], rows=len(each.tokens_N), tokens=int(each.tokens_N.sum()))
+            for name, each in counted.items()
         },
-        layers=found,
+        layers=compare(counted, layout.moe_layers, settings, seed),
         top={},
     )
-    top = {name: [one for one in report.ranked(name) if one.difference > 0][: spec.analysis.top] for name in prompts}
+    top = {name: [one for one in report.ranked(name) if one.difference > 0][: settings.top] for name in counted}
     return report.model_copy(update={"top": top})
 
 

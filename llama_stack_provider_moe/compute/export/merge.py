@@ -17,8 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -31,7 +30,6 @@ from llama_stack_provider_moe.compute.export.card import config_text, find_sourc
 from llama_stack_provider_moe.compute.export.model_card import CARD, model_card
 from llama_stack_provider_moe.compute.export.places import TensorPlace
 from llama_stack_provider_moe.compute.export.plan import MergePlan, make_plan
-from llama_stack_provider_moe.compute.export.staging import staging_folder
 from llama_stack_provider_moe.compute.export.tensors import (
     INDEX,
     SINGLE,
@@ -43,9 +41,10 @@ from llama_stack_provider_moe.compute.export.tensors import (
     shards,
 )
 from llama_stack_provider_moe.compute.export.updates import Update
+from llama_stack_provider_moe.compute.export.whole_folder import SLACK_BYTES, check_room, complete_or_nothing
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.adapters import below_layer
-from llama_stack_provider_moe.errors import InvalidInput, ModelError, NoRoom
+from llama_stack_provider_moe.errors import InvalidInput, ModelError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.checkpoint_index import sync
 from llama_stack_provider_moe.jobdir.local_names import adapter_folder, whole_model
@@ -56,7 +55,6 @@ from llama_stack_provider_moe.spec.local_commands import MergeCommand
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 5_000_000_000
 _MIN_SHARD_BYTES = 1_000
-_SLACK_BYTES = 1 << 20  # for folders and half-filled blocks of the file system
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,9 @@ def merge(
         "config.json": config_text(folder, None if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")),
         CARD: model_card("merged", str(base), source, adapted),
     }
-    with _complete_or_nothing(target) as written:
+    with complete_or_nothing(target, "merging", "a folder that no other merge is writing") as written:
         parts = shards([plan.written(entry) for entry in plan.entries], shard_bytes)
-        _check_room(target, parts, [*files.values()], [*texts.values()])
+        check_room(target, _bytes_of(parts, [*files.values()], [*texts.values()]))
         start = time.monotonic()
         _write_weights(plan, parts, written, say)
         seconds = time.monotonic() - start
@@ -149,32 +147,13 @@ def merge(
 def bytes_needed(base: str | Path, adapter: Path, dtype: str | None = None) -> int:
     """Bytes that `merge` will write, to within a megabyte; raises the same errors."""
     plan = make_plan(model_folder(base, "base"), adapter, None if dtype is None else DTYPES[dtype])
-    return sum(plan.written(entry).nbytes for entry in plan.entries) + _SLACK_BYTES
+    return sum(plan.written(entry).nbytes for entry in plan.entries) + SLACK_BYTES
 
 
-@contextmanager
-def _complete_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is synced and renamed to it; files of an earlier, killed merge are removed."""
-    with staging_folder(target, "merging", "a folder that no other merge is writing") as parts:
-        try:
-            yield parts
-            for path in parts.iterdir():
-                sync(path)
-            sync(parts)
-            os.rename(parts, target)
-            sync(target.parent)
-        except BaseException:
-            shutil.rmtree(parts, ignore_errors=True)
-            raise
-
-
-def _check_room(target: Path, parts: list[list[TensorEntry]], files: list[Path], texts: list[str]) -> None:
-    needed = sum(len(header(part)) + sum(entry.nbytes for entry in part) for part in parts) + _SLACK_BYTES
+def _bytes_of(parts: list[list[TensorEntry]], files: list[Path], texts: list[str]) -> int:
+    needed = sum(len(header(part)) + sum(entry.nbytes for entry in part) for part in parts)
     needed += sum(file.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
-    needed += len(_index(parts).encode())
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise NoRoom(f"out: {target} needs {needed:,} bytes, and its disk has {free:,} free; nothing was written")
+    return needed + len(_index(parts).encode())
 
 
 def _file_name(number: int, count: int) -> str:

@@ -48,7 +48,7 @@ def make_plan(folder: Path, adapter: Path, dtype: torch.dtype | None) -> MergePl
         made_of.setdefault(place.parameter, []).append(name)
     for parameter in updates.parameters:
         names = made_of.get(parameter, [])
-        _check_tiling(parameter, updates.shapes[parameter], {name: (places[name], shapes[name]) for name in names})
+        check_tiling(parameter, updates.shapes[parameter], {name: (places[name], shapes[name]) for name in names})
         for name in names:
             if disk[name].dtype not in _MERGED_DTYPES:
                 raise ModelError(f"base: {name} is stored as {disk[name].dtype}; expected 16 or 32 bits, not quantised")
@@ -78,9 +78,7 @@ def _blank(folder: Path) -> PreTrainedModel:
         raise ModelError(f"base: {folder} is not a causal language model that can be built here: {text}") from error
 
 
-def _check_tiling(
-    parameter: str, shape: tuple[int, ...], found: dict[str, tuple[TensorPlace, tuple[int, ...]]]
-) -> None:
+def check_tiling(parameter: str, shape: tuple[int, ...], found: dict[str, tuple[TensorPlace, tuple[int, ...]]]) -> None:
     """Check that the tensors on disk form the whole parameter, with no piece twice."""
     if not found:
         raise ModelError(f"base: {parameter} has LoRA, but the base's files have no tensor for it")

@@ -62,15 +62,24 @@ def load_adapted(spec: RoutingAnalysisSpec | PlaygroundSpec, template_needed: bo
     layout = find_layout(model)
     if spec.adapter_folder is None:
         return Adapted(model.eval(), tokenizer, layout, {})
-    folder = Path(spec.adapter_folder)
     biases = {} if layout is None else {layer: bias.clone() for layer, bias in layout.biases(model).items()}
+    adapted = with_adapter(model, Path(spec.adapter_folder), layout)
+    return Adapted(adapted.eval(), tokenizer, layout, biases)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, layout: ExpertLayout | None) -> PeftModel:
+    """Return the model with the adapter in `folder`, and with the router biases that were trained with it.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
         raise ModelError(f"adapter_folder: {str(folder)!r} is not an adapter of this model: {error}") from error
     if layout is not None:
         restore_biases(folder, adapted, layout)
-    return Adapted(adapted.eval(), tokenizer, layout, biases)
+    return adapted
 
 
 def _copy(source: dict[int, Tensor], target: dict[int, Tensor]) -> None:

@@ -9,6 +9,8 @@ from llama_stack_provider_moe.control.cli import model_checks
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.redaction import without_passwords
 from llama_stack_provider_moe.jobdir import local_names
+from llama_stack_provider_moe.spec.ablate_commands import AnalyzeCommand, MeasureCommand, measure_job
+from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES
 from llama_stack_provider_moe.spec.local_commands import (
     EVALUATION_SETS,
@@ -21,7 +23,7 @@ from llama_stack_provider_moe.spec.local_commands import (
     evaluation_settings,
     routing_job,
 )
-from llama_stack_provider_moe.spec.local_rows import FILE_OF_ROWS, evaluation_files, routing_rows
+from llama_stack_provider_moe.spec.local_rows import FILE_OF_ROWS, evaluation_files, measured_rows, routing_rows
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
 
 _EVALUATION_REPORT = "eval.json"
@@ -70,6 +72,26 @@ def routing(command: RoutingCommand) -> None:
     _contents(model, adapter)
     for path in files.values():
         routing_rows(path, spec)
+
+
+def measure(command: MeasureCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    model, adapter = _model_and_adapter(command.model, command.adapter)
+    spec, files = measure_job(command)
+    for path in files.values():
+        _readable(path, "--set")
+    _without_report(command.out, MEASUREMENTS_FILE)
+    _contents(model, adapter)
+    for path in files.values():
+        measured_rows(path, spec)
+
+
+def analyze_directions(command: AnalyzeCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    path = Path(command.measurements)
+    path = path / MEASUREMENTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InvalidInput("FILE", command.measurements, f"a {MEASUREMENTS_FILE} or its folder; no such file exists")
 
 
 def evaluate(command: EvaluationCommand) -> None:

@@ -1,4 +1,4 @@
-"""Commands that need torch and no server: `upcycle`, `eval`, `families`, `analyze routing`, and those of `export`.
+"""Commands that need torch and no server: `upcycle`, `eval`, `families`, `analyze`, `ablate`, and those of `export`.
 
 Arguments are checked here, without torch; then a separate process does the work.
 """
@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import typer
 
-from llama_stack_provider_moe.control.cli import local, local_checks
+from llama_stack_provider_moe.control.cli import ablate, local, local_checks
 from llama_stack_provider_moe.control.cli.help_words import App
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.control.cli.typed_options import command
+from llama_stack_provider_moe.spec.ablate_commands import MEASURE_COMMAND, AnalyzeCommand, ApplyCommand
 from llama_stack_provider_moe.spec.command_words import CommandLine
 from llama_stack_provider_moe.spec.local_commands import (
     EVALUATION_COMMAND,
@@ -22,9 +23,11 @@ from llama_stack_provider_moe.spec.local_commands import (
     UpcycleCommand,
 )
 
+_ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it out of a model. Needs torch."
+
 
 def register(app: typer.Typer) -> None:
-    """Add `upcycle`, `eval`, `families` and `analyze routing` to `moe-train`."""
+    """Add `upcycle`, `eval`, `families`, `analyze routing` and `ablate` to `moe-train`."""
     app.command(name="upcycle")(
         command(
             UpcycleCommand,
@@ -54,6 +57,34 @@ def register(app: typer.Typer) -> None:
             ROUTING_COMMAND,
             "Compare two or more sets of rows: which experts does the model route each of them to?",
             _process("compute.analysis.routing", local_checks.routing),
+        )
+    )
+
+    ablate = App(help=_ABLATE, no_args_is_help=True)
+    app.add_typer(ablate, name="ablate")
+    _register_ablation(ablate)
+
+
+def _register_ablation(app: typer.Typer) -> None:
+    app.command(name="measure")(
+        command(
+            MEASURE_COMMAND,
+            "Measure the mean hidden states of two sets of prompts after every decoder block.",
+            _process("compute.ablation.measure_command", local_checks.measure),
+        )
+    )
+    app.command(name="analyze")(
+        command(
+            AnalyzeCommand,
+            "Show how well the direction after each block tells the two sets apart, and which blocks agree.",
+            _process("compute.ablation.analyze_command", local_checks.analyze_directions),
+        )
+    )
+    app.command(name="apply")(
+        command(
+            ApplyCommand,
+            "Write a model without the directions that a plan names, one tensor at a time.",
+            ablate.apply,
         )
     )
 

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.spec.command_words import (
     checked,
     is_list,
     metavar,
+    plain_type,
     written,
 )
 
@@ -30,7 +31,7 @@ def command[Kind: CommandLine](
         act: called with the checked command line; returns the exit code.
     """
 
-    def run(context: typer.Context, as_json: bool, **given: str | list[str] | None) -> None:
+    def run(context: typer.Context, as_json: bool, **given: str | bool | list[str] | None) -> None:
         stated = {name: value for name, value in given.items() if _is_typed(context, name)}
         end(as_json, lambda screen: act(screen, checked(kind, stated)))
 
@@ -48,6 +49,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         argument = typer.Argument(metavar=metavar(field), help=field.description)
         return _keyword(name, Annotated[str, argument], inspect.Parameter.empty)
     default = field.get_default(call_default_factory=True)
+    if plain_type(field) is bool:
+        return _keyword(name, Annotated[bool, typer.Option(written(name, field), help=field.description)], default)
     option = typer.Option(written(name, field), metavar=metavar(field), help=field.description)
     if is_list(field):
         return _keyword(name, Annotated[list[str] | None, option], None)

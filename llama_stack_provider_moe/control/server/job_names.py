@@ -13,7 +13,7 @@ from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec import JobSpec, LoadingSpec
+from llama_stack_provider_moe.spec import JobSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 MODEL_FIELDS = ("model", "eval.judge.model")
@@ -66,7 +66,7 @@ class JobNames:
     async def resolve(
         self,
         request: Draft,
-        spec: LoadingSpec,
+        spec: resolve.NamingSpec,
         job_id: str,
         store: JobStore,
         whose: str | None,

@@ -22,7 +22,7 @@ from llama_stack_provider_moe.control.server import hub_rows
 from llama_stack_provider_moe.errors import Forbidden, InvalidInput, NotFound, shorten
 from llama_stack_provider_moe.ground.small_files import real_path
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import ExportSpec, InferenceJob
+from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 
@@ -190,8 +190,8 @@ def _checkpoint_folders(path: Path, config: ProviderConfig) -> Iterator[Path]:
             spec = job.read_spec()
         except (OSError, ValueError):
             continue  # the job is damaged, so its folders are unknown
-        # A job without training writes no checkpoints.
-        elsewhere = not isinstance(spec, InferenceJob | ExportSpec) and spec.checkpoint_dir is not None
+        # Jobs that don't train write no checkpoints.
+        elsewhere = isinstance(spec, TrainingSpec) and spec.checkpoint_dir is not None
         if elsewhere and _same(job.checkpoints(spec), folder):
             yield folder
 

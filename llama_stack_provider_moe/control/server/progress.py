@@ -182,10 +182,12 @@ def _stage(job: Job, newest: _Newest) -> str:
     if sign == "export":
         return "exporting"
     if sign == "step":
-        return "analysing" if job.recipe == "routing_analysis" else "training"
+        return _STEPS.get(job.recipe, "training")
     return "loading" if newest else "starting"
 
 
+# What a job does while it records steps, by recipe; the others train.
+_STEPS = {"routing_analysis": "analysing", "ablation_measure": "measuring", "ablation": "editing"}
 # The newest event of these types says what a process does; "started" is always the first.
 _SIGNS = frozenset({"started", "progress", "step", "export", "finished"})
 

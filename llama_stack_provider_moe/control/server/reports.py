@@ -59,6 +59,24 @@ def with_masks(asked: SafetyEvaluation, job: Job, store: JobStore, request: Draf
         ) from None
 
 
+def must_be_measured(job: Job, field: str) -> None:
+    """Raise unless a job has measured what an ablation needs.
+
+    Args:
+        job: a job that the caller may read.
+        field: the caller's name for the field that names the job.
+
+    Raises:
+        InvalidInput: the job has another recipe.
+        Conflict: the job has not completed.
+    """
+    if job.recipe != "ablation_measure":
+        raise InvalidInput(field, job.id, f"a job of recipe 'ablation_measure'; this one has recipe {job.recipe!r}")
+    if job.state is not JobState.COMPLETED:
+        raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; its measurements are available once it has "
+                       "completed")  # fmt: skip
+
+
 def routing_report(job: Job, store: JobStore, field: str) -> RoutingReport:
     """Return the report of a routing analysis, from the job's folder.
 

@@ -8,6 +8,7 @@ from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.spec import (
     JOB_SPEC,
+    AblationSpec,
     Adapter,
     InferenceJob,
     JobSpec,
@@ -19,6 +20,8 @@ from llama_stack_provider_moe.spec.blocks import ExecutorName
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
+# The jobs that name a model themselves; an export takes that of another job.
+NamingSpec = LoadingSpec | AblationSpec
 NO_UNSLOTH = (
     "'hf': this server has no environment with Unsloth. To add one, make a virtual environment, run `pip install -r "
     "constraints-unsloth.txt`, install this package with --no-deps, and set `unsloth_python` to its interpreter"
@@ -26,7 +29,7 @@ NO_UNSLOTH = (
 
 
 def resolve_names(
-    request: Draft, spec: LoadingSpec, job_id: str, config: ProviderConfig, store: JobStore, whose: str | None
+    request: Draft, spec: NamingSpec, job_id: str, config: ProviderConfig, store: JobStore, whose: str | None
 ) -> JobSpec:
     """Return the spec with every name resolved: real folders, and the experts and masks of the analyses it names.
 
@@ -44,6 +47,10 @@ def resolve_names(
     """
     names = model_names.Names(request, config, store, whose)
     found: dict[str, object] = {"job_uuid": job_id, **names.resolve_model_field(spec)}
+    if isinstance(spec, AblationSpec):
+        reports.must_be_measured(store.get(spec.measurements, whose), request.name("measurements"))
+        names.check_model_from(spec.model_from, [found["model"]])
+        return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
             folder, _, source = names.adapter(spec.adapter_folder, "adapter_folder")
@@ -82,7 +89,7 @@ def resolve_names(
     return spec.model_copy(update=found)
 
 
-def named_folders(spec: LoadingSpec) -> str:
+def named_folders(spec: NamingSpec) -> str:
     """Return the folders that a job names, for an error text."""
     found = {field: getattr(spec, field, None) for field in ("model", "adapter_folder", "checkpoint_dir")}
     if isinstance(spec, TrainingSpec):

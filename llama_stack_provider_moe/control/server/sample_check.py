@@ -11,7 +11,7 @@ from llama_stack_provider_moe.control.server.template_check import Kind, Questio
 from llama_stack_provider_moe.control.supervisor.executors.local import training_environment
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
 from llama_stack_provider_moe.ground.hub_cache import cached_model
-from llama_stack_provider_moe.spec import BreakerSpec, DPOSpec, InferenceJob, JobSpec, LoadingSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import AnalysisSpec, BreakerSpec, DPOSpec, InferenceJob, JobSpec, LoadingSpec
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -37,7 +37,7 @@ def kind_of(spec: JobSpec, source: RowSource) -> Kind | None:
         return None
     if source.kind != "recipe":
         return "whole" if source.answered else "prompt"
-    if isinstance(spec, RoutingAnalysisSpec):
+    if isinstance(spec, AnalysisSpec):
         return "whole"
     if isinstance(spec, DPOSpec):
         return "pair"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import InferenceJob, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, JobSpec, TrainingSpec
 
 
 class Uses(NamedTuple):
@@ -24,8 +24,9 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
     """Return the jobs whose files a job needs.
 
     An adapter is useless without the model that it was trained on, so that model is always needed. Everything else (a
-    judge, an adapter to analyse, the base of an export) is needed until the job has completed. Experts from an analysis
-    (`from_analysis`, `masked_from_analysis`) are already part of the spec, and the parent of an export is in its row.
+    judge, an adapter to analyse, the base of an export, measurements) is needed until the job has completed. Experts
+    from an analysis (`from_analysis`, `masked_from_analysis`) are already part of the spec, and the parent of an export
+    is in its row.
 
     Only resolved settings count. Other text comes from the caller and could name anybody's job, which could then
     not be deleted.
@@ -37,6 +38,8 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
     named = set(_jobs(_resolved(spec), jobs_dir)) - {spec.job_uuid}
     if isinstance(spec, InferenceJob) and spec.adapter_folder is not None:
         named |= _base_of(spec.adapter_folder, jobs_dir)
+    if isinstance(spec, AblationSpec):
+        named.add(spec.measurements)
     is_adapter = isinstance(spec, TrainingSpec) and spec.adapter is not None
     always = set(_jobs([spec.model], jobs_dir)) if is_adapter else set()
     return Uses(tuple(sorted(always)), tuple(sorted(named - always)))

@@ -128,6 +128,10 @@ def _where_cancelled(recipe: str, folder: JobFolder, saved: tuple[Artifact, ...]
         return "cancelled; its answers stay, and a resumed playground answers the prompts that still wait"
     if recipe == "routing_analysis":
         return "cancelled before the report was written; a resumed analysis starts from the beginning"
+    if recipe == "ablation_measure":
+        return "cancelled before the measurements were written; a resumed job measures from the beginning"
+    if recipe == "ablation":
+        return "cancelled before the edited model was complete; a resumed job edits from the beginning"
     return f"cancelled {_where_it_stopped(folder, saved)}"
 
 

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.control.cli import commands
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.ablate_commands import MEASURE_COMMAND, AnalyzeCommand, ApplyCommand
 from llama_stack_provider_moe.spec.command_words import CommandLine, checked, read, words, written
 from llama_stack_provider_moe.spec.local_commands import (
     EVALUATION_COMMAND,
@@ -29,6 +30,9 @@ COMMANDS: dict[str, type[CommandLine]] = {
     "upcycle": UpcycleCommand,
     "eval": EVALUATION_COMMAND,
     "analyze routing": ROUTING_COMMAND,
+    "ablate measure": MEASURE_COMMAND,
+    "ablate analyze": AnalyzeCommand,
+    "ablate apply": ApplyCommand,
     "export merge": MergeCommand,
     "export check": LoadCheckCommand,
     "export gguf": GgufCommand,
@@ -86,7 +90,7 @@ def test_both_sides_know_the_same_options(name: str) -> None:
     for key, field in fields:
         default = field.get_default(call_default_factory=True)
         if not field.is_required() and key != "as_json" and not isinstance(default, list):
-            assert defaults[key] == (None if default is None else str(default)), key
+            assert defaults[key] == (default if default is None or isinstance(default, bool) else str(default)), key
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,8 @@ def test_both_sides_know_the_same_options(name: str) -> None:
         ),
         (ROUTING_COMMAND, {"model": "m", "set": ["a=x", "b=y"], "tokens": "prompt", "out": "-odd"}),
         (MergeCommand, {"base": "a", "adapter": "b", "out": "c", "dtype": "bf16", "as_json": True}),
+        (MEASURE_COMMAND, {"model": "m", "set": ["target=x", "baseline=y"], "quantize_bits": "4", "position": "-2"}),
+        (ApplyCommand, {"plan": "p.yaml", "out": "o", "dry_run": True}),
     ],
 )
 def test_a_command_line_is_read_as_it_was_written(kind: type[CommandLine], given: dict[str, Any]) -> None:

@@ -1,0 +1,260 @@
+"""Take measured directions out of a model's folder: its files are written again, one tensor at a time.
+
+The new folder has the files of the old one, with the same tensors in each. Tensors without an edit are copied as bytes.
+It is written under another name beside the output, and renamed when it is complete.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from llama_stack_provider_moe.compute.ablation.apply_report import (
+    APPLIED_FILE,
+    BYTES_PER_S,
+    AppliedReport,
+    Touched,
+    missed,
+)
+from llama_stack_provider_moe.compute.ablation.directions import directions
+from llama_stack_provider_moe.compute.ablation.edits import Edit, Edits, plan_edits
+from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
+from llama_stack_provider_moe.compute.ablation.measurements import Measurements
+from llama_stack_provider_moe.compute.export.card import config_text, side_files
+from llama_stack_provider_moe.compute.export.tensors import INDEX, TensorEntry, append, copy_bytes, header
+from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
+from llama_stack_provider_moe.compute.methods.ablation import remove_from_bias, remove_input, remove_output, share_along
+from llama_stack_provider_moe.compute.models.upcycle import model_folder
+from llama_stack_provider_moe.errors import InvalidInput, ModelError
+from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.jobdir.checkpoint_index import sync
+from llama_stack_provider_moe.spec.ablation import AblationPlan
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class _Figures:
+    """Sums of squares over the matrices of a tensor."""
+
+    before: float = 0.0
+    after: float = 0.0
+    along_before: float = 0.0
+    along_after: float = 0.0
+
+    def add(self, old: Tensor, new: Tensor, unit_H: Tensor) -> None:
+        """Add a matrix whose rows are what it writes."""
+        norms = [float(torch.linalg.vector_norm(each)) for each in (old, new)]
+        self.before += norms[0] ** 2
+        self.after += norms[1] ** 2
+        self.along_before += (share_along(old, unit_H) * norms[0]) ** 2
+        self.along_after += (share_along(new, unit_H) * norms[1]) ** 2
+
+
+@dataclass
+class _Job:
+    plan: AblationPlan
+    edits: Edits
+    units: dict[str, Tensor]
+    figures: dict[str, _Figures] = field(default_factory=dict)
+
+
+def dry_run(model: str, plan: AblationPlan, found: Measurements) -> AppliedReport:
+    """What `apply` would edit, from the model's config and, where there are weights, the headers of its files.
+
+    Raises:
+        InvalidInput, ModelError, LayoutError: see `plan_edits`.
+    """
+    edits = plan_edits(model_folder(model, "model"), plan, found.provenance)
+    return _report(model, None, found, _Job(plan, edits, {}), seconds=None)
+
+
+def apply(
+    model: str,
+    plan: AblationPlan,
+    found: Measurements,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda done, total: None,
+) -> AppliedReport:
+    """Edit `model` and write the result to the new folder `out`.
+
+    Args:
+        model: folder with config.json and safetensors in 16 or 32 bits, or a hub id.
+        plan: what to edit.
+        found: measurements of the same model.
+        out: new folder; it appears when it is complete.
+        say: gets a line for each file.
+        progress: called with the number of tensors that are written and their total.
+
+    Raises:
+        InvalidInput: the plan or the measurements don't fit the model, or `out` exists.
+        ModelError: the model can't be read, is quantised, or has numbers that are not finite.
+        NoRoom: the disk has too few free bytes.
+    """
+    if os.path.lexists(out):
+        raise InvalidInput("out", str(out), "a folder that does not exist yet")
+    folder = model_folder(model, "model")
+    edits = plan_edits(folder, plan, found.provenance)
+    here = fingerprint(folder)
+    if here != found.provenance.fingerprint:
+        raise InvalidInput("measurements", found.provenance.fingerprint[:12], f"measurements of this model, whose "
+                           f"fingerprint is {here[:12]}; measure it again")  # fmt: skip
+    job = _Job(plan, edits, directions(found, plan, edits))
+    parts: dict[Path, list[TensorEntry]] = {}
+    for entry in edits.entries:
+        parts.setdefault(entry.file, []).append(entry)
+    beside = side_files(folder, folder)
+    if (folder / INDEX).is_file():
+        beside[INDEX] = folder / INDEX
+    with complete_or_nothing(out, "ablating", "a folder that no other ablation is writing") as written:
+        check_room(out, sum(path.stat().st_size for path in [*parts, *beside.values()]))
+        start = time.monotonic()
+        _write(job, parts, written, say, progress)
+        seconds = time.monotonic() - start
+        for name, file in beside.items():
+            shutil.copyfile(file, written / name)
+        (written / "config.json").write_text(config_text(folder, None), encoding="utf-8")
+        report = _report(model, str(out), found, job, seconds)
+        (written / APPLIED_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _write(
+    job: _Job,
+    parts: dict[Path, list[TensorEntry]],
+    folder: Path,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> None:
+    total, done = sum(map(len, parts.values())), 0
+    with liveness.stage("editing", total, "tensors") as counter:
+        for number, (file, entries) in enumerate(parts.items(), start=1):
+            with (folder / file.name).open("wb") as out:
+                out.write(header(entries))
+                for entry in entries:
+                    _write_tensor(job, entry, out)
+                    counter.advance()
+                    done += 1
+                    progress(done, total)
+            sync(folder / file.name)
+            edited = sum(entry.name in job.edits.edits for entry in entries)
+            say(f"{file.name}: {edited} of {len(entries)} tensors edited, {number} of {len(parts)} files")
+
+
+def _write_tensor(job: _Job, entry: TensorEntry, out: IO[bytes]) -> None:
+    edit = job.edits.edits.get(entry.name)
+    if edit is None:
+        copy_bytes(entry, out)
+        return
+    unit_H = job.units[entry.name]
+    figures = job.figures[entry.name] = _Figures()
+    for expert, numbers in _matrices(entry):
+        if edit.experts is not None and expert not in edit.experts:
+            append(numbers, out)
+            continue
+        new = edited(numbers.float(), edit, job.plan, unit_H).to(entry.dtype)
+        if not bool(torch.isfinite(new).all()):
+            raise ModelError(f"model: {entry.name} is not finite after the edit, or was not before")
+        old, made = (_writing_rows(each.float(), edit) for each in (numbers, new))
+        figures.add(old, made, unit_H)
+        append(new, out)
+        liveness.alive()
+
+
+def _matrices(entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+    """(number of the expert, matrix) of a stack; a single matrix or bias has number 0; stacked biases come at once."""
+    if len(entry.shape) < 3:
+        yield 0, entry.tensor()
+        return
+    size = prod(entry.shape[1:])
+    for expert in range(entry.shape[0]):
+        yield expert, entry.read(expert * size, size).view(entry.shape[1:])
+
+
+def _writing_rows(numbers: Tensor, edit: Edit) -> Tensor:
+    """The numbers as a matrix whose rows belong to dimensions of the residual stream, (H, ..)."""
+    writer = edit.writer
+    if writer.bias:
+        return numbers.reshape(-1, numbers.shape[-1]).mT
+    return numbers.mT if edit.columns or writer.kind == "router" else numbers
+
+
+def edited(numbers: Tensor, edit: Edit, plan: AblationPlan, unit_H: Tensor) -> Tensor:
+    """One matrix or bias in fp32, without the direction.
+
+    Args:
+        numbers: as on disk; a stack of biases is (E, H).
+        edit: of its tensor.
+        plan: of the ablation.
+        unit_H: the direction.
+    """
+    scale = edit.layers.scale
+    if edit.writer.kind == "router":
+        return remove_input(numbers, unit_H, plan.gate_scale * scale)
+    if edit.writer.bias:
+        return _biases(numbers, edit, unit_H)
+    found = remove_output(numbers.mT if edit.columns else numbers, unit_H, scale, plan.norm_preserving)
+    return found.mT if edit.columns else found
+
+
+def _biases(numbers: Tensor, edit: Edit, unit_H: Tensor) -> Tensor:
+    if numbers.dim() == 1:
+        return remove_from_bias(numbers, unit_H, edit.layers.scale)
+    chosen = edit.experts if edit.experts is not None else range(len(numbers))
+    rows = [remove_from_bias(row, unit_H, edit.layers.scale) if expert in chosen else row
+            for expert, row in enumerate(numbers)]  # fmt: skip
+    return torch.stack(rows)
+
+
+def _report(model: str, folder: str | None, found: Measurements, job: _Job, seconds: float | None) -> AppliedReport:
+    edits = job.edits
+    touched = [_touched(edit, job) for edit in edits.edits.values()]
+    size = sum(entry.nbytes for entry in edits.entries)
+    # One matrix of a stack at a time.
+    numbers = [prod(edit.entry.shape[-2:]) for edit in edits.edits.values()]
+    return AppliedReport(
+        model=model,
+        folder=folder,
+        plan=AblationPlan.model_validate(job.plan.model_dump(include=set(AblationPlan.model_fields))),
+        provenance=found.provenance,
+        touched=touched,
+        skipped=edits.skipped,
+        missed=missed(job.plan, edits),
+        bytes=size,
+        bytes_touched=sum(each.bytes for each in touched),
+        largest_bytes=4 * max(numbers),
+        seconds=size / BYTES_PER_S if seconds is None else seconds,
+    )
+
+
+def _touched(edit: Edit, job: _Job) -> Touched:
+    stack = edit.writer.kind == "experts" and edit.place.expert is None
+    router = edit.writer.kind == "router"
+    figures = job.figures.get(edit.entry.name)
+    made = Touched(
+        name=edit.entry.name,
+        parameter=edit.writer.parameter,
+        layer=edit.writer.layer,
+        kind=edit.writer.kind,
+        bytes=edit.entry.nbytes,
+        scale=edit.layers.scale * (job.plan.gate_scale if router else 1.0),
+        experts=(len(edit.experts) if edit.experts is not None else edit.entry.shape[0]) if stack else None,
+    )
+    if figures is None:
+        return made
+    before, after = figures.before**0.5, figures.after**0.5
+    measured = {
+        "norm_before": before,
+        "norm_after": after,
+        "along_before": figures.along_before**0.5 / before if before else 0.0,
+        "along_after": figures.along_after**0.5 / after if after else 0.0,
+    }
+    return made.model_copy(update=measured)

@@ -1,0 +1,94 @@
+"""What stands between the residual stream and the matrices that read or write it: norms, found in one forward pass.
+
+A norm is between two modules if the very memory that one returned is what the other was given.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers
+
+_NORM = "norm"
+
+
+@dataclass
+class Structure:
+    """What was found; see the fields of the same names in `Provenance`."""
+
+    router_norms: dict[int, str | None] = field(default_factory=dict)
+    normed_outputs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """Of one pass: the memory of outputs of norms and of other modules, by address."""
+
+    norms: dict[int, str] = field(default_factory=dict)
+    outputs: dict[int, str] = field(default_factory=dict)
+
+
+@contextmanager
+def observed(model: nn.Module, layout: ExpertLayout | None) -> Iterator[Structure]:
+    """Observe one pass inside the `with`.
+
+    Args:
+        model: with or without adapters, in evaluation mode. Every module's output is kept until the end, so the pass
+            should be of a few tokens.
+        layout: of its experts; None: a dense model.
+    """
+    path, layers = decoder_layers(model)
+    found, kept = Structure(), list[object]()  # what is kept alive can't give its address to another tensor
+    handles = []
+    for number, layer in enumerate(layers):
+        seen = _Seen()
+        for name, module in layer.named_modules():
+            if not name or name.rpartition(".")[2].startswith("lora_"):
+                continue
+            is_norm = _NORM in type(module).__name__.lower() and "." not in name
+            if is_norm:
+                handles.append(module.register_forward_pre_hook(_normed(found, seen, f"{path}.{number}.")))
+            handles.append(module.register_forward_hook(_output(seen, name, is_norm, kept)))
+        if layout is not None and number in layout.moe_layers:
+            router = layout.submodule(model, number, layout.router_path)
+            handles.append(router.register_forward_pre_hook(_router(found, seen, number)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _address(value: object) -> int | None:
+    if isinstance(value, tuple) and value:
+        value = value[0]
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
+
+
+def _output(seen: _Seen, name: str, is_norm: bool, kept: list[object]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        address = _address(output)
+        if address is not None:
+            (seen.norms if is_norm else seen.outputs).setdefault(address, name)
+            kept.append(output)
+
+    return hook
+
+
+def _normed(found: Structure, seen: _Seen, prefix: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[object, ...]) -> None:
+        address = _address(inputs)
+        if address is not None and address in seen.outputs:
+            found.normed_outputs.append(prefix + seen.outputs[address])
+
+    return hook
+
+
+def _router(found: Structure, seen: _Seen, number: int) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[object, ...]) -> None:
+        address = _address(inputs)
+        found.router_norms[number] = None if address is None else seen.norms.get(address)
+
+    return hook

@@ -1,0 +1,58 @@
+"""Step 3 of directional ablation: take measured directions out of a model's weights. Nothing is trained."""
+
+import time
+
+from pydantic import TypeAdapter
+
+from llama_stack_provider_moe.compute.ablation.apply import apply, dry_run
+from llama_stack_provider_moe.compute.ablation.apply_report import text
+from llama_stack_provider_moe.compute.ablation.measurements import read
+from llama_stack_provider_moe.compute.runtime.context import Session
+from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
+from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed, Saved, Step
+from llama_stack_provider_moe.jobdir.folder import JobFolder, Manifest, write_atomic
+from llama_stack_provider_moe.spec import AblationSpec
+from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
+
+_JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
+
+
+def run(session: Session[AblationSpec]) -> Manifest:
+    """Plan the edits, write the edited model, and publish it as the job's model."""
+    spec, folder, began = session.spec, session.folder, time.monotonic()
+    measured = JobFolder(folder.root.parent / spec.measurements).measurements / MEASUREMENTS_FILE
+    found = read(measured, "measurements")
+    planned = dry_run(spec.model, spec, found)
+    plan: dict[str, object] = {
+        "recipe": spec.recipe,
+        "model": spec.model,
+        "model_from": spec.model_from,
+        "measurements": spec.measurements,
+        "tensors": len(planned.touched),
+        "bytes": planned.bytes,
+        "missed": planned.missed,
+    }
+    write_atomic(folder.resolved, _JSON.dump_json(plan, indent=2).decode())
+    session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
+    if session.started_before:
+        session.events.append(Resumed(step=0, checkpoint=None))
+
+    def record_step(done: int, total: int) -> None:
+        liveness.heard()
+        if done == total or done % max(1, total // 100) == 0:
+            left_s = (time.monotonic() - began) / done * (total - done)
+            session.events.append(Step(step=done, max_steps=total, epoch=done / total, metrics={}, eta_s=left_s))
+
+    folder.artifacts.mkdir(exist_ok=True)
+    written = folder.model.with_name(f".{folder.model.name}.writing")
+    remove(written)
+    report = apply(spec.model, spec, found, written, session.say, record_step)
+    publish(written, folder.model, step=0)
+    print(text(report.model_copy(update={"folder": str(folder.model)})), flush=True)
+    artifact = describe(session.job_uuid, "model", folder.model, epoch=0, step=0)
+    session.events.append(Saved(artifact=artifact.model_dump(mode="json")))
+    session.events.append(Finished(train_seconds=time.monotonic() - began))
+    along = [each.along_after or 0.0 for each in report.touched if each.kind != "router"]
+    summary = {"tensors": float(len(report.touched)), "greatest_along_after": max(along)}
+    return Manifest(job_uuid=session.job_uuid, artifacts=[artifact], summary=summary)

@@ -1,0 +1,58 @@
+"""`moe-train ablate apply`: reads and checks a plan in YAML or JSON, and has another process apply it."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llama_stack_provider_moe.control.cli import local, model_checks
+from llama_stack_provider_moe.control.cli.job_file import read_job_file
+from llama_stack_provider_moe.control.cli.screen import Screen
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.jobdir import local_names
+from llama_stack_provider_moe.spec import AblationSpec
+from llama_stack_provider_moe.spec.ablate_commands import ApplyCommand
+from llama_stack_provider_moe.spec.local_commands import problems_of
+
+RECIPE = "ablation"
+
+
+def apply(screen: Screen, command: ApplyCommand) -> int:
+    """Run the command; return its exit code.
+
+    Raises:
+        InvalidInput: the plan, or a file that it names, is not valid.
+    """
+    plan = read_plan(command.plan)
+    model_checks.model(local_names.whole_model(plan.model, "model"), "model")
+    local_names.measurements_file(plan.measurements, "measurements")
+    if not command.dry_run and os.path.lexists(command.out):
+        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        file.write_text(json.dumps(plan.model_dump(mode="json")), encoding="utf-8")
+        # Set, not copied: `words` leaves out what the user left out.
+        command.plan = str(file)
+        return local.in_training_python(screen, "compute.ablation.apply_command", command)
+
+
+def read_plan(name: str) -> AblationSpec:
+    """Return the plan in a file. Its relative paths start from the file's folder.
+
+    Raises:
+        InvalidInput: the file can't be read, or holds no plan.
+    """
+    body, beside = read_job_file(name)
+    recipe = body.setdefault("recipe", RECIPE)
+    if recipe != RECIPE:
+        raise InvalidInput("recipe", recipe, f"{RECIPE!r}, or no recipe")
+    for field in ("model", "measurements"):
+        value = body.get(field)
+        if isinstance(value, str) and (beside / value).exists():
+            body[field] = str(beside / value)
+    try:
+        return AblationSpec.model_validate(body)
+    except ValidationError as error:
+        raise InvalidBody(problems_of(error)) from None

@@ -1,0 +1,57 @@
+"""The two jobs of directional ablation: one measures a direction, the other edits a model's weights."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llama_stack_provider_moe.spec.ablation import AblationPlan, ContrastData, Measure, MeasureTraining
+from llama_stack_provider_moe.spec.any_job import AnyJob
+from llama_stack_provider_moe.spec.blocks import OneProcess
+from llama_stack_provider_moe.spec.inference_jobs import AnalysisJob
+from llama_stack_provider_moe.spec.row_sources import RowSource
+
+LEAST_ROWS = 4
+FEW_ROWS = "at least 4 rows, because each half of a set tests the direction of the other"
+
+
+class AblationMeasureSpec(AnalysisJob):
+    """Measures the mean hidden states of two sets of prompts at every layer; trains nothing."""
+
+    recipe: Literal["ablation_measure"] = Field(
+        description="Directional ablation, step 1: mean hidden states of two sets of prompts at every layer."
+    )
+    data: ContrastData = Field(description="Prompts to compare: a block, its fields follow.")
+    measure: Measure = Field(default_factory=Measure)
+    training: MeasureTraining = Field(default_factory=MeasureTraining)
+
+    def row_sources(self) -> list[RowSource]:
+        """The two sets."""
+        return [
+            RowSource(f"data.sets.{name}", dataset_id, self.data.format, f"set-{name}", LEAST_ROWS, FEW_ROWS, False)
+            for name, dataset_id in self.data.sets.items()
+        ]
+
+
+class AblationSpec(AnyJob, AblationPlan):
+    """Takes measured directions out of a model's weights; trains nothing."""
+
+    recipe: Literal["ablation"] = Field(
+        description="Directional ablation, step 3: take measured directions out of a model's weights."
+    )
+    measurements: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Measurements of the same model: one of your jobs of recipe `ablation_measure`; on the command "
+        "line also a file.",
+    )
+    resources: OneProcess = Field(default_factory=OneProcess)
+
+    def without_gpu(self) -> "AblationSpec":
+        """The same job, without a GPU unless it asks for one: it loads no model."""
+        if self.resources.gpus is not None:
+            return self
+        return self.model_copy(update={"resources": self.resources.model_copy(update={"gpus": 0})})
+
+    def row_sources(self) -> list[RowSource]:
+        """None: the measurements have been made."""
+        return []

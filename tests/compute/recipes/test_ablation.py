@@ -1,0 +1,180 @@
+"""Directional ablation as jobs: measured, applied, and its result named by the next job."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE, AppliedReport
+from llama_stack_provider_moe.compute.ablation.report import DIRECTIONS_FILE, DirectionsReport
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store.references import uses_of
+from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
+from llama_stack_provider_moe.jobdir.local_names import STATE_VARIABLE, measurements_file
+from llama_stack_provider_moe.spec import JobDefaults
+from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
+from tests.compute.recipes.test_routing_analysis import ANALYSIS, SFT, reason, run
+from tests.support import tiny_models
+from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
+
+COOKING = [{"prompt": f"Boil {i} eggs."} for i in range(7)]
+OTHER = [{"prompt": f"Add {i} and 3 4 5 6 7 8 9", "completion": "It is so."} for i in range(9)]
+MEASURE = {
+    "recipe": "ablation_measure",
+    "data": {"sets": {"target": "cooking", "baseline": "other"}},
+    "training": {"dtype": "fp32"},
+}
+ABLATE: dict[str, Any] = {
+    "recipe": "ablation",
+    "measurements": "measured",
+    "ablate_individual_experts": True,
+    "ablate": [{"layer": "0-1", "measurement": 1}],
+}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
+    datasets = Datasets()
+    datasets.rows |= {"cooking": COOKING, "other": OTHER, "garden": OTHER, "sums": OTHER, "few": COOKING[:3]}
+    with serving_in_process(tmp_path_factory.mktemp("ablation"), datasets) as made:
+        for name, changes in {"granite": {}, "wide": {"hidden_size": 64}}.items():
+            tiny_models.build("granitemoe", made.config.models_dir / name, **changes)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def measured(service: PostTrainingService) -> str:
+    with caller("ann"):
+        job_id, code = run(service, MEASURE | {"model": "granite", "job_uuid": "measured"})
+    assert code == COMPLETED, reason(folder_of(service, job_id))
+    return job_id
+
+
+@pytest.fixture(scope="module")
+def ablated(service: PostTrainingService, measured: str) -> str:
+    with caller("ann"):
+        job_id, code = run(service, ABLATE | {"model": "granite", "job_uuid": "ablated"})
+    assert code == COMPLETED, reason(folder_of(service, job_id))
+    return job_id
+
+
+def test_a_measurement_leaves_its_files(service: PostTrainingService, measured: str) -> None:
+    with caller("ann"):
+        artifacts = asyncio.run(service.artifacts(measured)).checkpoints
+        files = {file.path for file in asyncio.run(service.artifact(measured, "measurements")).files}
+        report = ask(service, "GET", f"/jobs/{measured}/artifacts/measurements/{DIRECTIONS_FILE}")
+        detail = asyncio.run(service.detail(measured))
+    assert [(each.kind, each.identifier) for each in artifacts] == [("analysis", "measured/measurements")]
+    assert files >= {MEASUREMENTS_FILE, DIRECTIONS_FILE, "routing.json"}
+    found = DirectionsReport.model_validate(report.json())
+    assert {name: (each.source, each.rows) for name, each in found.provenance.sets.items()} == {
+        "target": ("cooking", 7), "baseline": ("other", 9),
+    }  # fmt: skip
+    assert detail.summary is not None
+    assert detail.summary["best_quality"] == max(each.quality for each in found.layers)
+
+
+def test_an_ablation_leaves_a_model_that_the_next_job_names(service: PostTrainingService, ablated: str) -> None:
+    folder = folder_of(service, ablated)
+    report = AppliedReport.model_validate_json((folder.model / APPLIED_FILE).read_bytes())
+    old = load_file(service.config.models_dir / "granite" / "model.safetensors")
+    new = load_file(folder.model / "model.safetensors")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {each.name for each in report.touched}
+    assert {each.kind for each in report.touched} == {"attention", "experts", "router"}
+    spec = json.loads(folder.spec.read_text())
+    assert (spec["resources"]["gpus"], spec["measurements"]) == (0, "measured")
+    with caller("ann"):
+        artifacts = asyncio.run(service.artifacts(ablated)).checkpoints
+        routed = asyncio.run(service.validate(ANALYSIS | {"model": ablated})).spec
+        trained = asyncio.run(service.validate(SFT | {"model": f"{ablated}/model"})).spec
+        again, code = run(service, MEASURE | {"model": ablated, "job_uuid": "measured-again"})
+    assert [(each.kind, each.identifier) for each in artifacts] == [("model", "ablated/model")]
+    assert routed["model"] == trained["model"] == str(folder.model)
+    assert code == COMPLETED, reason(folder_of(service, again))
+
+
+def test_an_ablation_needs_its_measurement_until_it_has_completed(service: PostTrainingService, ablated: str) -> None:
+    uses = uses_of(folder_of(service, ablated).read_spec(), service.config.jobs_dir)
+    assert (uses.always, uses.to_complete) == ((), ("measured",))
+
+
+def test_a_status_says_what_they_do(service: PostTrainingService, measured: str) -> None:
+    from llama_stack_provider_moe.jobdir import events
+    from llama_stack_provider_moe.jobdir.state import JobState
+
+    for body, stage in ((MEASURE, "measuring"), (ABLATE, "editing")):
+        with caller("ann"):
+            job_id = asyncio.run(service.submit(body | {"model": "granite"})).job_uuid
+        assert service.store.claim("me/1/1/1/1") is not None
+        log = events.EventLog(folder_of(service, job_id).events)
+        log.append(events.Step(step=1, max_steps=9, epoch=0.1, metrics={}))
+        log.close()
+        with caller("ann"):
+            told = asyncio.run(service.status(job_id)).resources_allocated
+        assert told is not None
+        assert told["stage"] == stage
+        service.store.move(job_id, JobState.FAILED, reason="over")
+
+
+def test_what_the_server_refuses(service: PostTrainingService, measured: str, ablated: str) -> None:
+    def refusal(body: dict[str, Any], kind: type[Exception] = InvalidInput) -> str:
+        with caller("ann"), pytest.raises(kind) as caught:
+            asyncio.run(service.validate({"model": "granite"} | body))
+        return str(caught.value)
+
+    assert "measurements: 'ablated' is not valid; expected a job of recipe 'ablation_measure'; this one has" in refusal(
+        ABLATE | {"measurements": ablated}
+    )
+    assert "no-such-job" in refusal(ABLATE | {"measurements": "no-such-job"}, NotFound)
+    assert "data.sets: 1 set(s) can't be compared" in refusal(MEASURE | {"data": {"sets": {"target": "cooking"}}})
+    assert "at least 4 rows" in refusal(MEASURE | {"data": {"sets": {"target": "few", "baseline": "other"}}})
+    with caller("ann"):
+        waiting = asyncio.run(service.submit(MEASURE | {"model": "granite"})).job_uuid
+    assert "its measurements are available once it has completed" in refusal(
+        ABLATE | {"measurements": waiting}, Conflict
+    )
+    with caller("ann"):
+        asyncio.run(service.cancel(waiting))
+    with caller("eve"), pytest.raises(NotFound):
+        asyncio.run(service.validate(ABLATE | {"model": "granite"}))
+
+
+def test_measurements_of_another_model_fail_the_job(service: PostTrainingService, measured: str) -> None:
+    with caller("ann"):
+        job_id, code = run(service, ABLATE | {"model": "wide"})
+    folder = folder_of(service, job_id)
+    assert code == FAILED
+    assert "expected measurements of this model, which has 2 blocks and is 64 wide" in reason(folder)
+    assert not folder.model.exists()
+
+
+def test_a_resolved_spec_is_submitted_unchanged(service: PostTrainingService, ablated: str) -> None:
+    for job_id in ("measured", ablated):
+        spec = json.loads(folder_of(service, job_id).spec.read_text())
+        with caller("ann"):
+            again = asyncio.run(service.validate(spec | {"job_uuid": None})).spec
+        assert again | {"job_uuid": job_id} == spec
+
+
+def test_defaults_of_a_server_do_not_disturb_them() -> None:
+    defaults = JobDefaults.model_validate({"training": {"dtype": "fp32", "n_epochs": 2}, "optimizer": {"lr": 0.1}})
+    assert defaults.under(MEASURE | {"training": {}})["training"] == {"dtype": "fp32"}
+    assert "optimizer" not in defaults.under(MEASURE)
+    assert defaults.under(ABLATE) == ABLATE
+
+
+def test_a_command_finds_the_measurements_of_a_job(
+    service: PostTrainingService, measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(service.config.state_dir))
+    path = folder_of(service, measured).measurements / MEASUREMENTS_FILE
+    assert measurements_file(measured, "measurements") == path
+    assert measurements_file(str(path), "m") == measurements_file(str(path.parent), "m") == path
+    with pytest.raises(InvalidInput, match=r"measurements: 'nothing' is not valid; expected a measurements\.saf"):
+        measurements_file("nothing", "measurements")
