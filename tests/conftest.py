@@ -14,7 +14,7 @@ from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
 
 SLOW_LIMIT_S = 7200
-TESTS = Path(__file__).parent
+SYSTEM = Path(__file__).parent / "system"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those of whole systems come first: their files take minutes, and at the end of a run one process would still be busy
     with the last of them while the others have nothing left.
     """
-    items.sort(key=lambda item: "system" not in item.path.relative_to(TESTS).parts[:1])
+    items.sort(key=lambda item: not item.path.is_relative_to(SYSTEM))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))

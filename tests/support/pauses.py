@@ -60,7 +60,7 @@ def one(store: JobStore, config: ProviderConfig, job_id: str, point: str, is_los
         with paused.stdin:
             paused.stdin.write(config.model_dump_json().encode())
         wait_for(lambda: paused.poll() is not None or (mark.exists() and state_of(paused.pid) == "T"), LIMIT_S)
-        assert paused.returncode is None, f"it ended before {point!r}: {(config.state_dir / 'paused.log').read_text()}"
+        assert paused.poll() is None, f"it ended before {point!r}: {(config.state_dir / 'paused.log').read_text()}"
         if point == "in the transaction":  # no other supervisor can take over before this
             time.sleep(3)
             heir = "nobody"
