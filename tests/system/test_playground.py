@@ -160,19 +160,19 @@ def in_a_terminal(arena: Arena) -> None:
 def while_the_server_restarts(arena: Arena) -> None:
     """The answer goes on without the server, and the chat with it once the server is back."""
     words = ("--max-tokens", "1000", "--temperature", "1.5", "--json")
-    process = chat(arena, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    written = arena.folder / "chat.jsonl"
+    with written.open("w") as output:
+        process = chat(arena, *words, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.PIPE)
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.write("Write many words.")
     process.stdin.close()
     process.stdin = None
-    first = process.stdout.readline()
-    assert json.loads(first)["type"] == "begun"
+    until(lambda: written.stat().st_size > 0, "the answer has begun", LIMIT_S)
     arena.kill()
     arena.start()
-    out, err = process.communicate(timeout=LIMIT_S)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
-    pieces = [json.loads(line) for line in (first + out).splitlines()]
+    pieces = [json.loads(line) for line in written.read_text().splitlines()]
     [answered] = [piece for piece in pieces if piece["type"] == "answered"]
     assert "".join(piece["text"] for piece in pieces if piece["type"] == "text") == answered["text"]
     assert pieces[-1] == {"type": "ended", "error": None}
