@@ -235,9 +235,9 @@ def test_charts_of_two_and_of_three_sets(names: str, tmp_path: Path) -> None:
 
 
 def test_ticks_of_many_experts_do_not_touch() -> None:
-    assert plots._ticks(4) == [0, 1, 2, 3]
-    assert plots._ticks(128) == list(range(0, 128, 8))
-    assert plots._ticks(48) == list(range(0, 48, 4))
+    assert plots.ticks(4) == [0, 1, 2, 3]
+    assert plots.ticks(128) == list(range(0, 128, 8))
+    assert plots.ticks(48) == list(range(0, 48, 4))
 
 
 # The command line.
