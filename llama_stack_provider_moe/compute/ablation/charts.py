@@ -1,15 +1,11 @@
 """Charts of directions: the figures of each decoder block, and how far directions agree between blocks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_stack_provider_moe.compute.ablation.report import DirectionsReport
-from llama_stack_provider_moe.compute.analysis.plots import DPI, new_figure, ticks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from llama_stack_provider_moe.compute.analysis.plots import DPI, Drawing, new_figure, ticks
 
 
 def draw(report: DirectionsReport, folder: Path) -> list[Path]:
@@ -21,7 +17,7 @@ def draw(report: DirectionsReport, folder: Path) -> list[Path]:
     return paths
 
 
-def _layers(report: DirectionsReport) -> "Figure":
+def _layers(report: DirectionsReport) -> Drawing:
     """Three charts, one below the other, because their scales differ."""
     shown = {
         "of the means": {"cosine": "cosine", "signal_to_noise": "signal to noise", "purity": "purity"},
@@ -43,7 +39,7 @@ def _layers(report: DirectionsReport) -> "Figure":
     return drawn
 
 
-def _agreement(report: DirectionsReport) -> "Figure":
+def _agreement(report: DirectionsReport) -> Drawing:
     maps = {
         "plain": (report.agreement.plain, "block"),
         "projected": (report.agreement.projected, "block"),
