@@ -112,9 +112,12 @@ def visiting(browser: Browser, url: str, **context: Any) -> Iterator[Visitor]:
     home = urlsplit(url).netloc
 
     def heard(message: ConsoleMessage) -> None:
+        source = str(message.location.get("url"))
         expected = any(f"status of {status}" in message.text for status in visitor.refused)
-        if message.type in ("error", "warning") and not expected:
-            visitor.complaints.append(f"console: {message.text} ({message.location.get('url')})")
+        # A machine that is busy with other tests may take more than a health check's 0.3 s; the page shows it as it is.
+        is_busy = source.endswith("/health") and "status of 503" in message.text
+        if message.type in ("error", "warning") and not expected and not is_busy:
+            visitor.complaints.append(f"console: {message.text} ({source})")
 
     def asked(request: Request) -> None:
         if urlsplit(request.url).scheme not in ("data", "blob") and urlsplit(request.url).netloc != home:
