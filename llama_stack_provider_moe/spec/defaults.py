@@ -16,7 +16,7 @@ from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTrain
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
 MEASURED = (*GATE_NEEDS.values(), "tasks")
-OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from")
+OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from", "ablated")
 
 # Some fields of a block, as they are in JSON; the block itself checks them.
 Part = dict[str, Any]
@@ -53,8 +53,8 @@ class JobDefaults(Block):
     )
     eval: Part = Field(
         default_factory=dict,
-        description="Defaults for fields of `eval`, except masks. If they name something to measure, they apply to "
-        'every training job without `"eval": null`; else only to jobs that have an `eval` block.',
+        description="Defaults for fields of `eval`, except masks and `ablated`. If they name something to measure, "
+        'they apply to every training job without `"eval": null`; else only to jobs that have an `eval` block.',
     )
     export: Part = Field(
         default_factory=dict,

@@ -52,7 +52,13 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
-from llama_stack_provider_moe.spec.ablation import AblatedLayers, ContrastData, Measure, MeasureTraining
+from llama_stack_provider_moe.spec.ablation import (
+    AblatedLayers,
+    ContrastData,
+    Measure,
+    MeasureTraining,
+    RunTimeAblation,
+)
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
@@ -93,6 +99,12 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval`", "eval.", SafetyEvaluation, set()),
     ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
     ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
+    (
+        "`eval.ablated`, with `ablate` as for ablation jobs",
+        "eval.ablated.",
+        RunTimeAblation,
+        set(),
+    ),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`export`", "export.", Exports, set()),

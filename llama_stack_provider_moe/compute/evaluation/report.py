@@ -7,6 +7,7 @@ from pydantic import Field
 from llama_stack_provider_moe.compute.evaluation import statistics
 from llama_stack_provider_moe.compute.evaluation.statistics import Agreement, IntervalEstimate
 from llama_stack_provider_moe.spec import Block, Gate
+from llama_stack_provider_moe.spec.ablation import RunTimeAblation
 
 REFUSAL, OVER_REFUSAL, PERPLEXITY, FORBIDDEN = (
     "refusal_rate", "over_refusal_rate", "perplexity", "forbidden_calls_rate",
@@ -76,13 +77,16 @@ class EvaluationReport(Block):
     agreement: list[JudgeAgreement]
     rows: dict[str, int]
     measured: dict[str, dict[str, Figure]] = Field(
-        description="Figures by name, for `before`, `after`, and each with `_masked`."
+        description="Figures by name, for `before`, `after`, and each with `_masked` and `_ablated`."
     )
     differences: dict[str, dict[str, Figure]] = Field(
         description="`after - before`, `before_masked - before`, ...: differences of rates, and ratios of perplexities."
     )
     masked_experts: dict[int, list[int]]
     masked_from: str | None = Field(default=None, description="Routing analysis that named some of the masked experts.")
+    ablated: RunTimeAblation | None = Field(
+        default=None, description="Directions that were taken out for `_ablated`; null: none."
+    )
     gate: list[GateVerdict]
     skipped: list[str]
     examples: list[dict[str, object]]

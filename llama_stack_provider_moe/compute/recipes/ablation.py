@@ -6,14 +6,13 @@ from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.compute.ablation.apply import apply, dry_run
 from llama_stack_provider_moe.compute.ablation.apply_report import text
-from llama_stack_provider_moe.compute.ablation.measurements import read
+from llama_stack_provider_moe.compute.ablation.measurements import of_job, read
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed, Saved, Step
-from llama_stack_provider_moe.jobdir.folder import JobFolder, Manifest, write_atomic
+from llama_stack_provider_moe.jobdir.folder import Manifest, write_atomic
 from llama_stack_provider_moe.spec import AblationSpec
-from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 
 _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 
@@ -21,8 +20,7 @@ _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 def run(session: Session[AblationSpec]) -> Manifest:
     """Plan the edits, write the edited model, and publish it as the job's model."""
     spec, folder, began = session.spec, session.folder, time.monotonic()
-    measured = JobFolder(folder.root.parent / spec.measurements).measurements / MEASUREMENTS_FILE
-    found = read(measured, "measurements")
+    found = read(of_job(folder, spec.measurements), "measurements")
     planned = dry_run(spec.model, spec, found)
     plan: dict[str, object] = {
         "recipe": spec.recipe,

@@ -4,11 +4,14 @@ The first figures are kept in `before.json`, so that a job whose process was los
 """
 
 import time
+from pathlib import Path
 
 from peft import PeftModel
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.ablation import measurements
+from llama_stack_provider_moe.compute.ablation.run_time import Removal, removal, require_same_model
 from llama_stack_provider_moe.compute.evaluation import report as reports
 from llama_stack_provider_moe.compute.evaluation.generate import Limits, LocalModel, ends_of, evaluating
 from llama_stack_provider_moe.compute.evaluation.judges import opened_judge
@@ -26,6 +29,7 @@ from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.spec import Block, ranges
 
 PRINTED_EVERY_S = 15.0
+_ABOVE = "eval.ablated."
 
 
 class GateFailed(TrainingError):
@@ -50,7 +54,7 @@ class Assessment:
 
     Raises:
         ModelError: the job masks experts, and the model is dense.
-        InvalidInput: the job masks experts that the model does not have.
+        InvalidInput: the job masks experts that the model does not have, or takes out directions that don't fit it.
     """
 
     def __init__(
@@ -83,6 +87,19 @@ class Assessment:
             experts = "; ".join(f"layer {layer}: {', '.join(ranges(masked[layer]))}" for layer in sorted(masked))
             source = "" if origin is None else f" (with those of {origin.analysis})"
             session.say(f"eval: measures a second time without experts of {experts}{source}")
+        self._suite.removal = self._removal()
+
+    def _removal(self) -> Removal | None:
+        asked, spec, session = self._settings.ablated, self._session.spec, self._session
+        if asked is None:
+            return None
+        field = f"{_ABOVE}measurements"
+        found = measurements.read(measurements.of_job(session.folder, asked.measurements), field)
+        start = None if spec.adapter is None else spec.adapter.init_from
+        require_same_model(found.provenance, spec.model, None if start is None else Path(start), field)
+        blocks = ", ".join(ranges(asked.edits()))
+        session.say(f"eval: measures again with the directions of {asked.measurements} taken out of blocks {blocks}")
+        return removal(self._model, asked, found, _ABOVE)
 
     def before(self) -> Assessed:
         """Measure the untrained model, unless an earlier start of the job did, and return the figures."""

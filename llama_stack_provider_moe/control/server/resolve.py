@@ -85,6 +85,9 @@ def resolve_names(
         if asked.masked_from_analysis is not None:
             job = store.get(asked.masked_from_analysis.job, whose)
             asked = reports.with_masks(asked, job, store, request)
+        if asked.ablated is not None:
+            measured = store.get(asked.ablated.measurements, whose)
+            reports.must_be_measured(measured, request.name("eval.ablated.measurements"))
         found["eval"] = _judged(asked, names)
     return spec.model_copy(update=found)
 

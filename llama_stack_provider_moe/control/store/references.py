@@ -40,6 +40,8 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
         named |= _base_of(spec.adapter_folder, jobs_dir)
     if isinstance(spec, AblationSpec):
         named.add(spec.measurements)
+    if isinstance(spec, TrainingSpec) and spec.eval is not None and spec.eval.ablated is not None:
+        named.add(spec.eval.ablated.measurements)
     is_adapter = isinstance(spec, TrainingSpec) and spec.adapter is not None
     always = set(_jobs([spec.model], jobs_dir)) if is_adapter else set()
     return Uses(tuple(sorted(always)), tuple(sorted(named - always)))

@@ -99,7 +99,14 @@ def test_both_sides_know_the_same_options(name: str) -> None:
         (UpcycleCommand, {"source": "a", "out": "b", "experts": "4", "router_std": "0.5"}),
         (
             EVALUATION_COMMAND,
-            {"model": "m", "mask": ["3:0-3,7", "4:1"], "fail_if": ["refusal_drop=1"]},
+            {
+                "model": "m",
+                "mask": ["3:0-3,7", "4:1"],
+                "fail_if": ["refusal_drop=1"],
+                "ablate": ["0-3:2:0.5"],
+                "ablate_experts": True,
+                "ablate_gate_scale": "0.25",
+            },
         ),
         (ROUTING_COMMAND, {"model": "m", "set": ["a=x", "b=y"], "tokens": "prompt", "out": "-odd"}),
         (MergeCommand, {"base": "a", "adapter": "b", "out": "c", "dtype": "bf16", "as_json": True}),
