@@ -174,7 +174,7 @@ class EvaluationCommand(JsonCommandLine):
     )
     ablate: list[str] = option(
         [], "Decoder blocks to measure without the direction that was measured after a block, and the share to take "
-        "out (1 if left out), e.g. 8-23:15:0.5. Repeatable.", "BLOCKS:BLOCK[:SHARE]",
+        "out (1 if left out), e.g. 8-23:15:0.5. Repeatable.", "BLOCKS:BLOCK:SHARE",
     )  # fmt: skip
     ablate_from: str | None = option(
         None, "With --ablate: measurements of the model: a measurements.safetensors, its folder, or name of a job.",
@@ -304,7 +304,7 @@ def _ablated(command: EvaluationCommand) -> dict[str, object] | None:
     for given in command.ablate:
         parts = given.split(":")
         if not 2 <= len(parts) <= 3:
-            raise InvalidInput("--ablate", given, "BLOCKS:BLOCK[:SHARE] such as 8-23:15:0.5")
+            raise InvalidInput("--ablate", given, "BLOCKS:BLOCK:SHARE or BLOCKS:BLOCK, such as 8-23:15:0.5")
         entries.append(dict(zip(("layer", "measurement", "scale"), parts, strict=False)))
     return {
         "measurements": command.ablate_from,

@@ -13,6 +13,7 @@ REFUSAL, OVER_REFUSAL, PERPLEXITY, FORBIDDEN = (
     "refusal_rate", "over_refusal_rate", "perplexity", "forbidden_calls_rate",
 )  # fmt: skip
 RATIO = "perplexity_ratio"
+KL, ROUTING = "kl_to_base", "routing_shift"
 
 
 class TaskScore(Block):
@@ -33,6 +34,13 @@ class Measurement(Block):
     tokens: list[int] = Field(default_factory=list, description="Number of tokens of the same answers.")
     calls: list[list[dict[str, object]]] = Field(default_factory=list, description="All calls in each scenario.")
     forbidden: list[bool] = Field(default_factory=list, description="Whether each scenario has a forbidden call.")
+    kl: list[float] = Field(
+        default_factory=list, description="KL divergence of the base from this model on the same tokens, in nats."
+    )
+    rerouted: list[float] = Field(
+        default_factory=list, description="Sum over each retain row's tokens of the share of other chosen experts."
+    )
+    read: list[float] = Field(default_factory=list, description="Number of tokens that `rerouted` sums over.")
     tasks: dict[str, TaskScore] = Field(default_factory=dict, description="Scores, by lm-eval's name of the task.")
 
 
@@ -118,6 +126,10 @@ def figures(measured: Measurement, resamples: int, seed: int) -> dict[str, Figur
             found[name] = statistics.wilson(sum(verdicts), len(verdicts))
     if measured.nll:
         found[PERPLEXITY] = statistics.perplexity(measured.nll, measured.tokens, resamples, seed)
+    if measured.kl:
+        found[KL] = statistics.per_token(measured.kl, measured.tokens, resamples, seed)
+    if measured.rerouted:
+        found[ROUTING] = statistics.per_token(measured.rerouted, measured.read, resamples, seed)
     if measured.forbidden:
         found[FORBIDDEN] = statistics.wilson(sum(measured.forbidden), len(measured.forbidden))
     for task, score in measured.tasks.items():

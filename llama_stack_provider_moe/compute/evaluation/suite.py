@@ -54,6 +54,10 @@ class Material:
                     sets[name] = [json.loads(line) for line in islice(file, settings.max_rows)]
         return cls(sets, read_labelled(paths["labelled"]) if "labelled" in paths else None)
 
+    def conversations(self, name: str) -> Sequence[Conversation]:
+        """The rows of a set that has no scenarios; empty if it is not named."""
+        return _talks(self.sets.get(name, []))
+
 
 @dataclass
 class Suite:

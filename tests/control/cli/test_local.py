@@ -11,6 +11,7 @@ import typer.core
 import typer.main
 
 from llama_stack_provider_moe.control.cli import commands
+from llama_stack_provider_moe.control.cli.ablate import read_plan
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.errors import InvalidInput
@@ -249,3 +250,13 @@ def test_a_task_without_lm_eval_is_refused(tmp_path: Path, monkeypatch: pytest.M
         "pip install 'llama-stack-provider-moe[eval]'\n"
     )
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_plan_with_an_evaluation_is_a_job(tmp_path: Path) -> None:
+    """The command would write the model and measure nothing."""
+    plan = {"model": "m", "measurements": "f", "ablate": [{"layer": 0, "measurement": 0}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": None}))
+    assert read_plan(str(tmp_path / "plan.json")).eval is None
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": {"retain_dataset_id": "d"}}))
+    with pytest.raises(InvalidInput, match=r"eval: .* expected none in a plan that this command applies; a job"):
+        read_plan(str(tmp_path / "plan.json"))
