@@ -11,16 +11,18 @@ from safetensors.torch import load_file
 
 from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE, AppliedReport
 from llama_stack_provider_moe.compute.ablation.report import DIRECTIONS_FILE, DirectionsReport
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, train
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.references import uses_of
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.local_names import STATE_VARIABLE, measurements_file
+from llama_stack_provider_moe.jobdir.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JobDefaults
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 from tests.compute.recipes.test_routing_analysis import ANALYSIS, SFT, reason, run
 from tests.support import tiny_models
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
+from tests.support.training_support import _signals_put_back
 
 COOKING = [{"prompt": f"Boil {i} eggs."} for i in range(7)]
 OTHER = [{"prompt": f"Add {i} and 3 4 5 6 7 8 9", "completion": "It is so."} for i in range(9)]
@@ -205,4 +207,9 @@ def test_a_job_measures_before_and_after(service: PostTrainingService, measured:
         gated, code = run(service, body | worse | {"eval": evaluation | {"fail_if": {"capability_drop": 0}}})
     assert code == FAILED
     assert "eval.fail_if.capability_drop" in reason(folder_of(service, gated))
-    assert folder_of(service, gated).model.is_dir(), "the edited model is kept"
+    failed = folder_of(service, gated)
+    first = failed.before.read_bytes()
+    with _signals_put_back():
+        assert train(failed) == FAILED, "a resumed job edits and measures again"
+    assert failed.before.read_bytes() == first, "the base is not measured again"
+    assert {each.kind for each in saved_artifacts(failed)} == {"model", "evaluation"}, "both are kept"
