@@ -17,6 +17,7 @@ jobs/<job_uuid>/
   artifacts/routing/     a routing analysis: routing.json and its charts        written by the training process
   artifacts/measurements/ mean states of `ablation_measure`, and their report   written by the training process
   before.json            what `eval` measured before training                   written by the training process
+  before.safetensors     what an ablation's `eval` compares the edited model with  written by the training process
   artifacts/evaluation/  eval.json: before, after, differences                  written by the training process
   trackers/<name>/       files of TensorBoard, trackio, MLflow or wandb         written by the training process
   exports.json           states of an export job's steps (`export_steps`)       written by the training process
@@ -101,6 +102,7 @@ class JobFolder:
         self.routing = root / "artifacts" / "routing"
         self.measurements = root / "artifacts" / "measurements"
         self.before = root / "before.json"
+        self.before_states = root / "before.safetensors"
         self.evaluation = root / "artifacts" / "evaluation"
         self.trackers = root / "trackers"
         self.exports = root / "exports.json"

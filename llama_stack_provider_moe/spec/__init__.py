@@ -18,7 +18,6 @@ from llama_stack_provider_moe.spec.adapter import (
     FromAnalysis,
     RulesFrom,
 )
-from llama_stack_provider_moe.spec.any_job import AnyJob
 from llama_stack_provider_moe.spec.blocks import (
     JOB_ID_PATTERN,
     Block,
@@ -34,6 +33,7 @@ from llama_stack_provider_moe.spec.blocks import (
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
 from llama_stack_provider_moe.spec.defaults import JobDefaults
+from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
 from llama_stack_provider_moe.spec.inference_jobs import (
@@ -143,7 +143,7 @@ DPOLoss = Literal[
 SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 
 
-class TrainingJob(AnyJob):
+class TrainingJob(EvaluatedJob):
     """The fields that all jobs that train have in common."""
 
     if TYPE_CHECKING:
@@ -166,10 +166,6 @@ class TrainingJob(AnyJob):
         min_length=1,
         max_length=1024,
         description="Folder that gets a subfolder with this job's checkpoints; left out: the job's own folder.",
-    )
-    eval: SafetyEvaluation | None = Field(
-        default=None,
-        description="Measurement of refusals, capability and tool calls before and after training; left out: none.",
     )
     export: Exports | None = Field(
         default=None,
@@ -222,28 +218,6 @@ class TrainingJob(AnyJob):
         if validation_id is not None:
             field = f"{block}.validation_dataset_id"
             sources.append(RowSource(field, validation_id, row_format, held_out, columns=columns))
-        return sources
-
-    def evaluation_sources(self) -> list[RowSource]:
-        """The data sets of `eval`, as parts `eval-<set>`."""
-        if self.eval is None:
-            return []
-        asked, labelled_id = self.eval, self.eval.judge.labelled_dataset_id
-        named: list[tuple[str, str | None, RowKind]] = [
-            ("refuse", asked.refuse_dataset_id, "conversation"),
-            ("safe", asked.safe_dataset_id, "conversation"),
-            ("retain", asked.retain_dataset_id, "conversation"),
-            ("scenarios", asked.scenarios_dataset_id, "scenario"),
-        ]
-        sources = [
-            RowSource(f"eval.{name}_dataset_id", dataset_id, asked.format, f"eval-{name}",
-                      answered=name == "retain", kind=kind)
-            for name, dataset_id, kind in named
-            if dataset_id is not None
-        ]  # fmt: skip
-        if labelled_id is not None:
-            field = "eval.judge.labelled_dataset_id"
-            sources.append(RowSource(field, labelled_id, "auto", "eval-labelled", kind="judged"))
         return sources
 
 

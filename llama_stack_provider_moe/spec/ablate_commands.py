@@ -1,7 +1,7 @@
 """What a user may type after `moe-train ablate measure`, `analyze` and `apply`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError, create_model
 
@@ -48,6 +48,10 @@ class ApplyCommand(JsonCommandLine):
 
     plan: str = positional("Plan: a job of recipe `ablation` in YAML or JSON; `recipe` may be left out.", "PLAN")
     out: str = option("ablated", "Folder for the edited model; must not exist.", "OUT")
+    output: Literal["model", "lora"] = option(
+        "model",
+        "Result to write. model: the edited model; lora: the edit as an adapter of rank 1, where it is one.",
+    )
     dry_run: bool = option(
         False, "Show what would be edited, from the model's config and the headers of its files; write nothing."
     )

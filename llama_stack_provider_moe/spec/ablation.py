@@ -4,7 +4,7 @@
 """
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -82,27 +82,16 @@ class AblatedLayers(Block):
         return layer
 
 
-class AblationPlan(Block):
-    """What an ablation edits; `ablate` says where."""
+class StreamEdit(Block):
+    """Which directions go from which decoder blocks: from their weights, or from what they compute at run time."""
 
     ablate_individual_experts: bool = Field(
         default=False, description="Edit the routed experts' down projections too, not only shared and dense ones."
-    )
-    expert_subset: list[Annotated[int, Field(ge=0, le=65535)]] | None = Field(
-        default=None,
-        min_length=1,
-        max_length=65536,
-        description="Numbers of the routed experts to edit in each layer; left out: all of them.",
     )
     direction: DirectionKind = Field(
         default="projected",
         description="Direction to remove: plain is the difference of the sets' means; projected is its part orthogonal "
         "to the baseline's mean; biprojected also to the baseline's mean at the edited layer.",
-    )
-    norm_preserving: NormPreserving = Field(
-        default="column",
-        description="Norms to keep in an edited matrix: those of its columns, which removes the direction exactly; of "
-        "its rows, which brings some of it back; or off.",
     )
     gate_scale: float = Field(
         default=0.5,
@@ -121,18 +110,14 @@ class AblationPlan(Block):
     )
 
     @model_validator(mode="after")
-    def _no_setting_is_without_effect(self) -> "AblationPlan":
-        if self.expert_subset is not None and not self.ablate_individual_experts:
-            raise ValueError("expert_subset: has no effect without ablate_individual_experts true")
-        if self.expert_subset is not None and len(set(self.expert_subset)) < len(self.expert_subset):
-            raise ValueError(f"expert_subset: {self.expert_subset} names an expert twice; expected each once")
+    def _interpolates_between_blocks(self) -> Self:
         if self.interpolate and (len(self.ablate) < 2 or any(not each.layer.isdigit() for each in self.ablate)):
             raise ValueError("interpolate: true is not valid with these entries; expected two or more in `ablate`, "
                              "each of one block")  # fmt: skip
         return self
 
     @model_validator(mode="after")
-    def _each_block_is_named_once(self) -> "AblationPlan":
+    def _each_block_is_named_once(self) -> Self:
         seen: dict[int, int] = {}
         for at, entry in enumerate(self.ablate):
             for layer in numbers(entry.layer):
@@ -148,6 +133,40 @@ class AblationPlan(Block):
         if self.interpolate:
             named |= _between(sorted(self.ablate, key=lambda entry: int(entry.layer)))
         return {layer: named[layer].model_copy(update={"layer": str(layer)}) for layer in sorted(named)}
+
+
+class RunTimeAblation(StreamEdit):
+    """Directions to take out of what a model computes; its weights stay. Norms are not kept, as if they were `off`."""
+
+    measurements: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Measurements of the model: one of your jobs of recipe `ablation_measure`.",
+    )
+
+
+class AblationPlan(StreamEdit):
+    """What an ablation edits; `ablate` says where."""
+
+    expert_subset: list[Annotated[int, Field(ge=0, le=65535)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=65536,
+        description="Numbers of the routed experts to edit in each layer; left out: all of them.",
+    )
+    norm_preserving: NormPreserving = Field(
+        default="column",
+        description="Norms to keep in an edited matrix: those of its columns, which removes the direction exactly; of "
+        "its rows, which brings some of it back; or off.",
+    )
+
+    @model_validator(mode="after")
+    def _no_subset_is_without_effect(self) -> Self:
+        if self.expert_subset is not None and not self.ablate_individual_experts:
+            raise ValueError("expert_subset: has no effect without ablate_individual_experts true")
+        if self.expert_subset is not None and len(set(self.expert_subset)) < len(self.expert_subset):
+            raise ValueError(f"expert_subset: {self.expert_subset} names an expert twice; expected each once")
+        return self
 
 
 def _between(entries: list[AblatedLayers]) -> dict[int, AblatedLayers]:

@@ -5,9 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from llama_stack_provider_moe.spec.ablation import AblationPlan, ContrastData, Measure, MeasureTraining
-from llama_stack_provider_moe.spec.any_job import AnyJob
-from llama_stack_provider_moe.spec.blocks import OneProcess
+from llama_stack_provider_moe.spec.blocks import Block, DType, OneProcess
+from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.inference_jobs import AnalysisJob
+from llama_stack_provider_moe.spec.routing import AnalysisOptions
 from llama_stack_provider_moe.spec.row_sources import RowSource
 
 LEAST_ROWS = 4
@@ -32,7 +33,13 @@ class AblationMeasureSpec(AnalysisJob):
         ]
 
 
-class AblationSpec(AnyJob, AblationPlan):
+class EvaluatedModels(Block):
+    """How the models are loaded that `eval` measures; nothing is trained."""
+
+    dtype: DType = Field(default="bf16", description="Data type of their parameters, whatever that of their files.")
+
+
+class AblationSpec(EvaluatedJob, AblationPlan):
     """Takes measured directions out of a model's weights; trains nothing."""
 
     recipe: Literal["ablation"] = Field(
@@ -44,14 +51,16 @@ class AblationSpec(AnyJob, AblationPlan):
         description="Measurements of the same model: one of your jobs of recipe `ablation_measure`; on the command "
         "line also a file.",
     )
+    training: EvaluatedModels = Field(default_factory=EvaluatedModels)
+    options: AnalysisOptions = Field(default_factory=AnalysisOptions)
     resources: OneProcess = Field(default_factory=OneProcess)
 
     def without_gpu(self) -> "AblationSpec":
-        """The same job, without a GPU unless it asks for one: it loads no model."""
-        if self.resources.gpus is not None:
+        """The same job, without a GPU unless it asks for one, or measures: else it loads no model."""
+        if self.resources.gpus is not None or self.eval is not None:
             return self
         return self.model_copy(update={"resources": self.resources.model_copy(update={"gpus": 0})})
 
     def row_sources(self) -> list[RowSource]:
-        """None: the measurements have been made."""
-        return []
+        """The data sets of `eval`; the measurements have been made."""
+        return self.evaluation_sources()

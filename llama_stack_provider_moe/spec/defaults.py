@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from llama_stack_provider_moe.spec.ablation import MeasureTraining
+from llama_stack_provider_moe.spec.ablation_jobs import EvaluatedModels
 from llama_stack_provider_moe.spec.adapter import Adapter
 from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
 from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluation
@@ -16,7 +17,7 @@ from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTrain
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
 MEASURED = (*GATE_NEEDS.values(), "tasks")
-OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from")
+OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from", "ablated")
 
 # Some fields of a block, as they are in JSON; the block itself checks them.
 Part = dict[str, Any]
@@ -31,7 +32,7 @@ DEFAULT_BLOCKS: dict[str, type[Block]] = {
 _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
     "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
-    "ablation": {},
+    "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
     "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
 }
 
@@ -53,8 +54,8 @@ class JobDefaults(Block):
     )
     eval: Part = Field(
         default_factory=dict,
-        description="Defaults for fields of `eval`, except masks. If they name something to measure, they apply to "
-        'every training job without `"eval": null`; else only to jobs that have an `eval` block.',
+        description="Defaults for fields of `eval`, except masks and `ablated`. If they name something to measure, "
+        'they apply to every training job without `"eval": null`; else only to jobs that have an `eval` block.',
     )
     export: Part = Field(
         default_factory=dict,
@@ -111,8 +112,8 @@ class JobDefaults(Block):
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
             if body.get("recipe") == "export" and name != "export":
                 continue
-            if name == "eval" and "eval" not in body and not self._measures:
-                continue  # settings, but nothing to measure
+            if name == "eval" and "eval" not in body and (few is not None or not self._measures):
+                continue  # settings, but nothing to measure, or a job that trains nothing
             # A default for exports, such as a data type, does not mean that every job is exported.
             asked = name != "export" and defaults is not None
             given = body.get(name, {} if asked else None)

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.ablation import RunTimeAblation
 from llama_stack_provider_moe.spec.adapter import ExpertsOfAnalysis, RulesFrom
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN, Block, RowFormat, numbers, spans
 from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, masks_of
@@ -145,6 +146,11 @@ class SafetyEvaluation(Block):
         default=None,
         description="Source of the masks that `masked_from_analysis` became, and the model that they fit; the server "
         "fills it in.",
+    )
+    ablated: RunTimeAblation | None = Field(
+        default=None,
+        description="Directions to take out of the model's computation in a further measurement: a block, its fields "
+        "follow. Left out: none.",
     )
     tasks: list[str] = Field(
         default_factory=list,

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec import (
     RowKind,
     SafetyEvaluation,
 )
+from llama_stack_provider_moe.spec.ablation import DirectionKind, RunTimeAblation
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.command_words import (
     CommandLine,
@@ -48,6 +49,11 @@ _PLAIN = ("max_rows", "max_new_tokens", "batch_size", "resamples", "examples")
 def _meaning(name: str) -> str:
     fields = (RefusalJudge if name == "labelled" else SafetyEvaluation).model_fields
     return str(fields[f"{name}_dataset_id"].description)
+
+
+def _direction_meaning() -> str:
+    words = str(RunTimeAblation.model_fields["direction"].description)
+    return words[:1].lower() + words[1:]
 
 
 def _shard_size(text: str) -> str:
@@ -166,6 +172,19 @@ class EvaluationCommand(JsonCommandLine):
     mask_top: int = option(
         10, "With --mask-from: the most experts to mask; those that chance can explain are never masked."
     )
+    ablate: list[str] = option(
+        [], "Decoder blocks to measure without the direction that was measured after a block, and the share to take "
+        "out (1 if left out), e.g. 8-23:15:0.5. Repeatable.", "BLOCKS:BLOCK:SHARE",
+    )  # fmt: skip
+    ablate_from: str | None = option(
+        None, "With --ablate: measurements of the model: a measurements.safetensors, its folder, or name of a job.",
+        "FILE",
+    )  # fmt: skip
+    ablate_direction: DirectionKind = option("projected", f"With --ablate: {_direction_meaning()}")
+    ablate_gate_scale: float = option(
+        0.5, "With --ablate: share of the same at which routers stop reading the direction; 0 leaves them untouched."
+    )
+    ablate_experts: bool = option(False, "With --ablate: take it out of what routed experts write, too.")
     task: list[str] = option([], "Task of lm-eval to run. Repeatable.", "TASK")
     fail_if: list[str] = option(
         [], f"Limit above which the exit code is 1: {', '.join(Gate.model_fields)}. Repeatable.", "NAME=LIMIT"
@@ -251,6 +270,7 @@ def evaluation_settings(command: EvaluationCommand) -> SafetyEvaluation:
         },
         "masked_experts": masked,
         "masked_from": masked_from,
+        "ablated": _ablated(command),
         "tasks": command.task,
         "fail_if": _limits(command),
     }
@@ -270,6 +290,29 @@ def _limits(command: EvaluationCommand) -> dict[str, str]:
     if limits and command.adapter is None:
         raise InvalidInput("--fail-if", limits, "also --adapter: without one there is nothing to compare with")
     return limits
+
+
+def _ablated(command: EvaluationCommand) -> dict[str, object] | None:
+    """The block `eval.ablated` of a job that takes the same directions out."""
+    if not command.ablate:
+        if command.ablate_from is not None:
+            raise InvalidInput("--ablate-from", command.ablate_from, "also --ablate, the blocks to edit")
+        return None
+    if command.ablate_from is None:
+        raise InvalidInput("--ablate", command.ablate[0], "also --ablate-from, the measurements of the model")
+    entries = []
+    for given in command.ablate:
+        parts = given.split(":")
+        if not 2 <= len(parts) <= 3:
+            raise InvalidInput("--ablate", given, "BLOCKS:BLOCK:SHARE or BLOCKS:BLOCK, such as 8-23:15:0.5")
+        entries.append(dict(zip(("layer", "measurement", "scale"), parts, strict=False)))
+    return {
+        "measurements": command.ablate_from,
+        "direction": command.ablate_direction,
+        "gate_scale": command.ablate_gate_scale,
+        "ablate_individual_experts": command.ablate_experts,
+        "ablate": entries,
+    }
 
 
 def _of_analysis(command: EvaluationCommand, file: str) -> tuple[dict[str, str], dict[str, object]]:

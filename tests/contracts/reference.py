@@ -52,7 +52,14 @@ from llama_stack_provider_moe.spec import (
     Training,
     WandB,
 )
-from llama_stack_provider_moe.spec.ablation import AblatedLayers, ContrastData, Measure, MeasureTraining
+from llama_stack_provider_moe.spec.ablation import (
+    AblatedLayers,
+    ContrastData,
+    Measure,
+    MeasureTraining,
+    RunTimeAblation,
+)
+from llama_stack_provider_moe.spec.ablation_jobs import EvaluatedModels
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
@@ -93,6 +100,12 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`eval`", "eval.", SafetyEvaluation, set()),
     ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
     ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),
+    (
+        "`eval.ablated`, with `ablate` as for ablation jobs",
+        "eval.ablated.",
+        RunTimeAblation,
+        set(),
+    ),
     ("`eval.judge`", "eval.judge.", RefusalJudge, set()),
     ("`eval.fail_if`", "eval.fail_if.", Gate, set()),
     ("`export`", "export.", Exports, set()),
@@ -135,11 +148,13 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`measure`", "measure.", Measure, set()),
     ("`training` of measuring jobs", "training.", MeasureTraining, set()),
     (
-        "Ablation jobs: `job_uuid`, `model`, `labels`, `note` and `resources` (of one process) as above, and",
+        "Ablation jobs: `job_uuid`, `model`, `labels`, `note`, `eval` and `resources` (of one process) as above, "
+        "`options` as for routing analysis jobs, and",
         "",
         AblationSpec,
-        {"job_uuid", "model", "model_from", "resources", "labels", "note"},
+        {"job_uuid", "model", "model_from", "resources", "labels", "note", "eval", "options"},
     ),
+    ("`training` of ablation jobs", "training.", EvaluatedModels, set()),
     ("Each of `ablate`", "ablate.N.", AblatedLayers, set()),
     (
         "Export jobs: `job_uuid`, `resources` and `export` as above, and",

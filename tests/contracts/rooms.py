@@ -58,16 +58,16 @@ ROOMS: dict[str, Room] = {
     "compute.models": _room(23, _MODEL + "trl huggingface_hub bitsandbytes unsloth"),
     "compute.methods": _room(24, "torch transformers"),
     "compute.data": _room(24, "pydantic torch transformers trl datasets jinja2"),
-    "compute.evaluation": _room(25, _MODEL + "pydantic numpy jinja2 httpx lm_eval"),
     "compute.export": _room(25, _MODEL + "pydantic jinja2 httpx huggingface_hub"),
     "compute.analysis": _room(25, _MODEL + "pydantic numpy matplotlib"),
     "compute.planning": _room(25, _MODEL + "pydantic trl"),
     "compute.ablation": _room(26, _MODEL + "pydantic numpy"),
-    "compute.train": _room(26, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb"),
-    "compute.recipes": _room(27, _MODEL + "pydantic trl datasets"),
-    "compute.worker": _room(28, "torch transformers datasets ray"),
-    "provider": _room(30),
-    "": _room(31, "fastapi"),  # the package itself: lazy doors, and fastapi for a type alone
+    "compute.evaluation": _room(27, _MODEL + "pydantic numpy jinja2 httpx lm_eval"),
+    "compute.train": _room(28, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb"),
+    "compute.recipes": _room(29, _MODEL + "pydantic trl datasets"),
+    "compute.worker": _room(30, "torch transformers datasets ray"),
+    "provider": _room(40),
+    "": _room(41, "fastapi"),  # the package itself: lazy doors, and fastapi for a type alone
 }
 # Hosts (llama_stack, ogx) are named by `control.server.compat` alone, which looks for whichever is installed.
 # Libraries that one module alone may name: their licence, their weight or their absence is that module's business.

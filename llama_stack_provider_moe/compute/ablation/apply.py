@@ -4,6 +4,7 @@ The new folder has the files of the old one, with the same tensors in each. Tens
 It is written under another name beside the output, and renamed when it is complete.
 """
 
+import math
 import os
 import shutil
 import time
@@ -59,7 +60,9 @@ class _Figures:
 
 
 @dataclass
-class _Job:
+class JobOfEdits:
+    """A plan on one model: its edits, the direction of each, and the figures of those that are done."""
+
     plan: AblationPlan
     edits: Edits
     units: dict[str, Tensor]
@@ -73,7 +76,7 @@ def dry_run(model: str, plan: AblationPlan, found: Measurements) -> AppliedRepor
         InvalidInput, ModelError, LayoutError: see `plan_edits`.
     """
     edits = plan_edits(model_folder(model, "model"), plan, found.provenance)
-    return _report(model, None, found, _Job(plan, edits, {}), seconds=None)
+    return report_of(model, None, found, JobOfEdits(plan, edits, {}), seconds=None)
 
 
 def apply(
@@ -101,13 +104,8 @@ def apply(
     """
     if os.path.lexists(out):
         raise InvalidInput("out", str(out), "a folder that does not exist yet")
-    folder = model_folder(model, "model")
-    edits = plan_edits(folder, plan, found.provenance)
-    here = fingerprint(folder)
-    if here != found.provenance.fingerprint:
-        raise InvalidInput("measurements", found.provenance.fingerprint[:12], f"measurements of this model, whose "
-                           f"fingerprint is {here[:12]}; measure it again")  # fmt: skip
-    job = _Job(plan, edits, directions(found, plan, edits))
+    job, folder = planned(model, plan, found), model_folder(model, "model")
+    edits = job.edits
     parts: dict[Path, list[TensorEntry]] = {}
     for entry in edits.entries:
         parts.setdefault(entry.file, []).append(entry)
@@ -122,13 +120,30 @@ def apply(
         for name, file in beside.items():
             shutil.copyfile(file, written / name)
         (written / "config.json").write_text(config_text(folder, None), encoding="utf-8")
-        report = _report(model, str(out), found, job, seconds)
+        report = report_of(model, str(out), found, job, seconds)
         (written / APPLIED_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return report
 
 
+def planned(model: str, plan: AblationPlan, found: Measurements) -> JobOfEdits:
+    """Plan the edits of a model that has weights; see `apply`."""
+    folder = model_folder(model, "model")
+    edits = plan_edits(folder, plan, found.provenance)
+    here = fingerprint(folder)
+    if here != found.provenance.fingerprint:
+        raise InvalidInput("measurements", found.provenance.fingerprint[:12], f"measurements of this model, whose "
+                           f"fingerprint is {here[:12]}; measure it again")  # fmt: skip
+    return JobOfEdits(plan, edits, directions(found, plan, edits))
+
+
+def figures_of(job: JobOfEdits, edit: Edit, old_HI: Tensor, new_HI: Tensor) -> None:
+    """Keep the figures of an edit of one whole matrix, whose rows are what it writes."""
+    job.figures[edit.entry.name] = _Figures()
+    job.figures[edit.entry.name].add(old_HI, new_HI, job.units[edit.entry.name])
+
+
 def _write(
-    job: _Job,
+    job: JobOfEdits,
     parts: dict[Path, list[TensorEntry]],
     folder: Path,
     say: Callable[[str], None],
@@ -149,7 +164,7 @@ def _write(
             say(f"{file.name}: {edited} of {len(entries)} tensors edited, {number} of {len(parts)} files")
 
 
-def _write_tensor(job: _Job, entry: TensorEntry, out: IO[bytes]) -> None:
+def _write_tensor(job: JobOfEdits, entry: TensorEntry, out: IO[bytes]) -> None:
     edit = job.edits.edits.get(entry.name)
     if edit is None:
         copy_bytes(entry, out)
@@ -161,10 +176,11 @@ def _write_tensor(job: _Job, entry: TensorEntry, out: IO[bytes]) -> None:
             append(numbers, out)
             continue
         new = edited(numbers.float(), edit, job.plan, unit_H).to(entry.dtype)
-        if not bool(torch.isfinite(new).all()):
-            raise ModelError(f"model: {entry.name} is not finite after the edit, or was not before")
         old, made = (_writing_rows(each.float(), edit) for each in (numbers, new))
         figures.add(old, made, unit_H)
+        # The sum of squares is looked at first, because looking at every number takes as long as the edit.
+        if not math.isfinite(figures.after) and not bool(torch.isfinite(new).all()):
+            raise ModelError(f"model: {entry.name} is not finite after the edit, or was not before")
         append(new, out)
         liveness.alive()
 
@@ -214,7 +230,10 @@ def _biases(numbers: Tensor, edit: Edit, unit_H: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _report(model: str, folder: str | None, found: Measurements, job: _Job, seconds: float | None) -> AppliedReport:
+def report_of(
+    model: str, folder: str | None, found: Measurements, job: JobOfEdits, seconds: float | None
+) -> AppliedReport:
+    """The report of edits that are done; of a dry run, if `folder` and `seconds` are None."""
     edits = job.edits
     touched = [_touched(edit, job) for edit in edits.edits.values()]
     size = sum(entry.nbytes for entry in edits.entries)
@@ -235,7 +254,7 @@ def _report(model: str, folder: str | None, found: Measurements, job: _Job, seco
     )
 
 
-def _touched(edit: Edit, job: _Job) -> Touched:
+def _touched(edit: Edit, job: JobOfEdits) -> Touched:
     stack = edit.writer.kind == "experts" and edit.place.expert is None
     router = edit.writer.kind == "router"
     figures = job.figures.get(edit.entry.name)

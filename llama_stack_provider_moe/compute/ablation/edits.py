@@ -5,7 +5,7 @@ is written.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, shorten
-from llama_stack_provider_moe.spec.ablation import AblatedLayers, AblationPlan
+from llama_stack_provider_moe.spec.ablation import AblatedLayers, AblationPlan, StreamEdit
 
 EDITED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOT_A_WRITER = "does not write into the residual stream"
@@ -89,10 +89,15 @@ def plan_edits(folder: Path, plan: AblationPlan, provenance: Provenance) -> Edit
         InvalidInput: the plan does not fit the model or the measurements.
     """
     model = _blank(folder)
+    if provenance.adapter is not None:
+        raise InvalidInput("measurements", "of a model with an adapter", "measurements of the model that is edited; "
+                           "merge the adapter, and measure the merged model")  # fmt: skip
     layout, (layers_path, layers) = find_layout(model), decoder_layers(model)
-    _check_measurements(provenance, len(layers), int(text_config(model).hidden_size))
     wanted = plan.edits()
-    _check_plan(plan, wanted, layout, len(layers))
+    check_blocks(plan, layout, provenance, len(layers), int(text_config(model).hidden_size))
+    for expert in plan.expert_subset or ():
+        if layout is not None and expert >= layout.num_experts:
+            raise InvalidInput("expert_subset", expert, f"experts of this model, 0 to {layout.num_experts - 1}")
     writers = {each.parameter: each for each in find_writers(model, layout)}
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     disk = read_model(folder) if has_weights else _described(model)
@@ -116,7 +121,7 @@ def plan_edits(folder: Path, plan: AblationPlan, provenance: Provenance) -> Edit
         edits[name] = _edit(entry, place, writer, wanted[writer.layer], plan)
     for parameter in sorted({edit.writer.parameter for edit in edits.values()} | _needed(writers, plan, wanted)):
         _check_found(parameter, model, made_of, places, disk)
-    _check_norms(edits, provenance)
+    check_norms([edit.writer for edit in edits.values()], provenance)
     return Edits(model, layers_path, list(disk.values()), made_of, edits, dict(skipped))
 
 
@@ -138,34 +143,38 @@ def _described(model: PreTrainedModel) -> dict[str, TensorEntry]:
     return {name: TensorEntry(name, each.dtype, tuple(each.shape), Path(), 0) for name, each in named}
 
 
-def _check_measurements(provenance: Provenance, layers: int, width: int) -> None:
-    if provenance.adapter is not None:
-        raise InvalidInput("measurements", "of a model with an adapter", "measurements of the model that is edited; "
-                           "merge the adapter, and measure the merged model")  # fmt: skip
-    if (provenance.layers, provenance.width) != (layers, width):
-        raise InvalidInput("measurements", f"{provenance.layers} blocks, {provenance.width} wide", "measurements of "
-                           f"this model, which has {layers} blocks and is {width} wide")  # fmt: skip
-
-
-def _check_plan(
-    plan: AblationPlan, wanted: Mapping[int, AblatedLayers], layout: ExpertLayout | None, layers: int
+def check_blocks(
+    plan: StreamEdit, layout: ExpertLayout | None, provenance: Provenance, layers: int, width: int, above: str = ""
 ) -> None:
+    """Check that a plan and its measurements fit a model.
+
+    Args:
+        plan: what to edit.
+        layout: of the model's experts; None: it is dense.
+        provenance: of the measurements.
+        layers: number of the model's decoder blocks.
+        width: of its residual stream.
+        above: the block that the plan's fields are in, such as `eval.ablated.`, for errors.
+
+    Raises:
+        InvalidInput: they don't.
+    """
+    if (provenance.layers, provenance.width) != (layers, width):
+        raise InvalidInput(f"{above}measurements", f"{provenance.layers} blocks, {provenance.width} wide",
+                           f"measurements of this model, which has {layers} blocks and is {width} wide")  # fmt: skip
+    wanted = plan.edits()
     for layer, entry in wanted.items():
-        if layer >= layers:
-            raise InvalidInput("ablate.layer", layer, f"a decoder block of this model, 0 to {layers - 1}")
-        if entry.measurement >= layers:
-            raise InvalidInput("ablate.measurement", entry.measurement, f"a decoder block of this model, 0 to "
-                               f"{layers - 1}")  # fmt: skip
+        for field, number in (("layer", layer), ("measurement", entry.measurement)):
+            if number >= layers:
+                expected = f"a decoder block of this model, 0 to {layers - 1}"
+                raise InvalidInput(f"{above}ablate.{field}", number, expected)
     if not plan.ablate_individual_experts:
         return
     if layout is None or not set(layout.moe_layers) & set(wanted):
         which = "a model with experts; this one is dense" if layout is None else (
             f"false, or one of the blocks that have routed experts ({layout.moe_layers[0]} to {layout.moe_layers[-1]}) "
             "in `ablate`")  # fmt: skip
-        raise InvalidInput("ablate_individual_experts", True, which)
-    for expert in plan.expert_subset or ():
-        if expert >= layout.num_experts:
-            raise InvalidInput("expert_subset", expert, f"experts of this model, 0 to {layout.num_experts - 1}")
+        raise InvalidInput(f"{above}ablate_individual_experts", True, which)
 
 
 def _reason(
@@ -230,14 +239,23 @@ def _check_found(
         raise ModelError(f"model: {', '.join(names)} do not form {parameter} of shape {shape}")
 
 
-def _check_norms(edits: Mapping[str, Edit], provenance: Provenance) -> None:
-    """Check that nothing stands between the edited tensors and the residual stream, except the routers' norms."""
-    for edit in edits.values():
-        writer = edit.writer
+def check_norms(writers: Iterable[Writer], provenance: Provenance, above: str = "") -> None:
+    """Check that nothing stands between the edited parameters and the residual stream, except the routers' norms.
+
+    Args:
+        writers: the parameters.
+        provenance: of the measurements.
+        above: see `check_blocks`.
+
+    Raises:
+        InvalidInput: a router does not read what a norm of its block returns.
+        ModelError: what a parameter writes goes through a norm.
+    """
+    for writer in writers:
         if writer.kind == "router":
             if provenance.router_norms.get(writer.layer) is None:
-                raise InvalidInput("gate_scale", "> 0", f"0: {writer.module} does not read the output of a norm of its "
-                                   "block, so the direction that it reads is not known")  # fmt: skip
+                raise InvalidInput(f"{above}gate_scale", "> 0", f"0: {writer.module} does not read the output of a "
+                                   "norm of its block, so the direction that it reads is not known")  # fmt: skip
             continue
         for normed in provenance.normed_outputs:
             if writer.module == normed or writer.module.startswith(f"{normed}."):

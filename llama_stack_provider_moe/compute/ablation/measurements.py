@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_stack_provider_moe.errors import InvalidInput, shorten
-from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.ablation import BASELINE, MEASUREMENTS_FILE, TARGET
 from llama_stack_provider_moe.spec.blocks import Block, DType
 
 _PROVENANCE = "ablation"
@@ -81,6 +82,11 @@ class Measurements:
     def of(self, name: str) -> MeasuredStates:
         """The figures of a set by its name."""
         return {TARGET: self.target, BASELINE: self.baseline}[name]
+
+
+def of_job(folder: JobFolder, job: str) -> Path:
+    """The file of another job, whose folder is beside `folder`."""
+    return JobFolder(folder.root.parent / job).measurements / MEASUREMENTS_FILE
 
 
 def write(found: Measurements, path: Path) -> None:

@@ -15,6 +15,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from llama_stack_provider_moe.compute.ablation.measurements import read
+from llama_stack_provider_moe.compute.ablation.run_time import Removal, removal, require_same_model
 from llama_stack_provider_moe.compute.evaluation import report as reports
 from llama_stack_provider_moe.compute.evaluation.generate import Limits, LocalModel, ends_of, evaluating
 from llama_stack_provider_moe.compute.evaluation.judges import QUESTION, Judge, opened_judge
@@ -83,6 +85,7 @@ def _in_memory(arguments: EvaluationCommand, suite: Suite) -> EvaluationReport:
     layout, ends = find_layout(model), ends_of(model)
     subject_model = model if arguments.adapter is None else _adapted(model, arguments.adapter, layout)
     check_masked(settings, subject_model, layout)
+    suite.removal = _removal(settings, arguments, subject_model)
     limits = Limits(settings.batch_size, settings.max_new_tokens, arguments.max_length)
     autocast = None if dtype == "fp32" else DTYPES[dtype]  # as in a job
     states: dict[str, Measurement] = {}
@@ -97,6 +100,18 @@ def _in_memory(arguments: EvaluationCommand, suite: Suite) -> EvaluationReport:
         return suite.conclude(states, judge.name, suite.agreement(judge))
 
 
+def _removal(
+    settings: SafetyEvaluation, arguments: EvaluationCommand, model: PreTrainedModel | PeftModel
+) -> Removal | None:
+    if settings.ablated is None:
+        return None
+    field = "--ablate-from"
+    found = read(local_names.measurements_file(settings.ablated.measurements, field), field)
+    adapter = None if arguments.adapter is None else Path(arguments.adapter)
+    require_same_model(found.provenance, arguments.model, adapter, field)
+    return removal(model, settings.ablated, found, "ablated.")
+
+
 def _adapted(model: PreTrainedModel, folder: str, layout: ExpertLayout | None) -> PeftModel:
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, folder).eval()
@@ -108,8 +123,8 @@ def _adapted(model: PreTrainedModel, folder: str, layout: ExpertLayout | None) -
 
 
 def _of_server(arguments: EvaluationCommand, url: str, suite: Suite) -> EvaluationReport:
-    if suite.settings.masked_experts or arguments.adapter:
-        raise InvalidInput("--url", url, "no masked experts and no --adapter with it: the model on a "
+    if suite.settings.masked_experts or suite.settings.ablated or arguments.adapter:
+        raise InvalidInput("--url", url, "no masked experts, no --ablate and no --adapter with it: the model on a "
                            "server can't be changed from here")  # fmt: skip
     endpoint = Endpoint(url, arguments.model, os.environ.get(KEY_VARIABLE), arguments.timeout)
     try:

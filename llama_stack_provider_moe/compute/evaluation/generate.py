@@ -6,9 +6,9 @@ generation settings, random state) is as before.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy
 import torch
@@ -28,6 +28,7 @@ from llama_stack_provider_moe.spec.evaluation_rows import ScenarioRow
 from llama_stack_provider_moe.spec.rows import Conversation
 
 Progress = Callable[[str, int, int], None]
+Around = Callable[[Tensor], AbstractContextManager[None]]
 
 
 class Subject(Protocol):
@@ -53,6 +54,14 @@ class Limits:
     batch_size: int
     max_new_tokens: int
     max_length: int  # tokens of a prompt, or of a conversation whose answers are measured
+
+
+class Texts(NamedTuple):
+    """Texts of conversations; a conversation may need several, one for each answer."""
+
+    ids: list[list[int]]
+    said: list[list[bool]]  # whether a token is of an answer
+    owners: list[int]  # number of the conversation
 
 
 @contextmanager
@@ -177,10 +186,20 @@ class LocalModel:
         end = next((index for index, token in enumerate(ids) if token in self._ends), len(ids))
         return ids[:end]
 
-    @torch.no_grad()
     def likelihoods(self, name: str, conversations: Sequence[Conversation]) -> tuple[list[float], list[int]]:
         """NLL of the tokens of assistant turns; a text is cut at `max_length` tokens."""
-        ids, said, owners = [], [], []  # a conversation may need several texts, one for each answer
+        texts = self.texts(name, conversations)
+        nll, counted = [0.0] * len(conversations), [0] * len(conversations)
+        for rows, logits_BTV in self.passes(name, texts.ids):
+            for at, row in enumerate(rows):
+                ids_T = torch.tensor(texts.ids[row], device=logits_BTV.device)
+                nll[texts.owners[row]] += _nll(logits_BTV[at], ids_T, texts.said[row])
+                counted[texts.owners[row]] += sum(texts.said[row][1:])
+        return nll, counted
+
+    def texts(self, name: str, conversations: Sequence[Conversation]) -> Texts:
+        """The texts with the answers of each conversation, cut at `max_length` tokens."""
+        ids, said, owners = [], [], []
         for number, talk in enumerate(conversations, start=1):
             try:
                 made = self._renderer.tokens(self._renderer.row(talk))
@@ -191,20 +210,31 @@ class LocalModel:
             owners += [number - 1] * len(made)
             if not any(any(each[1:]) for each in said[-len(made) :]):  # the first token is never predicted
                 raise DataError(f"eval: {name} row {number}: no token of an answer within options.max_length")
-        nll, counted = [0.0] * len(conversations), [0] * len(conversations)
-        done = 0
+        return Texts(ids, said, owners)
+
+    def passes(
+        self, name: str, ids: Sequence[list[int]], around: Around = lambda mask_BT: nullcontext()
+    ) -> Iterator[tuple[range, Tensor]]:
+        """(numbers of the texts, their logits (B, T, V)) of each batch, padded on the right.
+
+        Args:
+            name: of the set, for messages.
+            ids: of each text.
+            around: makes the context of a pass, from its attention mask (B, T).
+        """
         self._progress(name, 0, len(ids))
         for first in range(0, len(ids), self._limits.batch_size):
-            part = slice(first, first + self._limits.batch_size)
-            ids_BT, mask_BT = self._padded(ids[part], left=False)
-            with self._precision():
-                logits_BTV = self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-            for row, counts in enumerate(said[part]):
-                nll[owners[first + row]] += _nll(logits_BTV[row], ids_BT[row], counts)
-                counted[owners[first + row]] += sum(counts[1:])
-                done += 1
-            self._progress(name, done, len(ids))
-        return nll, counted
+            rows = range(first, min(first + self._limits.batch_size, len(ids)))
+            yield rows, self.logits([ids[row] for row in rows], around)
+            self._progress(name, rows.stop, len(ids))
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[list[int]], around: Around = lambda mask_BT: nullcontext()) -> Tensor:
+        """Logits of one batch of texts, (B, T, V); see `passes`."""
+        ids_BT, mask_BT = self._padded(ids, left=False)
+        with self._precision(), around(mask_BT):
+            made: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        return made
 
     def tasks(self, names: Sequence[str], skip: Callable[[str], None]) -> dict[str, TaskScore]:
         """See `tasks.run_tasks`."""

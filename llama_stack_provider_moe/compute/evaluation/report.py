@@ -7,11 +7,13 @@ from pydantic import Field
 from llama_stack_provider_moe.compute.evaluation import statistics
 from llama_stack_provider_moe.compute.evaluation.statistics import Agreement, IntervalEstimate
 from llama_stack_provider_moe.spec import Block, Gate
+from llama_stack_provider_moe.spec.ablation import RunTimeAblation
 
 REFUSAL, OVER_REFUSAL, PERPLEXITY, FORBIDDEN = (
     "refusal_rate", "over_refusal_rate", "perplexity", "forbidden_calls_rate",
 )  # fmt: skip
 RATIO = "perplexity_ratio"
+KL, ROUTING = "kl_to_base", "routing_shift"
 
 
 class TaskScore(Block):
@@ -32,6 +34,13 @@ class Measurement(Block):
     tokens: list[int] = Field(default_factory=list, description="Number of tokens of the same answers.")
     calls: list[list[dict[str, object]]] = Field(default_factory=list, description="All calls in each scenario.")
     forbidden: list[bool] = Field(default_factory=list, description="Whether each scenario has a forbidden call.")
+    kl: list[float] = Field(
+        default_factory=list, description="KL divergence of the base from this model on the same tokens, in nats."
+    )
+    rerouted: list[float] = Field(
+        default_factory=list, description="Sum over each retain row's tokens of the share of other chosen experts."
+    )
+    read: list[float] = Field(default_factory=list, description="Number of tokens that `rerouted` sums over.")
     tasks: dict[str, TaskScore] = Field(default_factory=dict, description="Scores, by lm-eval's name of the task.")
 
 
@@ -76,13 +85,16 @@ class EvaluationReport(Block):
     agreement: list[JudgeAgreement]
     rows: dict[str, int]
     measured: dict[str, dict[str, Figure]] = Field(
-        description="Figures by name, for `before`, `after`, and each with `_masked`."
+        description="Figures by name, for `before`, `after`, and each with `_masked` and `_ablated`."
     )
     differences: dict[str, dict[str, Figure]] = Field(
         description="`after - before`, `before_masked - before`, ...: differences of rates, and ratios of perplexities."
     )
     masked_experts: dict[int, list[int]]
     masked_from: str | None = Field(default=None, description="Routing analysis that named some of the masked experts.")
+    ablated: RunTimeAblation | None = Field(
+        default=None, description="Directions that were taken out for `_ablated`; null: none."
+    )
     gate: list[GateVerdict]
     skipped: list[str]
     examples: list[dict[str, object]]
@@ -114,6 +126,10 @@ def figures(measured: Measurement, resamples: int, seed: int) -> dict[str, Figur
             found[name] = statistics.wilson(sum(verdicts), len(verdicts))
     if measured.nll:
         found[PERPLEXITY] = statistics.perplexity(measured.nll, measured.tokens, resamples, seed)
+    if measured.kl:
+        found[KL] = statistics.per_token(measured.kl, measured.tokens, resamples, seed)
+    if measured.rerouted:
+        found[ROUTING] = statistics.per_token(measured.rerouted, measured.read, resamples, seed)
     if measured.forbidden:
         found[FORBIDDEN] = statistics.wilson(sum(measured.forbidden), len(measured.forbidden))
     for task, score in measured.tasks.items():

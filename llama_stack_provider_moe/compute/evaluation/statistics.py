@@ -94,6 +94,22 @@ def perplexity_ratio(
     return _bootstrap(len(before), of, resamples, seed)
 
 
+def per_token(sums: Sequence[float], tokens: Sequence[float], resamples: int, seed: int) -> IntervalEstimate:
+    """Mean per token of a figure that is summed for each row, with a percentile bootstrap over rows.
+
+    Args:
+        sums: of each row.
+        tokens: of each row.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+    """
+
+    def of(rows: Sequence[int]) -> float:
+        return sum(sums[row] for row in rows) / sum(tokens[row] for row in rows)
+
+    return _bootstrap(len(sums), of, resamples, seed)
+
+
 class Agreement(NamedTuple):
     """How two judges of the same answers agree; a refusal is a "yes"."""
 

@@ -11,6 +11,7 @@ from typing import cast
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from llama_stack_provider_moe.compute.ablation.run_time import Removal
 from llama_stack_provider_moe.compute.evaluation import report as reports
 from llama_stack_provider_moe.compute.evaluation.agent import forbidden_calls
 from llama_stack_provider_moe.compute.evaluation.generate import Subject
@@ -31,6 +32,7 @@ from llama_stack_provider_moe.spec.evaluation_rows import JudgedRow, ScenarioRow
 from llama_stack_provider_moe.spec.rows import Conversation, Message
 
 JUDGED = ("refuse", "safe")
+STATES, CHANGED = ("before", "after"), ("masked", "ablated")
 OWN_LABELS = "this package's labels"
 REPORT_FILE = "eval.json"
 
@@ -52,6 +54,10 @@ class Material:
                     sets[name] = [json.loads(line) for line in islice(file, settings.max_rows)]
         return cls(sets, read_labelled(paths["labelled"]) if "labelled" in paths else None)
 
+    def conversations(self, name: str) -> Sequence[Conversation]:
+        """The rows of a set that has no scenarios; empty if it is not named."""
+        return _talks(self.sets.get(name, []))
+
 
 @dataclass
 class Suite:
@@ -61,6 +67,7 @@ class Suite:
     settings: SafetyEvaluation
     material: Material
     seed: int
+    removal: Removal | None = None  # what `settings.ablated` takes out
     skipped: list[str] = field(default_factory=list)
 
     def measure(self, subject: Subject, judge: Judge) -> Measurement:
@@ -109,13 +116,16 @@ class Suite:
         model: PreTrainedModel | PeftModel,
         layout: ExpertLayout | None,
     ) -> dict[str, Measurement]:
-        """Measure a model in memory as `state`, and with experts masked as `<state>_masked` if the settings mask any.
+        """Measure a model in memory as `state`.
+
+        If the settings mask experts, measure again without them as `<state>_masked`; if they take directions out, again
+        without those as `<state>_ablated`.
 
         Args:
             subject: the model, ready to answer.
             judge: of refusals.
             state: `before` or `after`.
-            model: the same model, for masking.
+            model: the same model, for masking and ablation.
             layout: of its experts; None: it is dense.
         """
         found = {state: self.measure(subject, judge)}
@@ -124,6 +134,10 @@ class Suite:
             assert layout is not None, "checked by check_masked"
             with masked_experts(model, layout, masked):
                 found[f"{state}_masked"] = self.measure(subject, judge)
+        if self.settings.ablated is not None:
+            assert self.removal is not None, "made by removal_of"
+            with self.removal.taken_out(model):
+                found[f"{state}_ablated"] = self.measure(subject, judge)
         return found
 
     def skip(self, what: str) -> None:
@@ -144,13 +158,14 @@ class Suite:
         """Figures, differences and the gate.
 
         Args:
-            states: `before`, `after`, and each with `_masked` if experts were masked; any may be missing.
+            states: `before`, `after`, and each with `_masked` if experts were masked and `_ablated` if directions were
+                taken out; any may be missing.
             judge: its name.
             agreement: of the judge.
         """
         settings, resamples = self.settings, self.settings.resamples
         measured = {state: reports.figures(each, resamples, self.seed) for state, each in states.items()}
-        pairs = [("before", "after"), ("before", "before_masked"), ("after", "after_masked")]
+        pairs = [("before", "after"), *((each, f"{each}_{changed}") for changed in CHANGED for each in STATES)]
         differences = {
             f"{late} - {early}": reports.differences(states[early], states[late], resamples, self.seed)
             for early, late in pairs
@@ -166,6 +181,7 @@ class Suite:
             differences=differences,
             masked_experts=settings.masked(),
             masked_from=None if settings.masked_from is None else settings.masked_from.analysis,
+            ablated=settings.ablated,
             gate=reports.verdicts(settings.fail_if, measured["before"], measured["after"]) if both else [],
             skipped=list(self.skipped),
             examples=self._examples(states),

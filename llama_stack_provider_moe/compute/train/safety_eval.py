@@ -4,28 +4,33 @@ The first figures are kept in `before.json`, so that a job whose process was los
 """
 
 import time
+from pathlib import Path
 
 from peft import PeftModel
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.ablation import measurements
+from llama_stack_provider_moe.compute.ablation.run_time import Removal, removal, require_same_model
 from llama_stack_provider_moe.compute.evaluation import report as reports
+from llama_stack_provider_moe.compute.evaluation import shift
 from llama_stack_provider_moe.compute.evaluation.generate import Limits, LocalModel, ends_of, evaluating
 from llama_stack_provider_moe.compute.evaluation.judges import opened_judge
 from llama_stack_provider_moe.compute.evaluation.report import EvaluationReport, JudgeAgreement, Measurement
 from llama_stack_provider_moe.compute.evaluation.suite import REPORT_FILE, Material, Suite, check_masked
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.runtime.context import AnySession, Stopped
+from llama_stack_provider_moe.compute.runtime.context import AnySession, Session, Stopped
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.events import Assessed, Saved
 from llama_stack_provider_moe.jobdir.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobdir.reading import read_as
-from llama_stack_provider_moe.spec import Block, ranges
+from llama_stack_provider_moe.spec import AblationSpec, Block, ranges
 
 PRINTED_EVERY_S = 15.0
+_ABOVE = "eval.ablated."
 
 
 class GateFailed(TrainingError):
@@ -50,18 +55,19 @@ class Assessment:
 
     Raises:
         ModelError: the job masks experts, and the model is dense.
-        InvalidInput: the job masks experts that the model does not have.
+        InvalidInput: the job masks experts that the model does not have, or takes out directions that don't fit it.
     """
 
     def __init__(
         self,
-        session: AnySession,
+        session: AnySession | Session[AblationSpec],
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         layout: ExpertLayout | None,
     ) -> None:
         spec = session.spec
         assert spec.eval is not None
+        self._compares = isinstance(spec, AblationSpec)
         self._session = session
         self._settings = spec.eval
         self._model = model
@@ -83,6 +89,20 @@ class Assessment:
             experts = "; ".join(f"layer {layer}: {', '.join(ranges(masked[layer]))}" for layer in sorted(masked))
             source = "" if origin is None else f" (with those of {origin.analysis})"
             session.say(f"eval: measures a second time without experts of {experts}{source}")
+        self._suite.removal = self._removal()
+
+    def _removal(self) -> Removal | None:
+        asked, spec, session = self._settings.ablated, self._session.spec, self._session
+        if asked is None:
+            return None
+        field = f"{_ABOVE}measurements"
+        found = measurements.read(measurements.of_job(session.folder, asked.measurements), field)
+        adapter = None if isinstance(spec, AblationSpec) else spec.adapter
+        start = None if adapter is None else adapter.init_from
+        require_same_model(found.provenance, spec.model, None if start is None else Path(start), field)
+        blocks = ", ".join(ranges(asked.edits()))
+        session.say(f"eval: measures again with the directions of {asked.measurements} taken out of blocks {blocks}")
+        return removal(self._model, asked, found, _ABOVE)
 
     def before(self) -> Assessed:
         """Measure the untrained model, unless an earlier start of the job did, and return the figures."""
@@ -118,12 +138,26 @@ class Assessment:
             subject = LocalModel(self._model, self._tokenizer, limits, self._ends, autocast, self._progress)
             with opened_judge(settings, spec.training.dtype, self._model.device, spec.options.max_length) as judge:
                 states = self._suite.measure_states(subject, judge, self._state, self._model, self._layout)
+                if self._compares:
+                    self._compare(subject, states)
                 return _Kept(
                     judge=judge.name,
                     agreement=self._suite.agreement(judge),
                     states=states,
                     skipped=self._suite.skipped,
                 )
+
+    def _compare(self, subject: LocalModel, states: dict[str, Measurement]) -> None:
+        """Before: keep what the edited model is compared with. After: add the comparison."""
+        retained = self._suite.material.conversations("retain")
+        if not retained:
+            return
+        kept = self._session.folder.before_states
+        if self._state == "before":
+            shift.record(subject, retained, self._model, self._layout, kept)
+        else:
+            found = shift.compare(subject, retained, self._model, self._layout, kept)
+            states["after"] = states["after"].model_copy(update=dict(found))
 
     def _progress(self, name: str, done: int, total: int) -> None:
         # A request to stop ends an evaluation at once: before training there is nothing to save, and after it all is.

@@ -265,6 +265,7 @@ def _safety(event: Assessed) -> dict[str, float]:
     parts = [
         ("safety", event.measured[state]),
         ("safety/masked", event.measured.get(f"{state}_masked", {})),
+        ("safety/ablated", event.measured.get(f"{state}_ablated", {})),
         ("safety/change", event.differences.get("after - before", {})),
     ]
     figures: dict[str, float] = {}

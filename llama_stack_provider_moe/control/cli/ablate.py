@@ -52,6 +52,9 @@ def read_plan(name: str) -> AblationSpec:
         value = body.get(field)
         if isinstance(value, str) and (beside / value).exists():
             body[field] = str(beside / value)
+    if body.get("eval") is not None:
+        raise InvalidInput("eval", body["eval"], "none in a plan that this command applies; a job measures before and "
+                           "after, and `moe-train eval` measures each model")  # fmt: skip
     try:
         return AblationSpec.model_validate(body)
     except ValidationError as error:

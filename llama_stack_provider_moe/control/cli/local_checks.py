@@ -99,7 +99,9 @@ def evaluate(command: EvaluationCommand) -> None:
     if not command.task and all(getattr(command, name) is None for name in EVALUATION_SETS):
         measured = ", ".join(f"--{name}" for name in EVALUATION_SETS if name != "labelled")
         raise InvalidInput("--retain", None, f"something to measure: at least one of {measured}, --task")
-    evaluation_settings(command)
+    settings = evaluation_settings(command)
+    if settings.ablated is not None:
+        local_names.measurements_file(settings.ablated.measurements, "--ablate-from")
     _tasks(command)
     for name in EVALUATION_SETS:
         file = getattr(command, name)
@@ -139,9 +141,9 @@ def _servers(command: EvaluationCommand) -> None:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             expected = "an http or https URL, such as http://127.0.0.1:8000/v1"
             raise InvalidInput(option, without_passwords(url), expected)
-    if command.url is not None and (command.adapter or command.mask or command.mask_from):
-        raise InvalidInput("--url", without_passwords(command.url), "no --adapter, --mask and --mask-from with it: the "
-                           "model on a server can't be changed from here")  # fmt: skip
+    if command.url is not None and (command.adapter or command.mask or command.mask_from or command.ablate):
+        raise InvalidInput("--url", without_passwords(command.url), "no --adapter, --mask, --mask-from and --ablate "
+                           "with it: the model on a server can't be changed from here")  # fmt: skip
 
 
 def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:

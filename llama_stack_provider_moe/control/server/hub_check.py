@@ -16,7 +16,8 @@ from llama_stack_provider_moe.control.supervisor.executors.local import training
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.hub_cache import home_folder, is_cached, offline_variable
 from llama_stack_provider_moe.ground.redaction import without_passwords
-from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JobSpec, LoadingSpec
+from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 HUB = "https://huggingface.co"
@@ -36,11 +37,11 @@ async def check(request: Draft, spec: JobSpec, config: ProviderConfig, guard: Gu
     Raises:
         InvalidInput: a model is neither cached here nor on the hub.
     """
-    if not isinstance(spec, LoadingSpec):
+    if not isinstance(spec, LoadingSpec | EvaluatedJob):
         return
     environment = training_environment(os.environ, config)
     named = {"model": spec.model}
-    if isinstance(spec, TrainingSpec) and spec.eval is not None and spec.eval.judge.model is not None:
+    if isinstance(spec, EvaluatedJob) and spec.eval is not None and spec.eval.judge.model is not None:
         named["eval.judge.model"] = spec.eval.judge.model
     for path, model in named.items():
         if os.path.isabs(model):

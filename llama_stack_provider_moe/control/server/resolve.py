@@ -17,6 +17,7 @@ from llama_stack_provider_moe.spec import (
     TrainingSpec,
 )
 from llama_stack_provider_moe.spec.blocks import ExecutorName
+from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
@@ -50,6 +51,7 @@ def resolve_names(
     if isinstance(spec, AblationSpec):
         reports.must_be_measured(store.get(spec.measurements, whose), request.name("measurements"))
         names.check_model_from(spec.model_from, [found["model"]])
+        found["eval"] = _evaluation(spec.eval, names, request, store, whose)
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
@@ -80,12 +82,7 @@ def resolve_names(
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
-    if spec.eval is not None:
-        asked = spec.eval
-        if asked.masked_from_analysis is not None:
-            job = store.get(asked.masked_from_analysis.job, whose)
-            asked = reports.with_masks(asked, job, store, request)
-        found["eval"] = _judged(asked, names)
+    found["eval"] = _evaluation(spec.eval, names, request, store, whose)
     return spec.model_copy(update=found)
 
 
@@ -94,6 +91,7 @@ def named_folders(spec: NamingSpec) -> str:
     found = {field: getattr(spec, field, None) for field in ("model", "adapter_folder", "checkpoint_dir")}
     if isinstance(spec, TrainingSpec):
         found["adapter.init_from"] = None if spec.adapter is None else spec.adapter.init_from
+    if isinstance(spec, EvaluatedJob):
         found["eval.judge.model"] = None if spec.eval is None else spec.eval.judge.model
     return ", ".join(f"{field} {shorten(value)}" for field, value in found.items() if value is not None)
 
@@ -137,6 +135,21 @@ def resolve_executor(request: Draft, spec: JobSpec, config: ProviderConfig) -> J
 def executor_of(spec: JobSpec) -> tuple[str | None, int | None]:
     """Return what the store records about a resolved spec: its executor, and the local GPUs that it needs."""
     return (None, spec.resources.gpus) if spec.resources.executor != "ray" else ("ray", 0)
+
+
+def _evaluation(
+    asked: SafetyEvaluation | None, names: model_names.Names, request: Draft, store: JobStore, whose: str | None
+) -> SafetyEvaluation | None:
+    """Return the block `eval` with the masks of the analysis that it names, and a model of its judge."""
+    if asked is None:
+        return None
+    if asked.masked_from_analysis is not None:
+        job = store.get(asked.masked_from_analysis.job, whose)
+        asked = reports.with_masks(asked, job, store, request)
+    if asked.ablated is not None:
+        measured = store.get(asked.ablated.measurements, whose)
+        reports.must_be_measured(measured, request.name("eval.ablated.measurements"))
+    return _judged(asked, names)
 
 
 def _judged(asked: SafetyEvaluation, names: model_names.Names) -> SafetyEvaluation:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 
 
 class Uses(NamedTuple):
@@ -40,6 +41,8 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
         named |= _base_of(spec.adapter_folder, jobs_dir)
     if isinstance(spec, AblationSpec):
         named.add(spec.measurements)
+    if isinstance(spec, EvaluatedJob) and spec.eval is not None and spec.eval.ablated is not None:
+        named.add(spec.eval.ablated.measurements)
     is_adapter = isinstance(spec, TrainingSpec) and spec.adapter is not None
     always = set(_jobs([spec.model], jobs_dir)) if is_adapter else set()
     return Uses(tuple(sorted(always)), tuple(sorted(named - always)))
@@ -76,6 +79,7 @@ def _resolved(spec: JobSpec) -> list[str]:
         found.append(spec.adapter_folder or "")
     if isinstance(spec, TrainingSpec):
         found.append("" if spec.adapter is None else spec.adapter.init_from or "")
+    if isinstance(spec, EvaluatedJob):
         found.append("" if spec.eval is None else spec.eval.judge.model or "")
     return found
 

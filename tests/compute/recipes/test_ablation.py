@@ -11,16 +11,18 @@ from safetensors.torch import load_file
 
 from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE, AppliedReport
 from llama_stack_provider_moe.compute.ablation.report import DIRECTIONS_FILE, DirectionsReport
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, train
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.references import uses_of
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.local_names import STATE_VARIABLE, measurements_file
+from llama_stack_provider_moe.jobdir.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JobDefaults
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 from tests.compute.recipes.test_routing_analysis import ANALYSIS, SFT, reason, run
 from tests.support import tiny_models
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
+from tests.support.training_support import _signals_put_back
 
 COOKING = [{"prompt": f"Boil {i} eggs."} for i in range(7)]
 OTHER = [{"prompt": f"Add {i} and 3 4 5 6 7 8 9", "completion": "It is so."} for i in range(9)]
@@ -166,7 +168,10 @@ def test_defaults_of_a_server_do_not_disturb_them() -> None:
     defaults = JobDefaults.model_validate({"training": {"dtype": "fp32", "n_epochs": 2}, "optimizer": {"lr": 0.1}})
     assert defaults.under(MEASURE | {"training": {}})["training"] == {"dtype": "fp32"}
     assert "optimizer" not in defaults.under(MEASURE)
-    assert defaults.under(ABLATE) == ABLATE
+    assert defaults.under(ABLATE) == ABLATE | {"training": {"dtype": "fp32"}}
+    measuring = JobDefaults.model_validate({"eval": {"retain_dataset_id": "garden", "max_rows": 9}})
+    assert measuring.under(ABLATE) == ABLATE, "what every training job measures is not asked of other jobs"
+    assert measuring.under(ABLATE | {"eval": {}})["eval"] == {"retain_dataset_id": "garden", "max_rows": 9}
 
 
 def test_a_command_finds_the_measurements_of_a_job(
@@ -178,3 +183,33 @@ def test_a_command_finds_the_measurements_of_a_job(
     assert measurements_file(str(path), "m") == measurements_file(str(path.parent), "m") == path
     with pytest.raises(InvalidInput, match=r"measurements: 'nothing' is not valid; expected a measurements\.saf"):
         measurements_file("nothing", "measurements")
+
+
+def test_a_job_measures_before_and_after(service: PostTrainingService, measured: str) -> None:
+    """Perplexity, KL to the base and the choices of routers; the limits of the gate are those of training jobs."""
+    evaluation = {"retain_dataset_id": "garden", "refuse_dataset_id": "cooking", "resamples": 100, "max_new_tokens": 4}
+    body = ABLATE | {"model": "granite", "training": {"dtype": "fp32"}, "eval": evaluation}
+    with caller("ann"):
+        job_id, code = run(service, body)
+        artifacts = asyncio.run(service.artifacts(job_id)).checkpoints
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    assert [each.kind for each in artifacts] == ["model", "evaluation"]
+    found = json.loads((folder.evaluation / "eval.json").read_text())
+    before, after = found["measured"]["before"], found["measured"]["after"]
+    assert set(before) == {"refusal_rate", "perplexity"}
+    assert set(after) == {*before, "kl_to_base", "routing_shift"}
+    assert after["kl_to_base"]["low"] > 0
+    assert 0 < after["routing_shift"]["low"] <= after["routing_shift"]["value"] <= 1
+    assert json.loads(folder.spec.read_text())["resources"]["gpus"] is None
+    with caller("ann"):
+        worse = {"ablate": [{"layer": "0-1", "measurement": 0, "scale": 2.0}], "norm_preserving": "off"}
+        gated, code = run(service, body | worse | {"eval": evaluation | {"fail_if": {"capability_drop": 0}}})
+    assert code == FAILED
+    assert "eval.fail_if.capability_drop" in reason(folder_of(service, gated))
+    failed = folder_of(service, gated)
+    first = failed.before.read_bytes()
+    with _signals_put_back():
+        assert train(failed) == FAILED, "a resumed job edits and measures again"
+    assert failed.before.read_bytes() == first, "the base is not measured again"
+    assert {each.kind for each in saved_artifacts(failed)} == {"model", "evaluation"}, "both are kept"

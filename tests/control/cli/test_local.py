@@ -11,6 +11,7 @@ import typer.core
 import typer.main
 
 from llama_stack_provider_moe.control.cli import commands
+from llama_stack_provider_moe.control.cli.ablate import read_plan
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.errors import InvalidInput
@@ -99,7 +100,14 @@ def test_both_sides_know_the_same_options(name: str) -> None:
         (UpcycleCommand, {"source": "a", "out": "b", "experts": "4", "router_std": "0.5"}),
         (
             EVALUATION_COMMAND,
-            {"model": "m", "mask": ["3:0-3,7", "4:1"], "fail_if": ["refusal_drop=1"]},
+            {
+                "model": "m",
+                "mask": ["3:0-3,7", "4:1"],
+                "fail_if": ["refusal_drop=1"],
+                "ablate": ["0-3:2:0.5"],
+                "ablate_experts": True,
+                "ablate_gate_scale": "0.25",
+            },
         ),
         (ROUTING_COMMAND, {"model": "m", "set": ["a=x", "b=y"], "tokens": "prompt", "out": "-odd"}),
         (MergeCommand, {"base": "a", "adapter": "b", "out": "c", "dtype": "bf16", "as_json": True}),
@@ -242,3 +250,13 @@ def test_a_task_without_lm_eval_is_refused(tmp_path: Path, monkeypatch: pytest.M
         "pip install 'llama-stack-provider-moe[eval]'\n"
     )
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_plan_with_an_evaluation_is_a_job(tmp_path: Path) -> None:
+    """The command would write the model and measure nothing."""
+    plan = {"model": "m", "measurements": "f", "ablate": [{"layer": 0, "measurement": 0}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": None}))
+    assert read_plan(str(tmp_path / "plan.json")).eval is None
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": {"retain_dataset_id": "d"}}))
+    with pytest.raises(InvalidInput, match=r"eval: .* expected none in a plan that this command applies; a job"):
+        read_plan(str(tmp_path / "plan.json"))

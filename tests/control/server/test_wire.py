@@ -266,6 +266,7 @@ def test_a_servers_default_evaluation() -> None:
         ({"retain_dataset_id": "kept", "fail_if": {"refusal_drop": 0.1}}, "eval.fail_if.refusal_drop: needs eval.ref"),
         ({"masked_experts": {"0": "1"}}, "masked_experts: fits one model only"),
         ({"masked_from_analysis": {"job": "a", "set": "b", "top": 1}}, "masked_from_analysis: fits one model only"),
+        ({"ablated": {"measurements": "a", "ablate": []}}, "ablated: fits one model only"),
     ],
 )
 def test_a_wrong_default_evaluation_stops_the_server(evaluation: dict[str, Any], expected: str) -> None:

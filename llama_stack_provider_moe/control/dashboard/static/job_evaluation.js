@@ -7,7 +7,10 @@ import { pill } from "./pieces.js";
 import { problem } from "./shell.js";
 
 const LIMIT = 16e6;
-const STATES = { before: "Before", after: "After", before_masked: "Before, without masked experts", after_masked: "After, without masked experts" };
+const STATES = {
+  before: "Before", after: "After", before_masked: "Before, without masked experts", after_masked: "After, without masked experts",
+  before_ablated: "Before, without the directions", after_ablated: "After, without the directions",
+};
 const stateName = (name) => STATES[name] ?? name.replaceAll("_", " ");
 const wide = (found) => (found ? h("span", {}, figure(found.value), h("span", { class: "sub" }, `${figure(found.low)} to ${figure(found.high)}, n ${found.n}`)) : "–");
 
