@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llama_stack_provider_moe.control.dashboard.svg import Line, heat_map, line_chart, short
+from llama_stack_provider_moe.jobdir.output import printable
 
 POINTS, COLUMNS = 600, 100  # most steps of a curve, and of a map of the experts
 EVALUATION, EVALUATION_FILE = "evaluation", "eval.json"  # the artifact with what `eval` measured, and its file
@@ -68,10 +69,15 @@ class Chart(NamedTuple):
 def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("llama_stack_provider_moe.control.dashboard"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_readable,
     )  # fmt: skip
     made.filters.update(figure=_figure, text=_text)
     return made
+
+
+def _readable(value: object) -> object:
+    """Return a text without characters that reorder or hide others; anything else as it is."""
+    return printable(value) if type(value) is str else value  # a drawing is a `Markup`
 
 
 def render(sources: Sources) -> str:

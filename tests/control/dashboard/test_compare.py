@@ -1,5 +1,7 @@
 """The page that compares jobs: settings that differ, final figures, and how differently routers use their experts."""
 
+import re
+
 from playwright.sync_api import expect
 
 from tests.control.dashboard.conftest import World
@@ -61,3 +63,28 @@ def test_the_routing_of_three_jobs_is_compared(visitor: Visitor, world: World) -
 def test_jobs_without_routing_say_so(visitor: Visitor) -> None:
     page = visitor.open("/compare?jobs=sft-lr2e-4,sft-later")
     expect(page.locator("#content")).to_contain_text("sft-later has none")
+
+
+def test_a_page_that_is_full_says_which_jobs_it_leaves_out(visitor: Visitor, world: World) -> None:
+    visitor.refused.add(404)
+    names = ["sft-lr2e-4", *(f"none-{number}" for number in range(12))]
+    page = visitor.open(f"/compare?jobs={','.join(names)}")
+    said = page.locator("#left-out")
+    expect(said).to_contain_text("names 13 jobs. This page compares the first 12; it leaves out none-11.")
+    expect(page.locator(".chip")).to_have_count(12)
+    page.get_by_label("Add a job").fill("sft-lr1e-4")
+    page.get_by_role("button", name="Add").click()
+    expect(said).to_contain_text("at most 12 jobs. Remove one before you add sft-lr1e-4.")
+    expect(page.get_by_label("Add a job")).to_have_value("sft-lr1e-4")
+    page.get_by_role("button", name="Remove none-0").click()
+    expect(page.get_by_role("button", name="Remove none-11")).to_be_visible()  # there is room for it now
+    expect(said).to_be_empty()
+
+
+def test_ticks_are_plain_numbers(visitor: Visitor) -> None:
+    page = visitor.open("/compare?jobs=sft-lr2e-4,sft-lr1e-4")
+    charts_are_drawn(page, 5)
+    ticks = page.locator("figure", has_text="Learning rate").locator(".ytick text").all_text_contents()
+    assert len(ticks) > 2
+    assert not [tick for tick in ticks if re.search(r"0\.\d*e", tick)], ticks
+    assert {float(tick) for tick in ticks} & {0.0001, 0.0002}

@@ -108,3 +108,30 @@ def test_a_label_with_markup_is_text_and_a_filter(visitor: Visitor) -> None:
     expect(page.locator("#jobs tbody tr")).to_have_count(1)
     assert page.evaluate("() => window.hacked") is None
     assert page.evaluate("() => document.querySelectorAll('main img, main script').length") == 0
+
+
+LABELS = {"experimental": "", "sweep": "s1", "a-long-key-of-a-team-that-has-a-long-name-and-more": "v1"}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_label_shows_its_key_and_its_value_in_whole_words(
+    visitor: Visitor, world: World, labelled: str, width: int
+) -> None:
+    with world.http() as api:
+        api.patch(f"/jobs/{labelled}", json={"labels": LABELS}).raise_for_status()
+    try:
+        visitor.page.set_viewport_size({"width": width, "height": 844})
+        page = visitor.open(f"?text={labelled}")
+        words = page.locator("#jobs tbody .label :is(span, b)")
+        expect(words).to_have_count(5)
+        for word in (page.get_by_text(text, exact=True) for text in ("experimental", "sweep", "s1", "v1")):
+            expect(word).to_have_count(1)
+            place = word.bounding_box()
+            assert place is not None
+            assert place["height"] < 30, f"{word.inner_text()} takes more than one line"
+        visitor.must_fit()
+        visitor.must_be_accessible()
+        visitor.picture(f"label-chips-{width}")
+    finally:
+        with world.http() as api:
+            api.patch(f"/jobs/{labelled}", json={"labels": dict.fromkeys(LABELS)}).raise_for_status()

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.control.dashboard.conftest import World
+from llama_stack_provider_moe.spec.run_time import run_time, unknown_time
+from tests.control.dashboard.conftest import SWEEP, World
 from tests.support.browser import Visitor
+from tests.support.dashboard_jobs import change
 from tests.support.host_support import BODY
 
 PLAN = {
@@ -15,7 +17,8 @@ PLAN = {
         "recipe": "sft", "model": "owner/name", "trains": "LoRA", "batch_size": 1, "max_length": 512, "dtype": "bf16",
     },
     "plan": {
-        "verdict": "fits", "strategy": "ddp", "processes": 1, "device_bytes": 80e9, "usable_bytes": 76e9, "options": [],
+        "verdict": "fits", "strategy": "ddp", "processes": 1, "device": "cuda",
+        "device_bytes": 80e9, "usable_bytes": 76e9, "options": [],
     },
     "changes": [],
 }  # fmt: skip
@@ -37,16 +40,16 @@ def planned(visitor: Visitor, time: Any) -> Page:
 
 
 @pytest.mark.parametrize(
-    ("source", "word"),
-    [("measured on sft-lr2e-4, 1 x NVIDIA H100", "measured"), ("estimated from FLOPs at 30% of the peak", "estimated")],
+    ("source", "basis"),
+    [("measured", "measured on sft-lr2e-4, 1 x NVIDIA H100"), ("estimated", "from FLOPs at 30% of the peak")],
 )
-def test_a_plan_says_how_long_it_takes_and_how_it_knows(visitor: Visitor, source: str, word: str) -> None:
+def test_a_plan_says_how_long_it_takes_and_how_it_knows(visitor: Visitor, source: Any, basis: str) -> None:
     visitor.refused.add(400)  # the template's data set is not there
-    page = planned(visitor, {"seconds": 5400.0, "tokens_per_s": 5230.0, "source": source})
+    page = planned(visitor, run_time(5230.0, 52_300, 540.0, source, basis))
     expect(page.locator(".time")).to_have_text(
-        f"{word} Training takes about 1 h 30 min at 5,230 tokens a second ({source})."
+        f"{source} Training takes about 1 h 30 min at 5,230 tokens a second ({basis})."
     )
-    expect(page.locator(".time .pill")).to_have_text(word)
+    expect(page.locator(".time .pill")).to_have_text(source)
     visitor.must_be_accessible()
 
 
@@ -54,12 +57,63 @@ def test_a_plan_says_how_long_it_takes_and_how_it_knows(visitor: Visitor, source
     ("time", "said"),
     [
         (None, "can't say how long"),
-        ({"seconds": None, "tokens_per_s": None, "source": "the GPU is unknown"}, "the GPU"),
+        (unknown_time("the GPU is unknown"), "No time estimate: the GPU is unknown"),
+        (
+            run_time(5230.0, None, 540.0, "estimated", "by FLOPs"),
+            "No time estimate: by FLOPs; the number of rows is not",
+        ),
     ],
 )
-def test_a_plan_without_a_time_says_so(visitor: Visitor, time: Any, said: str) -> None:
+def test_a_plan_without_a_time_says_why(visitor: Visitor, time: Any, said: str) -> None:
     visitor.refused.add(400)
     expect(planned(visitor, time).locator("#content")).to_contain_text(said)
+
+
+def test_a_plan_is_gone_once_the_job_is_another_one(visitor: Visitor) -> None:
+    visitor.refused.add(400)
+    page = planned(visitor, None)
+    expect(page.locator("#content")).to_contain_text("1 process of 80.0 GB")
+    page.get_by_label("Job, as JSON").press("End")
+    page.get_by_label("Job, as JSON").press("Space")
+    expect(page.get_by_role("heading", name="Memory plan")).to_have_count(0)
+    expect(page.get_by_role("button", name="Start job")).to_be_disabled()  # until the server has checked the new text
+
+
+def test_an_answer_about_an_older_text_is_dropped(visitor: Visitor) -> None:
+    visitor.refused.add(400)
+    page = planned(visitor, None)
+    waits: list[Route] = []
+
+    def keep(route: Route) -> None:
+        waits.append(route)
+
+    page.unroute("**/jobs/plan*")
+    page.route("**/jobs/plan*", keep)
+    plan = page.get_by_role("button", name="Plan memory and time")
+    with page.expect_request("**/jobs/plan*"):
+        plan.click()
+    expect(plan).to_be_disabled()
+    page.get_by_label("Memory of a GPU").fill("24")
+    expect(page.get_by_text("The planner computes")).to_have_count(0)
+    waits[0].fulfill(body=json.dumps(PLAN), content_type="application/json")
+    expect(plan).to_be_enabled()
+    expect(page.get_by_role("heading", name="Memory plan")).to_have_count(0)
+
+
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_a_plan_for_gpus_says_if_the_server_has_none(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch, world: World, gpus: str
+) -> None:
+    visitor.refused.add(400)
+    for job in ("dpo-run-7", f"{SWEEP}-3"):
+        change(world.service, job, devices="")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    page = planned(visitor, None)
+    expect(page.get_by_text("The plan is for GPUs of 80.0 GB, and this server has none.")).to_have_count(
+        0 if gpus else 1
+    )
+    for job, device in (("dpo-run-7", "0"), (f"{SWEEP}-3", "1")):
+        change(world.service, job, devices=device)
 
 
 def test_a_plan_of_a_server_without_estimates(visitor: Visitor, world: World) -> None:

@@ -10,9 +10,9 @@ from playwright.sync_api import Browser
 
 from llama_stack_provider_moe.control import cli
 from llama_stack_provider_moe.control.dashboard.svg import Line, _ticks, heat_map, line_chart, short
-from tests.control.dashboard.conftest import World
+from tests.control.dashboard.conftest import GRANITE, World
 from tests.support.browser import visiting
-from tests.support.dashboard_jobs import MARKUP
+from tests.support.dashboard_jobs import MARKUP, change
 
 
 def written(world: World, folder: Path, job: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,6 +42,16 @@ def test_markup_in_a_report_is_text(world: World, tmp_path: Path, capsys: pytest
     text = written(world, tmp_path, "markup-1", capsys) + written(world, tmp_path, "breaker-1", capsys)
     assert "<b>bold</b>" not in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text
+
+
+def test_a_report_has_no_character_that_reverses_text(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(world.service, "sft-later", model="x\u202eevil & <b>")
+    text = written(world, tmp_path, "sft-later", capsys)
+    change(world.service, "sft-later", model=GRANITE)
+    assert "\u202e" not in text
+    assert "x\ufffdevil &amp; &lt;b&gt;" in text
 
 
 def test_a_browser_shows_it_without_complaint(

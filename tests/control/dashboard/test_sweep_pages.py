@@ -29,6 +29,7 @@ def test_jobs_of_a_sweep_are_ranked(visitor: Visitor) -> None:
     row = page.get_by_role("row", name=re.compile(SWEEP))
     expect(row).to_contain_text("2 completed")
     expect(row).to_contain_text("validation_loss")
+    expect(page.locator("#range")).to_have_text("1 sweep")
     row.get_by_role("link", name=SWEEP).click()
     rows = page.get_by_role("region", name="Jobs of this sweep").get_by_role("row")
     expect(rows).to_have_count(5)

@@ -19,6 +19,7 @@ export function setToken(value) {
 // Asks the person for a token; the shell sets it. One dialogue for all requests that wait.
 let ask = async () => false;
 let asking = null;
+let isLost = false; // whether the last request got no answer
 export function askWith(dialogue) { ask = dialogue; }
 function askOnce(why) {
   asking ??= ask(why).finally(() => { asking = null; });
@@ -65,7 +66,12 @@ export async function request(method, path, { query, body, signal, more } = {}) 
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(0, "the server does not answer");
+      isLost = true;
+      throw Object.assign(new ApiError(0, "the server does not answer"), { isUnreachable: true });
+    }
+    if (isLost) {
+      isLost = false;
+      document.dispatchEvent(new Event("moe-reached"));
     }
     if (answer.ok) return answer;
     const problem = await failure(answer);

@@ -109,7 +109,7 @@ export class LineChart extends Chart {
   layout() {
     return {
       hovermode: "x unified", showlegend: this.series.length > 1, xaxis: { title: { text: this.xTitle, standoff: 4 } },
-      yaxis: this.unit ? { tickformat: "~s", ticksuffix: this.unit } : { exponentformat: "e" }, margin: { l: 12, r: 12, t: this.series.length > 1 ? 30 : 8, b: 36 },
+      yaxis: this.unit ? { tickformat: "~s", ticksuffix: this.unit } : { tickformat: "~g" }, margin: { l: 12, r: 12, t: this.series.length > 1 ? 30 : 8, b: 36 },
     };
   }
 

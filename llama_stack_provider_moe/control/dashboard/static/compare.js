@@ -2,7 +2,7 @@
 
 import { get, part } from "./api.js";
 import { LineChart, withoutCharts } from "./charts.js";
-import { byId, h, put, table } from "./dom.js";
+import { byId, h, note, put, table } from "./dom.js";
 import { bytes, duration, figure, moment, shown } from "./format.js";
 import { compareRouting } from "./compare_routing.js";
 import { Series } from "./job_curves.js";
@@ -35,7 +35,9 @@ const CURVES = [
 const details = new Map();
 const series = new Map();
 const charts = new Map();
-const names = () => [...new Set((new URLSearchParams(location.search).get("jobs") ?? "").split(",").filter(Boolean))].slice(0, MOST);
+const asked = () => [...new Set((new URLSearchParams(location.search).get("jobs") ?? "").split(",").filter(Boolean))];
+
+const names = () => asked().slice(0, MOST);
 
 function choose(list) {
   const query = list.length ? `?jobs=${list.map(encodeURIComponent).join(",")}` : location.pathname;
@@ -46,8 +48,10 @@ function choose(list) {
 function chips(list) {
   put(byId("chosen"), list.map((name, index) => h("li", { class: "chip", "data-line": (index % 8) + 1 },
     h("span", { class: "dot" }), h("a", { href: jobPath(name) }, name), details.has(name) ? pill(details.get(name).status) : null,
-    h("button", { type: "button", class: "quiet", "aria-label": `Remove ${name}`, on: { click: () => choose(list.filter((each) => each !== name)) } }, "×"))));
+    h("button", { type: "button", class: "quiet", "aria-label": `Remove ${name}`, on: { click: () => choose(asked().filter((each) => each !== name)) } }, "×"))));
   byId("copy").disabled = list.length === 0;
+  const more = asked().slice(MOST);
+  put(byId("left-out"), more.length ? note("warn", `The address names ${list.length + more.length} jobs. This page compares the first ${MOST}; it leaves out ${more.join(", ")}.`) : null);
 }
 
 const grid = h("div", { class: "charts" });
@@ -137,7 +141,12 @@ async function load() {
 byId("add").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = byId("job").value.trim();
-  if (name && !names().includes(name)) choose([...names(), name]);
+  const list = asked();
+  if (name && !list.includes(name) && list.length >= MOST) {
+    put(byId("left-out"), note("warn", `This page compares at most ${MOST} jobs. Remove one before you add ${name}.`));
+    return;
+  }
+  if (name && !list.includes(name)) choose([...list, name]);
   byId("job").value = "";
 });
 byId("copy").addEventListener("click", async () => {

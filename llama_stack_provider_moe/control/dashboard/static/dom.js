@@ -1,5 +1,11 @@
 // Makes elements. Texts become text nodes and never markup: names, logs and rows come from people.
 
+// Control characters except tab and newline, and characters that reorder or hide text: the same that the command line
+// replaces. A right-to-left override would show a name as another one.
+const UNPRINTABLE = /[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]/gu;
+export const printable = (text) => String(text).replace(/\r\n?/g, "\n").replace(UNPRINTABLE, "\ufffd");
+const READ = new Set(["title", "aria-label", "placeholder"]); // attributes that people read
+
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -8,7 +14,7 @@ export function h(tag, properties = {}, ...children) {
     else if (name === "class") element.className = value;
     else if (name === "value") element.value = value;
     else if (name === "checked") element.checked = true;
-    else element.setAttribute(name, value === true ? "" : String(value));
+    else element.setAttribute(name, value === true ? "" : READ.has(name) ? printable(value) : String(value));
   }
   put(element, ...children);
   return element;
@@ -17,7 +23,7 @@ export function h(tag, properties = {}, ...children) {
 // Replaces the children of an element.
 export function put(element, ...children) {
   const nodes = children.flat(3).filter((each) => each !== null && each !== undefined && each !== false);
-  element.replaceChildren(...nodes.map((each) => (each instanceof Node ? each : String(each))));
+  element.replaceChildren(...nodes.map((each) => (each instanceof Node ? each : printable(each))));
   return element;
 }
 
@@ -30,7 +36,8 @@ export function prose(text) {
 
 // Sets a text only if it differs, so that live regions and selections stay quiet.
 export function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  const shown = printable(text);
+  if (element.textContent !== shown) element.textContent = shown;
 }
 
 export function table(caption, heads, rows, { classes = "" } = {}) {

@@ -62,7 +62,6 @@ export async function editor(place, text, changed) {
 
   let number = 0;
   const check = debounced(async () => {
-    number += 1;
     const mine = number;
     let body;
     try { body = JSON.parse(area.value); } catch (error) {
@@ -86,7 +85,7 @@ export async function editor(place, text, changed) {
     }
   }, 700);
 
-  area.addEventListener("input", () => { showHelp(); check(); });
+  area.addEventListener("input", () => { number += 1; showHelp(); check(); }); // an answer about an older text is dropped
   for (const event of ["click", "keyup", "focus"]) area.addEventListener(event, showHelp);
   area.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.isComposing) return;

@@ -86,8 +86,8 @@ async function load() {
   try {
     job = await get(`jobs/${part(id)}`);
   } catch (error) {
+    if (error.status === 404) gone();
     problem(error);
-    if (error.status === 404) { put(byId("facts"), "There is no such job, or it is another user's."); for (const place of ["tabs", "panel", "standing"]) byId(place).hidden = true; }
     return;
   }
   showHead();
@@ -96,14 +96,26 @@ async function load() {
     byId("tabs").hidden = false;
     byId("panel").hidden = false;
     const fits = Object.entries(TABS).filter(([name]) => !(job.recipe === "export" && ["curves", "experts", "evaluation", "data"].includes(name)));
-    tabs(byId("tabs"), byId("panel"), fits.map(([name, [title]]) => [name, title]), location.hash.slice(1), open);
+    const select = tabs(byId("tabs"), byId("panel"), fits.map(([name, [title]]) => [name, title]), location.hash.slice(1), open);
+    addEventListener("hashchange", () => { const name = location.hash.slice(1); if (job && fits.some(([each]) => each === name)) select(name); });
   }
+}
+
+// The job does not exist, or no longer: nothing of it can be shown or done.
+function gone() {
+  const was = job !== null;
+  job = null;
+  close();
+  close = () => {};
+  put(byId("facts"), was ? "This job has been deleted." : "There is no such job, or it is another user's.");
+  for (const place of ["actions", "labels", "panel"]) put(byId(place));
+  for (const place of ["tabs", "panel", "standing", "note"]) byId(place).hidden = true;
 }
 
 // The status is small and cheap; all details are asked for when the state changes.
 async function refresh() {
   if (job === null || !RUNS.includes(job.status)) return;
-  const found = await get(`jobs/${part(id)}/status`).catch((error) => problem(error));
+  const found = await get(`jobs/${part(id)}/status`).catch((error) => { if (error.status === 404) gone(); problem(error); });
   if (!found) return;
   if (found.status !== job.status) { await load(); return; }
   job.resources_allocated = { ...found.resources_allocated, disk_bytes: job.resources_allocated?.disk_bytes };

@@ -2,18 +2,14 @@
 
 import { part, post, remove } from "./api.js";
 import { h, note, prose } from "./dom.js";
-import { BASE, jobPath, problem, question, toast } from "./shell.js";
+import { actButton } from "./pieces.js";
+import { BASE, jobPath, question, toast } from "./shell.js";
 import { kind, schema } from "./schema.js";
 
 const TRAINS = ["sft", "dpo", "circuit_breaker"];
 
 export function actions(job, changed) {
   const id = part(job.job_uuid);
-  const act = (name, run, classes = "") => h("button", { type: "button", class: classes, on: { click: async (event) => {
-    event.target.disabled = true;
-    try { await run(); } catch (error) { problem(error); }
-    event.target.disabled = false;
-  } } }, name);
 
   async function cancel() {
     const sure = await question("Cancel this job?", h("p", {}, "It finishes its step and saves a checkpoint, so that you can resume it."), "Cancel the job", "danger");
@@ -69,9 +65,9 @@ export function actions(job, changed) {
     job.status === "completed" && TRAINS.includes(job.recipe) ? h("a", { class: "button", href: `${BASE}/playground?of=${id}` }, "Try it") : null,
     h("a", { class: "button", href: `${BASE}/compare?jobs=${id}` }, "Compare"),
     job.recipe === "export" ? null : h("a", { class: "button", href: `${BASE}/new?from=${id}` }, "Clone"),
-    job.status === "completed" && TRAINS.includes(job.recipe) ? act("Export", exported) : null,
-    ["failed", "cancelled"].includes(job.status) ? act("Resume", resume, "primary") : null,
-    runs && !job.cancel_requested_at ? act("Cancel", cancel, "danger") : null,
-    runs ? null : act("Delete", deleted, "danger"),
+    job.status === "completed" && TRAINS.includes(job.recipe) ? actButton("Export", exported) : null,
+    ["failed", "cancelled"].includes(job.status) ? actButton("Resume", resume, "primary") : null,
+    runs && !job.cancel_requested_at ? actButton("Cancel", cancel, "danger") : null,
+    runs ? null : actButton("Delete", deleted, "danger"),
   ];
 }

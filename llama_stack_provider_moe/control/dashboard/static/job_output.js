@@ -1,7 +1,7 @@
 // A job's log and its events, as they come.
 
 import { follow, get } from "./api.js";
-import { h, put, say } from "./dom.js";
+import { h, printable, put, say } from "./dom.js";
 import { moment } from "./format.js";
 import { problem } from "./shell.js";
 
@@ -25,7 +25,7 @@ export function log(panel, { path }) {
       due = 0;
       const wanted = find.value.toLowerCase();
       const found = wanted ? lines.filter((line) => line.toLowerCase().includes(wanted)) : lines;
-      output.textContent = found.join("\n");
+      output.textContent = printable(found.join("\n"));
       if (stick.checked) output.scrollTop = output.scrollHeight;
     });
   }
@@ -39,7 +39,7 @@ export function log(panel, { path }) {
       draw();
     }
   }
-  run().catch(problem);
+  run().catch((error) => { say(status, ""); problem(error); });
   return () => { left.abort(); cancelAnimationFrame(due); };
 }
 

@@ -112,7 +112,7 @@ function draw(listed) {
   put(byId("empty"), filters ? "No job matches these filters." : [h("strong", {}, "No jobs yet. "), h("a", { href: `${BASE}/new` }, "Make the first one"), "."]);
   byId("older").disabled = !listed.has_more;
   byId("newest").disabled = !asked.has("after");
-  say(byId("range"), listed.data.length ? `${listed.data.length} jobs, the newest from ${moment(listed.data[0].scheduled_at)}` : "");
+  say(byId("range"), listed.data.length ? `${listed.data.length} ${listed.data.length === 1 ? "job" : "jobs"}, the newest from ${moment(listed.data[0].scheduled_at)}` : "");
 }
 
 // Jobs that have ended keep their figures; the others are asked for again.

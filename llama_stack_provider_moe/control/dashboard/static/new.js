@@ -43,16 +43,26 @@ async function start() {
 
   const text = from ? pretty(cloned((await get(`jobs/${part(from)}`)).spec)) : pretty(byName.get(first).job);
   let body = null;
+  let edits = 0; // what was planned or checked before an edit says nothing about the job after it
   written = await editor(place, text, (job, valid) => { body = job; send.disabled = valid === null; });
+  const edited = () => { edits += 1; put(planned); };
+  written.area.addEventListener("input", () => { edited(); send.disabled = true; });
+  memory.addEventListener("input", edited);
   choice.addEventListener("change", () => { if (byName.has(choice.value)) written.set(pretty(byName.get(choice.value).job)); });
   data.addEventListener("change", () => {
     const job = written.read();
     if (job && data.value) written.set(pretty({ ...job, data: { ...job.data, dataset_id: data.value } }));
   });
   plan.addEventListener("click", async () => {
+    const job = written.read();
+    if (job === null) { put(planned, note("bad", "The job is not JSON yet, so there is nothing to plan.")); return; }
+    const mine = edits;
     plan.disabled = true;
     put(planned, h("p", { class: "muted", role: "status" }, "The planner computes; the first time takes half a minute …"));
-    try { put(planned, shownPlan(await post("jobs/plan", body ?? written.read(), { memory_bytes: Math.round(Number(memory.value) * GB) }))); } catch (error) { put(planned); problem(error, planned); }
+    try {
+      const [found, here] = await Promise.all([post("jobs/plan", job, { memory_bytes: Math.round(Number(memory.value) * GB) }), get("activity")]);
+      if (mine === edits) put(planned, shownPlan(found, here.devices.length > 0));
+    } catch (error) { if (mine === edits) problem(error, planned); }
     plan.disabled = false;
   });
   send.addEventListener("click", async () => {
@@ -64,21 +74,23 @@ async function start() {
   });
 }
 
-// How long training will take; `source` says whether like jobs were measured or the planner computed it.
+// How long training will take. `source` says whether like jobs were measured or the planner computed it, `basis` says
+// from what, or why there is no estimate.
 function shownTime(time) {
   if (time === undefined) return null; // a server without estimates
   if (time === null) return h("p", { class: "muted" }, "The server can't say how long it will take.");
-  if (typeof time.seconds !== "number") return h("p", { class: "muted" }, `No time estimate: ${time.source}`);
-  const isMeasured = time.source.startsWith("measured");
+  if (typeof time.seconds !== "number") return h("p", { class: "muted" }, `No time estimate: ${time.basis}`);
+  const isMeasured = time.source === "measured";
   return h("p", { class: "time" }, h("span", { class: "pill", "data-state": isMeasured ? "completed" : "scheduled" }, isMeasured ? "measured" : "estimated"),
-    " Training takes about ", h("strong", {}, duration(time.seconds)), typeof time.tokens_per_s === "number" ? ` at ${figure(time.tokens_per_s)} tokens a second` : "", ` (${time.source}).`);
+    " Training takes about ", h("strong", {}, duration(time.seconds)), typeof time.tokens_per_s === "number" ? ` at ${figure(time.tokens_per_s)} tokens a second` : "", ` (${time.basis}).`);
 }
 
-function shownPlan({ job, plan, changes, time }) {
+function shownPlan({ job, plan, changes, time }, hasGpu) {
   const words = { fits: ["good", `It fits, with ${plan.strategy}.`], tight: ["warn", "It may not fit: the estimate is more than the usable memory."] };
   const [kind, text] = words[plan.verdict] ?? ["bad", "It can't fit: what is certain alone is more than the memory."];
-  return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text), shownTime(time),
-    h("p", {}, `${job.recipe} of ${job.model}, ${job.trains}; micro-batches of ${job.batch_size} rows with ${job.max_length} tokens, ${job.dtype}. ${plan.processes} process(es) of ${bytes(plan.device_bytes)}, of which ${bytes(plan.usable_bytes)} can be used.`),
+  return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text),
+    plan.device === "cuda" && !hasGpu ? note("warn", `The plan is for GPUs of ${bytes(plan.device_bytes)}, and this server has none.`) : null, shownTime(time),
+    h("p", {}, `${job.recipe} of ${job.model}, ${job.trains}; micro-batches of ${job.batch_size} rows with ${job.max_length} tokens, ${job.dtype}. ${plan.processes} ${plan.processes === 1 ? "process" : "processes"} of ${bytes(plan.device_bytes)}, of which ${bytes(plan.usable_bytes)} can be used.`),
     table("Memory by strategy", ["Strategy", "Verdict", "Peak", "Certain", "Largest parts"], plan.options.map((option) => [option.strategy, option.verdict,
       option.estimate ? bytes(option.peak_bytes) : "–", option.estimate ? bytes(option.certain_bytes) : option.refused ?? "",
       option.estimate ? Object.entries(option.estimate.terms).filter(([, value]) => value).sort(([, one], [, other]) => other - one).slice(0, 3).map(([name, value]) => `${name.replaceAll("_", " ")} ${bytes(value)}`).join(", ") : ""])),

@@ -1,7 +1,7 @@
 // A playground: the owner's one, prompts to it, and answers of both sides as they come.
 
 import { ApiError, follow, get, part, post, remove } from "./api.js";
-import { byId, h, note, put, say } from "./dom.js";
+import { byId, h, note, printable, put, say } from "./dom.js";
 import { count, duration } from "./format.js";
 import { pill } from "./pieces.js";
 import { Strip } from "./strip.js";
@@ -13,24 +13,37 @@ let job = null; // name of the playground
 let state = null; // the playground, as the server tells
 let number = null; // of the prompt that is answered
 let left = null;
+let isAsking = false; // whether the page asks if another model should replace the loaded one
+const RUNS = ["scheduled", "in_progress"];
+const namesOf = (wanted) => [wanted, ...["model", "merged", "adapter"].map((artifact) => `${wanted}/${artifact}`)]; // a bare job means one of these
 
 async function find() {
   const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
-  const found = await get("jobs", { recipe: "playground", state: ["scheduled", "in_progress"], limit: 100 });
+  const found = await get("jobs", { recipe: "playground", state: RUNS, limit: 100 });
   return found.data.find((line) => line.owner === owner)?.job_uuid ?? null;
 }
 
+// Looks at the playground; returns its job, or nothing if there is none.
 async function look() {
-  if (job === null) return;
+  const asked = job;
+  if (asked === null) return;
   try {
     const before = state;
-    state = await get(`jobs/${part(job)}/prompts`);
-    const about = await get(`jobs/${part(job)}`);
+    const found = await get(`jobs/${part(asked)}/prompts`);
+    const about = await get(`jobs/${part(asked)}`);
+    if (job !== asked) return; // another one was started meanwhile
+    state = found;
     draw(about);
     if (!before?.loaded && state.loaded) opened(before !== null);
+    return about;
   } catch (error) {
-    if (error instanceof ApiError && error.status === 404) job = null;
-    problem(error);
+    if (job !== asked) return;
+    if (!(error instanceof ApiError) || error.status !== 404) { problem(error); return; }
+    job = null;
+    state = null;
+    put(byId("standing"), note("info", `The playground ${asked} has been deleted. Start another to go on.`));
+    put(byId("replace"));
+    byId("ask").hidden = true;
   }
 }
 
@@ -42,12 +55,27 @@ function draw(about) {
     : loaded.moe_layers.length ? `${loaded.moe_layers.length} layers of ${loaded.experts} experts, ${loaded.top_k} for each token` : "a dense model";
   put(place, h("div", { class: "head small" },
     h("div", { class: "grow" }, h("h2", {}, h("a", { href: jobPath(job), class: "name" }, about.model)),
-      h("p", { class: "facts" }, pill(state.status), what ? h("span", {}, what) : null,
+      h("p", { class: "facts" }, isEnding() ? pill(state.status, "ending") : pill(state.status), what ? h("span", {}, what) : null,
         state.is_open ? h("span", {}, `ends after ${duration(state.idle_s)} without a prompt`) : null)),
     state.is_open ? h("button", { type: "button", class: "danger", on: { click: end } }, "End") : null),
-  state.is_open ? null : note(state.status === "failed" ? "bad" : "info", about.reason ?? "This playground has ended. Start another to go on."));
+  state.is_open ? null : note(state.status === "failed" ? "bad" : "info", isEnding() ? "This playground takes no more prompts; it is ending." : about.reason ?? "This playground has ended. Start another to go on."));
   place.hidden = false;
-  byId("ask").hidden = !state.is_open;
+  byId("ask").hidden = !state.is_open || isAsking;
+  if (!state.is_open) put(byId("replace"));
+}
+
+// Closed to prompts, while the store does not have its end yet.
+const isEnding = () => !state.is_open && RUNS.includes(state.status);
+
+// The address asks for one model, and another is loaded: says so before somebody talks to the wrong one.
+function offerToReplace(wanted, loaded) {
+  isAsking = true;
+  byId("ask").hidden = true;
+  const chosen = () => { isAsking = false; put(byId("replace")); byId("ask").hidden = !state?.is_open; };
+  put(byId("replace"), note("warn", h("p", {}, `Your playground has ${loaded}, not ${wanted}. You can have only one playground at a time.`),
+    h("div", { class: "buttons" },
+      h("button", { type: "button", class: "danger", on: { click: () => { chosen(); start(wanted, true); } } }, `Replace it with ${wanted}`),
+      h("button", { type: "button", on: { click: chosen } }, `Keep ${loaded}`))));
 }
 
 // What the loaded model can do decides what the form offers.
@@ -94,7 +122,7 @@ function show(sides, piece) {
   const place = sides[piece.side];
   switch (piece.type) {
     case "begun": say(byId("said"), "Answering …"); break;
-    case "text": place.text.append(piece.text); break;
+    case "text": place.text.append(printable(piece.text)); break;
     case "routed": place.strip.add(piece); break;
     case "answered":
       say(place.text, piece.text);
@@ -158,13 +186,15 @@ byId("stop").addEventListener("click", async () => {
 });
 
 async function load() {
-  byId("model").value = new URLSearchParams(location.search).get("of") ?? "";
+  const wanted = new URLSearchParams(location.search).get("of") ?? "";
+  byId("model").value = wanted;
   try {
     job = await find();
     const done = await get("jobs", { state: "completed", limit: 200 });
     put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
-    await look();
+    const about = await look();
+    if (wanted && about && state.is_open && !namesOf(wanted).includes(about.model)) offerToReplace(wanted, about.model);
   } catch (error) { problem(error); }
 }
 load();
-every(2000, () => (job !== null && (state === null || state.is_open) ? look() : null));
+every(2000, () => (job !== null && (state === null || state.is_open || isEnding()) ? look() : null));

@@ -54,6 +54,7 @@ async function showHealth() {
   try {
     const found = await (await fetch(`${api}/health`, { cache: "no-store" })).json();
     status = found.status ?? "error";
+    document.dispatchEvent(new Event("moe-reached"));
     const runs = found.supervisor === "alive" ? "a supervisor runs" : "no supervisor runs, so jobs wait";
     why = found.reason ?? (status === "ok" ? `The server is fine; ${runs}.` : "The job store does not answer.");
     if (status === "ok" && found.supervisor !== "alive" && (found.jobs?.scheduled ?? 0) > 0) status = "degraded";
@@ -99,8 +100,12 @@ export function problem(error, place = byId("problem")) {
   const text = error instanceof ApiError ? error.message : "the page failed on an unexpected error";
   if (!(error instanceof ApiError)) reportError(error);
   const head = error.status === 404 ? "Not found" : error.status === 401 ? "Not logged in" : error.status === 403 ? "Not allowed" : "That did not work";
-  put(place, note("bad", h("strong", {}, `${head}: `), text));
+  const shown = note("bad", h("strong", {}, `${head}: `), text);
+  if (error.isUnreachable) shown.dataset.unreachable = "";
+  put(place, shown);
 }
+// Once the server answers again, it is no longer true that it does not.
+document.addEventListener("moe-reached", () => document.querySelectorAll("[data-unreachable]").forEach((each) => each.remove()));
 
 // A question in a dialogue. Resolves to true for its action. With `act` the dialogue stays open until `act` is done, and
 // shows why it failed, so that nothing typed is lost.

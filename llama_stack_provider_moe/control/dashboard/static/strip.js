@@ -4,6 +4,7 @@ import { h, put, say, table } from "./dom.js";
 
 const WIDTH = 14; // pixels of a token
 const HEIGHT = 12; // and of a layer
+const NAMED = 24; // experts in the legend
 const colour = (expert) => `hsl(${(expert * 137.508) % 360} 62% ${42 + (expert % 3) * 10}%)`;
 const shown = (text) => JSON.stringify(text).slice(1, -1) || "∅";
 
@@ -14,9 +15,10 @@ export class Strip {
     this.title = title;
     this.canvas = h("canvas", { role: "img", tabindex: 0, "aria-label": `${title}: the table below has the same figures`, on: { mousemove: (event) => this.point(event), mouseleave: () => say(this.about, this.words()) } });
     this.about = h("p", { class: "muted" });
+    this.legend = h("ul", { class: "legend", "aria-label": `${title}: colours` });
     this.rows = h("div");
     this.details = h("details", { class: "as-table", on: { toggle: () => this.tell() } }, h("summary", {}, "As a table"), this.rows);
-    this.element = h("figure", { class: "strip", hidden: true }, h("figcaption", {}, title), h("div", { class: "scroll" }, this.canvas), this.about, this.details);
+    this.element = h("figure", { class: "strip", hidden: true }, h("figcaption", {}, title), h("div", { class: "scroll" }, this.canvas), this.about, this.legend, this.details);
     this.due = 0;
   }
 
@@ -28,7 +30,7 @@ export class Strip {
 
   words() {
     const each = this.tokens[0]?.experts[0]?.length ?? 0;
-    return `${this.tokens.length} tokens across, ${this.layers.length} layers down; the colour is the first of ${each} experts.`;
+    return `${this.tokens.length} tokens across, ${this.layers.length} layers down; the colour is that of ${each === 1 ? "the expert" : `the first of ${each} experts`}.`;
   }
 
   draw() {
@@ -44,7 +46,25 @@ export class Strip {
       pen.fillRect(column * WIDTH, row * HEIGHT, WIDTH - 1, HEIGHT - 1);
     }));
     say(this.about, this.words());
+    this.name();
     if (this.details.open) this.tell();
+  }
+
+  // The colours of the experts that were first most often.
+  name() {
+    const times = new Map();
+    for (const token of this.tokens) {
+      token.experts.forEach((experts, row) => {
+        const expert = first(experts, token.weights[row]);
+        times.set(expert, (times.get(expert) ?? 0) + 1);
+      });
+    }
+    const found = [...times].sort(([, one], [, other]) => other - one);
+    put(this.legend, found.slice(0, NAMED).map(([expert, number]) => {
+      const sign = h("i");
+      sign.style.setProperty("background", colour(expert));
+      return h("li", { title: `first ${number} times` }, sign, `expert ${expert}`);
+    }), found.length > NAMED ? h("li", {}, `and ${found.length - NAMED} others`) : null);
   }
 
   point(event) {

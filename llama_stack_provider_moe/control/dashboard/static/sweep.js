@@ -3,7 +3,7 @@
 import { get, part, post, remove } from "./api.js";
 import { byId, facts, h, note, put, say, table } from "./dom.js";
 import { count, figure, moment, shown } from "./format.js";
-import { pill } from "./pieces.js";
+import { actButton, pill } from "./pieces.js";
 import { BASE, every, jobPath, lastOfPath, problem, question, toast } from "./shell.js";
 
 const COMPARED = 12;
@@ -14,12 +14,6 @@ let drawn = "";
 
 document.title = `${id} · MoE training`;
 say(byId("title"), id);
-
-const button = (name, act, classes = "") => h("button", { type: "button", class: classes, on: { click: async (event) => {
-  event.target.disabled = true;
-  try { await act(); } catch (error) { problem(error); }
-  event.target.disabled = false;
-} } }, name);
 
 async function cancel() {
   const sure = await question("Cancel this sweep?", h("p", {}, "Its waiting jobs are cancelled at once. Running ones finish their step and save a checkpoint, so that you can resume them."), "Cancel the sweep", "danger");
@@ -50,8 +44,8 @@ function showHead() {
   put(byId("actions"),
     h("a", { class: "button", href: `${BASE}?sweep=${part(id)}` }, "In the list of jobs"),
     best.length > 1 ? h("a", { class: "button", href: `${BASE}/compare?jobs=${best.map(part).join(",")}` }, `Compare the best ${best.length}`) : null,
-    runs && !sweep.cancel_requested_at ? button("Cancel", cancel, "danger") : null,
-    runs ? null : button("Delete", removed, "danger"));
+    runs && !sweep.cancel_requested_at ? actButton("Cancel", cancel, "danger") : null,
+    runs ? null : actButton("Delete", removed, "danger"));
 }
 
 function ending({ halving }) {

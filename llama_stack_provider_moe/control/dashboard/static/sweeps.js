@@ -30,7 +30,7 @@ async function load() {
     drawn = key;
     put(byId("content"), found.data.length ? table("Sweeps, newest first", ["Sweep", "State", "Jobs", "Ranked by", "Created"], found.data.map(row), { classes: "card" })
       : h("p", { class: "empty" }, h("strong", {}, "No sweeps yet. "), "Start one under New job, or with ", h("code", {}, "moe-train sweep"), "."));
-    say(byId("range"), found.data.length ? `${found.data.length} sweeps` : "");
+    say(byId("range"), found.data.length ? `${found.data.length} ${found.data.length === 1 ? "sweep" : "sweeps"}` : "");
   } catch (error) { problem(error); }
 }
 
