@@ -15,6 +15,7 @@ from llama_stack_provider_moe.compute.models.loader import load_plain
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
+from llama_stack_provider_moe.compute.recipes.playground.writing import Writing
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED, train
 from llama_stack_provider_moe.jobdir import events
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
@@ -30,7 +31,7 @@ from llama_stack_provider_moe.jobdir.prompts import (
     pieces_from,
 )
 from llama_stack_provider_moe.spec import JOB_SPEC
-from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, ROUTED_TOKENS, PromptRequest
+from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, MIN_TEMPERATURE, ROUTED_TOKENS, PromptRequest
 from tests.support import tiny_models
 from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
 
@@ -194,6 +195,37 @@ def test_a_prompt_that_cannot_be_answered_says_why(workshop: Workshop) -> None:
     assert manifest is not None
     assert manifest.summary["prompts"] == 3
     assert manifest.artifacts == []
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, torch.OutOfMemoryError])
+def test_an_error_ends_only_its_answer(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """The second pass of the first answer fails; the next prompt is answered."""
+    folder = playground(workshop)
+    bad, good = ask(folder, routing=True), ask(folder, routing=True)
+    write_token = Writing.token
+    calls = 0
+
+    def fail_once(self: Writing, *given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise kind("no room for the logits")
+        return write_token(self, *given, **named)
+
+    monkeypatch.setattr(Writing, "token", fail_once)
+    run(folder)
+    assert answer(folder, bad)[-1] == Ended(error=f"no answer: {kind.__name__}: no room for the logits")
+    assert answer(folder, good)[-1] == Ended()
+    assert texts(answer(folder, good))
+
+
+def test_the_smallest_temperature_gives_an_answer(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number = ask(folder, temperature=MIN_TEMPERATURE)
+    run(folder)
+    assert answer(folder, number)[-1] == Ended()
 
 
 def test_an_answer_can_be_stopped(workshop: Workshop) -> None:

@@ -95,6 +95,7 @@ def test_the_result_of_a_job_is_its_adapter_on_its_base(service: PostTrainingSer
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the last one has role 'assistant'; expected 'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: is missing"),
         (PROMPT | {"temperature": 3}, "temperature: 3 is not valid; expected <= 2"),
+        (PROMPT | {"temperature": 1e-300}, "temperature: 1e-300 is not valid; expected 0, or 0.01 to 2"),
         (PROMPT | {"top_p": 0}, "top_p: 0 is not valid; expected > 0"),
         (PROMPT | {"seed": -1}, "seed: -1 is not valid; expected >= 0"),
         (PROMPT | {"max_tokens": 20}, "max_tokens: 20 is not valid; expected at most 16, playground.max_new_tokens"),
