@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,30 @@ def test_old_answers_are_removed(tmp_path: Path) -> None:
     assert kept[:2] == [2, 4], "one that waits stays"
     assert len(kept) == KEPT_PROMPTS + 1
     assert files.add(PromptRequest(prompt="a"), 0o600) == KEPT_PROMPTS + 4
+
+
+def test_a_number_is_never_used_again(tmp_path: Path) -> None:
+    """Not after a prompt was withdrawn, not by two servers at once, and few marks stay."""
+    files = PromptFiles(tmp_path)
+    asked = PromptRequest(prompt="a")
+    assert [files.add(asked, 0o600) for _ in range(2)] == [1, 2]
+    for number in (2, 1):
+        files.withdraw(number)
+    assert files.add(asked, 0o600) == 3
+
+    def send_and_withdraw(_: int) -> list[int]:
+        got = []
+        for _ in range(20):
+            got.append(files.add(asked, 0o600))
+            files.withdraw(got[-1])
+        return got
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = [number for got in pool.map(send_and_withdraw, range(8)) for number in got]
+    assert len(set(numbers)) == len(numbers) == 160
+    highest = files.add(asked, 0o600)
+    assert highest > max(numbers)
+    assert [path.name for path in tmp_path.glob("*.taken")] == [f"{highest:06d}.taken"]
 
 
 def test_few_tokens_have_their_experts_written_down(workshop: Workshop) -> None:

@@ -139,7 +139,10 @@ def test_few_prompts_wait(service: PostTrainingService) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
     assert files_of(service, job_id).numbers() == list(range(1, MAX_WAITING + 1))
     assert ask(service, "DELETE", f"{path}/3").json()["status"] == "withdrawn"
-    assert ask(service, "POST", path, json=PROMPT).status_code == 200
+    after = ask(service, "POST", path, json=PROMPT)
+    assert (after.status_code, after.json()["number"]) == (200, MAX_WAITING + 2), "a withdrawn number is not used again"
+    assert ask(service, "DELETE", f"{path}/{MAX_WAITING + 2}").json()["status"] == "withdrawn"
+    assert ask(service, "POST", path, json=PROMPT).json()["number"] == MAX_WAITING + 3
     AnswerLog(files_of(service, job_id).answer(1)).close()
     assert ask(service, "POST", path, json=PROMPT).status_code == 200
     assert ask(service, "GET", f"{path}/3").status_code == 404
