@@ -5,6 +5,7 @@
     000017.jsonl    its answer, a line for each piece                     written by the training process
     000017.taken    the highest number so far, also of a withdrawn prompt written by the server
     model.json      what the loaded model has                             written by the training process
+    wanted          asks for room for another job                         written by the supervisor
     closed          says that the job takes no more prompts               written by the training process
 
 A number belongs to one prompt for ever, also after the prompt was withdrawn: an old page or client that asks for its
@@ -108,6 +109,7 @@ class PromptFiles:
         self.folder = folder
         self.model = folder / "model.json"
         self.closed = folder / "closed"
+        self.wanted = folder / "wanted"
 
     def prompt(self, number: int) -> Path:
         """Return the file of a prompt."""
@@ -190,6 +192,20 @@ class PromptFiles:
 
     def _taken(self, number: int) -> Path:
         return self.folder / f"{number:06d}.taken"
+
+    def ask_for_room(self, is_wanted: bool) -> bool:
+        """Ask the playground to make room for another job, or take that back; return whether it changes anything.
+
+        Raises:
+            FileNotFoundError: There is no folder.
+        """
+        if self.wanted.exists() == is_wanted or self.folder.is_symlink():
+            return False
+        if is_wanted:
+            os.close(os.open(self.wanted, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        else:
+            self.wanted.unlink()
+        return True
 
     def waiting(self) -> list[int]:
         """Return the prompts whose answers have not begun, ascending."""

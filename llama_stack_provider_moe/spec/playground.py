@@ -11,6 +11,7 @@ KEPT_PROMPTS = 100  # prompts of a playground whose files stay; older ones are r
 MAX_TEXT = 100_000  # characters of one message
 MAX_MESSAGES = 200
 MAX_ANSWER_TOKENS = 4096
+YIELD_S = 60  # seconds without a prompt after which a playground makes room for a job that waits
 ROUTED_TOKENS = 512  # tokens of an answer whose experts are written down
 # Logits are divided by the temperature. Far below this they leave the range of floats, and no token can be chosen.
 MIN_TEMPERATURE = 0.01
@@ -23,7 +24,11 @@ class Playground(Block):
     """How long a playground stays, and how long its answers may be."""
 
     idle_s: int = Field(
-        default=600, ge=5, le=7200, description="Seconds without a prompt after which the job completes."
+        default=600,
+        ge=5,
+        le=7200,
+        description="Seconds without a prompt after which the job completes; at most 60 while another job waits for "
+        "its device or its place.",
     )
     max_new_tokens: int = Field(
         default=1024, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens that a prompt may ask for."

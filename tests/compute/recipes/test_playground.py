@@ -15,6 +15,7 @@ from peft import PeftModel
 from llama_stack_provider_moe.compute.models.loader import load_plain
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
+from llama_stack_provider_moe.compute.recipes import playground as recipe
 from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
 from llama_stack_provider_moe.compute.recipes.playground.writing import Writing
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED, train
@@ -226,6 +227,27 @@ def test_the_smallest_temperature_gives_an_answer(workshop: Workshop) -> None:
     folder = playground(workshop)
     number = ask(folder, temperature=MIN_TEMPERATURE)
     run(folder)
+    assert answer(folder, number)[-1] == Ended()
+
+
+def test_an_idle_playground_makes_room_for_another_job(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it is asked to, and not with a prompt unanswered."""
+    monkeypatch.setattr(recipe, "YIELD_S", 1)
+    folder = playground(workshop, playground={"idle_s": 7200})
+    number, files = ask(folder), PromptFiles(folder.prompts)
+
+    def want() -> None:
+        while not files.is_answered(number):
+            time.sleep(0.05)
+        time.sleep(1.5)
+        assert not files.closed.exists()
+        files.ask_for_room(True)
+
+    wanting = threading.Thread(target=want)
+    wanting.start()
+    run(folder)
+    wanting.join()
+    assert files.closed.exists()
     assert answer(folder, number)[-1] == Ended()
 
 

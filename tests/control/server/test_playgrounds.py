@@ -10,10 +10,12 @@ import pytest
 
 from llama_stack_provider_moe.control.server import playgrounds
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.supervisor.playground_room import PlaygroundRoom
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobdir.prompts import Answered, AnswerLog, Begun, Ended, LoadedModel, PromptFiles, Text
 from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 from llama_stack_provider_moe.spec.playground import MAX_WAITING
 from tests.support.host_support import ask, caller, folder_of, serving_in_process, submit
 
@@ -114,6 +116,32 @@ def test_a_bad_prompt_is_refused_with_its_field(service: PostTrainingService, bo
     assert answer.status_code == 400
     assert told in message(answer)
     assert files.numbers() == []
+
+
+def test_a_waiting_job_is_told_of_the_playground_in_its_way(service: PostTrainingService) -> None:
+    """Only once the supervisor has asked for room, and without the name of another owner's job."""
+    with caller("ann"):
+        first = start(service)
+    assert service.store.claim("me/1/1/1/1") is not None
+    with caller("ben"):
+        waits = submit(service)
+    files = files_of(service, first)
+    files.folder.mkdir()
+
+    def reason() -> object:
+        with caller("ben"):
+            return asyncio.run(service.status(waits)).resources_allocated.get("reason")
+
+    assert reason() is None
+    room = PlaygroundRoom(service.store, None, LimitsConfig())
+    room.look()
+    assert files.wanted.exists()
+    assert first not in str(reason())
+    assert "a playground has the place of a waiting job" in str(reason())
+    with caller("ben"):
+        asyncio.run(service.cancel(waits))
+    room.look()
+    assert not files.wanted.exists()
 
 
 def test_a_job_of_another_recipe_takes_no_prompts(service: PostTrainingService) -> None:
