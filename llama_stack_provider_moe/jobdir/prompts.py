@@ -3,10 +3,13 @@
     000017.json     a prompt                                              written by the server
     000017.stop     asks for the end of its answer                        written by the server
     000017.jsonl    its answer, a line for each piece                     written by the training process
+    000017.taken    the highest number so far, also of a withdrawn prompt written by the server
     model.json      what the loaded model has                             written by the training process
+    wanted          asks for room for another job                         written by the supervisor
     closed          says that the job takes no more prompts               written by the training process
 
-A number belongs to one prompt: the server makes the file by a hard link, which fails if another process was first.
+A number belongs to one prompt for ever, also after the prompt was withdrawn: an old page or client that asks for its
+number must not get the prompt of somebody else.
 """
 
 import os
@@ -31,6 +34,7 @@ LIMIT_BYTES = 64 << 20  # of an answer; the limits of a prompt keep it far below
 PROMPT_BYTES = 128 << 20  # of a prompt's file, in which a character may take 6 bytes
 END_BYTES = 1 << 16  # longer than the last line of an answer
 _NUMBER = re.compile(r"(\d{6,9})\.json")
+_TAKEN = re.compile(r"(\d{6,9})\.taken")
 EndReason = Literal["stop", "length", "stopped"]
 
 
@@ -105,6 +109,7 @@ class PromptFiles:
         self.folder = folder
         self.model = folder / "model.json"
         self.closed = folder / "closed"
+        self.wanted = folder / "wanted"
 
     def prompt(self, number: int) -> Path:
         """Return the file of a prompt."""
@@ -120,11 +125,14 @@ class PromptFiles:
 
     def numbers(self) -> list[int]:
         """Return the numbers of the prompts that are there, ascending."""
+        return self._numbers_of(_NUMBER)
+
+    def _numbers_of(self, names: re.Pattern[str]) -> list[int]:
         try:
-            names = os.listdir(self.folder)
+            found = os.listdir(self.folder)
         except FileNotFoundError:
             return []
-        return sorted(int(found[1]) for name in names if (found := _NUMBER.fullmatch(name)))
+        return sorted(int(match[1]) for name in found if (match := names.fullmatch(name)))
 
     def read_prompt(self, number: int) -> PromptRequest:
         """Read a prompt.
@@ -143,7 +151,7 @@ class PromptFiles:
             return None
 
     def add(self, asked: PromptRequest, mode: int) -> int:
-        """Write a prompt under the next free number; return the number.
+        """Write a prompt under a number that none had before; return the number.
 
         Args:
             asked: The prompt.
@@ -156,15 +164,48 @@ class PromptFiles:
                 file.write(asked.model_dump_json())
                 file.flush()
                 os.fsync(file.fileno())
-            number = max(self.numbers(), default=0) + 1
             while True:
-                try:
+                number = self._take_number(mode)
+                # An earlier version makes the prompt's file without a mark.
+                with suppress(FileExistsError):
                     os.link(written, self.prompt(number))
                     return number
-                except FileExistsError:
-                    number += 1
         finally:
             os.unlink(written)
+
+    def _take_number(self, mode: int) -> int:
+        """Return a number that no prompt had, and remove the marks of lower ones.
+
+        Several servers may do this at once. The highest mark stays until there is a higher one, so whoever finds no
+        higher mark after making its own is the first with this number.
+        """
+        number = max([0, *self.numbers(), *self._numbers_of(_TAKEN)]) + 1
+        while True:
+            with suppress(FileExistsError):
+                os.close(os.open(self._taken(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+                marks = self._numbers_of(_TAKEN)
+                if marks[-1] == number:
+                    for lower in marks[:-1]:
+                        self._taken(lower).unlink(missing_ok=True)
+                    return number
+            number += 1
+
+    def _taken(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.taken"
+
+    def ask_for_room(self, is_wanted: bool) -> bool:
+        """Ask the playground to make room for another job, or take that back; return whether it changes anything.
+
+        Raises:
+            FileNotFoundError: There is no folder.
+        """
+        if self.wanted.exists() == is_wanted or self.folder.is_symlink():
+            return False
+        if is_wanted:
+            os.close(os.open(self.wanted, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        else:
+            self.wanted.unlink()
+        return True
 
     def waiting(self) -> list[int]:
         """Return the prompts whose answers have not begun, ascending."""

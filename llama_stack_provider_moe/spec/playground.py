@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.spec.blocks import Block, DType
 
@@ -11,7 +11,10 @@ KEPT_PROMPTS = 100  # prompts of a playground whose files stay; older ones are r
 MAX_TEXT = 100_000  # characters of one message
 MAX_MESSAGES = 200
 MAX_ANSWER_TOKENS = 4096
+YIELD_S = 60  # seconds without a prompt after which a playground makes room for a job that waits
 ROUTED_TOKENS = 512  # tokens of an answer whose experts are written down
+# Logits are divided by the temperature. Far below this they leave the range of floats, and no token can be chosen.
+MIN_TEMPERATURE = 0.01
 
 AdapterSide = Literal["on", "off"]
 AdapterChoice = Literal["on", "off", "both"]
@@ -21,7 +24,11 @@ class Playground(Block):
     """How long a playground stays, and how long its answers may be."""
 
     idle_s: int = Field(
-        default=600, ge=5, le=7200, description="Seconds without a prompt after which the job completes."
+        default=600,
+        ge=5,
+        le=7200,
+        description="Seconds without a prompt after which the job completes; at most 60 while another job waits for "
+        "its device or its place.",
     )
     max_new_tokens: int = Field(
         default=1024, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens that a prompt may ask for."
@@ -84,7 +91,10 @@ class PromptRequest(Block):
         description="Seed of the choice of tokens. The same prompt and seed give the same text on the same machine.",
     )
     temperature: float = Field(
-        default=0.7, ge=0, le=2, description="Randomness of the choice of tokens; 0: always the most likely token."
+        default=0.7,
+        ge=0,
+        le=2,
+        description="Randomness of the choice of tokens: 0.01 to 2, or 0 for always the most likely token.",
     )
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Share of probability that tokens are chosen from, the most likely first."
@@ -93,6 +103,13 @@ class PromptRequest(Block):
         default=256, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens of each answer."
     )
     routing: bool = Field(default=False, description="Whether the answer has the experts of each token in each layer.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_divide(cls, temperature: float) -> float:
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(f"{temperature} is not valid; expected 0, or {MIN_TEMPERATURE} to 2")
+        return temperature
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "PromptRequest":

@@ -35,7 +35,7 @@ def chat(
     ] = "on",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the choice of tokens.")] = 42,
     temperature: Annotated[
-        float, typer.Option(min=0, max=2, help="Randomness; 0: always the most likely token.")
+        float, typer.Option(min=0, max=2, help="Randomness: 0.01 to 2; 0: always the most likely token.")
     ] = 0.7,
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of probability that tokens are chosen from.")

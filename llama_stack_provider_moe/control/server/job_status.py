@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import TypedDict
 
-from llama_stack_provider_moe.control.server import exports, views
+from llama_stack_provider_moe.control.server import exports, playgrounds, views
 from llama_stack_provider_moe.control.server.progress import progress
 from llama_stack_provider_moe.control.server.wire import (
     Checkpoint,
@@ -99,6 +99,7 @@ def _status(job: Job, store: JobStore) -> _Status:
     resources: dict[str, object] = dict(reached)
     if job.state is JobState.SCHEDULED:
         resources["queue_position"] = store.queue_position(job.id)
+        reached["reason"] = reached["reason"] or playgrounds.in_the_way(store)
     resources |= {
         "attempts": job.attempts,
         "lost": job.lost,

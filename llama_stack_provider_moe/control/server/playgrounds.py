@@ -38,7 +38,7 @@ from llama_stack_provider_moe.jobdir.prompts import (
 )
 from llama_stack_provider_moe.jobdir.state import UNFINISHED
 from llama_stack_provider_moe.spec import PlaygroundSpec
-from llama_stack_provider_moe.spec.playground import MAX_WAITING, AdapterSide, PromptRequest
+from llama_stack_provider_moe.spec.playground import MAX_WAITING, YIELD_S, AdapterSide, PromptRequest
 
 RECIPE = "playground"
 UNANSWERED = "the playground ended before it answered; resume it, or start another"
@@ -69,6 +69,17 @@ def replace_others(store: JobStore, new: Job) -> None:
     """Cancel the other playgrounds of the owner of a new one."""
     for other in others(store, new.owner, but=new.id):
         store.request_cancel(other.id, new.owner)
+
+
+def in_the_way(store: JobStore) -> str | None:
+    """Return what a waiting job is told if the supervisor has asked a playground to make room; else None."""
+    for job in store.running():
+        # Whose it is, and its name, are not for the owner of another job.
+        if job.recipe == RECIPE and PromptFiles(views.folder_of(job).prompts).wanted.exists():
+            return (
+                f"a playground has the place of a waiting job; it ends once it has had no prompt for {YIELD_S} seconds"
+            )
+    return None
 
 
 def files_of(job: Job) -> PromptFiles:

@@ -51,6 +51,19 @@ class Moves:
         with self._writing.begin() as connection:
             return transitions.claim(connection, supervisor_id, devices, leased, owner_limits)
 
+    def would_start_without(
+        self, recipe: str, devices: Sequence[str] | None, owner_limits: LimitsConfig = limits.NONE
+    ) -> bool:
+        """Return whether a job waits that could start if no job of this recipe ran.
+
+        Args:
+            recipe: The recipe whose jobs count as ended.
+            devices: See `claim`.
+            owner_limits: See `claim`.
+        """
+        with self._reading.begin() as connection:
+            return queue.pick(connection, devices, owner_limits, but=recipe).job is not None
+
     def asking_for_more(self, gpus: int) -> list[Job]:
         """Return waiting jobs that ask for more than `gpus` devices."""
         query = select(jobs_table).where(jobs_table.c.state == JobState.SCHEDULED.value, jobs_table.c.gpus > gpus)

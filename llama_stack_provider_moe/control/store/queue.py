@@ -21,7 +21,7 @@ during the simulation (n > 0) counts as served later than all others, and later 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_, select, true, update
 
 from llama_stack_provider_moe.control.store import limits as owner_limits
 from llama_stack_provider_moe.control.store import trial_rows
@@ -90,7 +90,10 @@ def first_waiting(connection: Connection, owner: str | None, limit: int) -> tupl
 
 
 def pick(
-    connection: Connection, devices: Sequence[str] | None, limits: LimitsConfig = owner_limits.NONE
+    connection: Connection,
+    devices: Sequence[str] | None,
+    limits: LimitsConfig = owner_limits.NONE,
+    but: str | None = None,
 ) -> ClaimChoice:
     """Choose the first job in the order that fits.
 
@@ -98,10 +101,12 @@ def pick(
         connection: A connection inside a transaction. To claim the job, the transaction must hold the supervisor's row.
         devices: All devices that may be assigned; None if none are known, and then none are assigned.
         limits: What each owner may use; jobs of owners at a limit are passed over, and no device is kept for them.
+        but: A recipe whose jobs' devices count as free; None for no recipe.
     """
     count = len(devices or ())
     taken: set[str] = set()
-    for held in connection.execute(select(_T.devices).where(_RUNS, _T.devices.is_not(None))).scalars():
+    holding = and_(_RUNS, _T.devices.is_not(None), true() if but is None else _T.recipe != but)
+    for held in connection.execute(select(_T.devices).where(holding)).scalars():
         taken.update(held.split(","))
     free = [device for device in devices or () if device not in taken]
     kept: TableRow | None = None

@@ -27,6 +27,7 @@ from llama_stack_provider_moe.control.supervisor.export_handover import prepare_
 from llama_stack_provider_moe.control.supervisor.failure_log import FailureLog
 from llama_stack_provider_moe.control.supervisor.launching import launch
 from llama_stack_provider_moe.control.supervisor.outcome import REASON_LIMIT, Outcome, outcome
+from llama_stack_provider_moe.control.supervisor.playground_room import PlaygroundRoom
 from llama_stack_provider_moe.control.supervisor.processes import PidScope, ProcessName
 from llama_stack_provider_moe.control.supervisor.removal import Retention
 from llama_stack_provider_moe.control.supervisor.sweep_watch import SweepWatch
@@ -74,6 +75,7 @@ class Supervisor:
         self._unsettled: dict[Child, Outcome] = {}  # ends not recorded yet: executors report each end only once
         self._retention = Retention(store, config)
         self._sweeps = SweepWatch(store, self.id)
+        self._playgrounds = PlaygroundRoom(store, self._devices, config.limits)
         self._failures = FailureLog(log, config.state_dir)
         self._disk_is_full = False
 
@@ -159,6 +161,7 @@ class Supervisor:
                 break
             log.info("job %s: claimed, attempt %d, devices %r", job.id, job.attempts, job.devices)
             running += self._launch(job)
+        self._playgrounds.look()
         self._idle = running == 0 and not self._leaving and not self._disk_is_full and not self._waits_for_a_limit()
         return running > 0
 

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from peft import PeftModel
 from llama_stack_provider_moe.compute.models.loader import load_plain
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
+from llama_stack_provider_moe.compute.recipes import playground as recipe
 from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
+from llama_stack_provider_moe.compute.recipes.playground.writing import Writing
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED, train
 from llama_stack_provider_moe.jobdir import events
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
@@ -30,7 +33,7 @@ from llama_stack_provider_moe.jobdir.prompts import (
     pieces_from,
 )
 from llama_stack_provider_moe.spec import JOB_SPEC
-from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, ROUTED_TOKENS, PromptRequest
+from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, MIN_TEMPERATURE, ROUTED_TOKENS, PromptRequest
 from tests.support import tiny_models
 from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
 
@@ -196,6 +199,58 @@ def test_a_prompt_that_cannot_be_answered_says_why(workshop: Workshop) -> None:
     assert manifest.artifacts == []
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, torch.OutOfMemoryError])
+def test_an_error_ends_only_its_answer(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """The second pass of the first answer fails; the next prompt is answered."""
+    folder = playground(workshop)
+    bad, good = ask(folder, routing=True), ask(folder, routing=True)
+    write_token = Writing.token
+    calls = 0
+
+    def fail_once(self: Writing, *given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise kind("no room for the logits")
+        return write_token(self, *given, **named)
+
+    monkeypatch.setattr(Writing, "token", fail_once)
+    run(folder)
+    assert answer(folder, bad)[-1] == Ended(error=f"no answer: {kind.__name__}: no room for the logits")
+    assert answer(folder, good)[-1] == Ended()
+    assert texts(answer(folder, good))
+
+
+def test_the_smallest_temperature_gives_an_answer(workshop: Workshop) -> None:
+    folder = playground(workshop)
+    number = ask(folder, temperature=MIN_TEMPERATURE)
+    run(folder)
+    assert answer(folder, number)[-1] == Ended()
+
+
+def test_an_idle_playground_makes_room_for_another_job(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it is asked to, and not with a prompt unanswered."""
+    monkeypatch.setattr(recipe, "YIELD_S", 1)
+    folder = playground(workshop, playground={"idle_s": 7200})
+    number, files = ask(folder), PromptFiles(folder.prompts)
+
+    def want() -> None:
+        while not files.is_answered(number):
+            time.sleep(0.05)
+        time.sleep(1.5)
+        assert not files.closed.exists()
+        files.ask_for_room(True)
+
+    wanting = threading.Thread(target=want)
+    wanting.start()
+    run(folder)
+    wanting.join()
+    assert files.closed.exists()
+    assert answer(folder, number)[-1] == Ended()
+
+
 def test_an_answer_can_be_stopped(workshop: Workshop) -> None:
     folder = playground(workshop)
     number, after = ask(folder, max_tokens=4000), ask(folder, max_tokens=1)
@@ -281,6 +336,30 @@ def test_old_answers_are_removed(tmp_path: Path) -> None:
     assert kept[:2] == [2, 4], "one that waits stays"
     assert len(kept) == KEPT_PROMPTS + 1
     assert files.add(PromptRequest(prompt="a"), 0o600) == KEPT_PROMPTS + 4
+
+
+def test_a_number_is_never_used_again(tmp_path: Path) -> None:
+    """Not after a prompt was withdrawn, not by two servers at once, and few marks stay."""
+    files = PromptFiles(tmp_path)
+    asked = PromptRequest(prompt="a")
+    assert [files.add(asked, 0o600) for _ in range(2)] == [1, 2]
+    for number in (2, 1):
+        files.withdraw(number)
+    assert files.add(asked, 0o600) == 3
+
+    def send_and_withdraw(_: int) -> list[int]:
+        got = []
+        for _ in range(20):
+            got.append(files.add(asked, 0o600))
+            files.withdraw(got[-1])
+        return got
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = [number for got in pool.map(send_and_withdraw, range(8)) for number in got]
+    assert len(set(numbers)) == len(numbers) == 160
+    highest = files.add(asked, 0o600)
+    assert highest > max(numbers)
+    assert [path.name for path in tmp_path.glob("*.taken")] == [f"{highest:06d}.taken"]
 
 
 def test_few_tokens_have_their_experts_written_down(workshop: Workshop) -> None:

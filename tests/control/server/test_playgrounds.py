@@ -10,10 +10,12 @@ import pytest
 
 from llama_stack_provider_moe.control.server import playgrounds
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.supervisor.playground_room import PlaygroundRoom
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobdir.prompts import Answered, AnswerLog, Begun, Ended, LoadedModel, PromptFiles, Text
 from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 from llama_stack_provider_moe.spec.playground import MAX_WAITING
 from tests.support.host_support import ask, caller, folder_of, serving_in_process, submit
 
@@ -95,6 +97,7 @@ def test_the_result_of_a_job_is_its_adapter_on_its_base(service: PostTrainingSer
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the last one has role 'assistant'; expected 'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: is missing"),
         (PROMPT | {"temperature": 3}, "temperature: 3 is not valid; expected <= 2"),
+        (PROMPT | {"temperature": 1e-300}, "temperature: 1e-300 is not valid; expected 0, or 0.01 to 2"),
         (PROMPT | {"top_p": 0}, "top_p: 0 is not valid; expected > 0"),
         (PROMPT | {"seed": -1}, "seed: -1 is not valid; expected >= 0"),
         (PROMPT | {"max_tokens": 20}, "max_tokens: 20 is not valid; expected at most 16, playground.max_new_tokens"),
@@ -113,6 +116,32 @@ def test_a_bad_prompt_is_refused_with_its_field(service: PostTrainingService, bo
     assert answer.status_code == 400
     assert told in message(answer)
     assert files.numbers() == []
+
+
+def test_a_waiting_job_is_told_of_the_playground_in_its_way(service: PostTrainingService) -> None:
+    """Only once the supervisor has asked for room, and without the name of another owner's job."""
+    with caller("ann"):
+        first = start(service)
+    assert service.store.claim("me/1/1/1/1") is not None
+    with caller("ben"):
+        waits = submit(service)
+    files = files_of(service, first)
+    files.folder.mkdir()
+
+    def reason() -> object:
+        with caller("ben"):
+            return asyncio.run(service.status(waits)).resources_allocated.get("reason")
+
+    assert reason() is None
+    room = PlaygroundRoom(service.store, None, LimitsConfig())
+    room.look()
+    assert files.wanted.exists()
+    assert first not in str(reason())
+    assert "a playground has the place of a waiting job" in str(reason())
+    with caller("ben"):
+        asyncio.run(service.cancel(waits))
+    room.look()
+    assert not files.wanted.exists()
 
 
 def test_a_job_of_another_recipe_takes_no_prompts(service: PostTrainingService) -> None:
@@ -138,7 +167,10 @@ def test_few_prompts_wait(service: PostTrainingService) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
     assert files_of(service, job_id).numbers() == list(range(1, MAX_WAITING + 1))
     assert ask(service, "DELETE", f"{path}/3").json()["status"] == "withdrawn"
-    assert ask(service, "POST", path, json=PROMPT).status_code == 200
+    after = ask(service, "POST", path, json=PROMPT)
+    assert (after.status_code, after.json()["number"]) == (200, MAX_WAITING + 2), "a withdrawn number is not used again"
+    assert ask(service, "DELETE", f"{path}/{MAX_WAITING + 2}").json()["status"] == "withdrawn"
+    assert ask(service, "POST", path, json=PROMPT).json()["number"] == MAX_WAITING + 3
     AnswerLog(files_of(service, job_id).answer(1)).close()
     assert ask(service, "POST", path, json=PROMPT).status_code == 200
     assert ask(service, "GET", f"{path}/3").status_code == 404

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed
 from llama_stack_provider_moe.jobdir.folder import Manifest, write_atomic
 from llama_stack_provider_moe.jobdir.prompts import LoadedModel
 from llama_stack_provider_moe.spec import PlaygroundSpec
+from llama_stack_provider_moe.spec.playground import YIELD_S
 
 POLL_S = 0.1
 _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
@@ -76,7 +77,9 @@ def tokenizer_for(spec: PlaygroundSpec, loaded: Adapted) -> PreTrainedTokenizerB
 
 
 def serve(session: Session[PlaygroundSpec], inbox: Inbox, answers: Answers) -> int:
-    """Answer prompts, one at a time; return how many.
+    """Answer prompts, one at a time, until none has come for a while; return how many.
+
+    That is `playground.idle_s` seconds, but at most `YIELD_S` while another job waits for this one's place.
 
     Raises:
         Stopped: the job was asked to stop.
@@ -86,14 +89,17 @@ def serve(session: Session[PlaygroundSpec], inbox: Inbox, answers: Answers) -> i
         while True:
             if session.stop.requested:
                 raise Stopped(0)
+            is_wanted = inbox.files.wanted.exists()
+            idle_s = min(session.spec.playground.idle_s, YIELD_S) if is_wanted else session.spec.playground.idle_s
             number = inbox.next()
             if number is not None:
                 answers.answer(inbox, number)
                 count, last_s = count + 1, time.monotonic()
                 counter.advance()
-            elif time.monotonic() - last_s < session.spec.playground.idle_s:
+            elif time.monotonic() - last_s < idle_s:
                 liveness.alive()
                 time.sleep(POLL_S)
             elif inbox.close():
-                session.show(f"completed: no prompt for {session.spec.playground.idle_s} seconds")
+                why = ", and another job waits for its place" if is_wanted else ""
+                session.show(f"completed: no prompt for {idle_s} seconds{why}")
                 return count

@@ -54,7 +54,11 @@ class Answers:
             self._recorder.close()
 
     def answer(self, inbox: Inbox, number: int) -> None:
-        """Answer a prompt; a prompt that can't be answered gets an error, and the playground goes on."""
+        """Answer a prompt; a prompt that can't be answered gets an error, and the playground goes on.
+
+        Raises:
+            torch.AcceleratorError: the GPU failed, and computes nothing more in this process.
+        """
         try:
             asked = inbox.files.read_prompt(number)
         except FileNotFoundError:  # withdrawn a moment ago
@@ -67,8 +71,12 @@ class Answers:
                 return
             try:
                 self._answer(asked, log, inbox.files.stop(number))
-            except (DataError, torch.OutOfMemoryError) as error:
+            except DataError as error:
                 log.append(Ended(error=str(error)[:_SHOWN]))
+            except torch.AcceleratorError:
+                raise
+            except (RuntimeError, ValueError) as error:  # out of memory, too
+                log.append(Ended(error=f"no answer: {type(error).__name__}: {error}"[:_SHOWN]))
             else:
                 log.append(Ended(error=STOPPED if self._session.stop.requested else None))
         inbox.files.forget_old()

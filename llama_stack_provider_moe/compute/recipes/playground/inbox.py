@@ -22,7 +22,7 @@ class Inbox:
     def reopen(self) -> None:
         """Take prompts again after an earlier attempt of the job: what it left half answered ends with an error."""
         self.files.folder.mkdir(exist_ok=True)
-        for path in (self.files.closed, self.files.model):
+        for path in (self.files.closed, self.files.wanted, self.files.model):
             path.unlink(missing_ok=True)
         for number in self.files.numbers():
             if self.files.answer(number).exists() and not self.files.is_answered(number):
