@@ -72,6 +72,8 @@ def sweep(
             "job": job, "parameters": parameters(grid), "random": random, "seed": seed, "max_parallel": max_parallel,
             "metric": metric, "direction": "maximize" if maximize else "minimize",
         }  # fmt: skip
+        if halving and hyperband:
+            raise InvalidInput("--hyperband", True, "one way to end jobs early; --halving is another")
         if halving or hyperband:
             pruner = "hyperband" if hyperband else "successive_halving"
             body["halving"] = {"pruner": pruner, "reduction_factor": reduction}
