@@ -281,15 +281,17 @@ def test_validation_returns_the_job_and_creates_nothing(server: Server, http: ht
 def test_templates_validate_on_the_server(http: httpx.Client, server: Server, path: Path) -> None:
     body = json.loads(path.read_text(encoding="utf-8"))
     # The names in a template are placeholders for the user's names.
-    if body["recipe"] == "export":  # everything is valid except the job, which only the user's server has
+    if body["recipe"] in ("export", "ablation"):  # everything is valid except the job, which only the user's server has
         answer = http.post("/jobs/validate", json=body)
-        assert (answer.status_code, message(answer)) == (404, f"job {body['of']!r} does not exist")
+        named = body["of" if body["recipe"] == "export" else "measurements"]
+        assert (answer.status_code, message(answer)) == (404, f"job {named!r} does not exist")
         return
     if body["recipe"] == "playground":  # it reads no rows
         answer = http.post("/jobs/validate", json=body)
         assert (answer.status_code, answer.json()["rows"]) == (200, {})
         return
-    if body["recipe"] == "routing_analysis":
+    compares = body["recipe"] in ("routing_analysis", "ablation_measure")
+    if compares:
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
     else:
         registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words"}[body["recipe"]]
@@ -309,8 +311,8 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     assert answer.status_code == 200, answer.text
     assert answer.json()["spec"]["model"] == body["model"]
     rows = answer.json()["rows"]
-    if body["recipe"] == "routing_analysis":
-        assert rows == {"set-cooking": len(WORDS), "set-other": len(WORDS)}
+    if compares:
+        assert rows == {f"set-{name}": len(WORDS) for name in body["data"]["sets"]}
     else:
         named = dict.fromkeys(sets, registered) | {f"eval-{name}": dataset_id for name, dataset_id in asked.items()}
         assert rows == {name: len(DATASETS[dataset_id]) for name, dataset_id in named.items()}

@@ -95,7 +95,9 @@ def requests_about(server: Server, job_id: str) -> list[tuple[str, str]]:
             about.append((method, filled + (f"?job_uuid={job_id}" if in_query else "")))
     assert general == GENERAL, "a new route either takes a job, or belongs in GENERAL and gets a test"
     assert len(about) >= 14
-    return sorted(about, key=lambda each: (each[0] == "delete", each[0] in CHANGES))
+    return sorted(
+        about, key=lambda each: (each == ("delete", f"/jobs/{job_id}"), each[0] == "delete", each[0] in CHANGES)
+    )
 
 
 def test_every_request_of_another_user_finds_nothing(
@@ -226,16 +228,18 @@ def test_her_own_job_answers_its_owner_on_every_route(
     for (method, path), token in product(requests_about(server, job), (ALICE, ROOT)):
         if method == "get":
             answer = clients[token].get(path)
-            assert answer.status_code == 200, f"{path}: {answer.text}"
+            expected = 409 if "/prompts" in path else 200  # her job is no playground
+            assert answer.status_code == expected, f"{path}: {answer.text}"
     assert clients[ALICE].get(f"/jobs/{job}/artifacts/adapter-0/weights").text == "hers"
     assert [each["job_uuid"] for each in clients[ROOT].get("/jobs").json()["data"]].count(job) == 1
     deleted = a_job(server, clients[ALICE], "alices-other")
     for method, path in requests_about(server, deleted):
         if method in CHANGES:
             answer = clients[ROOT].request(method, path)
-            # An export and labels pass the access check: only the body is missing.
-            needs_body = method == "patch" or path.endswith("/exports")
-            expected = 200 if method == "delete" else 400 if needs_body else 409
+            # An export, labels and prompts pass the access check: only the body is missing. No job here is a playground.
+            needs_body = method == "patch" or path.endswith(("/exports", "/prompts"))
+            is_gone = method == "delete" and "/prompts" not in path
+            expected = 200 if is_gone else 400 if needs_body else 409
             assert answer.status_code == expected, f"{path}: {answer.text}"
     assert clients[ALICE].get(f"/jobs/{deleted}").status_code == 404
 
