@@ -236,7 +236,7 @@ def test_her_own_job_answers_its_owner_on_every_route(
     for method, path in requests_about(server, deleted):
         if method in CHANGES:
             answer = clients[ROOT].request(method, path)
-            # An export, labels and prompts pass the access check: only the body is missing. No job here is a playground.
+            # An export, labels and prompts pass the access check: only the body is missing. No job is a playground.
             needs_body = method == "patch" or path.endswith(("/exports", "/prompts"))
             is_gone = method == "delete" and "/prompts" not in path
             expected = 200 if is_gone else 400 if needs_body else 409
