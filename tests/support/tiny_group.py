@@ -45,8 +45,10 @@ def one_fails(peers: Peers, report: Report) -> int:
 
 
 def both_fail(peers: Peers, report: Report) -> int:
-    """Both fail for the same reason."""
-    raise ValueError("the model is too strange")
+    """Both fail for the same reason, and neither ends before the other has said so."""
+    report(End(peers.rank, "failed", "ValueError: the model is too strange", "ValueError"))
+    peers.wait()
+    return 1
 
 
 def one_is_killed(peers: Peers, report: Report) -> int:

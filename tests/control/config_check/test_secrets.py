@@ -129,7 +129,6 @@ from pathlib import Path
 early = logging.StreamHandler()
 from llama_stack_provider_moe.jobdir.events import EventLog, Message
 from llama_stack_provider_moe.compute.runtime.redacted_output import environment_secrets, redact_output
-from tests.support.live_folders import contents
 redact_output()
 import os
 token, named = os.environ["HF_TOKEN"], os.environ["CUSTOM"]

@@ -49,8 +49,11 @@ export function activity(place) {
   put(place, panel);
   let drawn = "";
   try { panel.open = localStorage.getItem(KEY) !== "closed"; } catch { panel.open = true; }
+  let known = panel.open; // the browser also tells of the line above, and nobody chose that
 
   function toggle() {
+    if (panel.open === known) return;
+    known = panel.open;
     try { localStorage.setItem(KEY, panel.open ? "open" : "closed"); } catch { /* storage is off: for this page alone */ }
     if (panel.open && drawn) load();
   }

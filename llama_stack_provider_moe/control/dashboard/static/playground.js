@@ -15,7 +15,10 @@ let number = null; // of the prompt that is answered
 let left = null;
 let isAsking = false; // whether the page asks if another model should replace the loaded one
 const RUNS = ["scheduled", "in_progress"];
-const namesOf = (wanted) => [wanted, ...["model", "merged", "adapter"].map((artifact) => `${wanted}/${artifact}`)]; // a bare job means one of these
+// Whether the loaded model is what the address asks for: a bare job means one of its artifacts, and the server tells
+// a model of its own folder by its path.
+const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`)
+  || (model.startsWith("/") && model.endsWith(`/${wanted}`));
 
 async function find() {
   const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
@@ -193,7 +196,7 @@ async function load() {
     const done = await get("jobs", { state: "completed", limit: 200 });
     put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
     const about = await look();
-    if (wanted && about && state.is_open && !namesOf(wanted).includes(about.model)) offerToReplace(wanted, about.model);
+    if (wanted && about && state.is_open && !isOf(wanted, about.model)) offerToReplace(wanted, about.model);
   } catch (error) { problem(error); }
 }
 load();
