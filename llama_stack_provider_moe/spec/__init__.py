@@ -42,6 +42,7 @@ from llama_stack_provider_moe.spec.inference_jobs import (
     PlaygroundSpec,
     RoutingAnalysisSpec,
 )
+from llama_stack_provider_moe.spec.mixing import MixSpec
 from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
 from llama_stack_provider_moe.spec.notify import Notify
 from llama_stack_provider_moe.spec.options import (
@@ -99,6 +100,7 @@ __all__ = [
     "Loader",
     "LoadingSpec",
     "MLflow",
+    "MixSpec",
     "MixedData",
     "Moe",
     "Optimizer",
@@ -130,7 +132,7 @@ __all__ = [
 
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
-Recipe = Literal[TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "playground", "export"]
+Recipe = Literal[TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "mix", "playground", "export"]
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
 # API also names `kto_pair`, which TRL does not implement.
@@ -325,6 +327,10 @@ class BreakerSpec(TrainingJob):
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
-JobSpec = Annotated[TrainingSpec | AnalysisSpec | AblationSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | AblationSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
+JobSpec = Annotated[
+    TrainingSpec | AnalysisSpec | AblationSpec | MixSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")
+]
+JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | AblationSpec | MixSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(
+    JobSpec
+)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from llama_stack_provider_moe.spec.adapter import Adapter
 from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
 from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports
+from llama_stack_provider_moe.spec.mixing import MixOptions
 from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
@@ -33,6 +34,7 @@ _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
     "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
     "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
+    "mix": {"training": AnalysisTraining, "options": MixOptions},
     "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
 }
 

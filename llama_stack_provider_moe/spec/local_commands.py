@@ -85,6 +85,14 @@ class FamiliesCommand(JsonCommandLine):
     """`moe-train families`."""
 
 
+class MixCommand(JsonCommandLine):
+    """`moe-train mix`."""
+
+    plan: str = positional("Plan: a job of recipe `mix` in YAML or JSON; `recipe` may be left out.", "PLAN")
+    out: str = option("mixed", "Folder for the mixed model; must not exist.", "OUT")
+    dry_run: bool = option(False, "Compare the branches and show what would be made; write nothing.")
+
+
 class MergeCommand(JsonCommandLine):
     """`moe-train export merge`."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
-from llama_stack_provider_moe.spec import AblationMeasureSpec, RoutingAnalysisSpec, RowKind
+from llama_stack_provider_moe.spec import AblationMeasureSpec, MixSpec, RoutingAnalysisSpec, RowKind
 from llama_stack_provider_moe.spec.ablation_jobs import LEAST_ROWS
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
@@ -64,6 +64,25 @@ def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
         InvalidRows: rows are not valid.
     """
     return _lines(path, "--set", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
+
+
+def domain_rows(spec: MixSpec) -> dict[str, list[str]]:
+    """Name of a branch -> the canonical rows of the file in its `dataset_id`, each as a line of JSON.
+
+    Raises:
+        InvalidInput: a file can't be read, or is empty.
+        InvalidRows: rows are not valid.
+    """
+    return {
+        spec.branches[at].name: _lines(
+            Path(str(spec.branches[at].dataset_id)),
+            f"branches.{at}.dataset_id",
+            1,
+            lambda row, number: conversation(row, number, spec.options.format, False),
+        )
+        for at in spec.kept
+        if spec.branches[at].dataset_id is not None
+    }
 
 
 def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:

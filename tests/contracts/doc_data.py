@@ -30,6 +30,8 @@ BASES: list[dict[str, Any]] = [
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},
     {"recipe": "ablation_measure", "model": "m", "data": {"sets": {"target": "d", "baseline": "e"}}},
     {"recipe": "ablation", "model": "m", "measurements": "job", "ablate": [{"layer": 1, "measurement": 1}]},
+    {"recipe": "mix", "model": "m", "method": "btx",
+     "branches": [{"name": "a", "model": "job-a"}, {"name": "b", "model": "job-b"}]},
     {"recipe": "export", "of": "job", "export": {"merged": True}},
 ]  # fmt: skip
 

@@ -34,6 +34,7 @@ from llama_stack_provider_moe.spec import (
     Gate,
     JobDefaults,
     MixedData,
+    MixSpec,
     MLflow,
     Moe,
     Optimizer,
@@ -66,6 +67,7 @@ from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
+from llama_stack_provider_moe.spec.mixing import Branch, MixOptions
 from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.server_config import (
@@ -156,6 +158,15 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ),
     ("`training` of ablation jobs", "training.", EvaluatedModels, set()),
     ("Each of `ablate`", "ablate.N.", AblatedLayers, set()),
+    (
+        "Mix jobs: `job_uuid`, `labels`, `note` and `resources` (of one process) as above; `model` is the model that "
+        "every branch was trained from; `training` as for routing analysis jobs, and",
+        "",
+        MixSpec,
+        {"job_uuid", "model", "model_from", "resources", "labels", "note", "training"},
+    ),
+    ("Each of `branches`", "branches.N.", Branch, set()),
+    ("`options` of mix jobs", "options.", MixOptions, set()),
     (
         "Export jobs: `job_uuid`, `resources` and `export` as above, and",
         "",

@@ -26,10 +26,11 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
         "routing_analysis": {"data": {"sets": {"a": "a", "b": "b"}}},
         "ablation_measure": {"data": {"sets": {"target": "a", "baseline": "b"}}},
         "ablation": {"measurements": "a", "ablate": [{"layer": 1, "measurement": 1}]},
+        "mix": {"method": "btx", "branches": [{"name": "a", "model": "a"}, {"name": "b", "model": "b"}]},
         "export": {"of": "a", "export": {"merged": True}},
     }
     body: dict[str, Any] = {"recipe": name, "model": "m", "data": {"dataset_id": "a"}} | blocks.get(name, {})
-    if name in ("export", "playground", "ablation"):
+    if name in ("export", "playground", "ablation", "mix"):
         del body["data"]
     assert type(JOB_SPEC.validate_python(body)) is RECIPES[name].spec
 

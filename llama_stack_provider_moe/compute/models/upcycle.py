@@ -56,7 +56,7 @@ SHARED_FIELDS = (
 )  # fmt: skip
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """How one dense family becomes one MoE family; weights have their names on disk."""
 
     model_type: str
@@ -73,16 +73,16 @@ class _Rule(NamedTuple):
 
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 _QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-RULES: dict[str, _Rule] = {
-    "llama": _Rule(
+RULES: dict[str, Rule] = {
+    "llama": Rule(
         "mixtral", "MixtralForCausalLM", "num_local_experts", "intermediate_size", {}, (),
         UPCYCLED["llama"], (), "block_sparse_moe", _MIXTRAL,
     ),
-    "mistral": _Rule(
+    "mistral": Rule(
         "mixtral", "MixtralForCausalLM", "num_local_experts", "intermediate_size", {}, ("sliding_window",),
         UPCYCLED["mistral"], (), "block_sparse_moe", _MIXTRAL,
     ),
-    "qwen3": _Rule(
+    "qwen3": Rule(
         "qwen3_moe", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", {"norm_topk_prob": True}, (),
         UPCYCLED["qwen3"], ("q_norm", "k_norm"), "mlp", _QWEN,
     ),
@@ -156,9 +156,9 @@ def upcycle(
     _check(experts, top_k, router_std, expert_noise, target)
     folder = model_folder(source)
     config = AutoConfig.from_pretrained(folder)
-    rule = _rule(config)
+    rule = rule_of(config)
     files = _tensor_files(folder)
-    _check_names(set(files), config, rule)
+    check_names(set(files), config, rule)
 
     parts = target.with_name(f".{target.name}.part")
     shutil.rmtree(parts, ignore_errors=True)
@@ -176,7 +176,7 @@ def upcycle(
             active += router.numel()
             writer.add(name, router)
         writer.close()
-        _moe_config(config, rule, experts, top_k).save_pretrained(parts)
+        moe_config(config, rule, experts, top_k).save_pretrained(parts)
         for pattern in SIDE_FILES:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, parts / file.name)
@@ -227,7 +227,12 @@ def model_folder(source: str | Path, field: str = "source") -> Path:
         ) from error
 
 
-def _rule(config: PreTrainedConfig) -> _Rule:
+def rule_of(config: PreTrainedConfig) -> Rule:
+    """How a dense model with this config is upcycled.
+
+    Raises:
+        ModelError: it can't be.
+    """
     rule = RULES.get(config.model_type)
     if rule is None:
         raise ModelError(f"source: a {config.model_type!r} model can't be upcycled; expected {', '.join(RULES)}")
@@ -251,7 +256,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _check_names(found: set[str], config: PreTrainedConfig, rule: _Rule) -> None:
+def check_names(found: set[str], config: PreTrainedConfig, rule: Rule) -> None:
     """Raise for a tensor of the source that would be lost, and for one that is missing."""
     attention = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", *rule.norms)]
     mlp = [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -278,7 +283,7 @@ def _read(files: dict[str, Path], config: PreTrainedConfig) -> Iterator[tuple[st
 
 
 def _copies(
-    name: str, tensor: torch.Tensor, rule: _Rule, experts: int, seed: int, noise: float
+    name: str, tensor: torch.Tensor, rule: Rule, experts: int, seed: int, noise: float
 ) -> list[tuple[str, torch.Tensor]]:
     """A tensor of the trunk unchanged; a matrix of the MLP once for each expert."""
     match = re.fullmatch(r"(model\.layers\.\d+)\.mlp\.(gate|up|down)_proj\.weight", name)
@@ -289,26 +294,27 @@ def _copies(
         return [(name, tensor.clone()) for name in names]
     scale = noise * tensor.float().std()
     return [
-        (name, (tensor + scale * torch.randn(tensor.shape, generator=_generator(seed, name))).to(tensor.dtype))
+        (name, (tensor + scale * torch.randn(tensor.shape, generator=generator_of(seed, name))).to(tensor.dtype))
         for name in names
     ]
 
 
 def _routers(
-    config: PreTrainedConfig, rule: _Rule, experts: int, seed: int, std: float, dtype: torch.dtype
+    config: PreTrainedConfig, rule: Rule, experts: int, seed: int, std: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}.{rule.block}.gate.weight"
-        router_EH = std * torch.randn(experts, config.hidden_size, generator=_generator(seed, name))
+        router_EH = std * torch.randn(experts, config.hidden_size, generator=generator_of(seed, name))
         yield name, router_EH.to(dtype)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
     """A generator for each tensor, so that none depends on the order of the others."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
-def _moe_config(config: PreTrainedConfig, rule: _Rule, experts: int, top_k: int) -> PreTrainedConfig:
+def moe_config(config: PreTrainedConfig, rule: Rule, experts: int, top_k: int) -> PreTrainedConfig:
+    """The config of the Mixture-of-Experts model that a dense one becomes."""
     fields = {name: getattr(config, name) for name in (*SHARED_FIELDS, *rule.carried)} | rule.constants
     fields |= {rule.experts_field: experts, rule.width_field: config.intermediate_size, "num_experts_per_tok": top_k}
     return AutoConfig.for_model(rule.model_type, **fields, architectures=[rule.architecture])

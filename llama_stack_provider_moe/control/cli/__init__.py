@@ -16,8 +16,9 @@
     act                 code that all commands share: run an action, report errors, exit
     options             options that most commands have
     help_words          the words for values in help texts
-    torch_commands      commands that need torch: upcycle, eval, analyze routing, ablate, export merge, check, gguf
+    torch_commands      commands that need torch: upcycle, mix, eval, analyze routing, ablate, export merge, check, gguf
     ablate              `moe-train ablate apply`: reads the plan
+    mix                 `moe-train mix`: reads the plan
     typed_options       options of these commands, from pydantic models
     local_checks        checks the arguments of these commands, without torch
     model_checks        checks the models and adapters that they name, without torch

@@ -1,4 +1,4 @@
-"""Commands that need torch and no server: `upcycle`, `eval`, `families`, `analyze`, `ablate`, and those of `export`.
+"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`; and exports.
 
 Arguments are checked here, without torch; then a separate process does the work.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from llama_stack_provider_moe.control.cli import ablate, local, local_checks
+from llama_stack_provider_moe.control.cli import ablate, local, local_checks, mix
 from llama_stack_provider_moe.control.cli.help_words import App
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.control.cli.typed_options import command
@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec.local_commands import (
     GgufCommand,
     LoadCheckCommand,
     MergeCommand,
+    MixCommand,
     UpcycleCommand,
 )
 
@@ -27,12 +28,19 @@ _ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it o
 
 
 def register(app: typer.Typer) -> None:
-    """Add `upcycle`, `eval`, `families`, `analyze routing` and `ablate` to `moe-train`."""
+    """Add `upcycle`, `mix`, `eval`, `families`, `analyze routing` and `ablate` to `moe-train`."""
     app.command(name="upcycle")(
         command(
             UpcycleCommand,
             "Convert a dense model to a Mixture-of-Experts model that computes the same function. Needs torch.",
             _process("compute.models.upcycle", local_checks.upcycle),
+        )
+    )
+    app.command(name="mix")(
+        command(
+            MixCommand,
+            "Make the branches of one model the experts of a new one, one tensor at a time. Needs torch.",
+            mix.mix,
         )
     )
     app.command(name="eval")(

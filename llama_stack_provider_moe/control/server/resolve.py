@@ -13,6 +13,7 @@ from llama_stack_provider_moe.spec import (
     InferenceJob,
     JobSpec,
     LoadingSpec,
+    MixSpec,
     SafetyEvaluation,
     TrainingSpec,
 )
@@ -22,7 +23,7 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
 # The jobs that name a model themselves; an export takes that of another job.
-NamingSpec = LoadingSpec | AblationSpec
+NamingSpec = LoadingSpec | AblationSpec | MixSpec
 NO_UNSLOTH = (
     "'hf': this server has no environment with Unsloth. To add one, make a virtual environment, run `pip install -r "
     "constraints-unsloth.txt`, install this package with --no-deps, and set `unsloth_python` to its interpreter"
@@ -52,6 +53,15 @@ def resolve_names(
         reports.must_be_measured(store.get(spec.measurements, whose), request.name("measurements"))
         names.check_model_from(spec.model_from, [found["model"]])
         found["eval"] = _evaluation(spec.eval, names, request, store, whose)
+        return spec.without_gpu().model_copy(update=found)
+    if isinstance(spec, MixSpec):
+        names.check_model_from(spec.model_from, [found["model"]])
+        found["branches"] = [
+            branch.model_copy(update={"model": names.whole_model(branch.model, f"branches.{at}.model")})
+            if at in spec.kept
+            else branch
+            for at, branch in enumerate(spec.branches)
+        ]
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
@@ -91,6 +101,8 @@ def named_folders(spec: NamingSpec) -> str:
     found = {field: getattr(spec, field, None) for field in ("model", "adapter_folder", "checkpoint_dir")}
     if isinstance(spec, TrainingSpec):
         found["adapter.init_from"] = None if spec.adapter is None else spec.adapter.init_from
+    if isinstance(spec, MixSpec):
+        found |= {f"branches.{at}.model": spec.branches[at].model for at in spec.kept}
     if isinstance(spec, EvaluatedJob):
         found["eval.judge.model"] = None if spec.eval is None else spec.eval.judge.model
     return ", ".join(f"{field} {shorten(value)}" for field, value in found.items() if value is not None)

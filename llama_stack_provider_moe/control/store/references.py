@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, JobSpec, MixSpec, TrainingSpec
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 
 
@@ -25,9 +25,9 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
     """Return the jobs whose files a job needs.
 
     An adapter is useless without the model that it was trained on, so that model is always needed. Everything else (a
-    judge, an adapter to analyse, the base of an export, measurements) is needed until the job has completed. Experts
-    from an analysis (`from_analysis`, `masked_from_analysis`) are already part of the spec, and the parent of an export
-    is in its row.
+    judge, branches, an adapter to analyse, the base of an export, measurements) is needed until the job has completed.
+    Experts from an analysis (`from_analysis`, `masked_from_analysis`) are already part of the spec, and the parent of
+    an export is in its row.
 
     Only resolved settings count. Other text comes from the caller and could name anybody's job, which could then
     not be deleted.
@@ -79,6 +79,8 @@ def _resolved(spec: JobSpec) -> list[str]:
         found.append(spec.adapter_folder or "")
     if isinstance(spec, TrainingSpec):
         found.append("" if spec.adapter is None else spec.adapter.init_from or "")
+    if isinstance(spec, MixSpec):
+        found += [spec.branches[at].model for at in spec.kept]
     if isinstance(spec, EvaluatedJob):
         found.append("" if spec.eval is None else spec.eval.judge.model or "")
     return found

@@ -23,6 +23,7 @@ from llama_stack_provider_moe.spec.local_commands import (
     GgufCommand,
     LoadCheckCommand,
     MergeCommand,
+    MixCommand,
     UpcycleCommand,
 )
 from tests.support.cli_support import moe_train
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[CommandLine]] = {
     "ablate measure": MEASURE_COMMAND,
     "ablate analyze": AnalyzeCommand,
     "ablate apply": ApplyCommand,
+    "mix": MixCommand,
     "export merge": MergeCommand,
     "export check": LoadCheckCommand,
     "export gguf": GgufCommand,
