@@ -66,6 +66,16 @@ def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
     return _lines(path, "--set", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
 
 
+def calibration_rows(path: Path, option: str) -> list[str]:
+    """Return the canonical rows that decide a surgery, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or is empty.
+        InvalidRows: rows are not valid.
+    """
+    return _lines(path, option, 1, lambda row, number: conversation(row, number, "auto", False))
+
+
 def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:
     file = RowFile(str(path), "csv" if path.name.lower().removesuffix(".gz").endswith(".csv") else "jsonl")
     found: list[str] = []

@@ -32,11 +32,12 @@ from llama_stack_provider_moe.compute.export.places import TensorPlace
 from llama_stack_provider_moe.compute.export.plan import MergePlan, make_plan
 from llama_stack_provider_moe.compute.export.tensors import (
     INDEX,
-    SINGLE,
     TensorEntry,
     append,
     copy_bytes,
+    file_name,
     header,
+    index_text,
     pieces,
     shards,
 )
@@ -153,21 +154,7 @@ def bytes_needed(base: str | Path, adapter: Path, dtype: str | None = None) -> i
 def _bytes_of(parts: list[list[TensorEntry]], files: list[Path], texts: list[str]) -> int:
     needed = sum(len(header(part)) + sum(entry.nbytes for entry in part) for part in parts)
     needed += sum(file.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
-    return needed + len(_index(parts).encode())
-
-
-def _file_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _index(parts: list[list[TensorEntry]]) -> str:
-    weight_map = {entry.name: _file_name(i, len(parts)) for i, part in enumerate(parts) for entry in part}
-    entries = [entry for part in parts for entry in part]
-    totals = {
-        "total_parameters": sum(prod(entry.shape) for entry in entries),
-        "total_size": sum(entry.nbytes for entry in entries),
-    }
-    return json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    return needed + len(index_text(parts).encode())
 
 
 def _write_weights(plan: MergePlan, parts: list[list[TensorEntry]], folder: Path, say: Callable[[str], None]) -> None:
@@ -176,7 +163,7 @@ def _write_weights(plan: MergePlan, parts: list[list[TensorEntry]], folder: Path
     with liveness.stage("merging", tensors, "tensors") as counter:
         _write_files(plan, parts, folder, say, base, counter)
     if len(parts) > 1:
-        (folder / INDEX).write_text(_index(parts), encoding="utf-8")
+        (folder / INDEX).write_text(index_text(parts), encoding="utf-8")
 
 
 def _write_files(
@@ -188,7 +175,7 @@ def _write_files(
     counter: liveness.Counter,
 ) -> None:
     for number, part in enumerate(parts):
-        name = _file_name(number, len(parts))
+        name = file_name(number, len(parts))
         with (folder / name).open("wb") as out:
             out.write(header(part))
             for entry in part:

@@ -72,6 +72,8 @@ class ExpertLayout:
         bias_path: added to the scores when experts are chosen, not to their weights (arXiv 2412.19437, eq. 16).
         groups, groups_chosen: groups of experts, and how many of them a token may use (arXiv 2412.19437, 2.1.2).
         dense_mlps: full names of the MLPs beside shared experts: in layers without experts, and beside experts.
+        weights_use_all: the weights of the chosen experts are a softmax over all experts, not renormalised, so they
+            grow when an expert goes that nobody chose.
     """
 
     family: str
@@ -108,6 +110,7 @@ class ExpertLayout:
     groups: int
     groups_chosen: int
     dense_mlps: tuple[str, ...]
+    weights_use_all: bool
 
     @property
     def choices(self) -> int:

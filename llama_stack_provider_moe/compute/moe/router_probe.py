@@ -36,6 +36,8 @@ class RouterFacts:
         scoring: how logits become scores; None: no known formula gives the weights.
         bias: name of the tensor that only affects the choice, below the router or (first item "block") beside it.
         by_token: experts depend on the token's id, not on the logits.
+        weights_use_all: the weights of the chosen experts depend on the logits of the others: they are a softmax over
+            all, not renormalised over the chosen.
         groups_used: most groups of experts that a token used, by number of groups; see `most_groups`.
     """
 
@@ -46,6 +48,7 @@ class RouterFacts:
     scoring: Scoring | None
     bias: tuple[str, str] | None
     by_token: bool
+    weights_use_all: bool
     chosen_TK: Tensor
 
     def most_groups(self, groups: int) -> int:
@@ -88,6 +91,7 @@ def _probe(router: nn.Module, trial: "_Trial", logits_at: int | None) -> RouterF
         scoring=_scoring(logits_TW, chosen_TK, weights_TK) or _scoring_of_two(trial, at, width, chosen_TK),
         bias=None if by_token else trial.choice_bias(at, width),
         by_token=by_token,
+        weights_use_all=_is_factor(logits_TW, chosen_TK, weights_TK),
         chosen_TK=chosen_TK,
     )
 
@@ -242,6 +246,14 @@ def _scoring(logits_TW: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Scorin
             if (exact or ratio_TK.shape[1] > 1) and torch.allclose(ratio_TK, like_TK, rtol=_CLOSE):
                 return name
     return None
+
+
+def _is_factor(logits_TW: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> bool:
+    """Whether the weights are the softmax over all, times one factor for all tokens."""
+    used_T = weights_TK.ne(0).all(dim=1)
+    ratio_TK = (weights_TK / _of_chosen(SCORES["softmax"], logits_TW, chosen_TK))[used_T]
+    varies = chosen_TK.shape[1] < logits_TW.shape[1]  # with all experts chosen, renormalising changes nothing
+    return varies and torch.allclose(ratio_TK, ratio_TK[:1, :1].expand_as(ratio_TK), rtol=_CLOSE)
 
 
 def _scoring_of_two(trial: _Trial, logits_at: int, width: int, chosen_TK: Tensor) -> Scoring | None:
