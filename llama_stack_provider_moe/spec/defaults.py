@@ -14,6 +14,7 @@ from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
+from llama_stack_provider_moe.spec.surgery import SurgeryOptions, SurgeryTraining
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
 MEASURED = (*GATE_NEEDS.values(), "tasks")
@@ -33,6 +34,7 @@ _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
     "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
     "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
+    "surgery": {"training": SurgeryTraining, "options": SurgeryOptions},
     "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
 }
 

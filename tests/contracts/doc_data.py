@@ -30,6 +30,7 @@ BASES: list[dict[str, Any]] = [
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},
     {"recipe": "ablation_measure", "model": "m", "data": {"sets": {"target": "d", "baseline": "e"}}},
     {"recipe": "ablation", "model": "m", "measurements": "job", "ablate": [{"layer": 1, "measurement": 1}]},
+    {"recipe": "surgery", "model": "m", "surgery": {"action": "prune", "drop": {"all": "1"}}},
     {"recipe": "export", "of": "job", "export": {"merged": True}},
 ]  # fmt: skip
 

@@ -126,8 +126,18 @@ def prune(
     out: Path | None,
     say: Say = lambda line: None,
     progress: Progress = lambda done, total: None,
+    named: Path | None = None,
 ) -> SurgeryReport:
-    """Write the pruned model to the new folder `out`; None: only report what would be written.
+    """Write the pruned model, with its report beside it, and return the report.
+
+    Args:
+        pruning: what `prepare` found.
+        choice: what `choose` chose.
+        model: name of the model before, for the report.
+        out: the new folder; None: only report what would be written.
+        say: gets a line for each file.
+        progress: called with the number of tensors that are written and their total.
+        named: the folder that the report names, where the caller will rename `out`.
 
     Raises:
         InvalidInput: `out` exists.
@@ -137,7 +147,7 @@ def prune(
     if out is not None and os.path.lexists(out):
         raise InvalidInput("out", str(out), "a folder that does not exist yet")
     plan = plan_tensors(pruning.resized, {layer: single(kept) for layer, kept in choice.kept.items()})
-    report = _report(pruning, choice, plan, model, None if out is None else str(out))
+    report = _report(pruning, choice, plan, model, None if out is None else str(named or out))
     if out is not None:
         texts = {REPORT_FILE: report.model_dump_json(indent=2) + "\n"}
         write_folder(pruning.resized, plan, out, texts, say, progress)
