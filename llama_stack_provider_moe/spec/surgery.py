@@ -15,16 +15,19 @@ _DROP_LENGTH = 4096  # characters: one entry for a layer of hundreds of experts
 Experts = Annotated[str, Field(min_length=1, max_length=_DROP_LENGTH)]
 
 
-class Prune(Block):
-    """Which routed experts go. Every layer loses the same number, because a config states one number for all."""
+class Surgery(Block):
+    """What to do with a model's experts: every layer gets the same number, as a config states one number for all."""
 
-    action: Literal["prune"] = Field(description="What to do. prune: remove experts.")
+    action: Literal["prune", "split"] = Field(
+        description="What to do. prune: remove experts; split: replace each expert by several equal ones, which LoRA "
+        "can train apart, and send a token to as many times more, so that the model computes the same."
+    )
     keep: int | None = Field(
         default=None,
         ge=1,
         le=65535,
-        description="Number of experts to keep in each layer, those with the highest score by `by`; needs rows. Give "
-        "this or `drop`.",
+        description="With action prune, number of experts to keep in each layer, those with the highest score by `by`; "
+        "needs rows. Give this or `drop`.",
     )
     by: Criterion | None = Field(
         default=None,
@@ -34,7 +37,12 @@ class Prune(Block):
     drop: dict[str, Experts] = Field(
         default_factory=dict,
         max_length=MOST_LAYERS,
-        description='Experts to remove, by layer, or in `all` layers: `{"all": "0-3,7"}`. Give this or `keep`.',
+        description='With action prune, experts to remove, by layer, or in `all` layers: `{"all": "0-3,7"}`. Give this '
+        "or `keep`.",
+    )
+
+    factor: int | None = Field(
+        default=None, ge=2, le=16, description="With action split, number of new experts for each old one; default 2."
     )
 
     @field_validator("drop")
@@ -52,7 +60,14 @@ class Prune(Block):
         return drop
 
     @model_validator(mode="after")
-    def _one_way_to_choose(self) -> Self:
+    def _no_setting_is_without_effect(self) -> Self:
+        given = [name for name in ("keep", "by", "drop", "factor") if getattr(self, name)]
+        for name in given:
+            if (name == "factor") != (self.action == "split"):
+                raise ValueError(f"{name}: {getattr(self, name)!r} has no effect with action {self.action!r}; expected "
+                                 "none")  # fmt: skip
+        if self.action == "split":
+            return self
         if (self.keep is None) == (not self.drop):
             raise ValueError(f"keep: {self.keep} is not valid {'with' if self.drop else 'without'} `drop`; expected "
                              "one of the two")  # fmt: skip

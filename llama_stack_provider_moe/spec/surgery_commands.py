@@ -1,4 +1,4 @@
-"""What a user may type after `moe-train experts prune`."""
+"""What a user may type after `moe-train experts prune` and `split`."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from pydantic import ValidationError, create_model
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
 from llama_stack_provider_moe.spec.local_commands import problems_of, settings_of
-from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, Criterion, Prune, SurgeryOptions, SurgeryTraining
+from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, Criterion, Surgery, SurgeryOptions, SurgeryTraining
 
 
 class PruneCommand(JsonCommandLine):
@@ -21,7 +21,7 @@ class PruneCommand(JsonCommandLine):
         [], "Experts to remove from every layer, e.g. 0-3,7; or from one, e.g. 5:0-3,7, repeated for every layer.",
         "[LAYER:]EXPERTS",
     )  # fmt: skip
-    by: Criterion | None = option(None, str(Prune.model_fields["by"].description))
+    by: Criterion | None = option(None, str(Surgery.model_fields["by"].description))
     rows: str | None = option(
         None, "File of rows (JSON Lines or CSV) that decide which experts stay, and on which the loss is measured "
         "before and after.",
@@ -29,6 +29,17 @@ class PruneCommand(JsonCommandLine):
     )  # fmt: skip
     out: str = option("pruned", "Folder for the new model; must not exist.", "OUT")
     dry_run: bool = option(False, "Choose, and measure the loss, but write nothing.")
+
+
+class SplitCommand(JsonCommandLine):
+    """`moe-train experts split`."""
+
+    model: str = positional(
+        "Model with experts: a folder with config.json and safetensors, name of a job, or hub id.", "MODEL"
+    )
+    factor: int = option(2, "Number of new experts for each old one.", "NUMBER", ge=2, le=16)
+    out: str = option("split", "Folder for the new model; must not exist.", "OUT")
+    dry_run: bool = option(False, "Show what would be written, and write nothing.")
 
 
 # Adds the settings of a job as options.
@@ -42,7 +53,7 @@ PRUNE_COMMAND: type[PruneCommand] = create_model(
 class PruneSettings(NamedTuple):
     """The blocks of a job that does the same."""
 
-    surgery: Prune
+    surgery: Surgery
     training: SurgeryTraining
     options: SurgeryOptions
 
@@ -59,7 +70,7 @@ def prune_settings(command: PruneCommand) -> PruneSettings:
                            "--drop")  # fmt: skip
     try:
         return PruneSettings(
-            Prune.model_validate(body),
+            Surgery.model_validate(body),
             SurgeryTraining.model_validate({name: getattr(command, name) for name in SurgeryTraining.model_fields}),
             SurgeryOptions.model_validate({name: getattr(command, name) for name in SurgeryOptions.model_fields}),
         )

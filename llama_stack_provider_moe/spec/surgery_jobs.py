@@ -7,18 +7,18 @@ from pydantic import Field, model_validator
 from llama_stack_provider_moe.spec.any_job import AnyJob
 from llama_stack_provider_moe.spec.blocks import OneProcess
 from llama_stack_provider_moe.spec.row_sources import RowSource
-from llama_stack_provider_moe.spec.surgery import CalibrationData, Prune, SurgeryOptions, SurgeryTraining
+from llama_stack_provider_moe.spec.surgery import CalibrationData, Surgery, SurgeryOptions, SurgeryTraining
 
 ROWS = "calibration"
 
 
 class SurgerySpec(AnyJob):
-    """Writes a model with fewer experts; trains nothing."""
+    """Writes a model with fewer or more experts; trains nothing."""
 
     recipe: Literal["surgery"] = Field(
-        description="Expert surgery: remove experts from a model, chosen by what they do on your rows, or by a list."
+        description="Expert surgery: remove experts, by what they do on your rows or by a list; or split each of them."
     )
-    surgery: Prune = Field(description="What to do: a block, its fields follow.")
+    surgery: Surgery = Field(description="What to do: a block, its fields follow.")
     data: CalibrationData | None = Field(
         default=None,
         description="Rows that decide which experts stay, and on which the loss is measured before and after: a block, "
@@ -30,7 +30,11 @@ class SurgerySpec(AnyJob):
 
     @model_validator(mode="after")
     def _a_score_needs_rows(self) -> Self:
-        if self.surgery.keep is not None and self.data is None:
+        if self.surgery.action == "split":
+            if self.data is not None:
+                raise ValueError("data: has no effect with surgery.action 'split', which keeps what the model "
+                                 "computes; expected none")  # fmt: skip
+        elif self.surgery.keep is not None and self.data is None:
             raise ValueError("data: is missing; expected rows, because surgery.keep chooses by what experts do on "
                              "them; or surgery.drop")  # fmt: skip
         return self

@@ -77,7 +77,7 @@ from llama_stack_provider_moe.spec.server_config import (
     SupervisorConfig,
 )
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, OllamaServing, VllmServing
-from llama_stack_provider_moe.spec.surgery import CalibrationData, Prune, SurgeryOptions, SurgeryTraining
+from llama_stack_provider_moe.spec.surgery import CalibrationData, Surgery, SurgeryOptions, SurgeryTraining
 
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     # title, prefix, model, fields told elsewhere
@@ -164,7 +164,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
         SurgerySpec,
         {"job_uuid", "model", "model_from", "resources", "labels", "note"},
     ),
-    ("`surgery`", "surgery.", Prune, set()),
+    ("`surgery`", "surgery.", Surgery, set()),
     ("`data` of surgery jobs", "data.", CalibrationData, set()),
     ("`training` of surgery jobs", "training.", SurgeryTraining, set()),
     ("`options` of surgery jobs", "options.", SurgeryOptions, set()),

@@ -138,7 +138,7 @@ def _layout(
         groups=groups,
         groups_chosen=groups_chosen,
         dense_mlps=mlps,
-        weights_use_all=facts.weights_use_all,
+        weighing=facts.weighing,
     )
 
 

@@ -11,6 +11,7 @@ from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.surgery.prune import Choice, Pruning, choose, prepare, prune
 from llama_stack_provider_moe.compute.surgery.report import text
 from llama_stack_provider_moe.compute.surgery.rows import load_rows
+from llama_stack_provider_moe.compute.surgery.split import Splitting, prepare_split, split
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed, Saved, Step
@@ -23,22 +24,23 @@ _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 def run(session: Session[SurgerySpec]) -> Manifest:
     """Check the plan, choose, write, and publish the new model as the job's model."""
     spec, folder, began = session.spec, session.folder, time.monotonic()
-    pruning = prepare(model_folder(spec.model, "model"), spec.surgery)
+    checked = _checked(spec)
+    layout = checked.before.layout
     plan: dict[str, object] = {
         "recipe": spec.recipe,
         "model": spec.model,
         "model_from": spec.model_from,
         "surgery": spec.surgery.model_dump(mode="json"),
-        "layout": pruning.layout.as_json(),
-        "experts": pruning.experts,
-        "keys": dict(pruning.resized.keys),
+        "layout": layout.as_json(),
+        "experts": checked.resized.layout.num_experts,
+        "keys": dict(checked.resized.keys),
     }
     write_atomic(folder.resolved, _JSON.dump_json(plan, indent=2).decode())
     session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
     if session.started_before:
         session.events.append(Resumed(step=0, checkpoint=None))
-    print(f"model     {spec.model}\nexperts   {pruning.layout.text()}", flush=True)
-    choice = _chosen(session, pruning)
+    print(f"model     {spec.model}\nexperts   {layout.text()}", flush=True)
+    choice = _chosen(session, checked) if isinstance(checked, Pruning) else None
 
     def record_step(done: int, total: int) -> None:
         liveness.heard()
@@ -49,7 +51,11 @@ def run(session: Session[SurgerySpec]) -> Manifest:
     folder.artifacts.mkdir(exist_ok=True)
     written = folder.model.with_name(f".{folder.model.name}.writing")
     remove(written)
-    report = prune(pruning, choice, spec.model, written, session.say, record_step, named=folder.model)
+    if isinstance(checked, Splitting):
+        report = split(checked, spec.model, written, session.say, record_step, named=folder.model)
+    else:
+        assert choice is not None
+        report = prune(checked, choice, spec.model, written, session.say, record_step, named=folder.model)
     publish(written, folder.model, step=0)
     print(text(report), flush=True)
     artifact = describe(session.job_uuid, "model", folder.model, epoch=0, step=0)
@@ -59,6 +65,13 @@ def run(session: Session[SurgerySpec]) -> Manifest:
     if report.loss is not None:
         summary |= {"loss_before": report.loss.before, "loss_after": report.loss.after, "kl": report.loss.kl}
     return Manifest(job_uuid=session.job_uuid, artifacts=[artifact], summary=summary)
+
+
+def _checked(spec: SurgerySpec) -> Pruning | Splitting:
+    folder = model_folder(spec.model, "model")
+    if spec.surgery.action == "split":
+        return prepare_split(folder, spec.surgery)
+    return prepare(folder, spec.surgery)
 
 
 def _chosen(session: Session[SurgerySpec], pruning: Pruning) -> Choice:

@@ -55,9 +55,29 @@ class SurgeryPlan:
     left_out: list[str]
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the new tensors."""
+        return sum(prod(each.entry.shape) for each in self.tensors)
+
+    def parameters_before(self, resized: Resized) -> int:
+        """Numbers in the old tensors of the same parameters."""
+        unchanged: int = sum(prod(each.entry.shape) for each in self.tensors if not each.changed)
+        state = resized.before.model.state_dict()
+        changed: int = sum(state[name].numel() for name in resized.axes)
+        return unchanged + changed
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the new tensors."""
         return sum(each.entry.nbytes for each in self.tensors)
+
+
+def left_out(plan: SurgeryPlan) -> list[str]:
+    """A warning about tensors that are not in the new model; empty if all are."""
+    if not plan.left_out:
+        return []
+    return [f"{len(plan.left_out)} tensors are left out, because the model does not have them by its config (such as "
+            f"layers that guess tokens ahead): {', '.join(plan.left_out[:_SHOWN])}"]  # fmt: skip
 
 
 def single(experts: Sequence[int]) -> tuple[Blend, ...]:

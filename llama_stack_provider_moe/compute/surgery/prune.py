@@ -7,7 +7,6 @@ before anything is written.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -17,12 +16,12 @@ from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
 from llama_stack_provider_moe.compute.methods.surgery import highest, mass_of
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, layer_ranges
 from llama_stack_provider_moe.compute.surgery.calibrate import Calibration, Losses, Progress, calibrate, losses
-from llama_stack_provider_moe.compute.surgery.plan import SurgeryPlan, plan_tensors, single
+from llama_stack_provider_moe.compute.surgery.plan import SurgeryPlan, left_out, plan_tensors, single
 from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, MeasuredLoss, SurgeryReport
 from llama_stack_provider_moe.compute.surgery.resized import Described, Resized, describe, resize
 from llama_stack_provider_moe.compute.surgery.write import Say, write_folder
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, REPORT_FILE, Prune
+from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, REPORT_FILE, Surgery
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Choice:
 class Pruning:
     """A checked surgery on a folder, of which no tensor was read yet."""
 
-    asked: Prune
+    asked: Surgery
     before: Described
     resized: Resized
     experts: int
@@ -59,7 +58,7 @@ class Pruning:
         return self.before.layout
 
 
-def prepare(folder: Path, asked: Prune, field: str = "surgery.") -> Pruning:
+def prepare(folder: Path, asked: Surgery, field: str = "surgery.") -> Pruning:
     """Check everything that can be known from the config.
 
     Args:
@@ -154,7 +153,7 @@ def prune(
     return report
 
 
-def _dropped(asked: Prune, layout: ExpertLayout, field: str) -> dict[int, list[int]]:
+def _dropped(asked: Surgery, layout: ExpertLayout, field: str) -> dict[int, list[int]]:
     """Layer -> the experts of the list; empty if a score chooses."""
     if asked.keep is not None:
         return {}
@@ -178,7 +177,7 @@ def _dropped(asked: Prune, layout: ExpertLayout, field: str) -> dict[int, list[i
     return by_layer
 
 
-def _check_number(experts: int, asked: Prune, layout: ExpertLayout, field: str) -> None:
+def _check_number(experts: int, asked: Surgery, layout: ExpertLayout, field: str) -> None:
     """Check that a router can still choose: enough experts for a token, in groups of equal size."""
     name = f"{field}{'keep' if asked.keep is not None else 'drop'}"
     given = asked.keep if asked.keep is not None else layout.num_experts - experts
@@ -234,34 +233,23 @@ def _report(
         )
         for at, layer in enumerate(layout.moe_layers)
     ]
-    after = sum(prod(each.entry.shape) for each in plan.tensors)
     return SurgeryReport(
-        model=model, folder=folder, family=layout.family, fingerprint=fingerprint(pruning.before.folder), by=by,
+        action="prune", model=model, folder=folder, family=layout.family,
+        fingerprint=fingerprint(pruning.before.folder), by=by,
         experts_before=layout.num_experts, experts_after=pruning.experts, top_k=layout.top_k,
         keys=dict(pruning.resized.keys), layers=layers, loss=choice.loss,
         tensors=sum(each.changed for each in plan.tensors), left_out=plan.left_out,
-        parameters_before=_parameters_before(plan, pruning), parameters_after=after,
+        parameters_before=plan.parameters_before(pruning.resized), parameters_after=plan.parameters,
         bytes=plan.nbytes, warnings=_warnings(layout, mass, plan),
     )  # fmt: skip
 
 
-def _parameters_before(plan: SurgeryPlan, pruning: Pruning) -> int:
-    """Parameters of the old model in its files."""
-    unchanged: int = sum(prod(each.entry.shape) for each in plan.tensors if not each.changed)
-    state = pruning.before.model.state_dict()
-    changed: int = sum(state[name].numel() for name in pruning.resized.axes)
-    return unchanged + changed
-
-
 def _warnings(layout: ExpertLayout, mass: list[float] | None, plan: SurgeryPlan) -> list[str]:
     found = []
-    if layout.weights_use_all:
+    if layout.weighing == "all":
         lost = "how much is measured on rows; give some" if mass is None else (
             f"on average {sum(mass) / len(mass):.4f}, and {max(mass):.4f} in the worst layer")  # fmt: skip
         found.append("this model's router weights are a softmax over all experts, not renormalised over the chosen "
                      f"ones: what the dropped experts had of it goes to the others, {lost}. So even experts that no "
                      "token chose change the model when they go")  # fmt: skip
-    if plan.left_out:
-        found.append(f"{len(plan.left_out)} tensors are left out, because the model does not have them by its config "
-                     f"(such as layers that guess tokens ahead): {', '.join(plan.left_out[:3])}")  # fmt: skip
-    return found
+    return [*found, *left_out(plan)]

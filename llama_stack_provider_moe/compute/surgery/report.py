@@ -31,19 +31,19 @@ class MeasuredLoss(Block):
 
 
 class SurgeryReport(Block):
-    """The result of `moe-train experts prune`, and of a job of recipe `surgery`."""
+    """The result of `moe-train experts prune` and `split`, and of a job of recipe `surgery`."""
 
     kind: Literal["surgery"] = "surgery"
     version: Literal[1] = 1
-    action: Literal["prune"] = "prune"
+    action: Literal["prune", "split"]
     model: str
     folder: str | None = Field(description="The new model; null: a dry run.")
     family: str
     fingerprint: str | None = Field(description="Of the old model's weights; null: it has none here.")
-    by: Criterion | None = Field(description="Score that chose the experts; null: a list did.")
+    by: Criterion | None = Field(description="Score that chose the experts; null: a list did, or all stay.")
     experts_before: int
     experts_after: int
-    top_k: int
+    top_k: int = Field(description="Experts of a token in the new model.")
     keys: dict[str, int] = Field(description="Keys of config.json that changed, and their new values.")
     layers: list[LayerOfExperts]
     loss: MeasuredLoss | None = Field(description="Null: no rows were given.")
@@ -57,11 +57,16 @@ class SurgeryReport(Block):
 
 def text(report: SurgeryReport) -> str:
     """The report in words."""
-    would = "would prune" if report.folder is None else "pruned"
-    how = {"reap": "by router-weighted activation (REAP)", "usage": "by use", None: "by your list"}[report.by]
+    dry = report.folder is None
+    if report.action == "split":
+        done = "would split" if dry else "split"
+        how = "into equal ones"
+    else:
+        done = "would prune" if dry else "pruned"
+        how = {"reap": "by router-weighted activation (REAP)", "usage": "by use", None: "by your list"}[report.by]
     share = report.parameters_after / report.parameters_before
     lines = [
-        f"{would} {report.model} ({report.family}) {how}: {report.experts_before} -> {report.experts_after} experts in "
+        f"{done} {report.model} ({report.family}) {how}: {report.experts_before} -> {report.experts_after} experts in "
         f"each of {len(report.layers)} layers, top-{report.top_k}",
         f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})",
     ]
@@ -70,5 +75,5 @@ def text(report: SurgeryReport) -> str:
         lines.append(f"loss on {loss.rows:,} rows ({loss.tokens:,} tokens), nats a token: {loss.before:.4f} -> "
                      f"{loss.after:.4f}; KL {loss.kl:.4f}")  # fmt: skip
     lines += [f"warning: {each}" for each in report.warnings]
-    lines.append("nothing was written" if report.folder is None else f"saved to {report.folder}")
+    lines.append("nothing was written" if dry else f"saved to {report.folder}")
     return "\n".join(lines)

@@ -31,7 +31,7 @@ from llama_stack_provider_moe.spec.local_rows import (
     routing_rows,
 )
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
-from llama_stack_provider_moe.spec.surgery_commands import PruneCommand, prune_settings
+from llama_stack_provider_moe.spec.surgery_commands import PruneCommand, SplitCommand, prune_settings
 
 _EVALUATION_REPORT = "eval.json"
 
@@ -112,6 +112,14 @@ def prune(command: PruneCommand) -> None:
     model_checks.contents(model, "MODEL")
     if command.rows is not None:
         calibration_rows(Path(command.rows), "--rows")
+
+
+def split(command: SplitCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    model = _whole_model(command.model, "MODEL")
+    if not command.dry_run and os.path.lexists(command.out):
+        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
+    model_checks.contents(model, "MODEL")
 
 
 def evaluate(command: EvaluationCommand) -> None:

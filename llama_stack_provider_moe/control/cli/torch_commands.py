@@ -22,7 +22,7 @@ from llama_stack_provider_moe.spec.local_commands import (
     MergeCommand,
     UpcycleCommand,
 )
-from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND
+from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND, SplitCommand
 
 _ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it out of a model. Needs torch."
 
@@ -75,6 +75,13 @@ def register(app: typer.Typer) -> None:
             PRUNE_COMMAND,
             "Write a model without some of its experts, and measure what they were worth.",
             _process("compute.surgery.prune_command", local_checks.prune),
+        )
+    )
+    experts.command(name="split")(
+        command(
+            SplitCommand,
+            "Write a model with several equal experts for each old one, which computes the same.",
+            _process("compute.surgery.split_command", local_checks.split),
         )
     )
 

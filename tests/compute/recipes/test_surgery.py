@@ -16,6 +16,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.surgery import REPORT_FILE
 from tests.compute.recipes.test_routing_analysis import GARDEN, SFT, SUMS, reason, run
 from tests.support import surgery_models, tiny_models
+from tests.support.export_support import gap, logits
 from tests.support.host_support import Datasets, caller, folder_of, serving_in_process
 
 TEXTS = [{"text": f"The {i} gardens of spring are green."} for i in range(5)]
@@ -111,6 +112,17 @@ def test_plain_texts_are_rows_too(service: PostTrainingService) -> None:
     assert found.rows == len(TEXTS)
 
 
+def test_a_model_is_split(service: PostTrainingService) -> None:
+    body = {name: value for name, value in PRUNE.items() if name != "data"}
+    with caller("ann"):
+        job_id, code = run(service, body | {"surgery": {"action": "split"}, "job_uuid": "twins"})
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    assert (report_of(folder).experts_after, report_of(folder).top_k) == (16, 4)
+    old, new = surgery_models.load(service.config.models_dir / "eight"), surgery_models.load(folder.model)
+    assert gap(logits(new), logits(old)) <= 3e-6
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -140,6 +152,8 @@ def test_what_only_the_model_shows_fails_before_its_weights_are_read(
         ({"surgery": {"action": "prune"}}, "keep: None is not valid without `drop`"),
         ({"surgery": {"action": "grow", "keep": 4}}, "surgery.action: 'grow' is not valid"),
         ({"surgery": {"action": "prune", "keep": 4, "kept": 4}}, "surgery.kept"),
+        ({"surgery": {"action": "split"}}, "data: has no effect with surgery.action 'split'"),
+        ({"surgery": {"action": "split", "factor": 1}}, "surgery.factor: 1 is not valid"),
         ({"options": {"seed": 1}}, "options.seed"),
         ({"adapter": None}, "adapter"),
         ({"resources": {"gpus": 2}}, "gpus: 2 is not valid with this recipe"),

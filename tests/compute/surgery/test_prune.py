@@ -18,7 +18,7 @@ from llama_stack_provider_moe.compute.surgery.plan import plan_tensors, single
 from llama_stack_provider_moe.compute.surgery.prune import Pruning, Rows, choose, prepare, prune
 from llama_stack_provider_moe.compute.surgery.report import SurgeryReport, text
 from llama_stack_provider_moe.errors import AdapterError, ModelError
-from llama_stack_provider_moe.spec.surgery import REPORT_FILE, Prune
+from llama_stack_provider_moe.spec.surgery import REPORT_FILE, Surgery
 from tests.support import llama_support, surgery_models, tiny_models
 from tests.support.export_support import EVERYTHING, adapted, gap, logits, tensors
 from tests.support.llama_support import ALIGNED
@@ -28,7 +28,7 @@ TOLERANCE = 1e-6
 ROWS = surgery_models.prompts(4, 12)
 
 
-def pruned(base: Path, out: Path, asked: Prune, prompts: list[Prompt] = ROWS) -> SurgeryReport:
+def pruned(base: Path, out: Path, asked: Surgery, prompts: list[Prompt] = ROWS) -> SurgeryReport:
     """Prune by the rows, without a command."""
     pruning, model = prepare(base, asked), surgery_models.load(base)
     return prune(pruning, choose(pruning, Rows(model, prompts, 3)), str(base), out)
@@ -47,7 +47,7 @@ def masked_gap(base: PreTrainedModel, new: PreTrainedModel, report: SurgeryRepor
 @pytest.mark.parametrize("family", tiny_models.MOE)
 def test_every_family_computes_what_it_computes_with_the_experts_masked(family: str, tmp_path: Path) -> None:
     base = surgery_models.build(family, tmp_path / "base")
-    report = pruned(base, tmp_path / "out", Prune(action="prune", keep=6))
+    report = pruned(base, tmp_path / "out", Surgery(action="prune", keep=6))
     model, new = surgery_models.load(base), surgery_models.load(tmp_path / "out")
     off, moved = masked_gap(model, new, report)
     assert off <= TOLERANCE
@@ -71,7 +71,7 @@ def test_a_list_by_layer_and_many_files(family: str, tmp_path: Path) -> None:
     model = tiny_models.model(family, **surgery_models.eight(family))
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
-    pruning = prepare(tmp_path / "base", Prune(action="prune", drop={"0": "0,7", "1": "3-4"}))
+    pruning = prepare(tmp_path / "base", Surgery(action="prune", drop={"0": "0,7", "1": "3-4"}))
     plan_report = prune(pruning, choose(pruning, None), "base", None)
     assert plan_report.folder is None
     assert not (tmp_path / "out").exists()
@@ -84,7 +84,7 @@ def test_a_list_by_layer_and_many_files(family: str, tmp_path: Path) -> None:
 
 def test_new_files_have_an_index(tmp_path: Path) -> None:
     base = surgery_models.build("mixtral", tmp_path / "base")
-    pruning = prepare(base, Prune(action="prune", drop={"all": "2,5"}))
+    pruning = prepare(base, Surgery(action="prune", drop={"all": "2,5"}))
     choice = choose(pruning, None)
     plan = plan_tensors(pruning.resized, {layer: single(kept) for layer, kept in choice.kept.items()})
     write.write_folder(pruning.resized, plan, tmp_path / "many", {}, shard_bytes=20_000)
@@ -105,7 +105,7 @@ def test_new_files_have_an_index(tmp_path: Path) -> None:
 def test_experts_that_no_token_chose(family: str, changes: dict[str, bool], renormalised: bool, tmp_path: Path) -> None:
     base = surgery_models.build(family, tmp_path / "base", **changes)
     few = surgery_models.prompts(1, 3)  # three tokens of two experts each leave two experts of eight unused
-    report = pruned(base, tmp_path / "out", Prune(action="prune", keep=6, by="usage"), few)
+    report = pruned(base, tmp_path / "out", Surgery(action="prune", keep=6, by="usage"), few)
     assert all(each.scores is not None and each.scores[old] == 0 for each in report.layers for old in each.dropped)
     model, new = surgery_models.load(base), surgery_models.load(tmp_path / "out")
     ids = torch.tensor([few[0].ids])
@@ -127,7 +127,7 @@ def test_experts_that_no_token_chose(family: str, changes: dict[str, bool], reno
 
 def test_the_loss_is_that_of_both_models(tmp_path: Path) -> None:
     base = surgery_models.build("granitemoe", tmp_path / "base")
-    report = pruned(base, tmp_path / "out", Prune(action="prune", keep=4))
+    report = pruned(base, tmp_path / "out", Surgery(action="prune", keep=4))
     assert report.loss is not None
     for folder, found in ((base, report.loss.before), (tmp_path / "out", report.loss.after)):
         model, total, tokens = surgery_models.load(folder), 0.0, 0
@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_both_models(tmp_path: Path) -> None:
 def test_the_new_model_trains_and_merges_and_refuses_an_adapter_of_the_old_one(family: str, tmp_path: Path) -> None:
     base = surgery_models.build(family, tmp_path / "base")
     old_adapter = adapted(base, tmp_path / "old_adapter", EVERYTHING)
-    pruned(base, tmp_path / "new", Prune(action="prune", keep=5))
+    pruned(base, tmp_path / "new", Surgery(action="prune", keep=5))
     adapter = adapted(tmp_path / "new", tmp_path / "adapter", EVERYTHING)
     model = with_adapter(surgery_models.load(tmp_path / "new"), adapter, None)
     before = [parameter.clone() for name, parameter in model.named_parameters() if "lora_" in name]
@@ -174,7 +174,7 @@ def test_the_new_model_trains_and_merges_and_refuses_an_adapter_of_the_old_one(f
 def test_files_are_cut_bit_by_bit_and_keep_their_dtypes(tmp_path: Path) -> None:
     base = surgery_models.build("mixtral", tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    pruning = prepare(tmp_path / "bf16", Prune(action="prune", drop={"0": "1", "1": "6"}))
+    pruning = prepare(tmp_path / "bf16", Surgery(action="prune", drop={"0": "1", "1": "6"}))
     prune(pruning, choose(pruning, None), "bf16", tmp_path / "out")
     old, new = tensors(tmp_path / "bf16"), tensors(tmp_path / "out")
     for layer, gone in ((0, 1), (1, 6)):
@@ -197,7 +197,7 @@ def test_files_are_cut_bit_by_bit_and_keep_their_dtypes(tmp_path: Path) -> None:
 
 def test_a_killed_or_refused_surgery_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = surgery_models.build("granitemoe", tmp_path / "base")
-    pruning: Pruning = prepare(base, Prune(action="prune", drop={"all": "0"}))
+    pruning: Pruning = prepare(base, Surgery(action="prune", drop={"all": "0"}))
 
     def broken(*_: object) -> None:
         raise OSError("the disk is gone")
@@ -211,7 +211,7 @@ def test_a_killed_or_refused_surgery_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_it_converts_to_gguf(tmp_path: Path) -> None:
     tools = llama_support.toolchain()
     base = llama_support.build("granitemoe", tmp_path / "base", initializer_range=0.03, num_local_experts=8, **ALIGNED)
-    pruning = prepare(base, Prune(action="prune", drop={"all": "0,5"}))
+    pruning = prepare(base, Surgery(action="prune", drop={"all": "0,5"}))
     prune(pruning, choose(pruning, None), "base", tmp_path / "out")
     gguf.convert(tmp_path / "out", tmp_path / "f32.gguf", "f32", tools)
     reference = read_reference(tmp_path / "out", say=lambda line: None)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.compute.surgery.prune import choose, prepare, prune
 from llama_stack_provider_moe.errors import InvalidInput, LayoutError, ModelError, MoeError
-from llama_stack_provider_moe.spec.surgery import Prune
+from llama_stack_provider_moe.spec.surgery import Surgery
 from tests.support import surgery_models, tiny_models
 
 
@@ -40,13 +40,13 @@ def config_alone(family: str, folder: Path, **changes: Any) -> Path:
 def test_experts_that_can_not_go(family: str, asked: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = config_alone(family, tmp_path / "model")
     with pytest.raises(InvalidInput) as caught:
-        prepare(folder, Prune(action="prune", **asked))
+        prepare(folder, Surgery(action="prune", **asked))
     assert expected in str(caught.value)
 
 
 def test_the_caller_names_the_fields(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"^--keep: 1 is not valid"):
-        prepare(config_alone("mixtral", tmp_path / "model"), Prune(action="prune", keep=1), field="--")
+        prepare(config_alone("mixtral", tmp_path / "model"), Surgery(action="prune", keep=1), field="--")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_models_that_have_nothing_to_prune(
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(kind, match=expected):
-        prepare(folder, Prune(action="prune", keep=2))
+        prepare(folder, Surgery(action="prune", keep=2))
 
 
 def test_a_config_that_leaves_out_its_number_of_experts_gets_the_key(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_config_that_leaves_out_its_number_of_experts_gets_the_key(tmp_path: P
     raw = json.loads(file.read_text())
     del raw["num_local_experts"]  # the family's default is 8
     file.write_text(json.dumps(raw))
-    assert prepare(folder, Prune(action="prune", keep=6)).resized.raw["num_local_experts"] == 6
+    assert prepare(folder, Surgery(action="prune", keep=6)).resized.raw["num_local_experts"] == 6
 
 
 def test_a_count_that_is_no_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +82,14 @@ def test_a_count_that_is_no_key_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(resized, "_OTHER_COUNTS", ("experts",))
     with pytest.raises(LayoutError, match=r"mixtral: no key of its config.json counts the 8 experts of a layer"):
-        prepare(config_alone("mixtral", tmp_path / "model"), Prune(action="prune", keep=6))
+        prepare(config_alone("mixtral", tmp_path / "model"), Surgery(action="prune", keep=6))
 
 
 def test_a_score_needs_rows_and_an_output_must_be_new(tmp_path: Path) -> None:
     base = surgery_models.build("mixtral", tmp_path / "base")
     with pytest.raises(InvalidInput, match=r"data: None is not valid; expected rows, because surgery.keep chooses"):
-        choose(prepare(base, Prune(action="prune", keep=6)), None)
-    pruning = prepare(base, Prune(action="prune", drop={"all": "1"}))
+        choose(prepare(base, Surgery(action="prune", keep=6)), None)
+    pruning = prepare(base, Surgery(action="prune", drop={"all": "1"}))
     with pytest.raises(InvalidInput, match="expected a folder that does not exist yet"):
         prune(pruning, choose(pruning, None), "base", base)
 
@@ -102,7 +102,7 @@ def test_layers_that_guess_ahead_are_left_out(tmp_path: Path) -> None:
     ahead = "model.layers.2.mlp.experts.7.up_proj.weight"
     weights[ahead] = weights["model.layers.1.mlp.experts.7.up_proj.weight"].clone()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    pruning = prepare(base, Prune(action="prune", drop={"all": "0,4"}))
+    pruning = prepare(base, Surgery(action="prune", drop={"all": "0,4"}))
     report = prune(pruning, choose(pruning, None), "base", tmp_path / "out")
     assert report.left_out == [ahead]
     assert any("1 tensors are left out" in warning for warning in report.warnings)
@@ -120,10 +120,13 @@ def test_layers_that_guess_ahead_are_left_out(tmp_path: Path) -> None:
         ({"drop": {"first": "1"}}, "'first' is not the number of a layer"),
         ({"drop": {"0": "one"}}, "'one' does not name experts"),
         ({"drop": {"0": "3-1"}}, "range '3-1' ends before it begins"),
+        ({"keep": 2, "factor": 2}, "factor: 2 has no effect with action 'prune'"),
+        ({"action": "split", "keep": 2}, "keep: 2 has no effect with action 'split'"),
+        ({"action": "split", "drop": {"all": "1"}}, "has no effect with action 'split'"),
         ({"keep": 2, "by": "luck"}, "Input should be 'reap' or 'usage'"),
     ],
 )
 def test_settings_are_checked_at_the_door(asked: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        Prune.model_validate({"action": "prune", **asked})
+        Surgery.model_validate({"action": "prune", **asked})
     assert expected in str(caught.value)
