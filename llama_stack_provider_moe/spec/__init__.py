@@ -59,6 +59,7 @@ from llama_stack_provider_moe.spec.playground import Playground
 from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
 from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
+from llama_stack_provider_moe.spec.surgery_jobs import SurgerySpec
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "DPOSpec",
     "DType",
     "Data",
+    "EditingSpec",
     "Efficiency",
     "ExpertRule",
     "ExportSpec",
@@ -118,6 +120,7 @@ __all__ = [
     "RulesFrom",
     "SFTSpec",
     "SafetyEvaluation",
+    "SurgerySpec",
     "TensorBoard",
     "Trackers",
     "Trackio",
@@ -132,7 +135,9 @@ __all__ = [
 
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
-Recipe = Literal[TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "mix", "playground", "export"]
+Recipe = Literal[
+    TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "mix", "surgery", "playground", "export"
+]  # fmt: skip
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
 # API also names `kto_pair`, which TRL does not implement.
@@ -326,11 +331,8 @@ class BreakerSpec(TrainingJob):
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec
+EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
-JobSpec = Annotated[
-    TrainingSpec | AnalysisSpec | AblationSpec | MixSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")
-]
-JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | AblationSpec | MixSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(
-    JobSpec
-)
+JobSpec = Annotated[TrainingSpec | AnalysisSpec | EditingSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
+JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | EditingSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
 DPO_LOSSES: tuple[str, ...] = DPOLoss.__args__  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
+from llama_stack_provider_moe.spec.surgery import SurgeryOptions, SurgeryTraining
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
 MEASURED = (*GATE_NEEDS.values(), "tasks")
@@ -35,6 +36,7 @@ _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
     "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
     "mix": {"training": AnalysisTraining, "options": MixOptions},
+    "surgery": {"training": SurgeryTraining, "options": SurgeryOptions},
     "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
 }
 

@@ -10,7 +10,7 @@ from llama_stack_provider_moe.spec.ablation_jobs import LEAST_ROWS
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
 from llama_stack_provider_moe.spec.row_files import FileRow, RowFile
-from llama_stack_provider_moe.spec.rows import conversation
+from llama_stack_provider_moe.spec.rows import canonical, conversation
 
 FILE_OF_ROWS = "a file of rows, JSON Lines or CSV"
 _PIECE_BYTES = 256 << 10
@@ -83,6 +83,16 @@ def domain_rows(spec: MixSpec) -> dict[str, list[str]]:
         for at in spec.kept
         if spec.branches[at].dataset_id is not None
     }
+
+
+def calibration_rows(path: Path, option: str) -> list[str]:
+    """Return the canonical rows that decide a surgery, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or is empty.
+        InvalidRows: rows are not valid.
+    """
+    return _lines(path, option, 1, lambda row, number: canonical(row, number, "surgery", "auto", answered=False))
 
 
 def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from llama_stack_provider_moe.spec import AblationSpec, ExportSpec, InferenceJob, JobSpec, MixSpec, Recipe, TrainingSpec
+from llama_stack_provider_moe.spec import EditingSpec, ExportSpec, InferenceJob, JobSpec, Recipe, TrainingSpec
 
 _PACKAGE = "llama_stack_provider_moe.compute.recipes"
 
@@ -20,7 +20,7 @@ class RecipeEntry:
     """
 
     name: Recipe
-    spec: type[TrainingSpec | InferenceJob | AblationSpec | MixSpec | ExportSpec]
+    spec: type[TrainingSpec | InferenceJob | EditingSpec | ExportSpec]
     trains: bool
 
     @property

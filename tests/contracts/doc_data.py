@@ -32,6 +32,7 @@ BASES: list[dict[str, Any]] = [
     {"recipe": "ablation", "model": "m", "measurements": "job", "ablate": [{"layer": 1, "measurement": 1}]},
     {"recipe": "mix", "model": "m", "method": "btx",
      "branches": [{"name": "a", "model": "job-a"}, {"name": "b", "model": "job-b"}]},
+    {"recipe": "surgery", "model": "m", "surgery": {"action": "prune", "drop": {"all": "1"}}},
     {"recipe": "export", "of": "job", "export": {"merged": True}},
 ]  # fmt: skip
 

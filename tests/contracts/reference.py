@@ -48,6 +48,7 @@ from llama_stack_provider_moe.spec import (
     RulesFrom,
     SafetyEvaluation,
     SFTSpec,
+    SurgerySpec,
     Trackers,
     Trackio,
     Training,
@@ -78,6 +79,7 @@ from llama_stack_provider_moe.spec.server_config import (
     SupervisorConfig,
 )
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, OllamaServing, VllmServing
+from llama_stack_provider_moe.spec.surgery import CalibrationData, Surgery, SurgeryOptions, SurgeryTraining
 
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     # title, prefix, model, fields told elsewhere
@@ -167,6 +169,15 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ),
     ("Each of `branches`", "branches.N.", Branch, set()),
     ("`options` of mix jobs", "options.", MixOptions, set()),
+        "Expert surgery jobs: `job_uuid`, `model`, `labels`, `note` and `resources` (of one process) as above, and",
+        "",
+        SurgerySpec,
+        {"job_uuid", "model", "model_from", "resources", "labels", "note"},
+    ),
+    ("`surgery`", "surgery.", Surgery, set()),
+    ("`data` of surgery jobs", "data.", CalibrationData, set()),
+    ("`training` of surgery jobs", "training.", SurgeryTraining, set()),
+    ("`options` of surgery jobs", "options.", SurgeryOptions, set()),
     (
         "Export jobs: `job_uuid`, `resources` and `export` as above, and",
         "",

@@ -63,6 +63,7 @@ ROOMS: dict[str, Room] = {
     "compute.planning": _room(25, _MODEL + "pydantic trl"),
     "compute.ablation": _room(26, _MODEL + "pydantic numpy"),
     "compute.mixing": _room(27, _MODEL + "pydantic"),
+    "compute.surgery": _room(27, _MODEL + "pydantic"),
     "compute.evaluation": _room(27, _MODEL + "pydantic numpy jinja2 httpx lm_eval"),
     "compute.train": _room(28, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb"),
     "compute.recipes": _room(29, _MODEL + "pydantic trl datasets"),

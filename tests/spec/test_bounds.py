@@ -19,6 +19,7 @@ from llama_stack_provider_moe.spec import (
     ExportSpec,
     RoutingAnalysisSpec,
     SFTSpec,
+    SurgerySpec,
     validation_errors,
 )
 from llama_stack_provider_moe.spec.routing import RoutingReport
@@ -26,8 +27,8 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 ROOTS: tuple[type[BaseModel], ...] = (
-    SFTSpec, DPOSpec, BreakerSpec, RoutingAnalysisSpec, AblationMeasureSpec, AblationSpec, ExportSpec,
-    ProviderConfig, RoutingReport,
+    SFTSpec, DPOSpec, BreakerSpec, RoutingAnalysisSpec, AblationMeasureSpec, AblationSpec, SurgerySpec,
+    ExportSpec, ProviderConfig, RoutingReport,
 )  # fmt: skip
 LARGEST = 2**53  # beyond it, JSON's numbers are not exact
 

@@ -27,6 +27,7 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
         "ablation_measure": {"data": {"sets": {"target": "a", "baseline": "b"}}},
         "ablation": {"measurements": "a", "ablate": [{"layer": 1, "measurement": 1}]},
         "mix": {"method": "btx", "branches": [{"name": "a", "model": "a"}, {"name": "b", "model": "b"}]},
+        "surgery": {"surgery": {"action": "prune", "drop": {"all": "1"}}},
         "export": {"of": "a", "export": {"merged": True}},
     }
     body: dict[str, Any] = {"recipe": name, "model": "m", "data": {"dataset_id": "a"}} | blocks.get(name, {})

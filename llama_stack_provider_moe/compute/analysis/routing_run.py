@@ -41,14 +41,21 @@ def load_routed(spec: RoutingAnalysisSpec) -> tuple[PreTrainedModel | PeftModel,
 
 
 def read_prompts(
-    path: Path, source: str, spec: RoutingAnalysisSpec, tokenizer: PreTrainedTokenizerBase, vocabulary: int, say: Say
+    path: Path,
+    source: str,
+    which: TokenChoice,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    say: Say,
 ) -> list[Prompt]:
     """The canonical rows of `path` as tokens; rows without an answer end with the template's generation prompt.
 
     Args:
         path: the rows.
         source: name of their data set, for messages.
-        spec: the settings.
+        which: tokens that count.
+        length: maximum number of tokens of a row (`options.max_length`).
         tokenizer: of the model.
         vocabulary: rows of the model's embedding.
         say: called with lines for a person.
@@ -56,7 +63,7 @@ def read_prompts(
     Raises:
         DataError: rows that can't be rendered, or have no token that counts.
     """
-    renderer, length = Renderer(tokenizer), spec.options.max_length
+    renderer = Renderer(tokenizer)
     prompts: list[Prompt] = []
     problems: list[str] = []
     rows = cut = 0
@@ -74,11 +81,11 @@ def read_prompts(
                 if isinstance(pieces, Unrenderable):
                     problems.append(f"row {number}: {pieces}")
                     continue
-                found = _counted(pieces, length, spec.analysis.tokens)
+                found = _counted(pieces, length, which)
                 cut += any(len(piece.ids) > length for piece in pieces)
                 greatest = max((max(prompt.ids) for prompt in found), default=0)
                 if not found:
-                    what = "token" if spec.analysis.tokens == "all" else f"token of the {spec.analysis.tokens}"
+                    what = "token" if which == "all" else f"token of the {which}"
                     problems.append(f"row {number}: no {what} within options.max_length = {length}")
                 elif greatest >= vocabulary:
                     raise DataError(
@@ -146,7 +153,10 @@ def analyse(
     model, tokenizer, layout = routed
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     prompts = {
-        name: read_prompts(path, spec.data.sets[name], spec, tokenizer, vocabulary, say) for name, path in rows.items()
+        name: read_prompts(
+            path, spec.data.sets[name], spec.analysis.tokens, spec.options.max_length, tokenizer, vocabulary, say
+        )
+        for name, path in rows.items()
     }
     lengths_R = torch.tensor([len(prompt.ids) for each in prompts.values() for prompt in each])
     judge(positions_of(model), lengths_R, say)

@@ -32,11 +32,12 @@ from llama_stack_provider_moe.compute.export.places import TensorPlace
 from llama_stack_provider_moe.compute.export.plan import MergePlan, make_plan
 from llama_stack_provider_moe.compute.export.tensors import (
     INDEX,
-    SINGLE,
     TensorEntry,
     append,
     copy_bytes,
+    file_name,
     header,
+    index_text,
     pieces,
     shards,
 )
@@ -154,22 +155,6 @@ def _bytes_of(parts: list[list[TensorEntry]], files: list[Path], texts: list[str
     needed = sum(len(header(part)) + sum(entry.nbytes for entry in part) for part in parts)
     needed += sum(file.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
     return needed + len(index_text(parts).encode())
-
-
-def file_name(number: int, count: int) -> str:
-    """Name of file `number`, counted from 0, of `count`."""
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def index_text(parts: list[list[TensorEntry]]) -> str:
-    """The index of the files with these tensors."""
-    weight_map = {entry.name: file_name(i, len(parts)) for i, part in enumerate(parts) for entry in part}
-    entries = [entry for part in parts for entry in part]
-    totals = {
-        "total_parameters": sum(prod(entry.shape) for entry in entries),
-        "total_size": sum(entry.nbytes for entry in entries),
-    }
-    return json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
 def _write_weights(plan: MergePlan, parts: list[list[TensorEntry]], folder: Path, say: Callable[[str], None]) -> None:

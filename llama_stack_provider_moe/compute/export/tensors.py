@@ -171,6 +171,22 @@ def header(entries: Sequence[TensorEntry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def file_name(number: int, count: int) -> str:
+    """Name of file `number` of `count`, from 0 on, as transformers names it."""
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_text(parts: list[list[TensorEntry]]) -> str:
+    """The index of a model whose tensors are in several files."""
+    weight_map = {entry.name: file_name(i, len(parts)) for i, part in enumerate(parts) for entry in part}
+    entries = [entry for part in parts for entry in part]
+    totals = {
+        "total_parameters": sum(prod(entry.shape) for entry in entries),
+        "total_size": sum(entry.nbytes for entry in entries),
+    }
+    return json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
 def copy_bytes(entry: TensorEntry, out: IO[bytes]) -> None:
     """Append a tensor unchanged; its bytes do not pass through this process's memory."""
     start, left = entry.start, entry.nbytes

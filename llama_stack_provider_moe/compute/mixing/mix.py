@@ -18,8 +18,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
 from llama_stack_provider_moe.compute.export.card import side_files
-from llama_stack_provider_moe.compute.export.merge import file_name, index_text
-from llama_stack_provider_moe.compute.export.tensors import INDEX, TensorEntry, append, copy_bytes, header, shards
+from llama_stack_provider_moe.compute.export.tensors import (
+    INDEX,
+    TensorEntry,
+    append,
+    copy_bytes,
+    file_name,
+    header,
+    index_text,
+    shards,
+)
 from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
 from llama_stack_provider_moe.compute.methods.mixing import mean_of_branches, rows_of_branches
 from llama_stack_provider_moe.compute.mixing.alike import cosine_to_base, require_frozen_anchors

@@ -47,7 +47,7 @@ from llama_stack_provider_moe.compute.moe.routers import (
 )
 from llama_stack_provider_moe.errors import LayoutError
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _GROUPS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"), ("n_groups", "topk_groups"))
 _SPLIT_MLP = {"gate_proj", "up_proj", "down_proj"}
 
@@ -138,6 +138,7 @@ def _layout(
         groups=groups,
         groups_chosen=groups_chosen,
         dense_mlps=mlps,
+        weighing=facts.weighing,
     )
 
 
@@ -161,7 +162,7 @@ def _is_transposed(experts: nn.Module, has_gate: bool) -> bool:
 
 
 def checked_top_k(config: PreTrainedConfig, top_k: int) -> int:
-    said = {key: getattr(config, key) for key in _TOP_K if type(getattr(config, key, None)) is int}
+    said = {key: getattr(config, key) for key in TOP_K_KEYS if type(getattr(config, key, None)) is int}
     if wrong := {key: value for key, value in said.items() if value != top_k}:
         raise LayoutError(
             f"{config.model_type}: routers choose {top_k} experts for a token, the config says "

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llama_stack_provider_moe.compute.moe.scoring import Scoring
+from llama_stack_provider_moe.compute.moe.scoring import Scoring, Weighing
 from llama_stack_provider_moe.errors import LayoutError
 
 DEFAULT_AUX_COEF = 0.001
@@ -72,6 +72,7 @@ class ExpertLayout:
         bias_path: added to the scores when experts are chosen, not to their weights (arXiv 2412.19437, eq. 16).
         groups, groups_chosen: groups of experts, and how many of them a token may use (arXiv 2412.19437, 2.1.2).
         dense_mlps: full names of the MLPs beside shared experts: in layers without experts, and beside experts.
+        weighing: what the weights of the chosen experts depend on, see `scoring.Weighing`.
     """
 
     family: str
@@ -108,6 +109,7 @@ class ExpertLayout:
     groups: int
     groups_chosen: int
     dense_mlps: tuple[str, ...]
+    weighing: Weighing
 
     @property
     def choices(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llama_stack_provider_moe.compute.moe.scoring import SCORES, Scoring
+from llama_stack_provider_moe.compute.moe.scoring import SCORES, Scoring, Weighing
 from llama_stack_provider_moe.errors import LayoutError
 
 TOKENS = 64
@@ -36,6 +36,7 @@ class RouterFacts:
         scoring: how logits become scores; None: no known formula gives the weights.
         bias: name of the tensor that only affects the choice, below the router or (first item "block") beside it.
         by_token: experts depend on the token's id, not on the logits.
+        weighing: what the weights of the chosen experts depend on.
         groups_used: most groups of experts that a token used, by number of groups; see `most_groups`.
     """
 
@@ -46,6 +47,7 @@ class RouterFacts:
     scoring: Scoring | None
     bias: tuple[str, str] | None
     by_token: bool
+    weighing: Weighing
     chosen_TK: Tensor
 
     def most_groups(self, groups: int) -> int:
@@ -88,6 +90,7 @@ def _probe(router: nn.Module, trial: "_Trial", logits_at: int | None) -> RouterF
         scoring=_scoring(logits_TW, chosen_TK, weights_TK) or _scoring_of_two(trial, at, width, chosen_TK),
         bias=None if by_token else trial.choice_bias(at, width),
         by_token=by_token,
+        weighing=_weighing(logits_TW, chosen_TK, weights_TK),
         chosen_TK=chosen_TK,
     )
 
@@ -242,6 +245,18 @@ def _scoring(logits_TW: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Scorin
             if (exact or ratio_TK.shape[1] > 1) and torch.allclose(ratio_TK, like_TK, rtol=_CLOSE):
                 return name
     return None
+
+
+def _weighing(logits_TW: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Weighing:
+    """Weights that are the scores, times one factor for all tokens, were not renormalised."""
+    used_T = weights_TK.ne(0).all(dim=1)
+    for name, score in SCORES.items():
+        ratio_TK = (weights_TK / _of_chosen(score, logits_TW, chosen_TK))[used_T]
+        if torch.allclose(ratio_TK, ratio_TK[:1, :1].expand_as(ratio_TK), rtol=_CLOSE):
+            # `given` scores are probabilities of all experts.
+            sums = name in ("softmax", "given") and chosen_TK.shape[1] < logits_TW.shape[1]
+            return "all" if sums else "chosen" if name in ("softmax", "given") else "own"
+    return "chosen"
 
 
 def _scoring_of_two(trial: _Trial, logits_at: int, width: int, chosen_TK: Tensor) -> Scoring | None:

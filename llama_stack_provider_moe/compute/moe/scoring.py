@@ -12,6 +12,10 @@ from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "given"]
 
+# What the weight of a chosen expert depends on. all: a softmax over all experts, not renormalised, so weights grow when
+# an expert goes that nobody chose; chosen: renormalised over the chosen experts; own: the expert's logit alone.
+Weighing = Literal["all", "chosen", "own"]
+
 
 def _given(logits_TW: Tensor) -> Tensor:
     return logits_TW

@@ -23,8 +23,15 @@ from llama_stack_provider_moe.spec.local_commands import (
     evaluation_settings,
     routing_job,
 )
-from llama_stack_provider_moe.spec.local_rows import FILE_OF_ROWS, evaluation_files, measured_rows, routing_rows
+from llama_stack_provider_moe.spec.local_rows import (
+    FILE_OF_ROWS,
+    calibration_rows,
+    evaluation_files,
+    measured_rows,
+    routing_rows,
+)
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
+from llama_stack_provider_moe.spec.surgery_commands import PruneCommand, SplitCommand, prune_settings
 
 _EVALUATION_REPORT = "eval.json"
 
@@ -92,6 +99,27 @@ def analyze_directions(command: AnalyzeCommand) -> None:
     path = path / MEASUREMENTS_FILE if path.is_dir() else path
     if not path.is_file():
         raise InvalidInput("FILE", command.measurements, f"a {MEASUREMENTS_FILE} or its folder; no such file exists")
+
+
+def prune(command: PruneCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    prune_settings(command)
+    model = _whole_model(command.model, "MODEL")
+    if not command.dry_run and os.path.lexists(command.out):
+        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
+    if command.rows is not None:
+        _readable(Path(command.rows), "--rows")
+    model_checks.contents(model, "MODEL")
+    if command.rows is not None:
+        calibration_rows(Path(command.rows), "--rows")
+
+
+def split(command: SplitCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    model = _whole_model(command.model, "MODEL")
+    if not command.dry_run and os.path.lexists(command.out):
+        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
+    model_checks.contents(model, "MODEL")
 
 
 def evaluate(command: EvaluationCommand) -> None:

@@ -1,4 +1,4 @@
-"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`; and exports.
+"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`, `experts`, `export`.
 
 Arguments are checked here, without torch; then a separate process does the work.
 """
@@ -23,12 +23,15 @@ from llama_stack_provider_moe.spec.local_commands import (
     MixCommand,
     UpcycleCommand,
 )
+from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND, SplitCommand
 
 _ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it out of a model. Needs torch."
 
+_EXPERTS = "Change the number of a model's experts. Needs torch."
+
 
 def register(app: typer.Typer) -> None:
-    """Add `upcycle`, `mix`, `eval`, `families`, `analyze routing` and `ablate` to `moe-train`."""
+    """Add `upcycle`, `mix`, `eval`, `families`, `analyze routing`, `ablate` and `experts` to `moe-train`."""
     app.command(name="upcycle")(
         command(
             UpcycleCommand,
@@ -71,6 +74,24 @@ def register(app: typer.Typer) -> None:
     ablate = App(help=_ABLATE, no_args_is_help=True)
     app.add_typer(ablate, name="ablate")
     _register_ablation(ablate)
+
+    experts = App(help=_EXPERTS, no_args_is_help=True)
+    app.add_typer(experts, name="experts")
+    experts.callback()(_group_of_surgeries)
+    experts.command(name="prune")(
+        command(
+            PRUNE_COMMAND,
+            "Write a model without some of its experts, and measure what they were worth.",
+            _process("compute.surgery.prune_command", local_checks.prune),
+        )
+    )
+    experts.command(name="split")(
+        command(
+            SplitCommand,
+            "Write a model with several equal experts for each old one, which computes the same.",
+            _process("compute.surgery.split_command", local_checks.split),
+        )
+    )
 
 
 def _register_ablation(app: typer.Typer) -> None:
@@ -124,6 +145,10 @@ def register_exports(app: typer.Typer) -> None:
 
 def _group() -> None:
     """Analyze a model on this machine. Needs torch."""
+
+
+def _group_of_surgeries() -> None:
+    """Change the number of a model's experts. Needs torch."""
 
 
 def _nothing_to_check(line: CommandLine) -> None:

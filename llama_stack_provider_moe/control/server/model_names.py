@@ -14,7 +14,7 @@ from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, LoadingSpec, MixSpec, TrainingSpec
+from llama_stack_provider_moe.spec import EditingSpec, InferenceJob, LoadingSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.serving_config import SERVED_PREFIX
 
@@ -58,7 +58,7 @@ class Names:
         self._store = store
         self._whose = whose
 
-    def resolve_model_field(self, spec: LoadingSpec | AblationSpec | MixSpec) -> dict[str, object]:
+    def resolve_model_field(self, spec: LoadingSpec | EditingSpec) -> dict[str, object]:
         """Return the fields of a job that its `model` decides: `model`, `model_from`, and the field for an adapter.
 
         Raises:
@@ -75,7 +75,7 @@ class Names:
             return {"model": str(found.path), "model_from": found.name}
         base = exports.spec_of(found.job, field).model
         changes: dict[str, object] = {"model": base, "model_from": found.name}
-        if isinstance(spec, AblationSpec | MixSpec):
+        if isinstance(spec, EditingSpec):
             raise InvalidInput(field, spec.model, f"a whole model; {found.name} is an adapter ({_merge_first(found)})")
         if isinstance(spec, InferenceJob):
             if spec.adapter_folder is not None:

@@ -10,11 +10,13 @@ from llama_stack_provider_moe.spec import (
     JOB_SPEC,
     AblationSpec,
     Adapter,
+    EditingSpec,
     InferenceJob,
     JobSpec,
     LoadingSpec,
     MixSpec,
     SafetyEvaluation,
+    SurgerySpec,
     TrainingSpec,
 )
 from llama_stack_provider_moe.spec.blocks import ExecutorName
@@ -23,7 +25,7 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
 # The jobs that name a model themselves; an export takes that of another job.
-NamingSpec = LoadingSpec | AblationSpec | MixSpec
+NamingSpec = LoadingSpec | EditingSpec
 NO_UNSLOTH = (
     "'hf': this server has no environment with Unsloth. To add one, make a virtual environment, run `pip install -r "
     "constraints-unsloth.txt`, install this package with --no-deps, and set `unsloth_python` to its interpreter"
@@ -62,6 +64,9 @@ def resolve_names(
             else branch
             for at, branch in enumerate(spec.branches)
         ]
+        return spec.without_gpu().model_copy(update=found)
+    if isinstance(spec, SurgerySpec):
+        names.check_model_from(spec.model_from, [found["model"]])
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:

@@ -39,6 +39,9 @@ MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
 }
 
+# Recipes that use every token of a row, so that a plain text will do.
+_WITH_TEXTS = ("sft", "surgery")
+
 
 def canonical(
     row: object,
@@ -55,7 +58,8 @@ def canonical(
         row: as the host gave it. A data frame fills a column that this row does not have with NaN or None: both count
             as missing.
         number: the row's number from 1, for the problem's text.
-        recipe: `dpo` takes preferences, `sft` conversations and texts, every other recipe conversations.
+        recipe: `dpo` takes preferences, `sft` and `surgery` conversations and texts, every other recipe
+            conversations.
         row_format: the format that the job states; a row of another format is a problem.
         answered: whether a conversation must end with the assistant's turn.
         columns: the data's name of a column by the format's name.
@@ -68,7 +72,7 @@ def canonical(
     try:
         present, shadowed = _present(row, renamed)
         name, found, source = read(present, table, row_format, answered)
-        if "text" in found and recipe != "sft":
+        if "text" in found and recipe not in _WITH_TEXTS:
             raise BadRow(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
             )

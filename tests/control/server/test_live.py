@@ -294,9 +294,10 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     if compares:
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
     else:
-        registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words"}[body["recipe"]]
+        registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words", "surgery": "words"}[body["recipe"]]
+        part = "calibration" if body["recipe"] == "surgery" else "train"
         sets = {
-            "train": body["data"],
+            part: body["data"],
             **{name: body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe")},
         }
         sets = {name: data for name, data in sets.items() if data is not None}
@@ -316,7 +317,7 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     else:
         named = dict.fromkeys(sets, registered) | {f"eval-{name}": dataset_id for name, dataset_id in asked.items()}
         assert rows == {name: len(DATASETS[dataset_id]) for name, dataset_id in named.items()}
-        assert answer.json()["train_rows"] == rows["train"]
+        assert answer.json()["train_rows"] == rows.get("train", 0)
 
 
 # Bad requests: status and text are right, nothing is created, and the connection stays open.

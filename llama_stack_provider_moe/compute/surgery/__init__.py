@@ -1,0 +1,1 @@
+"""Expert surgery: whole models with fewer or more experts, made from their folders."""

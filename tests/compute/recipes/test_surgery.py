@@ -1,0 +1,165 @@
+"""Expert surgery as jobs: a pruned model of the user's, and what the next jobs make of it."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_stack_provider_moe.compute.surgery.report import SurgeryReport
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.surgery import REPORT_FILE
+from tests.compute.recipes.test_routing_analysis import GARDEN, SFT, SUMS, reason, run
+from tests.support import surgery_models, tiny_models
+from tests.support.export_support import gap, logits
+from tests.support.host_support import Datasets, caller, folder_of, serving_in_process
+
+TEXTS = [{"text": f"The {i} gardens of spring are green."} for i in range(5)]
+PRUNE: dict[str, Any] = {
+    "recipe": "surgery",
+    "model": "eight",
+    "surgery": {"action": "prune", "keep": 6},
+    "data": {"dataset_id": "garden"},
+    "training": {"dtype": "fp32"},
+}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostTrainingService]:
+    datasets = Datasets()
+    datasets.rows |= {"garden": GARDEN, "sums": SUMS, "texts": TEXTS}
+    with serving_in_process(tmp_path_factory.mktemp("surgery"), datasets) as made:
+        surgery_models.build("granitemoe", made.config.models_dir / "eight")
+        tiny_models.build("llama", made.config.models_dir / "dense")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pruned(service: PostTrainingService) -> str:
+    with caller("ann"):
+        job_id, code = run(service, PRUNE | {"job_uuid": "pruned"})
+    assert code == COMPLETED, reason(folder_of(service, job_id))
+    return job_id
+
+
+def report_of(folder: JobFolder) -> SurgeryReport:
+    return SurgeryReport.model_validate_json((folder.model / REPORT_FILE).read_text())
+
+
+def test_a_job_leaves_a_model_and_says_what_it_cost(service: PostTrainingService, pruned: str) -> None:
+    folder = folder_of(service, pruned)
+    report, manifest = report_of(folder), folder.read_manifest()
+    assert manifest is not None
+    assert [artifact.kind for artifact in manifest.artifacts] == ["model"]
+    assert report.loss is not None
+    assert report.loss.rows == len(GARDEN)
+    assert manifest.summary == {
+        "experts_before": 8, "experts_after": 6, "loss_before": report.loss.before, "loss_after": report.loss.after,
+        "kl": report.loss.kl,
+    }  # fmt: skip
+    assert report.folder == str(folder.model)
+    assert surgery_models.layout_of(surgery_models.load(folder.model)).num_experts == 6
+
+
+def test_the_next_job_trains_it_and_an_old_adapter_does_not_fit(service: PostTrainingService, pruned: str) -> None:
+    adapter = {"adapter": {"rank": 2, "alpha": 4}}
+    with caller("ann"):
+        trained, code = run(service, SFT | adapter | {"model": pruned, "job_uuid": "trained"})
+        assert code == COMPLETED, reason(folder_of(service, trained))
+        old, code = run(service, SFT | adapter | {"model": "eight", "job_uuid": "old"})
+        assert code == COMPLETED, reason(folder_of(service, old))
+        sets = {"recipe": "routing_analysis", "data": {"sets": {"a": "garden", "b": "sums"}}}
+        with pytest.raises(InvalidInput, match="the base of the adapter"):
+            asyncio.run(service.submit(sets | {"model": pruned, "adapter_folder": "old"}))
+    found = load_file(folder_of(service, trained).adapter / "adapter_model.safetensors")
+    assert {each.shape[0] for name, each in found.items() if "experts" in name and "lora_A" in name} == {12}
+
+
+def test_a_list_needs_no_rows_and_loads_no_model(
+    service: PostTrainingService, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from llama_stack_provider_moe.compute.recipes import surgery
+
+    monkeypatch.setattr(surgery, "load_rows", None)
+    body = {name: value for name, value in PRUNE.items() if name != "data"}
+    body |= {"surgery": {"action": "prune", "drop": {"0": "0,7", "1": "2-3"}}, "job_uuid": "listed"}
+    with caller("ann"):
+        job_id, code = run(service, body)
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    report = report_of(folder)
+    assert [layer.dropped for layer in report.layers] == [[0, 7], [2, 3]]
+    assert report.loss is None
+    assert folder.read_spec().resources.gpus == 0
+    old = load_file(service.config.models_dir / "eight" / "model.safetensors")
+    new = load_file(folder.model / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.router.layer.weight"
+    assert torch.equal(new[name], old[name][[0, 1, 4, 5, 6, 7]])
+
+
+def test_plain_texts_are_rows_too(service: PostTrainingService) -> None:
+    with caller("ann"):
+        job_id, code = run(service, PRUNE | {"data": {"dataset_id": "texts"}, "job_uuid": "of-texts"})
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    found = report_of(folder).loss
+    assert found is not None
+    assert found.rows == len(TEXTS)
+
+
+def test_a_model_is_split(service: PostTrainingService) -> None:
+    body = {name: value for name, value in PRUNE.items() if name != "data"}
+    with caller("ann"):
+        job_id, code = run(service, body | {"surgery": {"action": "split"}, "job_uuid": "twins"})
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    assert (report_of(folder).experts_after, report_of(folder).top_k) == (16, 4)
+    old, new = surgery_models.load(service.config.models_dir / "eight"), surgery_models.load(folder.model)
+    assert gap(logits(new), logits(old)) <= 3e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"surgery": {"action": "prune", "keep": 1}}, "surgery.keep: 1 is not valid; expected 2 to 7 experts to keep"),
+        ({"model": "dense"}, "'llama' is a dense model; expected one with experts"),
+        ({"surgery": {"action": "prune", "drop": {"9": "1"}}}, "surgery.drop: 9 is not valid; expected layers"),
+    ],
+)
+def test_what_only_the_model_shows_fails_before_its_weights_are_read(
+    service: PostTrainingService, changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_stack_provider_moe.compute.recipes import surgery
+
+    monkeypatch.setattr(surgery, "load_rows", None)
+    with caller("ann"):
+        job_id, code = run(service, PRUNE | changes)
+    folder = folder_of(service, job_id)
+    assert code == FAILED
+    assert expected in reason(folder)
+    assert not folder.model.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": None}, "data: is missing; expected rows, because surgery.keep chooses"),
+        ({"surgery": {"action": "prune"}}, "keep: None is not valid without `drop`"),
+        ({"surgery": {"action": "grow", "keep": 4}}, "surgery.action: 'grow' is not valid"),
+        ({"surgery": {"action": "prune", "keep": 4, "kept": 4}}, "surgery.kept"),
+        ({"surgery": {"action": "split"}}, "data: has no effect with surgery.action 'split'"),
+        ({"surgery": {"action": "split", "factor": 1}}, "surgery.factor: 1 is not valid"),
+        ({"options": {"seed": 1}}, "options.seed"),
+        ({"adapter": None}, "adapter"),
+        ({"resources": {"gpus": 2}}, "gpus: 2 is not valid with this recipe"),
+    ],
+)
+def test_a_job_is_checked_at_the_door(service: PostTrainingService, changes: dict[str, Any], expected: str) -> None:
+    with caller("ann"), pytest.raises(InvalidInput) as caught:
+        asyncio.run(service.submit(PRUNE | changes))
+    assert expected in str(caught.value)
