@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
+from llama_stack_provider_moe.spec.routing import REPORT_FILE
 
 STATE_VARIABLE = "MOE_STATE_DIR"
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/((?:adapter|model|merged|(?:epoch|step)-\d+)))?")
@@ -104,6 +105,19 @@ def measurements_file(name: str, option: str) -> Path:
             name,
             f"a {MEASUREMENTS_FILE}, its folder, or the name of a completed job of recipe ablation_measure",
         )
+    return path
+
+
+def routing_file(name: str, option: str) -> Path:
+    """Return the routing.json of a job.
+
+    Raises:
+        InvalidInput: there is no such job, or it has not analysed routing.
+    """
+    job = _job(name)
+    path = None if job is None else job.folder / "artifacts" / "routing" / REPORT_FILE
+    if path is None or not path.is_file():
+        raise InvalidInput(option, name, "the name of a completed job of recipe routing_analysis")
     return path
 
 

@@ -8,14 +8,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, numbers
-from llama_stack_provider_moe.spec.routing import AnalysisData, AnalysisTraining
+from llama_stack_provider_moe.spec.adapter import ExpertsOfAnalysis, RulesFrom
+from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, Block, ExpertsByLayer, numbers
+from llama_stack_provider_moe.spec.routing import AnalysisData, AnalysisTraining, RoutingReport, made_for, masks_of
 
 DirectionKind = Literal["plain", "projected", "biprojected"]
 NormPreserving = Literal["column", "row", "off"]
 MEASUREMENTS_FILE = "measurements.safetensors"
 TARGET, BASELINE = "target", "baseline"
 MOST_ENTRIES = 1024
+# What may name the routed experts that a plan edits.
+_CHOICES = ("expert_subset", "layer_experts", "from_analysis")
+_NONE = frozenset[int]()
 
 
 class ContrastData(AnalysisData):
@@ -39,6 +43,12 @@ class Measure(Block):
         le=4095,
         description="Token of each prompt whose hidden states are averaged: -1 the last one (of the template's "
         "generation prompt), -2 the one before; 0 the first.",
+    )
+    span: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Number of tokens of each prompt whose hidden states are averaged, the last of them at `position`.",
     )
 
 
@@ -71,8 +81,8 @@ class AblatedLayers(Block):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the residual stream's dimensions that is left untouched: those along which the direction "
-        "is smallest.",
+        description="Share of the residual stream's dimensions that is left untouched: those where the direction has "
+        "its smallest numbers.",
     )
 
     @field_validator("layer")
@@ -154,6 +164,22 @@ class AblationPlan(StreamEdit):
         max_length=65536,
         description="Numbers of the routed experts to edit in each layer; left out: all of them.",
     )
+    layer_experts: ExpertsByLayer | None = Field(
+        default=None,
+        min_length=1,
+        description='Routed experts to edit, by layer: `{"3": "0-3,7"}`; in other layers none is edited. Left out: '
+        "`expert_subset`.",
+    )
+    from_analysis: ExpertsOfAnalysis | None = Field(
+        default=None,
+        description="Experts that a routing analysis found; the server turns them into `layer_experts`. Left out: "
+        "none.",
+    )
+    layer_experts_from: RulesFrom | None = Field(
+        default=None,
+        description="Source of the `layer_experts` that `from_analysis` became, and the model that they fit; the "
+        "server fills it in.",
+    )
     norm_preserving: NormPreserving = Field(
         default="column",
         description="Norms to keep in an edited matrix: those of its columns, which removes the direction exactly; of "
@@ -162,11 +188,48 @@ class AblationPlan(StreamEdit):
 
     @model_validator(mode="after")
     def _no_subset_is_without_effect(self) -> Self:
-        if self.expert_subset is not None and not self.ablate_individual_experts:
-            raise ValueError("expert_subset: has no effect without ablate_individual_experts true")
+        given = [name for name in _CHOICES if getattr(self, name) is not None]
+        if given and not self.ablate_individual_experts:
+            raise ValueError(f"{given[0]}: has no effect without ablate_individual_experts true")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]}: is not valid beside {given[1]}; expected one of {', '.join(_CHOICES)}")
+        if self.layer_experts_from is not None and self.layer_experts is None:
+            raise ValueError("layer_experts_from: has no effect without layer_experts")
         if self.expert_subset is not None and len(set(self.expert_subset)) < len(self.expert_subset):
             raise ValueError(f"expert_subset: {self.expert_subset} names an expert twice; expected each once")
         return self
+
+    def by_layer(self) -> dict[int, frozenset[int]]:
+        """`layer_experts` with numbers."""
+        return {int(layer): frozenset(numbers(experts)) for layer, experts in (self.layer_experts or {}).items()}
+
+    def experts_of(self, layer: int) -> frozenset[int] | None:
+        """The routed experts that are edited in a layer; None: all of them."""
+        if self.layer_experts is not None:
+            return self.by_layer().get(layer, _NONE)
+        return None if self.expert_subset is None else frozenset(self.expert_subset)
+
+
+def resolve_experts[Plan: AblationPlan](plan: Plan, report: RoutingReport, field: str) -> Plan:
+    """`plan` with the experts that its `from_analysis` selects as `layer_experts`.
+
+    Args:
+        plan: a plan with a `from_analysis`.
+        report: that analysis.
+        field: the caller's name of the setting, for errors.
+
+    Raises:
+        InvalidInput: no such set, or no expert that the analysis is sure of.
+        ValidationError: the experts of a layer are too long a text.
+    """
+    asked = plan.from_analysis
+    assert asked is not None
+    changes = {
+        "from_analysis": None,
+        "layer_experts": masks_of(report, asked.set, asked.top, field),
+        "layer_experts_from": made_for(report, f"job {asked.job}, set {asked.set}, top {asked.top}").model_dump(),
+    }
+    return plan.model_validate(plan.model_dump() | changes)
 
 
 def _between(entries: list[AblatedLayers]) -> dict[int, AblatedLayers]:

@@ -1,9 +1,10 @@
 """The blocks that every job has, whatever it trains: data, training length, optimiser, machine."""
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 DType = Literal["fp32", "bf16", "fp16"]
@@ -17,6 +18,7 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 MAX_STEPS = 10**9
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
 NUMBERS_LENGTH = 128  # characters: a long list of ranges must not keep the server counting
+EXPERTS_LENGTH = 4096  # characters: half of a layer's 1,024 experts, one by one
 
 
 def numbers(text: str) -> Iterator[int]:
@@ -51,6 +53,21 @@ def ranges(ascending: Iterable[int]) -> list[str]:
         else:
             runs.append([number])
     return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+
+
+def _experts_by_layer(given: dict[str, str]) -> dict[str, str]:
+    for layer, experts in given.items():
+        if not layer.isdecimal() or len(layer) > 4:
+            raise ValueError(f"{layer!r} is not the number of a layer")
+        if len(experts) > EXPERTS_LENGTH or not re.fullmatch(NUMBERS_PATTERN, experts):
+            raise ValueError(f"{experts[:128]!r} does not name experts; expected numbers and ranges such as 0-3,7")
+        for _ in spans(experts):  # checks each range without expanding it: there may be thousands of layers
+            pass
+    return given
+
+
+# Layer -> numbers of experts: {"3": "0-3,7"}.
+ExpertsByLayer = Annotated[dict[str, str], AfterValidator(_experts_by_layer)]
 
 
 # The keys under which a schema holds other schemas (see `pydantic_core.core_schema`).

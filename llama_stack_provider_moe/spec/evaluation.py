@@ -1,6 +1,5 @@
 """The block `eval`: what is measured before and after training, and which changes fail the job."""
 
-import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,11 +7,10 @@ from pydantic import Field, field_validator, model_validator
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.ablation import RunTimeAblation
 from llama_stack_provider_moe.spec.adapter import ExpertsOfAnalysis, RulesFrom
-from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN, Block, RowFormat, numbers, spans
+from llama_stack_provider_moe.spec.blocks import Block, ExpertsByLayer, RowFormat, numbers, spans
 from llama_stack_provider_moe.spec.routing import RoutingReport, made_for, masks_of
 
 MOST_TASKS = 16
-MASK_LENGTH = 4096  # characters: half of a layer's 1,024 experts, one by one
 # Limit of the gate -> the data set that it needs.
 GATE_NEEDS = {
     "capability_drop": "retain_dataset_id",
@@ -134,7 +132,7 @@ class SafetyEvaluation(Block):
     examples: int = Field(
         default=3, ge=0, le=1000, description="Number of rows of each set whose answers are written to eval.json."
     )
-    masked_experts: dict[str, str] = Field(
+    masked_experts: ExpertsByLayer = Field(
         default_factory=dict,
         description='Experts to switch off in a second measurement, by layer: `{"3": "0-3,7"}`.',
     )
@@ -159,15 +157,6 @@ class SafetyEvaluation(Block):
     )
     fail_if: Gate = Field(default_factory=Gate)
 
-    @field_validator("masked_experts")
-    @classmethod
-    def _numbers_of_experts(cls, masked: dict[str, str]) -> dict[str, str]:
-        for layer, experts in masked.items():
-            if not layer.isdecimal() or len(layer) > 4:
-                raise ValueError(f"{layer!r} is not the number of a layer")
-            _check_numbers(experts)
-        return masked
-
     @field_validator("tasks")
     @classmethod
     def _names_of_tasks(cls, tasks: list[str]) -> list[str]:
@@ -188,13 +177,6 @@ class SafetyEvaluation(Block):
     def masked(self) -> dict[int, list[int]]:
         """Layer -> the experts that are masked in the second measurement."""
         return {int(layer): sorted(set(numbers(experts))) for layer, experts in self.masked_experts.items()}
-
-
-def _check_numbers(text: str) -> None:
-    if len(text) > MASK_LENGTH or not re.fullmatch(NUMBERS_PATTERN, text):
-        raise ValueError(f"{text[:128]!r} does not name experts; expected numbers and ranges such as 0-3,7")
-    for _ in spans(text):  # checks each range without expanding it: there may be thousands of layers
-        pass
 
 
 def resolve_masks(asked: SafetyEvaluation, report: RoutingReport, field: str) -> SafetyEvaluation:

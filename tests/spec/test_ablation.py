@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, AblationSpec
-from llama_stack_provider_moe.spec.ablation import AblationPlan
+from llama_stack_provider_moe.spec.ablation import AblationPlan, resolve_experts
+from tests.support.routing_reports import report_of
 
 ENTRY = {"layer": 3, "measurement": 5}
 
@@ -51,6 +53,19 @@ def test_interpolation_goes_linearly_from_one_entry_to_the_next() -> None:
     [
         ({"expert_subset": [1]}, ": expert_subset: has no effect without ablate_individual_experts true"),
         ({"expert_subset": [1, 1], "ablate_individual_experts": True}, ": expert_subset: [1, 1] names an expert twice"),
+        ({"layer_experts": {"0": "1"}}, ": layer_experts: has no effect without ablate_individual_experts true"),
+        (
+            {"layer_experts": {"0": "1"}, "expert_subset": [1], "ablate_individual_experts": True},
+            ": expert_subset: is not valid beside layer_experts; expected one of expert_subset, layer_experts, from",
+        ),
+        ({"layer_experts": {}, "ablate_individual_experts": True}, "layer_experts: Value should have at least 1 item"),
+        ({"layer_experts": {"a": "1"}, "ablate_individual_experts": True}, "layer_experts: 'a' is not the number of"),
+        ({"layer_experts": {"0": "all"}, "ablate_individual_experts": True}, "layer_experts: 'all' does not name"),
+        ({"layer_experts": {"0": "3-1"}, "ablate_individual_experts": True}, "layer_experts: range '3-1' ends before"),
+        (
+            {"layer_experts_from": {"analysis": "a", "moe_layers": [0], "num_experts": 4}},
+            ": layer_experts_from: has no effect without layer_experts",
+        ),
         ({"ablate": [ENTRY, {**ENTRY, "layer": "1-4"}]}, ": ablate.1.layer: '1-4' names block 3, as entry 0 does"),
         ({"interpolate": True}, ": interpolate: true is not valid with these entries"),
         ({"interpolate": True, "ablate": [ENTRY, {**ENTRY, "layer": "5-6"}]}, ": interpolate: true is not valid"),
@@ -68,6 +83,26 @@ def test_interpolation_goes_linearly_from_one_entry_to_the_next() -> None:
 )
 def test_what_a_plan_refuses(body: dict[str, Any], words: str) -> None:
     assert problem(**body).startswith(words)
+
+
+def test_the_experts_of_an_analysis_become_those_of_layers() -> None:
+    report = report_of({(0, 3): 0.2, (1, 2): 0.4, (1, 0): 0.3}, unsure={(0, 1)})
+    asked: dict[str, Any] = {"ablate_individual_experts": True, "from_analysis": {"job": "j", "set": "a", "top": 2}}
+    found = resolve_experts(AblationPlan.model_validate({"ablate": [ENTRY], **asked}), report, "from_analysis")
+    assert (found.from_analysis, found.layer_experts) == (None, {"1": "0,2"}), "only what the analysis is sure of"
+    assert found.layer_experts_from is not None
+    assert found.layer_experts_from.model_dump() == {
+        "analysis": "job j, set a, top 2", "moe_layers": [0, 1], "num_experts": 4,
+    }  # fmt: skip
+    assert [found.experts_of(layer) for layer in (0, 1)] == [frozenset(), {0, 2}]
+    assert AblationPlan.model_validate(found.model_dump(mode="json")) == found
+    whole = AblationPlan.model_validate({"ablate": [ENTRY], "ablate_individual_experts": True})
+    assert whole.experts_of(0) is None
+    wrong = AblationPlan.model_validate(
+        {"ablate": [ENTRY], **asked, "from_analysis": {"job": "j", "set": "z", "top": 2}}
+    )
+    with pytest.raises(InvalidInput, match=r"from_analysis\.set: 'z' is not valid; expected a set of the analysis"):
+        resolve_experts(wrong, report, "from_analysis")
 
 
 def test_a_plan_is_a_job_and_reads_itself() -> None:

@@ -14,7 +14,7 @@ from llama_stack_provider_moe.compute.ablation.subject import Subject
 from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
 from llama_stack_provider_moe.compute.models.hidden_states import EMBEDDINGS, Blocks
 from llama_stack_provider_moe.compute.moe.derive import find_layout
-from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET, AblationPlan
+from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET, AblationPlan, Measure
 from tests.support import tiny_models
 from tests.support.family_subject import IDS
 
@@ -41,13 +41,14 @@ def measured(folder: Path, batch_size: int = 4) -> Measurements:
     subject = Subject(model, tiny_models.tokenizer(), find_layout(model))
     sets = {TARGET: prompts(1), BASELINE: prompts(2)}
     structure = structure_of(subject, sets[TARGET][0])
-    states, _ = measure(subject, sets, -1, batch_size, lambda done, total: None)
+    states, _ = measure(subject, sets, Measure(), batch_size, lambda done, total: None)
     layers, width = states[TARGET].mean_LH.shape
     provenance = Provenance(
         model=str(folder), fingerprint=fingerprint(folder), adapter=None, model_type=model.config.model_type,
         layers=layers, width=width, position=-1, dtype="fp32", quantize_bits=None, chat_template="",
         sets={name: MeasuredSet(source=name, rows=ROWS, sha256="") for name in SETS},
         router_norms=structure.router_norms, normed_outputs=structure.normed_outputs,
+        output_norms=structure.output_norms,
     )  # fmt: skip
     return Measurements(provenance, states[TARGET], states[BASELINE])
 

@@ -129,6 +129,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 48, "head_dim": 8},
 }  # fmt: skip
 DENSE = ("llama", "qwen3")
+# Dense families that normalise what attention and MLP add to the residual stream.
+POST_NORM: dict[str, dict[str, Any]] = {
+    "gemma2": {"intermediate_size": 48, "head_dim": 8},
+    "olmo2": {"intermediate_size": 48},
+    "glm4": {"intermediate_size": 48, "head_dim": 8},
+}
 MOE = tuple(family for family in FAMILIES if family not in DENSE)
 # Families whose experts transformers can run grouped.
 GROUPED = tuple(family for family in MOE if family != "llama4_text")
@@ -139,7 +145,7 @@ _MODEL_TYPE = {"qwen3_5_moe": "qwen3_5_moe_text"}
 
 def config(family: str, **changes: Any) -> PreTrainedConfig:
     """The tiny config of `family` with `changes`."""
-    values = {**_SHAPE, **FAMILIES[family], **changes}
+    values = {**_SHAPE, **{**FAMILIES, **POST_NORM}[family], **changes}
     return AutoConfig.for_model(_MODEL_TYPE.get(family, family), **values)
 
 

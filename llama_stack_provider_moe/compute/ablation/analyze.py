@@ -114,7 +114,8 @@ def text(report: DirectionsReport) -> str:
     made = report.provenance
     sets = ", ".join(f"{name} ({each.rows:,} rows of {each.source})" for name, each in made.sets.items())
     lines = [
-        f"{made.model} ({made.model_type}): {made.layers} decoder blocks, {made.width:,} wide; token {made.position}",
+        f"{made.model} ({made.model_type}): {made.layers} decoder blocks, {made.width:,} wide; "
+        + (f"token {made.position}" if made.span == 1 else f"mean of {made.span} tokens up to token {made.position}"),
         f"sets: {sets}",
         "  block  cosine    snr  purity     d'    auc  stable  reach  quality",
     ]

@@ -60,8 +60,10 @@ def missed(plan: AblationPlan, edits: Edits) -> list[str]:
     for layer, there in kinds.items():
         if plan.gate_scale and "router" not in there:
             found.append(f"block {layer} has no router to edit")
-        if plan.ablate_individual_experts and "experts" not in there:
+        if plan.ablate_individual_experts and "experts" not in there and plan.experts_of(layer) != frozenset():
             found.append(f"block {layer} has no routed experts to edit")
+    for layer in sorted(plan.by_layer().keys() - kinds.keys()):
+        found.append(f"the experts that the plan names in block {layer}, because `ablate` does not name the block")
     return found
 
 

@@ -19,16 +19,18 @@ from llama_stack_provider_moe.compute.export.plan import check_tiling
 from llama_stack_provider_moe.compute.export.tensors import INDEX, SINGLE, TensorEntry, read_model
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
+from llama_stack_provider_moe.compute.moe.lora_ranks import of_another_model
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, shorten
 from llama_stack_provider_moe.spec.ablation import AblatedLayers, AblationPlan, StreamEdit
+from llama_stack_provider_moe.spec.blocks import ranges
 
 EDITED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOT_A_WRITER = "does not write into the residual stream"
 EMBEDDING = "is the embedding, which no entry edits"
 OTHER_BLOCK = "is in a block that the plan does not name"
 EXPERTS_OFF = "belongs to routed experts, and ablate_individual_experts is false"
-OTHER_EXPERT = "belongs to an expert that expert_subset does not name"
+OTHER_EXPERT = "belongs to an expert that the plan does not name"
 GATE_OFF = "belongs to a router, and gate_scale is 0"
 NOT_OF_MODEL = "is not a part of the model by its config"
 
@@ -88,6 +90,7 @@ def plan_edits(folder: Path, plan: AblationPlan, provenance: Provenance) -> Edit
         LayoutError: the model is not understood.
         InvalidInput: the plan does not fit the model or the measurements.
     """
+    assert plan.from_analysis is None, "the server, or the command, has put the experts into the plan"
     model = _blank(folder)
     if provenance.adapter is not None:
         raise InvalidInput("measurements", "of a model with an adapter", "measurements of the model that is edited; "
@@ -95,9 +98,8 @@ def plan_edits(folder: Path, plan: AblationPlan, provenance: Provenance) -> Edit
     layout, (layers_path, layers) = find_layout(model), decoder_layers(model)
     wanted = plan.edits()
     check_blocks(plan, layout, provenance, len(layers), int(text_config(model).hidden_size))
-    for expert in plan.expert_subset or ():
-        if layout is not None and expert >= layout.num_experts:
-            raise InvalidInput("expert_subset", expert, f"experts of this model, 0 to {layout.num_experts - 1}")
+    if layout is not None:
+        _check_experts(plan, layout, wanted)
     writers = {each.parameter: each for each in find_writers(model, layout)}
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     disk = read_model(folder) if has_weights else _described(model)
@@ -177,6 +179,25 @@ def check_blocks(
         raise InvalidInput(f"{above}ablate_individual_experts", True, which)
 
 
+def _check_experts(plan: AblationPlan, layout: ExpertLayout, wanted: Mapping[int, AblatedLayers]) -> None:
+    """Check that the model has the experts that a plan names, in blocks that it edits."""
+    problem = None if plan.layer_experts_from is None else of_another_model(plan.layer_experts_from, layout)
+    if problem is not None:
+        raise ModelError(f"layer_experts_from: {problem}")
+    last = layout.num_experts - 1
+    for expert in plan.expert_subset or ():
+        if expert > last:
+            raise InvalidInput("expert_subset", expert, f"experts of this model, 0 to {last}")
+    by_layer = plan.by_layer()
+    for layer, experts in by_layer.items():
+        if layer not in layout.moe_layers:
+            raise InvalidInput("layer_experts", layer, f"layers with experts: {','.join(ranges(layout.moe_layers))}")
+        if max(experts) > last:
+            raise InvalidInput(f"layer_experts.{layer}", max(experts), f"experts of this model, 0 to {last}")
+    if by_layer and not by_layer.keys() & wanted.keys():
+        raise InvalidInput("layer_experts", ",".join(ranges(sorted(by_layer))), "one of the blocks in `ablate`")
+
+
 def _reason(
     writer: Writer | None,
     place: TensorPlace,
@@ -195,8 +216,11 @@ def _reason(
         return None
     if not plan.ablate_individual_experts:
         return EXPERTS_OFF
-    one_of_others = plan.expert_subset is not None and place.expert is not None
-    return OTHER_EXPERT if one_of_others and place.expert not in (plan.expert_subset or ()) else None
+    chosen = plan.experts_of(writer.layer)
+    if chosen is None:
+        return None
+    # A stack of all experts has an edit if one of them does.
+    return None if (place.expert in chosen if place.expert is not None else chosen) else OTHER_EXPERT
 
 
 def _edit(
@@ -208,7 +232,7 @@ def _edit(
         raise ModelError(f"model: {entry.name} is stored in a form that can't be edited here "
                          f"({place.unknown or 'rows of several matrices are joined'})")  # fmt: skip
     whole = writer.kind == "experts" and place.expert is None
-    experts = frozenset(plan.expert_subset) if whole and plan.expert_subset is not None else None
+    experts = plan.experts_of(writer.layer) if whole else None
     return Edit(entry, place, writer, layers, writer.columns != place.swapped, experts)
 
 
@@ -240,7 +264,7 @@ def _check_found(
 
 
 def check_norms(writers: Iterable[Writer], provenance: Provenance, above: str = "") -> None:
-    """Check that nothing stands between the edited parameters and the residual stream, except the routers' norms.
+    """Check that what stands between the edited parameters and the residual stream is known: at most one norm.
 
     Args:
         writers: the parameters.
@@ -249,7 +273,7 @@ def check_norms(writers: Iterable[Writer], provenance: Provenance, above: str = 
 
     Raises:
         InvalidInput: a router does not read what a norm of its block returns.
-        ModelError: what a parameter writes goes through a norm.
+        ModelError: what a parameter writes goes through a norm and more.
     """
     for writer in writers:
         if writer.kind == "router":
@@ -257,7 +281,13 @@ def check_norms(writers: Iterable[Writer], provenance: Provenance, above: str = 
                 raise InvalidInput(f"{above}gate_scale", "> 0", f"0: {writer.module} does not read the output of a "
                                    "norm of its block, so the direction that it reads is not known")  # fmt: skip
             continue
-        for normed in provenance.normed_outputs:
-            if writer.module == normed or writer.module.startswith(f"{normed}."):
-                raise ModelError(f"model: the output of {normed} goes through a norm before it is added to the "
-                                 f"residual stream, so {writer.parameter} can't be edited for it")  # fmt: skip
+        normed = normed_output(writer, provenance)
+        if normed is not None and normed not in provenance.output_norms:
+            raise ModelError(f"model: the output of {normed} goes through a norm, and through more than that, before "
+                             f"it joins the residual stream, so {writer.parameter} can't be edited")  # fmt: skip
+
+
+def normed_output(writer: Writer, provenance: Provenance) -> str | None:
+    """The module that a writer is, or is a part of, whose output goes through a norm; None: there is none."""
+    names = [each for each in provenance.normed_outputs if f"{writer.module}.".startswith(f"{each}.")]
+    return names[0] if names else None

@@ -58,7 +58,7 @@ def measured(
     lengths_R = torch.tensor([len(prompt.ids) for each in sets.values() for prompt in each])
     judge(positions_of(subject.model), lengths_R, say)
     structure = structure_of(subject, sets[TARGET][0])
-    states, counts = measure(subject, sets, spec.measure.position, spec.training.batch_size, progress)
+    states, counts = measure(subject, sets, spec.measure, spec.training.batch_size, progress)
     provenance = _provenance(spec, rows, subject, sets, states, structure)
     found = Measurements(provenance, states[TARGET], states[BASELINE])
     return found, _routing(spec, subject, counts)
@@ -98,6 +98,7 @@ def _provenance(
         layers=layers,
         width=width,
         position=spec.measure.position,
+        span=spec.measure.span,
         dtype=spec.training.dtype,
         quantize_bits=spec.training.quantize_bits,
         chat_template=hashlib.sha256(str(subject.tokenizer.chat_template).encode()).hexdigest(),
@@ -107,4 +108,5 @@ def _provenance(
         },
         router_norms=structure.router_norms,
         normed_outputs=structure.normed_outputs,
+        output_norms=structure.output_norms,
     )

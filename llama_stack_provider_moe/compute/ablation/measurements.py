@@ -43,6 +43,7 @@ class Provenance(Block):
     layers: int = Field(ge=1, description="Decoder blocks, L.")
     width: int = Field(ge=1, description="Width of the residual stream, H.")
     position: int
+    span: int = Field(default=1, description="Tokens that are averaged, the last of them at `position`.")
     dtype: DType
     quantize_bits: int | None
     chat_template: str = Field(description="SHA-256 of the chat template that rendered the prompts.")
@@ -53,6 +54,10 @@ class Provenance(Block):
     )
     normed_outputs: list[str] = Field(
         description="Modules whose outputs go through a norm before they are added to the residual stream."
+    )
+    output_norms: dict[str, str] = Field(
+        default_factory=dict,
+        description="Such a module -> its norm, where nothing else stands between it and the residual stream.",
     )
 
 

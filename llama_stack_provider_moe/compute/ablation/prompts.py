@@ -85,6 +85,9 @@ def _prompt(
         return f"it has {len(ids)} tokens, more than options.max_length = {length}"
     if not -len(ids) <= position < len(ids):
         return f"it has {len(ids)} tokens, none at measure.position = {position}"
+    before = position if position >= 0 else len(ids) + position
+    if spec.measure.span > before + 1:
+        return f"it has {before + 1} tokens up to measure.position = {position}, fewer than measure.span"
     if max(ids) >= vocabulary:
         return f"the tokenizer gives id {max(ids)}, but the model's embedding has {vocabulary} rows"
     return Prompt(ids, [True] * len(ids))

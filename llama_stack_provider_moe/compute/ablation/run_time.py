@@ -1,7 +1,8 @@
 """Take measured directions out of what a model computes, inside a `with`: its weights stay, and nothing is written.
 
 Every module that writes into the residual stream returns y - s r (r^T y), and every router of an edited block gets
-x - c q (q^T x). The logits are those of the edited weights with `norm_preserving: off` (`compute.methods.ablation`).
+x - c q (q^T x); q stands for r where a norm follows. The logits are those of the edited weights with
+`norm_preserving: off` (`compute.methods.ablation`).
 
 Shapes: H width of the residual stream; `..` any axes before it.
 """
@@ -15,16 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama_stack_provider_moe.compute.ablation.directions import response, written_direction
+from llama_stack_provider_moe.compute.ablation.directions import norm_of, response, through_norm, written_direction
 from llama_stack_provider_moe.compute.ablation.edits import check_blocks, check_norms
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint, sha256
 from llama_stack_provider_moe.compute.ablation.measurements import Measurements, Provenance
 from llama_stack_provider_moe.compute.ablation.writers import Writer, find_writers
-from llama_stack_provider_moe.compute.methods.ablation import NoDirection, read_direction
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.described import described_model
-from llama_stack_provider_moe.compute.moe.layout import decoder_layers, join, text_config, without_adapters
+from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_config, without_adapters
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
 from llama_stack_provider_moe.spec.ablation import AblatedLayers, StreamEdit
 
@@ -67,11 +67,10 @@ class Removal:
             for writer in {each.module: each for each in self.writers}.values():
                 called[writer.module] = 0
                 entry = edits[writer.layer]
-                unit_H = written_direction(self.found, self.plan, entry, self.above).float()
+                unit_H = self._direction(whole, writer, entry).float()
                 module = whole.get_submodule(writer.module)
                 if writer.kind == "router":
-                    read_H = self._read(whole, writer, unit_H).float()
-                    hook = _reads_without(read_H, self.plan.gate_scale * entry.scale, writer.module, called)
+                    hook = _reads_without(unit_H, self.plan.gate_scale * entry.scale, writer.module, called)
                     handles.append(module.register_forward_pre_hook(hook))
                 else:
                     hook = _writes_without(unit_H, entry.scale, writer.module, called)
@@ -84,15 +83,13 @@ class Removal:
         if silent and len(silent) < len(called):
             raise ModelError(f"model: it computes without calling {silent[0]}, so a direction can't be taken out there")
 
-    def _read(self, whole: nn.Module, writer: Writer, unit_H: Tensor) -> Tensor:
-        name = self.found.provenance.router_norms[writer.layer]
-        assert name is not None, "checked by check_norms"
-        path = join(self.layers_path, str(writer.layer), name)
+    def _direction(self, whole: nn.Module, writer: Writer, entry: AblatedLayers) -> Tensor:
+        unit_H = written_direction(self.found, self.plan, entry, self.above)
+        path = norm_of(writer, self.found.provenance, self.layers_path)
+        if path is None:
+            return unit_H
         norm = copy.deepcopy(whole.get_submodule(path)).to(device="cpu", dtype=torch.float64)
-        try:
-            return read_direction(unit_H, response(norm, path))
-        except NoDirection as error:
-            raise InvalidInput(f"{self.above}gate_scale", "> 0", f"0 for block {writer.layer}: {error}") from None
+        return through_norm(unit_H, response(norm, path, writer.kind != "router"), writer, self.above)
 
 
 def removal(model: nn.Module, plan: StreamEdit, found: Measurements, above: str = "") -> Removal:

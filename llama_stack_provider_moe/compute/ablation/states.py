@@ -1,10 +1,10 @@
 """Mean hidden states of two sets of prompts after every decoder block, in two passes over the rows.
 
-The first pass sums the states of one token of each row, in fp64, for each half of each set. The second projects each
-row's state on the direction that the *other* half gives, so that no row tests a direction that it made. Neither keeps
-the states of a row.
+The first pass sums the states of each row at one token, or their mean over some tokens, in fp64, for each half of each
+set. The second projects each row's state on the direction that the *other* half gives, so that no row tests a direction
+that it made. Neither keeps the states of a row.
 
-Shapes: B rows of a batch, T their length, L decoder blocks, H width, N rows of a set.
+Shapes: B rows of a batch, T their length, S measured tokens of a row, L decoder blocks, H width, N rows of a set.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from llama_stack_provider_moe.compute.models.hidden_states import Blocks
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.errors import DataError, ModelError
-from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET
+from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET, Measure
 
 _OBSERVED_TOKENS = 8
 
@@ -34,21 +34,22 @@ type Progress = Callable[[int, int], None]
 class _Batch:
     """Rows that go through the model together."""
 
-    def __init__(self, prompts: Sequence[Prompt], rows: Sequence[int], position: int, device: torch.device) -> None:
+    def __init__(self, prompts: Sequence[Prompt], rows: Sequence[int], measure: Measure, device: torch.device) -> None:
         self.rows = torch.tensor(rows)
         lengths_B = torch.tensor([len(prompts[row].ids) for row in rows], device=device)
         self.ids_BT = pad_sequence([torch.tensor(prompts[row].ids) for row in rows], batch_first=True).to(device)
         self.mask_BT = (torch.arange(self.ids_BT.shape[1], device=device) < lengths_B[:, None]).long()
-        self.at_B = lengths_B + position if position < 0 else torch.full_like(lengths_B, position)
+        last_B = lengths_B + measure.position if measure.position < 0 else torch.full_like(lengths_B, measure.position)
+        self.at_BS = last_B[:, None] - torch.arange(measure.span, device=device)
 
 
 class _States:
-    """The states of one token of each row of the latest pass, after every block."""
+    """The mean states of the measured tokens of each row of the latest pass, after every block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = Blocks(model)
         self.width = int(text_config(model).hidden_size)
-        self._at_B = torch.empty(0)
+        self._at_BS = torch.empty(0)
         self._found: dict[int, Tensor] = {}
 
     @contextmanager
@@ -63,7 +64,7 @@ class _States:
 
     def of(self, batch: _Batch) -> Tensor:
         """Run a batch, and return its states: (L, B, H) in fp64."""
-        self._at_B, self._found = batch.at_B, {}
+        self._at_BS, self._found = batch.at_BS, {}
         with torch.no_grad():
             self.blocks.decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
         return torch.stack([self._found[at] for at in range(len(self.blocks.layers))])
@@ -76,9 +77,8 @@ class _States:
                     f"model: decoder block {block} returns states of shape {tuple(states_BTH.shape)}, not one residual "
                     f"stream of width {self.width}; directions are measured in models with one stream"
                 )
-            self._found[block] = states_BTH[
-                torch.arange(len(states_BTH), device=states_BTH.device), self._at_B
-            ].double()
+            rows_B1 = torch.arange(len(states_BTH), device=states_BTH.device)[:, None]
+            self._found[block] = states_BTH[rows_B1, self._at_BS].double().mean(dim=1)
 
         return hook
 
@@ -96,7 +96,7 @@ def structure_of(subject: Subject, prompt: Prompt) -> Structure:
 def measure(
     subject: Subject,
     prompts: Mapping[str, Sequence[Prompt]],
-    position: int,
+    tokens: Measure,
     batch_size: int,
     progress: Progress,
 ) -> tuple[dict[str, MeasuredStates], dict[str, Counts]]:
@@ -105,7 +105,7 @@ def measure(
     Args:
         subject: the model.
         prompts: name of a set -> its rows, at least two in each half.
-        position: see `spec.ablation.Measure`.
+        tokens: which of each prompt's tokens count.
         batch_size: rows in one pass; rows of similar length go together.
         progress: called with the number of rows that are done and their total; each row counts twice.
 
@@ -119,14 +119,14 @@ def measure(
     sums, counts = {}, dict[str, Counts]()
     with states.kept():
         for name in SETS:
-            sums[name], counted = _sums(subject, states, prompts[name], position, batch_size, steps)
+            sums[name], counted = _sums(subject, states, prompts[name], tokens, batch_size, steps)
             if counted is not None:
                 counts[name] = counted
         halves = {name: sums[name] / _sizes(len(prompts[name]))[:, None, None] for name in SETS}
         units_2LH = _directions(halves)
         made = {}
         for name in SETS:
-            scores_NL = _scores(states, prompts[name], units_2LH, position, batch_size, steps)
+            scores_NL = _scores(states, prompts[name], units_2LH, tokens, batch_size, steps)
             mean_LH = sums[name].sum(dim=0) / len(prompts[name])
             made[name] = MeasuredStates(mean_LH.cpu(), halves[name].cpu(), scores_NL)
     return made, counts
@@ -145,14 +145,14 @@ def _sizes(rows: int) -> Tensor:
     return torch.tensor([(rows + 1) // 2, rows // 2], dtype=torch.float64)
 
 
-def _batches(prompts: Sequence[Prompt], position: int, batch_size: int, device: torch.device) -> Iterator[_Batch]:
+def _batches(prompts: Sequence[Prompt], tokens: Measure, batch_size: int, device: torch.device) -> Iterator[_Batch]:
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
     for start in range(0, len(order), batch_size):
-        yield _Batch(prompts, order[start : start + batch_size], position, device)
+        yield _Batch(prompts, order[start : start + batch_size], tokens, device)
 
 
 def _sums(
-    subject: Subject, states: _States, prompts: Sequence[Prompt], position: int, batch_size: int, steps: _Steps
+    subject: Subject, states: _States, prompts: Sequence[Prompt], tokens: Measure, batch_size: int, steps: _Steps
 ) -> tuple[Tensor, Counts | None]:
     """Sums over the rows of each half, (2, L, H), and the counts of routing."""
     layout, device = subject.layout, next(subject.model.parameters()).device
@@ -161,7 +161,7 @@ def _sums(
     routed_NLE = None if layout is None else np.zeros(
         (len(prompts), len(layout.moe_layers), layout.choices), dtype=np.float32)  # fmt: skip
     try:
-        for batch in _batches(prompts, position, batch_size, device):
+        for batch in _batches(prompts, tokens, batch_size, device):
             if recorder is None or layout is None or routed_NLE is None:
                 found_LBH = states.of(batch)
             else:
@@ -201,13 +201,13 @@ def _directions(halves: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scores(
-    states: _States, prompts: Sequence[Prompt], units_2LH: Tensor, position: int, batch_size: int, steps: _Steps
+    states: _States, prompts: Sequence[Prompt], units_2LH: Tensor, tokens: Measure, batch_size: int, steps: _Steps
 ) -> Tensor:
     """State of each row along the direction of the half that it is not in, (N, L)."""
     device = next(states.blocks.decoder.parameters()).device
     other_2LH = units_2LH.flip(0).to(device)
     scores_NL = torch.zeros(len(prompts), len(states.blocks.layers))
-    for batch in _batches(prompts, position, batch_size, device):
+    for batch in _batches(prompts, tokens, batch_size, device):
         units_BLH = other_2LH[(batch.rows % 2).to(device)]
         scores_NL[batch.rows] = torch.einsum("lbh,blh->bl", states.of(batch), units_BLH).float().cpu()
         steps.advance(len(batch.rows))

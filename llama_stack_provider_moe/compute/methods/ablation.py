@@ -10,7 +10,9 @@ and a router, which reads the residual stream x after a norm of weight g, loses 
 
     W' = W - c (W q) q^T,  q = g * r / |g * r|
 
-On one token, taking q out of the router's input gives the same logits.
+On one token, taking q out of the router's input gives the same logits. Where a norm of weight g stands between a
+matrix and the stream, the stream gets g * y / rms(y), which has no part along r if y has none along g * r: then the
+matrix loses q = g * r / |g * r| instead of r.
 
 Shapes: H width of the residual stream, I input width, E experts. Matrices are (H, I): rows are what they write.
 """
@@ -160,7 +162,7 @@ def read_direction(unit_H: Tensor, norm_H: Tensor) -> Tensor:
     found = norm_H.double() * unit_H.double()
     length = float(found.norm())
     if not length > LEAST_SHARE * float(norm_H.double().norm()):
-        raise NoDirection("the norm before the router has weight 0 along it")
+        raise NoDirection("the norm's weight is 0 along it")
     return found.div(length)
 
 

@@ -34,6 +34,7 @@ def run(session: Session[AblationMeasureSpec]) -> Manifest:
         "adapter_folder": spec.adapter_folder,
         "sets": spec.data.sets,
         "position": spec.measure.position,
+        "span": spec.measure.span,
     }
     write_atomic(folder.resolved, _JSON.dump_json(plan, indent=2).decode())
     session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))

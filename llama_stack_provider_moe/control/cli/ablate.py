@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.control.cli import local, model_checks
 from llama_stack_provider_moe.control.cli.job_file import read_job_file
 from llama_stack_provider_moe.control.cli.screen import Screen
+from llama_stack_provider_moe.control.cli.template import with_layer_experts
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import AblationSpec
@@ -52,6 +53,7 @@ def read_plan(name: str) -> AblationSpec:
         value = body.get(field)
         if isinstance(value, str) and (beside / value).exists():
             body[field] = str(beside / value)
+    body = with_layer_experts(_of_file(body), beside)
     if body.get("eval") is not None:
         raise InvalidInput("eval", body["eval"], "none in a plan that this command applies; a job measures before and "
                            "after, and `moe-train eval` measures each model")  # fmt: skip
@@ -59,3 +61,13 @@ def read_plan(name: str) -> AblationSpec:
         return AblationSpec.model_validate(body)
     except ValidationError as error:
         raise InvalidBody(problems_of(error)) from None
+
+
+def _of_file(body: dict[str, object]) -> dict[str, object]:
+    """The plan with the routing.json of the job that its `from_analysis` names, if it names one."""
+    asked = body.get("from_analysis")
+    if not isinstance(asked, dict) or not isinstance(asked.get("job"), str) or "file" in asked:
+        return body
+    path = local_names.routing_file(asked["job"], "from_analysis.job")
+    others = {name: value for name, value in asked.items() if name != "job"}
+    return {**body, "from_analysis": {**others, "file": str(path.absolute())}}

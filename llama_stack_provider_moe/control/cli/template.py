@@ -27,7 +27,7 @@ def read_template(file: str, changes: Iterable[str]) -> dict[str, object]:
     """
     body, beside = read_job_file(file)
     apply_changes(body, changes)
-    return _with_masks(_with_experts(body, beside), beside)
+    return with_layer_experts(_with_masks(_with_experts(body, beside), beside), beside)
 
 
 def apply_changes(body: dict[str, object], changes: Iterable[str]) -> None:
@@ -102,6 +102,24 @@ def _with_masks(body: dict[str, object], beside: Path) -> dict[str, object]:
         "masked_from": made_for(report, f"{path.name}, set {wanted.set}, top {wanted.top}").model_dump(),
     }
     return {**body, "eval": {**kept, **found}}
+
+
+def with_layer_experts(body: dict[str, object], beside: Path) -> dict[str, object]:
+    """Replace `from_analysis.file` of an ablation by `layer_experts` in the same way."""
+    asked, field = body.get("from_analysis"), "from_analysis"
+    if not isinstance(asked, dict) or "file" not in asked:
+        return body
+    wanted = _wanted(ExpertsOfAnalysis, asked, field)
+    path = beside / str(asked["file"])
+    report = read_report(path, f"{field}.file")
+    kept = {name: value for name, value in body.items() if name != field}
+    found = {
+        "layer_experts": masks_of(report, wanted.set, wanted.top, field),
+        "layer_experts_from": made_for(report, f"{path.name}, set {wanted.set}, top {wanted.top}").model_dump(),
+    }
+    if body.get("layer_experts"):
+        raise InvalidInput("layer_experts", body["layer_experts"], f"nothing beside {field}.file")
+    return {**kept, **found}
 
 
 def _wanted[Asked: ExpertsOfAnalysis](kind: type[Asked], asked: dict[str, object], field: str) -> Asked:

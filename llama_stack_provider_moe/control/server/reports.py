@@ -9,7 +9,8 @@ from llama_stack_provider_moe.errors import Conflict, InvalidFile, InvalidInput,
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec import Adapter, SafetyEvaluation
+from llama_stack_provider_moe.spec import AblationSpec, Adapter, SafetyEvaluation
+from llama_stack_provider_moe.spec.ablation import resolve_experts
 from llama_stack_provider_moe.spec.evaluation import resolve_masks
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, resolve_adapter
 from llama_stack_provider_moe.spec.validation_errors import invalid_body
@@ -57,6 +58,25 @@ def with_masks(asked: SafetyEvaluation, job: Job, store: JobStore, request: Draf
         raise invalid_body(
             error.errors(include_url=False), SafetyEvaluation, lambda path: request.name(f"eval.{path}")
         ) from None
+
+
+def with_layer_experts(plan: AblationSpec, job: Job, store: JobStore, request: Draft) -> AblationSpec:
+    """Return `plan` with the experts that its `from_analysis` selects from the report of `job`.
+
+    Args:
+        plan: the requested ablation.
+        job: the analysis that it names, which the caller may read.
+        store: the store that has the job.
+        request: maps field names to the caller's names, for error texts.
+
+    Raises:
+        InvalidInput, Conflict: see `routing_report` and `resolve_experts`.
+    """
+    field = request.name("from_analysis")
+    try:
+        return resolve_experts(plan, routing_report(job, store, f"{field}.job"), field)
+    except ValidationError as error:  # the experts of a layer are longer than the field allows
+        raise invalid_body(error.errors(include_url=False), AblationSpec, request.name) from None
 
 
 def must_be_measured(job: Job, field: str) -> None:

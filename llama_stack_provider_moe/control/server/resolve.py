@@ -54,6 +54,8 @@ def resolve_names(
     if isinstance(spec, AblationSpec):
         reports.must_be_measured(store.get(spec.measurements, whose), request.name("measurements"))
         names.check_model_from(spec.model_from, [found["model"]])
+        if spec.from_analysis is not None:
+            spec = reports.with_layer_experts(spec, store.get(spec.from_analysis.job, whose), store, request)
         found["eval"] = _evaluation(spec.eval, names, request, store, whose)
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, MixSpec):

@@ -23,7 +23,7 @@ from tests.support.family_subject import answer
 # Fused on disk: granitemoe's, gpt_oss (transposed, with biases) and llama4_text (transposed). The others: one by one.
 FAMILIES = (
     "granitemoeshared", "granitemoehybrid", "mixtral", "qwen2_moe", "olmoe", "phimoe", "glm4_moe", "deepseek_v3",
-    "ernie4_5_moe", "lfm2_moe", "llama4_text", "gpt_oss", "llama",
+    "ernie4_5_moe", "lfm2_moe", "llama4_text", "gpt_oss", "llama", *tiny_models.POST_NORM,
 )  # fmt: skip
 FUSED = ("granitemoeshared", "granitemoehybrid", "llama4_text", "gpt_oss")
 _KEPT = TemporaryDirectory()
@@ -36,8 +36,9 @@ def subject(family: str) -> tuple[Path, Measurements]:
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # biases start at zero, and would have nothing to remove
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=drawn))
+            # Biases start at 0 and would have nothing to remove; norms start at one number, and would scale nothing.
+            if bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=drawn))
     model.save_pretrained(folder)
     return folder, measured(folder)
 
@@ -107,6 +108,30 @@ def test_only_the_named_blocks_and_experts_change(family: str, tmp_path: Path) -
     assert subset == ([2] * len(subset) if family in FUSED else [None] * len(subset))
     for kept in ("router", "0."):
         assert all(kept not in each.kind for each in report.touched)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoeshared", "glm4_moe"])
+def test_each_layer_has_its_own_experts(family: str, tmp_path: Path) -> None:
+    """Layer 0 is not named, so none of its experts changes; with all experts named, the edit is that of no choice."""
+    folder, found = subject(family)
+    changes = {"ablate_individual_experts": True, "gate_scale": 0}
+    report = apply(str(folder), plan("0-1", layer_experts={"1": "0,3"}, **changes), found, tmp_path / "out")
+    before, after = load(folder), load(tmp_path / "out")
+    layout = find_layout(before)
+    assert layout is not None
+    changed = {
+        layer: [not torch.equal(*pair) for pair in zip(
+            *(each.get_parameter(layout.path(layer, f"{layout.experts_path}.{layout.down}")) for each in (before, after)
+        ), strict=True)] for layer in layout.moe_layers
+    }  # fmt: skip
+    expected = {layer: [False] * 4 for layer in layout.moe_layers} | {1: [True, False, False, True]}
+    assert changed == expected
+    assert not any("routed experts" in each for each in report.missed if "block 0" in each and 0 in layout.moe_layers)
+    everything = {str(layer): "0-3" for layer in layout.moe_layers}
+    apply(str(folder), plan("0-1", layer_experts=everything, **changes), found, tmp_path / "named")
+    apply(str(folder), plan("0-1", **changes), found, tmp_path / "all")
+    named, whole = tensors(tmp_path / "named"), tensors(tmp_path / "all")
+    assert all(torch.equal(named[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoeshared", "glm4_moe", "phimoe"])
@@ -187,6 +212,27 @@ def test_a_dry_run_says_what_apply_does(tmp_path: Path) -> None:
     alone = dry_run(str(tmp_path / "config"), wanted, found)
     assert {(each.layer, each.kind) for each in alone.touched} == {(each.layer, each.kind) for each in dry.touched}
     assert 2 * alone.bytes == pytest.approx(dry.bytes, rel=0.01), "bf16 by the config, fp32 in the files"
+
+
+def test_experts_whose_sum_goes_through_a_norm(tmp_path: Path) -> None:
+    """FlexOlmo's routers read the stream without a norm, so they stay."""
+    from tests.support.family_subject import Subject as Family
+
+    model, folder = Family("flex_olmo").model(), tmp_path / "flex"
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=drawn))
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    found = measured(folder)
+    unit = direction(found.target.mean_LH[1], found.baseline.mean_LH[1], "projected")
+    layers = f"0-{len(found.target.mean_LH) - 1}"
+    apply(str(folder), plan(layers, ablate_individual_experts=True, gate_scale=0), found, tmp_path / "out")
+    before, after = along(load(folder), unit), along(load(tmp_path / "out"), unit)
+    assert float((before[1:] - before[0]).abs().max()) > 0.1
+    assert float((after[1:] - after[0]).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

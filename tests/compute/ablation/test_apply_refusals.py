@@ -48,6 +48,16 @@ def refused(tmp_path: Path, changes: dict[str, Any], layers: str = "0-1", family
         ("1", {"measurement": 7}, "ablate.measurement: 7 is not valid; expected a decoder block of this model, 0 to 1"),
         ("1", {"ablate_individual_experts": True, "expert_subset": [1, 4]}, "expert_subset: 4 is not valid; expected "
          "experts of this model, 0 to 3"),
+        ("1", {"ablate_individual_experts": True, "layer_experts": {"1": "1-4"}}, "layer_experts.1: 4 is not valid; "
+         "expected experts of this model, 0 to 3"),
+        ("1", {"ablate_individual_experts": True, "layer_experts": {"5": "1"}}, "layer_experts: 5 is not valid; "
+         "expected layers with experts: 0-1"),
+        ("1", {"ablate_individual_experts": True, "layer_experts": {"0": "1"}}, "layer_experts: '0' is not valid; "
+         "expected one of the blocks in `ablate`"),
+        ("1", {"ablate_individual_experts": True, "layer_experts": {"1": "1"},
+               "layer_experts_from": {"analysis": "job j", "moe_layers": [0, 1], "num_experts": 8}},
+         "layer_experts_from: 'job j' is an analysis of another model, of 8 experts in layers 0-1; this one has 4 in "
+         "layers 0-1"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_the_model(layers: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llama_stack_provider_moe.compute.analysis.routing_report import count
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.spec import AblationMeasureSpec
-from llama_stack_provider_moe.spec.ablation import BASELINE, MEASUREMENTS_FILE, TARGET
+from llama_stack_provider_moe.spec.ablation import BASELINE, MEASUREMENTS_FILE, TARGET, Measure
 from llama_stack_provider_moe.spec.routing import RoutingReport
 from tests.support import tiny_models
 from tests.support.ablation_models import load, measured, prompts
@@ -56,11 +56,13 @@ def states_by_hand(family: str, name: str, position: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe", "llama"])
-@pytest.mark.parametrize("position", [-1, -2, 0])
-def test_means_are_those_of_every_row_alone(family: str, position: int) -> None:
-    found, _ = measure(subject(family), SETS, position, 4, lambda done, total: None)
+@pytest.mark.parametrize(("position", "span"), [(-1, 1), (-2, 1), (0, 1), (-1, 3), (-2, 2), (2, 2)])
+def test_means_are_those_of_every_row_alone(family: str, position: int, span: int) -> None:
+    tokens = Measure(position=position, span=span)
+    found, _ = measure(subject(family), SETS, tokens, 4, lambda done, total: None)
     for name, each in found.items():
-        by_hand = states_by_hand(family, name, position)
+        at = range(position - span + 1, position + 1)
+        by_hand = torch.stack([states_by_hand(family, name, one) for one in at]).mean(dim=0)
         assert each.mean_LH.dtype == torch.float64
         assert torch.allclose(each.mean_LH, by_hand.mean(dim=0), atol=1e-5)
         for half in (0, 1):
@@ -68,7 +70,7 @@ def test_means_are_those_of_every_row_alone(family: str, position: int) -> None:
 
 
 def test_a_row_is_scored_by_the_direction_of_the_other_half() -> None:
-    found, _ = measure(subject("mixtral"), SETS, -1, 4, lambda done, total: None)
+    found, _ = measure(subject("mixtral"), SETS, Measure(), 4, lambda done, total: None)
     target, baseline = found[TARGET], found[BASELINE]
     rows = states_by_hand("mixtral", TARGET, -1)
     for row, scores_L in enumerate(target.scores_NL):
@@ -82,8 +84,8 @@ def test_a_row_is_scored_by_the_direction_of_the_other_half() -> None:
 
 def test_batches_do_not_matter_and_all_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
-    one, _ = measure(subject("mixtral"), SETS, -1, 1, lambda done, total: told.append((done, total)))
-    many, _ = measure(subject("mixtral"), SETS, -1, 6, lambda done, total: None)
+    one, _ = measure(subject("mixtral"), SETS, Measure(), 1, lambda done, total: told.append((done, total)))
+    many, _ = measure(subject("mixtral"), SETS, Measure(), 6, lambda done, total: None)
     assert told == [(done, 24) for done in range(1, 25)]
     for name in SETS:
         assert torch.allclose(one[name].mean_LH, many[name].mean_LH, atol=1e-6)
@@ -92,13 +94,13 @@ def test_batches_do_not_matter_and_all_progress_is_told() -> None:
 
 def test_routing_is_that_of_a_routing_analysis() -> None:
     found = subject("mixtral")
-    _, counts = measure(found, SETS, -1, 4, lambda done, total: None)
+    _, counts = measure(found, SETS, Measure(), 4, lambda done, total: None)
     assert found.layout is not None
     for name, each in counts.items():
         alone = count(found.model, found.layout, SETS[name], 4)
         assert (each.routed_NLE == alone.routed_NLE).all()
         assert (each.tokens_N == alone.tokens_N).all()
-    assert measure(subject("llama"), SETS, -1, 4, lambda done, total: None)[1] == {}
+    assert measure(subject("llama"), SETS, Measure(), 4, lambda done, total: None)[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_the_norm_before_a_router_is_found(family: str, norm: str) -> None:
 
 
 def test_norms_after_attention_and_experts_are_found() -> None:
-    """FlexOlmo normalises what a block adds, so an edit of its matrices would not remove a direction."""
+    """FlexOlmo normalises what a block adds."""
     from tests.support.family_subject import Subject as Family
 
     family = Family("flex_olmo")
@@ -123,11 +125,27 @@ def test_norms_after_attention_and_experts_are_found() -> None:
     assert any("self_attn" in name for name in found.normed_outputs)
     assert any("mlp" in name for name in found.normed_outputs)
     assert set(found.router_norms.values()) == {None}
+    assert found.output_norms.keys() == set(found.normed_outputs)
+    assert {name.rpartition(".")[2] for name in found.output_norms.values()} == {
+        "post_attention_layernorm", "post_feedforward_layernorm"
+    }  # fmt: skip
+
+
+def test_a_block_that_does_more_than_add_what_its_norms_return() -> None:
+    model = tiny_models.model("olmo2")
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    found = structure_of(Subject(model, tiny_models.tokenizer(), None), SETS[TARGET][0])
+    assert len(found.normed_outputs) == 4
+    assert found.output_norms == {
+        "model.layers.1.self_attn.o_proj": "model.layers.1.post_attention_layernorm",
+        "model.layers.1.mlp.down_proj": "model.layers.1.post_feedforward_layernorm",
+    }
 
 
 def test_sets_that_are_alike_have_no_direction() -> None:
+    same = {TARGET: SETS[TARGET], BASELINE: SETS[TARGET]}
     with pytest.raises(DataError, match=r"after decoder block 0 the two means are equal"):
-        measure(subject("mixtral"), {TARGET: SETS[TARGET], BASELINE: SETS[TARGET]}, -1, 4, lambda done, total: None)
+        measure(subject("mixtral"), same, Measure(), 4, lambda done, total: None)
 
 
 def test_states_that_are_not_finite_are_refused() -> None:
@@ -135,7 +153,7 @@ def test_states_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         found.model.get_parameter("model.layers.1.self_attn.o_proj.weight").fill_(torch.inf)
     with pytest.raises(ModelError, match=r"after decoder block 1 are not finite"):
-        measure(found, SETS, -1, 4, lambda done, total: None)
+        measure(found, SETS, Measure(), 4, lambda done, total: None)
 
 
 def spec(**options: object) -> AblationMeasureSpec:
@@ -166,13 +184,15 @@ def test_a_row_that_is_too_long_or_too_short_is_named(tmp_path: Path) -> None:
         tokens_of(tmp_path, {"text": "In spring " * 40})
     with pytest.raises(DataError, match=r"none at measure.position = -30"):
         tokens_of(tmp_path, {"text": "In"}, measure={"position": -30})
+    with pytest.raises(DataError, match=r"it has 1 tokens up to measure.position = 0, fewer than measure.span"):
+        tokens_of(tmp_path, {"text": "In spring"}, measure={"position": 0, "span": 2})
 
 
 def test_a_quantised_model_is_measured() -> None:
     """Its states differ from the plain model's by the rounding of its weights, and not by more."""
     plain = load_subject(spec(training={"dtype": "fp32"}))
     coded = load_subject(spec(training={"dtype": "fp32", "quantize_bits": 8}))
-    one, many = (measure(each, SETS, -1, 4, lambda done, total: None)[0][TARGET] for each in (plain, coded))
+    one, many = (measure(each, SETS, Measure(), 4, lambda done, total: None)[0][TARGET] for each in (plain, coded))
     distance = float((one.mean_LH - many.mean_LH).norm() / one.mean_LH.norm())
     assert 1e-6 < distance < 0.1
 

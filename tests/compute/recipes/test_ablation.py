@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE, AppliedReport
 from llama_stack_provider_moe.compute.ablation.report import DIRECTIONS_FILE, DirectionsReport
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, train
+from llama_stack_provider_moe.control.cli.ablate import read_plan
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.references import uses_of
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
@@ -19,9 +21,11 @@ from llama_stack_provider_moe.jobdir.local_names import STATE_VARIABLE, measurem
 from llama_stack_provider_moe.jobdir.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JobDefaults
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
+from llama_stack_provider_moe.spec.routing import REPORT_FILE
 from tests.compute.recipes.test_routing_analysis import ANALYSIS, SFT, reason, run
 from tests.support import tiny_models
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
+from tests.support.routing_reports import report_of
 from tests.support.training_support import _signals_put_back
 
 COOKING = [{"prompt": f"Boil {i} eggs."} for i in range(7)]
@@ -99,6 +103,41 @@ def test_an_ablation_leaves_a_model_that_the_next_job_names(service: PostTrainin
     assert [(each.kind, each.identifier) for each in artifacts] == [("model", "ablated/model")]
     assert routed["model"] == trained["model"] == str(folder.model)
     assert code == COMPLETED, reason(folder_of(service, again))
+
+
+def test_the_experts_of_a_routing_analysis(
+    service: PostTrainingService, measured: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server puts them into the plan, and so does the command, from the report of the job or from a file."""
+    asked = {"job": "analysis", "set": "a", "top": 2}
+    with caller("ann"):
+        job_id, code = run(service, ANALYSIS | {"model": "granite", "job_uuid": "analysis"})
+    assert code == COMPLETED, reason(folder_of(service, job_id))
+    report = folder_of(service, job_id).routing / REPORT_FILE
+    report.write_text(report_of({(0, 3): 0.2, (1, 2): 0.4, (1, 0): 0.1}).model_dump_json())
+    body = ABLATE | {"model": "granite", "from_analysis": asked}
+    with caller("ann"):
+        edited, code = run(service, body | {"job_uuid": "of-two-experts"})
+    folder = folder_of(service, edited)
+    assert code == COMPLETED, reason(folder)
+    found = AppliedReport.model_validate_json((folder.model / APPLIED_FILE).read_bytes())
+    assert found.plan.layer_experts == {"0": "3", "1": "2"}
+    assert found.plan.layer_experts_from is not None
+    assert {(each.layer, each.experts) for each in found.touched if each.kind == "experts"} == {(0, 1), (1, 1)}
+    with caller("eve"), pytest.raises(NotFound):
+        asyncio.run(service.validate(body))
+    with caller("ann"), pytest.raises(InvalidInput, match=r"from_analysis\.set: 'z' is not valid; expected a set of"):
+        asyncio.run(service.validate(body | {"from_analysis": asked | {"set": "z"}}))
+    monkeypatch.setenv(STATE_VARIABLE, str(service.config.state_dir))
+    file = tmp_path / "plan.json"
+    for where in ({"job": "analysis"}, {"file": str(report)}):
+        file.write_text(json.dumps(body | {"from_analysis": {"set": "a", "top": 2} | where}))
+        plan = read_plan(str(file))
+        assert (plan.from_analysis, plan.layer_experts) == (None, {"0": "3", "1": "2"})
+    for where, told in (({"job": "measured"}, "from_analysis.job"), ({"job": "a", "file": "b"}, "one of job and file")):
+        file.write_text(json.dumps(body | {"from_analysis": {"set": "a", "top": 2} | where}))
+        with pytest.raises(InvalidInput, match=told):
+            read_plan(str(file))
 
 
 def test_an_ablation_needs_its_measurement_until_it_has_completed(service: PostTrainingService, ablated: str) -> None:
