@@ -46,13 +46,17 @@ class Safety(TypedDict):
 
 
 class Balance(TypedDict):
-    """Balance of the experts in a step, over all layers; entropies in nats."""
+    """Balance of the experts in a step, over all layers; entropies in nats.
+
+    `mutual_information` is that of set and expert in nats, in jobs with several sets of rows.
+    """
 
     min_share: Figure
     max_share: Figure
     dead_experts: int
     load_entropy: Figure
     token_entropy: Figure
+    mutual_information: NotRequired[Figure]
 
 
 class Routing(Balance):

@@ -6,6 +6,7 @@ next read.
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -100,12 +101,32 @@ class Routing(_Event):
     )
 
     def figures(self) -> dict[str, float]:
-        """Return worst and mean values over layers, if any: shares of the routed tokens, entropies in nats."""
-        return _routing_figures(self.layers)
+        """Return worst and mean values over layers, if any: shares of the routed tokens, entropies in nats.
+
+        With data sets, `mutual_information` is that of set and expert in nats, the mean over layers.
+        """
+        found = _routing_figures(self.layers)
+        if found and len(self.sets) > 1:
+            by_layer = list(zip(*self.sets.values(), strict=True))
+            found["mutual_information"] = sum(map(_information, by_layer)) / len(by_layer)
+        return found
 
     def figures_by_set(self) -> dict[str, dict[str, float]]:
         """Return the figures of each data set."""
         return {name: _routing_figures(layers) for name, layers in self.sets.items()}
+
+
+def _information(sets: Sequence[LayerRouting]) -> float:
+    """Return the mutual information of set and expert in one layer, in nats, with equal weight for each set.
+
+    It is the entropy of the mean share of each expert, less the mean of the sets' entropies (at least 0).
+    """
+    mean = [sum(shares) / len(sets) for shares in zip(*(each.share for each in sets), strict=True)]
+    return _entropy(mean) - sum(_entropy(each.share) for each in sets) / len(sets)
+
+
+def _entropy(shares: Sequence[float]) -> float:
+    return -sum(share * math.log(share) for share in shares if share > 0)
 
 
 def _routing_figures(layers: list[LayerRouting]) -> dict[str, float]:

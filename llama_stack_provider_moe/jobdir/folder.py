@@ -15,6 +15,7 @@ jobs/<job_uuid>/
   artifacts/model/       the final model, if all weights were trained           written by the training process
   artifacts/merged/      base plus adapter, on request                          written by the training process
   artifacts/routing/     a routing analysis: routing.json and its charts        written by the training process
+  artifacts/domains/     routing on the domains of the data: routing.json, charts  written by the training process
   artifacts/measurements/ mean states of `ablation_measure`, and their report   written by the training process
   before.json            what `eval` measured before training                   written by the training process
   before.safetensors     what an ablation's `eval` compares the edited model with  written by the training process
@@ -100,6 +101,7 @@ class JobFolder:
         self.model = root / "artifacts" / "model"
         self.merged = root / "artifacts" / "merged"
         self.routing = root / "artifacts" / "routing"
+        self.domains = root / "artifacts" / "domains"
         self.measurements = root / "artifacts" / "measurements"
         self.before = root / "before.json"
         self.before_states = root / "before.safetensors"

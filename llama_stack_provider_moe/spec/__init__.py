@@ -21,7 +21,6 @@ from llama_stack_provider_moe.spec.adapter import (
 from llama_stack_provider_moe.spec.blocks import (
     JOB_ID_PATTERN,
     Block,
-    Data,
     DType,
     Efficiency,
     Optimizer,
@@ -32,6 +31,7 @@ from llama_stack_provider_moe.spec.blocks import (
     ranges,
 )
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
+from llama_stack_provider_moe.spec.data import Data, Domain
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
@@ -88,6 +88,7 @@ __all__ = [
     "DPOSpec",
     "DType",
     "Data",
+    "Domain",
     "EditingSpec",
     "Efficiency",
     "ExpertRule",
@@ -206,21 +207,42 @@ class TrainingJob(EvaluatedJob):
     @model_validator(mode="after")
     def _early_stopping_needs_held_out_rows(self) -> "TrainingJob":
         options = self.options
-        if options.early_stopping_patience and not (self.data.validation_dataset_id or options.validation_split):
+        if options.early_stopping_patience and not (self.data.has_validation_sets or options.validation_split):
             raise ValueError("options.early_stopping_patience: needs held-out rows; set data.validation_dataset_id "
                              "or options.validation_split > 0")  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _all_domains_are_held_out_or_none(self) -> "TrainingJob":
+        if not self.options.validation_split:
+            named = [domain.validation_dataset_id is not None for domain in self.data.domains or []]
+            if any(named) and not all(named):
+                raise ValueError(f"data.domains.{named.index(False)}.validation_dataset_id: is missing, but other "
+                                 "domains have one; name one, or set options.validation_split > 0")  # fmt: skip
+        return self
+
     def row_sources(self) -> list[RowSource]:
         """The data sets that the job reads; the server copies each into the job's folder."""
-        return [*self._sources("data", "train", "validation", self.data), *self.evaluation_sources()]
+        return [*self._training_sources(), *self.evaluation_sources()]
 
-    def _sources(self, block: str, part: str, held_out: str, data: Data | MixedData) -> list[RowSource]:
+    def _training_sources(self) -> list[RowSource]:
+        data = self.data
+        if data.domains is None:
+            return self._sources("data", "train", "validation", data)
+        named = zip(data.domains, data.parts("train"), data.parts("validation"), strict=True)
+        return [
+            source
+            for index, (domain, part, held_out) in enumerate(named)
+            for source in self._sources(f"data.domains.{index}", part, held_out, domain)
+        ]
+
+    def _sources(self, block: str, part: str, held_out: str, data: Data | Domain | MixedData) -> list[RowSource]:
+        assert data.dataset_id is not None, "only a block with domains has none"
         validation_id, row_format = data.validation_dataset_id, data.format
         split = validation_id is None and self.options.validation_split > 0
         few = "at least 2 rows, because one is held out; or a validation data set, or options.validation_split 0"
         least = (2, few) if split else (1, "")
-        columns = data.columns if isinstance(data, Data) else None
+        columns = None if isinstance(data, MixedData) else data.columns
         sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least, columns=columns)]
         if validation_id is not None:
             field = f"{block}.validation_dataset_id"
@@ -296,6 +318,9 @@ class BreakerSpec(TrainingJob):
         if self.adapter is None:
             raise ValueError("adapter: null is not valid with recipe 'circuit_breaker'; expected LoRA settings, "
                              "because the reference is the model with its adapter switched off")  # fmt: skip
+        if self.data.domains is not None:
+            raise ValueError("data.domains: is for SFT and DPO; circuit breakers mix data, circuit_breaker.retain and "
+                             "circuit_breaker.safe, and report each")  # fmt: skip
         if self.data.packed:
             raise ValueError("data.packed: true is for SFT only; circuit breakers must know each row's answer")
         if self.data.train_on_input:

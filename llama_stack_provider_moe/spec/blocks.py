@@ -122,38 +122,6 @@ class Block(NoBoolAsNumber):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=False)
 
 
-class Data(Block):
-    """Which rows to use, and how to read them."""
-
-    dataset_id: str = Field(
-        min_length=1, max_length=512, description="Data set with the rows: one that you uploaded, or the host's."
-    )
-    validation_dataset_id: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=512,
-        description="Id of the held-out data set; left out: `options.validation_split` of the rows are held out.",
-    )
-    format: RowFormat = Field(
-        default="auto",
-        description="Format of the rows. auto: each row's columns decide; instruct and dialog: any format with single "
-        "turns or with messages; else the format's name (docs/guides/data.md).",
-    )
-    columns: dict[str, str] | None = Field(
-        default=None,
-        max_length=32,
-        description="Columns of the data under other names, by the format's name for them, e.g. {prompt: question, "
-        "completion: answer}; left out: the data has the format's names.",
-    )
-    shuffle: bool = Field(default=True, description="Shuffle the training rows before every epoch.")
-    packed: bool = Field(
-        default=False, description="Fill sequences of `options.max_length` tokens with several rows each; SFT only."
-    )
-    train_on_input: bool = Field(
-        default=False, description="Compute the loss on prompt tokens too, not only on the answers; SFT only."
-    )
-
-
 class Training(Block):
     """The length of training, and the sizes of its steps."""
 

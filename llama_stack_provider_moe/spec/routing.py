@@ -123,6 +123,11 @@ class LayerReport(Block):
         description="Mean mutual information when rows are shuffled among sets: the bias of the estimate."
     )
     chance_high: Nats = Field(description="Quantile of that mutual information at `confidence`.")
+    random_router: Nats | None = Field(
+        default=None,
+        description="Mutual information that a random linear router shows on the same hidden states; null: not "
+        "measured.",
+    )
 
 
 class RankedExpert(Block):

@@ -1,8 +1,10 @@
 """How long a job will train: its answer, and the number of its rows, which measured and estimated times share."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from llama_stack_provider_moe.spec import TrainingSpec
+from llama_stack_provider_moe.spec import Data, Domain, TrainingSpec
+from llama_stack_provider_moe.spec.data import epoch_counts
 
 
 class RunTime(TypedDict):
@@ -26,16 +28,33 @@ def rows_a_step(spec: TrainingSpec) -> int:
     return spec.training.batch_size * spec.training.gradient_accumulation_steps * spec.resources.ranks
 
 
+def rows_in_epoch(spec: TrainingSpec, rows: Sequence[int | None]) -> int | None:
+    """Return the training rows of a whole epoch, without those that are held out; None if nothing tells.
+
+    Args:
+        spec: the job.
+        rows: of each training data set (`Data.training_ids`); None if unknown.
+    """
+    sets: Sequence[Data | Domain] = spec.data.domains or [spec.data]
+    known: list[int] = []
+    for each, count in zip(sets, rows, strict=True):
+        if count is None:
+            return None
+        share = spec.options.validation_split if each.validation_dataset_id is None else 0.0
+        known.append(max(1, round(count * (1 - share))))
+    if spec.data.domains is None:
+        return known[0]
+    return sum(epoch_counts(known, [domain.ratio for domain in spec.data.domains], spec.data.exhausted))
+
+
 def rows_in_run(spec: TrainingSpec, rows: int | None) -> int | None:
     """Return the rows that all epochs read; None if nothing tells.
 
     Args:
         spec: the job.
-        rows: of its training data set; None if unknown.
+        rows: of a whole epoch (`rows_in_epoch`); None if unknown.
     """
     training = spec.training
-    if rows is not None and spec.data.validation_dataset_id is None:
-        rows = round(rows * (1 - spec.options.validation_split))
     limit = training.max_steps_per_epoch * rows_a_step(spec) or None
     known = [each for each in (rows, limit) if each is not None]
     return min(known) * training.n_epochs if known else None

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.spec import (
     PROJECT_PATTERN,
 )
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
@@ -36,6 +37,7 @@ _PATTERNS = {
     SHARD_PATTERN: "a number of bytes, or of KB, MB or GB, such as 5GB",
     HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
     NUMBERS_PATTERN: "numbers and ranges from 0 to 9999, such as '0-3,12'",
+    DOMAIN_PATTERN: "1 to 32 letters, digits, '_' and '-', the first a letter or a digit",
     VARIABLE_PATTERN: "1 to 128 letters, digits and '_', the first a letter or '_'",
     LABEL_KEY_PATTERN: "1 to 63 letters, digits, '.', '_', '/' and '-', the first and the last a letter or a digit",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.spec import (
     CircuitBreaker,
     Curve,
     Data,
+    Domain,
     DPOOptions,
     DPOSpec,
     Efficiency,
@@ -64,6 +65,7 @@ from llama_stack_provider_moe.spec.ablation import (
 from llama_stack_provider_moe.spec.ablation_jobs import EvaluatedModels
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
+from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
@@ -91,6 +93,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`circuit_breaker.reroute_curve` and `.retain_curve`", "circuit_breaker.reroute_curve.", Curve, set()),
     ("`circuit_breaker.repbend`", "circuit_breaker.repbend.", RepBend, set()),
     ("`data`", "data.", Data, set()),
+    ("Each of `data.domains`", "data.domains.N.", Domain, set()),
     ("`training`", "training.", Training, set()),
     ("`optimizer`", "optimizer.", Optimizer, set()),
     ("`efficiency`", "efficiency.", Efficiency, set()),
@@ -169,6 +172,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ),
     ("Each of `branches`", "branches.N.", Branch, set()),
     ("`options` of mix jobs", "options.", MixOptions, set()),
+    (
         "Expert surgery jobs: `job_uuid`, `model`, `labels`, `note` and `resources` (of one process) as above, and",
         "",
         SurgerySpec,
@@ -241,6 +245,8 @@ def allowed(field: FieldInfo) -> str:
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
         return "numbers and ranges"
+    if any(getattr(rule, "pattern", None) == DOMAIN_PATTERN for rule in field.metadata):
+        return "1 to 32 of `A-Z a-z 0-9 _ -`"
     if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
         return "at least `1KB`"
     if get_origin(annotation) is Literal:

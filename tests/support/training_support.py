@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.support import tiny_models
 
 Row = dict[str, list[dict[str, str]]]
+DomainRows = list[tuple[dict[str, Any], list[Row], list[Row]]]  # a domain's block, its rows, its held-out rows
 
 WORDS = ("garden", "letter", "friend", "spring", "answer", "token", "France", "Paris")
 ANSWERS = ("The capital of France is Paris.", "A few experts of many.", "Five, in one word.", "With care.")
@@ -61,6 +62,20 @@ def kept_rows(count: int, first: int = 0) -> list[Row]:
         {"messages": [said("user", f"Add {i} and {i + 3}, please."), said("assistant", f"That makes {2 * i + 3}.")]}
         for i in range(first, first + count)
     ]
+
+
+def domains_of(recipe: str, **first: Any) -> DomainRows:
+    """Two domains, `words` (24 rows, 3 of 4 rows of an epoch) and `sums` (5); `first` changes the first one's block."""
+    words, sums = (dpo_rows, _other_pairs) if recipe == "dpo" else (sft_rows, kept_rows)
+    held_out = {"validation_dataset_id": "held-out"}
+    return [
+        ({"name": "words", "ratio": 3, **held_out, **first}, words(24), words(5, 100)),
+        ({"name": "sums", **held_out}, sums(5), sums(2, 100)),
+    ]
+
+
+def _other_pairs(count: int, first: int = 0) -> list[Row]:
+    return dpo_rows(count, first + 50)
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ class Workshop:
     ) -> Run:
         """Run a job: 16 rows, 4 held out, 8 a step, lr 5e-3 constant, fp32, LoRA of rank 4; `blocks` change this.
 
-        `adapter=None` trains all weights.
+        `adapter=None` trains all weights; `domains`: see `domains_of`.
         """
         return self.again(Run(self.job(recipe, family, rows, validation, **blocks), 0))
 
@@ -149,6 +164,7 @@ class Workshop:
         family: str | Path,
         rows: list[Row] | None = None,
         validation: list[Row] | None = None,
+        domains: "DomainRows | None" = None,
         **blocks: Any,
     ) -> JobFolder:
         """The folder of such a job, which has not started."""
@@ -172,9 +188,17 @@ class Workshop:
         for name, block in blocks.items():
             inside = isinstance(block, dict) and isinstance(body.get(name), dict)
             body[name] = {**body[name], **block} if inside else block
+        if domains is not None:
+            named = {"dataset_id", "validation_dataset_id"}
+            others = {name: value for name, value in body["data"].items() if name not in named}
+            body["data"] = {**others, "domains": [each | {"dataset_id": each["name"]} for each, _, _ in domains]}
         write_atomic(folder.spec, JOB_SPEC.validate_python(body))
+        for each, rows_of, held_out in domains or []:
+            _write(folder.rows(f"train-{each['name']}"), rows_of)
+            if each.get("validation_dataset_id"):
+                _write(folder.rows(f"validation-{each['name']}"), held_out)
         _write(folder.train_rows, make(16) if rows is None else rows)
-        if body["data"]["validation_dataset_id"] is not None:
+        if body["data"].get("validation_dataset_id") is not None:
             _write(folder.validation_rows, make(4, first=100) if validation is None else validation)
         for part in body.get("circuit_breaker", {}).keys() & {"retain", "safe"}:
             _write(folder.rows(part), kept_rows(12))

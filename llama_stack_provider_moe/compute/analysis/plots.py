@@ -110,7 +110,7 @@ def ticks(count: int) -> list[int]:
 
 
 def _information(report: RoutingReport) -> "Figure":
-    """Mutual information of each layer, and what shuffled rows show."""
+    """Mutual information of each layer, and what shuffled rows and random routers show."""
     figure = new_figure(7.5, 3.6)
     axis = figure.subplots()
     layers = [layer.layer for layer in report.layers]
@@ -118,6 +118,9 @@ def _information(report: RoutingReport) -> "Figure":
     mean, high = [layer.chance_mean for layer in report.layers], [layer.chance_high for layer in report.layers]
     axis.fill_between(layers, 0, high, color="0.85", step="mid", label=f"by chance, up to {report.confidence:.0%}")
     axis.step(layers, mean, where="mid", color="0.45", linewidth=1, label="by chance, mean")
+    random = [layer.random_router for layer in report.layers if layer.random_router is not None]
+    if len(random) == len(layers):
+        axis.plot(layers, random, "s--", color="#2166ac", markersize=3, linewidth=1, label="a random router")
     axis.plot(layers, found, "o-", color="#b2182b", markersize=4, label="found")
     axis.set_xlabel("layer")
     axis.set_ylabel("nats")

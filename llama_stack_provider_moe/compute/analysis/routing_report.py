@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from llama_stack_provider_moe.compute.analysis.random_routers import RandomRouters
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.errors import InvalidInput
@@ -36,14 +37,25 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """For one set: counted tokens routed to each expert, (N, L, E), and all counted tokens, (N,)."""
+    """For one set: counted tokens routed to each expert, (N, L, E), and all counted tokens, (N,).
+
+    `random_NLE` has those that random routers would send to each (`random_routers`), if they were counted.
+    """
 
     routed_NLE: Floats
     tokens_N: Floats
+    random_NLE: Floats | None = None
 
     def rate_LE(self) -> Floats:
         """Share of the tokens that each expert got; the sum over a layer's experts is top-k."""
-        rate: Floats = self.routed_NLE.sum(axis=0, dtype=np.float64) / self.tokens_N.sum(dtype=np.float64)
+        return self._rate(self.routed_NLE)
+
+    def random_rate_LE(self) -> Floats | None:
+        """The same for random routers; None if they were not counted."""
+        return None if self.random_NLE is None else self._rate(self.random_NLE)
+
+    def _rate(self, routed_NLE: Floats) -> Floats:
+        rate: Floats = routed_NLE.sum(axis=0, dtype=np.float64) / self.tokens_N.sum(dtype=np.float64)
         return rate
 
 
@@ -56,6 +68,8 @@ def count(
 ) -> Counts:
     """Run `prompts` through the model, without gradients, and count which experts its routers choose.
 
+    What random routers would choose of the same hidden states is counted too.
+
     Args:
         model: with or without adapters, in evaluation mode.
         layout: of its experts.
@@ -64,12 +78,13 @@ def count(
         progress: called with the number of rows that are done, after each pass.
     """
     routed_NLE = np.zeros((len(prompts), len(layout.moe_layers), layout.choices), dtype=np.float32)
+    random_NLE = np.zeros_like(routed_NLE)
     tokens_N = np.array([sum(prompt.counts) for prompt in prompts], dtype=np.float32)
     if not tokens_N.all():
         raise InvalidInput("prompts", int(tokens_N.argmin()), "rows that each have a token that counts")
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
     device = next(model.parameters()).device
-    recorder = RoutingRecorder(model, layout)
+    recorder, random = RoutingRecorder(model, layout), RandomRouters(model, layout)
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -80,12 +95,13 @@ def count(
             with torch.no_grad(), recorder.recording(mask_BT):
                 model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
             for place, layer in enumerate(layout.moe_layers):
-                chosen_TK = recorder.chosen_in(layer)
-                routed_NLE[rows, place] = by_row(chosen_TK, counts_BT, layout.choices).cpu().numpy()
+                for counted_NLE, found in ((routed_NLE, recorder), (random_NLE, random)):
+                    counted_NLE[rows, place] = by_row(found.chosen_in(layer), counts_BT, layout.choices).cpu().numpy()
             progress(start + len(rows))
     finally:
         recorder.close()
-    return Counts(routed_NLE, tokens_N)
+        random.close()
+    return Counts(routed_NLE, tokens_N, random_NLE)
 
 
 def by_row(chosen_TK: torch.Tensor, counts_BT: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -113,6 +129,7 @@ def compare(sets: Mapping[str, Counts], layers: Sequence[int], settings: Analysi
     chance = by_chance(counted, settings.permutations, seed)
     mean_L = chance.information_LR.mean(axis=1)
     upper_L = np.quantile(chance.information_LR, settings.confidence, axis=1)
+    random_L = _by_random_routers(counted)
     needed_SLE = np.quantile(chance.greatest_R, settings.confidence) * chance.spread_SLE
 
     def lists(figures_SLE: Floats, place: int) -> dict[str, list[float]]:
@@ -129,9 +146,16 @@ def compare(sets: Mapping[str, Counts], layers: Sequence[int], settings: Analysi
             mutual_information=round(float(found_L[place]), 8),
             chance_mean=round(float(mean_L[place]), 8),
             chance_high=round(float(upper_L[place]), 8),
+            random_router=None if random_L is None else round(float(random_L[place]), 8),
         )
         for place, layer in enumerate(layers)
     ]
+
+
+def _by_random_routers(sets: Sequence[Counts]) -> Floats | None:
+    """The mutual information that random routers have in each layer; None if they were not counted."""
+    rates = [rate_LE for one in sets if (rate_LE := one.random_rate_LE()) is not None]
+    return mutual_information(np.stack(rates)) if len(rates) == len(sets) else None
 
 
 def differences(rate_SLE: Floats) -> Floats:

@@ -225,6 +225,14 @@ def write_report(report: RoutingReport, folder: Path, say: Say) -> None:
         say(MISSING)
 
 
+def _random_line(report: RoutingReport) -> list[str]:
+    found = [(layer.random_router, layer.layer) for layer in report.layers if layer.random_router is not None]
+    if not found:
+        return []
+    most, layer = max(found)
+    return [f"a random router would show {most:.5f} at most, in layer {layer}"]
+
+
 def text(report: RoutingReport) -> str:
     """The most important results for a person."""
     sets = ", ".join(f"{name} ({each.rows:,} rows, {each.tokens:,} tokens)" for name, each in report.sets.items())
@@ -239,6 +247,7 @@ def text(report: RoutingReport) -> str:
             f"{layer.chance_high:.5f})"
             for layer in most
         ),
+        *_random_line(report),
     ]
     for name, ranked in report.top.items():
         sure = sum(one.is_sure for one in report.ranked(name))

@@ -103,6 +103,27 @@ class SharedBatches(Sampler[list[object]]):
             yield part_of(run, self._peers.rank, self._peers.size)
 
 
+class SharedRuns(Sampler[list[object]]):
+    """The micro-batches of one process, of runs that are given: each is divided as in `SharedBatches`.
+
+    Args:
+        runs: the rows of each micro-batch of all processes.
+        peers: the job's processes.
+    """
+
+    def __init__(self, runs: Sequence[Sequence[object]], peers: Peers) -> None:
+        self._runs = runs
+        self._peers = peers
+        self.batch_sampler = self  # as in `SharedBatches`
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[list[object]]:
+        for run in self._runs:
+            yield part_of(run, self._peers.rank, self._peers.size)
+
+
 class SharedRows(Dataset[object]):
     """A data set that can also return a row as ballast."""
 
@@ -136,12 +157,7 @@ class SharedCollator:
 
 
 def loader(
-    rows: RandomAccess,
-    order: SizedIterable,
-    batch_size: int,
-    collate: Collate,
-    args: TrainingArguments,
-    peers: Peers,
+    rows: RandomAccess, batches: Sampler[list[object]], collate: Collate, args: TrainingArguments
 ) -> DataLoader[Batch]:
     """A loader of one process's micro-batches.
 
@@ -150,15 +166,13 @@ def loader(
 
     Args:
         rows: the data set.
-        order: the rows of an epoch in order, the same in all processes.
-        batch_size: rows per process.
+        batches: the micro-batches of this process.
         collate: makes a batch from rows.
         args: settings of the loader's helper processes.
-        peers: the job's processes.
     """
     return DataLoader(
         cast("Dataset[Batch]", SharedRows(rows)),  # torch types a loader by its rows
-        batch_sampler=SharedBatches(order, batch_size, peers),
+        batch_sampler=batches,
         collate_fn=SharedCollator(collate),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,

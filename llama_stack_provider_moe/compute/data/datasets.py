@@ -15,9 +15,11 @@ from pathlib import Path
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.data.domains import Domains, mix
 from llama_stack_provider_moe.compute.data.encoding import IGNORED, DpoEncoder, Encoder, Limit, SftEncoder
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
+from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
 from llama_stack_provider_moe.compute.data.shards import Recipe, stretches
 from llama_stack_provider_moe.compute.data.shown import shown
 from llama_stack_provider_moe.compute.data.tokenising import Source, first_misfit, make_shards
@@ -26,7 +28,7 @@ from llama_stack_provider_moe.compute.runtime.cores import cores_of_leader
 from llama_stack_provider_moe.errors import DataError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec import Data as SpecData
-from llama_stack_provider_moe.spec import DPOSpec, MixedData, SFTSpec
+from llama_stack_provider_moe.spec import Domain, DPOSpec, MixedData, SFTSpec
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
 _SHARDS = "rows"  # folder in the job's cache
@@ -48,12 +50,14 @@ class Rows:
         validation: held-out rows.
         counts: file of the job's data (train, validation, ...) -> what became of its rows.
         ends: ids of the tokens that end a learnt turn.
+        domains: the domains of `data.domains`; None without them.
     """
 
     train: Dataset
     validation: Dataset | None
     counts: Mapping[str, RowCounts]
     ends: tuple[int, ...] = ()
+    domains: Domains | None = None
 
     @property
     def total(self) -> RowCounts:
@@ -76,12 +80,12 @@ def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, voca
     limit = Limit(options.max_length, options.truncate)
     encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input)
     maker = Maker(session, cache_folder(session), encoder, SFT_FEATURES, vocabulary)
-    train, validation = maker.split(session.spec.data, "train", "validation")
+    train, validation, domains = maker.all_rows(session.spec.data)
     row = train[0]
     labelled = Tokens(row["input_ids"], [label != IGNORED for label in row["labels"]])
     show_plan(session, encoder, maker.counts)
     show_row(session, encoder, "the first row, what is learnt marked", labelled)
-    return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts))
+    return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
 
 
 def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
@@ -98,14 +102,14 @@ def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, voca
     options = session.spec.options
     encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate))
     maker = Maker(session, cache_folder(session), encoder, DPO_FEATURES, vocabulary)
-    train, validation = maker.split(session.spec.data, "train", "validation")
+    train, validation, domains = maker.all_rows(session.spec.data)
     show_plan(session, encoder, maker.counts)
     row = train[0]
     for which in ("chosen", "rejected"):
         prompt, answer = row["prompt_ids"], row[f"{which}_ids"]
         tokens = Tokens([*prompt, *answer], [False] * len(prompt) + [bool(said) for said in row[f"{which}_said"]])
         show_row(session, encoder, f"the first pair, {which}", tokens)
-    return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts))
+    return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
 
 
 def total(counts: Iterable[RowCounts]) -> RowCounts:
@@ -187,7 +191,23 @@ class Maker:
     cut_at: str | None = None
     counts: dict[str, RowCounts] = field(default_factory=dict)
 
-    def split(self, data: SpecData | MixedData, part: str, held_out_part: str) -> tuple[Dataset, Dataset | None]:
+    def all_rows(self, data: SpecData) -> tuple[Dataset, Dataset | None, Domains | None]:
+        """The job's training rows, its held-out rows, and its domains.
+
+        Args:
+            data: the settings of its data sets.
+
+        Raises:
+            DataError: see `split`.
+            InvalidInput: see `mix`.
+        """
+        if data.domains is None:
+            return *self.split(data, "train", "validation"), None
+        return mix(data, self.split, lengths_of)
+
+    def split(
+        self, data: SpecData | Domain | MixedData, part: str, held_out_part: str
+    ) -> tuple[Dataset, Dataset | None]:
         """The training rows and the held-out rows of one of the job's data sets.
 
         Args:
@@ -199,6 +219,7 @@ class Maker:
             DataError: rows can't be rendered, too many are too long, or none is left.
         """
         spec, peers = self.session.spec, self.session.peers
+        assert data.dataset_id is not None, "only a block with domains has none"
         if data.validation_dataset_id is not None:
             made = self._make(part, data.dataset_id, None)
             made |= self._make(held_out_part, data.validation_dataset_id, None)

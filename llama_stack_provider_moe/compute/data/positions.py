@@ -6,7 +6,6 @@ positions are a table, a longer row reads past its end.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llama_stack_provider_moe.compute.data.datasets import Rows
+from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
 from llama_stack_provider_moe.compute.moe.layout import text_config, without_adapters
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.errors import DataError
-
-CHUNK = 4096
-ANSWERS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -131,17 +128,4 @@ def _lengths(rows: Rows) -> Iterator[Tensor]:
     for part in (rows.train, rows.validation):
         if part is not None:
             sets: dict[str, Dataset] = getattr(part, "sets", {"all": part})  # a circuit breaker has several
-            for each in sets.values():
-                yield from _of_set(each)
-
-
-def _of_set(rows: Dataset) -> Iterator[Tensor]:
-    for chunk in rows.with_format("arrow").iter(batch_size=CHUNK):
-        if "prompt_ids" in rows.column_names:
-            yield _column(chunk, "prompt_ids") + torch.maximum(*(_column(chunk, f"{which}_ids") for which in ANSWERS))
-        else:
-            yield _column(chunk, "input_ids")
-
-
-def _column(chunk: Any, name: str) -> Tensor:  # pyarrow has no types
-    return torch.tensor([length for part in chunk[name].chunks for length in part.value_lengths().to_pylist()])
+            yield from (lengths_of(each) for each in sets.values())

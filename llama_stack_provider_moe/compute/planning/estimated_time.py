@@ -40,7 +40,7 @@ def estimated(planner: Planner, spec: TrainingSpec, device: str | None, rows: in
         planner: has the model's config.
         spec: the job.
         device: CUDA's name of its devices; None: a CPU, or no device that is known.
-        rows: of its training data set; None if unknown.
+        rows: of a whole epoch; None if unknown.
     """
     if device is None:
         return unknown_time("no job like it was measured, and the peak of a CPU or an absent GPU is not known")

@@ -30,7 +30,7 @@ def planned(body: object, memory_bytes: int, config: str | None = None, rows: in
         body: the job.
         memory_bytes: of each GPU; for a job on the CPU, of the machine.
         config: place of the model's config; None: the place of its weights.
-        rows: of the training data set; None if unknown.
+        rows: of a whole epoch; None if unknown.
 
     Raises:
         MoeError, ValidationError: the job or its model is not valid.
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plan_command", description="Find the strategy with which a job fits.")
     parser.add_argument("--memory", type=int, required=True, help="bytes of each GPU, or of the machine")
     parser.add_argument("--model", help="place of the model's config")
-    parser.add_argument("--rows", type=int, help="number of rows of the training data set")
+    parser.add_argument("--rows", type=int, help="number of training rows of a whole epoch")
     options = parser.parse_args(argv)
     try:
         print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model, options.rows)))

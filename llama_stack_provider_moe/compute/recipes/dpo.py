@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from llama_stack_provider_moe.compute.data import batch_sharing
+from llama_stack_provider_moe.compute.data import batch_sharing, domains
 from llama_stack_provider_moe.compute.data.datasets import dpo_rows
 from llama_stack_provider_moe.compute.methods.preference import as_robust
 from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
@@ -110,6 +110,7 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
         TRL's constructor may call this, before `__init__` prepares the reference.
         """
         self._prepare_reference()
+        inputs = {name: value for name, value in inputs.items() if name != domains.COLUMN}
         found: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
         if self._reference_batches is not None:
             self._reference_batches.advance()

@@ -21,6 +21,7 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
     """TRL's trainer, on rows that are already tokenised and labelled."""
 
     loss_name = "ce"
+    logs_domain_losses = True
 
     def figure_weights(self, inputs: Batch) -> dict[str, float]:
         """The number of labelled tokens; the model's aux loss counts once for each micro-batch."""

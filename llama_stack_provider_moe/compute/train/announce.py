@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from pydantic import TypeAdapter
 
-from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
+from llama_stack_provider_moe.compute.data.sampling import rows_a_step, rows_an_epoch, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32
 from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport
@@ -26,7 +26,7 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
 
     Args:
         prepared: model and rows.
-        sequences: training sequences in a full epoch; fewer than rows if rows are packed.
+        sequences: training sequences in a full epoch (`RecordingTrainer.sequences`).
         decisions: those that only this recipe makes.
     """
     session, base, rows, report = prepared.session, prepared.base, prepared.rows, prepared.report
@@ -55,6 +55,7 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
         "source_rows": rows.total.source,
         "truncated_rows": rows.total.cut,
         "dropped_rows": rows.total.dropped.count,
+        "domains": _domains(prepared),
         "steps_per_epoch": steps,
         "total_steps": steps_in_all,
         **decisions,
@@ -66,6 +67,33 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
     session.show(_text(session, base, report, plan))
     _warn_of_warmup(session, steps_in_all)
     return steps_in_all
+
+
+def _domains(prepared: AnyPrepared) -> list[dict[str, object]] | None:
+    """What the run reads of each domain; None without domains."""
+    session, domains = prepared.session, prepared.rows.domains
+    if domains is None:
+        return None
+    training = session.spec.training
+    most = rows_an_epoch(training, sum(domains.epoch), session.peers.size)
+    found = domains.as_json(most, training.n_epochs)
+    for each in found:
+        if not each["rows_an_epoch"]:
+            session.say(
+                f"domain {each['name']!r} has no row in an epoch of {most:,} rows; expected a higher ratio, or more "
+                "training.max_steps_per_epoch",
+                "warning",
+            )
+    return found
+
+
+def _domain_lines(found: object) -> list[str]:
+    assert isinstance(found, list | None)
+    return [
+        f"domain    {each['name']}: {each['rows']:,} rows ({each['tokens']:,} tokens), {each['held_out_rows']:,} held "
+        f"out; {each['share']:.1%} of an epoch, each row seen {each['times_seen']:.3g} times in the job"
+        for each in found or []
+    ]
 
 
 def _warn_of_warmup(session: AnySession, steps: int) -> None:
@@ -93,9 +121,7 @@ def _sharing(session: AnySession) -> str:
 
 def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) -> str:
     spec = session.spec
-    packed = (
-        f" packed into {plan['train_sequences']:,} sequences" if plan["train_sequences"] != plan["train_rows"] else ""
-    )
+    packed = f" packed into {plan['train_sequences']:,} sequences" if spec.data.packed else ""
     batch = rows_a_step(spec.training, session.peers.size)
     together = "" if session.peers.size == 1 else f", {session.peers.size} processes"
     lines = [
@@ -111,6 +137,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) ->
         *(f"rows      {line}" for line in report_lines(session.folder)),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens, {plan['dropped_rows']:,} left out",
+        *_domain_lines(plan["domains"]),
         f"steps     {plan['total_steps']:,}: {spec.training.n_epochs} epoch(s) of {plan['steps_per_epoch']:,}, "
         f"{batch} rows each, {spec.optimizer.optimizer_type} lr {spec.optimizer.lr:g} {spec.options.lr_scheduler}",
     ]

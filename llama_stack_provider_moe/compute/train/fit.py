@@ -21,6 +21,7 @@ from llama_stack_provider_moe.compute.moe.quantize import dequantize
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.announce import announce
 from llama_stack_provider_moe.compute.train.checkpoints import describe, merge, save
+from llama_stack_provider_moe.compute.train.domain_routing import analyse_domains, keep_report
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
 from llama_stack_provider_moe.compute.train.reporter import Reporter
 from llama_stack_provider_moe.compute.train.resume import Resume, agreed_resume, lacks_random_state
@@ -91,7 +92,7 @@ def fit(
         decisions: those that only this recipe makes, for `resolved.json`.
         shown: lines about them for output.log.
     """
-    steps = announce(prepared, len(trainer.train_dataset), decisions)
+    steps = announce(prepared, trainer.sequences, decisions)
     if shown is not None:
         prepared.session.show(shown)
     return train_and_save(prepared.session, prepared.base, trainer, steps)
@@ -156,6 +157,9 @@ def _fit(
     if backend_of(session.spec).has_load_check and (session.peers.leads or session.spec.resources.sharded):
         trainer.rest()
         probe = _probe(session, base, trainer)
+    routing = None
+    if session.peers.leads or session.spec.resources.sharded:
+        routing = analyse_domains(session, trainer)
     weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])
     if not session.peers.leads:  # rank 0 saves
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
@@ -163,6 +167,8 @@ def _fit(
     summary = {**reporter.last, **reporter.held_out}
     card = _card(session, kind, last, summary)
     artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, card, probe, weights)]
+    if routing is not None:
+        artifacts.append(keep_report(session, routing, last.epoch, last.step))
     report = None
     if assessment is not None:  # before the merge, which changes the model
         trainer.rest()

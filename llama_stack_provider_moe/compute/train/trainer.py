@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments, set_seed
 
-from llama_stack_provider_moe.compute.data import batch_sharing
+from llama_stack_provider_moe.compute.data import batch_sharing, domains
+from llama_stack_provider_moe.compute.data.batch_sharing import SharedBatches, SharedRuns
+from llama_stack_provider_moe.compute.data.domains import DomainCollator, DomainSampler, runs_by_domain
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler, rows_an_epoch
 from llama_stack_provider_moe.compute.distributed.expert_parallel import clip
 from llama_stack_provider_moe.compute.models.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -24,6 +26,7 @@ from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, Total, local_sum
 from llama_stack_provider_moe.compute.planning import throughput
+from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, figures_of, held_out_by, masks
 from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTrainer
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome
@@ -48,6 +51,9 @@ class RecordingTrainer(CheckpointingTrainer):
 
     loss_name: str  # each recipe's: the name in the log of its loss without balance terms
 
+    data_collator: Any  # transformers'
+    _signature_columns: list[str] | None  # transformers': the columns of rows that stay
+
     router_aux_loss_coef: float  # set by TRL: the coefficient of the aux loss
     aux_loss_enabled: bool  # set by TRL: whether it asks the model for that loss
 
@@ -63,7 +69,10 @@ class RecordingTrainer(CheckpointingTrainer):
         self.steering = base.steering
         self.rates = prepared.rates
         self.recorder: RoutingRecorder | None = None
+        self.domains = prepared.rows.domains
         self.held_out = self.new_held_out()
+        self.held_out_by = held_out_by(self.domains)
+        self.domain_losses: DomainLosses | None = None
         # Of the current step, by the name in the log; each micro-batch's times its weight in the step.
         self.balance_terms: dict[str, float] = {}
         self.bare_loss: Tensor | float = 0.0  # of the current step and this process, before our balance terms
@@ -85,6 +94,11 @@ class RecordingTrainer(CheckpointingTrainer):
             )
         if needs_plain_head(model):
             set_plain_head(model)
+        if self.domains is not None:
+            self.data_collator = DomainCollator(self.data_collator)
+            self.part_names = self.domains.names
+            if self.logs_domain_losses:
+                self.domain_losses = DomainLosses(self.model, self.domains)
         # Every recipe divides by the items of a whole step. The classes of some composite models say that their own
         # loss does not, and the trainer would divide by the number of micro-batches too.
         self.model_accepts_loss_kwargs = True
@@ -159,23 +173,31 @@ class RecordingTrainer(CheckpointingTrainer):
         if self.peers.size == 1:
             loader: DataLoader[Batch] = super().get_train_dataloader()
             return loader
-        return self._share(self.train_dataset, self._get_train_sampler(), self.args.per_device_train_batch_size)
+        batches = SharedBatches(self._get_train_sampler(), self.args.per_device_train_batch_size, self.peers)
+        return self._share(self.train_dataset, batches)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Batch]:
         """Transformers' loader, or one of this process's share."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        length = self.args.per_device_eval_batch_size
+        if self.domains is not None:  # one domain in each batch, so that its loss is that domain's
+            runs = runs_by_domain(self.domains.held_out, length * self.peers.size)
+            return self._share(rows, SharedRuns(runs, self.peers))
         if self.peers.size == 1:
             loader: DataLoader[Batch] = super().get_eval_dataloader(eval_dataset)
             return loader
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._share(rows, range(len(rows)), self.args.per_device_eval_batch_size)
+        return self._share(rows, SharedBatches(range(len(rows)), length, self.peers))
 
-    def _share(self, rows: Dataset, order: batch_sharing.SizedIterable, batch_size: int) -> DataLoader[Batch]:
+    def _share(self, rows: Dataset, batches: Sampler[list[object]]) -> DataLoader[Batch]:
         if isinstance(rows, Dataset):
             rows = self._remove_unused_columns(rows, description="shared")
-        loader: DataLoader[Batch] = batch_sharing.loader(
-            rows, order, batch_size, self.data_collator, self.args, self.peers
-        )
+        loader: DataLoader[Batch] = batch_sharing.loader(rows, batches, self.data_collator, self.args)
         return loader
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.domains is not None and domains.COLUMN not in (self._signature_columns or []):
+            self._signature_columns = [*(self._signature_columns or []), domains.COLUMN]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -193,9 +215,17 @@ class RecordingTrainer(CheckpointingTrainer):
                 batch[batch_sharing.TOKEN_SHARE] = torch.tensor(mine / sum(tokens), dtype=torch.float64)
         return batches, items
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+    @property
+    def sequences(self) -> int:
+        """Training sequences in a full epoch: fewer than rows if rows are packed, more if domains repeat."""
+        return len(self.train_dataset) if self.domains is None else sum(self.domains.epoch)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler | DomainSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         spec = self.spec
+        if self.domains is not None:
+            most = rows_an_epoch(spec.training, sum(self.domains.epoch), self.peers.size)
+            return DomainSampler(self.domains, most, spec.data.shuffle, spec.options.seed)
         most = rows_an_epoch(spec.training, rows, self.peers.size)
         return EpochSampler(rows, most, spec.data.shuffle, spec.options.seed)
 
@@ -217,6 +247,7 @@ class RecordingTrainer(CheckpointingTrainer):
             num_items_in_batch: tokens or pairs of the whole step; see each recipe's `get_batch_samples`.
         """
         share, token_share = batch_sharing.pop_share(inputs), inputs.pop(batch_sharing.TOKEN_SHARE, None)
+        self._domain_B = inputs.pop(domains.COLUMN, None)
         self.counts = share is None or share > 0
         mask = batch_sharing.weights(inputs, share)
         with batch_sharing.local_metrics(self.accelerator, share):
@@ -255,6 +286,10 @@ class RecordingTrainer(CheckpointingTrainer):
 
     def _measured(self, loss: Tensor) -> Tensor:
         """Add a micro-batch's part of the loss to the step's, and return it unchanged."""
+        if self.domain_losses is not None:
+            if self.counts and self._domain_B is not None:
+                self.domain_losses.add(self._domain_B)
+            self.domain_losses.forget()
         self.bare_loss = self.bare_loss + loss.detach().float()
         return loss
 
@@ -274,10 +309,14 @@ class RecordingTrainer(CheckpointingTrainer):
         return loss
 
     part_names: Sequence[str] = ()  # all possible names in `parts`
+    logs_domain_losses = False  # whether the loss is a mean over tokens, which a step can report by domain
+    _domain_B: Tensor | None = None  # of the current micro-batch
 
     def parts(self, inputs: Batch) -> dict[str, Tensor]:
         """Masks (batch, sequence) of tokens whose routing is also recorded separately, by name."""
-        return {}
+        if self.domains is None or self._domain_B is None:
+            return {}
+        return masks(self.domains.names, self._domain_B, inputs["attention_mask"])
 
     def new_held_out(self) -> HeldOut:
         """The sums of a new evaluation."""
@@ -288,14 +327,16 @@ class RecordingTrainer(CheckpointingTrainer):
         return self.peers.size * part * coefficient * term
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's balance terms to the log."""
+        """Add the step's balance terms, and its losses by domain, to the log."""
+        if self.domain_losses is not None and "loss" in logs:
+            logs |= self.domain_losses.take(self.peers)
         logs |= dict(zip(self.balance_terms, self.peers.sums(list(self.balance_terms.values())), strict=True))
         self.balance_terms.clear()
         super().log(logs, start_time)
 
     def evaluate(self, *arguments: object, **keywords: object) -> dict[str, float]:
         """TRL's figures, and `eval_validation_loss` and `eval_perplexity`, which have no balance terms."""
-        self.held_out = self.new_held_out()
+        self.held_out, self.held_out_by = self.new_held_out(), held_out_by(self.domains)
         self.rest()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         # Iterating over a loader draws from the global generator. Without the fork, a run with evaluations would differ
@@ -304,7 +345,7 @@ class RecordingTrainer(CheckpointingTrainer):
         with torch.random.fork_rng(devices=devices), self._without_balance_terms(), isolated:
             metrics: dict[str, float] = super().evaluate(*arguments, **keywords)
             metrics |= self._held_out_balance()
-        for name, value in self.held_out.over(self.peers).figures().items():
+        for name, value in figures_of(self.held_out, self.held_out_by, self.peers).items():
             if not math.isfinite(value):
                 raise TrainingError(
                     f"step {self.state.global_step}: held-out {name} is {value}; the model has diverged"
@@ -333,7 +374,11 @@ class RecordingTrainer(CheckpointingTrainer):
         outcome: Outcome = super().prediction_step(model, inputs, *arguments, **keywords)
         if counts:
             assert outcome[0] is not None, "held-out rows have labels"
-            self.tally(self.held_out, inputs, outcome[0].item())
+            sums = [self.held_out]
+            if self.domains is not None:
+                sums.append(self.held_out_by[self.domains.names[int(inputs[domains.COLUMN][0])]])
+            for each in sums:
+                self.tally(each, inputs, outcome[0].item())
         return outcome
 
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:

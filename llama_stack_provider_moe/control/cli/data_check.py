@@ -61,6 +61,10 @@ def check(
         typer.Option("--set", metavar="BLOCK.FIELD=VALUE", help="Setting of the job, e.g. options.max_length=4096. "
                      "Repeatable."),
     ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Domain of the job file's data.domains that FILE has the rows of."),
+    ] = None,
     show: Annotated[
         int, typer.Option(min=0, max=1000, help="Number of sequences to print as they are learnt; needs a model.")
     ] = 0,
@@ -73,7 +77,7 @@ def check(
     """Check a file of rows as a job would: formats, refused and repeated rows, lengths, learnt tokens, steps."""
 
     def act(screen: Screen) -> Exit:
-        spec, has_model = _job(job, changes or [], recipe, model, held_out is not None)
+        spec, has_model = _job(job, changes or [], recipe, model, held_out is not None, domain)
         if show and not has_model:
             raise InvalidInput("--show", show, "also --model: without one there are no tokens")
         if file == held_out == "-":
@@ -95,7 +99,12 @@ def check(
 
 
 def _job(
-    job: str | None, changes: list[str], recipe: Recipe | None, model: str | None, has_held_out: bool
+    job: str | None,
+    changes: list[str],
+    recipe: Recipe | None,
+    model: str | None,
+    has_held_out: bool,
+    domain: str | None,
 ) -> tuple[TrainingSpec, bool]:
     """Return the job whose settings count, and whether it has a model."""
     body: dict[str, object] = {"recipe": recipe or "sft", "data": dict(_ROWS)}
@@ -110,7 +119,7 @@ def _job(
         model_checks.planned(named, option)
         body["model"] = local_names.on_base(named, option=option)[0]
     body.setdefault("model", "none")
-    data = body.get("data")
+    body["data"] = data = _of_domain(body.get("data"), domain)
     if isinstance(data, dict):
         data.setdefault("dataset_id", "rows")
         if has_held_out:
@@ -118,6 +127,20 @@ def _job(
     if body["recipe"] == "circuit_breaker":
         body.setdefault("circuit_breaker", {"retain": dict(_ROWS)})
     return template.training_job(body), has_model
+
+
+def _of_domain(data: object, domain: str | None) -> object:
+    """The `data` block of a job on one domain alone; without domains, the block itself."""
+    found = data.get("domains") if isinstance(data, dict) else None
+    if not (isinstance(data, dict) and isinstance(found, list)):
+        if domain is not None:
+            raise InvalidInput("--domain", domain, "a job file with data.domains")
+        return data
+    named = {each["name"]: each for each in found if isinstance(each, dict) and isinstance(each.get("name"), str)}
+    if domain not in named:
+        raise InvalidInput("--domain", domain, f"a domain of the job file: {', '.join(map(repr, named))}")
+    others = {name: value for name, value in data.items() if name not in ("domains", "exhausted")}
+    return others | {name: value for name, value in named[domain].items() if name not in ("name", "ratio")}
 
 
 def _profiled(

@@ -30,7 +30,7 @@ async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: i
         spec: the job, with resolved names.
         memory_bytes: memory of each GPU; for a job on the CPU, of the machine.
         config: has the interpreter of training processes.
-        rows: of the training data set; None if unknown.
+        rows: of a whole epoch; None if unknown.
 
     Raises:
         InvalidInput: the job does not train, or the model's configuration can't be read.

@@ -14,7 +14,8 @@ from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.row_reports import write_reports
 from llama_stack_provider_moe.jobdir.row_sources import DataSource, write_sources
-from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.data import require_few_passes
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.rows import RowsReport
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -79,6 +80,9 @@ class RowReader:
                 samples.append((source, sample))
             report, origin = await self._copy(request, spec, source, folder, sample)
             found = JobRows({**found.reports, source.part: report}, {**found.sources, source.part: origin})
+        if isinstance(spec, TrainingSpec) and spec.data.domains is not None:
+            counts = found.counts()
+            require_few_passes(spec.data, [counts[part] for part in spec.data.parts("train")])
         if model is not None:
             await sample_check.check(request, spec, model, samples, found.counts(), self._templates)
         if folder is not None:

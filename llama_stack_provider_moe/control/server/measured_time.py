@@ -26,7 +26,7 @@ def measured(spec: JobSpec, store: JobStore, owner: str, rows: int | None) -> Ru
         spec: the job.
         store: has the other jobs.
         owner: the caller.
-        rows: of its training data set; None if unknown.
+        rows: of a whole epoch; None if unknown.
     """
     if not isinstance(spec, TrainingSpec):
         return None

@@ -33,6 +33,7 @@ from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.job_templates import job_templates, summary
+from llama_stack_provider_moe.spec.run_time import rows_in_epoch
 
 if TYPE_CHECKING:
     JobBody = object
@@ -105,7 +106,9 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
         spec = await impl.checked(Draft(body), len(await request.body()))
         rows = None
         if isinstance(spec, TrainingSpec):
-            rows = await impl.datasets.row_count(callers.owner(), spec.data.dataset_id)
+            owner = callers.owner()
+            counts = [await impl.datasets.row_count(owner, each) for each in spec.data.training_ids]
+            rows = rows_in_epoch(spec, counts)
         document = await job_plans.plan(spec, memory_bytes, impl.config, rows)
         time = await impl.guard.run(measured, spec, impl.store, callers.owner(), rows)
         return document if time is None else document | {"time": time}

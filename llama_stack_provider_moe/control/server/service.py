@@ -154,10 +154,12 @@ class PostTrainingService:
         counted = found.counts()
         held_out = None
         if isinstance(spec, TrainingSpec):
-            held_out = counted.get("validation", None if spec.options.validation_split > 0 else 0)
+            parts = spec.data.parts("validation")
+            split = spec.options.validation_split > 0 and not spec.data.has_validation_sets
+            held_out = None if split else sum(counted.get(part, 0) for part in parts)
         return submissions.Validated(
             spec=spec.model_dump(mode="json"),
-            train_rows=counted.get("train", 0),
+            train_rows=sum(counted[part] for part in spec.data.parts("train")) if isinstance(spec, TrainingSpec) else 0,
             validation_rows=held_out,
             rows=counted,
             sources=dict(found.sources),

@@ -182,7 +182,7 @@ def _comparable(spec: JobSpec, asked: SweepSpec) -> TrainingSpec:
     """Return the job; raise InvalidInput unless the sweep's metric will be measured in it."""
     if not isinstance(spec, TrainingSpec):
         raise InvalidInput("job.recipe", spec.recipe, "a recipe that trains")
-    if spec.data.validation_dataset_id is None and not spec.options.validation_split:
+    if not spec.data.has_validation_sets and not spec.options.validation_split:
         expected = "more than 0, or job.data.validation_dataset_id: a sweep compares figures on held-out rows"
         raise InvalidInput("job.options.validation_split", spec.options.validation_split, expected)
     if "rewards/" in asked.metric and not isinstance(spec, DPOSpec):

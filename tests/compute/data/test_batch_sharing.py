@@ -147,12 +147,12 @@ def test_each_process_loads_its_own_micro_batches() -> None:
     )
     assert all(hasattr(TrainingArguments, name) for name in vars(args)), "transformers' own names"
     rows = [10, 20, 30, 40, 50]
-    loaders = [batch_sharing.loader(rows, range(5), 2, collate, args, Peers(rank, 2)) for rank in (0, 1)]
+    loaders = [batch_sharing.loader(rows, SharedBatches(range(5), 2, Peers(rank, 2)), collate, args) for rank in (0, 1)]
     found = [[batch["input_ids"][:, 0].tolist() for batch in each] for each in loaders]
     assert found == [[[10, 20], [50]], [[30, 40], [50]]]
     assert [[int(batch[SHARE]) for batch in each] for each in loaders] == [[2, 1], [2, 0]]
     args.dataloader_num_workers, args.dataloader_pin_memory, args.dataloader_persistent_workers = 2, True, True
-    asked = batch_sharing.loader(rows, range(5), 2, collate, args, ALONE)
+    asked = batch_sharing.loader(rows, SharedBatches(range(5), 2, ALONE), collate, args)
     assert (asked.num_workers, asked.pin_memory, asked.persistent_workers) == (2, True, True)
 
 

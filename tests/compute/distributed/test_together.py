@@ -24,7 +24,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.alike import assert_alike, curve
 from tests.support.together import Office, office
-from tests.support.training_support import Run, Workshop, dpo_rows, kept_rows, said, sft_rows, workshop
+from tests.support.training_support import Run, Workshop, domains_of, dpo_rows, kept_rows, said, sft_rows, workshop
 
 __all__ = ["workshop"]
 
@@ -51,6 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-uneven": {"recipe": "dpo", "family": "granitemoe", "batch": 2, "rows": dpo_rows(7),
                    "validation": dpo_rows(5, first=41), "training": {"gradient_accumulation_steps": 2},
                    "moe": {"router_z_loss_coef": 0.05, "router_aux_loss_coef": 0, "train_router": True}},
+    # An epoch has 24 rows of one domain and 8 of the other, whose 5 rows repeat; 5 and 2 are held out.
+    "dpo-domains": {"recipe": "dpo", "family": "granitemoe", "batch": 4, "domains": domains_of("dpo"),
+                    "training": {"gradient_accumulation_steps": 2}},
+    "sft-domains": {"recipe": "sft", "family": "granitemoe", "batch": 8, "domains": domains_of("sft")},
     "circuit-breaker": {"recipe": "circuit_breaker", "family": "mixtral", "batch": 4, "optimizer": {"lr": 2e-2},
                         "rows": sft_rows(9),
                         "circuit_breaker": {"target_layers": "0",
@@ -59,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # A breaker's first step has no gradient (the model is its base); Adam would scale its rounding to full steps.
 FROM_THE_START = [case for case in CASES if case != "circuit-breaker"]
-RESUMED = ["sft", "dpo", "circuit-breaker"]
+RESUMED = ["sft", "sft-domains", "dpo", "circuit-breaker"]
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:

@@ -25,7 +25,7 @@ from llama_stack_provider_moe.jobdir.checkpoint_index import (
 from llama_stack_provider_moe.jobdir.events import read
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from tests.support import tiny_models
-from tests.support.training_support import Row, Run, Workshop, said, workshop
+from tests.support.training_support import Row, Run, Workshop, domains_of, said, workshop
 
 __all__ = ["workshop"]
 
@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
                         "circuit_breaker": {"target_layers": "0", "schedule": "cosine",
                                             "retain": {"dataset_id": "a", "ratio": 1.5, "validation_dataset_id": "b"},
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
+    "sft-domains": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 8},
+                    "domains": domains_of("sft")},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
     **{f"circuit-breaker-{family}": {

@@ -12,6 +12,8 @@ const starts = (...heads) => (name) => heads.some((head) => name.startsWith(head
 // title, which figures of the steps, which of the evaluations, more
 const GROUPS = [
   ["Loss", (name) => LOSSES.slice(0, 3).includes(name), (name) => name === "validation_loss", {}],
+  ["Loss by domain", starts("loss/"), starts("validation_loss/"), {}],
+  ["Perplexity by domain", () => false, starts("perplexity/"), {}],
   ["Rewards", (name) => ["rewards/chosen", "rewards/rejected", "rewards/margins"].includes(name), () => false, {}],
   ["Reward accuracy", (name) => name === "rewards/accuracies", (name) => name === "rewards/accuracies", {}],
   ["Cosine with the base model", starts("cosine/"), () => false, {}],
@@ -25,7 +27,9 @@ const GROUPS = [
   ["Token accuracy", (name) => name === "mean_token_accuracy", (name) => name === "mean_token_accuracy", {}],
 ];
 const NAMES = { ce: "training", preference_loss: "training", breaker_loss: "training", validation_loss: "held out" };
-const named = (name) => NAMES[name] ?? name.replace(/^(rewards|cosine)\//, "");
+const named = (name) => NAMES[name] ?? name.replace(/^(rewards|cosine|loss|validation_loss|perplexity)\//, "");
+// Of figures of one domain, the domain too.
+const heldOutLabel = (name) => (starts("validation_loss/", "perplexity/")(name) ? `${named(name)}, held out` : "held out");
 // Not drawn alone: the first is the sum of a loss that is drawn and of balance terms.
 const HIDDEN = new Set(["tokens", "tokens_per_s_per_device", "loss"]);
 
@@ -64,7 +68,7 @@ export class Series {
     return { name: named(name), x: this.steps, y: this.metrics.get(name) };
   }
 
-  heldOut(name, label = "held out") {
+  heldOut(name, label = heldOutLabel(name)) {
     const found = this.evaluations.filter(({ metrics }) => name in metrics);
     return { name: label, x: found.map(({ step }) => step), y: found.map(({ metrics }) => number(metrics[name])), points: true };
   }

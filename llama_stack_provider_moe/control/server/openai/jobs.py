@@ -100,7 +100,7 @@ def described(job: Job, served: serving.Served | None) -> objects.FineTuningJob:
         hyperparameters=hyperparameters,
         method=None if spec is None else _method(spec, hyperparameters),
         seed=0 if spec is None else spec.options.seed,
-        training_file=UNREADABLE if spec is None else spec.data.dataset_id,
+        training_file=UNREADABLE if spec is None else ",".join(spec.data.training_ids),
         validation_file=None if spec is None else spec.data.validation_dataset_id,
         result_files=results.result_files(job) if has_succeeded else [],
         trained_tokens=_if_readable(results.trained_tokens, job) if has_succeeded else None,
