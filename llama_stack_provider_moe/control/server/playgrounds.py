@@ -62,7 +62,7 @@ def must_be_alone(store: JobStore, owner: str, but: str | None = None) -> None:
     """Raise `Conflict` if the owner has another playground; see `others`."""
     for other in others(store, owner, but):
         raise Conflict(f"playground: {other.id!r} is your playground already, of {other.model}, and you can have one "
-                       "at a time; use it, cancel it, or set playground.replace")  # fmt: skip
+                       "at a time; use it, cancel it, or set playground.replace to true, which cancels it")  # fmt: skip
 
 
 def replace_others(store: JobStore, new: Job) -> None:
