@@ -162,7 +162,7 @@ def _check(job: Job, asked: PromptRequest, files: PromptFiles) -> None:
         raise InvalidInput("max_tokens", asked.max_tokens, f"at most {longest}, playground.max_new_tokens of this job")
     if asked.adapter != "on" and spec.adapter_folder is None:
         raise InvalidInput("adapter", asked.adapter, f"'on', because playground {job.id!r} has no adapter to switch "
-                           f"off: {spec.model} is a whole model")  # fmt: skip
+                           f"off: {job.model} is a whole model")  # fmt: skip
     loaded = files.read_model()
     if asked.routing and loaded is not None and not loaded.moe_layers:
         raise InvalidInput("routing", True, "false, because the model is dense: it has no experts")

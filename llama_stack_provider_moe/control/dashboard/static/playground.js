@@ -15,10 +15,8 @@ let number = null; // of the prompt that is answered
 let left = null;
 let isAsking = false; // whether the page asks if another model should replace the loaded one
 const RUNS = ["scheduled", "in_progress"];
-// Whether the loaded model is what the address asks for: a bare job means one of its artifacts, and the server tells
-// a model of its own folder by its path.
-const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`)
-  || (model.startsWith("/") && model.endsWith(`/${wanted}`));
+// Whether the loaded model is what the address asks for: a bare job means one of its artifacts.
+const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`);
 
 async function find() {
   const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
