@@ -130,6 +130,7 @@ class Artifacts(TypedDict):
 
     job_uuid: str
     checkpoints: list[Artifact]
+    report: NotRequired[str]
 
 
 class Status(Artifacts):

@@ -1,6 +1,7 @@
 """How long a client waits: for the end of a job, and for a server that is restarted."""
 
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 
 from llama_stack_provider_moe.client.documents import Status
@@ -39,15 +40,19 @@ class Patience:
 
     Args:
         limit_s: seconds without an answer after which to give up.
+        note: called with a message when the server is lost, and when it answers again; None: nobody is told.
     """
 
-    def __init__(self, limit_s: float = PATIENCE_S) -> None:
+    def __init__(self, limit_s: float = PATIENCE_S, note: Callable[[str], None] | None = None) -> None:
+        self._note = note
         self._limit_s = limit_s
         self._has_answered = False
         self._lost_at: float | None = None
 
     def answered(self) -> None:
         """Say that the server has answered."""
+        if self._lost_at is not None and self._note is not None:
+            self._note("the server answers again")
         self._has_answered, self._lost_at = True, None
 
     def lost(self, error: MoeError) -> None:
@@ -60,5 +65,7 @@ class Patience:
         moment = time.monotonic()
         if self._lost_at is None:
             self._lost_at = moment
+            if self._note is not None:
+                self._note(f"{error}; trying again for {self._limit_s:g} s")
         if moment - self._lost_at >= self._limit_s:
             raise error

@@ -20,6 +20,7 @@ class LoadedModel(TypedDict):
     moe_layers: list[int]
     experts: int
     top_k: int
+    positions: int | None
 
 
 class PromptLine(TypedDict):

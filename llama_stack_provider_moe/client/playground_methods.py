@@ -3,7 +3,7 @@
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from http import HTTPStatus
 from typing import cast
@@ -27,6 +27,8 @@ from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 class PlaygroundMethods:
     """Part of `Client`."""
+
+    _note: Callable[[str], None] | None
 
     @abstractmethod
     def _send[Kind](self, call: Call[Kind]) -> Kind: ...
@@ -64,7 +66,7 @@ class PlaygroundMethods:
             job_id: name of the playground.
             number: of the prompt.
         """
-        cursor, patience = 0, Patience()
+        cursor, patience = 0, Patience(note=self._note)
         while True:
             headers, query = following(None, cursor)
             try:

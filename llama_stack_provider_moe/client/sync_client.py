@@ -71,7 +71,8 @@ class Client(SweepMethods, PlaygroundMethods):
         url: URL of the server, without the path of the API.
         api_key: API key, sent as a bearer token.
         transport: transport of httpx; default: the network.
-        note: called with a message, in a thread of its own, when a request has no answer after `silence_s` seconds.
+        note: called with a message, in a thread of its own, when a request has no answer after `silence_s` seconds;
+            and when the server of an answer that is followed is lost, and answers again.
         silence_s: see `note`.
 
     Methods raise `ServerRefused` if the server answers with an error, and `ServerLost` if it does not answer.

@@ -35,7 +35,7 @@ PROMPT_BYTES = 128 << 20  # of a prompt's file, in which a character may take 6 
 END_BYTES = 1 << 16  # longer than the last line of an answer
 _NUMBER = re.compile(r"(\d{6,9})\.json")
 _TAKEN = re.compile(r"(\d{6,9})\.taken")
-EndReason = Literal["stop", "length", "stopped"]
+EndReason = Literal["stop", "length", "positions", "stopped"]
 
 
 class LoadedModel(Block):
@@ -45,6 +45,10 @@ class LoadedModel(Block):
     moe_layers: list[int] = Field(description="Layers with experts; empty for a dense model.")
     experts: int = Field(description="Number of a layer's experts; 0 for a dense model.")
     top_k: int = Field(description="Number of experts that a token gets in a layer; 0 for a dense model.")
+    positions: int | None = Field(
+        default=None,  # files of earlier versions have none
+        description="Largest number of tokens of a prompt with its answer; null if the model has no limit.",
+    )
 
 
 class Begun(Block):
@@ -82,7 +86,8 @@ class Answered(Block):
     text: str = Field(description="All of the answer, without special tokens.")
     tokens: int = Field(description="Number of its tokens, with the one that ended it.")
     reason: EndReason = Field(
-        description="stop: the model ended it; length: it reached max_tokens; stopped: somebody stopped it."
+        description="stop: the model ended it; length: it reached max_tokens; positions: it reached the model's last "
+        "position; stopped: somebody stopped it."
     )
     seconds: float = Field(description="How long it took.")
 

@@ -9,7 +9,8 @@ from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.spec import AblationMeasureSpec, AnalysisOptions, AnalysisTraining
 from llama_stack_provider_moe.spec.ablation import Measure, MeasureTraining
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
-from llama_stack_provider_moe.spec.local_commands import named_files, problems_of, settings_of
+from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
 
 _BITS = str(MeasureTraining.model_fields["quantize_bits"].description)
 

@@ -12,15 +12,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, MoeError
-
-_SIGNS = {
-    "greater than or equal to": ">=",
-    "less than or equal to": "<=",
-    "greater than": ">",
-    "less than": "<",
-}
+from llama_stack_provider_moe.spec.error_words import expected
 
 
 class CommandLine(BaseModel):
@@ -94,7 +89,7 @@ def checked[Kind: CommandLine](kind: type[Kind], given: Mapping[str, object]) ->
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        problems = [_problem(kind, str(each["loc"][0]), each["input"], each["msg"]) for each in error.errors()]
+        problems = [_problem(kind, each) for each in error.errors()]
     if len(problems) == 1:
         raise problems[0]
     raise InvalidBody([str(each) for each in problems])
@@ -166,10 +161,9 @@ def answered[Kind: CommandLine](
         return 1
 
 
-def _problem(kind: type[CommandLine], name: str, value: object, message: str) -> InvalidInput:
+def _problem(kind: type[CommandLine], error: ErrorDetails) -> InvalidInput:
+    name, value = str(error["loc"][0]), error["input"]
     field = kind.model_fields[name]
     allowed = choices(field)
-    expected = message.removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
-    for spelled, sign in _SIGNS.items():
-        expected = expected.replace(spelled, sign)
-    return InvalidInput(written(name, field), value, f"one of {', '.join(allowed)}" if allowed else expected)
+    wanted = str(error["ctx"]["error"]) if error["type"] == "value_error" else expected(error)
+    return InvalidInput(written(name, field), value, f"one of {', '.join(allowed)}" if allowed else wanted)

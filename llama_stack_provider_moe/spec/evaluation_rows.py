@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import RowProblem
 from llama_stack_provider_moe.spec import Block
+from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.rows import Message, conversation
 
 MOST_TOOLS = 64
@@ -150,7 +151,7 @@ def canonical_own(row: object, number: int, kind: OwnKind) -> dict[str, Any] | R
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "row"
-        return RowProblem(number, where, first["msg"].removeprefix("Value error, "))
+        return RowProblem(number, where, reason(first))
 
 
 def _absent(value: object) -> bool:

@@ -29,6 +29,7 @@ from llama_stack_provider_moe.spec.command_words import (
     option,
     positional,
 )
+from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.exports import shard_bytes
 from llama_stack_provider_moe.spec.gguf_types import GgufType
 from llama_stack_provider_moe.spec.routing import made_for, masks_of, read_report
@@ -336,11 +337,3 @@ def _of_analysis(command: EvaluationCommand, file: str) -> tuple[dict[str, str],
     except InvalidInput as error:
         raise InvalidInput("--mask-set", name, error.expected) from None
     return found, made_for(report, f"{path.name}, set {name}, top {top}").model_dump()
-
-
-def problems_of(error: ValidationError) -> list[str]:
-    """Each problem of a block as `field: reason`."""
-    return [
-        f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-        for each in error.errors()
-    ]

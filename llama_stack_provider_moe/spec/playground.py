@@ -86,23 +86,31 @@ class PromptRequest(Block):
     )
     seed: int = Field(
         default=42,
+        strict=True,
         ge=0,
         lt=2**32,
         description="Seed of the choice of tokens. The same prompt and seed give the same text on the same machine.",
     )
     temperature: float = Field(
         default=0.7,
+        strict=True,
         ge=0,
         le=2,
         description="Randomness of the choice of tokens: 0.01 to 2, or 0 for always the most likely token.",
     )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Share of probability that tokens are chosen from, the most likely first."
+        default=1.0,
+        strict=True,
+        gt=0,
+        le=1,
+        description="Share of probability that tokens are chosen from, the most likely first.",
     )
     max_tokens: int = Field(
-        default=256, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens of each answer."
+        default=256, strict=True, ge=1, le=MAX_ANSWER_TOKENS, description="Largest number of tokens of each answer."
     )
-    routing: bool = Field(default=False, description="Whether the answer has the experts of each token in each layer.")
+    routing: bool = Field(
+        default=False, strict=True, description="Whether the answer has the experts of each token in each layer."
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -113,7 +121,9 @@ class PromptRequest(Block):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "PromptRequest":
-        if (self.messages is None) == (self.prompt is None):
+        if self.messages is None and self.prompt is None:
+            raise ValueError("messages: is missing; state either messages or prompt")
+        if self.messages is not None and self.prompt is not None:
             raise ValueError("messages: state either messages or prompt, not both")
         if self.messages is not None and self.messages[-1].role != "user":
             raise ValueError(f"messages: the last one has role {self.messages[-1].role!r}; expected 'user'")

@@ -4,6 +4,7 @@ import re
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -19,6 +20,7 @@ _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
 # No part begins with a dot or a dash: the hub has no such names, and `..` names a folder.
 _MODEL_PATTERN = re.compile(r"[A-Za-z0-9_*?][A-Za-z0-9._*?-]{0,95}(/[A-Za-z0-9_*?][A-Za-z0-9._*?-]{0,95})?")
 
+HOST_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?)*$"
 MIRROR_URL_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,62}(/[A-Za-z0-9_.=-]+)*|file:///[^?#*\[\]]+)/?$"
 
 
@@ -270,6 +272,13 @@ class ProviderConfig(Block):
     group_access: bool = Field(
         default=False,
         description="Let the group of `state_dir` read the files in it; false: only the server's user.",
+    )
+    allowed_hosts: list[Annotated[str, Field(pattern=HOST_NAME_PATTERN, max_length=253)]] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Names, such as moe.example.org, under which a server without authentication answers requests that "
+        "come over a loopback address, beside localhost: what a reverse proxy on this machine passes on in `Host`. "
+        "Others get a 403, against DNS rebinding.",
     )
     prometheus: bool = Field(
         default=False,

@@ -3,7 +3,7 @@
 import difflib
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,19 +16,16 @@ from llama_stack_provider_moe.spec import (
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
+from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
 from llama_stack_provider_moe.spec.recipes import RECIPES
-from llama_stack_provider_moe.spec.server_config import MIRROR_URL_PATTERN
+from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN, MIRROR_URL_PATTERN
 
 SHOWN = 8
 KEY_SHOWN = 64  # characters of one part of a path, which may be any key that the caller sent
 A_BODY = "a JSON object, sent as content type application/json"
-_TYPES = {
-    "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
-    "dict": "an object", "model": "an object", "finite_number": "a finite number",
-}  # fmt: skip
 _NAME = "letters, digits, '.', '_' and '-', the first a letter or a digit"
 _PATTERNS = {
     JOB_ID_PATTERN: f"1 to 128 {_NAME}",
@@ -38,14 +35,11 @@ _PATTERNS = {
     HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
     NUMBERS_PATTERN: "numbers and ranges from 0 to 9999, such as '0-3,12'",
     DOMAIN_PATTERN: "1 to 32 letters, digits, '_' and '-', the first a letter or a digit",
+    HOST_NAME_PATTERN: "a host's name without a port, in small letters, such as moe.example.org",
     VARIABLE_PATTERN: "1 to 128 letters, digits and '_', the first a letter or '_'",
     LABEL_KEY_PATTERN: "1 to 63 letters, digits, '.', '_', '/' and '-', the first and the last a letter or a digit",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
 }
-_BOUNDS = {
-    "greater_than": ("gt", "> "), "greater_than_equal": ("ge", ">= "),
-    "less_than": ("lt", "< "), "less_than_equal": ("le", "<= "),
-}  # fmt: skip
 
 
 def validated[M: BaseModel](model: type[M], body: object) -> M:
@@ -94,12 +88,12 @@ def _problem(
             return f"{path}: is missing"
         case "extra_forbidden":
             return f"{path}: unknown key{_known(location, model)}"
-        case "value_error":
+        case "value_error" | "assertion_error":
             text = reworded(str(context["error"]))
             return text if path == "the body" else f"{path}: {text}"
-        case "union_tag_not_found":
+        case "union_tag_not_found" if context["discriminator"] == "'recipe'":
             return f"recipe: is missing; expected one of {', '.join(map(repr, RECIPES))}"
-        case "union_tag_invalid":
+        case "union_tag_invalid" if context["discriminator"] == "'recipe'":
             return f"recipe: {shorten(context['tag'])} is not valid; expected one of {', '.join(map(repr, RECIPES))}"
         case "json_invalid":
             return f"the body is not JSON ({context['error']})"
@@ -108,27 +102,11 @@ def _problem(
         case _ if not location:
             return f"the body: {shorten(error['input'])} is not valid; expected {A_BODY}"
         case _:
-            return f"{path}: {shorten(error['input'])} is not valid; expected {_expected(error, context)}"
+            return f"{path}: {shorten(error['input'])} is not valid; expected {expected(error, _PATTERNS)}"
 
 
 def _cut(key: str) -> str:
     return key if len(key) <= KEY_SHOWN else f"{key[: KEY_SHOWN - 1]}…"
-
-
-def _expected(error: ErrorDetails, context: Mapping[str, Any]) -> str:
-    kind: str = error["type"]
-    if kind in _BOUNDS:
-        key, sign = _BOUNDS[kind]
-        return f"{sign}{context[key]:.15g}"
-    if kind in ("literal_error", "enum"):
-        return str(context["expected"])
-    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
-        return _PATTERNS[context["pattern"]]
-    if kind in ("string_too_short", "string_too_long"):
-        least, most = context.get("min_length"), context.get("max_length")
-        return f"at least {least} character(s)" if kind == "string_too_short" else f"at most {most} characters"
-    family = kind if kind in _TYPES else kind.partition("_")[0]
-    return _TYPES.get(family, str(error["msg"]))
 
 
 def _known(location: Sequence[str | int], model: type[BaseModel] | None) -> str:

@@ -9,7 +9,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from llama_stack_provider_moe.control.server.wire_requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from llama_stack_provider_moe.control.server.wire_requests import (
+    JobChange,
+    PreferenceOptimizeRequest,
+    SupervisedFineTuneRequest,
+)
 from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.spec import (
     AblationMeasureSpec,
@@ -17,13 +21,17 @@ from llama_stack_provider_moe.spec import (
     BreakerSpec,
     DPOSpec,
     ExportSpec,
+    PlaygroundSpec,
     RoutingAnalysisSpec,
     SFTSpec,
     SurgerySpec,
     validation_errors,
 )
+from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.playground import PromptRequest
 from llama_stack_provider_moe.spec.routing import RoutingReport
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.sweeps import SweepSpec
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 ROOTS: tuple[type[BaseModel], ...] = (
@@ -149,6 +157,26 @@ def test_the_error_for_layers_states_their_range() -> None:
     with pytest.raises(InvalidBody, match=r"adapter.layers: '0-999999999999' is not valid; expected numbers and ranges "
                        r"from 0 to 9999, such as '0-3,12'"):  # fmt: skip
         validated(SFTSpec, body)
+
+
+WRONG: tuple[Any, ...] = (
+    None, True, -1, 2**70, 0.5, float("nan"), "", "?", "x" * 200_000, [], [1], {}, {"?": 1}, [[{}]], ["x"] * 1100,
+    {f"k{number}": {} for number in range(1100)}, b"x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("root", [*ROOTS, PromptRequest, PlaygroundSpec, SweepSpec, JobChange])
+def test_every_error_is_in_our_words(root: type[BaseModel]) -> None:
+    """Pydantic's name Python's types, such as `List`, and begin with `Input should`."""
+    for model in {*models_in(root)}:
+        for name in model.model_fields:
+            for value in WRONG:
+                try:
+                    model.model_validate({name: value})
+                except ValidationError as error:
+                    for each in error.errors(include_url=False):
+                        told = reason(each)
+                        assert each["type"] == "missing" or str(each["msg"]) not in told, (model, name, each["type"])
 
 
 def test_every_pattern_has_words() -> None:

@@ -71,7 +71,7 @@ def test_two_nodes_leave_what_one_process_leaves(
     with asking(server) as http:
         log = (server.state_dir / "jobs" / both["job_uuid"] / "output.log").read_text()
         expected, found = (weights(http, job["job_uuid"]) for job in (alone, both))
-    assert "on Ray: 2 node(s)" in log
+    assert "on Ray: 2 nodes" in log
     assert found.keys() == expected.keys()
     far = max((found[name] - tensor).abs().max().item() for name, tensor in expected.items())
     print(f"{recipe} by {strategy} on two nodes: weights {far:.1e} apart")

@@ -21,7 +21,7 @@ from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import AblationSpec
 from llama_stack_provider_moe.spec.ablate_commands import ApplyCommand
 from llama_stack_provider_moe.spec.command_words import answered
-from llama_stack_provider_moe.spec.local_commands import problems_of
+from llama_stack_provider_moe.spec.error_words import problems_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,6 +47,7 @@ from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.adapters import below_layer
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.jobdir.checkpoint_index import sync
 from llama_stack_provider_moe.jobdir.local_names import adapter_folder, whole_model
 from llama_stack_provider_moe.spec.command_words import answered
@@ -80,7 +81,7 @@ class MergeReport:
         return (
             f"merged LoRA ({self.adapter_tensors} tensors) on {targets}\n"
             f"into {self.merged} tensors of the base{replaced}; {self.copied} copied\n"
-            f"{self.parameters:,} parameters, {self.bytes:,} bytes in {self.shards} file(s), "
+            f"{self.parameters:,} parameters, {self.bytes:,} bytes in {number_of(self.shards, 'file')}, "
             f"{self.bytes / 1e6 / self.seconds:,.0f} MB/s\n"
             f"saved to {self.folder}"
         )

@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
 from llama_stack_provider_moe.errors import InvalidFile
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.jobdir.events import Started, parse
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder
@@ -136,7 +137,7 @@ def _training(source: Source) -> Iterator[tuple[str, str]]:
         cut = f", {plan['truncated_rows']:,} of them cut" if plan.get("truncated_rows") else ""
         yield "Rows", f"{train:,} trained on{cut}; {plan.get('validation_rows') or 0:,} held out"
     if (artifact := source.artifact) is not None:
-        yield "Trained", f"{artifact.epoch} epoch(s), {artifact.step} steps"
+        yield "Trained", f"{number_of(artifact.epoch, 'epoch')}, {number_of(artifact.step, 'step')}"
     if spec is not None and RECIPES[spec.recipe].trains:
         settings = spec.model_dump()
         optimizer, adapter = settings["optimizer"], settings["adapter"]

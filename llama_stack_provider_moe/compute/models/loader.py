@@ -31,6 +31,7 @@ from llama_stack_provider_moe.compute.moe.model_types import class_of, is_compos
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts, watch_layers
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import DType, LoadingSpec
 from llama_stack_provider_moe.spec.server_config import TRUST_VARIABLE
 
@@ -46,7 +47,7 @@ def pick_device(dtype: DType, index: int = 0) -> torch.device:
     """
     if torch.cuda.is_available():
         if index >= torch.cuda.device_count():
-            raise ModelError(f"resources.gpus: process {index} sees only {torch.cuda.device_count()} GPU(s)")
+            raise ModelError(f"resources.gpus: process {index} sees only {number_of(torch.cuda.device_count(), 'GPU')}")
         return torch.device("cuda", index)
     if dtype == "fp16":
         raise ModelError(

@@ -28,6 +28,7 @@ from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import Adapter, Moe, numbers
+from llama_stack_provider_moe.spec.error_words import reason
 
 Part = Literal["routed experts", "shared experts", "trunk"]
 CARDS_GB = (16, 24, 40, 48, 80, 96, 141, 192)  # memories of common GPUs, 1e9 bytes
@@ -370,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(json.dumps(asdict(_report_of(argv))))
     except ValidationError as error:
-        problems = [f"adapter.{'.'.join(map(str, each['loc']))}: {shorten(each['input'])}: {each['msg']}"
+        problems = [f"adapter.{'.'.join(map(str, each['loc']))}: {shorten(each['input'])}: {reason(each)}"
                     for each in error.errors()]  # fmt: skip
         print(json.dumps({"error": "; ".join(problems)}))
         return 2

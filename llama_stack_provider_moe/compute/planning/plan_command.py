@@ -20,6 +20,7 @@ from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
+from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model, options.rows)))
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, each['loc'][1:]))}: {shorten(each['input'])}: {each['msg']}"
+        problems = [f"{'.'.join(map(str, each['loc'][1:]))}: {shorten(each['input'])}: {reason(each)}"
                     for each in error.errors()]  # fmt: skip
         print(json.dumps({"error": "; ".join(problems)}))
         return 2

@@ -32,8 +32,10 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
 )
 from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
+from llama_stack_provider_moe.spec.error_words import reason
 
 # Settings of a job: dotted name -> value.
 Fields = Mapping[str, object]
@@ -234,7 +236,7 @@ class Planner:
         try:
             changed(spec, {"resources.strategy": way})
         except ValidationError as error:
-            return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+            return "; ".join(reason(each) for each in error.errors())
         adapted, processes = self._rehearsed(spec).adapted, spec.resources.ranks
         layout = adapted.layout
         if way != "ep":
@@ -288,7 +290,7 @@ def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
         if changes
         else "no change that was tried would make it fit"
     )
-    return f"the job can't fit on {plan.processes} device(s) of {device} each: {'; '.join(reasons)}. {ways}"
+    return f"the job can't fit on {number_of(plan.processes, 'device')} of {device} each: {'; '.join(reasons)}. {ways}"
 
 
 def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:

@@ -12,6 +12,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from llama_stack_provider_moe.errors import ForkRefused
+from llama_stack_provider_moe.ground.counting import number_of
 
 _TASKS = Path("/proc/self/task")
 # Settings that keep imports from starting threads. numpy's OpenBLAS starts a pool when it is loaded (torch uses
@@ -54,8 +55,8 @@ def check_alone() -> None:
         time.sleep(0.01)
     if others:
         raise ForkRefused(
-            f"this process can't be forked: it runs {len(others)} more thread(s) ({', '.join(others[:8])}), and a "
-            "child could wait forever for a lock that one of them holds"
+            f"this process can't be forked: it runs {number_of(len(others), 'more thread')} ({', '.join(others[:8])}), "
+            "and a child could wait forever for a lock that one of them holds"
         )
 
 

@@ -11,6 +11,7 @@ from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.jobdir.events import Plan as PlanEvent
 from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.jobdir.row_reports import report_lines
@@ -102,8 +103,8 @@ def _warn_of_warmup(session: AnySession, steps: int) -> None:
     if optimizer.num_warmup_steps >= steps:
         highest = optimizer.lr * (steps - 1) / optimizer.num_warmup_steps
         session.say(
-            f"optimizer.num_warmup_steps: {optimizer.num_warmup_steps} is not below the {steps} step(s), so the "
-            f"learning rate reaches only {highest:.2g} of {optimizer.lr:g}; expected fewer, or more epochs",
+            f"optimizer.num_warmup_steps: {optimizer.num_warmup_steps} is not below the {number_of(steps, 'step')}, so "
+            f"the learning rate reaches only {highest:.2g} of {optimizer.lr:g}; expected fewer, or more epochs",
             "warning",
         )
 
@@ -138,7 +139,8 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) ->
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "
         f"{plan['truncated_rows']:,} cut at {spec.options.max_length} tokens, {plan['dropped_rows']:,} left out",
         *_domain_lines(plan["domains"]),
-        f"steps     {plan['total_steps']:,}: {spec.training.n_epochs} epoch(s) of {plan['steps_per_epoch']:,}, "
-        f"{batch} rows each, {spec.optimizer.optimizer_type} lr {spec.optimizer.lr:g} {spec.options.lr_scheduler}",
+        f"steps     {plan['total_steps']:,}: {number_of(spec.training.n_epochs, 'epoch')} of "
+        f"{plan['steps_per_epoch']:,}, {batch} rows each, "
+        f"{spec.optimizer.optimizer_type} lr {spec.optimizer.lr:g} {spec.options.lr_scheduler}",
     ]
     return "\n".join(lines)

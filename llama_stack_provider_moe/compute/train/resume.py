@@ -14,6 +14,7 @@ from llama_stack_provider_moe.compute.data.sampling import rows_a_step
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.runtime.mirroring import bring_back, require_here
 from llama_stack_provider_moe.errors import CheckpointError
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.jobdir.attempt import require_current
 from llama_stack_provider_moe.jobdir.checkpoint_index import checkpoint_folders, read_checksums, verify
 from llama_stack_provider_moe.jobdir.events import Resumed
@@ -107,9 +108,10 @@ def require_same_step(session: AnySession, resume: Resume | None) -> None:
     there = here if resume is None else resume.state.rows_a_step
     if there is not None and there != here:
         assert resume is not None
+        processes = number_of(session.peers.size, "process", "processes")
         raise CheckpointError(
             f"{resume.folder.name} has steps of {there} rows, and this start has steps of {here}: "
-            f"training.batch_size x gradient_accumulation_steps x {session.peers.size} process(es); expected {there}"
+            f"training.batch_size x gradient_accumulation_steps x {processes}; expected {there}"
         )
 
 

@@ -29,6 +29,7 @@ from llama_stack_provider_moe.compute.worker.preload import preload
 from llama_stack_provider_moe.compute.worker.process_group import End, ProcessGroup, Report, Verdict, end_by_signal
 from llama_stack_provider_moe.errors import ForkRefused, MoeError
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.ground.private import take_umask
 from llama_stack_provider_moe.jobdir.attempt import require_current
 from llama_stack_provider_moe.jobdir.events import Cancelled, EventLog, Failed, Started, latest
@@ -191,7 +192,8 @@ def _versions(peers: Peers) -> dict[str, str]:
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(peers.local_rank) if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    threads = number_of(torch.get_num_threads(), "thread")
+    device = torch.cuda.get_device_name(peers.local_rank) if gpu else f"CPU, {threads}"
     if peers.size > 1:
         device = f"{peers.size} x {device}"
     if peers.nodes > 1:

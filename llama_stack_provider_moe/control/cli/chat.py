@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Annotated, Literal
 
 import typer
@@ -58,19 +60,39 @@ def chat(
 
     def act(server: Client, screen: Screen) -> Exit:
         job_id = _found(server, target) or _started(server, screen, target, idle, replace)
-        again, cancel = typed(server, "chat", job_id), typed(server, "cancel", job_id)
-        try:
-            with hint(f"the playground stays. Chat again: {again}   end it: {cancel}"):
-                standing = _opened(server, screen, job_id)
-                asked = Asked(adapter, seed, temperature, top_p, max_tokens, routing)
-                return _talked(Chat(server, screen, standing, asked, system), screen)
-        finally:
-            if end:
-                server.cancel(job_id)
-            else:
-                screen.note(f"the playground stays for a while. End it: {cancel}")
+        asked = Asked(adapter, seed, temperature, top_p, max_tokens, routing)
+
+        def talk() -> Exit:
+            return _talked(Chat(server, screen, _opened(server, screen, job_id), asked, system), screen)
+
+        return _and_ended(server, job_id, talk) if end else _and_left(server, screen, job_id, talk)
 
     run(Where(url, key), as_json, act)
+
+
+def _and_ended(server: Client, job_id: str, talk: Callable[[], Exit]) -> Exit:
+    """Talk, and cancel the playground whatever happens."""
+    with hint(f"the playground may still run. End it: {typed(server, 'cancel', job_id)}"):
+        try:
+            return talk()
+        finally:
+            server.cancel(job_id)
+
+
+def _and_left(server: Client, screen: Screen, job_id: str, talk: Callable[[], Exit]) -> Exit:
+    """Talk, and say at the very end, also after an error, that the playground stays."""
+    again, cancel = typed(server, "chat", job_id), typed(server, "cancel", job_id)
+    stays = f"the playground stays for a while. Chat again: {again}   end it: {cancel}"
+    try:
+        with hint(stays):
+            outcome = talk()
+    except (InvalidInput, ServerRefused) as refused:
+        # 409: it has ended.
+        if isinstance(refused, InvalidInput) or refused.answered == HTTPStatus.BAD_REQUEST:
+            refused.add_note(stays)
+        raise
+    screen.note(stays)
+    return outcome
 
 
 def _found(server: Client, target: str) -> str | None:
@@ -88,7 +110,13 @@ def _found(server: Client, target: str) -> str | None:
 def _started(server: Client, screen: Screen, target: str, idle_s: int, replace: bool) -> str:
     body = {"recipe": "playground", "model": target, "playground": {"idle_s": idle_s, "replace": replace}}
     with hint(f"to see whether the playground was created: {typed(server, 'ls')}"):
-        created = server.submit(body)
+        try:
+            created = server.submit(body)
+        except ServerRefused as refused:
+            if refused.answered == HTTPStatus.CONFLICT and not replace:
+                again = typed(server, "chat", target, "--replace")
+                refused.add_note(f"if it is another playground of yours: end that one and chat with {again}")
+            raise
     for line in created.get("notes", []):
         screen.note(line)
     return created["job_uuid"]
@@ -116,9 +144,17 @@ def _opened(server: Client, screen: Screen, job_id: str) -> Playground:
         time.sleep(POLL_S)
 
 
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput("standard input", data[error.start : error.end],
+                           f"UTF-8 text; byte {error.start + 1:,} is the first that is not") from None  # fmt: skip
+
+
 def _talked(talk: Chat, screen: Screen) -> Exit:
     if not sys.stdin.isatty():
-        message = sys.stdin.read().strip()
+        message = _text(sys.stdin.buffer.read()).strip()
         if not message:
             raise InvalidInput("standard input", "", "a message")
         return Exit.OK if talk.say(message) else OUTCOMES[JobState.FAILED]
@@ -129,5 +165,7 @@ def _talked(talk: Chat, screen: Screen) -> Exit:
         except (EOFError, KeyboardInterrupt):
             print()
             return Exit.OK
-        if message:
+        if not message.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in message):
+            screen.note("the message is not UTF-8 text; type it again")
+        elif message:
             talk.say(message)

@@ -13,7 +13,7 @@ from llama_stack_provider_moe.jobdir.output import printable
 
 SHOWN = 4  # experts of a layer
 _NAMES: dict[Side, str] = {"on": "adapter on", "off": "adapter off"}
-_WHY = {"length": "stopped at --max-tokens", "stopped": "stopped"}
+_WHY = {"length": "stopped at --max-tokens", "positions": "stopped at the model's last position", "stopped": "stopped"}
 
 
 class Asked(NamedTuple):
@@ -58,22 +58,32 @@ class Chat:
         self._histories: dict[Side, list[dict[str, str]]] = {side: list(first) for side in sides}
 
     def say(self, message: str) -> bool:
-        """Send a message and print the answer of each side; return whether all of them are complete."""
-        complete = True
-        for side, history in self._histories.items():
+        """Send a message and print the answer of each side; return whether all of them are complete.
+
+        Ctrl-C ends the turn. A turn that a side was not asked in is forgotten for all, so that they stay comparable.
+        """
+        complete, before = True, {side: list(history) for side, history in self._histories.items()}
+        sides = list(self._histories)
+        for side in sides:
+            history = self._histories[side]
             history.append({"role": "user", "content": message})
             if len(self._histories) > 1 and not self._screen.as_json:
                 self._screen.say(f"[{_NAMES[side]}]")
-            answer = self._answered(side, history)
+            shown = self._followed(side, history)
+            answer = shown.ended(self._layers)
             if answer is None:
                 history.pop()  # so that the next message does not follow a message without an answer
                 complete = False
             else:
                 history.append({"role": "assistant", "content": answer})
+            if shown.is_stopping and side != sides[-1]:
+                self._histories = before
+                self._screen.note("stopped; this message is not part of the conversation")
+                return False
         return complete
 
-    def _answered(self, side: Side, messages: list[dict[str, str]]) -> str | None:
-        """Print one side's answer as it comes, and return it; None if there is none."""
+    def _followed(self, side: Side, messages: list[dict[str, str]]) -> "_Shown":
+        """Print one side's answer as it comes."""
         body = {**self._asked._asdict(), "adapter": side, "messages": messages}
         number = self._server.send_prompt(self._job_id, body)["number"]
         shown = _Shown(self._screen)
@@ -91,7 +101,7 @@ class Chat:
                 self._server.stop_prompt(self._job_id, number)
                 shown.skip_to_new()
                 pieces = self._server.answer_pieces(self._job_id, number)
-        return shown.ended(self._layers)
+        return shown
 
 
 class _Shown:

@@ -265,7 +265,7 @@ def artifacts(
         if pull is None:
             if only:
                 raise InvalidInput("--only", only, "--pull DIR as well")
-            return answer(screen, server.artifacts(job_id), show.artifacts)
+            return answer(screen, server.artifacts(job_id), show.artifacts_and_report)
         with hint("downloaded files are kept; repeat the command to resume"):
             files = list(Puller(server, job_id, pull, screen.note).pull(only or []))
         return answer(screen, Pulled(job_uuid=job_id, files=files), show.pulled)

@@ -19,6 +19,7 @@ from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import duration, size
 from llama_stack_provider_moe.control.cli.template import read_template, training_job
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec.run_time import RunTime
 
 _MODULE = "llama_stack_provider_moe.compute.planning.plan_command"
@@ -40,6 +41,10 @@ def bytes_of(written: str) -> int:
     return int(count)
 
 
+def _count(processes: int, what: str) -> str:
+    return number_of(processes, "GPU") if what == "device" else number_of(processes, "process", "processes")
+
+
 def shown(document: PlanDocument) -> RenderableType:
     """Render the plan as a table, and say whether the job fits."""
     job, found = document["job"], document["plan"]
@@ -48,7 +53,7 @@ def shown(document: PlanDocument) -> RenderableType:
         ("job", f"{job['recipe']} of {job['model']}, {job['trains']}, {job['optimizer']}"),
         ("micro-batch", f"{job['batch_size']} x {job['max_length']:,} tokens in {job['dtype']}, activation "
                         f"checkpointing {'on' if job['checkpointing'] else 'off'}"),
-        ("machine", f"{found['processes']} {'GPU(s)' if what == 'device' else 'process(es)'} of "
+        ("machine", f"{_count(found['processes'], what)} of "
                     f"{size(found['device_bytes'])}, of which {size(found['usable_bytes'])} can be used"),
     ]  # fmt: skip
     facts.append(("training", timed(document["time"])))

@@ -112,6 +112,13 @@ def artifacts(document: Artifacts) -> RenderableType:
     return table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
 
 
+def artifacts_and_report(document: Artifacts) -> RenderableType:
+    """Render the artifacts, and how to get the report, which every job has."""
+    found = artifacts(document)
+    told = text(f"report: moe-train report job {document['job_uuid']} -o report.html")
+    return Group(text(found) if isinstance(found, str) else found, told)
+
+
 def exports(status: Status) -> RenderableType | None:
     """Render one line per step of each export; None if the job has no exports."""
     rows = [

@@ -11,7 +11,7 @@ from llama_stack_provider_moe.client.sweep_documents import DeletedSweep, Sweep,
 from llama_stack_provider_moe.control.cli import label
 from llama_stack_provider_moe.control.cli.act import Where, answer, hint, run, typed
 from llama_stack_provider_moe.control.cli.client import Client
-from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.exits import OUTCOMES, Exit
 from llama_stack_provider_moe.control.cli.job_commands import Changes, File
 from llama_stack_provider_moe.control.cli.job_file import parse_json
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
@@ -19,6 +19,7 @@ from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import figure, moment
 from llama_stack_provider_moe.control.cli.template import read_template
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.jobdir.state import JobState
 
 Grid = Annotated[
     list[str],
@@ -109,7 +110,10 @@ def sweeps(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List sweeps, newest first; or show one with its jobs, the best first; or cancel or delete one."""
+    """List sweeps, newest first; or show one with its jobs, the best first; or cancel or delete one.
+
+    The exit code of a sweep that is shown is that of a job: 1 if it has ended and no job of it completed.
+    """
 
     def act(server: Client, screen: Screen) -> Exit:
         if sweep_id is None:
@@ -122,7 +126,9 @@ def sweeps(
             return answer(screen, server.cancel_sweep(sweep_id), cancelled)
         if rm:
             return answer(screen, server.delete_sweep(sweep_id, force), deleted)
-        return answer(screen, server.sweep(sweep_id), shown)
+        found = server.sweep(sweep_id)
+        answer(screen, found, shown)
+        return OUTCOMES[JobState(found["status"])]
 
     run(Where(url, key), as_json, act)
 

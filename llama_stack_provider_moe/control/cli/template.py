@@ -6,9 +6,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.control.cli.job_file import kind_of, parse_json, read_job_file
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, FromAnalysis, TrainingSpec
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
+from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.recipes import RECIPES
 from llama_stack_provider_moe.spec.routing import made_for, masks_of, read_report, rules_of
 from llama_stack_provider_moe.spec.validation_errors import invalid_body
@@ -129,8 +130,7 @@ def _wanted[Asked: ExpertsOfAnalysis](kind: type[Asked], asked: dict[str, object
     try:
         return kind.model_validate({**others, "job": "none"})  # the file stands for the job
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(f"{field}.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+        raise InvalidBody([f"{field}.{problem}" for problem in problems_of(error)]) from None
 
 
 def _change(body: dict[str, object], change: str) -> None:

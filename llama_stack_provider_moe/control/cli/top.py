@@ -48,9 +48,9 @@ def shown(found: Activity) -> RenderableType:
     if found["running"]:
         parts += [table(("RUNNING", "RECIPE", "AT", "GPUS", "CPU", "MEMORY"), map(_running, found["running"])), ""]
     else:
-        parts += ["nothing of yours runs", ""]
+        parts += ["none of your jobs is running", ""]
     if not found["waiting"]:
-        return Group(*parts, "nothing of yours waits")
+        return Group(*parts, "none of your jobs is waiting")
     waiting = [
         (str(job["position"]), job["job_uuid"], job["recipe"], "-" if job["gpus"] is None else str(job["gpus"]),
          job["sweep"] or "-")

@@ -1,4 +1,4 @@
-"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`, `experts`; exports.
+"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`, `experts`, ...
 
 Arguments are checked here, without torch; then a separate process does the work.
 """

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.model_names import Names
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
 from llama_stack_provider_moe.spec import Adapter, ExpertRule, TrainingSpec, numbers, ranges
+from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.moe import ROUTER_BIAS_FILE
 
 # Fields of `adapter` that say where LoRA is and what it adds; the other fields say how it learns.
@@ -74,7 +75,7 @@ def resolved(spec: TrainingSpec, names: Names, request: Draft) -> dict[str, obje
     try:
         made = Adapter.model_validate({**dict(adapter), **inherited, "init_from": str(folder)})
     except ValidationError as error:
-        why = "; ".join(str(each["msg"]) for each in error.errors()[:3])
+        why = "; ".join(reason(each) for each in error.errors()[:3])
         raise InvalidInput(request.name("adapter.init_from"), adapter.init_from, "an adapter that a job on this server "
                            f"could have made ({shorten(why, 300)[1:-1]})") from None  # fmt: skip
     return changes | {"adapter": made}

@@ -53,6 +53,12 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
     return str(path)
 
 
+def shown_model(model: str, config: ProviderConfig) -> str:
+    """Return a resolved model as a user names it: a folder in `state_dir/models` without the server's path."""
+    path, own = Path(model), real_path(config.models_dir)
+    return str(path.relative_to(own)) if path.is_absolute() and path != own and path.is_relative_to(own) else model
+
+
 def resolve_adapter_folder(
     folder: str, field: str, config: ProviderConfig, may_use_job: Callable[[str], None]
 ) -> tuple[Path, dict[str, object]]:
@@ -244,7 +250,7 @@ def _real(path: Path, field: str, value: str) -> Path:
         ValueError,
         RuntimeError,
     ) as error:  # circular links, a NUL, half a surrogate pair, no such user
-        raise InvalidInput(field, value, f"a path ({error})") from None
+        raise InvalidInput(field, value, f"a path ({_why(error)})") from None
     if too_long:  # otherwise the job fails when it makes the folder, which may be hours later
         raise InvalidInput(field, value, f"names of at most {_NAME_LIMIT_BYTES} bytes in a path")
     return real
@@ -254,7 +260,14 @@ def _exists(path: Path, field: str, value: str) -> bool:
     try:
         return path.is_dir()
     except (OSError, ValueError) as error:
-        raise InvalidInput(field, value, f"a hub id or a path ({error})") from None
+        raise InvalidInput(field, value, f"a hub id or a path ({_why(error)})") from None
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a path, without the server's folders, which an `OSError` has in its text."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error) if isinstance(error, ValueError) else "its links are circular, or there is no such user"
 
 
 def _root_of(path: Path, roots: list[Path]) -> Path | None:

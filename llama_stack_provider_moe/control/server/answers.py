@@ -19,15 +19,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from llama_stack_provider_moe.control.server import safe_json
+from llama_stack_provider_moe.control.server import compat, safe_json
 from llama_stack_provider_moe.control.server.bodies import BoundedRequest
 from llama_stack_provider_moe.control.server.cross_site import must_not_be_from_another_site
 from llama_stack_provider_moe.control.server.failures import Failures
+from llama_stack_provider_moe.control.server.own_names import must_be_own_name
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.errors import MoeError, OverLimit, Unavailable
-from llama_stack_provider_moe.spec.validation_errors import invalid_body
+from llama_stack_provider_moe.errors import InvalidBody, MoeError, OverLimit, Unavailable
+from llama_stack_provider_moe.spec.validation_errors import KEY_SHOWN, SHOWN, invalid_body
 
+# Routes of Llama Stack, whose clients may send more, and for probes.
+FOREIGN_QUERIES = (
+    "/supervised-fine-tune", "/preference-optimize", "/job/status", "/job/artifacts", "/job/cancel", "/health",
+    "/metrics",
+)  # fmt: skip
 MAX_FOREIGN = 500  # characters of an error that this package did not raise
 MAX_MESSAGE = 8000  # characters of any error; the rest of a long list of problems, or of a long path, is cut
 INTERNAL_ERROR = "the server failed on an unexpected error; see the server's log"
@@ -49,10 +55,12 @@ class Answers(APIRoute):
     Attributes:
         impl: the service behind the route; it has the limits and counts refusals.
         streams: whether the endpoint reads the body itself, in pieces, and limits it.
+        knows_its_query: whether a parameter that the endpoint does not know is an error; other APIs ignore it.
     """
 
     impl: ClassVar[PostTrainingService]
     streams: ClassVar[bool] = False
+    knows_its_query: ClassVar[bool] = False
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
         super().__init__(path, _rendered(endpoint, kwargs.get("response_model_exclude_defaults", False)), **kwargs)
@@ -79,7 +87,7 @@ class Answers(APIRoute):
 
         async def checked(request: Request) -> Response:
             try:
-                must_not_be_from_another_site(request.method, request.headers)
+                self._must_be_for_us(request)
                 return await handle(request if self.streams else BoundedRequest(request, limit_bytes, bodies))
             except ClientDisconnect:  # raised where the endpoint reads the body
                 return Response(status_code=HTTPStatus.BAD_REQUEST)
@@ -113,16 +121,36 @@ class Answers(APIRoute):
 
         return answer
 
+    def _must_be_for_us(self, request: Request) -> None:
+        must_not_be_from_another_site(request.method, request.headers)
+        is_public = bool((self.openapi_extra or {}).get(compat.PUBLIC_ROUTE_KEY))
+        if not is_public and compat.caller() is None:
+            server = request.scope.get("server")
+            must_be_own_name(server[0] if server else None, request.headers.get("host"), self.impl.config.allowed_hosts)
+        if self.knows_its_query and not self.path_format.endswith(FOREIGN_QUERIES):
+            known = [each.alias for each in self.dependant.query_params]
+            unknown = sorted(set(request.query_params) - set(known))
+            if unknown:
+                expected = ", ".join(known) or "none"
+                told = f"unknown parameter; expected {expected}"
+                raise InvalidBody([f"{name[:KEY_SHOWN]}: {told}" for name in unknown[:SHOWN]])
+
     def _body_model(self) -> type[BaseModel] | None:
         annotations = [each.annotation for each in inspect.signature(self.endpoint).parameters.values()]
         return next((each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
-def answers_of(service: PostTrainingService) -> type[Answers]:
-    """Return the class of all routes of `service`."""
+def answers_of(service: PostTrainingService, knows_query: bool = False) -> type[Answers]:
+    """Return the class of routes of `service`.
+
+    Args:
+        service: the service.
+        knows_query: see `Answers.knows_its_query`.
+    """
 
     class Bound(Answers):
         impl = service
+        knows_its_query = knows_query
 
     return Bound
 
@@ -130,7 +158,7 @@ def answers_of(service: PostTrainingService) -> type[Answers]:
 def streaming_answers_of(service: PostTrainingService) -> type[Answers]:
     """Return the class of the routes of `service` whose endpoints read bodies of any size in pieces."""
 
-    class Streaming(answers_of(service)):  # type: ignore[misc]  # a class made at run time
+    class Streaming(answers_of(service, knows_query=True)):  # type: ignore[misc]  # a class made at run time
         streams = True
 
     return Streaming

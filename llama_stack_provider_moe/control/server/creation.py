@@ -7,7 +7,15 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from llama_stack_provider_moe.control.server import callers, compat, exports, job_changes, playgrounds, resolve
+from llama_stack_provider_moe.control.server import (
+    allowed_paths,
+    callers,
+    compat,
+    exports,
+    job_changes,
+    playgrounds,
+    resolve,
+)
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.job_names import JobNames
@@ -149,7 +157,7 @@ class Creation:
         of = spec.of if isinstance(spec, ExportSpec) else None
         where, gpus = resolve.executor_of(spec)
         uses = references.uses_of(spec, self.config.jobs_dir)
-        model = spec.model_from or spec.model
+        model = spec.model_from or allowed_paths.shown_model(spec.model, self.config)
         new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses, sweep=sweep)
         if isinstance(spec, ExportSpec):
             return new

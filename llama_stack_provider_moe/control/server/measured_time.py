@@ -16,7 +16,7 @@ SEEN = 50  # newest completed jobs of the model that are looked at
 USED = 5
 
 
-def measured(spec: JobSpec, store: JobStore, owner: str, rows: int | None) -> RunTime | None:
+def measured(spec: JobSpec, model: str, store: JobStore, owner: str, rows: int | None) -> RunTime | None:
     """Return the time that a job will take; None if no job like it has completed, or it does not train.
 
     Jobs are alike with the same owner, recipe and model, as many processes on the same kind of device, and an adapter
@@ -24,13 +24,13 @@ def measured(spec: JobSpec, store: JobStore, owner: str, rows: int | None) -> Ru
 
     Args:
         spec: the job.
+        model: its model, as lists show it.
         store: has the other jobs.
         owner: the caller.
         rows: of a whole epoch; None if unknown.
     """
     if not isinstance(spec, TrainingSpec):
         return None
-    model = spec.model_from or spec.model
     chosen = JobFilter(states=(JobState.COMPLETED,), recipe=spec.recipe, model=model)
     found: dict[str, tuple[float, float]] = {}
     for job in store.list(owner, SEEN, None, chosen):

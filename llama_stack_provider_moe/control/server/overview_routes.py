@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import SkipValidation
 
 from llama_stack_provider_moe.control.server import (
+    allowed_paths,
     callers,
     job_figures,
     job_plans,
@@ -110,7 +111,8 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
             counts = [await impl.datasets.row_count(owner, each) for each in spec.data.training_ids]
             rows = rows_in_epoch(spec, counts)
         document = await job_plans.plan(spec, memory_bytes, impl.config, rows)
-        time = await impl.guard.run(measured, spec, impl.store, callers.owner(), rows)
+        model = spec.model_from or allowed_paths.shown_model(spec.model, impl.config)
+        time = await impl.guard.run(measured, spec, model, impl.store, callers.owner(), rows)
         return document if time is None else document | {"time": time}
 
 

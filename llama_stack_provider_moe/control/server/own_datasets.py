@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from llama_stack_provider_moe.control.server import compat
-from llama_stack_provider_moe.control.server.audit import Audit
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.quotas import Quotas
@@ -29,6 +28,7 @@ from llama_stack_provider_moe.control.server.wire_datasets import (
     PushedDataset,
 )
 from llama_stack_provider_moe.control.store import dataset_files
+from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable, DatasetVersion, Overview
 from llama_stack_provider_moe.errors import InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.row_sources import DataSource, SourceKind

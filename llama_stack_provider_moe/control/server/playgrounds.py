@@ -62,7 +62,7 @@ def must_be_alone(store: JobStore, owner: str, but: str | None = None) -> None:
     """Raise `Conflict` if the owner has another playground; see `others`."""
     for other in others(store, owner, but):
         raise Conflict(f"playground: {other.id!r} is your playground already, of {other.model}, and you can have one "
-                       "at a time; use it, cancel it, or set playground.replace")  # fmt: skip
+                       "at a time; use it, cancel it, or set playground.replace to true, which cancels it")  # fmt: skip
 
 
 def replace_others(store: JobStore, new: Job) -> None:
@@ -162,7 +162,7 @@ def _check(job: Job, asked: PromptRequest, files: PromptFiles) -> None:
         raise InvalidInput("max_tokens", asked.max_tokens, f"at most {longest}, playground.max_new_tokens of this job")
     if asked.adapter != "on" and spec.adapter_folder is None:
         raise InvalidInput("adapter", asked.adapter, f"'on', because playground {job.id!r} has no adapter to switch "
-                           f"off: {spec.model} is a whole model")  # fmt: skip
+                           f"off: {job.model} is a whole model")  # fmt: skip
     loaded = files.read_model()
     if asked.routing and loaded is not None and not loaded.moe_layers:
         raise InvalidInput("routing", True, "false, because the model is dense: it has no experts")

@@ -114,7 +114,7 @@ def create_router(impl: PostTrainingService) -> APIRouter:
 
 def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     router = APIRouter(
-        prefix=prefix, tags=["Post Training"], route_class=answers_of(impl), responses=REFUSALS,
+        prefix=prefix, tags=["Post Training"], route_class=answers_of(impl, knows_query=True), responses=REFUSALS,
         include_in_schema=prefix == PREFIX,
     )  # fmt: skip
     _add_creation(router, impl)

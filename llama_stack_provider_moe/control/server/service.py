@@ -34,7 +34,6 @@ from llama_stack_provider_moe.control.server import (
     wire_requests,
 )
 from llama_stack_provider_moe.control.server.api_requests import Draft, drafted
-from llama_stack_provider_moe.control.server.audit import Audit
 from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.guard import Guard, health
 from llama_stack_provider_moe.control.server.job_rows import RowReader
@@ -44,6 +43,7 @@ from llama_stack_provider_moe.control.server.sweeps import Sweeps
 from llama_stack_provider_moe.control.server.telemetry import METER, Telemetry
 from llama_stack_provider_moe.control.server.template_check import TemplateChecker
 from llama_stack_provider_moe.control.store import dataset_files, intake, state_layout
+from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.state_folder import claim_state_folder
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor import removal
@@ -230,7 +230,9 @@ class PostTrainingService:
         return await self._about(
             job_id,
             lambda job: wire.PostTrainingJobArtifactsResponse(
-                job_uuid=job.id, checkpoints=exports.checkpoints(job, self.store)
+                job_uuid=job.id,
+                checkpoints=exports.checkpoints(job, self.store),
+                report=f"/jobs/{job.id}/report",
             ),
         )
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from llama_stack_provider_moe.control.server import callers, hub_check, job_changes
 from llama_stack_provider_moe.control.server.api_requests import Draft
-from llama_stack_provider_moe.control.server.audit import Audit
 from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.wire_sweeps import DeletedSweep, SubmittedSweep
 from llama_stack_provider_moe.control.store import intake
+from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.control.store.sweep_rows import NewSweep, SweepDetail
 from llama_stack_provider_moe.control.supervisor.pruner import EXTRA, is_installed
@@ -35,6 +35,18 @@ class _Planned(NamedTuple):
     chosen: Chosen
     request: Draft
     spec: TrainingSpec
+
+
+def _as_read(spec: TrainingSpec, chosen: Chosen) -> str:
+    """The values of the swept settings as the job has them: 64 and "64" are one number."""
+    document = spec.model_dump(mode="json")
+    found: list[object] = []
+    for path in chosen:
+        value: object = document
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        found.append(value)
+    return json.dumps(found, sort_keys=True)
 
 
 class Sweeps:
@@ -92,11 +104,16 @@ class Sweeps:
         digits = len(str(len(combinations) - 1))
         found: list[_Planned] = []
         models: set[str] = set()
+        read: dict[str, Chosen] = {}
         for number, chosen in enumerate(combinations):
             try:
                 body = body_of(asked.job, chosen)
                 request = Draft({**body, "job_uuid": f"{sweep_id}-{number:0{digits}}"})
                 spec = _comparable(await self._creation.resolved(request, size_bytes), asked)
+                same = read.setdefault(_as_read(spec, chosen), chosen)
+                if same is not chosen:
+                    expected = f"values that differ; {described(same)} is the same job once it is read"
+                    raise InvalidInput("parameters", described(chosen), expected)
                 if spec.model not in models:
                     models.add(spec.model)
                     await hub_check.check(request, spec, self._config, self._guard)

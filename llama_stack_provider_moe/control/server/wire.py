@@ -143,6 +143,9 @@ class PostTrainingJobArtifactsResponse(BaseModel):
 
     job_uuid: str
     checkpoints: list[Checkpoint] = Field(default_factory=list)
+    report: str = Field(
+        description="Path below the API's prefix of the job's report: one HTML file, made when it is asked for."
+    )
 
 
 class ArtifactFile(BaseModel):

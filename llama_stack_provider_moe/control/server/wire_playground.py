@@ -55,7 +55,9 @@ class SideAnswer(BaseModel):
     prompt_tokens: int
     text: str = Field(description="The answer so far.")
     tokens: int | None = Field(description="Number of its tokens; null while it is not complete.")
-    reason: EndReason | None = Field(description="Why it ended: stop, length or stopped; null while it has not.")
+    reason: EndReason | None = Field(
+        description="Why it ended: stop, length, positions (the model's last one) or stopped; null while it has not."
+    )
     seconds: float | None = Field(description="How long it took; null while it is not complete.")
     routing: list[RoutedToken] = Field(description="Experts of its first tokens; empty if they were not asked for.")
 

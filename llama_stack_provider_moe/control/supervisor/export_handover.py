@@ -69,7 +69,7 @@ def prepare_export(store: JobStore, job: Job) -> Handover | None:
     write_atomic(staged.spec, export)
     uses = uses_of(export, home.parent)
     new = NewJob(
-        job_id, job.owner, export.recipe, export.model_from or export.model, str(home.with_name(job_id)),
+        job_id, job.owner, export.recipe, job.model, str(home.with_name(job_id)),
         export.resources.gpus, parent=job.id, uses=uses.always, uses_to_complete=uses.to_complete,
     )  # fmt: skip
     return Handover(new, staged.root)

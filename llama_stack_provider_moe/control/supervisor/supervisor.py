@@ -384,7 +384,7 @@ def supervise(config: ProviderConfig, lock: int | None = None) -> int:
             log.info("another supervisor is alive; leaving")
             return 0
         log.info("supervisor of %s", config.state_dir)
-        with WebhookSender(store, config.notify, supervisor.id):
+        with WebhookSender.of(store, config, supervisor.id):
             return 0 if supervisor.run() else 1
     finally:
         store.close()

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Self
@@ -18,12 +19,14 @@ from typing import Self
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
+from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.outbox import Delivery, Message
 from llama_stack_provider_moe.control.store.store import JobStore
-from llama_stack_provider_moe.errors import LeaseLost, StoreReplaced
+from llama_stack_provider_moe.errors import LeaseLost, NotFound, StoreReplaced
 from llama_stack_provider_moe.ground.webhook_signature import EXPECTED, secrets_in, signed_headers
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.spec.notify import NotifyConfig
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 # Seconds to wait after each attempt, as the specification of Standard Webhooks advises; then every two hours.
 RETRY_S: tuple[float, ...] = (5, 300, 1800, 7200)
@@ -43,19 +46,31 @@ class WebhookSender:
         store: The store with the messages.
         config: Which servers may be told.
         supervisor_id: Id of the supervisor, which must hold the lease.
+        audit: Gets a record of each message that is given up; closed at the end.
         retry_s: Seconds to wait after each attempt; the last one repeats.
     """
 
     def __init__(
-        self, store: JobStore, config: NotifyConfig, supervisor_id: str, retry_s: Sequence[float] = RETRY_S
+        self,
+        store: JobStore,
+        config: NotifyConfig,
+        supervisor_id: str,
+        audit: Audit,
+        retry_s: Sequence[float] = RETRY_S,
     ) -> None:
         self._store = store
         self._config = config
         self._id = supervisor_id
+        self._audit = audit
         self._retry_s = retry_s
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moe-webhooks", daemon=True)
         self._complained = False
+
+    @classmethod
+    def of(cls, store: JobStore, config: ProviderConfig, supervisor_id: str) -> Self:
+        """Return the sender of a supervisor with this configuration."""
+        return cls(store, config.notify, supervisor_id, Audit(config))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -65,6 +80,7 @@ class WebhookSender:
         """Stop after the message that is being sent; the others stay in the store."""
         self._closed.set()
         self._thread.join(2 * TIMEOUT_S)
+        self._audit.close()
 
     def send_due(self) -> int:
         """Send the messages that are due; return how many were sent, delivered or not."""
@@ -77,12 +93,27 @@ class WebhookSender:
             if state is Delivery.WAITING and message.due_at - message.created_at > GIVE_UP:
                 state = Delivery.GIVEN_UP
             self._store.outbox.settle(message.id, state, told)
+            if state is Delivery.GIVEN_UP:
+                self._note_given_up(message)
             if state is Delivery.DELIVERED:
                 log.info("job %s: %s was delivered", message.job, message.event)
             else:
                 later = "given up" if state is Delivery.GIVEN_UP else f"again at {message.due_at:%Y-%m-%dT%H:%M:%SZ}"
                 log.warning("job %s: %s was not delivered (%s); %s", message.job, message.event, told, later)
         return len(messages)
+
+    def _note_given_up(self, message: Message) -> None:
+        with suppress(NotFound):  # the job was deleted, and its messages with it
+            owner = self._store.get(message.job, None).owner
+            # Not the URL, which may hold a secret, and not the receiver's answer.
+            self._audit.note(
+                owner,
+                "webhook given up",
+                job=message.job,
+                event=message.event,
+                message=message.id,
+                attempts=message.attempts,
+            )
 
     def _again_at(self, attempts: int, moment: datetime) -> datetime:
         wait_s = self._retry_s[min(attempts, len(self._retry_s)) - 1]

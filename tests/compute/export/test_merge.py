@@ -267,7 +267,7 @@ def test_the_card_describes_the_job(mixtral: tuple[Path, Path], tmp_path: Path) 
     common = {"| Recipe | dpo |", "| Data sets | pairs, held?out?b? |", "| rewards/margins | 1.25 |",
               "| Rows | 1,200 trained on; 60 held out |", "| Trained parameters | 5 of 1,000 |",
               "| Versions | peft 0.2 |", "| Optimiser | adamw, learning rate 0.0001 |"}  # fmt: skip
-    assert common | {"| Trained | 2 epoch(s), 40 steps |"} <= set(cards["job"])
+    assert common | {"| Trained | 2 epochs, 40 steps |"} <= set(cards["job"])
     assert common | {"| Held-out loss, perplexity | 0.4321, 1.5400 |"} <= set(cards["epoch"])
     shutil.rmtree(job.adapter)
     with pytest.raises(AdapterError, match="has no adapter"):

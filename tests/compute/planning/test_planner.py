@@ -161,7 +161,7 @@ def test_every_suggested_change_fits(roomy: Planner) -> None:
         assert again.chosen is not None
         assert (again.chosen.strategy, again.chosen.peak_bytes) == (change.strategy, change.peak_bytes)
     told = refusal(plan, changes)
-    assert told.startswith("the job can't fit on 2 device(s)")
+    assert told.startswith("the job can't fit on 2 devices of ")
     assert "ddp needs" in told
     assert "fsdp needs" not in told, "which would do"
     assert all(change.text() in told for change in changes)
@@ -195,7 +195,7 @@ def test_a_job_that_can_not_fit_ends_before_its_weights_are_read(
     monkeypatch.setattr(strategy, "_machine_bytes", lambda: certain - 1)
     ended = workshop.again(Run(folder, 0))
     assert ended.exit_code == FAILED
-    assert ended.reason.startswith("the job can't fit on 1 device(s)"), ended.reason
+    assert ended.reason.startswith("the job can't fit on 1 device of "), ended.reason
     hidden.rename(weights)
     monkeypatch.setattr(strategy, "_machine_bytes", lambda: certain + 1)
     tight = workshop.run("sft", FAMILY, adapter=None)

@@ -199,6 +199,31 @@ def test_a_prompt_that_cannot_be_answered_says_why(workshop: Workshop) -> None:
     assert manifest.artifacts == []
 
 
+def test_a_prompt_needs_room_in_the_models_positions(workshop: Workshop) -> None:
+    """A longer one would be answered from positions that the model has never seen."""
+    most = 64
+    folder = playground(workshop, model=str(workshop.model("granitemoe", max_position_embeddings=most)))
+    tokens = tiny_models.tokenizer()("a a a a a")["input_ids"]
+    assert tokens[-2:-1] * 2 == tokens[-3:-1], "one more word is one more token"
+    short = len(tokens) - 5
+    texts_of = {length: " ".join(["a"] * (length - short)) for length in (most - 3, most, most + 50)}
+    numbers = {length: ask(folder, prompt=text, max_tokens=100, seed=3) for length, text in texts_of.items()}
+    run(folder)
+    for length in (most, most + 50):
+        [ended] = answer(folder, numbers[length])
+        assert isinstance(ended, Ended)
+        assert ended.error == (
+            f"the prompt has {length:,} tokens, but the model has {most:,} positions for prompt and answer "
+            f"(max_position_embeddings {most}); expected at most {most - 1:,} tokens"
+        )
+    [ended] = [piece for piece in answer(folder, numbers[most - 3]) if isinstance(piece, Answered)]
+    assert ended.tokens <= 3
+    assert ended.reason in ("positions", "stop")
+    loaded = PromptFiles(folder.prompts).read_model()
+    assert loaded is not None
+    assert loaded.positions == most
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, torch.OutOfMemoryError])
 def test_an_error_ends_only_its_answer(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
@@ -252,7 +277,7 @@ def test_an_idle_playground_makes_room_for_another_job(workshop: Workshop, monke
 
 
 def test_an_answer_can_be_stopped(workshop: Workshop) -> None:
-    folder = playground(workshop)
+    folder = playground(workshop, model=str(workshop.model("granitemoe", max_position_embeddings=8192)))
     number, after = ask(folder, max_tokens=4000), ask(folder, max_tokens=1)
     files = PromptFiles(folder.prompts)
 
@@ -273,7 +298,7 @@ def test_an_answer_can_be_stopped(workshop: Workshop) -> None:
 
 
 def test_a_cancelled_playground_ends_its_answer_and_answers_the_rest_when_resumed(workshop: Workshop) -> None:
-    folder = playground(workshop)
+    folder = playground(workshop, model=str(workshop.model("granitemoe", max_position_embeddings=8192)))
     number, waiting = ask(folder, max_tokens=4000), ask(folder, max_tokens=1)
 
     def cancel() -> None:

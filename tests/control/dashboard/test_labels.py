@@ -67,6 +67,30 @@ def test_a_job_is_labelled_on_its_page(visitor: Visitor, world: World, labelled:
     assert page.evaluate("() => window.hacked") is None
 
 
+def test_what_is_too_long_is_refused_and_not_cut(visitor: Visitor, world: World, labelled: str) -> None:
+    """As the server counts: a character beyond the first 65,536 is one, although JavaScript counts two."""
+    page = visitor.open(f"/jobs/{labelled}")
+    page.get_by_role("button", name="Add labels or a note").click()
+    dialogue = page.get_by_role("dialog")
+    expect(dialogue).to_contain_text("A key has at most 63 characters, a value 256, the note 4,000.")
+    for key, value, note, told in (
+        ("team", "x" * 257, "", 'The value of "team" has 257 characters; at most 256 are possible.'),
+        ("k" * 64, "x", "", "has 64 characters; at most 63 are possible."),
+        ("team", "x", "n" * 4001, "The note has 4,001 characters; at most 4,000 are possible."),
+    ):
+        write_label(page, key, value)
+        dialogue.get_by_label("Note").fill(note)
+        dialogue.get_by_role("button", name="Save").click()
+        expect(dialogue.get_by_role("alert")).to_contain_text(told)
+        expect(dialogue.locator("input.value").last).to_have_value(value)
+        assert of(world, labelled) == ({}, None)
+    write_label(page, "team", "\U0001f600" * 256)
+    dialogue.get_by_label("Note").fill("n" * 4000)
+    dialogue.get_by_role("button", name="Save").click()
+    expect(dialogue).to_be_hidden()
+    assert of(world, labelled) == ({"team": "\U0001f600" * 256}, "n" * 4000)
+
+
 def test_a_job_is_labelled_in_the_list(visitor: Visitor, world: World, labelled: str) -> None:
     page = visitor.open(f"?text={labelled}")
     page.get_by_role("button", name=f"Edit labels and note of {labelled}").click()

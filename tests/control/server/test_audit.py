@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.control.server.audit import Audit, pseudonym
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.control.store.audit import Audit, pseudonym
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState

@@ -139,5 +139,5 @@ def test_the_commands(service: PostTrainingService, monkeypatch: pytest.MonkeyPa
         assert moe_train("label", "mine", "word").code == 2
         assert moe_train("ls", "--label", "team=geo").out == "no jobs\n"
         top = moe_train("top").out
-        assert "nothing of yours runs" in top
+        assert "none of your jobs is running" in top
         assert "mine" in top

@@ -42,6 +42,17 @@ def test_it_is_the_command_lines(
     assert f"<h1>{job}</h1>" in found.text
 
 
+def test_the_list_of_artifacts_has_it(service: PostTrainingService, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a job that has saved nothing."""
+    for job in ("breaker-1", "sft-later"):
+        where = ask(service, "GET", f"/jobs/{job}/artifacts").json()["report"]
+        assert where == f"/jobs/{job}/report"
+        assert ask(service, "GET", where).text.startswith("<!doctype html>")
+        with over_http(service) as url:
+            assert cli.main(["artifacts", job, "--url", url]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"report: moe-train report job {job} -o report.html")
+
+
 def test_a_browser_saves_it_and_runs_nothing(service: PostTrainingService) -> None:
     found = ask(service, "GET", "/jobs/breaker-1/report")
     assert found.headers["content-type"] == "text/html; charset=utf-8"

@@ -151,6 +151,30 @@ def test_an_exports_list_shows_the_same_name(service: PostTrainingService) -> No
     assert (answer.status_code, "model_from: 'x' is not valid; expected no value" in answer.text) == (400, True)
 
 
+def test_lists_show_a_shared_model_by_its_name(service: PostTrainingService) -> None:
+    """Not by the server's path, which stays in the job's spec."""
+    own = model_at(service.config.models_dir / "family" / "granite")
+    job = ask(service, "POST", "/jobs", json=BODY | {"model": "family/granite"}).json()["job_uuid"]
+    by_path = ask(service, "POST", "/jobs", json=BODY | {"model": str(own)}).json()["job_uuid"]
+    found = ask(service, "GET", "/jobs", params={"model": "family/granite"}).json()["data"]
+    assert {each["job_uuid"] for each in found} == {job, by_path}
+    detail = ask(service, "GET", f"/jobs/{job}").json()
+    assert detail["model"] == "family/granite"
+    assert detail["spec"]["model"] == str(own)
+    again = ask(service, "POST", "/jobs", json=BODY | {"model": detail["model"]})
+    assert again.status_code == 200, "the name can be used again"
+
+
+@pytest.mark.parametrize("start", ["", "/"])
+def test_a_name_that_no_file_can_have_is_refused_without_the_servers_path(
+    service: PostTrainingService, start: str
+) -> None:
+    told = refusal(service, 400, model=start + "m" * 500)
+    assert "/models" not in told.replace("state_dir/models", "")
+    assert str(service.config.state_dir) not in told
+    assert "Errno" not in told
+
+
 def test_lists_and_specs_keep_the_name(service: PostTrainingService) -> None:
     job = trained(service, "merged")
     answer = ask(service, "POST", "/jobs", json=BODY | {"model": job}).json()

@@ -149,12 +149,18 @@ def test_rows_of_a_data_set_come_in_pages(service: PostTrainingService) -> None:
         assert ask(service, "GET", "/datasets/mine/rows").status_code == 404
 
 
-def test_another_site_changes_nothing(service: PostTrainingService) -> None:
-    from_elsewhere = {"Sec-Fetch-Site": "cross-site"}
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_another_site_changes_nothing(service: PostTrainingService, site: str) -> None:
+    from_elsewhere = {"Sec-Fetch-Site": site}
     answer = ask(service, "POST", "/jobs/waits-1/cancel", headers=from_elsewhere)
     assert answer.status_code == 403
     assert "another site" in answer.json()["error"]["message"]
     assert listed(service, state="scheduled") == ["waits-1"]
     assert ask(service, "GET", "/jobs", headers=from_elsewhere).status_code == 200, "reading is the browser's business"
-    for header in ({"Sec-Fetch-Site": "same-origin"}, {**from_elsewhere, "Authorization": "Bearer t"}, {}):
+    for header in (
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {**from_elsewhere, "Authorization": "Bearer t"},
+        {},
+    ):
         assert ask(service, "POST", "/jobs/no-such-job/cancel", headers=header).status_code == 404

@@ -91,9 +91,14 @@ def test_the_result_of_a_job_is_its_adapter_on_its_base(service: PostTrainingSer
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({}, "messages: state either messages or prompt, not both"),
+        ({}, "messages: is missing; state either messages or prompt"),
         (PROMPT | {"prompt": "a"}, "messages: state either messages or prompt, not both"),
-        ({"messages": []}, "messages: []"),
+        ({"messages": []}, "messages: [] is not valid; expected at least 1 item"),
+        ({"messages": [{"role": "user", "content": "a"}] * 201}, "is not valid; expected at most 200 items"),
+        (PROMPT | {"seed": "7"}, "seed: '7' is not valid; expected an integer"),
+        (PROMPT | {"temperature": "1"}, "temperature: '1' is not valid; expected a number"),
+        (PROMPT | {"max_tokens": "7"}, "max_tokens: '7' is not valid; expected an integer"),
+        (PROMPT | {"routing": "no"}, "routing: 'no' is not valid; expected true or false"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the last one has role 'assistant'; expected 'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: is missing"),
         (PROMPT | {"temperature": 3}, "temperature: 3 is not valid; expected <= 2"),

@@ -100,6 +100,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a way through a value", {"parameters": {"optimizer.lr.more": [1]}, "job": JOB | {"optimizer": {"lr": 1e-4}}},
      "optimizer.lr.more: leads through optimizer.lr, which is not a block"),
     ("a name", {"parameters": {"job_uuid": ["a"]}}, "job_uuid: can't be swept"),
+    ("twice once read", {"parameters": {"optimizer.lr": [1e-4, "0.0001"]}}, 'optimizer.lr="0.0001"'),
+    ("twice as numbers", {"parameters": {"training.n_epochs": [1, 2, 1.0]}}, "is the same job once it is read"),
     ("twice", {"parameters": {"optimizer.lr": [1e-4, 1e-4]}}, "optimizer.lr: a value is given twice"),
     ("a part of another", {"parameters": {"adapter": [None], "adapter.rank": [8]}}, "is a part of adapter"),
     ("no values", {"parameters": {"optimizer.lr": []}}, "parameters.optimizer.lr: "),

@@ -154,7 +154,7 @@ def test_a_job_of_two_nodes_leaves_what_one_process_leaves(cluster: Cluster, wor
     assert cancelled.step < 48
     log = folder.output.read_text()
     assert "fp32 on cpu, 2 processes)" in log
-    assert "on Ray: 2 node(s)" in log
+    assert "on Ray: 2 nodes" in log
     assert "[process 1] " in log, "of the other node"
     spec = json.loads(folder.spec.read_text())
     spec["resources"] |= {"nodes": 1, "processes": 2}

@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 from openai import OpenAI
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from llama_stack_provider_moe.control.store.audit import Audit, pseudonym
 from llama_stack_provider_moe.control.store.outbox import Delivery, Message
 from llama_stack_provider_moe.control.store.store import JobStore, NewJob
 from llama_stack_provider_moe.control.supervisor import webhooks
 from llama_stack_provider_moe.control.supervisor.webhooks import GIVE_UP, RETRY_S, WebhookSender
 from llama_stack_provider_moe.errors import LeaseLost
 from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.limits_config import AuditConfig
 from llama_stack_provider_moe.spec.notify import NotifyConfig
+from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.hook_server import Hooks, hook_server
 from tests.support.jobs_support import wait_for
 
@@ -53,8 +57,13 @@ def ended(store: JobStore, url: str, state: JobState = JobState.COMPLETED, name:
     store.move(name, state)
 
 
+def no_audit() -> Audit:
+    """An audit trail that writes nothing."""
+    return Audit(ProviderConfig(state_dir=Path("/nonexistent"), audit=AuditConfig(write=False)))
+
+
 def sender(store: JobStore, hooks: Hooks, *retry_s: float) -> WebhookSender:
-    return WebhookSender(store, config_for(hooks), "me", retry_s or (0.01,))
+    return WebhookSender(store, config_for(hooks), "me", no_audit(), retry_s or (0.01,))
 
 
 def message(store: JobStore, name: str = "job") -> Message:
@@ -159,7 +168,7 @@ def test_a_message_survives_a_sender_that_dies_after_its_request(
 def test_only_the_holder_of_the_lease_sends(store: JobStore, hooks: Hooks) -> None:
     ended(store, hooks.url)
     with pytest.raises(LeaseLost):
-        WebhookSender(store, config_for(hooks), "another").send_due()
+        WebhookSender(store, config_for(hooks), "another", no_audit()).send_due()
     assert hooks.received == []
 
 
@@ -168,6 +177,24 @@ def test_a_receiver_that_is_gone_is_given_up_at_once(store: JobStore, hooks: Hoo
     ended(store, hooks.url)
     sender(store, hooks).send_due()
     assert (message(store).state, message(store).told) == (Delivery.GIVEN_UP, "it answered 410")
+
+
+def test_the_audit_trail_has_a_message_that_is_given_up(store: JobStore, hooks: Hooks, tmp_path: Path) -> None:
+    """Under its owner, and without the URL and the answer, which may hold secrets; not a message that waits."""
+    config = ProviderConfig(state_dir=tmp_path)
+    hooks.answers = [500, 410]
+    ended(store, f"{hooks.url}/token-1234")
+    with closing(Audit(config)) as audit:
+        again = WebhookSender(store, config_for(hooks), "me", audit, (0.01,))
+        again.send_due()
+        wait_for(lambda: again.send_due() == 1)
+    [line] = (tmp_path / "audit" / "audit.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    who = pseudonym((tmp_path / "audit" / "key").read_bytes(), "ann")
+    assert (found["who"], found["action"], found["job"], found["attempts"]) == (who, "webhook given up", "job", 2)
+    assert (found["event"], found["message"]) == ("fine_tuning.job.succeeded", message(store).id)
+    assert "token-1234" not in line
+    assert "410" not in line
 
 
 def test_after_a_day_a_message_is_given_up(store: JobStore, hooks: Hooks) -> None:
@@ -199,7 +226,7 @@ def test_a_redirect_is_not_followed(store: JobStore, hooks: Hooks) -> None:
 def test_a_server_that_is_not_allowed_any_more_gets_nothing(store: JobStore, hooks: Hooks) -> None:
     ended(store, hooks.url)
     closed = NotifyConfig(allowed=["https://elsewhere.example"], secret_variable=VARIABLE)
-    WebhookSender(store, closed, "me").send_due()
+    WebhookSender(store, closed, "me", no_audit()).send_due()
     assert (message(store).state, hooks.received) == (Delivery.GIVEN_UP, [])
 
 
@@ -223,7 +250,7 @@ def test_a_receiver_that_never_answers_costs_a_bounded_time(
         ended(store, address)
         config = NotifyConfig(allowed=[address], secret_variable=VARIABLE)
         start = time.monotonic()
-        WebhookSender(store, config, "me").send_due()
+        WebhookSender(store, config, "me", no_audit()).send_due()
         assert time.monotonic() - start < 60, "without a limit it would wait for ever"
     assert (message(store).told or "").startswith("ReadTimeout")
 

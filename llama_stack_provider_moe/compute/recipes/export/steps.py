@@ -17,6 +17,7 @@ from llama_stack_provider_moe.compute.recipes.export.step_log import Done, Figur
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.errors import ExportError
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.jobdir.checkpoint_index import read_checksums
 from llama_stack_provider_moe.jobdir.folder import Artifact, ArtifactKind, JobFolder
 from llama_stack_provider_moe.llama_cpp import find_toolchain
@@ -80,7 +81,7 @@ def merged(session: Session[ExportSpec], trained: Trained) -> PlannedStep:
         )  # fmt: skip
         note = (
             f"{report.merged} of {report.merged + report.replaced + report.copied} tensors merged, "
-            f"{report.parameters:,} parameters in {report.shards} file(s), "
+            f"{report.parameters:,} parameters in {number_of(report.shards, 'file')}, "
             f"{report.bytes / 1e6 / report.seconds:,.0f} MB/s"
         )
         figures = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.data.positions import positions_of
 from llama_stack_provider_moe.compute.models.adapted import Adapted, load_adapted
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of
 from llama_stack_provider_moe.compute.recipes.playground.answers import Answers
@@ -43,13 +44,14 @@ def run(session: Session[PlaygroundSpec]) -> Manifest:
     session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
     if session.started_before:
         session.events.append(Resumed(step=0, checkpoint=None))
-    layout = loaded.layout
+    layout, positions = loaded.layout, positions_of(loaded.model)
     inbox.write_model(
         LoadedModel(
             has_adapter=spec.adapter_folder is not None,
             moe_layers=[] if layout is None else list(layout.moe_layers),
             experts=0 if layout is None else layout.choices,
             top_k=0 if layout is None else layout.top_k,
+            positions=None if positions is None else positions.most,
         )
     )
     session.show(f"model     {spec.model}\nexperts   {'none' if layout is None else layout.text()}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from llama_stack_provider_moe.compute.data.positions import positions_of
 from llama_stack_provider_moe.compute.data.rendering import Renderer, Unrenderable
 from llama_stack_provider_moe.compute.evaluation.generate import ends_of, evaluating
 from llama_stack_provider_moe.compute.models.adapted import Adapted
@@ -44,6 +45,7 @@ class Answers:
         self._loaded = loaded
         self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer)
+        self._positions = positions_of(loaded.model)
         self._ends = _ends(session.spec, loaded, tokenizer)
         self._recorder = None if loaded.layout is None else RoutingRecorder(loaded.model, loaded.layout)
         self.tokens = 0
@@ -88,11 +90,12 @@ class Answers:
         for side in sides:
             log.append(Begun(side=side, prompt_tokens=len(ids)))
             recorder = self._recorder if asked.routing else None
+            room = asked.max_tokens if self._positions is None else self._positions.most - len(ids)
             writing = Writing(
                 log, side, self._tokenizer, len(ids), recorder, lambda: self._session.stop.requested or stop.exists()
             )
-            self._generate(asked, side, ids, writing)
-            self.tokens += writing.end(self._ends)
+            self._generate(asked, side, ids, writing, min(asked.max_tokens, room))
+            self.tokens += writing.end(self._ends, "positions" if room < asked.max_tokens else "length")
             if self._session.stop.requested or stop.exists():
                 return
 
@@ -100,7 +103,7 @@ class Answers:
         """The tokens of a prompt.
 
         Raises:
-            DataError: it can't be rendered, has no token, or is too long.
+            DataError: it can't be rendered, has no token, or leaves no room for an answer.
         """
         if asked.prompt is not None:
             ids: list[int] = self._tokenizer(asked.prompt)["input_ids"]
@@ -112,6 +115,12 @@ class Answers:
         longest = self._session.spec.options.max_length
         if not 0 < len(ids) <= longest:
             raise DataError(f"the prompt has {len(ids)} tokens; expected 1 to {longest} (options.max_length)")
+        found = self._positions
+        if found is not None and len(ids) >= found.most:
+            limit = f"the model has {found.most:,} positions for prompt and answer ({found.source})"
+            raise DataError(
+                f"the prompt has {len(ids):,} tokens, but {limit}; expected at most {found.most - 1:,} tokens"
+            )
         return ids
 
     def _rendered(self, asked: PromptRequest) -> list[int]:
@@ -123,14 +132,16 @@ class Answers:
             raise DataError(f"messages: {problem}") from None
         return tokens.ids
 
-    def _generate(self, asked: PromptRequest, side: AdapterSide, ids: Sequence[int], writing: Writing) -> None:
+    def _generate(
+        self, asked: PromptRequest, side: AdapterSide, ids: Sequence[int], writing: Writing, most: int
+    ) -> None:
         settings = GenerationConfig(
             do_sample=asked.temperature > 0,
             temperature=asked.temperature if asked.temperature > 0 else None,
             top_p=asked.top_p if asked.temperature > 0 else None,
             top_k=0 if asked.temperature > 0 else None,
             num_beams=1,
-            max_new_tokens=asked.max_tokens,
+            max_new_tokens=most,
             eos_token_id=self._ends or None,
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,

@@ -63,13 +63,14 @@ class Writing:
             self._stopped = self._is_stopped()
         return torch.full((1,), self._stopped, dtype=torch.bool, device=ids_BT.device)
 
-    def end(self, ends: Collection[int]) -> int:
+    def end(self, ends: Collection[int], limit: EndReason) -> int:
         """Write that the answer has ended, and return the number of its tokens.
 
         Args:
             ends: ids that end an answer.
+            limit: the reason if nothing else has ended it.
         """
-        reason: EndReason = "length"
+        reason = limit
         if self._ids and self._ids[-1] in ends:
             reason = "stop"
         elif self._stopped:

@@ -34,6 +34,7 @@ from llama_stack_provider_moe.compute.worker import main as entry
 from llama_stack_provider_moe.compute.worker.process_group import GRACE_S, End, Ends, Verdict, verdict
 from llama_stack_provider_moe.compute.worker.ray.actor import Node, NodeReport
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.ground.private import take_umask
 from llama_stack_provider_moe.jobdir.cluster_run import FENCE_S, RUN_FILE, ClusterRun, read_run
 from llama_stack_provider_moe.jobdir.events import EventLog, Message, Progress
@@ -101,8 +102,8 @@ class Driver:
 
     def _reserve(self) -> PlacementGroup:
         bundle: dict[str, float] = {"CPU": self._cpus, **({"GPU": self._gpus} if self._gpus else {})}
-        each = " and ".join(f"{count} {what}(s)" for what, count in bundle.items())
-        wanted = f"{self._nodes} node(s) with {each} each"
+        each = " and ".join(number_of(int(count), what) for what, count in bundle.items())
+        wanted = f"{number_of(self._nodes, 'node')} with {each} each"
         group = placement_group([bundle] * self._nodes, strategy="STRICT_SPREAD")
         tell_at = 0.0
         while not group.wait(_LOOK_S):
@@ -132,7 +133,8 @@ class Driver:
             time.sleep(min(left_s, _LOOK_S))
         self._check_run()
         where = ", ".join(self._addresses)
-        print(f"on Ray: {self._nodes} node(s) ({where}), {self._size} process(es) each", flush=True)
+        processes = number_of(self._size, "process", "processes")
+        print(f"on Ray: {number_of(self._nodes, 'node')} ({where}), {processes} each", flush=True)
         gpus = self._gpus or 0
         self._get([
             actor.begin.remote(root, run, node, self._nodes, self._size, host, port, gpus)
@@ -284,7 +286,8 @@ def cluster() -> Iterator[None]:
 def _has() -> str:
     total = ray.cluster_resources()
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return f"{nodes} node(s), {total.get('CPU', 0):g} CPU(s) and {total.get('GPU', 0):g} GPU(s) in all"
+    cpus, gpus = (number_of(int(total.get(what, 0)), what) for what in ("CPU", "GPU"))
+    return f"{number_of(nodes, 'node')}, {cpus} and {gpus} in all"
 
 
 def _line(error: BaseException) -> str:

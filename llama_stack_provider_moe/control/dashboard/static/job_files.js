@@ -23,7 +23,10 @@ export function artifacts(panel, { id, path, job }) {
     if (drawn === key) return; // what somebody has opened stays open
     drawn = key;
     put(made, h("h2", {}, "Checkpoints and results"), checkpoints.length ? checkpoints.map((each) => artifact(each)) : h("p", { class: "empty" }, "Nothing is saved yet."),
-      checkpoints.length ? h("p", { class: "muted" }, "In a terminal: ", h("code", {}, `moe-train artifacts ${id} --pull DIR`), " downloads and verifies all of it.") : null);
+      checkpoints.length ? h("p", { class: "muted" }, "In a terminal: ", h("code", {}, `moe-train artifacts ${id} --pull DIR`), " downloads and verifies all of it.") : null,
+      h("section", { class: "card" }, h("div", { class: "head small" },
+        h("div", { class: "grow" }, h("b", {}, "report.html"), h("span", { class: "sub" }, "one file about the job for people who were not there, as it stands now")),
+        download(`${path}/report`, { path: "report.html", bytes: 0 }))));
   }
 
   function artifact(each) {

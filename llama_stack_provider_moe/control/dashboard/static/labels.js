@@ -4,6 +4,8 @@ import { part, patch } from "./api.js";
 import { h, put } from "./dom.js";
 import { BASE, question, toast } from "./shell.js";
 
+// As the server counts: characters, not UTF-16 units.
+const LIMITS = { key: 63, value: 256, note: 4000 };
 const word = ([key, value]) => `${key}=${value}`;
 
 // The labels of a job; each leads to the jobs that have it.
@@ -14,8 +16,8 @@ export function labelLinks(labels) {
 
 function entry(key, value, focus) {
   const element = h("li", {},
-    h("input", { class: "key", value: key, maxlength: 63, spellcheck: "false", "aria-label": "Key of a label", placeholder: "key" }),
-    h("input", { class: "value", value, maxlength: 256, spellcheck: "false", "aria-label": `Value of ${key || "the new label"}`, placeholder: "value" }),
+    h("input", { class: "key", value: key, spellcheck: "false", "aria-label": "Key of a label", placeholder: "key" }),
+    h("input", { class: "value", value, spellcheck: "false", "aria-label": `Value of ${key || "the new label"}`, placeholder: "value" }),
     h("button", { type: "button", class: "quiet", "aria-label": `Remove ${key || "the new label"}`, on: { click: () => element.remove() } }, "×"));
   if (focus) requestAnimationFrame(() => element.querySelector("input").focus());
   return element;
@@ -28,9 +30,19 @@ export function labelChange(before, after) {
   return Object.fromEntries([...changed, ...gone]);
 }
 
+// A field with a limit of its own would cut what somebody pastes.
+function mustFit(what, text, limit) {
+  const length = [...text].length;
+  if (length > limit) throw new Error(`The ${what} has ${length.toLocaleString("en")} characters; at most ${limit.toLocaleString("en")} are possible.`);
+}
+
 function written(list) {
   const pairs = [...list.children].map((element) => [element.querySelector(".key").value.trim(), element.querySelector(".value").value.trim()]);
   const kept = pairs.filter(([key, value]) => key || value);
+  for (const [key, value] of kept) {
+    mustFit(`key ${JSON.stringify(`${key.slice(0, 20)}…`)}`, key, LIMITS.key);
+    mustFit(`value of ${JSON.stringify(key)}`, value, LIMITS.value);
+  }
   const unnamed = kept.find(([key]) => !key);
   if (unnamed) throw new Error(`The label with the value ${JSON.stringify(unnamed[1])} has no key.`);
   const twice = kept.find(([key], index) => kept.findIndex(([other]) => other === key) !== index);
@@ -42,15 +54,16 @@ function written(list) {
 export async function editLabels({ job_uuid: id, labels, note }) {
   const list = h("ul", { class: "label-list" }, Object.entries(labels).map(([key, value]) => entry(key, value)));
   const more = h("button", { type: "button", on: { click: () => list.append(entry("", "", true)) } }, "Add a label");
-  const text = h("textarea", { id: "note-text", rows: 4, maxlength: 4000 });
+  const text = h("textarea", { id: "note-text", rows: 4 });
   text.value = note ?? "";
   if (!list.children.length) list.append(entry("", ""));
   let found = null;
-  const content = h("div", { class: "write" }, h("p", { class: "muted" }, "They help to find the job again. They change nothing about its training."),
+  const content = h("div", { class: "write" }, h("p", { class: "muted" }, "They help to find the job again. They change nothing about its training.", ` A key has at most ${LIMITS.key} characters, a value ${LIMITS.value}, the note ${LIMITS.note.toLocaleString("en")}.`),
     list, h("div", {}, more), h("label", { for: "note-text" }, "Note"), text);
   const done = await question(`Labels and note of ${id}`, content, "Save", "primary", async () => {
     const body = { labels: labelChange(labels, written(list)) };
     const said = text.value.trim() === "" ? null : text.value;
+    mustFit("note", said ?? "", LIMITS.note);
     if (said !== (note ?? null)) body.note = said;
     if (!Object.keys(body.labels).length && !("note" in body)) return;
     found = await patch(`jobs/${part(id)}`, body);

@@ -8,17 +8,15 @@ import { Strip } from "./strip.js";
 import { every, jobPath, problem, question, toast } from "./shell.js";
 
 const NAMES = { on: "With its adapter", off: "Base, without the adapter" };
-const ENDS = { stop: "ended by the model", length: "reached the limit of tokens", stopped: "stopped" };
+const ENDS = { stop: "ended by the model", length: "reached the limit of tokens", positions: "reached the model's last position", stopped: "stopped" };
 let job = null; // name of the playground
 let state = null; // the playground, as the server tells
 let number = null; // of the prompt that is answered
 let left = null;
 let isAsking = false; // whether the page asks if another model should replace the loaded one
 const RUNS = ["scheduled", "in_progress"];
-// Whether the loaded model is what the address asks for: a bare job means one of its artifacts, and the server tells
-// a model of its own folder by its path.
-const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`)
-  || (model.startsWith("/") && model.endsWith(`/${wanted}`));
+// Whether the loaded model is what the address asks for: a bare job means one of its artifacts.
+const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`);
 
 async function find() {
   const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
@@ -56,9 +54,10 @@ function draw(about) {
   const stage = about.resources_allocated?.stage;
   const what = loaded === null ? (state.is_open ? `${stage ?? "starting"} …` : null)
     : loaded.moe_layers.length ? `${loaded.moe_layers.length} layers of ${loaded.experts} experts, ${loaded.top_k} for each token` : "a dense model";
+  const room = loaded?.positions ? `${count(loaded.positions)} positions` : null;
   put(place, h("div", { class: "head small" },
     h("div", { class: "grow" }, h("h2", {}, h("a", { href: jobPath(job), class: "name" }, about.model)),
-      h("p", { class: "facts" }, isEnding() ? pill(state.status, "ending") : pill(state.status), what ? h("span", {}, what) : null,
+      h("p", { class: "facts" }, isEnding() ? pill(state.status, "ending") : pill(state.status), what ? h("span", {}, what) : null, room ? h("span", {}, room) : null,
         state.is_open ? h("span", {}, `ends after ${duration(state.idle_s)} without a prompt`) : null)),
     state.is_open ? h("button", { type: "button", class: "danger", on: { click: end } }, "End") : null),
   state.is_open ? null : note(state.status === "failed" ? "bad" : "info", isEnding() ? "This playground takes no more prompts; it is ending." : about.reason ?? "This playground has ended. Start another to go on."));

@@ -1,5 +1,7 @@
 """The audit trail: who submitted, cancelled, resumed, deleted, uploaded or downloaded what, and when.
 
+It also has each webhook that the supervisor gave up, under the owner of its job, who was not told.
+
 `state_dir/audit/audit.jsonl` has one line of JSON for each action that succeeded. It names the caller by a keyed hash
 of the owner. The key, `state_dir/audit/key`, stays in the state folder, so a copy of the trail alone identifies nobody,
 not even to somebody who has a list of names. It never has rows, prompts, templates or paths of the server.
@@ -30,7 +32,7 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 type Action = Literal[
     "submit", "export", "cancel", "resume", "delete", "label", "prompt", "download", "upload dataset",
-    "delete dataset",
+    "delete dataset", "webhook given up",
 ]  # fmt: skip
 WAITING = 10_000  # records
 COMPLAINT_S = 60.0
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Audit:
-    """The audit trail of one service.
+    """The audit trail, as one process writes it: a server or the supervisor.
 
     Args:
         config: the server's configuration.
