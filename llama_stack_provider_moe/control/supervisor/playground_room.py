@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.prompts import PromptFiles
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
@@ -32,9 +32,13 @@ class PlaygroundRoom:
         self._devices = devices
         self._limits = limits
 
-    def look(self) -> None:
-        """Call it after the claims of a step: ask for room, or take the request back if no job waits any more."""
-        jobs = [job for job in self._store.running() if job.recipe == RECIPE]
+    def look(self, running: Sequence[Job]) -> None:
+        """Call it after the claims of a step: ask for room, or take the request back if no job waits any more.
+
+        Args:
+            running: The jobs in progress, without those that this step has claimed.
+        """
+        jobs = [job for job in running if job.recipe == RECIPE]
         if not jobs:
             return
         is_wanted = self._store.would_start_without(RECIPE, self._devices, self._limits)

@@ -151,17 +151,17 @@ class Supervisor:
         if self._idle and not changed:
             return False
         self._idle = False
-        running = sum([self._check_job(job) for job in self._store.running()])
+        seen = [job for job in self._store.running() if self._check_job(job)]
+        running = len(seen)
         self._sweeps.look()
         if not self._leaving and running < self._limits.max_concurrent_jobs:
             self._fail_impossible_jobs()
         while not self._leaving and running < self._limits.max_concurrent_jobs and self._has_disk_space():
-            job = self._store.claim(self.id, self._devices, True, self._config.limits)
-            if job is None:
+            if (job := self._store.claim(self.id, self._devices, True, self._config.limits)) is None:
                 break
             log.info("job %s: claimed, attempt %d, devices %r", job.id, job.attempts, job.devices)
             running += self._launch(job)
-        self._playgrounds.look()
+        self._playgrounds.look(seen)
         self._idle = running == 0 and not self._leaving and not self._disk_is_full and not self._waits_for_a_limit()
         return running > 0
 

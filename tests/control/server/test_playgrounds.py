@@ -139,13 +139,13 @@ def test_a_waiting_job_is_told_of_the_playground_in_its_way(service: PostTrainin
 
     assert reason() is None
     room = PlaygroundRoom(service.store, None, LimitsConfig())
-    room.look()
+    room.look(service.store.running())
     assert files.wanted.exists()
     assert first not in str(reason())
     assert "a playground has the place of a waiting job" in str(reason())
     with caller("ben"):
         asyncio.run(service.cancel(waits))
-    room.look()
+    room.look(service.store.running())
     assert not files.wanted.exists()
 
 
