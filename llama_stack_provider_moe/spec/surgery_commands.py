@@ -6,7 +6,8 @@ from pydantic import ValidationError, create_model
 
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
-from llama_stack_provider_moe.spec.local_commands import problems_of, settings_of
+from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec.local_commands import settings_of
 from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, Criterion, Surgery, SurgeryOptions, SurgeryTraining
 
 

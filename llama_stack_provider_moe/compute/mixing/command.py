@@ -21,7 +21,8 @@ from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import MixSpec
 from llama_stack_provider_moe.spec.command_words import answered
-from llama_stack_provider_moe.spec.local_commands import MixCommand, problems_of
+from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec.local_commands import MixCommand
 from llama_stack_provider_moe.spec.local_rows import domain_rows
 
 

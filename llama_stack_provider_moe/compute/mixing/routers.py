@@ -70,7 +70,8 @@ def _means(spec: MixSpec, rows: Mapping[str, Path], folder: Path, say: Callable[
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     found: dict[int, list[Tensor]] = {layer: [] for layer in layout.moe_layers}
     for name, path in rows.items():
-        prompts = read_prompts(path, asked.data.sets[name], asked, tokenizer, vocabulary, say)
+        length = spec.options.max_length
+        prompts = read_prompts(path, asked.data.sets[name], "all", length, tokenizer, vocabulary, say)
         for layer, mean_H in _of_rows(model, layout, prompts, spec.training.batch_size, name).items():
             found[layer].append(mean_H)
     del model

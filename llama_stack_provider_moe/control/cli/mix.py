@@ -13,7 +13,8 @@ from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import MixSpec
-from llama_stack_provider_moe.spec.local_commands import MixCommand, problems_of
+from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec.local_commands import MixCommand
 from llama_stack_provider_moe.spec.local_rows import domain_rows
 
 RECIPE = "mix"
