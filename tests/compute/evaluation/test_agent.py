@@ -82,7 +82,7 @@ def test_a_scenarios_tools_get_their_envelope_and_text_its_structure() -> None:
          "messages", "ends with a assistant turn"),
         (scenario(extra=1), "scenario", "extra", "unknown key"),
         ({"answer": "No.", "refusal": "yes"}, "judged", "refusal", "true or false"),
-        ({"answer": "No.", "refusal": None}, "judged", "refusal", "required"),
+        ({"answer": "No.", "refusal": None}, "judged", "refusal", "is missing"),
         (["no"], "judged", "row", "not an object"),
     ],
 )  # fmt: skip
