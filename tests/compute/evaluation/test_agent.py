@@ -80,9 +80,9 @@ def test_a_scenarios_tools_get_their_envelope_and_text_its_structure() -> None:
         (scenario(messages=[]), "scenario", "messages", "empty"),
         (scenario(messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]), "scenario",
          "messages", "ends with a assistant turn"),
-        (scenario(extra=1), "scenario", "extra", "not permitted"),
-        ({"answer": "No.", "refusal": "yes"}, "judged", "refusal", "valid boolean"),
-        ({"answer": "No.", "refusal": None}, "judged", "refusal", "required"),
+        (scenario(extra=1), "scenario", "extra", "unknown key"),
+        ({"answer": "No.", "refusal": "yes"}, "judged", "refusal", "true or false"),
+        ({"answer": "No.", "refusal": None}, "judged", "refusal", "is missing"),
         (["no"], "judged", "row", "not an object"),
     ],
 )  # fmt: skip

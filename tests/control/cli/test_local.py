@@ -128,7 +128,7 @@ def test_several_mistakes_are_all_named() -> None:
     with pytest.raises(InvalidInput) as raised:
         checked(UpcycleCommand, {"source": "a", "out": "b", "experts": "1", "router_std": "x"})
     assert str(raised.value) == (
-        "--experts: '1' is not valid; expected >= 2; --router-std: 'x' is not valid; expected a valid number"
+        "--experts: '1' is not valid; expected >= 2; --router-std: 'x' is not valid; expected a number"
     )
 
 

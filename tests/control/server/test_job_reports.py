@@ -14,6 +14,7 @@ from llama_stack_provider_moe.control import cli
 from llama_stack_provider_moe.control.server.routes import PREFIX
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from tests.control.dashboard.conftest import make_jobs
+from tests.support.cli_support import moe_train
 from tests.support.host_support import ask, caller, folder_of, over_http, serving_in_process
 
 
@@ -42,15 +43,16 @@ def test_it_is_the_command_lines(
     assert f"<h1>{job}</h1>" in found.text
 
 
-def test_the_list_of_artifacts_has_it(service: PostTrainingService, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_artifacts_has_it(service: PostTrainingService) -> None:
     """Also of a job that has saved nothing."""
     for job in ("breaker-1", "sft-later"):
         where = ask(service, "GET", f"/jobs/{job}/artifacts").json()["report"]
         assert where == f"/jobs/{job}/report"
         assert ask(service, "GET", where).text.startswith("<!doctype html>")
         with over_http(service) as url:
-            assert cli.main(["artifacts", job, "--url", url]) == 0
-        assert capsys.readouterr().out.rstrip().endswith(f"report: moe-train report job {job} -o report.html")
+            done = moe_train("artifacts", job, "--url", url)
+        assert done.code == 0, done.err
+        assert done.out.rstrip().endswith(f"report: moe-train report job {job} -o report.html")
 
 
 def test_a_browser_saves_it_and_runs_nothing(service: PostTrainingService) -> None:

@@ -16,7 +16,8 @@ let left = null;
 let isAsking = false; // whether the page asks if another model should replace the loaded one
 const RUNS = ["scheduled", "in_progress"];
 // Whether the loaded model is what the address asks for: a bare job means one of its artifacts.
-const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`);
+const isOf = (wanted, model) => ["", "/model", "/merged", "/adapter"].some((artifact) => model === `${wanted}${artifact}`)
+  || (wanted.startsWith("/") && wanted.endsWith(`/${model}`)); // a path, which lists do not show
 
 async function find() {
   const { owner } = await get("quota"); // an administrator's list has the playgrounds of others
