@@ -30,7 +30,9 @@ def mix(screen: Screen, command: MixCommand) -> int:
     plan = read_plan(command.plan)
     named = {"model": plan.model, **{f"branches.{at}.model": plan.branches[at].model for at in plan.kept}}
     for field, model in named.items():
-        model_checks.contents(local_names.whole_model(model, field), field)
+        folder = local_names.whole_model(model, field)
+        model_checks.model(folder, field)
+        model_checks.contents(folder, field)
     domain_rows(plan)
     if not command.dry_run and os.path.lexists(command.out):
         raise InvalidInput("--out", command.out, "a folder that does not exist yet")

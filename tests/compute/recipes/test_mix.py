@@ -18,6 +18,7 @@ from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.references import uses_of
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir import events
+from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import JobDefaults, MixSpec
 from llama_stack_provider_moe.spec.mixing import MIX_FILE
 from tests.compute.recipes.test_routing_analysis import GARDEN, SUMS, reason, run
@@ -167,7 +168,7 @@ def test_what_the_server_refuses(service: PostTrainingService, branches: list[st
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "other"}, "branches.0.model: "),
+        ({"model": "other"}, "expected a model that was trained from `model`; job 'branch-garden' trained it from '/"),
         ({"model": "pair"}, "model: a 'mixtral' model can't be upcycled; expected llama, mistral, qwen3"),
         ({"method": "bar", "router": "random"}, "a model of type mixtral, qwen3_moe, which `moe-train upcycle` makes"),
     ],
@@ -201,6 +202,31 @@ def test_routers_that_begin_with_domains_tell_them_apart(service: PostTrainingSe
         assert domains["rate"]["garden"][0] > domains["rate"]["sums"][0]
         assert domains["rate"]["sums"][1] > domains["rate"]["garden"][1]
         assert domains["mutual_information"] > random["mutual_information"]
+
+
+def test_a_branch_may_be_trained_in_stages(service: PostTrainingService, branches: list[str]) -> None:
+    """The second job starts from the result of the first, which started from the base."""
+    body = TRAIN | {"model": branches[0], "data": {"dataset_id": "both"}, "training": {"dtype": "fp32", "n_epochs": 1}}
+    later = done(service, body)
+    garden, sums = MIX["branches"]
+    mixed = done(service, MIX | {"branches": [garden | {"model": later}, sums]})
+    first = MixReport.model_validate_json((folder_of(service, mixed).model / MIX_FILE).read_bytes()).experts[0]
+    base = str(service.config.models_dir / "llama")
+    assert (first.job, first.trained_on, first.base) == (later, "both", base)
+
+
+def test_a_status_says_that_it_mixes(service: PostTrainingService, branches: list[str]) -> None:
+    with caller("ann"):
+        job_id = asyncio.run(service.submit(MIX)).job_uuid
+    assert service.store.claim("me/1/1/1/1") is not None
+    log = events.EventLog(folder_of(service, job_id).events)
+    log.append(events.Step(step=1, max_steps=9, epoch=0.1, metrics={}))
+    log.close()
+    with caller("ann"):
+        told = asyncio.run(service.status(job_id)).resources_allocated
+    assert told is not None
+    assert told["stage"] == "mixing"
+    service.store.move(job_id, JobState.FAILED, reason="over")
 
 
 def test_defaults_of_a_server_do_not_disturb_it() -> None:

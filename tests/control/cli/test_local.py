@@ -262,3 +262,29 @@ def test_a_plan_with_an_evaluation_is_a_job(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": {"retain_dataset_id": "d"}}))
     with pytest.raises(InvalidInput, match=r"eval: .* expected none in a plan that this command applies; a job"):
         read_plan(str(tmp_path / "plan.json"))
+
+
+def test_a_mix_is_checked_without_torch(tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / name / "model.safetensors").touch()
+    branches = [{"name": name, "model": name} for name in ("a", "b")]
+    file = tmp_path / "plan.json"
+
+    def refusal(*options: str, **changes: Any) -> str:
+        file.write_text(json.dumps({"model": "base", "method": "btx", "branches": branches} | changes))
+        done = moe_train("mix", str(file), *options)
+        assert (done.code, done.out) == (Exit.REFUSED, "")
+        return done.err
+
+    (tmp_path / "out").mkdir()
+    assert "--out: " in refusal("--out", str(tmp_path / "out"))
+    assert "branches.1.model: '/nosuch' is not valid; expected a folder that exists" in refusal(
+        branches=[branches[0], branches[1] | {"model": "/nosuch"}]
+    )
+    assert "top_k: 3 is not valid; expected 1 to 2, the number of experts" in refusal(top_k=3)
+    rows = [branch | {"dataset_id": "rows.jsonl"} for branch in branches]
+    assert "branches.0.dataset_id: 'rows.jsonl' is not valid" in refusal(branches=rows, router="domains")
+    (tmp_path / "rows.jsonl").write_text('{"question": "?"}')
+    assert "rows.jsonl" in refusal(branches=rows, router="domains")
