@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     found = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "versions": versions(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "versions": versions("torch", "transformers"),
         "shape": {"experts": EXPERTS, "kept": KEPT, "steps": given.steps, "seeds": given.seeds},
         **measure(given.steps, given.seeds),
     }  # fmt: skip
