@@ -108,6 +108,7 @@ bench: $(VENV)/.dev demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peak_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merge
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ablation_apply
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pruning
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gguf
 
 # Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.

@@ -24,7 +24,9 @@ def read(folder: Path, rows: list[Any], template: str = tiny_models.CHATML, **op
     )
     tokenizer, told = tiny_models.tokenizer(), list[str]()
     tokenizer.chat_template = template
-    found = read_prompts(path, "a", spec, tokenizer, tiny_models.VOCAB_SIZE, told.append)
+    found = read_prompts(
+        path, "a", spec.analysis.tokens, spec.options.max_length, tokenizer, tiny_models.VOCAB_SIZE, told.append
+    )
     return [tokenizer.decode(prompt.ids) for prompt in found], "; ".join(told)
 
 

@@ -217,6 +217,20 @@ def test_finding_a_layout_changes_nothing(family: str) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "weighing"),
+    [
+        ("mixtral", {}, "chosen"), ("gpt_oss", {}, "chosen"), ("olmoe", {}, "all"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "all"), ("qwen3_moe", {"norm_topk_prob": True}, "chosen"),
+        ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 1}, "all"),
+        ("glm4_moe", {"norm_topk_prob": True}, "chosen"), ("glm4_moe", {"norm_topk_prob": False}, "own"),
+        ("llama4_text", {}, "own"),
+    ],
+)  # fmt: skip
+def test_what_the_weights_depend_on(family: str, changes: dict[str, Any], weighing: str) -> None:
+    assert layout_of(tiny_models.model(family, **changes)).weighing == weighing
+
+
 def test_groups_of_experts_count_only_where_the_router_uses_them() -> None:
     changes = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
     grouped = tiny_models.model("deepseek_v3", **changes)
@@ -234,4 +248,4 @@ def test_one_expert_whose_weight_is_always_one_still_shows_its_scoring(family: s
     usual = layout_of(tiny_models.model(family))
     changes = {"norm_topk_prob": True} if family != "mixtral" else {}
     alone = layout_of(tiny_models.model(family, num_experts_per_tok=1, **changes))
-    assert alone == replace(usual, top_k=1)
+    assert alone == replace(usual, top_k=1, weighing="chosen")
