@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -26,7 +24,6 @@ from llama_stack_provider_moe.spec.data import Domain as DomainBlock
 COLUMN = "domain"  # of rows and batches: the domain's index
 Split = Callable[[DomainBlock, str, str], tuple[Dataset, Dataset | None]]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
-_Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,16 @@ class Domains:
             most: the maximum number of rows in an epoch.
             epochs: of the run.
         """
-        used = np.bincount(spread(self.epoch)[:most], minlength=len(self.names))
+        used = spread(self.epoch)[:most].bincount(minlength=len(self.names)).tolist()
         return [
             {
                 "name": name,
                 "rows": self.rows[index],
                 "tokens": self.tokens[index],
                 "held_out_rows": self.held_out[index],
-                "rows_an_epoch": int(used[index]),
-                "share": round(float(used[index] / used.sum()), 6),
-                "times_seen": round(float(used[index] * epochs / self.rows[index]), 6),
+                "rows_an_epoch": used[index],
+                "share": round(used[index] / sum(used), 6),
+                "times_seen": round(used[index] * epochs / self.rows[index], 6),
             }
             for index, name in enumerate(self.names)
         ]
@@ -98,20 +95,19 @@ def mix(data: Data, split: Split, lengths: Callable[[Dataset], Tensor]) -> tuple
 
 
 def _marked(rows: Dataset, domain: int) -> Dataset:
-    return rows.add_column(COLUMN, np.full(len(rows), domain, dtype=np.int8))
+    return rows.add_column(COLUMN, [domain] * len(rows))
 
 
-def spread(counts: Sequence[int]) -> _Rows:
+def spread(counts: Sequence[int]) -> Tensor:
     """The domain of each row of an epoch: `counts` rows of each, as evenly as possible.
 
     >>> spread([4, 2]).tolist()
     [0, 1, 0, 0, 1, 0]
     """
     # Row k of a domain's n belongs at (k + 1/2) / n of the epoch.
-    times = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    domains = np.repeat(np.arange(len(counts)), counts)
-    order: _Rows = domains[np.argsort(times, kind="stable")]
-    return order
+    times = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
+    domains = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return domains[times.argsort(stable=True)]
 
 
 class DomainSampler(Sampler[int]):
@@ -139,28 +135,27 @@ class DomainSampler(Sampler[int]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[int]:
-        indices = np.empty(len(self.order), dtype=np.int64)
+        indices = torch.empty(len(self.order), dtype=torch.int64)
         first = 0
         for domain, rows in enumerate(self.domains.rows):
-            places = np.flatnonzero(self.order == domain)
+            places = (self.order == domain).nonzero().flatten()
             indices[places] = first + self._next(domain, rows, len(places))
             first += rows
         return iter(indices.tolist())
 
-    def _next(self, domain: int, rows: int, count: int) -> _Rows:
+    def _next(self, domain: int, rows: int, count: int) -> Tensor:
         """The next `count` rows of a domain: those after the rows of earlier epochs."""
         begin = self.epoch * count
         passes = range(begin // rows, -(-(begin + count) // rows))
-        found = np.concatenate([self._pass(domain, rows, each) for each in passes] or [np.empty(0, dtype=np.int64)])
+        found = torch.cat([self._pass(domain, rows, each) for each in passes] or [torch.empty(0, dtype=torch.int64)])
         skipped = begin % rows
         return found[skipped : skipped + count]
 
-    def _pass(self, domain: int, rows: int, number: int) -> _Rows:
+    def _pass(self, domain: int, rows: int, number: int) -> Tensor:
         if not self.shuffle:
-            return np.arange(rows)
+            return torch.arange(rows)
         generator = torch.Generator().manual_seed(folded((domain << 48) + (self.seed << 16) + number))
-        order: _Rows = torch.randperm(rows, generator=generator).numpy()
-        return order
+        return torch.randperm(rows, generator=generator)
 
 
 class DomainCollator:

@@ -135,6 +135,21 @@ def test_settings_of_a_job_file_count(file: str, model: str) -> None:
     assert done.document["tokens"]["rows_a_step"] > 1
 
 
+def test_a_file_of_one_domain(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}] * 2)
+    columns = {"prompt": "question", "completion": "answer"}
+    domains = [{"name": "math", "dataset_id": "m", "columns": columns}, {"name": "chat", "dataset_id": "c"}]
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"recipe": "sft", "data": {"domains": domains}}))
+    done = moe_train("data", "check", path, "--job", str(job), "--domain", "math", "--json")
+    assert (done.code, done.document["formats"]) == (Exit.OK, {"prompt_completion": 2}), done.err
+    for words, says in ((["--job", str(job)], "--domain: "), (["--domain", "math"], "a job file with data.domains"),
+                        (["--job", str(job), "--domain", "law"], "'law' is not valid; expected a domain of the job "
+                         "file: 'math', 'chat'")):  # fmt: skip
+        done = moe_train("data", "check", path, *words)
+        assert (done.code, says in done.err) == (Exit.REFUSED, True), done.err
+
+
 def test_a_single_row_is_refused_as_by_a_job_unless_none_is_held_out(tmp_path: Path) -> None:
     words = ("data", "check", written(tmp_path / "rows.jsonl", [ROWS[1]]))
     done = moe_train(*words)

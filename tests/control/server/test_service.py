@@ -197,6 +197,41 @@ def test_validation_data_and_splits(service: PostTrainingService) -> None:
     assert left(service) == set(), "validate creates nothing"
 
 
+def test_each_domain_is_copied_and_counted(service: PostTrainingService, datasets: Datasets) -> None:
+    datasets.rows["questions"] = [{"question": "a", "answer": "b"}] * 4
+    columns = {"prompt": "question", "completion": "answer"}
+    domains: list[dict[str, Any]] = [
+        {"name": "first", "dataset_id": "good", "validation_dataset_id": "one"},
+        {"name": "second", "dataset_id": "questions", "columns": columns, "validation_dataset_id": "questions"},
+    ]
+    job_id = submit(service, data={"domains": domains})
+    folder = JobFolder(service.config.jobs_dir / job_id)
+    found = {path.stem: len(path.read_text().splitlines()) for path in folder.data.glob("*.jsonl")}
+    assert found == {"train-first": 12, "validation-first": 1, "train-second": 4, "validation-second": 4}
+    checked = asyncio.run(service.validate(BODY | {"data": {"domains": domains}}))
+    assert (checked.train_rows, checked.validation_rows) == (16, 5)
+    split = [each for each in domains if each.pop("validation_dataset_id")]
+    checked = asyncio.run(service.validate(BODY | {"data": {"domains": split}}))
+    assert (checked.train_rows, checked.validation_rows) == (16, None)
+
+
+def test_mistakes_in_domains_are_named_at_submission(service: PostTrainingService) -> None:
+    before = left(service)
+
+    def refused(**second: Any) -> str:
+        domains = [{"name": "a", "dataset_id": "good"}, {"name": "b", "dataset_id": "good", **second}]
+        with pytest.raises(MoeError) as found:
+            submit(service, data={"domains": domains})
+        return str(found.value)
+
+    assert "no data set 'nosuch'" in refused(dataset_id="nosuch")
+    assert "data.domains.1.dataset_id: 'one'" in refused(dataset_id="one")
+    assert "data.domains.1.columns" in refused(columns={"prompt": "nosuch"})
+    assert "data.domains.1.ratio: 0 is not valid; expected > 0" in refused(ratio=0)
+    assert "of 'a' at most 1,000 times" in refused(ratio=0.0001)
+    assert left(service) == before, "nothing was created"
+
+
 def artifact(folder: JobFolder, name: str, epoch: int) -> Artifact:
     path = folder.root / name
     path.mkdir(parents=True)
