@@ -32,7 +32,7 @@ from llama_stack_provider_moe.client.documents import Job
 
 # The mean of a prompt's own last words: the 5 tokens after them are the template's.
 MEASURED = {"position": -6, "span": 6}
-FIRST_BLOCKS, SCALES = (0, 10), (0.25, 0.375, 0.5)  # the frontier: from this block on, this share of the direction
+FIRST_BLOCKS, SCALES = (0, 10), (0.125, 0.25, 0.5)  # the frontier: from this block on, this share of the direction
 GATES = (0.0, 0.5, 1.0)
 CHOSEN_GATE = 0.5
 GOALS = {"rate": 0.5, "perplexity": 0.05}  # at most this share of the rate before, and this rise
