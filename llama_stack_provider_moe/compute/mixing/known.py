@@ -19,8 +19,8 @@ class Known:
     Attributes:
         job: the job that trained it.
         base: the model that the job's chain of jobs started from.
-        dataset_id: what the job was trained on.
-        dataset_sha256: of its canonical rows.
+        dataset_id: what the job was trained on; the data sets of its domains are joined by commas.
+        dataset_sha256: of its canonical rows; None for a job with domains.
     """
 
     job: str | None = None
@@ -46,7 +46,8 @@ def known(branch: Source, base: Source) -> Known:
         raise InvalidInput(branch.field, str(branch.folder), f"a model that was trained from `model`; job "
                            f"{job.root.name!r} trained it from {models[-1]!r}")  # fmt: skip
     rows = job.rows("train")
-    return Known(job.root.name, models[-1], spec.data.dataset_id, sha256(rows) if rows.is_file() else None)
+    trained_on = ", ".join(spec.data.training_ids)
+    return Known(job.root.name, models[-1], trained_on, sha256(rows) if rows.is_file() else None)
 
 
 def _trainer(folder: Path) -> tuple[JobFolder, TrainingSpec] | None:
