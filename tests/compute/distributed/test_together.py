@@ -177,6 +177,18 @@ def test_shared_experts_leave_the_same_as_whole_ones(workshop: Workshop, desk: O
     assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="ep")), alone, ATOL)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "ep"])
+def test_domains_are_the_same_if_processes_share_the_model(
+    workshop: Workshop, desk: Office, ran: Ran, strategy: str
+) -> None:
+    """Also the analysis at the end, for which every process has to compute."""
+    shared = run(desk, job(workshop, "sft-domains", 2, resources={**TWO, "strategy": strategy}))
+    alone = ran.one["sft-domains"]
+    assert_alike(shared, alone, ATOL)
+    reports = [json.loads((each.folder.domains / "routing.json").read_text()) for each in (shared, alone)]
+    assert reports[0]["sets"] == reports[1]["sets"]
+
+
 def test_a_breaker_with_distributed_experts(workshop: Workshop, desk: Office, ran: Ran) -> None:
     """If one process has more held-out rows, the other takes part in its passes."""
     folder = after_an_epoch(workshop, ran.one["circuit-breaker"], "circuit-breaker", 2, strategy="ep")
