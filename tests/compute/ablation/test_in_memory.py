@@ -21,6 +21,13 @@ from tests.support import tiny_models
 from tests.support.ablation_models import load, plan
 from tests.support.family_subject import answer
 
+# The norms after attention and after the MLP, by family, and what is added to their weights.
+OUTPUT_NORMS = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm", 1),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", 0),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", 0),
+}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("norms", ["column", "row"])
@@ -47,7 +54,13 @@ def test_the_logits_are_those_of_an_edit_in_memory(family: str, norms: NormPrese
             else:
                 for matrix in parameter.view(-1, *parameter.shape[-2:]):
                     written = matrix.mT if writer.columns else matrix
-                    written.copy_(remove_output(written.clone(), unit, 0.9, norms))
+                    lost = unit
+                    if family in OUTPUT_NORMS:
+                        attention, mlp, offset = OUTPUT_NORMS[family]
+                        block = model.get_submodule(f"model.layers.{writer.layer}")
+                        norm = block.get_submodule(attention if writer.kind == "attention" else mlp)
+                        lost = read_direction(unit, norm.weight + offset)
+                    written.copy_(remove_output(written.clone(), lost, 0.9, norms))
         inside = answer(model)
         assert torch.allclose(inside, answer(load(tmp_path / "out")), atol=2e-5)
     assert float((inside - before).abs().max()) > 1e-2
