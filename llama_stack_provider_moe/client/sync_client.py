@@ -12,7 +12,7 @@ import httpx
 
 from llama_stack_provider_moe.client import calls, upload
 from llama_stack_provider_moe.client.calls import Call, JobFilters, Recipe
-from llama_stack_provider_moe.client.connection import NO_READ_LIMIT, Endpoint, Words, following, rest_of_file
+from llama_stack_provider_moe.client.connection import NO_READ_LIMIT, TIMES, Endpoint, Words, following, rest_of_file
 from llama_stack_provider_moe.client.dataset_documents import (
     Dataset,
     DatasetList,
@@ -356,11 +356,13 @@ class Client(SweepMethods, PlaygroundMethods):
 
     @contextmanager
     def _streaming(
-        self, path: str, headers: Mapping[str, str], query: Mapping[str, int | bool]
+        self, path: str, headers: Mapping[str, str], query: Mapping[str, int | bool], body: object = None
     ) -> Iterator[httpx.Response]:
         with self._endpoint.translated_errors(), ExitStack() as stack:
+            method, timeout = ("GET", TIMES) if body is None else ("POST", NO_READ_LIMIT)
+            request = self._http.stream(method, path, headers=headers, params=query, json=body, timeout=timeout)
             with self._noted_if_slow():
-                answer = stack.enter_context(self._http.stream("GET", path, headers=headers, params=query))
+                answer = stack.enter_context(request)
             if not answer.is_success:
                 answer.read()
                 raise self._endpoint.refusal(answer)

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+from playwright.sync_api import expect
 
 from llama_stack_provider_moe.control.cli.hosts import HostName
 from tests.contracts.doc_blocks import ROOT, blocks_of
 from tests.support import llama_support
 from tests.support.authority import authority
+from tests.support.browser import browsing, visiting
+from tests.support.cli_support import MOE_TRAIN
 from tests.support.host_harness import Server
 from tests.support.other_hosts import ALL, POLICY, HostUnderTest, required, serving_on
 
@@ -126,6 +129,47 @@ def test_answers_are_those_of_the_file(running: Running, printed: str) -> None:
     exports = running.server.state_dir / "jobs"
     (artifact,) = exports.glob("export-*/artifacts/gguf-q8_0/*.gguf")
     assert artifact.samefile(running.models_dir / f"ft-{job}.gguf")
+
+
+def test_the_page_and_the_command_line_talk_to_it_without_a_playground(running: Running, printed: str) -> None:
+    """What both show is what the host's inference answers; the page's errors are the host's."""
+    model = model_in(printed)
+    job = model.removeprefix("llama-cpp/ft-")
+    with client(running.server.url, "none") as api:
+        whole = api.chat.completions.create(model=model, messages=QUESTION, max_tokens=8, temperature=0, seed=42)
+    text = whole.choices[0].message.content
+    assert text
+    asked = ["--served", "--temperature", "0", "--max-tokens", "8", "--url", running.server.url, "--api-key", "none"]
+    words = [*MOE_TRAIN, "chat", job, *asked]
+    question = QUESTION[0]["content"]
+    typed = subprocess.run(words, input=question, capture_output=True, text=True, timeout=300, check=False)
+    assert (typed.returncode, typed.stdout.strip()) == (0, text.strip()), typed.stderr
+    assert f"{job} is served as {model}" in typed.stderr
+    with browsing() as browser, visiting(browser, running.server.url) as alice:
+        alice.refused |= {401}
+        page = alice.open(f"/playground?of={job}")
+        dialogue = page.get_by_role("dialog", name="This server asks for a token")
+        dialogue.get_by_label("Token").fill("none")
+        dialogue.get_by_role("button", name="Use this token").click()
+        page.get_by_role("button", name="Talk to the served model").click()
+        expect(page.get_by_label("Adapter")).to_be_hidden()
+        alice.must_be_accessible()
+        page.get_by_label("Message", exact=True).fill(question)
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Tokens at most").fill("8")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#said")).to_have_text("Answered.", timeout=120_000)
+        assert (page.locator("#answers pre").text_content() or "").strip() == text.strip()
+        expect(page.locator("#answers .muted")).to_contain_text("reached the limit of tokens")
+        with running.server.http(token="none") as http:
+            assert http.get("/jobs?recipe=playground").json()["data"] == []
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(
+            status=200, content_type="text/event-stream", body='data: {"choices": [{"delta": {"content": "Li"}}]}\n\n',
+        ))  # fmt: skip
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#problem")).to_contain_text("broke off")
+        page.get_by_role("button", name="Back").click()
+        expect(page.locator("#ask")).to_be_hidden()
 
 
 def test_another_user_has_no_such_model(running: Running, printed: str) -> None:

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.client.calls import JobFilters
 from llama_stack_provider_moe.client.documents import progress_of
 from llama_stack_provider_moe.client.playground_documents import Playground
 from llama_stack_provider_moe.control.cli.act import Where, hint, run, typed
+from llama_stack_provider_moe.control.cli.chat_served import ServedChat, served_model
 from llama_stack_provider_moe.control.cli.chat_turns import Asked, Chat
 from llama_stack_provider_moe.control.cli.client import Client
 from llama_stack_provider_moe.control.cli.exits import OUTCOMES, Exit
@@ -51,6 +52,10 @@ def chat(
     replace: Annotated[
         bool, typer.Option("--replace", help="Cancel your other playground, of which there can be only one.")
     ] = False,
+    served: Annotated[
+        bool,
+        typer.Option("--served", help="Ask the server's own inference, which serves the job's result: no playground."),
+    ] = False,
     end: Annotated[bool, typer.Option("--end", help="End the playground with the chat; default: leave it.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
@@ -58,9 +63,17 @@ def chat(
 ) -> None:  # fmt: skip
     """Chat with what a job trained, or with a model. From a pipe, all of the input is one message."""
 
+    asked = Asked(adapter, seed, temperature, top_p, max_tokens, routing)
+
     def act(server: Client, screen: Screen) -> Exit:
+        if served:
+            if end or replace:
+                raise InvalidInput("--end" if end else "--replace", True, "to be left out with --served, which needs "
+                                   "no playground")  # fmt: skip
+            model = served_model(server, target)
+            screen.note(f"{target} is served as {model}")
+            return _talked(ServedChat(server, screen, model, asked, system), screen)
         job_id = _found(server, target) or _started(server, screen, target, idle, replace)
-        asked = Asked(adapter, seed, temperature, top_p, max_tokens, routing)
 
         def talk() -> Exit:
             return _talked(Chat(server, screen, _opened(server, screen, job_id), asked, system), screen)
@@ -152,7 +165,7 @@ def _text(data: bytes) -> str:
                            f"UTF-8 text; byte {error.start + 1:,} is the first that is not") from None  # fmt: skip
 
 
-def _talked(talk: Chat, screen: Screen) -> Exit:
+def _talked(talk: Chat | ServedChat, screen: Screen) -> Exit:
     if not sys.stdin.isatty():
         message = _text(sys.stdin.buffer.read()).strip()
         if not message:

@@ -13,7 +13,9 @@ from llama_stack_provider_moe.jobdir.output import printable
 
 SHOWN = 4  # experts of a layer
 _NAMES: dict[Side, str] = {"on": "adapter on", "off": "adapter off"}
-_WHY = {"length": "stopped at --max-tokens", "positions": "stopped at the model's last position", "stopped": "stopped"}
+WHY_IT_ENDED = {
+    "length": "stopped at --max-tokens", "positions": "stopped at the model's last position", "stopped": "stopped",
+}  # fmt: skip
 
 
 class Asked(NamedTuple):
@@ -145,7 +147,7 @@ class _Shown:
             if self._seen:
                 print(flush=True)
             if found is not None:
-                why = _WHY.get(found["reason"])
+                why = WHY_IT_ENDED.get(found["reason"])
                 speed = found["tokens"] / max(found["seconds"], 1e-3)
                 self._screen.note(f"{found['tokens']} tokens, {speed:.1f} tokens/s{f', {why}' if why else ''}")
             if self._routed:

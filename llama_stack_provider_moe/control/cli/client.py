@@ -1,5 +1,7 @@
 """The command line's client of a server: the package's own, with errors that name options."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 from llama_stack_provider_moe.client import sync_client
@@ -17,6 +19,21 @@ class Client(sync_client.Client):
     """A server with our provider, as `--url` and `--api-key` name it."""
 
     words: ClassVar[Words] = Words("--url", "--api-key", "; give --api-key, or set MOE_TRAIN_API_KEY")
+
+    @contextmanager
+    def posted(self, path: str, body: Mapping[str, object]) -> Iterator[Iterator[str]]:
+        """Post to a route of the host's own API, and give the lines of its answer as they come.
+
+        Args:
+            path: the route, from the server's root on.
+            body: what is sent as JSON.
+
+        Raises:
+            ServerRefused: the server refused.
+            ServerLost: it does not answer.
+        """
+        with self._streaming(f"{self.url}{path}", {"Accept": "text/event-stream"}, {}, body) as answer:
+            yield self._read(answer.iter_lines())
 
 
 def state_of(document: Status | JobLine) -> JobState:

@@ -1,6 +1,7 @@
 // The server's own HTTP API, with the caller's token.
 
-const { api: API } = document.body.dataset;
+const { api: API, base: BASE } = document.body.dataset;
+const HOST = BASE.slice(0, -"/moe".length); // where the host's own API begins
 const KEY = "moe-token";
 
 export class ApiError extends Error {
@@ -26,6 +27,7 @@ function askOnce(why) {
   return asking;
 }
 
+// The address of a path of the post-training API; a path with a slash in front is one of the host's API.
 export function address(path, query = {}) {
   const found = new URLSearchParams();
   for (const [name, value] of Object.entries(query)) {
@@ -34,7 +36,7 @@ export function address(path, query = {}) {
     }
   }
   const words = found.toString();
-  return `${API}/${path}${words ? `?${words}` : ""}`;
+  return `${path.startsWith("/") ? `${HOST}${path}` : `${API}/${path}`}${words ? `?${words}` : ""}`;
 }
 
 export const part = encodeURIComponent;
@@ -111,7 +113,8 @@ export async function* follow(path, { query = {}, signal } = {}) {
   }
 }
 
-async function* parsed(body) {
+// Server-sent events; the data of the last one of OpenAI's API, which is not JSON, are null.
+export async function* parsed(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
@@ -128,7 +131,8 @@ async function* parsed(body) {
           else if (line.startsWith("id: ")) event.id = line.slice(4);
           else if (line.startsWith("data: ")) lines.push(line.slice(6));
         }
-        if (lines.length) yield { ...event, data: JSON.parse(lines.join("\n")) };
+        const text = lines.join("\n");
+        if (lines.length) yield { ...event, data: text === "[DONE]" ? null : JSON.parse(text) };
       }
     }
   } finally {

@@ -1,9 +1,11 @@
-// A playground: the owner's one, prompts to it, and answers of both sides as they come.
+// A playground: the owner's one, prompts to it, and answers of both sides as they come. A result that the host's
+// inference serves can be asked there instead, without a playground.
 
 import { ApiError, follow, get, part, post, remove } from "./api.js";
 import { byId, h, note, printable, put, say } from "./dom.js";
 import { count, duration } from "./format.js";
 import { pill } from "./pieces.js";
+import { answered, servedAs } from "./served.js";
 import { Strip } from "./strip.js";
 import { every, jobPath, problem, question, toast } from "./shell.js";
 
@@ -13,6 +15,7 @@ let job = null; // name of the playground
 let state = null; // the playground, as the server tells
 let number = null; // of the prompt that is answered
 let left = null;
+let served = null; // id in the host's inference of the model that the page talks to; null: the playground
 let isAsking = false; // whether the page asks if another model should replace the loaded one
 const RUNS = ["scheduled", "in_progress"];
 // Whether the loaded model is what the address asks for: a bare job means one of its artifacts.
@@ -28,12 +31,12 @@ async function find() {
 // Looks at the playground; returns its job, or nothing if there is none.
 async function look() {
   const asked = job;
-  if (asked === null) return;
+  if (asked === null || served !== null) return;
   try {
     const before = state;
     const found = await get(`jobs/${part(asked)}/prompts`);
     const about = await get(`jobs/${part(asked)}`);
-    if (job !== asked) return; // another one was started meanwhile
+    if (job !== asked || served !== null) return; // another one was started meanwhile
     state = found;
     draw(about);
     if (!before?.loaded && state.loaded) opened(before !== null);
@@ -81,6 +84,58 @@ function offerToReplace(wanted, loaded) {
       h("button", { type: "button", on: { click: chosen } }, `Keep ${loaded}`))));
 }
 
+// A job whose result the host's inference serves needs no playground to be talked to.
+async function offerServed(wanted) {
+  const model = wanted ? await servedAs(wanted) : null;
+  if (served !== null || byId("model").value.trim() !== wanted) return; // chosen, or another name was typed meanwhile
+  put(byId("served"), model === null ? null : note("info",
+    h("p", {}, `This server's inference serves ${wanted} as ${model}. It answers without a playground, but has no adapter to switch off and does not tell its experts.`),
+    h("div", { class: "buttons" }, h("button", { type: "button", on: { click: () => talkTo(model) } }, "Talk to the served model"))));
+}
+
+// Talks to a model of the host's inference from now on; null: to the playground again.
+function talkTo(model) {
+  if (byId("send").disabled) left?.abort(); // an answer of the other one still comes
+  served = model;
+  isAsking = false;
+  for (const each of ["answers", "replace"]) put(byId(each));
+  for (const each of document.querySelectorAll(".loaded")) each.hidden = model !== null;
+  say(byId("said"), "");
+  byId("standing").hidden = true;
+  byId("ask").hidden = model === null;
+  put(byId("served"), model === null ? null : note("info", h("p", {}, `You talk to ${model} in this server's inference.`),
+    h("div", { class: "buttons" }, h("button", { type: "button", on: { click: () => talkTo(null) } }, "Back"))));
+  if (model === null) look();
+}
+
+async function askServed() {
+  const asked = prompt();
+  const model = served;
+  const text = h("pre", { tabindex: 0, role: "log", "aria-label": `Answer: ${model}` });
+  const facts = h("p", { class: "muted" });
+  const began = performance.now();
+  const ended = (reason) => say(facts, `${((performance.now() - began) / 1000).toFixed(1)} s, ${ENDS[reason] ?? reason}`);
+  problem(null);
+  put(byId("answers"), h("section", { class: "card" }, h("h2", {}, model), text, facts));
+  byId("send").disabled = true;
+  byId("stop").disabled = false;
+  say(byId("said"), "Answering …");
+  left = new AbortController();
+  try {
+    for await (const piece of answered(model, asked, left.signal)) {
+      if (piece.text === undefined) ended(piece.reason);
+      else text.append(printable(piece.text));
+    }
+    say(byId("said"), "Answered.");
+  } catch (error) {
+    say(byId("said"), "");
+    if (error.name === "AbortError") ended("stopped");
+    else problem(error);
+  }
+  byId("send").disabled = false;
+  byId("stop").disabled = true;
+}
+
 // What the loaded model can do decides what the form offers.
 function opened(isNew) {
   const { has_adapter: hasAdapter, moe_layers: layers } = state.loaded;
@@ -102,6 +157,7 @@ async function end() {
 
 async function start(model, replace = false) {
   problem(null);
+  if (served !== null) talkTo(null);
   try {
     const made = await post("jobs", { recipe: "playground", model, playground: { replace } });
     job = made.job_uuid;
@@ -167,7 +223,7 @@ async function ask() {
     say(byId("said"), "Answered.");
   } catch (error) {
     say(byId("said"), "");
-    problem(error);
+    if (error.name !== "AbortError") problem(error); // it was withdrawn, or the page talks to another model now
   }
   byId("send").disabled = false;
   byId("stop").disabled = true;
@@ -176,12 +232,19 @@ async function ask() {
 }
 
 byId("start").addEventListener("submit", (event) => { event.preventDefault(); start(byId("model").value.trim()); });
-byId("ask").addEventListener("submit", (event) => { event.preventDefault(); if (number === null) ask(); });
+byId("model").addEventListener("change", () => { offerServed(byId("model").value.trim()).catch(problem); });
+byId("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (byId("send").disabled) return;
+  if (served === null) ask();
+  else askServed();
+});
 byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
 byId("stop").addEventListener("click", async () => {
   byId("stop").disabled = true;
+  if (served !== null) { left.abort(); return; }
   try {
     const found = await remove(`jobs/${part(job)}/prompts/${number}`);
     if (found?.status === "withdrawn") left.abort();
@@ -197,6 +260,7 @@ async function load() {
     put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
     const about = await look();
     if (wanted && about && state.is_open && !isOf(wanted, about.model)) offerToReplace(wanted, about.model);
+    await offerServed(wanted);
   } catch (error) { problem(error); }
 }
 load();
