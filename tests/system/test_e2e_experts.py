@@ -210,7 +210,7 @@ def test_an_evaluation_on_a_base_in_4_bits(evaluated: dict[str, dict[str, Any]],
     assert {name: figure["n"] for name, figure in before.items()} == {
         "refusal_rate": 9, "perplexity": 8, "forbidden_calls_rate": 3,
     }  # fmt: skip
-    in_16_bits = perplexity(AutoModelForCausalLM.from_pretrained(job["model"]), server)
+    in_16_bits = perplexity(AutoModelForCausalLM.from_pretrained(server.state_dir / "models" / job["model"]), server)
     assert before["perplexity"]["value"] == pytest.approx(in_16_bits, rel=0.5)
     assert before["perplexity"]["value"] != pytest.approx(in_16_bits, rel=1e-4), "it was not the quantised model"
     assert after["perplexity"]["value"] < before["perplexity"]["value"]
@@ -258,7 +258,7 @@ def test_an_analysis_tells_the_next_job_what_to_train_and_to_mask(
     # The figures in the status are those of plain transformers and PEFT, with the adapter that was downloaded.
     for name, content in adapter.items():
         (tmp_path / name).write_bytes(content)
-    base = AutoModelForCausalLM.from_pretrained(job["model"])
+    base = AutoModelForCausalLM.from_pretrained(server.state_dir / "models" / job["model"])
     assert measured["before"] == pytest.approx(perplexity(base, server), rel=1e-4)
     tuned = PeftModel.from_pretrained(base, tmp_path)
     status = job["resources_allocated"]["safety"]["measured"]
