@@ -202,7 +202,7 @@ def test_a_server_that_restarts_is_waited_for(service: PostTrainingService) -> N
 
 
 def test_a_server_that_stays_away_is_given_up(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience_of_clients.Patience.__init__, "__defaults__", (0.2,))
+    monkeypatch.setattr(patience_of_clients.Patience.__init__, "__defaults__", (0.2, None))
     job, port = submit(service), free_port()
     with over_http(service, port) as url:
         client = Client(url)

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.client import AsyncClient, Client, ServerRefused
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.prompts import Answered, AnswerLog, Begun, Ended, PromptFiles, Text
 from tests.support.host_support import folder_of, over_http, serving_in_process
+from tests.support.jobs_support import wait_for
 
 WORDS = ("An ", "egg ", "takes ", "six ", "minutes.")
 PROMPT = {"messages": [{"role": "user", "content": "How long?"}]}
@@ -97,6 +98,8 @@ def test_a_playground_and_its_prompts_are_listed(url: str, playground: str) -> N
         assert found["idle_s"] == 600
     for found in both(url, "send_prompt", playground, PROMPT):
         number = found["number"]
+        with Client(url) as client:  # one that still waits is withdrawn, and then there is no such prompt
+            wait_for(lambda: client.prompt_answer(playground, number)["status"] != "waiting")  # noqa: B023
         assert [each["number"] == number for each in both(url, "prompt_answer", playground, number)] == [True, True]
         assert {each["status"] for each in both(url, "stop_prompt", playground, number)} <= {"stopping", "answered"}
 
