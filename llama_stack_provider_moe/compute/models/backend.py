@@ -32,12 +32,14 @@ class Backend(Protocol):
         has_memory_estimate: whether the planner knows what its kernels keep in memory.
         has_load_check: whether transformers computes the same logits, so that a load check can compare them.
         has_determinism_check: whether `determinism` searches its forward passes for random numbers.
+        has_routing_analysis: whether its routers can be watched while they choose experts for rows.
     """
 
     notice: str | None
     has_memory_estimate: bool
     has_load_check: bool
     has_determinism_check: bool
+    has_routing_analysis: bool
 
     def import_first(self, cache: Path) -> dict[str, str]:
         """Import what has to come before any other library.
@@ -70,6 +72,7 @@ class Transformers:
     has_memory_estimate = True
     has_load_check = True
     has_determinism_check = True
+    has_routing_analysis = True
 
     def import_first(self, cache: Path) -> dict[str, str]:
         """Nothing: the order of imports does not matter."""

@@ -8,6 +8,7 @@ from llama_stack_provider_moe.compute.analysis.routing_report import Counts, Pro
 from llama_stack_provider_moe.compute.analysis.routing_run import report_of, text, write_report
 from llama_stack_provider_moe.compute.data.domains import Domains
 from llama_stack_provider_moe.compute.evaluation.generate import evaluating
+from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
@@ -33,8 +34,8 @@ def analyse_domains(session: AnySession, trainer: RecordingTrainer) -> RoutingRe
     domains, layout = trainer.domains, trainer.layout
     if domains is None or layout is None:
         return None
-    if session.spec.loader != "hf":
-        session.say(f"the routing of domains is not analysed with loader {session.spec.loader!r}")
+    if not backend_of(session.spec).has_routing_analysis:
+        session.say("the routing of domains is not analysed with this loader")
         return None
     trainer.rest()
     prompts = _prompts(domains, trainer)

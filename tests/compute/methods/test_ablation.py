@@ -155,7 +155,7 @@ def test_a_router_reads_as_if_the_direction_were_out_of_its_input(scale: float) 
 
 
 def test_a_norm_that_hides_the_direction_is_refused() -> None:
-    with pytest.raises(NoDirection, match="weight 0"):
+    with pytest.raises(NoDirection, match="weight is 0"):
         read_direction(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
 
 

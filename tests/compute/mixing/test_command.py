@@ -50,7 +50,7 @@ def test_a_plan_names_paths_beside_it(plan: Path, tmp_path: Path) -> None:
         str(tmp_path / f"{name}.jsonl") for name in ("garden", "sums")
     ]
     plan.write_text(PLAN.replace("method: btx", "method: btm\nweights: 3"))
-    with pytest.raises(InvalidBody, match=r"method: Input should be 'btx' or 'bar'"):
+    with pytest.raises(InvalidBody, match=r"method: .*'btx' or 'bar'"):
         read_plan(str(plan))
     plan.write_text(PLAN + "recipe: sft\n")
     with pytest.raises(InvalidInput, match="recipe: 'sft' is not valid; expected 'mix', or no recipe"):
