@@ -101,6 +101,7 @@ class Unsloth:
     has_memory_estimate = False
     has_load_check = False
     has_determinism_check = False  # `unsloth.base` checks its models
+    has_routing_analysis = False
 
     def import_first(self, cache: Path) -> dict[str, str]:
         """Unsloth, because it changes other libraries while it is imported."""
