@@ -20,7 +20,7 @@ class PruneCommand(JsonCommandLine):
     keep: int | None = option(None, "Number of experts to keep in each layer; needs --rows.", "NUMBER")
     drop: list[str] = option(
         [], "Experts to remove from every layer, e.g. 0-3,7; or from one, e.g. 5:0-3,7, repeated for every layer.",
-        "[LAYER:]EXPERTS",
+        "EXPERTS",
     )  # fmt: skip
     by: Criterion | None = option(None, str(Surgery.model_fields["by"].description))
     rows: str | None = option(

@@ -101,7 +101,8 @@ def test_a_waiting_job_and_its_cancel(server: host_harness.Server, template: Pat
     waiting = moe_train("status", "waits")
     assert waiting.code == Exit.OK
     assert "scheduled (queued), number 1 in the queue" in waiting.out
-    assert moe_train("artifacts", "waits").out == "no artifacts\n"
+    report = "report: moe-train report job waits -o report.html"
+    assert moe_train("artifacts", "waits").out == f"no artifacts\n{report}\n"
     assert moe_train("logs", "waits") == (Exit.OK, "", "no output yet\n")
 
     assert moe_train("cancel", "waits") == (Exit.OK, "job waits is cancelled\n", "")
