@@ -74,7 +74,7 @@ def test_each_owner_sees_their_own_jobs(browser: Browser, server: Server) -> Non
         page.get_by_role("tab", name="Files").click()
         page.get_by_text("adapter, step 0").click()
         with page.expect_download() as download:
-            page.get_by_role("button", name="Download").click()
+            page.get_by_role("region", name="Files of adapter").get_by_role("button", name="Download").click()
         assert download.value.path().read_bytes() == b"weights"
         page.get_by_role("button", name="Forget token").click()
         expect(page.get_by_role("dialog")).to_be_visible()
