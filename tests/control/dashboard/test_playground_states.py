@@ -131,5 +131,5 @@ def test_a_message_that_is_too_long_is_refused_and_not_cut(visitor: Visitor, loa
     page.keyboard.insert_text("x" * 100_003)  # as a paste does; `fill` would pass by a limit of the page
     assert len(area.input_value()) == 100_003
     page.get_by_role("button", name="Send").click()
-    expect(page.get_by_role("alert")).to_contain_text("100000")
+    expect(page.get_by_role("alert")).to_contain_text("100,000")
     assert len(area.input_value()) == 100_003

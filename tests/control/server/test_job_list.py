@@ -83,7 +83,7 @@ def test_a_filter_that_is_none_is_named(service: PostTrainingService, query: str
         ({"labels": {"a": "two\nlines"}}, "labels.a"),
         ({"labels": {"a": 1}}, "labels.a: 1 is not valid; expected text"),
         ({"labels": {f"k{n}": "" for n in range(33)}}, "at most 32 labels"),
-        ({"note": "x" * 4001}, "at most 4000 characters"),
+        ({"note": "x" * 4001}, "at most 4,000 characters"),
         ({"note": "\0"}, "note"),
         ({"status": "completed"}, "status: unknown key"),
         ([], "the body"),

@@ -77,8 +77,9 @@ def spec_of(**changes: Any) -> TrainingSpec:
 def test_a_time_is_measured_on_jobs_like_it(tmp_path: Path) -> None:
     with serving_in_process(tmp_path) as service:
 
-        def time_of(rows: int | None = 1000, owner: str = ANONYMOUS, **changes: Any) -> RunTime | None:
-            return measured(spec_of(**changes), service.store, owner, rows)
+        def time_of(rows: int | None = 900, owner: str = ANONYMOUS, **changes: Any) -> RunTime | None:
+            spec = spec_of(**changes)
+            return measured(spec, spec.model, service.store, owner, rows)
 
         assert time_of() is None
         completed(service, "one", 2000, 400)
@@ -88,7 +89,7 @@ def test_a_time_is_measured_on_jobs_like_it(tmp_path: Path) -> None:
         completed(service, "broken", float("nan"), 400)
         found = time_of()
         assert found is not None
-        seconds = 900 * 100 / 3000  # a tenth is held out
+        seconds = 900 * 100 / 3000
         assert (found["seconds"], found["tokens_per_s"], found["source"]) == (seconds, 3000, "measured")
         assert found["basis"] == "measured on three, two, one: 100 tokens a row"
         epochs = time_of(training={"n_epochs": 3, "max_steps_per_epoch": 10})

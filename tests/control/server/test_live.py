@@ -296,8 +296,9 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     else:
         registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words", "surgery": "words"}[body["recipe"]]
         part = "calibration" if body["recipe"] == "surgery" else "train"
+        domains = {f"{part}-{each['name']}": each for each in body["data"].get("domains", ())}
         sets = {
-            part: body["data"],
+            **(domains or {part: body["data"]}),
             **{name: body.get("circuit_breaker", {}).get(name) for name in ("retain", "safe")},
         }
         sets = {name: data for name, data in sets.items() if data is not None}
@@ -317,7 +318,8 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
     else:
         named = dict.fromkeys(sets, registered) | {f"eval-{name}": dataset_id for name, dataset_id in asked.items()}
         assert rows == {name: len(DATASETS[dataset_id]) for name, dataset_id in named.items()}
-        assert answer.json()["train_rows"] == rows.get("train", 0)
+        train_rows = sum(count for name, count in rows.items() if name.partition("-")[0] == "train")
+        assert answer.json()["train_rows"] == train_rows
 
 
 # Bad requests: status and text are right, nothing is created, and the connection stays open.

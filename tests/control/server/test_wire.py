@@ -34,7 +34,7 @@ PAIRS: list[tuple[type[BaseModel], type[BaseModel], set[str]]] = [
     (api.PostTrainingJob, wire.PostTrainingJob, set()),
     (api.ListPostTrainingJobsResponse, wire.ListPostTrainingJobsResponse, {"has_more"}),
     (api.PostTrainingJobStatusResponse, wire.PostTrainingJobStatusResponse, set()),
-    (api.PostTrainingJobArtifactsResponse, wire.PostTrainingJobArtifactsResponse, set()),
+    (api.PostTrainingJobArtifactsResponse, wire.PostTrainingJobArtifactsResponse, {"report"}),
     (api.PostTrainingJobLogStream, wire.PostTrainingJobLogStream, {"next_offset"}),
     (training_types.Checkpoint, wire.Checkpoint, {"kind", "step", "bytes", "name", "sha256", "verification"}),
     (training_types.PostTrainingMetric, folder.Metrics, set()),
