@@ -32,7 +32,8 @@ from llama_stack_provider_moe.client.documents import Job
 
 # The mean of a prompt's own last words: the 5 tokens after them are the template's.
 MEASURED = {"position": -6, "span": 6}
-FIRST_BLOCKS, SCALES = (0, 10), (0.125, 0.25, 0.5)  # the frontier: from this block on, this share of the direction
+# The frontier: from this block on, this share of the direction.
+PLANS = ((0, 0.125), (0, 0.25), (0, 0.5), (10, 0.25), (10, 0.5))
 GATES = (0.0, 0.5, 1.0)
 CHOSEN_GATE = 0.5
 GOALS = {"rate": 0.5, "perplexity": 0.05}  # at most this share of the rate before, and this rise
@@ -136,18 +137,17 @@ def frontier(model: Path, folder: Path) -> Point:
     base, was = nll(loaded, tokenizer), rate(replies(loaded, tokenizer, CHOOSING))
     table.add_row("none", "", f"{was:.0%}", f"{math.exp(base):.2f}")
     points = []
-    for first in FIRST_BLOCKS:
-        for scale in SCALES:
-            entries = edits(first, scale, found.provenance.layers)
-            plan = StreamEdit.model_validate({"ablate_individual_experts": True, "gate_scale": CHOSEN_GATE,
-                                              "ablate": entries})  # fmt: skip
-            with console.status(f"From block {first} on, {scale:.0%} of the direction"), \
-                    removal(loaded, plan, found).taken_out(loaded):  # fmt: skip
-                rise = math.exp(nll(loaded, tokenizer) - base) - 1
-                point = Point(first, scale, rate(replies(loaded, tokenizer, CHOOSING)), rise)
-            points.append(point)
-            table.add_row(f"{first} to {len(entries) + first - 1}", f"{scale:g}", f"{point.rate:.0%}",
-                          f"{math.exp(base) * (1 + rise):.2f} ({rise:+.1%})")  # fmt: skip
+    for first, scale in PLANS:
+        entries = edits(first, scale, found.provenance.layers)
+        plan = StreamEdit.model_validate({"ablate_individual_experts": True, "gate_scale": CHOSEN_GATE,
+                                          "ablate": entries})  # fmt: skip
+        with console.status(f"From block {first} on, {scale:.0%} of the direction"), \
+                removal(loaded, plan, found).taken_out(loaded):  # fmt: skip
+            rise = math.exp(nll(loaded, tokenizer) - base) - 1
+            point = Point(first, scale, rate(replies(loaded, tokenizer, CHOOSING)), rise)
+        points.append(point)
+        table.add_row(f"{first} to {len(entries) + first - 1}", f"{scale:g}", f"{point.rate:.0%}",
+                      f"{math.exp(base) * (1 + rise):.2f} ({rise:+.1%})")  # fmt: skip
     console.print(table)
     within = [point for point in points if point.rise < GOALS["perplexity"]]
     best = min(within, key=lambda point: (point.rate, point.rise)) if within else min(points, key=lambda p: p.rise)
