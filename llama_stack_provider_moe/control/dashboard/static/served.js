@@ -5,13 +5,10 @@ import { ApiError, get, parsed, part, request } from "./api.js";
 // The id of the model in the host's inference, or null: the job is not served, or the name is not that of a job.
 export async function servedAs(name) {
   if (!/^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/.test(name)) return null; // JOB/NAME is one artifact, which may be another
-  try {
-    const exports = (await get(`jobs/${part(name)}/exports`)).data;
-    return exports.find((each) => each.served_as)?.served_as ?? null;
-  } catch (error) {
-    if (error instanceof ApiError && [400, 404].includes(error.status)) return null;
-    throw error;
-  }
+  const jobs = (await get("jobs", { text: name, state: "completed", limit: 100 })).data; // the name of a model is no job's
+  if (!jobs.some((each) => each.job_uuid === name)) return null;
+  const exports = (await get(`jobs/${part(name)}/exports`)).data;
+  return exports.find((each) => each.served_as)?.served_as ?? null;
 }
 
 // The answer to a conversation as it comes: pieces of text, then why it ended.
