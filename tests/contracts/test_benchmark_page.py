@@ -126,6 +126,7 @@ def following() -> list[str]:
     for each in jobs:
         assert each["cpu_ms"]["status"] <= 10
         assert each["cpu_ms"]["metrics since the last step"] <= 20
+        assert each["share_of_a_core"]["1 follower"] <= 0.02
 
     def row(name: str, digits: int = 1) -> str:
         return " | ".join(f"{each['cpu_ms'][name]:.{digits}f} ms" for each in jobs)
@@ -140,6 +141,7 @@ def following() -> list[str]:
         f"`metrics` since the last step | {row('metrics since the last step')} |",
         f"`metrics`, 1,000 points | {row('metrics, 1,000 points')} |",
         f"`routing`, 200 columns | {row('routing, 200 columns')} |",
+        " and ".join(f"{each['share_of_a_core']['1 follower']:.1%}" for each in jobs) + " of a core",
         " and ".join(f"{each['share_of_a_core']['200 followers']:.2f}" for each in jobs) + " of a core",
         " and ".join(str(each["followers_to_one"]) for each in jobs) + " times as much as one client",
     ]  # fmt: skip
