@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, get_args
 
 from llama_stack_provider_moe.errors import InvalidInput, shorten
-from llama_stack_provider_moe.spec.row_files import GZIP_MAGIC
+from llama_stack_provider_moe.ground.gunzip import GZIP_MAGIC
 
 SourceFormat = Literal["jsonl", "csv", "parquet"]
 SOURCE_FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)

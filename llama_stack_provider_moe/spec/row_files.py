@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem, TooLarge, shorten
-from llama_stack_provider_moe.spec.gunzip import Gunzip
+from llama_stack_provider_moe.ground.gunzip import GZIP_MAGIC, Gunzip
 
 FileFormat = Literal["jsonl", "csv"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -20,7 +20,6 @@ MAX_COLUMNS = 1024  # of a CSV file
 MAX_COLUMN_NAME = 256  # characters; a longer name of JSON Lines is not counted
 LISTED_COLUMNS = 256  # names that are counted; a file whose rows have a name each must not fill the memory
 MAX_BLANK_LINES = 100_000
-GZIP_MAGIC = b"\x1f\x8b"
 _PARQUET_MAGIC = b"PAR1"
 _BOM = b"\xef\xbb\xbf"
 

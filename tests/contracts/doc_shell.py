@@ -8,7 +8,7 @@ import typer
 import typer.core
 import typer.main
 
-from llama_stack_provider_moe.control.cli.commands import app
+from llama_stack_provider_moe.control.cli.commands import app_of
 from tests.contracts.doc_blocks import ROOT
 
 SEPARATORS = set("|&;<>()\n")
@@ -80,7 +80,7 @@ def require_command(words: list[str]) -> None:
     Raises:
         Unknown: they do.
     """
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app_of())
     taken = ["moe-train"]
     rest = [word.strip("[]").rstrip(".,;:") for word in words]
     while isinstance(command, typer.core.TyperGroup):
@@ -102,7 +102,7 @@ def require_command(words: list[str]) -> None:
 
 def require_parses(words: list[str]) -> None:
     """Refuse a whole command line that the parser would refuse for its shape: an argument missing, or one too many."""
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app_of())
     rest = list(words)
     if any(PLACEHOLDER.search(word) for word in rest) or not rest:
         return

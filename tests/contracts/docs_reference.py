@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from llama_stack_provider_moe import errors
-from llama_stack_provider_moe.control.cli.commands import EPILOG, app
+from llama_stack_provider_moe.control.cli.commands import EPILOG, app_of
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.jobdir import events, folder
 from tests.contracts import http_reference, matrices
@@ -76,7 +76,7 @@ def commands() -> Iterator[tuple[list[str], Any]]:
             for name in sorted(command.commands):
                 yield from walk([*words, name], command.commands[name])
 
-    yield from walk(["moe-train"], typer.main.get_command(app))
+    yield from walk(["moe-train"], typer.main.get_command(app_of()))
 
 
 def cli() -> list[str]:

@@ -106,13 +106,13 @@ def test_readme_is_short() -> None:
 
 def test_readme_names_commands_that_exist() -> None:
     text = README.read_text(encoding="utf-8")
-    known = typer.main.get_command(commands.app)
+    known = typer.main.get_command(commands.app_of())
     assert isinstance(known, typer.core.TyperGroup)
     assert set(re.findall(r"`?moe-train ([a-z][a-z-]*)", text)) <= set(known.commands) | {"is"}
 
 
 def test_every_option_of_a_command_is_documented() -> None:
-    known = typer.main.get_command(commands.app)
+    known = typer.main.get_command(commands.app_of())
     assert isinstance(known, typer.core.TyperGroup)
     sections = dict(
         re.findall(r"^## moe-train ([a-z-]+)\n(.*?)(?=^## |\Z)", COMMANDS.read_text(encoding="utf-8"), re.M | re.S)

@@ -1,7 +1,8 @@
 """`moe-train`, the command line: a client of a running server, and tools that need no server.
 
-    commands            every command on one parser, and `main`
-    job_commands        commands about jobs of a server: submit, ls, status, logs, ...
+    commands            which module has which commands, and `main`, which imports the module that it needs
+    submit_commands     `moe-train submit` and `validate`, which read job files
+    job_commands        commands about jobs that a server has: ls, status, logs, ...
     data_commands       `moe-train data`: upload, list, show and delete data sets
     upload              file of rows -> body of an upload
     upload_progress     shows how far an upload is
@@ -23,6 +24,7 @@
     local_checks        checks the arguments of these commands, without torch
     model_checks        checks the models and adapters that they name, without torch
     local               runs these commands in separate processes; runs a supervisor
+    supervisor_command  `moe-train supervisor`
     start_files         `moe-train init` and `templates`
     packaged            run configs, job templates and constraints.txt in this package
     template            job file and --set -> the body of a job

@@ -26,6 +26,11 @@ POLL_S = 0.5
 _BEST = ("model", "merged", "adapter")
 
 
+def register(app: typer.Typer) -> None:
+    """Add `chat` to `moe-train`."""
+    app.command()(chat)
+
+
 def chat(
     target: Annotated[
         str,

@@ -1,34 +1,36 @@
 """`moe-train`: every command on one parser."""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from llama_stack_provider_moe.control.cli import (
-    chat,
-    config,
-    data_commands,
-    export,
-    job_commands,
-    job_report,
-    label,
-    local,
-    plan,
-    quota,
-    report,
-    start_files,
-    sweep_commands,
-    top,
-    torch_commands,
-)
-from llama_stack_provider_moe.control.cli.act import end
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import App
-from llama_stack_provider_moe.control.cli.options import Json
 from llama_stack_provider_moe.control.cli.screen import Screen
+
+ROOM = "llama_stack_provider_moe.control.cli"
+# Each module's commands, in the order of the help. A command line imports only the module of its command, since the
+# models of all jobs take longer to import than most commands to run. A test compares this with what modules register.
+MODULES = {
+    "start_files": ("init", "templates"),
+    "submit_commands": ("submit", "validate"),
+    "job_commands": ("status", "logs", "cancel", "resume", "rm", "artifacts", "ls"),
+    "label": ("label",),
+    "sweep_commands": ("sweep", "sweeps"),
+    "chat": ("chat",),
+    "top": ("top",),
+    "data_commands": ("data",),
+    "quota": ("quota",),
+    "report": ("report",),
+    "export": ("export",),
+    "config": ("config",),
+    "plan": ("plan",),
+    "torch_commands": ("upcycle", "mix", "eval", "families", "analyze", "ablate", "experts"),
+    "supervisor_command": ("supervisor",),
+}
 
 EPILOG = (
     "Exit codes: 0 success, or the job completed or is still running; 1 the job failed; 2 the request was refused, or "
@@ -36,30 +38,11 @@ EPILOG = (
     "pressed Ctrl-C (the job continues)."
 )
 
-app = App(
-    name="moe-train", epilog=EPILOG,
-    help="Train Mixture-of-Experts models on a Llama Stack server with provider inline::moe.",
-    no_args_is_help=True, pretty_exceptions_enable=False,
-)  # fmt: skip
-
-start_files.register(app)
-job_commands.register(app)
-app.command(name="label")(label.label)
-sweep_commands.register(app)
-app.command(name="chat")(chat.chat)
-app.command(name="top")(top.top)
-app.add_typer(data_commands.app, name="data")
-app.command(name="quota")(quota.quota)
-report.app.command(name="job")(job_report.job)
-app.add_typer(report.app, name="report")
-app.add_typer(export.app, name="export")
-app.add_typer(config.app, name="config")
-app.command(name="plan")(plan.plan)
-torch_commands.register(app)
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version  # it takes longer than all of this module
+
         try:
             print(f"moe-train {version('llama-stack-provider-moe')}")
         except PackageNotFoundError:
@@ -67,7 +50,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit(Exit.OK)
 
 
-@app.callback()
 def moe_train(
     wanted: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -76,20 +58,22 @@ def moe_train(
     """Train Mixture-of-Experts models on a Llama Stack server with provider inline::moe."""
 
 
-@app.command()
-def supervisor(
-    run_config: Annotated[Path, typer.Option("--run-config", metavar="FILE", help="Run YAML of the server.")],
-    provider_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Id of the inline::moe provider, if the YAML has several.")
-    ] = None,
-    exit_when_idle: Annotated[
-        bool,
-        typer.Option("--exit-when-idle", help="Exit when no job has run for the YAML's idle_exit_s; default: stay."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Run the jobs of a server on this machine, which must share its database and state folder."""
-    end(as_json, lambda screen: local.supervise(screen, run_config, provider_id, exit_when_idle))
+def app_of(modules: Iterable[str] = MODULES) -> App:
+    """`moe-train` with the commands of some modules; by default with all."""
+    app = App(
+        name="moe-train", epilog=EPILOG,
+        help="Train Mixture-of-Experts models on a Llama Stack server with provider inline::moe.",
+        no_args_is_help=True, pretty_exceptions_enable=False,
+    )  # fmt: skip
+    app.callback()(moe_train)
+    for name in modules:
+        import_module(f"{ROOM}.{name}").register(app)
+    return app
+
+
+def modules_of(words: Sequence[str]) -> Iterable[str]:
+    """The module that a command line needs; all of them if it does not begin with a command."""
+    return [name for name, commands in MODULES.items() if words and words[0] in commands] or MODULES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     try:
-        return int(app(args=words, prog_name="moe-train", standalone_mode=not as_json) or Exit.OK)
+        return int(app_of(modules_of(words))(args=words, prog_name="moe-train", standalone_mode=not as_json) or Exit.OK)
     except typer.TyperException as error:
         Screen(as_json).error(error, error.format_message(), Exit.REFUSED)
         return Exit.REFUSED

@@ -100,3 +100,8 @@ def _shown(document: Checked) -> RenderableType:
         lines += [f"  state_dir: {each['state_dir']}", f"  store: {each['store']}"]
         lines += [f"  warning: {warning}" for warning in each["warnings"]]
     return Group(*map(text, lines))
+
+
+def register(moe_train: typer.Typer) -> None:
+    """Add `config` to `moe-train`."""
+    moe_train.add_typer(app, name="config")

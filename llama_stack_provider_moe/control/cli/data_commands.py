@@ -126,3 +126,8 @@ def _must_be_whole(server: Client, pushed: PushedDataset, upload: Upload) -> Non
         f"{upload.sent_bytes} bytes with {upload.sha256}. Delete what it stored: {typed(server, 'data', 'rm', stored)}",
         200,
     )
+
+
+def register(moe_train: typer.Typer) -> None:
+    """Add `data` to `moe-train`."""
+    moe_train.add_typer(app, name="data")

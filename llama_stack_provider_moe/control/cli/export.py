@@ -123,3 +123,8 @@ def _push_block(repository: str | None, what: str | None, public: bool) -> dict[
             raise typer.BadParameter("--push-what and --public need --push OWNER/NAME")
         return {}
     return {"push": {"repo_id": repository, "private": not public} | ({} if what is None else {"what": what})}
+
+
+def register(moe_train: typer.Typer) -> None:
+    """Add `export` to `moe-train`."""
+    moe_train.add_typer(app, name="export")

@@ -16,6 +16,11 @@ from llama_stack_provider_moe.control.cli.show import spelled
 from llama_stack_provider_moe.errors import InvalidInput
 
 
+def register(app: typer.Typer) -> None:
+    """Add `label` to `moe-train`."""
+    app.command()(label)
+
+
 def label(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")],
     changes: Annotated[

@@ -28,6 +28,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 LEAST, MOST = 10**8, 10**13  # bytes of a device
 
 
+def register(app: typer.Typer) -> None:
+    """Add `plan` to `moe-train`."""
+    app.command()(plan)
+
+
 def bytes_of(written: str) -> int:
     """`80GB` -> 80,000,000,000; GiB are 2**30.
 

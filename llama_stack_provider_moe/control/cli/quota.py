@@ -17,6 +17,11 @@ OWNER_DIGITS = 12
 _NO_LIMIT = "no limit"
 
 
+def register(app: typer.Typer) -> None:
+    """Add `quota` to `moe-train`."""
+    app.command()(quota)
+
+
 def quota(
     everybody: Annotated[
         bool, typer.Option("--all", help="Show every owner's; only for administrators of the server.")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from llama_stack_provider_moe.control.cli import model_checks
+from llama_stack_provider_moe.control.cli import job_report, model_checks
 from llama_stack_provider_moe.control.cli.act import end
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import App
@@ -231,3 +231,11 @@ def _lora(
         return lora(screen, question, out)
 
     end(out == "-", act)
+
+
+app.command(name="job")(job_report.job)
+
+
+def register(moe_train: typer.Typer) -> None:
+    """Add `report` to `moe-train`."""
+    moe_train.add_typer(app, name="report")

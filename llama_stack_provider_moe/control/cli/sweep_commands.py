@@ -12,11 +12,11 @@ from llama_stack_provider_moe.control.cli import label
 from llama_stack_provider_moe.control.cli.act import Where, answer, hint, run, typed
 from llama_stack_provider_moe.control.cli.client import Client
 from llama_stack_provider_moe.control.cli.exits import OUTCOMES, Exit
-from llama_stack_provider_moe.control.cli.job_commands import Changes, File
 from llama_stack_provider_moe.control.cli.job_file import parse_json
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import figure, moment
+from llama_stack_provider_moe.control.cli.submit_commands import Changes, File
 from llama_stack_provider_moe.control.cli.template import read_template
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.jobdir.state import JobState

@@ -15,6 +15,11 @@ from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import size
 
 
+def register(app: typer.Typer) -> None:
+    """Add `top` to `moe-train`."""
+    app.command()(top)
+
+
 def top(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until you press Ctrl-C.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=1, help="With --watch: seconds between two looks.")] = 5.0,

@@ -51,7 +51,7 @@ def every_command(group: Any, name: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-ALL = every_command(typer.main.get_command(commands.app))
+ALL = every_command(typer.main.get_command(commands.app_of()))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from llama_stack_provider_moe.errors import InvalidInput
 
+GZIP_MAGIC = b"\x1f\x8b"
 _PIECE_BYTES = 256 << 10
 
 
