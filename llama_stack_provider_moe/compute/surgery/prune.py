@@ -13,13 +13,14 @@ from torch import nn
 
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
 from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
+from llama_stack_provider_moe.compute.export.shard_files import Say
 from llama_stack_provider_moe.compute.methods.surgery import highest, mass_of
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, layer_ranges
 from llama_stack_provider_moe.compute.surgery.calibrate import Calibration, Losses, Progress, calibrate, losses
 from llama_stack_provider_moe.compute.surgery.plan import SurgeryPlan, left_out, plan_tensors, single
 from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, MeasuredLoss, SurgeryReport
 from llama_stack_provider_moe.compute.surgery.resized import Described, Resized, describe, resize
-from llama_stack_provider_moe.compute.surgery.write import Say, write_folder
+from llama_stack_provider_moe.compute.surgery.write import write_folder
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, REPORT_FILE, Surgery
 

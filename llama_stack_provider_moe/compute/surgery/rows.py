@@ -6,9 +6,9 @@ import torch
 
 from llama_stack_provider_moe.compute.analysis.routing_run import read_prompts
 from llama_stack_provider_moe.compute.data.positions import judge, positions_of
+from llama_stack_provider_moe.compute.export.shard_files import Say
 from llama_stack_provider_moe.compute.models.loader import load_for_inference, pick_device
 from llama_stack_provider_moe.compute.surgery.prune import Rows
-from llama_stack_provider_moe.compute.surgery.write import Say
 from llama_stack_provider_moe.spec.surgery import SurgeryOptions, SurgeryTraining
 
 

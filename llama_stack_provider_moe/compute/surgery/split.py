@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
+from llama_stack_provider_moe.compute.export.shard_files import Progress, Say
 from llama_stack_provider_moe.compute.surgery.plan import left_out, plan_tensors, single
 from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, SurgeryReport
 from llama_stack_provider_moe.compute.surgery.resized import Described, Resized, describe, resize
-from llama_stack_provider_moe.compute.surgery.write import Progress, Say, write_folder
+from llama_stack_provider_moe.compute.surgery.write import write_folder
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.surgery import REPORT_FILE, Surgery
 
