@@ -12,7 +12,7 @@ from llama_stack_provider_moe.compute.export.card import side_files
 from llama_stack_provider_moe.compute.export.shard_files import SHARD_BYTES, Progress, Say, write_shards
 from llama_stack_provider_moe.compute.export.tensors import TensorEntry, append, copy_bytes, header, index_text, shards
 from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
-from llama_stack_provider_moe.compute.surgery.plan import NewTensor, Piece, SurgeryPlan
+from llama_stack_provider_moe.compute.surgery.plan import Computed, NewTensor, Piece, SurgeryPlan
 from llama_stack_provider_moe.compute.surgery.resized import Resized
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
@@ -61,7 +61,9 @@ def write_folder(
 
 def _write_tensor(tensor: NewTensor, out: IO[bytes]) -> None:
     for pieces in tensor.sums:
-        if len(pieces) == 1 and pieces[0].share == 1.0:
+        if isinstance(pieces, Computed):
+            append(_rounded(tensor, pieces.numbers()), out)
+        elif len(pieces) == 1 and pieces[0].share == 1.0:
             copy_bytes(_as_entry(pieces[0]), out)
         else:
             append(_summed(tensor, pieces), out)
@@ -79,7 +81,11 @@ def _summed(tensor: NewTensor, pieces: tuple[Piece, ...]) -> Tensor:
     total = torch.zeros(pieces[0].count)
     for piece in pieces:
         total.add_(piece.entry.read(piece.first, piece.count).float(), alpha=piece.share)
-    made = total.to(tensor.entry.dtype)
+    return _rounded(tensor, total)
+
+
+def _rounded(tensor: NewTensor, numbers: Tensor) -> Tensor:
+    made = numbers.to(tensor.entry.dtype)
     if not bool(torch.isfinite(made).all()):
         raise ModelError(f"model: {tensor.entry.name} is not finite after the surgery, or was not before")
     return made
