@@ -62,7 +62,8 @@ class AddedExperts(Block):
     closed: bool = Field(
         default=False,
         description="Give new experts a bias for the choice so low that no token chooses them: the model computes the "
-        "same until that bias rises. Only families that choose by a bias (DeepSeek, GLM, MiniMax, LFM2, ERNIE).",
+        "same until that bias rises. Only families that choose by sigmoid scores and a bias (DeepSeek-V3, GLM, "
+        "MiniMax, LFM2).",
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Add experts: copies of old ones, or MLPs of another model, with router rows of their own.
 
 No router row makes a new expert invisible where experts compete by their logits alone, so what it changes is measured.
-Where a bias decides the choice (DeepSeek-V3 and others), one that is low enough closes an expert: nothing changes.
+Where sigmoid scores and a bias decide the choice (DeepSeek-V3 and others), a low bias closes an expert: nothing
+changes.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,7 @@ from llama_stack_provider_moe.compute.surgery.twin import twin_of
 from llama_stack_provider_moe.errors import InvalidInput, LayoutError
 from llama_stack_provider_moe.spec.surgery import AddedExperts, Surgery
 
-# Scores of these routers are from 0 to 1, so a bias this far below the lowest one is below every other choice.
-_BOUNDED = ("softmax", "sigmoid")
+# Sigmoid scores are from 0 to 1, so a bias this far below the lowest one is below every other choice.
 _BELOW = 1.01
 _NEW = -1  # in the report, the old number of an expert that has none
 
@@ -198,12 +198,13 @@ def _check_closed(layout: ExpertLayout, name: str) -> None:
     reason = None
     if layout.bias_path is None:
         reason = f"{layout.family} chooses by logits alone"
-    elif layout.weighing == "all":
-        reason = f"weights in {layout.family} are a softmax over all experts, chosen or not"
-    elif layout.scoring not in _BOUNDED:
+    elif layout.scoring == "softmax":
+        reason = f"a score in {layout.family} is a share of all experts, which a new one makes smaller"
+    elif layout.scoring != "sigmoid":
         reason = f"scores in {layout.family} have no upper limit"
     if reason is not None:
-        raise InvalidInput(name, True, f"false, because {reason}; or a family that chooses by a bias")
+        raise InvalidInput(name, True, f"false, because {reason}; or a family that chooses by sigmoid scores and a "
+                           "bias")  # fmt: skip
 
 
 def _sources(prepared: Prepared, rows: Rows | None, passes: _Passes) -> dict[int, list[int]]:

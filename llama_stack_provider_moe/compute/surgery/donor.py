@@ -15,7 +15,7 @@ from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import GATE_UP, ExpertLayout, decoder_layers, text_config
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
 from llama_stack_provider_moe.compute.surgery.resized import Described
-from llama_stack_provider_moe.compute.surgery.slices import Files, Reader, files_of, read_part
+from llama_stack_provider_moe.compute.surgery.slices import Files, Reader, files_of, read_whole
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
 
 
@@ -35,13 +35,11 @@ class Donor:
     """A checked model whose MLPs fit.
 
     Attributes:
-        model: without weights.
         files: of its folder.
         reader: of its experts; None: it is dense.
         path: of its decoder layers.
     """
 
-    model: PreTrainedModel
     files: Files
     reader: Reader | None
     path: str
@@ -54,15 +52,12 @@ class Donor:
         """
         if self.reader is not None:
             return _of_expert(self.reader, layer, expert)
-        state = {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
         start = f"{self.path}.{layer}.mlp"
 
         def read(name: str) -> Tensor:
-            parameter = f"{start}.{name}.weight"
-            # A whole matrix is the only part of a stack of one.
-            return read_part(self.files, parameter, (1, *state[parameter]), 0, 0)
+            return read_whole(self.files, f"{start}.{name}.weight")
 
-        if f"{start}.{GATE_UP}.weight" in state:
+        if f"{start}.{GATE_UP}.weight" in self.files.of_parameter:
             gate, up = read(GATE_UP).chunk(2)
             return Mlp(gate, up, read("down_proj"))
         return Mlp(read("gate_proj"), read("up_proj"), read("down_proj"))
@@ -104,7 +99,7 @@ def open_donor(folder: Path, before: Described, count: int, first: int | None, f
         reader = Reader(
             Described(folder, {}, model, layout), {name: 0 for name in model.state_dict() if name.startswith(start)}
         )
-    return Donor(model, files_of(folder, model), reader, path)
+    return Donor(files_of(folder, model), reader, path)
 
 
 def as_part(mlp: Mlp, name: str, layout: ExpertLayout, turns: bool, shape: tuple[int, ...]) -> Tensor:

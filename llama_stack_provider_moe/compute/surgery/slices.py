@@ -77,6 +77,18 @@ def read_part(files: Files, parameter: str, shape: tuple[int, ...], axis: int, e
     return torch.cat(rows).view(wanted) if rows[0].dim() else rows[0]
 
 
+def read_whole(files: Files, parameter: str) -> Tensor:
+    """A matrix that is no stack of experts, as in memory and in fp32.
+
+    Raises:
+        ModelError: the files have no such tensor, or store it in an unknown form.
+    """
+    names = files.of_parameter.get(parameter, [])
+    if not names or any(files.places[name].unknown for name in names):
+        raise ModelError(f"model: its files do not have {parameter} in a form that can be read here")
+    return torch.cat([_in_memory(files.disk[name].tensor().float(), files.places[name]) for name in names])
+
+
 def _stored(entry: TensorEntry, place: TensorPlace, axis: int, expert: int) -> Tensor:
     """The part as it is in one tensor of the files."""
     if place.expert is not None:
