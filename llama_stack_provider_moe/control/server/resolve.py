@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec import (
     LoadingSpec,
     MixSpec,
     SafetyEvaluation,
+    SFTSpec,
     SurgerySpec,
     TrainingSpec,
 )
@@ -103,6 +104,9 @@ def resolve_names(
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
+    if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
+        teacher = names.whole_model(spec.distill.model, "distill.model")
+        found["distill"] = spec.distill.model_copy(update={"model": teacher})
     found["eval"] = _evaluation(spec.eval, names, request, store, whose)
     return spec.model_copy(update=found)
 
@@ -114,6 +118,8 @@ def named_folders(spec: NamingSpec) -> str:
         found["adapter.init_from"] = None if spec.adapter is None else spec.adapter.init_from
     if isinstance(spec, MixSpec):
         found |= {f"branches.{at}.model": spec.branches[at].model for at in spec.kept}
+    if isinstance(spec, SFTSpec):
+        found["distill.model"] = None if spec.distill is None else spec.distill.model
     if isinstance(spec, SurgerySpec):
         found["surgery.add.mlp_from"] = spec.surgery.added.mlp_from
     if isinstance(spec, EvaluatedJob):
