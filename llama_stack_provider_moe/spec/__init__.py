@@ -33,6 +33,7 @@ from llama_stack_provider_moe.spec.blocks import (
 from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
 from llama_stack_provider_moe.spec.data import Data, Domain
 from llama_stack_provider_moe.spec.defaults import JobDefaults
+from llama_stack_provider_moe.spec.distill import Distill, check_distill
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
@@ -88,6 +89,7 @@ __all__ = [
     "DPOSpec",
     "DType",
     "Data",
+    "Distill",
     "Domain",
     "EditingSpec",
     "Efficiency",
@@ -255,6 +257,15 @@ class SFTSpec(TrainingJob):
 
     recipe: Literal["sft"] = Field(description="Supervised fine-tuning on conversations.")
     options: Options = Field(default_factory=Options)
+    distill: Distill | None = Field(
+        default=None,
+        description="Train toward a teacher's probabilities too: a block, its fields follow; left out: no teacher.",
+    )
+
+    @model_validator(mode="after")
+    def _teacher_is_possible(self) -> "SFTSpec":
+        check_distill(self)
+        return self
 
 
 class DPOSpec(TrainingJob):

@@ -34,6 +34,7 @@ def refuse_beside_sharding(job: "TrainingJob") -> None:
             _reference_ahead(job)
         ),
         "an eval block, which a single process runs": job.eval is not None,
+        "a distill block, whose teacher is not divided": getattr(job, "distill", None) is not None,
         **(_against_fsdp(job) if strategy == "fsdp" else _against_ep(job)),
     }
     problems = [what for what, holds in against.items() if holds]

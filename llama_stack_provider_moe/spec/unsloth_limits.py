@@ -44,6 +44,7 @@ def _against(job: "TrainingJob") -> dict[str, bool]:
         "options.deterministic true, because its kernels are not deterministic": options.deterministic,
         "options.save_merged true; merge on disk instead (moe-train export merge)": options.save_merged,
         "an eval block": job.eval is not None,
+        "a distill block": getattr(job, "distill", None) is not None,
         "an export block, whose load check compares with transformers' arithmetic": job.export is not None,
     }
 

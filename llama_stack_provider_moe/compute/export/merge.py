@@ -30,12 +30,11 @@ from llama_stack_provider_moe.compute.export.card import config_text, find_sourc
 from llama_stack_provider_moe.compute.export.model_card import CARD, model_card
 from llama_stack_provider_moe.compute.export.places import TensorPlace
 from llama_stack_provider_moe.compute.export.plan import MergePlan, make_plan
+from llama_stack_provider_moe.compute.export.shard_files import SHARD_BYTES, write_shards
 from llama_stack_provider_moe.compute.export.tensors import (
-    INDEX,
     TensorEntry,
     append,
     copy_bytes,
-    file_name,
     header,
     index_text,
     pieces,
@@ -46,16 +45,13 @@ from llama_stack_provider_moe.compute.export.whole_folder import SLACK_BYTES, ch
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.adapters import below_layer
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
-from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.jobdir.checkpoint_index import sync
 from llama_stack_provider_moe.jobdir.local_names import adapter_folder, whole_model
 from llama_stack_provider_moe.spec.command_words import answered
 from llama_stack_provider_moe.spec.exports import shard_bytes as bytes_of_shard
 from llama_stack_provider_moe.spec.local_commands import MergeCommand
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARD_BYTES = 5_000_000_000
 _MIN_SHARD_BYTES = 1_000
 
 
@@ -131,7 +127,11 @@ def merge(
         parts = shards([plan.written(entry) for entry in plan.entries], shard_bytes)
         check_room(target, _bytes_of(parts, [*files.values()], [*texts.values()]))
         start = time.monotonic()
-        _write_weights(plan, parts, written, say)
+        base_entries = {entry.name: entry for entry in plan.entries}
+        write_shards(
+            parts, written, "merging",
+            lambda entry, file: _write_tensor(plan, base_entries[entry.name], entry.dtype, file), say,
+        )  # fmt: skip
         seconds = time.monotonic() - start
         for name, file in files.items():
             shutil.copyfile(file, written / name)
@@ -156,34 +156,6 @@ def _bytes_of(parts: list[list[TensorEntry]], files: list[Path], texts: list[str
     needed = sum(len(header(part)) + sum(entry.nbytes for entry in part) for part in parts)
     needed += sum(file.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
     return needed + len(index_text(parts).encode())
-
-
-def _write_weights(plan: MergePlan, parts: list[list[TensorEntry]], folder: Path, say: Callable[[str], None]) -> None:
-    base = {entry.name: entry for entry in plan.entries}
-    tensors = sum(map(len, parts))
-    with liveness.stage("merging", tensors, "tensors") as counter:
-        _write_files(plan, parts, folder, say, base, counter)
-    if len(parts) > 1:
-        (folder / INDEX).write_text(index_text(parts), encoding="utf-8")
-
-
-def _write_files(
-    plan: MergePlan,
-    parts: list[list[TensorEntry]],
-    folder: Path,
-    say: Callable[[str], None],
-    base: dict[str, TensorEntry],
-    counter: liveness.Counter,
-) -> None:
-    for number, part in enumerate(parts):
-        name = file_name(number, len(parts))
-        with (folder / name).open("wb") as out:
-            out.write(header(part))
-            for entry in part:
-                _write_tensor(plan, base[entry.name], entry.dtype, out)
-                counter.advance()
-        sync(folder / name)
-        say(f"{name}: {len(part)} tensors, {number + 1} of {len(parts)} files")
 
 
 def _write_tensor(plan: MergePlan, entry: TensorEntry, dtype: torch.dtype, out: IO[bytes]) -> None:

@@ -18,16 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
 from llama_stack_provider_moe.compute.export.card import side_files
-from llama_stack_provider_moe.compute.export.tensors import (
-    INDEX,
-    TensorEntry,
-    append,
-    copy_bytes,
-    file_name,
-    header,
-    index_text,
-    shards,
-)
+from llama_stack_provider_moe.compute.export.shard_files import Progress, write_shards
+from llama_stack_provider_moe.compute.export.tensors import append, copy_bytes, shards
 from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
 from llama_stack_provider_moe.compute.methods.mixing import mean_of_branches, rows_of_branches
 from llama_stack_provider_moe.compute.mixing.alike import cosine_to_base, require_frozen_anchors
@@ -37,11 +29,8 @@ from llama_stack_provider_moe.compute.mixing.sources import Sources, open_source
 from llama_stack_provider_moe.compute.mixing.tensors import OF_BASE, Made, made_of
 from llama_stack_provider_moe.compute.models.upcycle import SHARD_BYTES, generator_of, moe_config
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
-from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.jobdir.checkpoint_index import sync
 from llama_stack_provider_moe.spec.mixing import ANCHOR, MixPlan
 
-Progress = Callable[[int, int], None]
 # Puts its own rows into the routers of a model's folder; gets the names of the routers by layer.
 StartRouters = Callable[[Path, dict[int, str]], None]
 _SMALL_FILES_BYTES = 64 << 10  # config.json and mix.json
@@ -131,7 +120,11 @@ def mix(
         size = sum(entry.nbytes for part in parts for entry in part)
         check_room(out, size + sum(file.stat().st_size for file in beside.values()) + _SMALL_FILES_BYTES)
         start = time.monotonic()
-        _write(work, by_name, parts, written, say, progress)
+        work.shared = [_Moved() for _ in sources.branches]
+        work.experts = [_Moved() for _ in sources.branches]
+        write_shards(
+            parts, written, "mixing", lambda entry, file: _write_tensor(work, by_name[entry.name], file), say, progress
+        )
         for name, file in beside.items():
             shutil.copyfile(file, written / name)
         _config(sources).save_pretrained(written)
@@ -150,33 +143,6 @@ def _planned(model: str, plan: MixPlan) -> _Mix:
     if plan.method == "bar":
         require_frozen_anchors(sources)
     return _Mix(sources, made, cosines, found)
-
-
-def _write(
-    work: _Mix,
-    by_name: dict[str, Made],
-    parts: list[list[TensorEntry]],
-    folder: Path,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> None:
-    work.shared = [_Moved() for _ in work.sources.branches]
-    work.experts = [_Moved() for _ in work.sources.branches]
-    total, done = sum(map(len, parts)), 0
-    with liveness.stage("mixing", total, "tensors") as counter:
-        for number, part in enumerate(parts):
-            name = file_name(number, len(parts))
-            with (folder / name).open("wb") as out:
-                out.write(header(part))
-                for entry in part:
-                    _write_tensor(work, by_name[entry.name], out)
-                    counter.advance()
-                    done += 1
-                    progress(done, total)
-            sync(folder / name)
-            say(f"{name}: {len(part)} tensors, {number + 1} of {len(parts)} files")
-    if len(parts) > 1:
-        (folder / INDEX).write_text(index_text(parts), encoding="utf-8")
 
 
 def _write_tensor(work: _Mix, made: Made, out: IO[bytes]) -> None:

@@ -1,16 +1,22 @@
-"""Supervised fine-tuning: cross entropy over the answers' tokens (or all tokens), plus the routers' balance terms."""
+"""Supervised fine-tuning: cross entropy over the answers' tokens (or all tokens), plus the routers' balance terms.
+
+With a `distill` block the loss of a token also has the KL divergence from a teacher (`train.distill`).
+"""
 
 from dataclasses import asdict
 
+from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from llama_stack_provider_moe.compute.data.datasets import sft_rows
 from llama_stack_provider_moe.compute.models.backend import backend_of
+from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.runtime.context import Session
+from llama_stack_provider_moe.compute.train.distill import Distillation, distillation_of
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.packing_probe import require_independent_rows
-from llama_stack_provider_moe.compute.train.prepared import Batch, prepare
+from llama_stack_provider_moe.compute.train.prepared import Batch, Loss, Prepared, prepare
 from llama_stack_provider_moe.compute.train.step_figures import StepFigures
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.jobdir.folder import Manifest
@@ -22,18 +28,47 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
 
     loss_name = "ce"
     logs_domain_losses = True
+    spec: SFTSpec
+
+    def __init__(self, prepared: Prepared[SFTSpec], args: SFTConfig, distillation: Distillation | None) -> None:
+        self.distillation = distillation
+        super().__init__(prepared, args)
+        if distillation is not None:
+            self.loss_name = "distilled_loss"
+            distillation.set_head(self.model, self._note_distillation)
+
+    def step_flops(self) -> StepFlops:
+        """The model's pass, and the teacher's where that is the same model."""
+        asked = self.spec.distill
+        return count_flops(self.model, self.layout, references=int(asked is not None and asked.model is None))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Loss:
+        """Ask the teacher first, if there is one; then see `RecordingTrainer.compute_loss`."""
+        if self.distillation is not None:
+            self.distillation.ask(self.model, inputs, self.accelerator.autocast())
+        loss: Loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss
+
+    def _note_distillation(self) -> None:
+        assert self.distillation is not None, "only its head calls this"
+        figures = self._metrics["train" if self.model.training else "eval"]
+        figures["ce"].append(self.distillation.ce)
+        figures["distill_kl"].append(self.distillation.kl)
 
     def figure_weights(self, inputs: Batch) -> dict[str, float]:
         """The number of labelled tokens; the model's aux loss counts once for each micro-batch."""
         tokens = float(labelled(inputs))
-        return {"entropy": tokens, "mean_token_accuracy": tokens, "aux_loss": 1.0}
+        return dict.fromkeys(("entropy", "mean_token_accuracy", "ce", "distill_kl"), tokens) | {"aux_loss": 1.0}
 
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
-        """Add a micro-batch. TRL's loss is the mean over its labelled tokens."""
+        """Add a micro-batch. TRL's loss is the mean over its labelled tokens; perplexity has no teacher's term."""
         tokens = labelled(inputs)
+        ce = loss if self.distillation is None else self.distillation.ce
         held_out.loss += loss * tokens
         held_out.weight += tokens
-        held_out.nll += loss * tokens
+        held_out.nll += ce * tokens
         held_out.tokens += tokens
 
 
@@ -46,6 +81,7 @@ def run(session: Session[SFTSpec]) -> Manifest:
     """Load the model, tokenise the rows, add the adapter, train, and save."""
     spec = session.spec
     base = backend_of(spec).load(session)
+    distillation = distillation_of(session, base)
     prepared = prepare(session, base, sft_rows(session, base.tokenizer, base.vocabulary))
     gap = require_independent_rows(session, prepared.model) if spec.data.packed else None
     trainer = SFT(
@@ -58,5 +94,8 @@ def run(session: Session[SFTSpec]) -> Manifest:
             # Rows were cut to length when they were tokenised; for packing, TRL needs the length again.
             max_length=spec.options.max_length if spec.data.packed else None,
         ),
+        distillation,
     )
-    return fit(prepared, trainer, {"packed_rows_differ_by": None if gap is None else asdict(gap)})
+    teacher = None if distillation is None else {"teacher": distillation.kind, **distillation.asked.model_dump()}
+    decisions = {"packed_rows_differ_by": None if gap is None else asdict(gap), "distill": teacher}
+    return fit(prepared, trainer, decisions)

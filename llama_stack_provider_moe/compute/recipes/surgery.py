@@ -1,4 +1,4 @@
-"""Expert surgery: choose the experts that stay, measure what that costs, and write the new model. Trains nothing."""
+"""Expert surgery: decide what the new experts are, measure what that costs, and write the model. Trains nothing."""
 
 import gc
 import time
@@ -8,15 +8,15 @@ from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.runtime.context import Session
-from llama_stack_provider_moe.compute.surgery.prune import Choice, Pruning, choose, prepare, prune
+from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
+from llama_stack_provider_moe.compute.surgery.prepared import Decision, Prepared, make
 from llama_stack_provider_moe.compute.surgery.report import text
 from llama_stack_provider_moe.compute.surgery.rows import load_rows
-from llama_stack_provider_moe.compute.surgery.split import Splitting, prepare_split, split
 from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed, Saved, Step
 from llama_stack_provider_moe.jobdir.folder import Manifest, write_atomic
-from llama_stack_provider_moe.spec.surgery_jobs import ROWS, SurgerySpec
+from llama_stack_provider_moe.spec.surgery_jobs import GENERAL_ROWS, ROWS, SurgerySpec
 
 _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 
@@ -24,7 +24,7 @@ _JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 def run(session: Session[SurgerySpec]) -> Manifest:
     """Check the plan, choose, write, and publish the new model as the job's model."""
     spec, folder, began = session.spec, session.folder, time.monotonic()
-    checked = _checked(spec)
+    checked = prepare(model_folder(spec.model, "model"), spec.surgery)
     layout = checked.before.layout
     plan: dict[str, object] = {
         "recipe": spec.recipe,
@@ -40,7 +40,7 @@ def run(session: Session[SurgerySpec]) -> Manifest:
     if session.started_before:
         session.events.append(Resumed(step=0, checkpoint=None))
     print(f"model     {spec.model}\nexperts   {layout.text()}", flush=True)
-    choice = _chosen(session, checked) if isinstance(checked, Pruning) else None
+    decision = _decided(session, checked)
 
     def record_step(done: int, total: int) -> None:
         liveness.heard()
@@ -51,11 +51,7 @@ def run(session: Session[SurgerySpec]) -> Manifest:
     folder.artifacts.mkdir(exist_ok=True)
     written = folder.model.with_name(f".{folder.model.name}.writing")
     remove(written)
-    if isinstance(checked, Splitting):
-        report = split(checked, spec.model, written, session.say, record_step, named=folder.model)
-    else:
-        assert choice is not None
-        report = prune(checked, choice, spec.model, written, session.say, record_step, named=folder.model)
+    report = make(checked, decision, spec.model, written, session.say, record_step, named=folder.model)
     publish(written, folder.model, step=0)
     print(text(report), flush=True)
     artifact = describe(session.job_uuid, "model", folder.model, epoch=0, step=0)
@@ -64,32 +60,27 @@ def run(session: Session[SurgerySpec]) -> Manifest:
     summary = {"experts_before": float(report.experts_before), "experts_after": float(report.experts_after)}
     if report.loss is not None:
         summary |= {"loss_before": report.loss.before, "loss_after": report.loss.after, "kl": report.loss.kl}
+    if report.general_loss is not None:
+        summary |= {"general_loss_before": report.general_loss.before, "general_loss_after": report.general_loss.after}
     return Manifest(job_uuid=session.job_uuid, artifacts=[artifact], summary=summary)
 
 
-def _checked(spec: SurgerySpec) -> Pruning | Splitting:
-    folder = model_folder(spec.model, "model")
-    if spec.surgery.action == "split":
-        return prepare_split(folder, spec.surgery)
-    return prepare(folder, spec.surgery)
-
-
-def _chosen(session: Session[SurgerySpec], pruning: Pruning) -> Choice:
-    """The experts that stay; the model is in memory only until they are known."""
-    spec = session.spec
-    if spec.data is None:
-        return choose(pruning, None)
-    source = spec.data.dataset_id
-    rows = load_rows(
-        str(pruning.before.folder), session.folder.rows(ROWS), source, spec.training, spec.options, session.say
-    )
+def _decided(session: Session[SurgerySpec], prepared: Prepared) -> Decision:
+    """What the new model is made of; the old one is in memory only until that is known."""
+    spec, data = session.spec, session.spec.data
+    if data is None:
+        return choose(prepared, None)
+    files = {data.dataset_id: session.folder.rows(ROWS)}
+    if data.general_dataset_id is not None:
+        files[f"{data.general_dataset_id} (general)"] = session.folder.rows(GENERAL_ROWS)
+    rows = load_rows(str(prepared.before.folder), files, spec.training, spec.options, session.say)
 
     def heard(done: int, total: int) -> None:
         liveness.heard()
 
-    choice = choose(pruning, rows, heard)
+    decision = choose(prepared, rows, heard)
     del rows
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return choice
+    return decision

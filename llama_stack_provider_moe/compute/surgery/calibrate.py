@@ -26,7 +26,7 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec.surgery import Criterion
 
 # Experts that get each token once for every expert, times its score, and zeros where it was not chosen.
-_SCALED_INPUTS = ("Llama4TextExperts",)
+SCALED_INPUTS = ("Llama4TextExperts",)
 Progress = Callable[[int, int], None]
 
 
@@ -53,11 +53,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean over tokens: the loss in nats before and after, and the KL divergence from the model before to it after."""
+    """Mean over tokens: the loss in nats before and after, and the KL divergence from the model before to it after.
+
+    `moved` is the greatest change of a logit.
+    """
 
     before: float
     after: float
     kl: float
+    moved: float
     tokens: int
 
 
@@ -88,7 +92,7 @@ def calibrate(
         liveness.stage("calibrating", len(prompts), "rows") as counter,
     ):
         done = 0
-        for ids_BT, mask_BT in _batches(model, prompts, batch_size):
+        for ids_BT, mask_BT in batches(model, prompts, batch_size):
             for tally in tallies.values():
                 tally.weight_T = mask_BT.reshape(-1).double()
             with torch.no_grad():
@@ -127,27 +131,59 @@ def losses(
     Raises:
         DataError: no row has two tokens.
     """
-    before = after = kl = 0.0
+
+    def after(**given: Tensor) -> Tensor:
+        with masked_experts(model, layout, masked):
+            found: Tensor = model(**given).logits
+            return found
+
+    return _compared(model, after, prompts, batch_size, progress)
+
+
+def losses_of(
+    model: nn.Module,
+    other: nn.Module,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    progress: Progress = lambda done, total: None,
+) -> Losses:
+    """Measure the loss of a model and of the one that a surgery makes of it, both in evaluation mode; see `losses`."""
+
+    def after(**given: Tensor) -> Tensor:
+        found: Tensor = other(**given).logits
+        return found
+
+    return _compared(model, after, prompts, batch_size, progress)
+
+
+def _compared(
+    model: nn.Module,
+    other: Callable[..., Tensor],
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    progress: Progress,
+) -> Losses:
+    before = after = kl = moved = 0.0
     tokens = done = 0
     with liveness.stage("measuring the loss", len(prompts), "rows") as counter:
-        for ids_BT, mask_BT in _batches(model, prompts, batch_size):
+        for ids_BT, mask_BT in batches(model, prompts, batch_size):
             with torch.no_grad():
                 given = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-                whole_BTV = model(**given).logits
-                with masked_experts(model, layout, masked):
-                    pruned_BTV = model(**given).logits
+                whole_BTV, changed_BTV = model(**given).logits, other(**given)
                 for row in range(len(ids_BT)):
                     length = int(mask_BT[row].sum())
-                    found = _row_losses(whole_BTV[row, : length - 1], pruned_BTV[row, : length - 1],
-                                        ids_BT[row, 1:length])  # fmt: skip
+                    one_TV, other_TV = whole_BTV[row, : length - 1], changed_BTV[row, : length - 1]
+                    found = _row_losses(one_TV, other_TV, ids_BT[row, 1:length])
                     before, after, kl = before + found[0], after + found[1], kl + found[2]
+                    if length > 1:
+                        moved = max(moved, float((one_TV.float() - other_TV.float()).abs().max()))
                     tokens += max(0, length - 1)
             done += len(ids_BT)
             counter.at(done, len(prompts))
             progress(done, len(prompts))
     if not tokens:
         raise DataError("rows: no row has two tokens, so there is no loss to measure; expected longer texts")
-    return Losses(before / tokens, after / tokens, kl / tokens, tokens)
+    return Losses(before / tokens, after / tokens, kl / tokens, moved, tokens)
 
 
 def _row_losses(whole_TV: Tensor, pruned_TV: Tensor, next_T: Tensor) -> tuple[float, float, float]:
@@ -158,7 +194,7 @@ def _row_losses(whole_TV: Tensor, pruned_TV: Tensor, next_T: Tensor) -> tuple[fl
     return before, after, float(kl)
 
 
-def _batches(model: nn.Module, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(model: nn.Module, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and mask (B, T) of rows of similar length."""
     device = next(model.parameters()).device
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
@@ -221,7 +257,7 @@ def _router_hook(layout: ExpertLayout, tally: _Tally) -> Callable[..., None]:
 
 def _experts_hook(layout: ExpertLayout, tally: _Tally) -> Callable[..., None]:
     def hook(experts: nn.Module, inputs: tuple[Tensor, ...], output_TH: Tensor) -> None:
-        if type(experts).__name__ in _SCALED_INPUTS:
+        if type(experts).__name__ in SCALED_INPUTS:
             norm_ET = output_TH.reshape(layout.num_experts, -1, output_TH.shape[-1]).float().norm(dim=-1)
             for expert, norm_T in enumerate(norm_ET):
                 tally.add(torch.full_like(norm_T, expert, dtype=torch.long), norm_T)

@@ -1,23 +1,36 @@
 """The plan of a surgery on a folder: for each tensor of the new model, the pieces of old ones that it is made of.
 
 Only names and shapes are read. A new expert is a sum of old ones with shares (`Blend`): one old expert with share 1 in
-most surgeries.
+most surgeries. A `NewExpert` computes its parts when they are written.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from llama_stack_provider_moe.compute.export.places import TensorPlace, find_places
-from llama_stack_provider_moe.compute.export.tensors import TensorEntry, read_model
+from llama_stack_provider_moe.compute.export.places import TensorPlace
+from llama_stack_provider_moe.compute.export.tensors import TensorEntry
 from llama_stack_provider_moe.compute.surgery.resized import Resized
+from llama_stack_provider_moe.compute.surgery.slices import files_of, on_disk
 from llama_stack_provider_moe.errors import ModelError
 
 # A new expert: old experts and their shares.
 Blend = tuple[tuple[int, float], ...]
+
+
+class NewExpert(Protocol):
+    """An expert that no sum of old ones gives."""
+
+    def part(self, parameter: str) -> Tensor:
+        """Its part of a parameter, in fp32 and in the form that it has in memory (see `slices`)."""
+
+
+Expert = Blend | NewExpert
 SURGERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHOWN = 3
 
@@ -33,17 +46,25 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """`count` numbers that a new expert computes, in fp32."""
+
+    numbers: Callable[[], Tensor]
+    count: int
+
+
+@dataclass(frozen=True)
 class NewTensor:
     """One tensor of the new model.
 
     Attributes:
         entry: its name, dtype and shape; its file and offset are those of an old tensor and mean nothing.
-        sums: one after the other; each is the sum of its pieces, which have equal counts.
+        sums: one after the other; each is the sum of its pieces, which have equal counts, or computed.
         changed: False for a tensor that is copied as it is.
     """
 
     entry: TensorEntry
-    sums: tuple[tuple[Piece, ...], ...]
+    sums: tuple[tuple[Piece, ...] | Computed, ...]
     changed: bool
 
 
@@ -89,7 +110,23 @@ def single(experts: Sequence[int]) -> tuple[Blend, ...]:
     return tuple(((expert, 1.0),) for expert in experts)
 
 
-def plan_tensors(resized: Resized, experts: Mapping[int, Sequence[Blend]]) -> SurgeryPlan:
+def experts_of(
+    resized: Resized, experts: Mapping[int, Sequence[Expert]], parameter: str, size: int
+) -> list[Expert]:  # fmt: skip
+    """The new entries of an axis of a parameter; choices behind the experts, which compute nothing, stay behind them.
+
+    Args:
+        resized: the model, and what changes in it.
+        experts: layer with experts -> its new experts.
+        parameter: its name.
+        size: the old length of the axis.
+    """
+    layout = resized.before.layout
+    layer = int(parameter.removeprefix(f"{layout.layers_path}.").partition(".")[0])
+    return [*experts[layer], *single(range(layout.num_experts, size))]
+
+
+def plan_tensors(resized: Resized, experts: Mapping[int, Sequence[Expert]]) -> SurgeryPlan:
     """Find the source of each new tensor.
 
     Args:
@@ -100,8 +137,8 @@ def plan_tensors(resized: Resized, experts: Mapping[int, Sequence[Blend]]) -> Su
         ModelError: the weights can't be read, are quantised, lack a tensor, or are stored in an unknown form.
     """
     folder, model = resized.before.folder, resized.before.model
-    disk = read_model(folder)
-    places = find_places(model, {name: entry.shape for name, entry in disk.items()})
+    files = files_of(folder, model)
+    disk, places = files.disk, files.places
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
     planner = _Planner(resized, experts, disk, places)
     tensors: list[NewTensor] = []
@@ -128,7 +165,7 @@ class _Planner:
     def __init__(
         self,
         resized: Resized,
-        experts: Mapping[int, Sequence[Blend]],
+        experts: Mapping[int, Sequence[Expert]],
         disk: Mapping[str, TensorEntry],
         places: Mapping[str, TensorPlace],
     ) -> None:
@@ -148,10 +185,12 @@ class _Planner:
         axis = self._axis(entry, place)
         blends = self._blends(place.parameter, entry.shape[axis])
         inside = prod(entry.shape[axis + 1 :])
-        size = entry.shape[axis]
+        size, outers = entry.shape[axis], prod(entry.shape[:axis])
         sums = tuple(
             tuple(Piece(entry, (outer * size + old) * inside, inside, share) for old, share in blend)
-            for outer in range(prod(entry.shape[:axis]))
+            if isinstance(blend, tuple)
+            else _computed(blend, place, inside, outer, outers)
+            for outer in range(outers)
             for blend in blends
         )
         shape = (*entry.shape[:axis], len(blends), *entry.shape[axis + 1 :])
@@ -167,20 +206,23 @@ class _Planner:
         name_of = _Numbered(names[0], names[1])
         made = []
         for new, blend in enumerate(self._blends(place.parameter, count)):
+            named = replace(entry, name=name_of(new))
+            if not isinstance(blend, tuple):
+                self._check(entry, place)
+                computed = _computed(blend, place, prod(entry.shape), 0, 1)
+                made.append(NewTensor(named, (computed,), changed=True))
+                continue
             parts = [(self._disk[names[old]], share) for old, share in blend]
             for part, _ in parts:
                 self._check(part, place)
                 if part.shape != entry.shape or part.dtype != entry.dtype:
                     raise ModelError(f"model: {part.name} has shape {part.shape}, and {entry.name} {entry.shape}")
             pieces = tuple(Piece(part, 0, prod(part.shape), share) for part, share in parts)
-            made.append(NewTensor(replace(entry, name=name_of(new)), (pieces,), changed=True))
+            made.append(NewTensor(named, (pieces,), changed=True))
         return made
 
-    def _blends(self, parameter: str, size: int) -> list[Blend]:
-        """The new entries of an axis; choices behind the experts, which compute nothing, stay behind them."""
-        layout = self._resized.before.layout
-        layer = int(parameter.removeprefix(f"{layout.layers_path}.").partition(".")[0])
-        return [*self._experts[layer], *single(range(layout.num_experts, size))]
+    def _blends(self, parameter: str, size: int) -> list[Expert]:
+        return experts_of(self._resized, self._experts, parameter, size)
 
     def _axis(self, entry: TensorEntry, place: TensorPlace) -> int:
         """The axis on disk, where the last two may be swapped."""
@@ -198,6 +240,18 @@ class _Planner:
             raise ModelError(f"model: {entry.name} is stored as {entry.dtype}; expected 16 or 32 bits, not quantised")
         if place.unknown:
             raise ModelError(f"model: {entry.name} is stored in a form that can't be edited here ({place.unknown})")
+
+
+def _computed(expert: NewExpert, place: TensorPlace, count: int, outer: int, outers: int) -> Computed:
+    """Numbers `outer` * `count` and following of a new expert's part, as the files have them."""
+
+    def numbers() -> Tensor:
+        part = expert.part(place.parameter)
+        found = part.reshape(outers, -1)[outer] if outers > 1 else on_disk(part, place, count)
+        assert found.numel() == count, f"{place.parameter}: {found.numel()} numbers, expected {count}"
+        return found
+
+    return Computed(numbers, count)
 
 
 class _Numbered:

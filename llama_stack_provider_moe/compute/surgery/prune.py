@@ -4,61 +4,22 @@ A pruned model computes what the model before computes with those experts masked
 before anything is written.
 """
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from torch import nn
-
-from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
-from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
+from llama_stack_provider_moe.compute.export.shard_files import Progress
 from llama_stack_provider_moe.compute.methods.surgery import highest, mass_of
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, layer_ranges
-from llama_stack_provider_moe.compute.surgery.calibrate import Calibration, Losses, Progress, calibrate, losses
-from llama_stack_provider_moe.compute.surgery.plan import SurgeryPlan, left_out, plan_tensors, single
-from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, MeasuredLoss, SurgeryReport
-from llama_stack_provider_moe.compute.surgery.resized import Described, Resized, describe, resize
-from llama_stack_provider_moe.compute.surgery.write import Say, write_folder
+from llama_stack_provider_moe.compute.surgery.calibrate import Calibration, calibrate, losses
+from llama_stack_provider_moe.compute.surgery.plan import single
+from llama_stack_provider_moe.compute.surgery.prepared import Decision, Prepared, Rows, measured
+from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, MeasuredLoss
+from llama_stack_provider_moe.compute.surgery.resized import describe, resize
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, REPORT_FILE, Surgery
+from llama_stack_provider_moe.spec.surgery import ALL_LAYERS, Surgery
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A loaded model, and the rows that it is run on."""
-
-    model: nn.Module
-    prompts: Sequence[Prompt]
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The experts that stay in each layer with experts, and what was measured; None where no rows were given."""
-
-    kept: dict[int, tuple[int, ...]]
-    calibration: Calibration | None = None
-    loss: MeasuredLoss | None = None
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """A checked surgery on a folder, of which no tensor was read yet."""
-
-    asked: Surgery
-    before: Described
-    resized: Resized
-    experts: int
-    field: str
-
-    @property
-    def layout(self) -> ExpertLayout:
-        """Of the model before."""
-        return self.before.layout
-
-
-def prepare(folder: Path, asked: Surgery, field: str = "surgery.") -> Pruning:
+def prepare(folder: Path, asked: Surgery, field: str) -> Prepared:
     """Check everything that can be known from the config.
 
     Args:
@@ -74,17 +35,17 @@ def prepare(folder: Path, asked: Surgery, field: str = "surgery.") -> Pruning:
     layout = before.layout
     dropped = _dropped(asked, layout, field)
     experts = asked.keep if asked.keep is not None else layout.num_experts - len(next(iter(dropped.values())))
-    _check_number(experts, asked, layout, field)
+    check_number(experts, asked, layout, field)
     if dropped and 1 <= layout.groups_chosen < layout.groups:
         _check_groups(dropped, layout, field)
-    return Pruning(asked, before, resize(before, experts), experts, field)
+    return Prepared(asked, before, resize(before, experts), field)
 
 
-def choose(pruning: Pruning, rows: Rows | None, progress: Progress = lambda done, total: None) -> Choice:
+def choose(prepared: Prepared, rows: Rows | None, progress: Progress) -> Decision:
     """Choose the experts that stay, and measure the loss with and without the others.
 
     Args:
-        pruning: what `prepare` found.
+        prepared: what `prepare` found.
         rows: None: the list of experts is enough, and nothing is measured.
         progress: called with the number of passes of rows that are done and their total.
 
@@ -92,14 +53,12 @@ def choose(pruning: Pruning, rows: Rows | None, progress: Progress = lambda done
         InvalidInput: the experts are to be chosen by a score, and there are no rows.
         DataError: the rows have no tokens to measure.
     """
-    layout, asked = pruning.layout, pruning.asked
-    everyone = range(layout.num_experts)
+    layout, asked = prepared.layout, prepared.asked
     if rows is None:
         if asked.keep is not None:
-            raise InvalidInput("data", None, f"rows, because {pruning.field}keep chooses by a score; or "
-                               f"{pruning.field}drop")  # fmt: skip
-        dropped = _dropped(asked, layout, pruning.field)
-        return Choice({layer: tuple(sorted(set(everyone) - set(dropped[layer]))) for layer in layout.moe_layers})
+            raise InvalidInput("data", None, f"rows, because {prepared.name('keep')} chooses by a score; or "
+                               f"{prepared.name('drop')}")  # fmt: skip
+        return _decision(prepared, _listed(prepared), None, None)
     total = 2 * len(rows.prompts)
     found = calibrate(
         rows.model, layout, rows.prompts, rows.batch_size, contributions=asked.criterion == "reap",
@@ -107,50 +66,24 @@ def choose(pruning: Pruning, rows: Rows | None, progress: Progress = lambda done
     )  # fmt: skip
     if asked.criterion is not None:
         groups = layout.groups if layout.groups_chosen < layout.groups else 1
-        chosen = highest(found.scores(asked.criterion), pruning.experts, groups)
+        chosen = highest(found.scores(asked.criterion), prepared.resized.layout.num_experts, groups)
         kept = dict(zip(layout.moe_layers, chosen, strict=True))
     else:
-        dropped = _dropped(asked, layout, pruning.field)
-        kept = {layer: tuple(sorted(set(everyone) - set(dropped[layer]))) for layer in layout.moe_layers}
-    masked = {layer: sorted(set(everyone) - set(kept[layer])) for layer in layout.moe_layers}
-    measured = losses(rows.model, layout, rows.prompts, masked, rows.batch_size,
-                      lambda done, _: progress(len(rows.prompts) + done, total))  # fmt: skip
-    return Choice(kept, found, _loss(measured, len(rows.prompts)))
+        kept = _listed(prepared)
+    masked = {layer: _others(each, layout) for layer, each in kept.items()}
+    after = losses(rows.model, layout, rows.prompts, masked, rows.batch_size,
+                   lambda done, _: progress(len(rows.prompts) + done, total))  # fmt: skip
+    return _decision(prepared, kept, found, measured(after, len(rows.prompts)))
 
 
-def prune(
-    pruning: Pruning,
-    choice: Choice,
-    model: str,
-    out: Path | None,
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
-    named: Path | None = None,
-) -> SurgeryReport:
-    """Write the pruned model, with its report beside it, and return the report.
+def _listed(prepared: Prepared) -> dict[int, tuple[int, ...]]:
+    """Layer -> the experts that the list leaves."""
+    dropped = _dropped(prepared.asked, prepared.layout, prepared.field)
+    return {layer: tuple(_others(dropped[layer], prepared.layout)) for layer in prepared.layout.moe_layers}
 
-    Args:
-        pruning: what `prepare` found.
-        choice: what `choose` chose.
-        model: name of the model before, for the report.
-        out: the new folder; None: only report what would be written.
-        say: gets a line for each file.
-        progress: called with the number of tensors that are written and their total.
-        named: the folder that the report names, where the caller will rename `out`.
 
-    Raises:
-        InvalidInput: `out` exists.
-        ModelError: the weights can't be read, are quantised, lack a tensor, or are stored in an unknown form.
-        NoRoom: the disk has too few free bytes.
-    """
-    if out is not None and os.path.lexists(out):
-        raise InvalidInput("out", str(out), "a folder that does not exist yet")
-    plan = plan_tensors(pruning.resized, {layer: single(kept) for layer, kept in choice.kept.items()})
-    report = _report(pruning, choice, plan, model, None if out is None else str(named or out))
-    if out is not None:
-        texts = {REPORT_FILE: report.model_dump_json(indent=2) + "\n"}
-        write_folder(pruning.resized, plan, out, texts, say, progress)
-    return report
+def _others(experts: Collection[int], layout: ExpertLayout) -> list[int]:
+    return [expert for expert in range(layout.num_experts) if expert not in experts]
 
 
 def _dropped(asked: Surgery, layout: ExpertLayout, field: str) -> dict[int, list[int]]:
@@ -177,7 +110,7 @@ def _dropped(asked: Surgery, layout: ExpertLayout, field: str) -> dict[int, list
     return by_layer
 
 
-def _check_number(experts: int, asked: Surgery, layout: ExpertLayout, field: str) -> None:
+def check_number(experts: int, asked: Surgery, layout: ExpertLayout, field: str) -> None:
     """Check that a router can still choose: enough experts for a token, in groups of equal size."""
     name = f"{field}{'keep' if asked.keep is not None else 'drop'}"
     given = asked.keep if asked.keep is not None else layout.num_experts - experts
@@ -207,49 +140,32 @@ def _check_groups(dropped: dict[int, list[int]], layout: ExpertLayout, field: st
                                f"{', '.join(map(str, counts))}")  # fmt: skip
 
 
-def _loss(measured: Losses, rows: int) -> MeasuredLoss:
-    return MeasuredLoss(
-        before=measured.before, after=measured.after, kl=max(0.0, measured.kl), tokens=measured.tokens, rows=rows
-    )
-
-
-def _report(
-    pruning: Pruning, choice: Choice, plan: SurgeryPlan, model: str, folder: str | None
-) -> SurgeryReport:  # fmt: skip
-    layout, found, by = pruning.layout, choice.calibration, pruning.asked.criterion
-    dropped = {
-        layer: [expert for expert in range(layout.num_experts) if expert not in kept]
-        for layer, kept in choice.kept.items()
-    }
+def _decision(
+    prepared: Prepared, kept: Mapping[int, tuple[int, ...]], found: Calibration | None, loss: MeasuredLoss | None
+) -> Decision:
+    layout, by = prepared.layout, prepared.asked.criterion
+    dropped = {layer: _others(each, layout) for layer, each in kept.items()}
     scores = None if found is None or by is None else found.scores(by)
     mass = None if found is None else mass_of(found.probability_LE, [dropped[layer] for layer in layout.moe_layers])
     layers = [
         LayerOfExperts(
             layer=layer,
-            kept=list(choice.kept[layer]),
+            kept=list(kept[layer]),
             dropped=dropped[layer],
             scores=None if scores is None else scores[at].tolist(),
             mass=None if mass is None else mass[at],
         )
         for at, layer in enumerate(layout.moe_layers)
     ]
-    return SurgeryReport(
-        action="prune", model=model, folder=folder, family=layout.family,
-        fingerprint=fingerprint(pruning.before.folder), by=by,
-        experts_before=layout.num_experts, experts_after=pruning.experts, top_k=layout.top_k,
-        keys=dict(pruning.resized.keys), layers=layers, loss=choice.loss,
-        tensors=sum(each.changed for each in plan.tensors), left_out=plan.left_out,
-        parameters_before=plan.parameters_before(pruning.resized), parameters_after=plan.parameters,
-        bytes=plan.nbytes, warnings=_warnings(layout, mass, plan),
-    )  # fmt: skip
+    experts = {layer: single(each) for layer, each in kept.items()}
+    return Decision(experts, layers, loss, warnings=_warnings(layout, mass))
 
 
-def _warnings(layout: ExpertLayout, mass: list[float] | None, plan: SurgeryPlan) -> list[str]:
-    found = []
-    if layout.weighing == "all":
-        lost = "how much is measured on rows; give some" if mass is None else (
-            f"on average {sum(mass) / len(mass):.4f}, and {max(mass):.4f} in the worst layer")  # fmt: skip
-        found.append("this model's router weights are a softmax over all experts, not renormalised over the chosen "
-                     f"ones: what the dropped experts had of it goes to the others, {lost}. So even experts that no "
-                     "token chose change the model when they go")  # fmt: skip
-    return [*found, *left_out(plan)]
+def _warnings(layout: ExpertLayout, mass: list[float] | None) -> list[str]:
+    if layout.weighing != "all":
+        return []
+    lost = "how much is measured on rows; give some" if mass is None else (
+        f"on average {sum(mass) / len(mass):.4f}, and {max(mass):.4f} in the worst layer")  # fmt: skip
+    return ["this model's router weights are a softmax over all experts, not renormalised over the chosen "
+            f"ones: what the dropped experts had of it goes to the others, {lost}. So even experts that no "
+            "token chose change the model when they go"]  # fmt: skip

@@ -63,6 +63,10 @@ class Resized:
         """The new config.json."""
         return json.dumps(self.raw, indent=2) + "\n"
 
+    def config(self) -> PreTrainedConfig:
+        """The new config, as transformers reads it from the new folder."""
+        return _config(self.before, self.raw)
+
 
 def describe(folder: Path) -> Described:
     """Read the config of a model with experts; no weight is read.

@@ -5,31 +5,20 @@ weights are 1/f of the old ones, whether they are renormalised over the chosen (
 all f * E, so sum over twins of w/f * f_j(x) = w * f_j(x). That is not so where a weight depends on its logit alone.
 """
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
-from llama_stack_provider_moe.compute.surgery.plan import left_out, plan_tensors, single
-from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts, SurgeryReport
-from llama_stack_provider_moe.compute.surgery.resized import Described, Resized, describe, resize
-from llama_stack_provider_moe.compute.surgery.write import Progress, Say, write_folder
+from llama_stack_provider_moe.compute.export.shard_files import Progress
+from llama_stack_provider_moe.compute.surgery.plan import single
+from llama_stack_provider_moe.compute.surgery.prepared import Decision, Prepared, Rows
+from llama_stack_provider_moe.compute.surgery.report import LayerOfExperts
+from llama_stack_provider_moe.compute.surgery.resized import describe, resize
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.surgery import REPORT_FILE, Surgery
+from llama_stack_provider_moe.spec.surgery import Surgery
 
 FACTOR = 2
 
 
-@dataclass(frozen=True)
-class Splitting:
-    """A checked split of a folder, of which no tensor was read yet."""
-
-    before: Described
-    resized: Resized
-    experts: tuple[int, ...]
-
-
-def prepare_split(folder: Path, asked: Surgery, field: str = "surgery.") -> Splitting:
+def prepare(folder: Path, asked: Surgery, field: str) -> Prepared:
     """Check everything that can be known from the config.
 
     Args:
@@ -53,33 +42,13 @@ def prepare_split(folder: Path, asked: Surgery, field: str = "surgery.") -> Spli
     if reason is not None:
         expected = f"a model whose experts can be split; in {layout.family} {reason}"
         raise InvalidInput(f"{field}factor", factor, expected)
+    return Prepared(asked, before, resize(before, layout.num_experts * factor, layout.top_k * factor), field)
+
+
+def choose(prepared: Prepared, rows: Rows | None, progress: Progress) -> Decision:
+    """Every expert becomes twins; nothing is measured, because the model computes the same."""
+    layout, factor = prepared.layout, prepared.asked.factor or FACTOR
     # Twins are neighbours, so that every group of experts keeps its own.
     experts = tuple(old for old in range(layout.num_experts) for _ in range(factor))
-    return Splitting(before, resize(before, len(experts), layout.top_k * factor), experts)
-
-
-def split(
-    splitting: Splitting,
-    model: str,
-    out: Path | None,
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
-    named: Path | None = None,
-) -> SurgeryReport:
-    """Write the model with more experts, with its report beside it; see `prune.prune` for arguments and errors."""
-    if out is not None and os.path.lexists(out):
-        raise InvalidInput("out", str(out), "a folder that does not exist yet")
-    layout, resized = splitting.before.layout, splitting.resized
-    plan = plan_tensors(resized, dict.fromkeys(layout.moe_layers, single(splitting.experts)))
-    layers = [LayerOfExperts(layer=layer, kept=list(splitting.experts), dropped=[]) for layer in layout.moe_layers]
-    report = SurgeryReport(
-        action="split", model=model, folder=None if out is None else str(named or out), family=layout.family,
-        fingerprint=fingerprint(splitting.before.folder), by=None, experts_before=layout.num_experts,
-        experts_after=len(splitting.experts), top_k=resized.layout.top_k, keys=dict(resized.keys), layers=layers,
-        loss=None, tensors=sum(each.changed for each in plan.tensors), left_out=plan.left_out,
-        parameters_before=plan.parameters_before(resized), parameters_after=plan.parameters, bytes=plan.nbytes,
-        warnings=left_out(plan),
-    )  # fmt: skip
-    if out is not None:
-        write_folder(resized, plan, out, {REPORT_FILE: report.model_dump_json(indent=2) + "\n"}, say, progress)
-    return report
+    layers = [LayerOfExperts(layer=layer, kept=list(experts), dropped=[]) for layer in layout.moe_layers]
+    return Decision(dict.fromkeys(layout.moe_layers, single(experts)), layers)

@@ -1,7 +1,6 @@
 """Write the folder of a surgery: its weights piece by piece, its config, and the files beside them."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -10,26 +9,13 @@ import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.export.card import side_files
-from llama_stack_provider_moe.compute.export.tensors import (
-    INDEX,
-    TensorEntry,
-    append,
-    copy_bytes,
-    file_name,
-    header,
-    index_text,
-    shards,
-)
+from llama_stack_provider_moe.compute.export.shard_files import SHARD_BYTES, Progress, Say, write_shards
+from llama_stack_provider_moe.compute.export.tensors import TensorEntry, append, copy_bytes, header, index_text, shards
 from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
-from llama_stack_provider_moe.compute.surgery.plan import NewTensor, Piece, SurgeryPlan
+from llama_stack_provider_moe.compute.surgery.plan import Computed, NewTensor, Piece, SurgeryPlan
 from llama_stack_provider_moe.compute.surgery.resized import Resized
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.jobdir.checkpoint_index import sync
-
-SHARD_BYTES = 5_000_000_000
-Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 def write_folder(
@@ -60,40 +46,24 @@ def write_folder(
     parts = shards([each.entry for each in plan.tensors], shard_bytes)
     beside = side_files(resized.before.folder, resized.before.folder)
     texts = {"config.json": resized.config_text(), **texts}
-    if len(parts) > 1:
-        texts[INDEX] = index_text(parts)
     with complete_or_nothing(out, "surgery", "a folder that no other surgery is writing") as written:
-        needed = sum(len(header(part)) for part in parts) + sum(map(len, texts.values()))
+        needed = sum(len(header(part)) for part in parts) + len(index_text(parts)) + sum(map(len, texts.values()))
         check_room(out, plan.nbytes + needed + sum(file.stat().st_size for file in beside.values()))
-        _write_weights(plan, parts, written, say, progress)
+        by_name = {each.entry.name: each for each in plan.tensors}
+        write_shards(
+            parts, written, "writing", lambda entry, file: _write_tensor(by_name[entry.name], file), say, progress
+        )
         for name, file in beside.items():
             shutil.copyfile(file, written / name)
         for name, text in texts.items():
             (written / name).write_text(text, encoding="utf-8")
 
 
-def _write_weights(
-    plan: SurgeryPlan, parts: list[list[TensorEntry]], folder: Path, say: Say, progress: Progress
-) -> None:
-    by_name = {each.entry.name: each for each in plan.tensors}
-    total, done = len(by_name), 0
-    with liveness.stage("writing", total, "tensors") as counter:
-        for number, part in enumerate(parts):
-            name = file_name(number, len(parts))
-            with (folder / name).open("wb") as out:
-                out.write(header(part))
-                for entry in part:
-                    _write_tensor(by_name[entry.name], out)
-                    counter.advance()
-                    done += 1
-                    progress(done, total)
-            sync(folder / name)
-            say(f"{name}: {len(part)} tensors, {number + 1} of {len(parts)} files")
-
-
 def _write_tensor(tensor: NewTensor, out: IO[bytes]) -> None:
     for pieces in tensor.sums:
-        if len(pieces) == 1 and pieces[0].share == 1.0:
+        if isinstance(pieces, Computed):
+            append(_rounded(tensor, pieces.numbers()), out)
+        elif len(pieces) == 1 and pieces[0].share == 1.0:
             copy_bytes(_as_entry(pieces[0]), out)
         else:
             append(_summed(tensor, pieces), out)
@@ -111,7 +81,11 @@ def _summed(tensor: NewTensor, pieces: tuple[Piece, ...]) -> Tensor:
     total = torch.zeros(pieces[0].count)
     for piece in pieces:
         total.add_(piece.entry.read(piece.first, piece.count).float(), alpha=piece.share)
-    made = total.to(tensor.entry.dtype)
+    return _rounded(tensor, total)
+
+
+def _rounded(tensor: NewTensor, numbers: Tensor) -> Tensor:
+    made = numbers.to(tensor.entry.dtype)
     if not bool(torch.isfinite(made).all()):
         raise ModelError(f"model: {tensor.entry.name} is not finite after the surgery, or was not before")
     return made

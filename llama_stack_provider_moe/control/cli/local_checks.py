@@ -31,7 +31,7 @@ from llama_stack_provider_moe.spec.local_rows import (
     routing_rows,
 )
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
-from llama_stack_provider_moe.spec.surgery_commands import PruneCommand, SplitCommand, prune_settings
+from llama_stack_provider_moe.spec.surgery_commands import SurgeryCommand, surgery_settings
 
 _EVALUATION_REPORT = "eval.json"
 
@@ -101,25 +101,22 @@ def analyze_directions(command: AnalyzeCommand) -> None:
         raise InvalidInput("FILE", command.measurements, f"a {MEASUREMENTS_FILE} or its folder; no such file exists")
 
 
-def prune(command: PruneCommand) -> None:
+def surgery(command: SurgeryCommand) -> None:
     """Raise InvalidInput if the command can't work."""
-    prune_settings(command)
+    settings = surgery_settings(command)
     model = _whole_model(command.model, "MODEL")
     if not command.dry_run and os.path.lexists(command.out):
         raise InvalidInput("--out", command.out, "a folder that does not exist yet")
-    if command.rows is not None:
-        _readable(Path(command.rows), "--rows")
+    files = {"--rows": settings.rows, "--general-rows": settings.general_rows}
+    for option, path in files.items():
+        if path is not None:
+            _readable(Path(path), option)
     model_checks.contents(model, "MODEL")
-    if command.rows is not None:
-        calibration_rows(Path(command.rows), "--rows")
-
-
-def split(command: SplitCommand) -> None:
-    """Raise InvalidInput if the command can't work."""
-    model = _whole_model(command.model, "MODEL")
-    if not command.dry_run and os.path.lexists(command.out):
-        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
-    model_checks.contents(model, "MODEL")
+    if settings.surgery.add is not None and settings.surgery.add.mlp_from is not None:
+        model_checks.contents(_whole_model(settings.surgery.add.mlp_from, "--mlp-from"), "--mlp-from")
+    for option, path in files.items():
+        if path is not None:
+            calibration_rows(Path(path), option)
 
 
 def evaluate(command: EvaluationCommand) -> None:

@@ -23,7 +23,12 @@ from llama_stack_provider_moe.spec.local_commands import (
     MixCommand,
     UpcycleCommand,
 )
-from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND, SplitCommand
+from llama_stack_provider_moe.spec.surgery_commands import (
+    ADD_EXPERTS_COMMAND,
+    MERGE_EXPERTS_COMMAND,
+    PRUNE_COMMAND,
+    SplitCommand,
+)
 
 _ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it out of a model. Needs torch."
 
@@ -78,18 +83,36 @@ def register(app: typer.Typer) -> None:
     experts = App(help=_EXPERTS, no_args_is_help=True)
     app.add_typer(experts, name="experts")
     experts.callback()(_group_of_surgeries)
-    experts.command(name="prune")(
+    _register_surgeries(experts)
+
+
+def _register_surgeries(app: typer.Typer) -> None:
+    app.command(name="prune")(
         command(
             PRUNE_COMMAND,
             "Write a model without some of its experts, and measure what they were worth.",
-            _process("compute.surgery.prune_command", local_checks.prune),
+            _process("compute.surgery.prune_command", local_checks.surgery),
         )
     )
-    experts.command(name="split")(
+    app.command(name="merge")(
+        command(
+            MERGE_EXPERTS_COMMAND,
+            "Write a model in which experts that are alike are averaged, and measure what that costs.",
+            _process("compute.surgery.merge_command", local_checks.surgery),
+        )
+    )
+    app.command(name="add")(
+        command(
+            ADD_EXPERTS_COMMAND,
+            "Write a model with more experts: copies, or MLPs of another model; and measure what that changes.",
+            _process("compute.surgery.add_command", local_checks.surgery),
+        )
+    )
+    app.command(name="split")(
         command(
             SplitCommand,
             "Write a model with several equal experts for each old one, which computes the same.",
-            _process("compute.surgery.split_command", local_checks.split),
+            _process("compute.surgery.split_command", local_checks.surgery),
         )
     )
 

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec import (
     LoadingSpec,
     MixSpec,
     SafetyEvaluation,
+    SFTSpec,
     SurgerySpec,
     TrainingSpec,
 )
@@ -69,6 +70,10 @@ def resolve_names(
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, SurgerySpec):
         names.check_model_from(spec.model_from, [found["model"]])
+        if spec.surgery.add is not None and spec.surgery.add.mlp_from is not None:
+            donor = names.whole_model(spec.surgery.add.mlp_from, "surgery.add.mlp_from")
+            added = spec.surgery.add.model_copy(update={"mlp_from": donor})
+            found["surgery"] = spec.surgery.model_copy(update={"add": added})
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
@@ -99,6 +104,9 @@ def resolve_names(
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
+    if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
+        teacher = names.whole_model(spec.distill.model, "distill.model")
+        found["distill"] = spec.distill.model_copy(update={"model": teacher})
     found["eval"] = _evaluation(spec.eval, names, request, store, whose)
     return spec.model_copy(update=found)
 
@@ -110,6 +118,10 @@ def named_folders(spec: NamingSpec) -> str:
         found["adapter.init_from"] = None if spec.adapter is None else spec.adapter.init_from
     if isinstance(spec, MixSpec):
         found |= {f"branches.{at}.model": spec.branches[at].model for at in spec.kept}
+    if isinstance(spec, SFTSpec):
+        found["distill.model"] = None if spec.distill is None else spec.distill.model
+    if isinstance(spec, SurgerySpec):
+        found["surgery.add.mlp_from"] = spec.surgery.added.mlp_from
     if isinstance(spec, EvaluatedJob):
         found["eval.judge.model"] = None if spec.eval is None else spec.eval.judge.model
     return ", ".join(f"{field} {shorten(value)}" for field, value in found.items() if value is not None)

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import AblationSpec, InferenceJob, JobSpec, MixSpec, TrainingSpec
+from llama_stack_provider_moe.spec import (
+    AblationSpec,
+    InferenceJob,
+    JobSpec,
+    MixSpec,
+    SFTSpec,
+    SurgerySpec,
+    TrainingSpec,
+)
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 
 
@@ -81,6 +89,10 @@ def _resolved(spec: JobSpec) -> list[str]:
         found.append("" if spec.adapter is None else spec.adapter.init_from or "")
     if isinstance(spec, MixSpec):
         found += [spec.branches[at].model for at in spec.kept]
+    if isinstance(spec, SFTSpec):
+        found.append("" if spec.distill is None else spec.distill.model or "")
+    if isinstance(spec, SurgerySpec):
+        found.append(spec.surgery.added.mlp_from or "")
     if isinstance(spec, EvaluatedJob):
         found.append("" if spec.eval is None else spec.eval.judge.model or "")
     return found

@@ -55,6 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-domains": {"recipe": "dpo", "family": "granitemoe", "batch": 4, "domains": domains_of("dpo"),
                     "training": {"gradient_accumulation_steps": 2}},
     "sft-domains": {"recipe": "sft", "family": "granitemoe", "batch": 8, "domains": domains_of("sft")},
+    # The teacher is the model with its adapter off.
+    "sft-distill": {"recipe": "sft", "family": "mixtral", "batch": 4, "rows": sft_rows(17),
+                    "distill": {"weight": 0.5, "temperature": 2}, "training": {"gradient_accumulation_steps": 2}},
     "circuit-breaker": {"recipe": "circuit_breaker", "family": "mixtral", "batch": 4, "optimizer": {"lr": 2e-2},
                         "rows": sft_rows(9),
                         "circuit_breaker": {"target_layers": "0",

@@ -73,10 +73,10 @@ def test_split_writes_twins(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_command_line_is_checked_without_torch(base: Path, given: dict[str, object], expected: str) -> None:
     command = PRUNE_COMMAND.model_validate({"model": str(base), "out": "nosuch-out", **given})
     with pytest.raises(InvalidInput) as caught:
-        local_checks.prune(command)
+        local_checks.surgery(command)
     assert expected in str(caught.value)
 
 
 def test_split_needs_a_new_folder(base: Path) -> None:
     with pytest.raises(InvalidInput, match="expected a folder that does not exist yet"):
-        local_checks.split(SplitCommand.model_validate({"model": str(base), "out": "."}))
+        local_checks.surgery(SplitCommand.model_validate({"model": str(base), "out": "."}))

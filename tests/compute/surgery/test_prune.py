@@ -13,9 +13,10 @@ from llama_stack_provider_moe.compute.export.reference import read_reference
 from llama_stack_provider_moe.compute.models.adapted import with_adapter
 from llama_stack_provider_moe.compute.moe.masking import masked_experts
 from llama_stack_provider_moe.compute.surgery import write
+from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
 from llama_stack_provider_moe.compute.surgery.calibrate import losses
-from llama_stack_provider_moe.compute.surgery.plan import plan_tensors, single
-from llama_stack_provider_moe.compute.surgery.prune import Pruning, Rows, choose, prepare, prune
+from llama_stack_provider_moe.compute.surgery.plan import plan_tensors
+from llama_stack_provider_moe.compute.surgery.prepared import Prepared, Rows, make
 from llama_stack_provider_moe.compute.surgery.report import SurgeryReport, text
 from llama_stack_provider_moe.errors import AdapterError, ModelError
 from llama_stack_provider_moe.spec.surgery import REPORT_FILE, Surgery
@@ -31,7 +32,7 @@ ROWS = surgery_models.prompts(4, 12)
 def pruned(base: Path, out: Path, asked: Surgery, prompts: list[Prompt] = ROWS) -> SurgeryReport:
     """Prune by the rows, without a command."""
     pruning, model = prepare(base, asked), surgery_models.load(base)
-    return prune(pruning, choose(pruning, Rows(model, prompts, 3)), str(base), out)
+    return make(pruning, choose(pruning, Rows(model, prompts, 3)), str(base), out)
 
 
 def masked_gap(base: PreTrainedModel, new: PreTrainedModel, report: SurgeryReport) -> tuple[float, float]:
@@ -72,10 +73,10 @@ def test_a_list_by_layer_and_many_files(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
     pruning = prepare(tmp_path / "base", Surgery(action="prune", drop={"0": "0,7", "1": "3-4"}))
-    plan_report = prune(pruning, choose(pruning, None), "base", None)
+    plan_report = make(pruning, choose(pruning, None), "base", None)
     assert plan_report.folder is None
     assert not (tmp_path / "out").exists()
-    whole = prune(pruning, choose(pruning, None), "base", tmp_path / "out")
+    whole = make(pruning, choose(pruning, None), "base", tmp_path / "out")
     off, moved = masked_gap(model, surgery_models.load(tmp_path / "out"), whole)
     assert off <= TOLERANCE < moved
     assert (whole.layers[0].kept, whole.layers[1].dropped) == ([1, 2, 3, 4, 5, 6], [3, 4])
@@ -86,9 +87,9 @@ def test_new_files_have_an_index(tmp_path: Path) -> None:
     base = surgery_models.build("mixtral", tmp_path / "base")
     pruning = prepare(base, Surgery(action="prune", drop={"all": "2,5"}))
     choice = choose(pruning, None)
-    plan = plan_tensors(pruning.resized, {layer: single(kept) for layer, kept in choice.kept.items()})
+    plan = plan_tensors(pruning.resized, choice.experts)
     write.write_folder(pruning.resized, plan, tmp_path / "many", {}, shard_bytes=20_000)
-    prune(pruning, choice, "base", tmp_path / "one")
+    make(pruning, choice, "base", tmp_path / "one")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     one, many = surgery_models.load(tmp_path / "one"), surgery_models.load(tmp_path / "many")
     assert all(torch.equal(tensor, many.state_dict()[name]) for name, tensor in one.state_dict().items())
@@ -175,7 +176,7 @@ def test_files_are_cut_bit_by_bit_and_keep_their_dtypes(tmp_path: Path) -> None:
     base = surgery_models.build("mixtral", tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     pruning = prepare(tmp_path / "bf16", Surgery(action="prune", drop={"0": "1", "1": "6"}))
-    prune(pruning, choose(pruning, None), "bf16", tmp_path / "out")
+    make(pruning, choose(pruning, None), "bf16", tmp_path / "out")
     old, new = tensors(tmp_path / "bf16"), tensors(tmp_path / "out")
     for layer, gone in ((0, 1), (1, 6)):
         kept = [expert for expert in range(8) if expert != gone]
@@ -197,14 +198,14 @@ def test_files_are_cut_bit_by_bit_and_keep_their_dtypes(tmp_path: Path) -> None:
 
 def test_a_killed_or_refused_surgery_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = surgery_models.build("granitemoe", tmp_path / "base")
-    pruning: Pruning = prepare(base, Surgery(action="prune", drop={"all": "0"}))
+    pruning: Prepared = prepare(base, Surgery(action="prune", drop={"all": "0"}))
 
     def broken(*_: object) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(write, "_write_tensor", broken)
     with pytest.raises(OSError, match="disk is gone"):
-        prune(pruning, choose(pruning, None), "base", tmp_path / "out")
+        make(pruning, choose(pruning, None), "base", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -212,7 +213,7 @@ def test_it_converts_to_gguf(tmp_path: Path) -> None:
     tools = llama_support.toolchain()
     base = llama_support.build("granitemoe", tmp_path / "base", initializer_range=0.03, num_local_experts=8, **ALIGNED)
     pruning = prepare(base, Surgery(action="prune", drop={"all": "0,5"}))
-    prune(pruning, choose(pruning, None), "base", tmp_path / "out")
+    make(pruning, choose(pruning, None), "base", tmp_path / "out")
     gguf.convert(tmp_path / "out", tmp_path / "f32.gguf", "f32", tools)
     reference = read_reference(tmp_path / "out", say=lambda line: None)
     check = verify.verify(tmp_path / "f32.gguf", tmp_path / "out", tools, reference, "f32")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llama_stack_provider_moe.compute.surgery.prune import choose, prepare, prune
+from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
+from llama_stack_provider_moe.compute.surgery.prepared import make
 from llama_stack_provider_moe.errors import InvalidInput, LayoutError, ModelError, MoeError
 from llama_stack_provider_moe.spec.surgery import Surgery
 from tests.support import surgery_models, tiny_models
@@ -91,7 +92,7 @@ def test_a_score_needs_rows_and_an_output_must_be_new(tmp_path: Path) -> None:
         choose(prepare(base, Surgery(action="prune", keep=6)), None)
     pruning = prepare(base, Surgery(action="prune", drop={"all": "1"}))
     with pytest.raises(InvalidInput, match="expected a folder that does not exist yet"):
-        prune(pruning, choose(pruning, None), "base", base)
+        make(pruning, choose(pruning, None), "base", base)
 
 
 def test_layers_that_guess_ahead_are_left_out(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_layers_that_guess_ahead_are_left_out(tmp_path: Path) -> None:
     weights[ahead] = weights["model.layers.1.mlp.experts.7.up_proj.weight"].clone()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     pruning = prepare(base, Surgery(action="prune", drop={"all": "0,4"}))
-    report = prune(pruning, choose(pruning, None), "base", tmp_path / "out")
+    report = make(pruning, choose(pruning, None), "base", tmp_path / "out")
     assert report.left_out == [ahead]
     assert any("1 tensors are left out" in warning for warning in report.warnings)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_stack_provider_moe.compute.surgery.prune import choose, prepare, prune
-from llama_stack_provider_moe.compute.surgery.split import prepare_split, split
+from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
+from llama_stack_provider_moe.compute.surgery.prepared import make
 from llama_stack_provider_moe.errors import InvalidInput, LayoutError
 from llama_stack_provider_moe.spec.surgery import Surgery
 from tests.support import surgery_models, tiny_models
@@ -21,7 +21,8 @@ REFUSED = ("phimoe", "llama4_text")
 @pytest.mark.parametrize("factor", [2, 3])
 def test_every_family_computes_the_same(family: str, factor: int, tmp_path: Path) -> None:
     base = tiny_models.build(family, tmp_path / "base")
-    report = split(prepare_split(base, Surgery(action="split", factor=factor)), str(base), tmp_path / "out")
+    prepared = prepare(base, Surgery(action="split", factor=factor))
+    report = make(prepared, choose(prepared, None), str(base), tmp_path / "out")
     old, new = surgery_models.load(base), surgery_models.load(tmp_path / "out")
     layout = surgery_models.layout_of(new)
     assert (layout.num_experts, layout.top_k) == (4 * factor, 2 * factor)
@@ -33,9 +34,10 @@ def test_every_family_computes_the_same(family: str, factor: int, tmp_path: Path
 def test_a_twin_can_be_pruned_again(tmp_path: Path) -> None:
     """Twins stand side by side: without every second one of the first three pairs, their first ones are left."""
     base = tiny_models.build("mixtral", tmp_path / "base")
-    split(prepare_split(base, Surgery(action="split")), str(base), tmp_path / "twins")
+    prepared = prepare(base, Surgery(action="split"))
+    make(prepared, choose(prepared, None), str(base), tmp_path / "twins")
     pruning = prepare(tmp_path / "twins", Surgery(action="prune", drop={"all": "1,3,5"}))
-    prune(pruning, choose(pruning, None), "twins", tmp_path / "out")
+    make(pruning, choose(pruning, None), "twins", tmp_path / "out")
     new, old = surgery_models.load(tmp_path / "out"), surgery_models.load(base)
     for name, tensor in new.state_dict().items():
         if "experts" in name or "gate.weight" in name:
@@ -55,11 +57,11 @@ def test_models_that_would_compute_something_else(
 ) -> None:
     tiny_models.config(family, **changes).save_pretrained(tmp_path / "model")
     with pytest.raises(InvalidInput, match=r"surgery.factor: 2 is not valid; expected a model") as caught:
-        prepare_split(tmp_path / "model", Surgery(action="split"))
+        prepare(tmp_path / "model", Surgery(action="split"))
     assert expected in str(caught.value)
 
 
 def test_a_family_with_two_choices_in_its_code_is_refused(tmp_path: Path) -> None:
     tiny_models.config("phimoe").save_pretrained(tmp_path / "model")
     with pytest.raises(LayoutError):
-        prepare_split(tmp_path / "model", Surgery(action="split"))
+        prepare(tmp_path / "model", Surgery(action="split"))

@@ -59,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
     "sft-domains": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 8},
                     "domains": domains_of("sft")},
+    "sft-distill": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
+                    "distill": {"weight": 0.5}, "adapter": {"rank": 4, "dropout": 0.1}},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
     **{f"circuit-breaker-{family}": {
