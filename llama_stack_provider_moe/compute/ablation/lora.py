@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_stack_provider_moe.compute.ablation.apply import JobOfEdits, figures_of, planned, report_of
+from llama_stack_provider_moe.compute.ablation.apply import JobOfEdits, planned, report_of
 from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE, AppliedReport
 from llama_stack_provider_moe.compute.ablation.edits import Edit, Edits
 from llama_stack_provider_moe.compute.ablation.measurements import Measurements
+from llama_stack_provider_moe.compute.ablation.pieces import Figures
 from llama_stack_provider_moe.compute.export.whole_folder import complete_or_nothing
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
@@ -112,6 +113,8 @@ def _add(edit: Edit, job: JobOfEdits, tensors: dict[str, Tensor]) -> None:
     a_1I = (unit_H @ weight_HI)[None].contiguous()
     if not bool(torch.isfinite(a_1I).all()):
         raise ModelError(f"model: {edit.entry.name} is not finite")
-    figures_of(job, edit, weight_HI, weight_HI + b_H1 @ a_1I)
+    figures = job.figures[edit.entry.name] = Figures()
+    figures.add_before(weight_HI, unit_H)
+    figures.add_after(weight_HI + b_H1 @ a_1I, unit_H)
     prefix = f"base_model.model.{edit.writer.module}"
     tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_1I, b_H1

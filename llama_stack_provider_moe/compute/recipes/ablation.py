@@ -70,9 +70,9 @@ def run(session: Session[AblationSpec]) -> Manifest:
     folder.artifacts.mkdir(exist_ok=True)
     written = folder.model.with_name(f".{folder.model.name}.writing")
     remove(written)
-    report = apply(spec.model, spec, found, written, session.say, record_step)
+    report = apply(spec.model, spec, found, written, session.say, record_step, named=folder.model)
     publish(written, folder.model, step=0)
-    print(text(report.model_copy(update={"folder": str(folder.model)})), flush=True)
+    print(text(report), flush=True)
     artifact = describe(session.job_uuid, "model", folder.model, epoch=0, step=0)
     session.events.append(Saved(artifact=artifact.model_dump(mode="json")))
     artifacts, evaluated = [artifact], None
