@@ -3,26 +3,27 @@
     $ OMP_NUM_THREADS=1 python -m benchmarks.ablation_apply   # a synthetic Mixture-of-Experts of some 4 GB
 
 The checkpoint is that of `benchmarks.merge`: a Mixtral of random bf16 numbers, with one tensor per expert on disk. The
-plan edits attention, all routed experts and all routers of every block. Both are timed until the data is on disk
-(fsync), the copy before and after; memory is the peak resident set of a fresh process during the edit, minus its
-resident set before, with torch imported and one tiny edit done.
+plan edits attention, all routed experts and all routers of every block. `benchmarks.against_copy` says how both are
+timed; memory is the peak resident set of a fresh process during the edit, minus its resident set before, with torch
+imported and one tiny edit done.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.against_copy import FULL as FULL_FOLDER
+from benchmarks.against_copy import OUT, compared, timed
+from benchmarks.against_copy import in_another_process as another_process
 from benchmarks.machine import RESULTS, machine, versions
-from benchmarks.merge import FULL, TINY, Shape, copy, forget_peak, peak_bytes, write_base
+from benchmarks.merge import FULL, TINY, Shape, write_base
 from llama_stack_provider_moe.compute.ablation import measurements
 from llama_stack_provider_moe.compute.ablation.apply import apply
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
@@ -73,44 +74,33 @@ def apply_measured(folder: Path, layers: int) -> dict[str, Any]:
     """Edit what `write_all` wrote; call it in a process that has done nothing before."""
     tiny = measurements.read(folder / f"tiny_{_MEASURED}", "tiny")
     apply(str(folder / "tiny"), plan(TINY.layers), tiny, folder / "tiny_out")
-    found = measurements.read(folder / f"full_{_MEASURED}", "full")
-    forget_peak()
-    before = peak_bytes()
-    began, cpu_began = time.monotonic(), time.process_time()
-    report = apply(str(folder / "full"), plan(layers), found, folder / "out")
-    return {
-        "edited_tensors": len(report.touched),
-        "copied_tensors": sum(map(len, report.skipped.values())),
-        "edited_bytes": report.bytes_touched,
-        "largest_matrix_bytes_in_fp32": report.largest_bytes,
-        "apply_seconds": round(time.monotonic() - began, 2),
-        "apply_cpu_seconds": round(time.process_time() - cpu_began, 2),
-        "peak_bytes_above_start": peak_bytes() - before,
-        "resident_bytes_at_start": before,
-    }
+    shutil.rmtree(folder / "tiny_out")
+    found = measurements.read(folder / f"{FULL_FOLDER}_{_MEASURED}", "full")
+
+    def work() -> dict[str, Any]:
+        report = apply(str(folder / FULL_FOLDER), plan(layers), found, folder / OUT)
+        return {
+            "edited_tensors": len(report.touched),
+            "copied_tensors": sum(map(len, report.skipped.values())),
+            "edited_bytes": report.bytes_touched,
+            "largest_matrix_bytes_in_fp32": report.largest_bytes,
+        }
+
+    return timed(work)
 
 
 def in_another_process(folder: Path, layers: int) -> dict[str, Any]:
     """`apply_measured` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.ablation_apply", "--apply", str(folder), "--layers", str(layers)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return another_process("benchmarks.ablation_apply", ["--apply", str(folder), "--layers", str(layers)])
 
 
-def measure(folder: Path, shape: Shape) -> dict[str, Any]:
+def measure(folder: Path, shape: Shape, rounds: int) -> dict[str, Any]:
     """Write a checkpoint below `folder`, copy and edit it."""
     total = write_all(folder, shape)
-    copies = [copy(folder / "full", folder / "copy")]
-    applied = in_another_process(folder, shape.layers)
-    copies.append(copy(folder / "full", folder / "copy"))
     return {
         "checkpoint_bytes": total,
-        "files": len(list((folder / "full").glob("*.safetensors"))),
-        **applied,
-        "apply_mb_per_second": round(total / 1e6 / applied["apply_seconds"], 1),
-        "copy_seconds": [round(each, 2) for each in copies],
-        "copy_mb_per_second": [round(total / 1e6 / each, 1) for each in copies],
+        "files": len(list((folder / FULL_FOLDER).glob("*.safetensors"))),
+        **compared("apply", folder, total, rounds, lambda: in_another_process(folder, shape.layers)),
     }
 
 
@@ -120,6 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=FULL.layers, help="number of layers in the checkpoint, some 200 MB each"
     )
+    parser.add_argument("--rounds", type=int, default=3, help="number of edits, with a copy before and after each")
     parser.add_argument("--apply", type=Path, help=argparse.SUPPRESS)  # the child process: edit the checkpoint there
     parser.add_argument(
         "--out", type=Path, default=RESULTS / f"ablation_apply_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
@@ -130,7 +121,7 @@ def main() -> None:
         return
     shape = FULL._replace(layers=options.layers)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), shape)
+        found = measure(Path(folder), shape, options.rounds)
     result = {
         "what": "a direction taken out of a checkpoint on disk, against shutil.copyfile of the same files, both synced",
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.ablation_apply",

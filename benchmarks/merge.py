@@ -3,19 +3,15 @@
     $ OMP_NUM_THREADS=1 python -m benchmarks.merge            # a synthetic Mixture-of-Experts of some 4 GB
 
 The checkpoint is a Mixtral of random bf16 numbers, with one tensor per expert on disk, and LoRA on attention, experts
-and routers. Both are timed until the data is on disk (fsync), the copy before and after the merge; memory is the peak
-resident set of a fresh process during the merge, minus its resident set before, with torch imported and one tiny merge
-done.
+and routers. `benchmarks.against_copy` says how both are timed; memory is the peak resident set of a fresh process
+during the merge, minus its resident set before, with torch imported and one tiny merge done.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.against_copy import FULL as FULL_FOLDER
+from benchmarks.against_copy import OUT, compared, timed
+from benchmarks.against_copy import in_another_process as another_process
 from benchmarks.machine import RESULTS, machine, versions
 from llama_stack_provider_moe.compute.export.merge import merge
 
@@ -103,31 +102,6 @@ def write_adapter(base: Path, folder: Path, rank: int = 16) -> None:
     save_file(weights, folder / "adapter_model.safetensors")
 
 
-def copy(folder: Path, out: Path) -> float:
-    """Seconds that a plain copy of the weights takes, to the disk."""
-    out.mkdir()
-    began = time.monotonic()
-    for file in sorted(folder.glob("*.safetensors")):
-        shutil.copyfile(file, out / file.name)
-        handle = os.open(out / file.name, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    seconds = time.monotonic() - began
-    shutil.rmtree(out)
-    return seconds
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had resident since `forget_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew at what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def write_all(folder: Path, shape: Shape) -> int:
     """A tiny and a full checkpoint with their adapters; bytes of the full one."""
     total = 0
@@ -141,43 +115,29 @@ def write_all(folder: Path, shape: Shape) -> int:
 def merge_measured(folder: Path) -> dict[str, Any]:
     """Merge what `write_all` wrote; call it in a process that has done nothing before."""
     merge(folder / "tiny", folder / "tiny_adapter", folder / "tiny_out")
-    forget_peak()
-    before = peak_bytes()
-    began, cpu_began = time.monotonic(), time.process_time()
-    report = merge(folder / "full", folder / "full_adapter", folder / "out")
-    return {
-        "merged_tensors": report.merged,
-        "copied_tensors": report.copied,
-        "merge_seconds": round(time.monotonic() - began, 2),
-        "merge_cpu_seconds": round(time.process_time() - cpu_began, 2),
-        "peak_bytes_above_start": peak_bytes() - before,
-        "resident_bytes_at_start": before,
-    }
+    shutil.rmtree(folder / "tiny_out")
+
+    def work() -> dict[str, Any]:
+        report = merge(folder / FULL_FOLDER, folder / "full_adapter", folder / OUT)
+        return {"merged_tensors": report.merged, "copied_tensors": report.copied}
+
+    return timed(work)
 
 
 def in_another_process(folder: Path) -> dict[str, Any]:
     """`merge_measured` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.merge", "--merge", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return another_process("benchmarks.merge", ["--merge", str(folder)])
 
 
-def measure(folder: Path, shape: Shape) -> dict[str, Any]:
+def measure(folder: Path, shape: Shape, rounds: int) -> dict[str, Any]:
     """Write a checkpoint and an adapter below `folder`, copy and merge them."""
     total = write_all(folder, shape)
-    copies = [copy(folder / "full", folder / "copy")]
-    merged = in_another_process(folder)
-    copies.append(copy(folder / "full", folder / "copy"))
     return {
         "checkpoint_bytes": total,
         "largest_tensor_bytes": max(shape.vocabulary, shape.inner) * shape.hidden * 2,
-        "files": len(list((folder / "full").glob("*.safetensors"))),
+        "files": len(list((folder / FULL_FOLDER).glob("*.safetensors"))),
         "adapter_bytes": (folder / "full_adapter" / "adapter_model.safetensors").stat().st_size,
-        **merged,
-        "merge_mb_per_second": round(total / 1e6 / merged["merge_seconds"], 1),
-        "copy_seconds": [round(each, 2) for each in copies],
-        "copy_mb_per_second": [round(total / 1e6 / each, 1) for each in copies],
+        **compared("merge", folder, total, rounds, lambda: in_another_process(folder)),
     }
 
 
@@ -187,9 +147,9 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=FULL.layers, help="number of layers in the checkpoint, some 200 MB each"
     )
-    parser.add_argument(
-        "--merge", type=Path, help=argparse.SUPPRESS
-    )  # the child process: merge the checkpoint in this folder
+    parser.add_argument("--rounds", type=int, default=3, help="number of merges, with a copy before and after each")
+    # The child process: merge the checkpoint in this folder.
+    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", type=Path, default=RESULTS / f"merge_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
     )
@@ -199,7 +159,7 @@ def main() -> None:
         return
     shape = FULL._replace(layers=options.layers)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), shape)
+        found = measure(Path(folder), shape, options.rounds)
     result = {
         "what": "an adapter merged into a checkpoint on disk, against shutil.copyfile of the same files, both synced",
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.merge",

@@ -109,16 +109,18 @@ def measurements_file(name: str, option: str) -> Path:
 
 
 def routing_file(name: str, option: str) -> Path:
-    """Return the routing.json of a job.
+    """Return the routing.json of a job: of an analysis, or of the rows that a measurement has read.
 
     Raises:
         InvalidInput: there is no such job, or it has not analysed routing.
     """
     job = _job(name)
-    path = None if job is None else job.folder / "artifacts" / "routing" / REPORT_FILE
-    if path is None or not path.is_file():
-        raise InvalidInput(option, name, "the name of a completed job of recipe routing_analysis")
-    return path
+    folders = () if job is None else (job.folder / "artifacts" / each for each in ("routing", "measurements"))
+    for folder in folders:
+        if (folder / REPORT_FILE).is_file():
+            return folder / REPORT_FILE
+    raise InvalidInput(option, name, "the name of a completed job of recipe routing_analysis, or ablation_measure of "
+                       "a model with experts")  # fmt: skip
 
 
 def _found(name: str, option: str) -> tuple[_Job, Path] | None:

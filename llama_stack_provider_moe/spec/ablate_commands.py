@@ -1,13 +1,13 @@
 """What a user may type after `moe-train ablate measure`, `analyze` and `apply`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError, create_model
 
 from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.spec import AblationMeasureSpec, AnalysisOptions, AnalysisTraining
-from llama_stack_provider_moe.spec.ablation import Measure, MeasureTraining
+from llama_stack_provider_moe.spec.ablation import AblationOutput, Measure, MeasureTraining
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
 from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
@@ -49,10 +49,10 @@ class ApplyCommand(JsonCommandLine):
 
     plan: str = positional("Plan: a job of recipe `ablation` in YAML or JSON; `recipe` may be left out.", "PLAN")
     out: str = option("ablated", "Folder for the edited model; must not exist.", "OUT")
-    output: Literal["model", "lora"] = option(
-        "model",
-        "Result to write. model: the edited model; lora: the edit as an adapter of rank 1, where it is one.",
-    )
+    output: AblationOutput | None = option(
+        None, "Result to write: the edited model, or the edit as an adapter of rank 1; default: the plan's `output`.",
+        "model|lora",
+    )  # fmt: skip
     dry_run: bool = option(
         False, "Show what would be edited, from the model's config and the headers of its files; write nothing."
     )

@@ -20,6 +20,8 @@ MOST_ENTRIES = 1024
 # What may name the routed experts that a plan edits.
 _CHOICES = ("expert_subset", "layer_experts", "from_analysis")
 _NONE = frozenset[int]()
+AblationOutput = Literal["model", "lora"]
+OFF_FOR_LORA = "off with output lora, because an edit that keeps norms is no update of low rank"
 
 
 class ContrastData(AnalysisData):

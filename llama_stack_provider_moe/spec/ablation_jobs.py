@@ -1,10 +1,17 @@
 """The two jobs of directional ablation: one measures a direction, the other edits a model's weights."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from llama_stack_provider_moe.spec.ablation import AblationPlan, ContrastData, Measure, MeasureTraining
+from llama_stack_provider_moe.spec.ablation import (
+    OFF_FOR_LORA,
+    AblationOutput,
+    AblationPlan,
+    ContrastData,
+    Measure,
+    MeasureTraining,
+)
 from llama_stack_provider_moe.spec.blocks import Block, DType, OneProcess
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.inference_jobs import AnalysisJob
@@ -51,9 +58,20 @@ class AblationSpec(EvaluatedJob, AblationPlan):
         description="Measurements of the same model: one of your jobs of recipe `ablation_measure`; on the command "
         "line also a file.",
     )
+    output: AblationOutput = Field(
+        default="model",
+        description="Result to write. model: the edited model; lora: the edit as an adapter of rank 1 on the model, "
+        "which can be switched off.",
+    )
     training: EvaluatedModels = Field(default_factory=EvaluatedModels)
     options: AnalysisOptions = Field(default_factory=AnalysisOptions)
     resources: OneProcess = Field(default_factory=OneProcess)
+
+    @model_validator(mode="after")
+    def _is_of_low_rank(self) -> Self:
+        if self.output == "lora" and self.norm_preserving != "off":
+            raise ValueError(f"norm_preserving: {self.norm_preserving!r} is not valid; expected {OFF_FOR_LORA}")
+        return self
 
     def without_gpu(self) -> "AblationSpec":
         """The same job, without a GPU unless it asks for one, or measures: else it loads no model."""

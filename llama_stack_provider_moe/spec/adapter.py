@@ -60,7 +60,8 @@ class ExpertsOfAnalysis(Block):
 
     job: str = Field(
         pattern=JOB_ID_PATTERN,
-        description="Completed routing_analysis job of the same owner. (`moe-train submit` accepts `file` instead, "
+        description="Completed routing_analysis job of the same owner, or ablation_measure job of a model with "
+        "experts. (`moe-train submit` accepts `file` instead, "
         "the path of a routing.json, and sends the experts that it lists.)",
     )
     set: str = Field(

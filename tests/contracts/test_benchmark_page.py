@@ -81,7 +81,7 @@ def merging() -> list[str]:
     copies = sorted(found["copy_seconds"])
     return [
         f"{found['checkpoint_bytes'] / 1e9:.1f} GB", f"{found['merge_seconds']:.0f} s",
-        f"{found['peak_bytes_above_start'] / 1e6:.0f} MB", f"{copies[0]:.0f} and {copies[1]:.0f} s",
+        f"{found['peak_bytes_above_start'] / 1e6:.0f} MB", f"{copies[0]:.0f} and {copies[-1]:.0f} s",
     ]  # fmt: skip
 
 

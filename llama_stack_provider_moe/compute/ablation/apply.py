@@ -4,7 +4,6 @@ The new folder has the files of the old one, with the same tensors in each. Tens
 It is written under another name beside the output, and renamed when it is complete.
 """
 
-import math
 import os
 import shutil
 import time
@@ -14,7 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import IO
 
-import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.ablation.apply_report import (
@@ -28,35 +26,18 @@ from llama_stack_provider_moe.compute.ablation.directions import directions
 from llama_stack_provider_moe.compute.ablation.edits import Edit, Edits, plan_edits
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
 from llama_stack_provider_moe.compute.ablation.measurements import Measurements
+from llama_stack_provider_moe.compute.ablation.pieces import Editor, Figures, Piece, pieces_of
+from llama_stack_provider_moe.compute.export.ahead import ahead
 from llama_stack_provider_moe.compute.export.card import config_text, side_files
 from llama_stack_provider_moe.compute.export.tensors import INDEX, TensorEntry, append, copy_bytes, header
 from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
-from llama_stack_provider_moe.compute.methods.ablation import remove_from_bias, remove_input, remove_output, share_along
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
-from llama_stack_provider_moe.errors import InvalidInput, ModelError
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.checkpoint_index import sync
 from llama_stack_provider_moe.spec.ablation import AblationPlan
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class _Figures:
-    """Sums of squares over the matrices of a tensor."""
-
-    before: float = 0.0
-    after: float = 0.0
-    along_before: float = 0.0
-    along_after: float = 0.0
-
-    def add(self, old: Tensor, new: Tensor, unit_H: Tensor) -> None:
-        """Add a matrix whose rows are what it writes."""
-        norms = [float(torch.linalg.vector_norm(each)) for each in (old, new)]
-        self.before += norms[0] ** 2
-        self.after += norms[1] ** 2
-        self.along_before += (share_along(old, unit_H) * norms[0]) ** 2
-        self.along_after += (share_along(new, unit_H) * norms[1]) ** 2
 
 
 @dataclass
@@ -66,7 +47,7 @@ class JobOfEdits:
     plan: AblationPlan
     edits: Edits
     units: dict[str, Tensor]
-    figures: dict[str, _Figures] = field(default_factory=dict)
+    figures: dict[str, Figures] = field(default_factory=dict)
 
 
 def dry_run(model: str, plan: AblationPlan, found: Measurements) -> AppliedReport:
@@ -86,6 +67,7 @@ def apply(
     out: Path,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total: None,
+    named: Path | None = None,
 ) -> AppliedReport:
     """Edit `model` and write the result to the new folder `out`.
 
@@ -96,6 +78,7 @@ def apply(
         out: new folder; it appears when it is complete.
         say: gets a line for each file.
         progress: called with the number of tensors that are written and their total.
+        named: folder that the report names, where `out` is renamed later; None: `out`.
 
     Raises:
         InvalidInput: the plan or the measurements don't fit the model, or `out` exists.
@@ -120,7 +103,7 @@ def apply(
         for name, file in beside.items():
             shutil.copyfile(file, written / name)
         (written / "config.json").write_text(config_text(folder, None), encoding="utf-8")
-        report = report_of(model, str(out), found, job, seconds)
+        report = report_of(model, str(named or out), found, job, seconds)
         (written / APPLIED_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -136,12 +119,6 @@ def planned(model: str, plan: AblationPlan, found: Measurements) -> JobOfEdits:
     return JobOfEdits(plan, edits, directions(found, plan, edits))
 
 
-def figures_of(job: JobOfEdits, edit: Edit, old_HI: Tensor, new_HI: Tensor) -> None:
-    """Keep the figures of an edit of one whole matrix, whose rows are what it writes."""
-    job.figures[edit.entry.name] = _Figures()
-    job.figures[edit.entry.name].add(old_HI, new_HI, job.units[edit.entry.name])
-
-
 def _write(
     job: JobOfEdits,
     parts: dict[Path, list[TensorEntry]],
@@ -150,84 +127,31 @@ def _write(
     progress: Progress,
 ) -> None:
     total, done = sum(map(len, parts.values())), 0
-    with liveness.stage("editing", total, "tensors") as counter:
+    pieces = {entry.name: list(pieces_of(entry, job.edits.edits.get(entry.name))) for entry in job.edits.entries}
+    editor = Editor(job.plan, job.edits.edits, job.units)
+    job.figures = editor.figures
+    wanted = (piece for entries in parts.values() for entry in entries for piece in pieces[entry.name] if piece.edit)
+    with liveness.stage("editing", total, "tensors") as counter, ahead(editor.edited, wanted) as edited:
         for number, (file, entries) in enumerate(parts.items(), start=1):
             with (folder / file.name).open("wb") as out:
                 out.write(header(entries))
                 for entry in entries:
-                    _write_tensor(job, entry, out)
+                    for piece in pieces[entry.name]:
+                        _write_piece(piece, edited, out)
                     counter.advance()
                     done += 1
                     progress(done, total)
             sync(folder / file.name)
-            edited = sum(entry.name in job.edits.edits for entry in entries)
-            say(f"{file.name}: {edited} of {len(entries)} tensors edited, {number} of {len(parts)} files")
+            count = sum(entry.name in job.edits.edits for entry in entries)
+            say(f"{file.name}: {count} of {len(entries)} tensors edited, {number} of {len(parts)} files")
 
 
-def _write_tensor(job: JobOfEdits, entry: TensorEntry, out: IO[bytes]) -> None:
-    edit = job.edits.edits.get(entry.name)
-    if edit is None:
-        copy_bytes(entry, out)
-        return
-    unit_H = job.units[entry.name]
-    figures = job.figures[entry.name] = _Figures()
-    for expert, numbers in _matrices(entry):
-        if edit.experts is not None and expert not in edit.experts:
-            append(numbers, out)
-            continue
-        new = edited(numbers.float(), edit, job.plan, unit_H).to(entry.dtype)
-        old, made = (_writing_rows(each.float(), edit) for each in (numbers, new))
-        figures.add(old, made, unit_H)
-        # The sum of squares is looked at first, because looking at every number takes as long as the edit.
-        if not math.isfinite(figures.after) and not bool(torch.isfinite(new).all()):
-            raise ModelError(f"model: {entry.name} is not finite after the edit, or was not before")
-        append(new, out)
+def _write_piece(piece: Piece, edited: Iterator[Tensor], out: IO[bytes]) -> None:
+    if piece.edit is None:
+        copy_bytes(piece.entry, out)
+    else:
+        append(next(edited), out)
         liveness.alive()
-
-
-def _matrices(entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
-    """(number of the expert, matrix) of a stack; a single matrix or bias has number 0; stacked biases come at once."""
-    if len(entry.shape) < 3:
-        yield 0, entry.tensor()
-        return
-    size = prod(entry.shape[1:])
-    for expert in range(entry.shape[0]):
-        yield expert, entry.read(expert * size, size).view(entry.shape[1:])
-
-
-def _writing_rows(numbers: Tensor, edit: Edit) -> Tensor:
-    """The numbers as a matrix whose rows belong to dimensions of the residual stream, (H, ..)."""
-    writer = edit.writer
-    if writer.bias:
-        return numbers.reshape(-1, numbers.shape[-1]).mT
-    return numbers.mT if edit.columns or writer.kind == "router" else numbers
-
-
-def edited(numbers: Tensor, edit: Edit, plan: AblationPlan, unit_H: Tensor) -> Tensor:
-    """One matrix or bias in fp32, without the direction.
-
-    Args:
-        numbers: as on disk; a stack of biases is (E, H).
-        edit: of its tensor.
-        plan: of the ablation.
-        unit_H: the direction.
-    """
-    scale = edit.layers.scale
-    if edit.writer.kind == "router":
-        return remove_input(numbers, unit_H, plan.gate_scale * scale)
-    if edit.writer.bias:
-        return _biases(numbers, edit, unit_H)
-    found = remove_output(numbers.mT if edit.columns else numbers, unit_H, scale, plan.norm_preserving)
-    return found.mT if edit.columns else found
-
-
-def _biases(numbers: Tensor, edit: Edit, unit_H: Tensor) -> Tensor:
-    if numbers.dim() == 1:
-        return remove_from_bias(numbers, unit_H, edit.layers.scale)
-    chosen = edit.experts if edit.experts is not None else range(len(numbers))
-    rows = [remove_from_bias(row, unit_H, edit.layers.scale) if expert in chosen else row
-            for expert, row in enumerate(numbers)]  # fmt: skip
-    return torch.stack(rows)
 
 
 def report_of(

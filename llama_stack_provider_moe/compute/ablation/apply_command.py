@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.compute.ablation.apply import apply, dry_run
 from llama_stack_provider_moe.compute.ablation.apply_report import text
-from llama_stack_provider_moe.compute.ablation.lora import check_plan, write_adapter
+from llama_stack_provider_moe.compute.ablation.lora import write_adapter
 from llama_stack_provider_moe.compute.ablation.measurements import read
 from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.ground.small_files import read_small
@@ -39,12 +39,10 @@ def _run(command: ApplyCommand) -> int:
         raise InvalidBody(problems_of(error)) from None
     model = local_names.whole_model(plan.model, "model")
     found = read(local_names.measurements_file(plan.measurements, "measurements"), "measurements")
-    if command.output == "lora":
-        check_plan(plan)
     if command.dry_run:
         report = dry_run(model, plan, found)
     else:
-        write = write_adapter if command.output == "lora" else apply
+        write = write_adapter if plan.output == "lora" else apply
         report = write(model, plan, found, Path(command.out), say)
     print(report.model_dump_json() if command.as_json else text(report))
     return 0

@@ -11,7 +11,7 @@ from llama_stack_provider_moe.errors import AdapterError, ModelError
 from llama_stack_provider_moe.ground.small_files import read_config, read_text
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -49,8 +49,8 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     """Name in the merged folder -> the file to copy; the adapter's tokenizer and generation config come first."""
     found = {file.name: file for pattern in SIDE_FILES for file in sorted(base.glob(pattern)) if file.is_file()}
     if (adapter / "tokenizer_config.json").is_file():
-        found = {name: file for name, file in found.items() if name not in _TOKENIZER or name == _BESIDE}
-        found |= {name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()}
+        found = {name: file for name, file in found.items() if name not in TOKENIZER_FILES or name == _BESIDE}
+        found |= {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
     if (adapter / _GENERATION).is_file():  # it ends answers with what was learnt
         found[_GENERATION] = adapter / _GENERATION
     return found

@@ -51,24 +51,30 @@ class TensorEntry:
 
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
         """`count` of its numbers from number `first` on, as a vector; default: all of them."""
-        size = self.dtype.itemsize
-        wanted = (prod(self.shape) if count is None else count) * size
-        if not wanted:
-            return torch.empty(0, dtype=self.dtype)
-        buffer = bytearray(wanted)
+        numbers = torch.empty(prod(self.shape) if count is None else count, dtype=self.dtype)
+        self.read_into(numbers, first)
+        return numbers
+
+    def read_into(self, numbers: Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor of this dtype on the CPU with the numbers from number `first` on."""
+        assert numbers.dtype is self.dtype
+        view, done = _bytes_of(numbers), 0
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start + first * size)
-            view, done = memoryview(buffer), 0
-            while done < wanted:
+            file.seek(self.start + first * self.dtype.itemsize)
+            while done < len(view):
                 got = file.readinto(view[done:])
                 if not got:
                     raise ModelError(f"{self.file}: ends inside tensor {self.name}")
                 done += got
-        return torch.frombuffer(buffer, dtype=self.dtype)
 
     def tensor(self) -> Tensor:
         """The whole tensor, in its shape."""
         return self.read().view(self.shape)
+
+    def part(self, index: int) -> "TensorEntry":
+        """The tensor at an index of the first axis."""
+        shape = self.shape[1:]
+        return replace(self, shape=shape, start=self.start + index * prod(shape) * self.dtype.itemsize)
 
     def in_dtype(self, dtype: torch.dtype) -> "TensorEntry":
         """The same entry with another dtype."""
@@ -202,7 +208,12 @@ def copy_bytes(entry: TensorEntry, out: IO[bytes]) -> None:
 
 def append(tensor: Tensor, out: IO[bytes]) -> None:
     """Append the numbers of a tensor."""
-    out.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    out.write(_bytes_of(tensor.contiguous()))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def pieces(entry: TensorEntry, unit: int) -> Iterator[tuple[int, Tensor]]:

@@ -62,7 +62,7 @@ class Updates:
         self.shapes = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
         shared = _shared(model)
         self._entries = _weights(folder)
-        self._layers, self._names = _adapted(model, self.config)
+        self._layers, self._names = adapted(model, self.config)
         self._kept: OrderedDict[str, Update] = OrderedDict()
         if tied := sorted(set(self._layers) & shared):
             raise AdapterError(
@@ -170,7 +170,7 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
         raise AdapterError(f"adapter: {error}") from error
 
 
-def _adapted(model: PreTrainedModel, config: LoraConfig) -> tuple[dict[str, tuple[str, LoraLayer]], dict[str, str]]:
+def adapted(model: PreTrainedModel, config: LoraConfig) -> tuple[dict[str, tuple[str, LoraLayer]], dict[str, str]]:
     """Full name of each parameter that gets LoRA -> (name of its LoRA in PEFT's model, its layer); `names_in_file`."""
     with warnings.catch_warnings(), torch.device("meta"):
         # peft 0.21 looks for parameters' names among modules, and warns about ties; the result is checked here.

@@ -1,86 +1,74 @@
 """Step 3 of directional ablation: take measured directions out of a model's weights. Nothing is trained."""
 
 import gc
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.compute.ablation.apply import apply, dry_run
-from llama_stack_provider_moe.compute.ablation.apply_report import text
+from llama_stack_provider_moe.compute.ablation.apply_report import AppliedReport, text
+from llama_stack_provider_moe.compute.ablation.lora import write_adapter
 from llama_stack_provider_moe.compute.ablation.measurements import of_job, read
+from llama_stack_provider_moe.compute.models.adapted import with_adapter
 from llama_stack_provider_moe.compute.models.loader import load_for_inference, pick_device
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.recipes.untrained import Untrained
 from llama_stack_provider_moe.compute.runtime.context import Session
-from llama_stack_provider_moe.compute.train.checkpoints import describe, publish, remove
 from llama_stack_provider_moe.compute.train.safety_eval import Assessment, require_gate
-from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.jobdir.events import Finished, Plan, Resumed, Saved, Step
-from llama_stack_provider_moe.jobdir.folder import Manifest, write_atomic
+from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.spec import AblationSpec
-
-_JSON: TypeAdapter[dict[str, object]] = TypeAdapter(dict[str, object])
 
 
 @contextmanager
-def _assessment(session: Session[AblationSpec], model: str) -> Iterator[Assessment]:
+def _assessment(session: Session[AblationSpec], model: str, adapter: Path | None = None) -> Iterator[Assessment]:
     """The job's evaluation of one model, which is in memory inside the `with` alone."""
     training, options = session.spec.training, session.spec.options
     device = pick_device(training.dtype)
     loaded, tokenizer = load_for_inference(model, training.dtype, device, options.chat_template)
+    layout = find_layout(loaded)
+    made = loaded if adapter is None else with_adapter(loaded, adapter, layout).eval()
     try:
-        yield Assessment(session, loaded, tokenizer, find_layout(loaded))
+        yield Assessment(session, made, tokenizer, layout)
     finally:
-        del loaded
+        del loaded, made
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def run(session: Session[AblationSpec]) -> Manifest:
-    """Plan the edits, write the edited model, and publish it as the job's model."""
-    spec, folder, began = session.spec, session.folder, time.monotonic()
+    """Plan the edits, write the edited model or the adapter, and publish it as the job's."""
+    spec, folder, job = session.spec, session.folder, Untrained(session)
     found = read(of_job(folder, spec.measurements), "measurements")
     planned = dry_run(spec.model, spec, found)
-    plan: dict[str, object] = {
-        "recipe": spec.recipe,
-        "model": spec.model,
-        "model_from": spec.model_from,
+    job.planned({
         "measurements": spec.measurements,
+        "output": spec.output,
         "tensors": len(planned.touched),
         "bytes": planned.bytes,
         "missed": planned.missed,
-    }
-    write_atomic(folder.resolved, _JSON.dump_json(plan, indent=2).decode())
-    session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
-    if session.started_before:
-        session.events.append(Resumed(step=0, checkpoint=None))
-
-    def record_step(done: int, total: int) -> None:
-        liveness.heard()
-        if done == total or done % max(1, total // 100) == 0:
-            left_s = (time.monotonic() - began) / done * (total - done)
-            session.events.append(Step(step=done, max_steps=total, epoch=done / total, metrics={}, eta_s=left_s))
-
+    })  # fmt: skip
     if spec.eval is not None:
         with _assessment(session, spec.model) as assessment:
             assessment.before()
-    folder.artifacts.mkdir(exist_ok=True)
-    written = folder.model.with_name(f".{folder.model.name}.writing")
-    remove(written)
-    report = apply(spec.model, spec, found, written, session.say, record_step)
-    publish(written, folder.model, step=0)
-    print(text(report.model_copy(update={"folder": str(folder.model)})), flush=True)
-    artifact = describe(session.job_uuid, "model", folder.model, epoch=0, step=0)
-    session.events.append(Saved(artifact=artifact.model_dump(mode="json")))
-    artifacts, evaluated = [artifact], None
+    reports: list[AppliedReport] = []
+    is_adapter = spec.output == "lora"
+    write, final = (write_adapter, folder.adapter) if is_adapter else (apply, folder.model)
+
+    def write_result(written: Path) -> None:
+        reports.append(write(spec.model, spec, found, written, session.say, job.record_some, named=final))
+
+    artifacts = [job.published("adapter" if is_adapter else "model", final, write_result)]
+    (report,), evaluated = reports, None
+    print(text(report), flush=True)
     if spec.eval is not None:
-        with _assessment(session, str(folder.model)) as assessment:
+        made = (spec.model, final) if is_adapter else (str(final), None)
+        with _assessment(session, *made) as assessment:
             evaluation, evaluated, _ = assessment.after(epoch=0, step=0)
             artifacts.append(evaluation)
-    session.events.append(Finished(train_seconds=time.monotonic() - began))
+    job.finished()
     if evaluated is not None:
         require_gate(evaluated)
     along = [each.along_after or 0.0 for each in report.touched if each.kind != "router"]

@@ -1,20 +1,15 @@
 """`moe-train ablate apply`: reads and checks a plan in YAML or JSON, and has another process apply it."""
 
-import json
-import os
-import tempfile
-from pathlib import Path
-
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.control.cli import local, model_checks
-from llama_stack_provider_moe.control.cli.job_file import read_job_file
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.control.cli.template import with_layer_experts
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import AblationSpec
 from llama_stack_provider_moe.spec.ablate_commands import ApplyCommand
+from llama_stack_provider_moe.spec.ablation import AblationOutput
 from llama_stack_provider_moe.spec.error_words import problems_of
 
 RECIPE = "ablation"
@@ -26,33 +21,26 @@ def apply(screen: Screen, command: ApplyCommand) -> int:
     Raises:
         InvalidInput: the plan, or a file that it names, is not valid.
     """
-    plan = read_plan(command.plan)
+    plan = read_plan(command.plan, command.output)
     model_checks.model(local_names.whole_model(plan.model, "model"), "model")
     local_names.measurements_file(plan.measurements, "measurements")
-    if not command.dry_run and os.path.lexists(command.out):
-        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(plan.model_dump(mode="json")), encoding="utf-8")
-        # Set, not copied: `words` leaves out what the user left out.
-        command.plan = str(file)
-        return local.in_training_python(screen, "compute.ablation.apply_command", command)
+    return local.run_plan(screen, "compute.ablation.apply_command", command, plan)
 
 
-def read_plan(name: str) -> AblationSpec:
+def read_plan(name: str, output: AblationOutput | None = None) -> AblationSpec:
     """Return the plan in a file. Its relative paths start from the file's folder.
+
+    Args:
+        name: of the file.
+        output: replaces the plan's `output`; None: that stays.
 
     Raises:
         InvalidInput: the file can't be read, or holds no plan.
     """
-    body, beside = read_job_file(name)
-    recipe = body.setdefault("recipe", RECIPE)
-    if recipe != RECIPE:
-        raise InvalidInput("recipe", recipe, f"{RECIPE!r}, or no recipe")
-    for field in ("model", "measurements"):
-        value = body.get(field)
-        if isinstance(value, str) and (beside / value).exists():
-            body[field] = str(beside / value)
+    body, beside = local.read_plan_file(name, RECIPE)
+    local.beside_plan(body, ("model", "measurements"), beside)
+    if output is not None:
+        body["output"] = output
     body = with_layer_experts(_of_file(body), beside)
     if body.get("eval") is not None:
         raise InvalidInput("eval", body["eval"], "none in a plan that this command applies; a job measures before and "

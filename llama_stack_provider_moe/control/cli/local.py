@@ -6,9 +6,15 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, cast
+
+from pydantic import BaseModel
 
 from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.job_file import read_job_file
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.command_words import CommandLine, words
@@ -62,6 +68,58 @@ def in_training_python(screen: Screen, module: str, line: CommandLine) -> int:
         name = module.rpartition(".")[2]
         screen.error(None, done.stderr[-_SAID_LIMIT:].strip() or f"{name} ended with exit code {code}", code)
     return code
+
+
+class PlanCommand(Protocol):
+    """A command line with a plan, which writes to a new folder."""
+
+    plan: str
+    out: str
+    dry_run: bool
+
+
+def read_plan_file(name: str, recipe: str) -> tuple[dict[str, object], Path]:
+    """Return the plan in a file, a job whose recipe may be left out, and the folder that its paths start from.
+
+    Raises:
+        InvalidInput: the file can't be read, or is a job of another recipe.
+    """
+    body, beside = read_job_file(name)
+    given = body.setdefault("recipe", recipe)
+    if given != recipe:
+        raise InvalidInput("recipe", given, f"{recipe!r}, or no recipe")
+    return body, beside
+
+
+def beside_plan(block: dict[str, object], fields: Sequence[str], beside: Path) -> None:
+    """Replace relative paths in fields of a plan that name something beside the plan's file."""
+    for field in fields:
+        value = block.get(field)
+        if isinstance(value, str) and (beside / value).exists():
+            block[field] = str(beside / value)
+
+
+def run_plan[Line: CommandLine](screen: Screen, module: str, line: Line, plan: BaseModel) -> int:
+    """Run a module with a plan that has been read and checked, in another process; return its exit code.
+
+    Args:
+        screen: standard output and error.
+        module: of this package.
+        line: a `PlanCommand`; its plan is replaced by a file of JSON.
+        plan: the job.
+
+    Raises:
+        InvalidInput: the output exists, or this environment can't train.
+    """
+    command = cast(PlanCommand, line)
+    if not command.dry_run and os.path.lexists(command.out):
+        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        file.write_text(json.dumps(plan.model_dump(mode="json")), encoding="utf-8")
+        # Set, not copied: `words` leaves out what the user left out.
+        command.plan = str(file)
+        return in_training_python(screen, module, line)
 
 
 def require_training_environment() -> None:

@@ -1,16 +1,10 @@
 """`moe-train mix`: reads and checks a plan in YAML or JSON, and has another process mix."""
 
-import json
-import os
-import tempfile
-from pathlib import Path
-
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.control.cli import local, model_checks
-from llama_stack_provider_moe.control.cli.job_file import read_job_file
 from llama_stack_provider_moe.control.cli.screen import Screen
-from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import MixSpec
 from llama_stack_provider_moe.spec.error_words import problems_of
@@ -34,14 +28,7 @@ def mix(screen: Screen, command: MixCommand) -> int:
         model_checks.model(folder, field)
         model_checks.contents(folder, field)
     domain_rows(plan)
-    if not command.dry_run and os.path.lexists(command.out):
-        raise InvalidInput("--out", command.out, "a folder that does not exist yet")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(plan.model_dump(mode="json")), encoding="utf-8")
-        # Set, not copied: `words` leaves out what the user left out.
-        command.plan = str(file)
-        return local.in_training_python(screen, "compute.mixing.command", command)
+    return local.run_plan(screen, "compute.mixing.command", command, plan)
 
 
 def read_plan(name: str) -> MixSpec:
@@ -50,16 +37,11 @@ def read_plan(name: str) -> MixSpec:
     Raises:
         InvalidInput: the file can't be read, or holds no plan.
     """
-    body, beside = read_job_file(name)
-    recipe = body.setdefault("recipe", RECIPE)
-    if recipe != RECIPE:
-        raise InvalidInput("recipe", recipe, f"{RECIPE!r}, or no recipe")
+    body, beside = local.read_plan_file(name, RECIPE)
     branches = body.get("branches")
     for block in [body, *(branches if isinstance(branches, list) else [])]:
-        for field in ("model", "dataset_id"):
-            value = block.get(field) if isinstance(block, dict) else None
-            if isinstance(value, str) and (beside / value).exists():
-                block[field] = str(beside / value)
+        if isinstance(block, dict):
+            local.beside_plan(block, ("model", "dataset_id"), beside)
     try:
         return MixSpec.model_validate(body)
     except ValidationError as error:

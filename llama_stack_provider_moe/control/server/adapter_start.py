@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.model_names import Names
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
-from llama_stack_provider_moe.spec import Adapter, ExpertRule, TrainingSpec, numbers, ranges
+from llama_stack_provider_moe.spec import AblationSpec, Adapter, ExpertRule, TrainingSpec, numbers, ranges
 from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.moe import ROUTER_BIAS_FILE
 
@@ -44,6 +44,10 @@ def resolved(spec: TrainingSpec, names: Names, request: Draft) -> dict[str, obje
     assert adapter is not None
     assert adapter.init_from is not None
     folder, config, source = names.adapter(adapter.init_from, "adapter.init_from")
+    if isinstance(source, AblationSpec):
+        raise InvalidInput(request.name("adapter.init_from"), adapter.init_from, "an adapter that a job has trained; "
+                           "an ablation's is on other parameters than any job trains: export it merged, and name the "
+                           "result as `model`")  # fmt: skip
     _check_base(spec, config, source, request)
     _check_biases(spec, folder, request)
     if source is None:

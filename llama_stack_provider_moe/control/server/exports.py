@@ -15,10 +15,12 @@ from llama_stack_provider_moe.jobdir.export_steps import ExportStep, StepState, 
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.llama_cpp import find_toolchain
-from llama_stack_provider_moe.spec import Exports, ExportSpec, TrainingSpec
+from llama_stack_provider_moe.spec import AblationSpec, Exports, ExportSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 RECIPE = "export"
+# A job that leaves an adapter or a whole model to export.
+MakingSpec = TrainingSpec | AblationSpec
 
 
 class Listed(NamedTuple):
@@ -36,11 +38,11 @@ class Listed(NamedTuple):
 
 
 def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConfig, store: JobStore) -> ExportSpec:
-    """Return `spec` with the model of the training job filled in.
+    """Return `spec` with the model of the job that it exports filled in.
 
     Args:
         spec: an export.
-        parent: the training job that it names, which the caller may change.
+        parent: the job that it names, which the caller may change.
         request: maps field names to the caller's names, for error texts.
         config: the server's configuration.
         store: has the job's other exports.
@@ -65,7 +67,7 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
     kinds = {artifact.kind for artifact in parent.artifacts if Path(artifact.path).is_dir()}
     if not kinds & {"adapter", "model"}:
         raise InvalidInput(field, parent.id, "a job whose adapter or whole model still exists")
-    if trained.adapter is None:
+    if not leaves_adapter(trained):
         prefix = request.name("export")
         try:
             spec.export.check_without_adapter(f"{prefix}." if prefix else "")
@@ -74,7 +76,7 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
     if spec.export.serve and (other := serving.export_that_serves(parent, store)) is not None:
         raise Conflict(f"{request.name('export.serve')}: export {other.id!r} serves job {parent.id!r} already; delete "
                        "that export first")  # fmt: skip
-    asked = possible(spec.export, trained.adapter is not None, request, config)
+    asked = possible(spec.export, leaves_adapter(trained), request, config)
     found = {"model": trained.model, "model_from": trained.model_from, "export": asked}
     return spec.model_copy(update=found).resolved()
 
@@ -84,7 +86,7 @@ def possible(asked: Exports, has_adapter: bool, request: Draft, config: Provider
 
     Args:
         asked: the block.
-        has_adapter: whether the job trains an adapter; else it trains all weights.
+        has_adapter: whether the job leaves an adapter; else it leaves a whole model.
         request: maps field names to the caller's names, for error texts.
         config: the server's configuration.
 
@@ -111,14 +113,19 @@ def possible(asked: Exports, has_adapter: bool, request: Draft, config: Provider
     return asked
 
 
-def spec_of(job: Job, field: str) -> TrainingSpec:
-    """Return the spec of a training job; raise `InvalidInput` where it is unreadable or of a job without training."""
+def leaves_adapter(spec: MakingSpec) -> bool:
+    """Whether a job leaves an adapter; else it leaves a whole model."""
+    return spec.output == "lora" if isinstance(spec, AblationSpec) else spec.adapter is not None
+
+
+def spec_of(job: Job, field: str) -> MakingSpec:
+    """Return the spec of a job that trains or ablates; raise `InvalidInput` where it is unreadable or of another."""
     try:
         spec = views.folder_of(job).read_spec()
     except (OSError, ValidationError) as error:
         raise InvalidInput(field, job.id, f"a job with a readable spec.json ({type(error).__name__})") from None
-    if not isinstance(spec, TrainingSpec):
-        raise InvalidInput(field, job.id, f"a job that trains; the recipe of this one is {job.recipe!r}")
+    if not isinstance(spec, MakingSpec):
+        raise InvalidInput(field, job.id, f"a job that trains or ablates; the recipe of this one is {job.recipe!r}")
     return spec
 
 

@@ -105,8 +105,8 @@ class Names:
         self._note(field, value, f"{found.name}, in {found.path}")
         return str(found.path)
 
-    def adapter(self, value: str, path: str) -> tuple[Path, dict[str, object], TrainingSpec | None]:
-        """Return an adapter's folder, the content of its adapter_config.json, and the spec of the job that trained it.
+    def adapter(self, value: str, path: str) -> tuple[Path, dict[str, object], exports.MakingSpec | None]:
+        """Return an adapter's folder, the content of its adapter_config.json, and the spec of the job that made it.
 
         Raises:
             InvalidInput, Forbidden, NotFound, Conflict: as above, or it is a whole model.

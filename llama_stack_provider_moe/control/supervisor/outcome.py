@@ -133,7 +133,7 @@ def _where_cancelled(recipe: str, folder: JobFolder, saved: tuple[Artifact, ...]
     if recipe == "mix":
         return "cancelled before the mixed model was complete; a resumed job mixes from the beginning"
     if recipe == "ablation":
-        return "cancelled before the edited model was complete; a resumed job edits from the beginning"
+        return "cancelled before the edited model or its adapter was complete; a resumed job edits from the beginning"
     if recipe == "surgery":
         return "cancelled before the new model was complete; a resumed job starts from the beginning"
     return f"cancelled {_where_it_stopped(folder, saved)}"

@@ -48,7 +48,7 @@ def mix_all(folder: Path, name: str) -> None:
 
 def main(folder: Path) -> None:
     """Mix the tiny model, then the full one; print the bytes that the second needed in addition."""
-    from benchmarks.merge import forget_peak, peak_bytes
+    from benchmarks.against_copy import forget_peak, peak_bytes
 
     mix_all(folder, "tiny")
     forget_peak()

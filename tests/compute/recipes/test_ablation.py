@@ -134,10 +134,62 @@ def test_the_experts_of_a_routing_analysis(
         file.write_text(json.dumps(body | {"from_analysis": {"set": "a", "top": 2} | where}))
         plan = read_plan(str(file))
         assert (plan.from_analysis, plan.layer_experts) == (None, {"0": "3", "1": "2"})
-    for where, told in (({"job": "measured"}, "from_analysis.job"), ({"job": "a", "file": "b"}, "one of job and file")):
+    for where, told in (({"job": edited}, "from_analysis.job"), ({"job": "a", "file": "b"}, "one of job and file")):
         file.write_text(json.dumps(body | {"from_analysis": {"set": "a", "top": 2} | where}))
         with pytest.raises(InvalidInput, match=told):
             read_plan(str(file))
+
+
+def test_the_experts_of_the_rows_that_were_measured(
+    service: PostTrainingService, measured: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A measurement of a model with experts has a routing.json too, so that no second job needs to read its rows."""
+    report = folder_of(service, measured).measurements / REPORT_FILE
+    kept = report.read_text()
+    report.write_text(report_of({(0, 1): 0.3, (1, 2): 0.4}).model_dump_json())
+    body = ABLATE | {"model": "granite", "from_analysis": {"job": measured, "set": "a", "top": 2}}
+    monkeypatch.setenv(STATE_VARIABLE, str(service.config.state_dir))
+    (tmp_path / "plan.json").write_text(json.dumps(body))
+    try:
+        with caller("ann"):
+            resolved = asyncio.run(service.validate(body)).spec
+        assert resolved["layer_experts"] == read_plan(str(tmp_path / "plan.json")).layer_experts == {"0": "1", "1": "2"}
+        report.unlink()
+        with caller("ann"), pytest.raises(InvalidInput, match="a job of a model with experts with a readable report"):
+            asyncio.run(service.validate(body))
+    finally:
+        report.write_text(kept)
+
+
+def test_an_edit_as_an_adapter(service: PostTrainingService, measured: str) -> None:
+    """Its job leaves what a training job does: other jobs switch it on and off, and an export merges it."""
+    body = ABLATE | {"model": "granite", "norm_preserving": "off"}
+    evaluation = {"retain_dataset_id": "garden", "resamples": 100, "max_new_tokens": 4}
+    lora = {"output": "lora", "training": {"dtype": "fp32"}, "eval": evaluation, "job_uuid": "as-lora"}
+    with caller("ann"):
+        (edited, code), (adapted, lora_code) = run(service, body), run(service, body | lora)
+    model, folder = folder_of(service, edited), folder_of(service, adapted)
+    assert (code, lora_code) == (COMPLETED, COMPLETED), reason(folder)
+    report = AppliedReport.model_validate_json((folder.adapter / APPLIED_FILE).read_bytes())
+    assert report.folder == str(folder.adapter), "not the hidden folder that it was written to"
+    assert not folder.model.exists()
+    assert json.loads((folder.evaluation / "eval.json").read_text())["measured"]["after"]["kl_to_base"]["low"] > 0
+    with caller("ann"):
+        artifacts = asyncio.run(service.artifacts(adapted)).checkpoints
+        played = asyncio.run(service.validate({"recipe": "playground", "model": adapted})).spec
+        routed = asyncio.run(service.validate(ANALYSIS | {"model": "granite", "adapter_folder": adapted})).spec
+        with pytest.raises(InvalidInput, match="an adapter that a job has trained; an ablation's is on other"):
+            asyncio.run(service.validate(SFT | {"model": adapted, "adapter": {"rank": 1}}))
+        with pytest.raises(InvalidInput, match="norm_preserving: 'row' is not valid; expected off with output lora"):
+            asyncio.run(service.validate(body | {"output": "lora", "norm_preserving": "row"}))
+        exported, code = run(service, {"recipe": "export", "of": adapted, "export": {"merged": True}})
+    assert (artifacts[0].kind, artifacts[0].identifier) == ("adapter", "as-lora/adapter")
+    assert played["adapter_folder"] == routed["adapter_folder"] == str(folder.adapter)
+    assert code == COMPLETED, reason(folder_of(service, exported))
+    merged = load_file(folder_of(service, exported).artifacts / "merged" / "model.safetensors")
+    wanted = load_file(model.model / "model.safetensors")
+    assert merged.keys() == wanted.keys()
+    assert all(torch.allclose(merged[name], wanted[name], atol=1e-6) for name in wanted)
 
 
 def test_an_ablation_needs_its_measurement_until_it_has_completed(service: PostTrainingService, ablated: str) -> None:

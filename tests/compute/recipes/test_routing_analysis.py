@@ -225,7 +225,7 @@ def test_jobs_of_others_of_other_kinds_and_unfinished_ones(service: PostTraining
     assert str(caught.value) == str(unknown.value).replace("nothing", "analysis"), "as if there were none"
     with caller("ann"):
         other = asyncio.run(service.submit(SFT | {"model": "granite", "job_uuid": "other-kind"})).job_uuid
-        with pytest.raises(InvalidInput, match="a job of recipe 'routing_analysis'; this one has recipe 'sft'"):
+        with pytest.raises(InvalidInput, match="'routing_analysis' or 'ablation_measure'; this one has recipe 'sft'"):
             asyncio.run(service.validate(asking(job=other)))
         waiting = asyncio.run(service.submit(ANALYSIS | {"model": "granite", "job_uuid": "waiting"})).job_uuid
         with pytest.raises(Conflict, match="job 'waiting' is scheduled; its report is available once it has completed"):
