@@ -16,6 +16,7 @@ from llama_stack_provider_moe.control.cli import (
     job_report,
     label,
     local,
+    pipeline_commands,
     plan,
     quota,
     report,
@@ -46,6 +47,7 @@ start_files.register(app)
 job_commands.register(app)
 app.command(name="label")(label.label)
 sweep_commands.register(app)
+pipeline_commands.register(app)
 app.command(name="chat")(chat.chat)
 app.command(name="top")(top.top)
 app.add_typer(data_commands.app, name="data")

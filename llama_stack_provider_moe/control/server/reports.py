@@ -5,10 +5,9 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.control.server import files
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import Job, JobStore
-from llama_stack_provider_moe.errors import Conflict, InvalidFile, InvalidInput, NotFound
+from llama_stack_provider_moe.errors import InvalidFile, InvalidInput, NotFound
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.jobdir.reading import read_as
-from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import AblationSpec, Adapter, SafetyEvaluation
 from llama_stack_provider_moe.spec.ablation import resolve_experts
 from llama_stack_provider_moe.spec.evaluation import resolve_masks
@@ -23,12 +22,12 @@ def with_experts(adapter: Adapter, job: Job, store: JobStore, request: Draft) ->
 
     Args:
         adapter: the requested adapter.
-        job: the analysis that it names, which the caller may read.
+        job: the analysis that it names, which has completed and which the caller may read.
         store: the store that has the job.
         request: maps field names to the caller's names, for error texts.
 
     Raises:
-        InvalidInput, Conflict: see `routing_report` and `resolve_adapter`.
+        InvalidInput: see `routing_report` and `resolve_adapter`.
     """
     field = request.name("adapter.from_analysis")
     try:
@@ -44,12 +43,12 @@ def with_masks(asked: SafetyEvaluation, job: Job, store: JobStore, request: Draf
 
     Args:
         asked: the requested evaluation.
-        job: the analysis that it names, which the caller may read.
+        job: the analysis that it names, which has completed and which the caller may read.
         store: the store that has the job.
         request: maps field names to the caller's names, for error texts.
 
     Raises:
-        InvalidInput, Conflict: see `routing_report` and `resolve_masks`.
+        InvalidInput: see `routing_report` and `resolve_masks`.
     """
     field = request.name("eval.masked_from_analysis")
     try:
@@ -65,12 +64,12 @@ def with_layer_experts(plan: AblationSpec, job: Job, store: JobStore, request: D
 
     Args:
         plan: the requested ablation.
-        job: the analysis that it names, which the caller may read.
+        job: the analysis that it names, which has completed and which the caller may read.
         store: the store that has the job.
         request: maps field names to the caller's names, for error texts.
 
     Raises:
-        InvalidInput, Conflict: see `routing_report` and `resolve_experts`.
+        InvalidInput: see `routing_report` and `resolve_experts`.
     """
     field = request.name("from_analysis")
     try:
@@ -79,40 +78,17 @@ def with_layer_experts(plan: AblationSpec, job: Job, store: JobStore, request: D
         raise invalid_body(error.errors(include_url=False), AblationSpec, request.name) from None
 
 
-def must_be_measured(job: Job, field: str) -> None:
-    """Raise unless a job has measured what an ablation needs.
-
-    Args:
-        job: a job that the caller may read.
-        field: the caller's name for the field that names the job.
-
-    Raises:
-        InvalidInput: the job has another recipe.
-        Conflict: the job has not completed.
-    """
-    if job.recipe != "ablation_measure":
-        raise InvalidInput(field, job.id, f"a job of recipe 'ablation_measure'; this one has recipe {job.recipe!r}")
-    if job.state is not JobState.COMPLETED:
-        raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; its measurements are available once it has "
-                       "completed")  # fmt: skip
-
-
 def routing_report(job: Job, store: JobStore, field: str) -> RoutingReport:
     """Return the report of a routing analysis, from the job's folder.
 
     Args:
-        job: a job that the caller may read.
+        job: an analysis that has completed, and that the caller may read.
         store: the store that has the job.
         field: the caller's name for the field that names the job.
 
     Raises:
-        InvalidInput: the job has another recipe, or its report can't be read.
-        Conflict: the job has not completed.
+        InvalidInput: its report can't be read.
     """
-    if job.recipe != "routing_analysis":
-        raise InvalidInput(field, job.id, f"a job of recipe 'routing_analysis'; this one has recipe {job.recipe!r}")
-    if job.state is not JobState.COMPLETED:
-        raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; its report is available once it has completed")
     try:
         found = files.file(job, store, "routing", REPORT_FILE)
         return read_as(RoutingReport, read_small(found.path, REPORT_LIMIT_BYTES))
