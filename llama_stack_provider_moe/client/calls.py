@@ -55,6 +55,7 @@ class JobFilters(TypedDict, total=False):
         label: labels that they all have, each `KEY=VALUE`, or `KEY` with any value.
         owner: their owner, as the list shows it; for administrators.
         sweep: the sweep that they belong to.
+        pipeline: the pipeline that they belong to.
         text: a part of name, model, note or a label's value.
     """
 
@@ -64,6 +65,7 @@ class JobFilters(TypedDict, total=False):
     label: Sequence[str]
     owner: str
     sweep: str
+    pipeline: str
     text: str
 
 

@@ -100,6 +100,7 @@ class Progress(TypedDict, total=False):
     safety: Safety | None
     routing: Routing | None
     queue_position: int | None
+    waits_for: list[str]
     attempts: int
     lost: int | None
     devices: str | None
@@ -167,6 +168,8 @@ class Job(Status):
     labels: NotRequired[dict[str, str]]
     note: NotRequired[str | None]
     sweep: NotRequired[str | None]
+    pipeline: NotRequired[str | None]
+    waits_for: NotRequired[list[str]]
     notifications: NotRequired[list[dict[str, object]]]
 
 
@@ -183,6 +186,8 @@ class JobLine(TypedDict):
     labels: NotRequired[dict[str, str]]
     note: NotRequired[str | None]
     sweep: NotRequired[str | None]
+    pipeline: NotRequired[str | None]
+    waits_for: NotRequired[list[str]]
     owner: NotRequired[str]
     unreadable: NotRequired[str | None]
 

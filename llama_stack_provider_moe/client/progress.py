@@ -116,6 +116,8 @@ def words_of(status: Status) -> str:
     parts = [f"job {status['job_uuid']}: {status['status'].replace('_', ' ')}"]
     if stage := progress.get("stage"):
         parts.append(stage)
+    if waits_for := progress.get("waits_for"):
+        parts.append(f"waits for {', '.join(waits_for)}")
     if position := progress.get("queue_position"):
         parts.append(f"number {position} in the queue")
     if (step := progress.get("step")) is not None and (most := progress.get("max_steps")):

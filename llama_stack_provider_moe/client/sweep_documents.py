@@ -1,6 +1,6 @@
 """Documents of the server's API about sweeps, labels, and what runs where; see `documents`."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from llama_stack_provider_moe.client.documents import Figure
 
@@ -109,6 +109,8 @@ class WaitingJob(TypedDict):
     position: int
     gpus: int | None
     sweep: str | None
+    pipeline: NotRequired[str | None]
+    waits_for: NotRequired[list[str]]
 
 
 class Activity(TypedDict):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from llama_stack_provider_moe.client import calls
 from llama_stack_provider_moe.client.calls import Call
 from llama_stack_provider_moe.client.documents import RoutingShares
+from llama_stack_provider_moe.client.pipeline_methods import AsyncPipelineMethods, PipelineMethods
 from llama_stack_provider_moe.client.sweep_documents import (
     Activity,
     CreatedSweep,
@@ -17,7 +18,7 @@ from llama_stack_provider_moe.client.sweep_documents import (
 )
 
 
-class SweepMethods:
+class SweepMethods(PipelineMethods):
     """Part of `Client`."""
 
     @abstractmethod
@@ -62,7 +63,7 @@ class SweepMethods:
         return self._send(calls.activity())
 
 
-class AsyncSweepMethods:
+class AsyncSweepMethods(AsyncPipelineMethods):
     """Part of `AsyncClient`; see `SweepMethods`."""
 
     @abstractmethod

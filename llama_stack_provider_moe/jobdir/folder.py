@@ -2,6 +2,7 @@
 
 jobs/<job_uuid>/
   spec.json              the whole JobSpec                                      written by the server
+  later.json             a job whose names are resolved later (`jobdir.later`)  written by the server
   data/train.jsonl       canonical rows (see `spec.rows`)                       written by the server
   data/validation.jsonl  validation rows, if a validation data set was named    written by the server
   data/<part>.jsonl      rows of further data sets (`row_sources`)              written by the server
@@ -41,6 +42,7 @@ from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_FILE, require_current
 from llama_stack_provider_moe.jobdir.events import StoppedBy
+from llama_stack_provider_moe.jobdir.later import LATER_FILE
 from llama_stack_provider_moe.jobdir.reading import read_as, read_with, unknown_fields
 from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec, TrainingSpec
 
@@ -89,6 +91,7 @@ class JobFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.spec = root / "spec.json"
+        self.later = root / LATER_FILE
         self.data = root / "data"
         self.train_rows = self.rows("train")
         self.validation_rows = self.rows("validation")

@@ -25,6 +25,11 @@ def job_templates() -> dict[str, Traversable]:
     return packaged_files("job_templates", ".json")
 
 
+def pipeline_templates() -> dict[str, Traversable]:
+    """Return pipeline templates by name."""
+    return packaged_files("job_templates", ".pipeline.yaml")
+
+
 def summary(job_template: Traversable) -> str:
     """Summarize a job template in one line: recipe, model, and what differs from a plain job."""
     job = json.loads(job_template.read_bytes())

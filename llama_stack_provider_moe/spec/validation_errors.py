@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
+from llama_stack_provider_moe.spec.pipelines import PART_PATTERN
 from llama_stack_provider_moe.spec.recipes import RECIPES
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN, MIRROR_URL_PATTERN
 
@@ -34,6 +35,7 @@ _PATTERNS = {
     SHARD_PATTERN: "a number of bytes, or of KB, MB or GB, such as 5GB",
     HUB_REPO_PATTERN: "NAMESPACE/NAME, each of letters, digits, '.', '_' and '-'",
     NUMBERS_PATTERN: "numbers and ranges from 0 to 9999, such as '0-3,12'",
+    PART_PATTERN: "1 to 32 lower-case letters, digits, '_' and '-', the first a letter or a digit",
     DOMAIN_PATTERN: "1 to 32 letters, digits, '_' and '-', the first a letter or a digit",
     HOST_NAME_PATTERN: "a host's name without a port, in small letters, such as moe.example.org",
     VARIABLE_PATTERN: "1 to 128 letters, digits and '_', the first a letter or '_'",

@@ -20,6 +20,7 @@ MODULES = {
     "job_commands": ("status", "logs", "cancel", "resume", "rm", "artifacts", "ls"),
     "label": ("label",),
     "sweep_commands": ("sweep", "sweeps"),
+    "pipeline_commands": ("pipeline", "pipelines"),
     "chat": ("chat",),
     "top": ("top",),
     "data_commands": ("data",),

@@ -38,10 +38,8 @@ class Follower:
     ) -> None:
         self._server = server
         self._job_id = job_id
-        self._note = note
         self._poll_s = poll_s
-        self._patience_s = patience_s
-        self._answered = False
+        self._ask = Patience(note, poll_s, patience_s).ask
 
     def statuses(self) -> Iterator[Status]:
         """Yield each status document that differs from the one before; in the last one the job has ended."""
@@ -96,7 +94,24 @@ class Follower:
     def _piece(self, tail: int | None, offset: int | None) -> LogLines:
         return self._ask(lambda: self._server.logs(self._job_id, tail=tail if offset is None else None, offset=offset))
 
-    def _ask[Answer](self, ask: Callable[[], Answer]) -> Answer:
+
+class Patience:
+    """Repeats a request while the server does not answer.
+
+    Args:
+        note: called with a message when the server stops answering, and when it answers again.
+        poll_s: seconds between two requests.
+        patience_s: seconds without an answer before giving up. The first request is not repeated.
+    """
+
+    def __init__(self, note: Callable[[str], None], poll_s: float = POLL_S, patience_s: float = PATIENCE_S) -> None:
+        self._note = note
+        self._poll_s = poll_s
+        self._patience_s = patience_s
+        self._answered = False
+
+    def ask[Answer](self, ask: Callable[[], Answer]) -> Answer:
+        """Return what `ask` returns, once it does."""
         lost_at: float | None = None
         while True:
             try:

@@ -43,6 +43,7 @@ def list_jobs(
     recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Recipe of the jobs.")] = None,
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model of the jobs, as the list shows it.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="SWEEP", help="Sweep that the jobs belong to.")] = None,
+    pipeline: Annotated[str | None, typer.Option(metavar="PIPELINE", help="Pipeline that the jobs belong to.")] = None,
     owner: Annotated[
         str | None, typer.Option(metavar="OWNER", help="Owner, as `--json` shows it; only for administrators.")
     ] = None,
@@ -54,7 +55,9 @@ def list_jobs(
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first: all, or those that fit every filter."""
-    single = {"recipe": recipe, "model": model, "sweep": sweep, "owner": owner, "text": part}
+    single = {
+        "recipe": recipe, "model": model, "sweep": sweep, "pipeline": pipeline, "owner": owner, "text": part,
+    }  # fmt: skip
     chosen = {name: value for name, value in single.items() if value is not None}
 
     def act(server: Client, screen: Screen) -> Exit:

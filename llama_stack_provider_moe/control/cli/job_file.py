@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,30 +11,34 @@ from llama_stack_provider_moe.control.cli import packaged
 from llama_stack_provider_moe.errors import InvalidInput
 
 STANDARD_INPUT = "-"
+type PackagedFile = Callable[[str, str, str], Traversable]
 
 
 class _KeyTwice(ValueError):
     """A key is given twice in one JSON object. The JSON parser does not know the line."""
 
 
-def read_job_file(file: str) -> tuple[dict[str, object], Path]:
-    """Return the job in `file`, and the folder that its relative paths start from.
+def read_job_file(file: str, packaged_file: PackagedFile = packaged.job_template) -> tuple[dict[str, object], Path]:
+    """Return the job (or pipeline) in `file`, and the folder that its relative paths start from.
 
     Args:
         file: a path, `-` for standard input, or `@NAME` for a template of this package.
+        packaged_file: returns a template by its name, see `packaged`.
 
     Raises:
         InvalidInput: the file can't be read, or is not a JSON or YAML object.
     """
+    template = None
     if file.startswith("@"):
-        data, beside = packaged.job_template(file[1:], "FILE", "@").read_bytes(), Path()
+        template = packaged_file(file[1:], "FILE", "@")
+        data, beside = template.read_bytes(), Path()
     else:
         try:
             data = sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
         except (OSError, ValueError) as error:
             raise InvalidInput("FILE", file, f"a job file that can be read ({error})") from None
         beside = Path() if file == STANDARD_INPUT else Path(file).parent
-    language = _language(file, data)
+    language = _language(template.name if template is not None else file, data)
     try:
         body = parse_json(data) if language == "JSON" else _parse_yaml(data)
     except RecursionError:
@@ -81,7 +87,7 @@ def _language(file: str, data: bytes) -> str:
     suffix = Path(file).suffix.lower()
     if suffix in (".yaml", ".yml"):
         return "YAML"
-    return "JSON" if suffix == ".json" or file.startswith("@") or data.lstrip()[:1] in (b"{", b"[") else "YAML"
+    return "JSON" if suffix == ".json" or data.lstrip()[:1] in (b"{", b"[") else "YAML"
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -5,7 +5,7 @@ import re
 from importlib.resources.abc import Traversable
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.job_templates import home, job_templates, packaged_files
+from llama_stack_provider_moe.spec.job_templates import home, job_templates, packaged_files, pipeline_templates
 
 CONSTRAINTS = "constraints.txt"
 _SHOWN = 3  # names that are similar to a wrong one
@@ -51,6 +51,11 @@ def job_template(name: str, option: str, prefix: str = "") -> Traversable:
         InvalidInput: there is no job template of this name.
     """
     return _chosen(name, option, job_templates(), "job template", prefix)
+
+
+def pipeline_template(name: str, option: str, prefix: str = "") -> Traversable:
+    """Return the YAML of a pipeline; see `job_template`."""
+    return _chosen(name, option, pipeline_templates(), "pipeline template", prefix)
 
 
 def headline(run_config: Traversable) -> str:

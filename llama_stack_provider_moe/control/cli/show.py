@@ -71,6 +71,7 @@ def job(detail: Job) -> RenderableType:
         ("labels", spelled(detail.get("labels") or {})),
         ("note", detail.get("note")),
         ("sweep", detail.get("sweep")),
+        ("pipeline", detail.get("pipeline")),
         ("exports job", detail.get("parent")),
         ("data", _data_sets(detail)),
         ("submitted", moment(detail["scheduled_at"])),
@@ -193,10 +194,17 @@ def standing(status: Status) -> str:
     position = resources.get("queue_position")
     if state == JobState.SCHEDULED and position:
         parts.append(f"number {position} in the queue")
+    if state == JobState.SCHEDULED and resources.get("waits_for"):
+        parts.append(waits(resources["waits_for"]))
     if resources.get("step") is not None:
         parts.append(f"step {resources['step']} of {resources['max_steps']}")
         parts += figures(status)
     return ", ".join(parts)
+
+
+def waits(jobs: list[str]) -> str:
+    """Render what a job waits for."""
+    return f"waits for {', '.join(jobs)}"
 
 
 def work(status: Status) -> str:

@@ -57,11 +57,11 @@ def shown(found: Activity) -> RenderableType:
     if not found["waiting"]:
         return Group(*parts, "none of your jobs is waiting")
     waiting = [
-        (str(job["position"]), job["job_uuid"], job["recipe"], "-" if job["gpus"] is None else str(job["gpus"]),
-         job["sweep"] or "-")
+        (str(job["position"] or "-"), job["job_uuid"], job["recipe"], "-" if job["gpus"] is None else str(job["gpus"]),
+         job["sweep"] or job.get("pipeline") or "-", ", ".join(job.get("waits_for", [])) or "-")
         for job in found["waiting"]
     ]  # fmt: skip
-    parts.append(table(("QUEUE", "JOB", "RECIPE", "GPUS", "SWEEP"), waiting))
+    parts.append(table(("QUEUE", "JOB", "RECIPE", "GPUS", "SWEEP OR PIPELINE", "WAITS FOR"), waiting))
     if found["more_waiting"]:
         parts.append(text(f"{found['more_waiting']} more wait"))
     return Group(*parts)

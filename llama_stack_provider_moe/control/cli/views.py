@@ -140,7 +140,8 @@ class Lines:
         if self._stage is not None and self._stage[1] != status["status"]:
             self._said.clear()
         # Not the metrics: they belong to the step.
-        told = (*stage, show.work(status), resources.get("step"), resources.get("queue_position"))
+        told = (*stage, show.work(status), resources.get("step"), resources.get("queue_position"),
+                tuple(resources.get("waits_for") or ()))  # fmt: skip
         moment = time.monotonic()
         if told not in self._said and (stage != self._stage or moment - self._said_at >= STEP_LINE_S):
             self._said.add(told)
@@ -190,6 +191,8 @@ def _standing(status: Status) -> tuple[int | None, int | None, str]:
     resources = progress_of(status)
     if state_of(status) is JobState.SCHEDULED:  # a resumed job has steps already, and waits as well
         position = resources.get("queue_position")
+        if waits_for := resources.get("waits_for"):
+            return 0, None, show.waits(waits_for)
         return 0, None, f"number {position} in the queue" if position else ""
     work = resources.get("work")
     if work is not None and (told := show.work(status)):

@@ -59,9 +59,11 @@ class WaitingJob(BaseModel):
     job_uuid: str
     recipe: str
     model: str
-    position: int = Field(description="Place in the queue of all owners: 1 is next.")
+    position: int = Field(description="Place in the queue of all owners: 1 is next; 0 while it waits for other jobs.")
     gpus: int | None = Field(description="GPUs that it asks for; null: one if there is any.")
     sweep: str | None = Field(description="The sweep that it belongs to.")
+    pipeline: str | None = Field(description="The pipeline that it belongs to.")
+    waits_for: list[str] = Field(description="Jobs that must complete before it starts, and have not yet.")
 
 
 class Activity(BaseModel):
@@ -91,11 +93,12 @@ def of_store(store: JobStore, whose: str | None, config: ProviderConfig) -> Acti
     """
     running = store.list(whose, SHOWN_RUNNING, None, JobFilter(states=(JobState.IN_PROGRESS,)))
     first, waiting = store.first_waiting(whose, SHOWN_WAITING)
+    waits = store.waits.of_jobs([job.id for job, _ in first])
     used = machine_use.sessions({job.pid for job in running if job.pid is not None and _runs_here(job)})
     return Activity(
         devices=_devices(store, {job.id for job in running}, config),
         running=[_running(job, used.get(job.pid or 0)) for job in running],
-        waiting=[_waiting(job, position) for job, position in first],
+        waiting=[_waiting(job, position, waits.get(job.id, [])) for job, position in first],
         more_waiting=waiting - len(first),
     )
 
@@ -142,10 +145,11 @@ def _running(job: Job, use: machine_use.SessionUse | None) -> RunningJob:
     )
 
 
-def _waiting(job: Job, position: int) -> WaitingJob:
+def _waiting(job: Job, position: int, waits_for: list[str]) -> WaitingJob:
     return WaitingJob(
-        job_uuid=job.id, recipe=job.recipe, model=job.model, position=position, gpus=job.gpus, sweep=job.sweep
-    )
+        job_uuid=job.id, recipe=job.recipe, model=job.model, position=position, gpus=job.gpus, sweep=job.sweep,
+        pipeline=job.pipeline, waits_for=waits_for,
+    )  # fmt: skip
 
 
 def _runs_here(job: Job) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from llama_stack_provider_moe.control.server import model_names
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.model_names import Names
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
@@ -48,6 +49,8 @@ def resolved(spec: TrainingSpec, names: Names, request: Draft) -> dict[str, obje
         raise InvalidInput(request.name("adapter.init_from"), adapter.init_from, "an adapter that a job has trained; "
                            "an ablation's is on other parameters than any job trains: export it merged, and name the "
                            "result as `model`")  # fmt: skip
+    if not folder.is_absolute() and (source is None or _is_open(source)):  # known once the other job has completed
+        return {"adapter": adapter.model_copy(update={"init_from": str(folder)})}
     _check_base(spec, config, source, request)
     _check_biases(spec, folder, request)
     if source is None:
@@ -85,6 +88,13 @@ def resolved(spec: TrainingSpec, names: Names, request: Draft) -> dict[str, obje
     return changes | {"adapter": made}
 
 
+def _is_open(source: TrainingSpec) -> bool:
+    """Whether the base or the layout of an adapter depends on jobs that have not completed."""
+    adapter = source.adapter
+    waits = adapter is not None and adapter.from_analysis is not None and adapter.rules_from is None
+    return waits or model_names.may_be_later(source.model)
+
+
 def _stated(body: object, block: str) -> set[str]:
     """Fields of a block that the caller wrote, without the server's defaults."""
     given = body.get(block) if isinstance(body, dict) else None
@@ -108,7 +118,7 @@ def _check_base(spec: TrainingSpec, config: Mapping[str, object], source: Traini
 
 def _check_biases(spec: TrainingSpec, folder: Path, request: Draft) -> None:
     """Refuse an adapter with biases from `aux_free` where they would get lost, or change the reference model."""
-    if not (folder / ROUTER_BIAS_FILE).is_file():
+    if not folder.is_absolute() or not (folder / ROUTER_BIAS_FILE).is_file():
         return
     if spec.recipe != "sft" or spec.moe.moe_load_balancing != "aux_free":
         raise InvalidInput(

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_stack_provider_moe.control.server.wire_requests import PreferenceOptimizeRequest, SupervisedFineTuneRequest
+from llama_stack_provider_moe.control.store.wait_rows import Wait
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec import JobSpec
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 _BOTH = {
@@ -71,6 +73,23 @@ REFUSED = {
 }
 
 
+@dataclass
+class Waits:
+    """The jobs that a job will wait for, and what is needed to resolve its names once they have completed.
+
+    Attributes:
+        jobs: the jobs, by id.
+        names: names in the job that stand for what those jobs will leave.
+        asked: the job with the server's defaults, before any name was resolved.
+        whose: the owner whose jobs it may name; None for every owner's.
+    """
+
+    jobs: dict[str, Wait] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    asked: JobSpec | None = None
+    whose: str | None = None
+
+
 @dataclass(frozen=True)
 class Draft:
     """A job's body before the server adds its defaults and validates it.
@@ -79,11 +98,17 @@ class Draft:
         body: the fields that the caller stated, by their names in `spec`, without defaults.
         names: dotted name in `spec` -> the caller's name for the field, where it differs; "" is the body itself.
         notes: remarks for the caller beside the answer: how names were resolved, and what could not be checked.
+        may_wait: whether the job may name jobs that have not completed, and wait for them.
+        siblings: jobs by id that are created together with this one, and before it.
+        waits: what it waits for.
     """
 
     body: object
     names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    may_wait: bool = True
+    siblings: Mapping[str, JobSpec] = field(default_factory=dict)
+    waits: Waits = field(default_factory=Waits)
 
     def name(self, path: str) -> str:
         """Return the caller's name for `path`, a dotted name in `spec`; the known name may be a prefix of it."""

@@ -25,6 +25,7 @@ from llama_stack_provider_moe.control.store import intake, references
 from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, Unavailable
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
+from llama_stack_provider_moe.jobdir.later import Later
 from llama_stack_provider_moe.spec import ExportSpec, JobSpec, PlaygroundSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -82,7 +83,7 @@ class Creation:
         async with self.staged(NOT_ACCEPTED) as staging:
             await self.guard.run(self.config.privacy.make_folder, staging / "data")
             await self.rows.read(request, spec, JobFolder(staging))
-            job = await self.guard.run(self._commit, spec, owner, staging)
+            job = await self.guard.run(self._commit, request, spec, owner, staging)
         await self.accepted([job])
         return job
 
@@ -124,7 +125,8 @@ class Creation:
         if isinstance(spec, PlaygroundSpec) and not spec.playground.replace:
             await self.guard.run(playgrounds.must_be_alone, self.store(), callers.owner())
         job_id = await self.guard.run(self._id_of, spec)
-        return await self.names.resolve(request, spec, job_id, self.store(), self.whose("read"), asks_hub)
+        request.waits.asked, request.waits.whose = spec, self.whose("read")
+        return await self.names.resolve(request, spec, job_id, self.store(), request.waits.whose, asks_hub)
 
     def _must_be_tellable(self, request: Draft, spec: JobSpec) -> None:
         if (
@@ -149,24 +151,35 @@ class Creation:
         """Raise `Conflict` if a job has this name."""
         job_changes.must_be_free(self.store(), job_id)
 
-    def written(self, spec: JobSpec, owner: str, staging: Path, sweep: str | None = None) -> NewJob:
-        """Write spec.json into the staged folder of a job, and return the job's row."""
+    def written(self, request: Draft, spec: JobSpec, owner: str, staging: Path) -> NewJob:
+        """Write the specification into the staged folder of a job, and return the job's row."""
         assert spec.job_uuid is not None
         folder = self.config.jobs_dir / spec.job_uuid
         write_atomic(JobFolder(staging).spec, spec, mode=0o666 & ~self.config.privacy.umask)
         of = spec.of if isinstance(spec, ExportSpec) else None
         where, gpus = resolve.executor_of(spec)
+        self._note_for_later(request, JobFolder(staging))
         uses = references.uses_of(spec, self.config.jobs_dir)
         model = spec.model_from or allowed_paths.shown_model(spec.model, self.config)
-        new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses, sweep=sweep)
+        waits = tuple(request.waits.jobs.values())
+        new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses, waits=waits)
         if isinstance(spec, ExportSpec):
             return new
         notify = spec.notify.model_dump_json() if isinstance(spec, TrainingSpec) and spec.notify is not None else None
         return new._replace(labels=spec.labels, note=spec.note, notify=notify)
 
-    def _commit(self, spec: JobSpec, owner: str, staging: Path) -> Job:
+    def _note_for_later(self, request: Draft, folder: JobFolder) -> None:
+        """Write what the supervisor needs to resolve the names of a job that waits for others."""
+        asked = request.waits.asked
+        if request.waits.jobs and asked is not None:
+            later = Later(
+                spec=asked.model_dump(mode="json"), body=request.body, names=request.names, whose=request.waits.whose
+            )
+            write_atomic(folder.later, later, mode=0o666 & ~self.config.privacy.umask)
+
+    def _commit(self, request: Draft, spec: JobSpec, owner: str, staging: Path) -> Job:
         """Move the staged folder into place and add the job to the store, both or neither."""
-        new = self.written(spec, owner, staging)
+        new = self.written(request, spec, owner, staging)
         with intake.committing(self.config):
             self.must_be_free(new.id)
             self.quotas.must_have_bytes(owner, staging)

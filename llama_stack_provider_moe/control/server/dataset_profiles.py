@@ -107,7 +107,7 @@ def draft(name: str, model: str | None, recipe: str, max_length: int | None) -> 
         body["options"] = {"max_length": max_length}
     if recipe == "circuit_breaker":
         body["circuit_breaker"] = {"retain": {"dataset_id": f"data:{name}"}}
-    return Draft(body, {"options.max_length": "max_length"})
+    return Draft(body, {"options.max_length": "max_length"}, may_wait=False)
 
 
 def _key(spec: TrainingSpec, has_model: bool) -> str:

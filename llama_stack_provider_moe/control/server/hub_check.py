@@ -46,7 +46,7 @@ async def check(request: Draft, spec: JobSpec, config: ProviderConfig, guard: Gu
     if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
         named["distill.model"] = spec.distill.model
     for path, model in named.items():
-        if os.path.isabs(model):
+        if os.path.isabs(model) or model in request.waits.names:
             continue
         # In a thread, because the cache may be on a slow disk.
         if not await guard.in_job_paths(_CACHE, is_cached, model, environment):

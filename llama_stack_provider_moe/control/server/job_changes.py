@@ -2,9 +2,8 @@
 
 import logging
 
-from llama_stack_provider_moe.control.server import playgrounds, serving, submissions, views, wire
-from llama_stack_provider_moe.control.server.resumable import must_be_resumable, must_find_its_sources
-from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.server import playgrounds, resumable, serving, submissions, views, wire
+from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor import removal
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -34,12 +33,18 @@ def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | No
     job = store.get(job_id, whose)
     found: submissions.Resumes = "from_beginning"
     if job.state in (JobState.FAILED, JobState.CANCELLED):  # `store.resume` refuses the other states
-        found = must_be_resumable(job)
-        must_find_its_sources(job, store, config.jobs_dir)
-        if job.recipe == playgrounds.RECIPE:
-            playgrounds.must_be_alone(store, job.owner, but=job.id)
+        found = must_be_resumable(store, config, job)
     store.resume(job_id, whose, config.limits)
     return submissions.ResumedJob(job_uuid=job_id, resumes=found)
+
+
+def must_be_resumable(store: JobStore, config: ProviderConfig, job: Job) -> submissions.Resumes:
+    """Return where a job that failed or was cancelled resumes from; raise `Conflict` where it can't be resumed."""
+    found = resumable.must_be_resumable(job)
+    resumable.must_find_its_sources(job, store, config.jobs_dir)
+    if job.recipe == playgrounds.RECIPE:
+        playgrounds.must_be_alone(store, job.owner, but=job.id)
+    return found
 
 
 def delete(store: JobStore, config: ProviderConfig, job_id: str, whose: str | None, force: bool) -> wire.DeletedJob:

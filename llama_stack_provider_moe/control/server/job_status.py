@@ -62,6 +62,8 @@ def detail(job: Job, store: JobStore) -> JobDetail:
         labels=store.labels([job.id]).get(job.id, {}),
         note=job.note,
         sweep=job.sweep,
+        pipeline=job.pipeline,
+        waits_for=_waits_for(job, store),
         notifications=[_notification(message) for message in store.outbox.of(job.id)],
         cancel_requested_at=job.cancel_requested_at,
         attempts=job.attempts,
@@ -94,11 +96,16 @@ def reason(job: Job) -> str | None:
     return f"last start: {job.reason}"
 
 
+def _waits_for(job: Job, store: JobStore) -> list[str]:
+    return store.waits.of_jobs([job.id]).get(job.id, []) if job.state is JobState.SCHEDULED else []
+
+
 def _status(job: Job, store: JobStore) -> _Status:
     reached = progress(job, views.folder_of(job))
     resources: dict[str, object] = dict(reached)
     if job.state is JobState.SCHEDULED:
         resources["queue_position"] = store.queue_position(job.id)
+        resources["waits_for"] = _waits_for(job, store)
         reached["reason"] = reached["reason"] or playgrounds.in_the_way(store)
     resources |= {
         "attempts": job.attempts,

@@ -1,6 +1,6 @@
 """The list of jobs with its filters, and the labels and notes that jobs are found by.
 
-GET   jobs                    `?state=`, `recipe`, `model`, `label`, `owner`, `sweep`, `text`
+GET   jobs                    `?state=`, `recipe`, `model`, `label`, `owner`, `sweep`, `pipeline`, `text`
 PATCH jobs/{id}               labels and note
 """
 
@@ -52,6 +52,7 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
             str | None, Query(description="Owner of the jobs, as the list shows it; for administrators.")
         ] = None,
         sweep: Annotated[str | None, Query(description="Sweep that the jobs belong to.")] = None,
+        pipeline: Annotated[str | None, Query(description="Pipeline that the jobs belong to.")] = None,
         text: Annotated[
             str | None,
             Query(description="A part of name, model, note or a label's value, in any case.", max_length=MAX_TEXT),
@@ -64,6 +65,7 @@ def add_list(router: APIRouter, impl: PostTrainingService) -> None:
             labels=tuple(map(_label, label or ())),
             owner=owner,
             sweep=sweep,
+            pipeline=pipeline,
             text=text or None,
         )
         return await impl.seen(lambda store, whose: page(store, whose, limit, after, chosen))
@@ -99,8 +101,10 @@ def page(
     found = store.list(whose, limit + 1, after, chosen)
     shown = found[:limit]
     labels = store.labels(job.id for job in shown)
+    waits = store.waits.of_jobs([job.id for job in shown if job.state is JobState.SCHEDULED])
     return wire.ListPostTrainingJobsResponse(
-        data=[views.line(job, labels.get(job.id, {})) for job in shown], has_more=len(found) > limit
+        data=[views.line(job, labels.get(job.id, {}), waits.get(job.id, [])) for job in shown],
+        has_more=len(found) > limit,
     )
 
 

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_stack_provider_moe.control.server import allowed_paths, exports, files
+from pydantic import ValidationError
+
+from llama_stack_provider_moe.control.server import allowed_paths, exports, files, promises, views
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import Job, JobStore
+from llama_stack_provider_moe.control.store.wait_rows import Wait
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec import EditingSpec, InferenceJob, LoadingSpec, TrainingSpec
+from llama_stack_provider_moe.spec import EditingSpec, ExportSpec, InferenceJob, JobSpec, LoadingSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.serving_config import SERVED_PREFIX
 
@@ -31,15 +34,33 @@ class JobModel(NamedTuple):
 
     Attributes:
         name: its name in the list of artifacts, `JOB/NAME`.
-        path: its folder, absolute.
+        path: its folder, absolute; `name` where the job has not written it yet.
         is_adapter: True for an adapter, False for a whole model.
-        job: the job.
+        job_id: the job.
+        spec: the job's specification; None if it can't be read.
     """
 
     name: str
     path: Path
     is_adapter: bool
-    job: Job
+    job_id: str
+    spec: JobSpec | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the job has written it."""
+        return self.path.is_absolute()
+
+    def making_spec(self, field: str) -> exports.MakingSpec:
+        """Return the spec of a job that trains or ablates; raise `InvalidInput` where it is not."""
+        if isinstance(self.spec, exports.MakingSpec):
+            return self.spec
+        why = (
+            "with a readable spec.json"
+            if self.spec is None
+            else f"that trains or ablates; the recipe of this one is {self.spec.recipe!r}"
+        )
+        raise InvalidInput(field, self.job_id, f"a job {why}")
 
 
 class Names:
@@ -70,10 +91,11 @@ class Names:
             return {"model": model, "model_from": self._name_of(model)}
         field = self._request.name("model")
         if not found.is_adapter:
-            allowed_paths.check_model(found.path, found.path, field, spec.model)
-            self._note(field, spec.model, f"{found.name}, in {found.path}")
+            self._check_model(found, field, spec.model)
             return {"model": str(found.path), "model_from": found.name}
-        base = exports.spec_of(found.job, field).model
+        base = found.making_spec(field).model
+        if not found.is_there and may_be_later(base):
+            self._request.waits.names.add(base)
         changes: dict[str, object] = {"model": base, "model_from": found.name}
         if isinstance(spec, EditingSpec):
             raise InvalidInput(field, spec.model, f"a whole model; {found.name} is an adapter ({_merge_first(found)})")
@@ -101,9 +123,41 @@ class Names:
             return allowed_paths.resolve_model(value, field, self._config, self._may_use)
         if found.is_adapter:
             raise InvalidInput(field, value, f"a whole model; {found.name} is an adapter ({_merge_first(found)})")
-        allowed_paths.check_model(found.path, found.path, field, value)
-        self._note(field, value, f"{found.name}, in {found.path}")
+        self._check_model(found, field, value)
         return str(found.path)
+
+    def _check_model(self, found: JobModel, field: str, value: str) -> None:
+        if found.is_there:
+            allowed_paths.check_model(found.path, found.path, field, value)
+            self._note(field, value, f"{found.name}, in {found.path}")
+
+    def completed(self, job_id: str, path: str, recipes: Sequence[str], left: str) -> Job | None:
+        """Return a job that has completed, for the setting `path`; None if this job waits for it.
+
+        Args:
+            job_id: the job's id, as the caller wrote it.
+            path: the setting, a dotted name in `spec`.
+            recipes: the recipes that the job may have.
+            left: what is needed of it, in the plural or singular, for the error: "its report is".
+
+        Raises:
+            InvalidInput: the job has another recipe.
+            Conflict: the job has not completed, and is not waited for.
+            NotFound: the caller has no such job.
+        """
+        field = self._request.name(path)
+        sibling = self._request.siblings.get(job_id)
+        job = None if sibling is not None else self._store.get(job_id, self._whose)
+        has = sibling.recipe if sibling is not None else job.recipe if job is not None else ""
+        if has not in recipes:
+            expected = " or ".join(map(repr, recipes))
+            raise InvalidInput(field, job_id, f"a job of recipe {expected}; this one has recipe {has!r}")
+        if job is not None and (job.state.ended or not self._request.may_wait):
+            if job.state is not JobState.COMPLETED:
+                raise Conflict(f"{field}: job {job_id!r} is {job.state.value}; {left} available once it has completed")
+            return job
+        self._wait(Wait(job_id), field, job_id)
+        return None
 
     def adapter(self, value: str, path: str) -> tuple[Path, dict[str, object], exports.MakingSpec | None]:
         """Return an adapter's folder, the content of its adapter_config.json, and the spec of the job that made it.
@@ -119,9 +173,11 @@ class Names:
             return folder, config, None if job is None else exports.spec_of(job, field)
         if not found.is_adapter:
             raise InvalidInput(field, value, f"an adapter; {found.name} is a whole model, which `model` can name")
+        if not found.is_there:
+            return found.path, {}, found.making_spec(field)
         self._note(field, value, f"{found.name}, in {found.path}")
         config = allowed_paths.check_adapter(found.path, found.path, field, value)
-        return found.path, config, exports.spec_of(found.job, field)
+        return found.path, config, found.making_spec(field)
 
     def check_model_from(self, stated: str | None, paths: Sequence[object]) -> None:
         """Raise `InvalidInput` unless a stated `model_from` names one of `paths`.
@@ -143,8 +199,8 @@ class Names:
             best: the artifacts that a bare job name may mean; the first one that the job has counts.
 
         Raises:
-            Conflict: the job has not completed.
-            NotFound: the job has no artifact of that name.
+            Conflict: the job has ended without completing, or has not completed and is not waited for.
+            NotFound: the job has, or will have, no artifact of that name.
             InvalidInput: the artifact is neither a model nor an adapter.
         """
         field, serving = self._request.name(path), self._config.serving
@@ -153,16 +209,23 @@ class Names:
         match = _NAME.fullmatch(value)
         if match is None or (self._config.models_dir / value).is_dir():
             return None
+        sibling = self._request.siblings.get(match[1])
         try:
-            job = self._store.get(match[1], self._whose)
+            job = None if sibling is not None else self._store.get(match[1], self._whose)
         except NotFound:
             return None
         if match[2] is not None and not _ARTIFACT.fullmatch(match[2]):
             return None
+        if job is None:
+            return self._promised(match[1], sibling, match[2], field, value, best)
         if not job.state.ended:
-            raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; you can use its artifacts once it has "
-                           "completed")  # fmt: skip
+            if not self._request.may_wait:
+                raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; you can use its artifacts once it has "
+                               "completed")  # fmt: skip
+            return self._promised(job.id, _spec_of(job), match[2], field, value, best)
         kinds = {each.name: each.artifact.kind for each in exports.listed(job, self._store)}
+        if self._will_be_exported(job, match[2], kinds):
+            return self._promised(job.id, _spec_of(job), match[2], field, value, best)
         name = match[2] or _best(job, kinds, field, best)
         if name not in kinds:
             made = (
@@ -172,7 +235,46 @@ class Names:
         if kinds[name] not in ("model", "merged", "adapter", "checkpoint"):
             raise InvalidInput(field, value, f"a model or an adapter; {name!r} of job {job.id!r} is neither")
         folder = files.folder(job, self._store, name)
-        return JobModel(f"{job.id}/{name}", folder, (folder / "adapter_config.json").is_file(), job)
+        is_adapter = (folder / "adapter_config.json").is_file()
+        return JobModel(f"{job.id}/{name}", folder, is_adapter, job.id, _spec_of(job))
+
+    def _promised(
+        self, job_id: str, spec: JobSpec | None, name: str | None, field: str, value: str, best: tuple[str, ...]
+    ) -> JobModel:
+        """What a job that has not completed will leave, which this job will wait for."""
+        if spec is None:
+            raise InvalidInput(field, value, "a job with a readable spec.json")
+        kinds = promises.of(spec)
+        if name == "merged" and name not in kinds and self._exported_later(job_id):
+            kinds[name] = "merged"
+        chosen = name or next((each for each in best if each in kinds), None)
+        if chosen is None or (chosen not in kinds and not promises.is_checkpoint(chosen, spec)):
+            what = "an adapter" if best == _BEST_ADAPTER else "a model or an adapter"
+            wanted = f"artifact {name!r}" if name else what
+            more = "; for that, add export.merged to it" if name == "merged" and "adapter" in kinds else ""
+            raise NotFound(f"{field}: job {job_id!r} of recipe {spec.recipe!r} will leave no {wanted}{more}; it will "
+                           f"leave: {_listed(kinds)}")  # fmt: skip
+        found = f"{job_id}/{chosen}"
+        is_adapter = promises.is_adapter(chosen, spec)
+        self._wait(Wait(job_id, through_export=chosen == "merged" and spec.recipe != exports.RECIPE), field, value)
+        self._request.waits.names.add(found)
+        return JobModel(found, Path(found), is_adapter, job_id, spec)
+
+    def _wait(self, wait: Wait, field: str, value: str) -> None:
+        jobs = self._request.waits.jobs
+        jobs[wait.used] = wait if wait.through_export else jobs.get(wait.used, wait)
+        self._note(field, value, f"what job {wait.used} will leave: this job waits for it")
+
+    def _will_be_exported(self, job: Job, name: str | None, kinds: Mapping[str, str]) -> bool:
+        wanted = self._request.may_wait and name == "merged" and name not in kinds
+        return wanted and job.state is JobState.COMPLETED and self._exported_later(job.id)
+
+    def _exported_later(self, job_id: str) -> bool:
+        """Whether an export of the job that makes `merged` waits or runs."""
+        if job_id in self._request.siblings:
+            return False
+        exporting = [job for job in self._store.exports(job_id) if not job.state.ended]
+        return any(isinstance(spec := _spec_of(job), ExportSpec) and spec.export.merged for job in exporting)
 
     def _note(self, field: str, value: str, text: str) -> None:
         self._request.notes.append(f"{field}: {value!r} is {text}")
@@ -213,8 +315,23 @@ def _listed(kinds: Mapping[str, str]) -> str:
     return ", ".join(list(kinds)[:_SHOWN]) + more if kinds else "nothing"
 
 
+def may_be_later(value: str) -> bool:
+    """Whether a name in a job's spec stands for what another job will leave (`Draft.waits`)."""
+    match = _NAME.fullmatch(value)
+    return match is not None and match[2] is not None and _ARTIFACT.fullmatch(match[2]) is not None
+
+
+def _spec_of(job: Job) -> JobSpec | None:
+    try:
+        return views.folder_of(job).read_spec()
+    except (OSError, ValidationError):
+        return None
+
+
 def _merge_first(found: JobModel) -> str:
-    return f"run `moe-train export {found.job.id} --merged`, and write {found.job.id + '/merged'!r}"
+    if not found.is_there:
+        return f"give that job an `export` with `merged`, and write {found.job_id + '/merged'!r}"
+    return f"run `moe-train export {found.job_id} --merged`, and write {found.job_id + '/merged'!r}"
 
 
 def _what_to_write(spec: TrainingSpec, found: JobModel, base: str) -> str:
@@ -229,5 +346,5 @@ def _what_to_write(spec: TrainingSpec, found: JobModel, base: str) -> str:
         return f"a whole model with loader {spec.loader!r}; {found.name} is an adapter: {merge}"
     return (
         f"a whole model, because recipe {spec.recipe!r} compares with this model, and {found.name} is an adapter. To "
-        f"compare with its base, write {fields}. To compare with what {found.job.id} learned, {merge}"
+        f"compare with its base, write {fields}. To compare with what {found.job_id} learned, {merge}"
     )

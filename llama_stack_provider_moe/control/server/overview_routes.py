@@ -104,7 +104,7 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
             ),
         ] = 80 * 10**9,
     ) -> JsonObject:
-        spec = await impl.checked(Draft(body), len(await request.body()))
+        spec = await impl.checked(Draft(body, may_wait=False), len(await request.body()))
         rows = None
         if isinstance(spec, TrainingSpec):
             owner = callers.owner()

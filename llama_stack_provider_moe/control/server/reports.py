@@ -7,10 +7,9 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.control.server import files
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import Job, JobStore
-from llama_stack_provider_moe.errors import Conflict, InvalidFile, InvalidInput, NotFound
+from llama_stack_provider_moe.errors import InvalidFile, InvalidInput, NotFound
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.jobdir.reading import read_as
-from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import AblationSpec, Adapter, SafetyEvaluation
 from llama_stack_provider_moe.spec.ablation import resolve_experts
 from llama_stack_provider_moe.spec.blocks import Block
@@ -22,7 +21,7 @@ REPORT_LIMIT_BYTES = 64 << 20  # about 60 layers of 512 experts on 16 sets; pars
 
 
 # Recipe -> the artifact that has its routing report.
-_REPORTING = {"routing_analysis": "routing", "ablation_measure": "measurements"}
+REPORTING = {"routing_analysis": "routing", "ablation_measure": "measurements"}
 
 
 def with_experts(adapter: Adapter, job: Job, store: JobStore, request: Draft) -> Adapter:
@@ -46,15 +45,14 @@ def _selected[B: Block](
     """Return a block with the experts that one of its fields selects from the report of `job`.
 
     Args:
-        asked: the requested block.
-        path: the field, a dotted name in the job.
-        job: the analysis that it names, which the caller may read.
+        plan: the requested ablation.
+        job: the analysis that it names, which has completed and which the caller may read.
         store: the store that has the job.
         request: maps field names to the caller's names, for error texts.
         resolve: makes the block of itself, the report, and the caller's name of the field.
 
     Raises:
-        InvalidInput, Conflict: see `routing_report` and `resolve`.
+        InvalidInput: see `routing_report` and `resolve_experts`.
     """
     field, above = request.name(path), path.rpartition(".")[0]
     prefix = f"{above}." if above else ""
@@ -68,42 +66,18 @@ def _selected[B: Block](
         ) from None
 
 
-def must_be_measured(job: Job, field: str) -> None:
-    """Raise unless a job has measured what an ablation needs.
-
-    Args:
-        job: a job that the caller may read.
-        field: the caller's name for the field that names the job.
-
-    Raises:
-        InvalidInput: the job has another recipe.
-        Conflict: the job has not completed.
-    """
-    if job.recipe != "ablation_measure":
-        raise InvalidInput(field, job.id, f"a job of recipe 'ablation_measure'; this one has recipe {job.recipe!r}")
-    if job.state is not JobState.COMPLETED:
-        raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; its measurements are available once it has "
-                       "completed")  # fmt: skip
-
-
 def routing_report(job: Job, store: JobStore, field: str) -> RoutingReport:
     """Return the report of a routing analysis, or of the rows of a measurement, from the job's folder.
 
     Args:
-        job: a job that the caller may read.
+        job: an analysis that has completed, and that the caller may read.
         store: the store that has the job.
         field: the caller's name for the field that names the job.
 
     Raises:
-        InvalidInput: the job has another recipe, or its report can't be read.
-        Conflict: the job has not completed.
+        InvalidInput: its report can't be read.
     """
-    artifact = _REPORTING.get(job.recipe)
-    if artifact is None:
-        recipes = " or ".join(map(repr, _REPORTING))
-        raise InvalidInput(field, job.id, f"a job of recipe {recipes}; this one has recipe {job.recipe!r}")
-    if job.state is not JobState.COMPLETED:
-        raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; its report is available once it has completed")
+    artifact = REPORTING[job.recipe]
     try:
         found = files.file(job, store, artifact, REPORT_FILE)
         return read_as(RoutingReport, read_small(found.path, REPORT_LIMIT_BYTES))

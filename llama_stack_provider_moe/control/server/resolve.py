@@ -1,10 +1,13 @@
 """Resolves the names in a job (models, folders, other jobs' results), as far as the caller may use them."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.control.server import adapter_start, allowed_paths, exports, model_names, reports
 from llama_stack_provider_moe.control.server.api_requests import Draft
-from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.spec import (
     JOB_SPEC,
@@ -15,6 +18,7 @@ from llama_stack_provider_moe.spec import (
     JobSpec,
     LoadingSpec,
     MixSpec,
+    PlaygroundSpec,
     SafetyEvaluation,
     SFTSpec,
     SurgerySpec,
@@ -50,14 +54,16 @@ def resolve_names(
         InvalidInput, Forbidden, NotFound, Conflict: a named thing does not exist, or the caller may not use it.
         NoToolchain: an export asks for files that this server can't write yet.
     """
+    if isinstance(spec, PlaygroundSpec):  # somebody sits in front of it
+        request = replace(request, may_wait=False)
     names = model_names.Names(request, config, store, whose)
     found: dict[str, object] = {"job_uuid": job_id, **names.resolve_model_field(spec)}
     if isinstance(spec, AblationSpec):
-        reports.must_be_measured(store.get(spec.measurements, whose), request.name("measurements"))
+        _measured(spec.measurements, "measurements", names)
         names.check_model_from(spec.model_from, [found["model"]])
-        if spec.from_analysis is not None:
-            spec = reports.with_layer_experts(spec, store.get(spec.from_analysis.job, whose), store, request)
-        found["eval"] = _evaluation(spec.eval, names, request, store, whose)
+        if spec.from_analysis is not None and (job := _analysis(spec.from_analysis.job, "from_analysis", names)):
+            spec = reports.with_layer_experts(spec, job, store, request)
+        found["eval"] = _evaluation(spec.eval, names, request, store)
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, MixSpec):
         names.check_model_from(spec.model_from, [found["model"]])
@@ -78,7 +84,7 @@ def resolve_names(
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
             folder, _, source = names.adapter(spec.adapter_folder, "adapter_folder")
-            if source is not None and source.model != found["model"]:
+            if source is not None and source.model != found["model"] and Path(folder).is_absolute():
                 expected = f"{source.model!r}, the base of the adapter in {request.name('adapter_folder')}"
                 raise InvalidInput(request.name("model"), found["model"], expected)
             found["adapter_folder"] = str(folder)
@@ -90,9 +96,10 @@ def resolve_names(
         found["export"] = exports.possible(spec.export, found.get("adapter", spec.adapter) is not None, request, config)
     adapter = found.get("adapter", spec.adapter)
     if isinstance(adapter, Adapter) and adapter.from_analysis is not None:
-        job = store.get(adapter.from_analysis.job, whose)
         # A model that is an adapter has put `init_from` into it; the job gets both.
-        adapter = found["adapter"] = reports.with_experts(adapter, job, store, request)
+        if job := _analysis(adapter.from_analysis.job, "adapter.from_analysis", names):
+            adapter = reports.with_experts(adapter, job, store, request)
+        found["adapter"] = adapter
     if isinstance(adapter, Adapter) and adapter.init_from is not None:
         begun = spec.model_copy(update={"model": found["model"], "adapter": adapter})
         found |= adapter_start.resolved(begun, names, request)
@@ -107,7 +114,7 @@ def resolve_names(
     if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
         teacher = names.whole_model(spec.distill.model, "distill.model")
         found["distill"] = spec.distill.model_copy(update={"model": teacher})
-    found["eval"] = _evaluation(spec.eval, names, request, store, whose)
+    found["eval"] = _evaluation(spec.eval, names, request, store)
     return spec.model_copy(update=found)
 
 
@@ -168,18 +175,25 @@ def executor_of(spec: JobSpec) -> tuple[str | None, int | None]:
     return (None, spec.resources.gpus) if spec.resources.executor != "ray" else ("ray", 0)
 
 
+def _analysis(job_id: str, path: str, names: model_names.Names) -> Job | None:
+    return names.completed(job_id, f"{path}.job", tuple(reports.REPORTING), "its report is")
+
+
+def _measured(job_id: str, path: str, names: model_names.Names) -> None:
+    names.completed(job_id, path, ("ablation_measure",), "its measurements are")
+
+
 def _evaluation(
-    asked: SafetyEvaluation | None, names: model_names.Names, request: Draft, store: JobStore, whose: str | None
+    asked: SafetyEvaluation | None, names: model_names.Names, request: Draft, store: JobStore
 ) -> SafetyEvaluation | None:
     """Return the block `eval` with the masks of the analysis that it names, and a model of its judge."""
     if asked is None:
         return None
-    if asked.masked_from_analysis is not None:
-        job = store.get(asked.masked_from_analysis.job, whose)
+    masked = asked.masked_from_analysis
+    if masked is not None and (job := _analysis(masked.job, "eval.masked_from_analysis", names)):
         asked = reports.with_masks(asked, job, store, request)
     if asked.ablated is not None:
-        measured = store.get(asked.ablated.measurements, whose)
-        reports.must_be_measured(measured, request.name("eval.ablated.measurements"))
+        _measured(asked.ablated.measurements, "eval.ablated.measurements", names)
     return _judged(asked, names)
 
 

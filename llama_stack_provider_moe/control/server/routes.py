@@ -10,6 +10,7 @@
     POST jobs/{id}/resume; DELETE jobs/{id}
     GET  jobs; PATCH jobs/{id}                                see `list_routes`
     POST, GET, DELETE sweeps                                  see `sweep_routes`
+    POST, GET, DELETE pipelines                               see `pipeline_routes`
     POST, GET, DELETE jobs/{id}/prompts                       see `playground_routes`
     PUT, GET, DELETE datasets                                 see `dataset_routes`
     GET  activity                                             see `activity`
@@ -51,6 +52,7 @@ from llama_stack_provider_moe.control.server.job_reports import add_reports
 from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
 from llama_stack_provider_moe.control.server.overview_routes import add_overview
+from llama_stack_provider_moe.control.server.pipeline_routes import add_pipelines
 from llama_stack_provider_moe.control.server.playground_routes import add_playground
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
@@ -130,6 +132,7 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     _add_old_family(router, impl)
     add_datasets(router, impl)
     add_sweeps(router, impl)
+    add_pipelines(router, impl)
     add_activity(router, impl)
     _add_quotas(router, impl)
 

@@ -38,6 +38,7 @@ from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.guard import Guard, health
 from llama_stack_provider_moe.control.server.job_rows import RowReader
 from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
+from llama_stack_provider_moe.control.server.pipelines import Pipelines
 from llama_stack_provider_moe.control.server.quotas import Quotas
 from llama_stack_provider_moe.control.server.sweeps import Sweeps
 from llama_stack_provider_moe.control.server.telemetry import METER, Telemetry
@@ -70,6 +71,7 @@ class PostTrainingService:
         audit: writes down who did what.
         offers: models of jobs in the host's inference.
         sweeps: sweeps, whose jobs are ordinary jobs.
+        pipelines: pipelines, whose parts are ordinary jobs.
         followers: the clients that follow jobs.
     """
 
@@ -93,6 +95,7 @@ class PostTrainingService:
             config, self.guard, names, self._rows, self.quotas, lambda: self.store, self._whose, self._accepted
         )
         self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
+        self.pipelines = Pipelines(self._creation, self.audit, self._wake_supervisor)
         self.followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:
@@ -151,20 +154,7 @@ class PostTrainingService:
         request = Draft(body)
         spec = await self._creation.checked(request, size_bytes)
         found = await self._rows.read(request, spec, None)
-        counted = found.counts()
-        held_out = None
-        if isinstance(spec, TrainingSpec):
-            parts = spec.data.parts("validation")
-            split = spec.options.validation_split > 0 and not spec.data.has_validation_sets
-            held_out = None if split else sum(counted.get(part, 0) for part in parts)
-        return submissions.Validated(
-            spec=spec.model_dump(mode="json"),
-            train_rows=sum(counted[part] for part in spec.data.parts("train")) if isinstance(spec, TrainingSpec) else 0,
-            validation_rows=held_out,
-            rows=counted,
-            sources=dict(found.sources),
-            notes=request.notes,
-        )
+        return submissions.Validated.of(spec, found.counts(), found.sources, request.notes)
 
     async def dataset_profile(
         self, name: str, version: str | None, model: str | None, recipe: str, max_length: int | None

@@ -1,11 +1,13 @@
 """Answers to requests that create, resume or check a job."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.control.server.wire import JsonObject, PostTrainingJob
 from llama_stack_provider_moe.jobdir.row_sources import DataSource
+from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 
 Resumes = Literal["from_checkpoint", "from_completed_steps", "from_beginning"]
 _NOTES = "How the server resolved the names in the job, and what it could not check."
@@ -32,6 +34,29 @@ class Validated(BaseModel):
         description="The data set that each part of the rows came from, and its version."
     )
     notes: list[str] = Field(default_factory=list, description=_NOTES)
+
+    @classmethod
+    def of(
+        cls, spec: JobSpec, counted: dict[str, int], sources: Mapping[str, DataSource], notes: list[str]
+    ) -> "Validated":
+        """Return the answer about a job.
+
+        Args:
+            spec: the complete job.
+            counted: number of rows by part.
+            sources: where the rows came from, by part.
+            notes: remarks for the caller.
+        """
+        held_out, train_rows = None, 0
+        if isinstance(spec, TrainingSpec):
+            parts = spec.data.parts("validation")
+            split = spec.options.validation_split > 0 and not spec.data.has_validation_sets
+            held_out = None if split else sum(counted.get(part, 0) for part in parts)
+            train_rows = sum(counted[part] for part in spec.data.parts("train"))
+        return cls(
+            spec=spec.model_dump(mode="json"), train_rows=train_rows, validation_rows=held_out, rows=counted,
+            sources=dict(sources), notes=notes,
+        )  # fmt: skip
 
 
 class ResumedJob(PostTrainingJob):

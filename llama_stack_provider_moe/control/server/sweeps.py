@@ -6,12 +6,11 @@ in the same way, and the others get links to the files.
 
 import json
 import os
-import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_stack_provider_moe.control.server import callers, hub_check, job_changes
+from llama_stack_provider_moe.control.server import callers, hub_check, job_groups
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.wire_sweeps import DeletedSweep, SubmittedSweep
@@ -20,7 +19,7 @@ from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.control.store.sweep_rows import NewSweep, SweepDetail
 from llama_stack_provider_moe.control.supervisor.pruner import EXTRA, is_installed
-from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidBody, InvalidInput, MoeError, NotFound
+from llama_stack_provider_moe.errors import InvalidInput, MoeError, NotFound
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import DPOSpec, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.sweeps import Chosen, SweepSpec, body_of, described
@@ -91,12 +90,8 @@ class Sweeps:
             raise InvalidInput("halving", asked.halving.pruner, f"null: this server has no Optuna ({EXTRA})")
 
     def _id_of(self, asked: SweepSpec) -> str:
-        sweep_id = asked.sweep_uuid or f"sweep-{uuid.uuid4().hex[:12]}"
-        try:
-            self._creation.store().sweeps.get(sweep_id, None)
-        except NotFound:
-            return sweep_id
-        raise Conflict(f"sweep_uuid: {sweep_id!r} is taken; leave it out, or choose another name")
+        get = self._creation.store().sweeps.get
+        return job_groups.free_id(asked.sweep_uuid, "sweep", lambda sweep_id: get(sweep_id, None))
 
     async def _planned(self, asked: SweepSpec, sweep_id: str, size_bytes: int) -> list[_Planned]:
         """Check the job of every combination; an error names the combination."""
@@ -118,7 +113,7 @@ class Sweeps:
                     models.add(spec.model)
                     await hub_check.check(request, spec, self._config, self._guard)
             except (MoeError, ValueError) as error:
-                raise _of_combination(error, chosen) from error
+                raise job_groups.about(error, f"with {described(chosen)}") from error
             found.append(_Planned(chosen, request, spec))
         return found
 
@@ -136,7 +131,7 @@ class Sweeps:
                 except (InvalidInput, NotFound) as error:
                     if len(read) == 1:  # the same for every job, or the first one
                         raise
-                    raise _of_combination(error, chosen) from error
+                    raise job_groups.about(error, f"with {described(chosen)}") from error
             else:
                 await self._guard.in_state_dir(_link, known / "data", folder / "data")
             folders.append(folder)
@@ -146,7 +141,7 @@ class Sweeps:
         self, asked: SweepSpec, sweep_id: str, owner: str, planned: list[_Planned], folders: list[Path]
     ) -> list[Job]:
         jobs = [
-            (self._creation.written(each.spec, owner, folder, sweep_id), each.chosen)
+            (self._creation.written(each.request, each.spec, owner, folder)._replace(sweep=sweep_id), each.chosen)
             for each, folder in zip(planned, folders, strict=True)
         ]
         plan = asked.model_dump(mode="json", exclude={"job", "sweep_uuid", "max_parallel"})
@@ -156,7 +151,8 @@ class Sweeps:
             for job, _ in jobs:  # or the folder of a job that took the name meanwhile would be set aside
                 self._creation.must_be_free(job.id)
             self._creation.quotas.must_have_bytes(owner, *folders)
-            return intake.accept_sweep(self._creation.store(), new, folders, self._config.limits)
+            group = intake.NewGroup.of_sweep(self._creation.store(), new)
+            return intake.accept_group(self._creation.store(), group, folders, self._config.limits)
 
     async def cancel(self, sweep_id: str) -> SweepDetail:
         """Cancel every job of a sweep that waits or runs; a second request changes nothing."""
@@ -180,19 +176,9 @@ class Sweeps:
 
     def _delete(self, sweep_id: str, whose: str | None, force: bool) -> DeletedSweep:
         store = self._creation.store()
-        found = store.sweeps.get(sweep_id, whose)
-        waiting = [job.id for job in found.jobs.values() if not job.state.ended]
-        if waiting:
-            raise Conflict(f"sweep {sweep_id!r} has jobs that wait or run ({', '.join(waiting[:3])}); cancel it before "
-                           "you delete it")  # fmt: skip
-        deleted = DeletedSweep(sweep_uuid=sweep_id, jobs=[], kept=[], broken=[])
-        # One after the other. If one can't be deleted, the sweep stays with it and with those after it.
-        for job_id in found.jobs:
-            gone = job_changes.delete(store, self._config, job_id, whose, force)
-            deleted.jobs.append(job_id)
-            deleted.kept.extend(gone.kept)
-            deleted.broken.extend(gone.broken)
-        return deleted
+        jobs = store.sweeps.get(sweep_id, whose).jobs.values()
+        gone = job_groups.delete(store, self._config, f"sweep {sweep_id!r}", list(jobs), whose, force)
+        return DeletedSweep(sweep_uuid=sweep_id, jobs=gone.jobs, kept=gone.kept, broken=gone.broken)
 
 
 def _comparable(spec: JobSpec, asked: SweepSpec) -> TrainingSpec:
@@ -219,16 +205,3 @@ def _reading_of(spec: TrainingSpec) -> str:
 def _link(source: Path, target: Path) -> None:
     for file in source.iterdir():
         os.link(file, target / file.name)
-
-
-def _of_combination(error: Exception, chosen: Chosen) -> MoeError:
-    """Return the same kind of error, with the combination that it is about."""
-    where = f"with {described(chosen)}"
-    if isinstance(error, InvalidBody):
-        return InvalidBody([f"{where}: {problem}" for problem in error.problems])
-    if isinstance(error, ValueError):  # InvalidInput is one
-        return InvalidBody([f"{where}: {error}"])
-    if isinstance(error, Forbidden | NotFound | Conflict):
-        return type(error)(f"{where}: {error}")
-    assert isinstance(error, MoeError), "the caller catches these two kinds"
-    return error

@@ -34,8 +34,8 @@ def folder_of(job: Job) -> JobFolder:
     return folder
 
 
-def line(job: Job, labels: dict[str, str]) -> JobLine:
-    """Return a job with these labels as an entry of a list."""
+def line(job: Job, labels: dict[str, str], waits_for: list[str]) -> JobLine:
+    """Return a job with these labels, which waits for these jobs, as an entry of a list."""
     return JobLine(
         job_uuid=job.id,
         status=job.state,
@@ -49,6 +49,8 @@ def line(job: Job, labels: dict[str, str]) -> JobLine:
         labels=labels,
         note=job.note,
         sweep=job.sweep,
+        pipeline=job.pipeline,
+        waits_for=waits_for,
         unreadable=job.unreadable,
     )
 

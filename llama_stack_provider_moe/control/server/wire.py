@@ -20,6 +20,8 @@ _PARENT = "For an export: the job that it exports."
 _LABELS = "Labels, a text by key."
 _NOTE = "Its owner's own words about it."
 _SWEEP = "The sweep that it belongs to."
+_PIPELINE = "The pipeline that it belongs to."
+_WAITS_FOR = "Jobs that must complete before this one starts, and have not yet; of a scheduled job."
 JsonObject = dict[str, object]
 
 
@@ -65,6 +67,8 @@ class JobLine(PostTrainingJob):
     labels: dict[str, str] = Field(description=_LABELS)
     note: str | None = Field(description=_NOTE)
     sweep: str | None = Field(description=_SWEEP)
+    pipeline: str | None = Field(description=_PIPELINE)
+    waits_for: list[str] = Field(description=_WAITS_FOR)
     unreadable: str | None = Field(
         default=None,
         description="Parts of the job's row that this server can't read, because another version wrote them or they "
@@ -227,6 +231,8 @@ class JobDetail(PostTrainingJobStatusResponse):
     labels: dict[str, str] = Field(description=_LABELS)
     note: str | None = Field(description=_NOTE)
     sweep: str | None = Field(description=_SWEEP)
+    pipeline: str | None = Field(description=_PIPELINE)
+    waits_for: list[str] = Field(description=_WAITS_FOR)
     notifications: list[Notification] = Field(description="Messages about its ends, oldest first.")
     cancel_requested_at: datetime | None
     attempts: int

@@ -5,13 +5,16 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from llama_stack_provider_moe.control.store import limits
+from llama_stack_provider_moe.control.store.pipeline_rows import NewPipeline
 from llama_stack_provider_moe.control.store.store import Job, JobStore, NewJob
 from llama_stack_provider_moe.control.store.sweep_rows import NewSweep
 from llama_stack_provider_moe.errors import Conflict, MoeError, NotFound
@@ -42,22 +45,50 @@ def accept_job(store: JobStore, new: NewJob, staged: Path, owner_limits: LimitsC
         raise
 
 
-def accept_sweep(store: JobStore, new: NewSweep, staged: Sequence[Path], owner_limits: LimitsConfig) -> list[Job]:
-    """Move the folders of a sweep's jobs into place and insert the sweep: all of it or nothing. See `accept_job`.
+class NewGroup(NamedTuple):
+    """Jobs that are accepted together: a sweep's, or a pipeline's.
+
+    Attributes:
+        id: Name of the group.
+        jobs: The jobs.
+        add: Inserts the group with its jobs into the store, within the limits of its owner.
+        found: Returns the group's jobs in the store by id; raises `NotFound` without such a group.
+    """
+
+    id: str
+    jobs: Sequence[NewJob]
+    add: Callable[[LimitsConfig], list[Job]]
+    found: Callable[[], Mapping[str, Job]]
+
+    @classmethod
+    def of_sweep(cls, store: JobStore, new: NewSweep) -> "NewGroup":
+        """Return the jobs of a sweep."""
+        return cls(new.id, [job for job, _ in new.jobs], partial(store.sweeps.add, new),
+                   lambda: store.sweeps.get(new.id, None).jobs)  # fmt: skip
+
+    @classmethod
+    def of_pipeline(cls, store: JobStore, new: NewPipeline) -> "NewGroup":
+        """Return the jobs of a pipeline."""
+        return cls(new.id, [job for job, _ in new.parts], partial(store.pipelines.add, new),
+                   lambda: store.pipelines.get(new.id, None).jobs)  # fmt: skip
+
+
+def accept_group(store: JobStore, new: NewGroup, staged: Sequence[Path], owner_limits: LimitsConfig) -> list[Job]:
+    """Move the folders of a group's jobs into place and insert the group: all of it or nothing. See `accept_job`.
 
     Raises:
         OverLimit: The jobs would exceed one of `owner_limits`.
         Conflict: A name is taken, or a folder with its name contains results.
-        SQLAlchemyError: The store failed. The folders stay if it is unknown whether the store has the sweep.
+        SQLAlchemyError: The store failed. The folders stay if it is unknown whether the store has the group.
     """
     placed: list[str] = []
     try:
-        for path, (job, _) in zip(staged, new.jobs, strict=True):
+        for path, job in zip(staged, new.jobs, strict=True):
             place(path, Path(job.folder))
             placed.append(job.folder)
-        return store.sweeps.add(new, owner_limits)
+        return new.add(owner_limits)
     except (MoeError, SQLAlchemyError, OSError) as error:
-        found = _settled_sweep(store, new, error)
+        found = _settled_group(store, new, error)
         if found is not None:
             return found
         for folder in placed:
@@ -65,25 +96,25 @@ def accept_sweep(store: JobStore, new: NewSweep, staged: Sequence[Path], owner_l
         raise
 
 
-def _settled_sweep(store: JobStore, new: NewSweep, error: Exception) -> list[Job] | None:
-    """Return the sweep's jobs if the store has it after all, None if it has not; see `_settled`."""
+def _settled_group(store: JobStore, new: NewGroup, error: Exception) -> list[Job] | None:
+    """Return the group's jobs if the store has it after all, None if it has not; see `_settled`."""
     if not isinstance(error, SQLAlchemyError):
         return None
     try:
         if not store.is_embedded:
             try:
-                return store.sweeps.add(new, limits.NONE)
+                return new.add(limits.NONE)
             except (Conflict, NotFound):
                 pass
-        found = store.sweeps.get(new.id, None)
+        found = new.found()
     except NotFound:
         return None
     except SQLAlchemyError:
-        log.exception("sweep %s: it is unknown whether the store has it; its jobs' folders stay for now", new.id)
+        log.exception("%s: it is unknown whether the store has it; its jobs' folders stay for now", new.id)
         raise error from None
-    if sorted(found.jobs) != sorted(job.id for job, _ in new.jobs):
+    if sorted(found) != sorted(job.id for job in new.jobs):
         return None
-    return [found.jobs[job.id] for job, _ in new.jobs]
+    return [found[job.id] for job in new.jobs]
 
 
 def _settled(store: JobStore, new: NewJob, error: Exception) -> Job | None:

@@ -20,6 +20,7 @@ class JobFilter:
         labels: Labels that they all have: a key, and its value or None for any value.
         owner: Their owner, as the store names owners.
         sweep: The sweep that they belong to.
+        pipeline: The pipeline that they belong to.
         text: A part of their names, of their models' names, of their notes or of the values of their labels, in any
             case of letters.
     """
@@ -30,6 +31,7 @@ class JobFilter:
     labels: tuple[tuple[str, str | None], ...] = ()
     owner: str | None = None
     sweep: str | None = None
+    pipeline: str | None = None
     text: str | None = None
 
     def conditions(self) -> Sequence[ColumnElement[bool]]:
@@ -38,7 +40,8 @@ class JobFilter:
         if self.states:
             found.append(_in_states(self.states))
         for column, wanted in (
-            (table.recipe, self.recipe), (table.model, self.model), (table.owner, self.owner), (table.sweep, self.sweep)
+            (table.recipe, self.recipe), (table.model, self.model), (table.owner, self.owner),
+            (table.sweep, self.sweep), (table.pipeline, self.pipeline),
         ):  # fmt: skip
             if wanted is not None:
                 found.append(column == wanted)

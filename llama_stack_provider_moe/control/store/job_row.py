@@ -49,6 +49,7 @@ class Job:
     run: str | None  # its name on a cluster; then pid and pid_birth are None
     note: str | None  # its owner's words about it
     sweep: str | None  # id of the sweep that it belongs to
+    pipeline: str | None  # id of the pipeline that it belongs to
     notify: str | None  # JSON of the `notify` block of its specification
     unreadable: str | None = None  # which parts of the row can't be read, and why; None: all can be read
 

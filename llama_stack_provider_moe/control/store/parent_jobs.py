@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select
 
-from llama_stack_provider_moe.control.store import labels, trial_rows
+from llama_stack_provider_moe.control.store import labels, part_rows, trial_rows, wait_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, find
 from llama_stack_provider_moe.control.store.schema import (
     TableRow,
@@ -21,6 +21,7 @@ from llama_stack_provider_moe.control.store.schema import (
     uses_table,
     webhooks_table,
 )
+from llama_stack_provider_moe.control.store.wait_rows import Wait
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -46,6 +47,8 @@ class NewJob(NamedTuple):
         note: Its owner's note.
         sweep: The sweep that it belongs to.
         notify: JSON of the `notify` block of its specification.
+        pipeline: The pipeline that it belongs to.
+        waits: Jobs that must complete before it starts.
     """
 
     id: str
@@ -62,6 +65,8 @@ class NewJob(NamedTuple):
     note: str | None = None
     sweep: str | None = None
     notify: str | None = None
+    pipeline: str | None = None
+    waits: tuple[Wait, ...] = ()
 
 
 def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
@@ -70,21 +75,27 @@ def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
     Raises:
         IntegrityError: The id is taken.
         NotFound: The parent does not exist, or a job that it needs was deleted.
-        Conflict: The parent has not completed.
+        Conflict: The parent has not completed, or a job that it waits for will not complete.
     """
+    parent: TableRow | None = None
     if new.parent is not None:
         parent = find(connection, new.parent, lock=True)
         if parent.state != JobState.COMPLETED.value:
             raise Conflict(f"job {new.parent!r} is {parent.state}; only completed jobs can be exported")
-    uses = dict.fromkeys(new.uses_to_complete, True) | dict.fromkeys(new.uses, False)
+    uses = dict.fromkeys((*new.uses_to_complete, *(wait.used for wait in new.waits)), True)
+    uses |= dict.fromkeys(new.uses, False)
+    found: dict[str, TableRow] = {}
     for used in sorted(uses):
         try:
-            find(connection, used, lock=True)
+            found[used] = find(connection, used, lock=True)
         except NotFound:
             raise NotFound(f"job {used!r}, whose files this job needs, no longer exists") from None
+    wait_rows.must_be_possible([found[wait.used] for wait in new.waits])
     moment = now()
     values = new._asdict()
-    del values["uses"], values["uses_to_complete"], values["labels"]
+    del values["uses"], values["uses_to_complete"], values["labels"], values["waits"]
+    if parent is not None:
+        values["pipeline"] = parent.pipeline
     values |= {
         "state": JobState.SCHEDULED.value, "scheduled_at": moment, "queued_at": moment, "turn": turn,
     }  # fmt: skip
@@ -92,6 +103,9 @@ def insert_job(connection: Connection, new: NewJob, turn: int) -> Job:
     if uses:
         rows = [{"job": new.id, "used": used, "until_completed": until} for used, until in uses.items()]
         connection.execute(insert(uses_table), rows)
+    wait_rows.add(connection, new.id, new.waits, found)
+    if parent is not None:
+        wait_rows.pass_on(connection, parent, [find(connection, new.id)])
     labels.set_first(connection, new.id, new.labels)
     return as_job(find(connection, new.id))
 
@@ -166,6 +180,8 @@ def delete_family(
     for table in (labels_table, webhooks_table):
         connection.execute(delete(table).where(table.c.job.in_(ids)))
     trial_rows.forget(connection, ids)
+    part_rows.forget(connection, ids)
+    wait_rows.forget(connection, ids)
     connection.execute(delete(jobs_table).where(jobs_table.c.id.in_(ids)))
     return family
 

@@ -11,7 +11,8 @@ A job that needs more devices than are free waits, but not for ever: the first s
 free devices are kept for it. Jobs that need no devices may overtake it, because they take nothing that it waits for.
 
 Jobs of an owner who is at a limit (`limits`), and jobs of a sweep of which as many run as may, are passed over until
-that changes. Positions do not foresee that.
+that changes. Positions do not foresee that. Jobs that wait for other jobs (`wait_rows`) have no position, and are
+passed over too.
 
 Step 2 needs no simulation. If an owner has c jobs in progress, the owner's n-th waiting job (from 0) is claimed at
 level c + n. Lower levels come first. Within a level, owners served longest ago come first; an owner who would be served
@@ -24,14 +25,14 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_, select, true, update
 
 from llama_stack_provider_moe.control.store import limits as owner_limits
-from llama_stack_provider_moe.control.store import trial_rows
+from llama_stack_provider_moe.control.store import trial_rows, wait_rows
 from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 
 _T = jobs_table.c
-_WAITS = _T.state == JobState.SCHEDULED.value
+_WAITS = and_(_T.state == JobState.SCHEDULED.value, ~wait_rows.waits_for_jobs())
 _RUNS = _T.state == JobState.IN_PROGRESS.value
 
 
@@ -63,7 +64,9 @@ class _Owner(NamedTuple):
 
 
 def position(connection: Connection, row: TableRow) -> int:
-    """Return 1 for the waiting job that is next, 2 for the one after it, and so on."""
+    """Return 1 for the waiting job that is next, 2 for the one after it, and so on; 0 for one that waits for jobs."""
+    if wait_rows.are_there(connection, row.id):
+        return 0
     if row.turn == 0:
         ahead = select(func.count()).where(_WAITS, _T.turn == 0, _T.seq < row.seq)
         return connection.execute(ahead).scalar_one() + 1
@@ -79,12 +82,15 @@ def position(connection: Connection, row: TableRow) -> int:
 def first_waiting(connection: Connection, owner: str | None, limit: int) -> tuple[list[TableRow], int]:
     """Return the first waiting jobs of an owner in the order of the queue, and how many wait in all.
 
+    Jobs that wait for other jobs are among them.
+
     Args:
         connection: A connection inside a transaction.
         owner: The owner; None for all owners, whose jobs come in the order in which they began to wait.
         limit: The largest number of jobs.
     """
-    own = _WAITS if owner is None else and_(_WAITS, belongs_to(owner))
+    scheduled = _T.state == JobState.SCHEDULED.value
+    own = scheduled if owner is None else and_(scheduled, belongs_to(owner))
     rows = connection.execute(select(jobs_table).where(own).order_by(_T.turn, _T.seq).limit(limit)).all()
     return list(rows), connection.execute(select(func.count()).where(own)).scalar_one()
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 # Placeholder for a time that can't be read; no job is that old.
 UNREADABLE_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -110,6 +110,7 @@ jobs_table = Table(
     Column("note", Text),  # its owner's words about it
     Column("sweep", String(128)),  # id of the sweep that it belongs to
     Column("notify", Text),  # JSON: where its end is reported, see `outbox`
+    Column("pipeline", String(128)),  # id of the pipeline that it belongs to
     Index("moe_jobs_state_owner_turn", "state", "owner", "turn"),
     Index("moe_jobs_owner_started_at", "owner", "started_at"),
     Index("moe_jobs_ended_at", "ended_at"),
@@ -117,6 +118,7 @@ jobs_table = Table(
     Index("moe_jobs_owner_seq", "owner", "seq"),
     Index("moe_jobs_parent", "parent"),
     Index("moe_jobs_sweep", "sweep"),
+    Index("moe_jobs_pipeline", "pipeline"),
     sqlite_autoincrement=True,
 )
 
@@ -221,6 +223,40 @@ trial_figures_table = Table(
     Column("number", Integer, primary_key=True, autoincrement=False),  # 1 for the first evaluation after a step
     Column("step", BigInteger, nullable=False),
     Column("value", Double),  # null: not a number
+)
+
+# Which job must complete before another one starts, see `wait_rows`. Rows go once the waiting job's names are resolved.
+waits_table = Table(
+    "moe_waits",
+    METADATA,
+    Column("job", String(128), primary_key=True),
+    Column("used", String(128), primary_key=True),
+    Column("used_seq", Integer, nullable=False),  # of the same job: a later one may get the id of a deleted one
+    Column("through_export", Boolean, nullable=False),  # the export that `used` makes when it completes is waited for
+    Index("moe_waits_used_seq", "used_seq"),
+)
+
+# Pipelines, see `pipeline_rows`. Their parts are ordinary jobs, and their state follows from those.
+pipelines_table = Table(
+    "moe_pipelines",
+    METADATA,
+    Column("turn", Integer, primary_key=True, autoincrement=False),  # the order of submission
+    Column("id", String(128), nullable=False, unique=True),
+    Column("owner", String(256), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("cancel_requested_at", UtcDateTime),
+    Index("moe_pipelines_owner_turn", "owner", "turn"),
+)
+
+# What a job is in its pipeline; a row is deleted with its job, and a pipeline with its last row.
+parts_table = Table(
+    "moe_parts",
+    METADATA,
+    Column("job", String(128), primary_key=True),
+    Column("pipeline", String(128), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("name", String(64), nullable=False),
+    Index("moe_parts_pipeline_number", "pipeline", "number", unique=True),
 )
 
 # Messages about jobs that ended, see `outbox`; a row is deleted with its job.

@@ -10,7 +10,7 @@ from datetime import datetime
 from sqlalchemy import PoolProxiedConnection, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from llama_stack_provider_moe.control.store import labels, limits, outbox, parent_jobs, queue, trial_rows
+from llama_stack_provider_moe.control.store import labels, limits, outbox, parent_jobs, queue, transitions, wait_rows
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable
 from llama_stack_provider_moe.control.store.job_counts import JobCounts, count_jobs
 from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB, JobFilter
@@ -22,9 +22,10 @@ from llama_stack_provider_moe.control.store.opening import for_reading, open_eng
 from llama_stack_provider_moe.control.store.outbox import Outbox
 from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
+from llama_stack_provider_moe.control.store.pipeline_rows import PipelineTable
 from llama_stack_provider_moe.control.store.schema import identity_table, jobs_table, supervisor_table
 from llama_stack_provider_moe.control.store.sweep_rows import SweepTable
-from llama_stack_provider_moe.control.store.transitions import WAITS
+from llama_stack_provider_moe.control.store.wait_table import WaitTable
 from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState, check_move
@@ -49,6 +50,8 @@ class JobStore(Moves):
     Attributes:
         datasets: The data sets that owners uploaded.
         sweeps: Sweeps, whose jobs are ordinary jobs.
+        pipelines: Pipelines, whose parts are ordinary jobs.
+        waits: Jobs that wait for other jobs.
         outbox: Messages about jobs that ended.
     """
 
@@ -58,6 +61,8 @@ class JobStore(Moves):
         self._writing = engine.execution_options(writes=True)
         self.datasets = DatasetTable(self._reading, self._writing)
         self.sweeps = SweepTable(self._reading, self._writing)
+        self.pipelines = PipelineTable(self._reading, self._writing)
+        self.waits = WaitTable(self._reading, self._writing)
         self.outbox = Outbox(self._reading, self._writing)
         self._looking: PoolProxiedConnection | None = None
         self._version: int | None = None
@@ -242,20 +247,15 @@ class JobStore(Moves):
         Raises:
             OverLimit: Its owner is at a limit.
             NotFound: The owner has no such job.
-            Conflict: The job has completed, or already waits or runs.
+            Conflict: The job has completed, already waits or runs, or waits for a job that will not complete.
         """
         with self._writing.begin() as connection:
             turn = queue.next_turn(connection)
             row = find(connection, job_id, owner, lock=True)
-            state = JobState(row.state)
-            if state is JobState.COMPLETED:
-                raise Conflict(f"job {job_id!r} has completed; there is nothing left to resume")
-            if not state.ended:
-                raise Conflict(f"job {job_id!r} is {state.value}; only a cancelled or failed job can be resumed")
-            check_move(job_id, state, JobState.SCHEDULED)
+            transitions.check_resumable(row)
+            wait_rows.must_not_be_broken(connection, job_id)
             limits.must_have_left(connection, row.owner, owner_limits)
-            trial_rows.may_change(connection, job_id)
-            return change(connection, row, WAITS | {"queued_at": now(), "turn": turn, "lost": 0, "reason": None})
+            return transitions.resume(connection, row, turn)
 
     def delete(
         self,
@@ -313,9 +313,10 @@ class JobStore(Moves):
             return [as_job(row) for row in connection.execute(query)]
 
     def queue_position(self, job_id: str) -> int:
-        """Return 1 for the job that is claimed next, 2 for the one after it, and so on; 0 for a job that does not wait.
+        """Return 1 for the job that is claimed next, 2 for the one after it, and so on.
 
-        A job that needs no device may overtake one that waits for devices, see `queue`.
+        0 is a job that does not wait, or that waits for other jobs. A job that needs no device may overtake one that
+        waits for devices, see `queue`.
         """
         with self._reading.begin() as connection:
             row = find(connection, job_id)
@@ -324,6 +325,8 @@ class JobStore(Moves):
     def first_waiting(self, owner: str | None, limit: int) -> tuple[Queue, int]:
         """Return the first waiting jobs with their positions in the queue, and how many wait in all.
 
+        Jobs that wait for other jobs come last, with position 0.
+
         Args:
             owner: Owner of the jobs; None for all owners.
             limit: The largest number of jobs.
@@ -331,7 +334,7 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             rows, count = queue.first_waiting(connection, owner, limit)
             found = [(as_job(row), queue.position(connection, row)) for row in rows]
-            return sorted(found, key=lambda each: each[1]), count
+            return sorted(found, key=lambda each: each[1] or len(rows) + 1), count
 
     def counts(self, owner: str | None = None) -> dict[JobState, int]:
         """Return the number of jobs in each state, of all owners or of one."""

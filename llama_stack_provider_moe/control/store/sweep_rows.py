@@ -5,7 +5,7 @@ passes over the jobs of a sweep of which `max_parallel` run (`queue`).
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from llama_stack_provider_moe.control.store import lease, limits, outbox, parent_jobs, queue, trial_rows
+from llama_stack_provider_moe.control.store import group_rows, lease, limits, parent_jobs, queue, trial_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job
-from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
 from llama_stack_provider_moe.control.store.schema import (
     TableRow,
@@ -25,9 +24,9 @@ from llama_stack_provider_moe.control.store.schema import (
     trials_table,
 )
 from llama_stack_provider_moe.control.store.trial_rows import Trial
-from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.events import now
-from llama_stack_provider_moe.jobdir.state import UNFINISHED, JobState
+from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 
 CANCELLED_WAITING = "cancelled with its sweep before it started"
@@ -77,14 +76,13 @@ class SweepState(NamedTuple):
     @property
     def state(self) -> JobState:
         """State of the sweep: completed if any of its jobs completed and none will run any more."""
-        counts = self.counts
-        if any(counts.get(state) for state in UNFINISHED):
-            has_begun = any(count for state, count in counts.items() if state is not JobState.SCHEDULED)
-            return JobState.IN_PROGRESS if has_begun else JobState.SCHEDULED
+        unfinished = group_rows.unfinished(self.counts)
+        if unfinished is not None:
+            return unfinished
         if self.sweep.cancel_requested_at is not None:
             return JobState.CANCELLED
         order = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
-        return next((state for state in order if counts.get(state)), JobState.UNREADABLE)
+        return next((state for state in order if self.counts.get(state)), JobState.UNREADABLE)
 
 
 class SweepDetail(NamedTuple):
@@ -156,40 +154,25 @@ class SweepTable:
         Raises:
             NotFound: There is no sweep `after`.
         """
-        query = select(sweeps_table).order_by(_S.turn.desc()).limit(limit)
-        if owner is not None:
-            query = query.where(belongs_to(owner, _S.owner))
         with self._reading.begin() as connection:
-            if after is not None:
-                query = query.where(_S.turn < _find(connection, after, owner).turn)
-            rows = connection.execute(query).all()
-            counts = _counts(connection, [row.id for row in rows])
+            rows = group_rows.page(connection, sweeps_table, owner, limit, after, "sweep")
+            counts = group_rows.counts(connection, _J.sweep, [row.id for row in rows])
             return [SweepState(_as_sweep(row), counts.get(row.id, {})) for row in rows]
 
     def get(self, sweep_id: str, owner: str | None) -> SweepDetail:
         """Return a sweep with its jobs; raise `NotFound` if the owner has none of that name."""
         with self._reading.begin() as connection:
-            sweep = _as_sweep(_find(connection, sweep_id, owner))
+            sweep = _as_sweep(group_rows.find(connection, sweeps_table, sweep_id, owner, "sweep"))
             trials = trial_rows.of_sweep(connection, sweep_id)
-            jobs = {row.id: as_job(row) for row in _jobs_of(connection, sweep_id)}
-            return SweepDetail(SweepState(sweep, _counted(jobs.values())), trials, jobs)
+            jobs = {row.id: as_job(row) for row in group_rows.jobs_of(connection, _J.sweep, sweep_id)}
+            return SweepDetail(SweepState(sweep, group_rows.counted(jobs.values())), trials, jobs)
 
     def request_cancel(self, sweep_id: str, owner: str | None) -> SweepDetail:
         """Cancel every job of a sweep that waits or runs, in one transaction. You can repeat the request."""
-        moment = now()
         with self._writing.begin() as connection:
-            row = _find(connection, sweep_id, owner)
-            for job in _jobs_of(connection, sweep_id, lock=True):
-                changes: dict[str, object] = {"cancel_requested_at": moment}
-                if job.state == JobState.SCHEDULED.value:
-                    changes |= {"state": JobState.CANCELLED.value, "ended_at": moment, "reason": CANCELLED_WAITING}
-                    outbox.write(connection, job, JobState.CANCELLED)
-                elif job.state != JobState.IN_PROGRESS.value or job.cancel_requested_at is not None:
-                    continue
-                connection.execute(update(jobs_table).where(_J.seq == job.seq).values(**changes))
-            if row.cancel_requested_at is None:
-                mine = _S.turn == row.turn
-                connection.execute(update(sweeps_table).where(mine).values(cancel_requested_at=moment))
+            row = group_rows.find(connection, sweeps_table, sweep_id, owner, "sweep")
+            jobs = group_rows.jobs_of(connection, _J.sweep, sweep_id, lock=True)
+            group_rows.cancel(connection, sweeps_table, row, jobs, now(), CANCELLED_WAITING)
         return self.get(sweep_id, owner)
 
     # For the supervisor.
@@ -269,39 +252,9 @@ def _add_figure(connection: Connection, job_id: str, step: int, value: float | N
     return True
 
 
-def _find(connection: Connection, sweep_id: str, owner: str | None) -> TableRow:
-    query = select(sweeps_table).where(_S.id == sweep_id)
-    if owner is not None:
-        query = query.where(belongs_to(owner, _S.owner))
-    row = connection.execute(query).first()
-    if row is None:
-        raise NotFound(f"sweep {sweep_id!r} does not exist")
-    return row
-
-
-def _jobs_of(connection: Connection, sweep_id: str, lock: bool = False) -> list[TableRow]:
-    query = select(jobs_table).where(_J.sweep == sweep_id).order_by(_J.seq)
-    return list(connection.execute(query.with_for_update() if lock else query))
-
-
 def _as_sweep(row: TableRow) -> SweepRow:
     try:
         plan = NO_PLAN | json.loads(row.plan)
     except (ValueError, TypeError):  # damaged: its jobs can still be seen, cancelled and deleted
         plan = NO_PLAN
     return SweepRow(row.id, row.owner, row.created_at, row.cancel_requested_at, row.max_parallel, plan)
-
-
-def _counts(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[JobState, int]]:
-    found: dict[str, dict[JobState, int]] = {}
-    query = select(_J.sweep, _J.state, func.count()).where(_J.sweep.in_(sweep_ids)).group_by(_J.sweep, _J.state)
-    for sweep_id, state, count in connection.execute(query) if sweep_ids else ():
-        found.setdefault(sweep_id, {})[JobState(state)] = count
-    return found
-
-
-def _counted(jobs: Iterable[Job]) -> dict[JobState, int]:
-    found: dict[JobState, int] = {}
-    for job in jobs:
-        found[job.state] = found.get(job.state, 0) + 1
-    return found

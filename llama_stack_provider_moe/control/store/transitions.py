@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, exists, select, update
 
-from llama_stack_provider_moe.control.store import lease, queue
+from llama_stack_provider_moe.control.store import lease, queue, trial_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, change, find
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
 from llama_stack_provider_moe.errors import Conflict, NotFound, Superseded
 from llama_stack_provider_moe.jobdir.events import now
-from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.jobdir.state import JobState, check_move
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 
 # Changes for a job that goes back into the queue. Its artifacts stay, for the case that it is cancelled there.
@@ -132,6 +132,22 @@ def claim(
         "supervisor": supervisor_id, "pid": None, "pid_birth": None, "run": None,
         "devices": choice.devices,
     })  # fmt: skip
+
+
+def check_resumable(row: TableRow) -> None:
+    """Raise `Conflict` unless the job failed or was cancelled."""
+    state = JobState(row.state)
+    if state is JobState.COMPLETED:
+        raise Conflict(f"job {row.id!r} has completed; there is nothing left to resume")
+    if not state.ended:
+        raise Conflict(f"job {row.id!r} is {state.value}; only a cancelled or failed job can be resumed")
+    check_move(row.id, state, JobState.SCHEDULED)
+
+
+def resume(connection: Connection, row: TableRow, turn: int) -> Job:
+    """Put a job that failed or was cancelled back into the queue."""
+    trial_rows.may_change(connection, row.id)
+    return change(connection, row, WAITS | {"queued_at": now(), "turn": turn, "lost": 0, "reason": None})
 
 
 def check_launchable(row: TableRow, new_process: object) -> None:

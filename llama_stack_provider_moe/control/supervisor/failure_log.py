@@ -6,9 +6,19 @@ from pathlib import Path
 
 from llama_stack_provider_moe.control.store import disk
 from llama_stack_provider_moe.control.store.store_errors import brief, is_disk_full, is_store_lost
+from llama_stack_provider_moe.ground.redaction import without_passwords
 
 # A lasting failure is logged again after this time.
 AGAIN_S = 600.0
+RECORD_LIMIT = 8000  # characters
+
+
+class BoundedFormatter(logging.Formatter):
+    """Formats records without passwords, and cuts long ones."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return without_passwords(super().format(record))[:RECORD_LIMIT]
 
 
 class FailureLog:

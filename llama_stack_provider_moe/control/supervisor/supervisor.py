@@ -24,7 +24,8 @@ from llama_stack_provider_moe.control.supervisor.devices import given_out
 from llama_stack_provider_moe.control.supervisor.executors import Child, Executor, Exit
 from llama_stack_provider_moe.control.supervisor.executors.registry import Executors
 from llama_stack_provider_moe.control.supervisor.export_handover import prepare_export
-from llama_stack_provider_moe.control.supervisor.failure_log import FailureLog
+from llama_stack_provider_moe.control.supervisor.failure_log import BoundedFormatter, FailureLog
+from llama_stack_provider_moe.control.supervisor.late_resolution import LateResolution
 from llama_stack_provider_moe.control.supervisor.launching import launch
 from llama_stack_provider_moe.control.supervisor.outcome import REASON_LIMIT, Outcome, outcome
 from llama_stack_provider_moe.control.supervisor.playground_room import PlaygroundRoom
@@ -34,7 +35,7 @@ from llama_stack_provider_moe.control.supervisor.sweep_watch import SweepWatch
 from llama_stack_provider_moe.control.supervisor.watchdog import Watchdog
 from llama_stack_provider_moe.control.supervisor.webhooks import WebhookSender
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, LeaseLost, NotFound, StoreReplaced
-from llama_stack_provider_moe.ground.redaction import known_secrets, scrubbed, without_passwords
+from llama_stack_provider_moe.ground.redaction import known_secrets, scrubbed
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.output import bound
 from llama_stack_provider_moe.jobdir.reading import read_as
@@ -45,7 +46,6 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 SILENCE_S = 600.0
 # After this time of store errors the supervisor exits. Its child processes continue, and the next one adopts them.
 GIVE_UP_S = 600.0
-_RECORD_LIMIT = 8000  # characters
 
 log = logging.getLogger("llama_stack_provider_moe.supervisor")
 
@@ -75,6 +75,7 @@ class Supervisor:
         self._unsettled: dict[Child, Outcome] = {}  # ends not recorded yet: executors report each end only once
         self._retention = Retention(store, config)
         self._sweeps = SweepWatch(store, self.id)
+        self._waiting = LateResolution(store, config, self.id)
         self._playgrounds = PlaygroundRoom(store, self._devices, config.limits)
         self._failures = FailureLog(log, config.state_dir)
         self._disk_is_full = False
@@ -154,6 +155,8 @@ class Supervisor:
         seen = [job for job in self._store.running() if self._check_job(job)]
         running = len(seen)
         self._sweeps.look()
+        for waiting, end in self._waiting.look() if not self._leaving else ():
+            self._settle(waiting, end)
         if not self._leaving and running < self._limits.max_concurrent_jobs:
             self._fail_impossible_jobs()
         while not self._leaving and running < self._limits.max_concurrent_jobs and self._has_disk_space():
@@ -162,12 +165,13 @@ class Supervisor:
             log.info("job %s: claimed, attempt %d, devices %r", job.id, job.attempts, job.devices)
             running += self._launch(job)
         self._playgrounds.look(seen)
-        self._idle = running == 0 and not self._leaving and not self._disk_is_full and not self._waits_for_a_limit()
+        self._idle = running == 0 and not self._leaving and not self._disk_is_full and not self._may_go_on()
         return running > 0
 
-    def _waits_for_a_limit(self) -> bool:
-        """Whether a job may start although nobody writes to the store: GPU-hours of its owner are free again."""
-        return self._config.limits.gpu_hours_per_day is not None and self._store.has_work()
+    def _may_go_on(self) -> bool:
+        """Whether a job may start although nobody writes to the store: its names are resolved, or GPU-hours free."""
+        limit = self._config.limits.gpu_hours_per_day
+        return self._waiting.is_busy or (limit is not None and self._store.has_work())
 
     def _has_disk_space(self) -> bool:
         """Whether a job may start: on a full disk, all waiting jobs would fail one after the other."""
@@ -345,11 +349,6 @@ def has_ended(holder: LiveSupervisor) -> bool:
     return name is not None and name.has_ended()
 
 
-class _BoundedFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return without_passwords(super().format(record))[:_RECORD_LIMIT]
-
-
 def supervise(config: ProviderConfig, lock: int | None = None) -> int:
     """Run a supervisor that logs to standard error; return the process's exit code.
 
@@ -359,7 +358,7 @@ def supervise(config: ProviderConfig, lock: int | None = None) -> int:
     """
     os.umask(config.privacy.umask)  # child processes inherit it
     handler = logging.StreamHandler()
-    handler.setFormatter(_BoundedFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    handler.setFormatter(BoundedFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:

@@ -1,0 +1,195 @@
+"""`PipelineTable`: pipelines, whose parts are ordinary jobs.
+
+A pipeline has no state of its own: it follows from its jobs. All parts are inserted in one transaction. A part that
+names an earlier one waits for it (`wait_rows`). The exports that parts make when they complete belong to the pipeline
+too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import Engine, insert, update
+from sqlalchemy.exc import IntegrityError
+
+from llama_stack_provider_moe.control.store import (
+    group_rows,
+    limits,
+    parent_jobs,
+    part_rows,
+    queue,
+    transitions,
+    wait_rows,
+)
+from llama_stack_provider_moe.control.store.job_row import Job, as_job
+from llama_stack_provider_moe.control.store.parent_jobs import NewJob
+from llama_stack_provider_moe.control.store.part_rows import Part
+from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, parts_table, pipelines_table
+from llama_stack_provider_moe.errors import Conflict
+from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.limits_config import LimitsConfig
+
+CANCELLED_WAITING = "cancelled with its pipeline before it started"
+_RESUMED_FROM = (JobState.FAILED, JobState.CANCELLED)
+_J, _L = jobs_table.c, pipelines_table.c
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """A pipeline as the store knows it."""
+
+    id: str
+    owner: str
+    created_at: datetime
+    cancel_requested_at: datetime | None
+
+
+class NewPipeline(NamedTuple):
+    """A pipeline to be inserted.
+
+    Attributes:
+        id: Unique among the pipelines of all owners.
+        owner: The only user who will see it.
+        parts: Its parts, by name; each waits only for parts before it.
+    """
+
+    id: str
+    owner: str
+    parts: Sequence[tuple[NewJob, str]]
+
+
+class PipelineState(NamedTuple):
+    """A pipeline, and the states of its jobs: its parts and their exports."""
+
+    pipeline: PipelineRow
+    counts: group_rows.Counts
+
+    @property
+    def state(self) -> JobState:
+        """State of the pipeline: completed if all its jobs completed."""
+        unfinished = group_rows.unfinished(self.counts)
+        if unfinished is not None:
+            return unfinished
+        if self.pipeline.cancel_requested_at is not None and self.counts.get(JobState.CANCELLED):
+            return JobState.CANCELLED
+        order = (JobState.UNREADABLE, JobState.FAILED, JobState.CANCELLED, JobState.COMPLETED)
+        return next((state for state in order if self.counts.get(state)), JobState.UNREADABLE)
+
+
+class PipelineDetail(NamedTuple):
+    """A pipeline, its parts in their order, its jobs by id, and what its jobs wait for."""
+
+    found: PipelineState
+    parts: list[Part]
+    jobs: dict[str, Job]
+    waits: dict[str, list[str]]
+
+    def exports_of(self, job_id: str) -> list[Job]:
+        """Return the exports that a part made, oldest first."""
+        return [job for job in self.jobs.values() if job.parent == job_id]
+
+
+Jobs = list[Job]  # inside the class, `PipelineTable.list` hides the built-in
+
+
+class PipelineTable:
+    """Pipelines in the store. Each method is one transaction. `owner=None` means any owner.
+
+    Args:
+        reading: Engine for transactions that only read.
+        writing: Engine for transactions that write.
+    """
+
+    def __init__(self, reading: Engine, writing: Engine) -> None:
+        self._reading = reading
+        self._writing = writing
+
+    def add(self, new: NewPipeline, owner_limits: LimitsConfig) -> Jobs:
+        """Insert a pipeline and all its parts, `scheduled` in their order.
+
+        Raises:
+            OverLimit: The jobs would exceed a limit of their owner.
+            NotFound: A job that one of them needs was deleted.
+            Conflict: The name of the pipeline or of one of its jobs is taken, or a job that one waits for has ended.
+        """
+        try:
+            with self._writing.begin() as connection:
+                turn = queue.next_turn(connection)
+                limits.must_have_left(connection, new.owner, owner_limits, len(new.parts))
+                connection.execute(insert(pipelines_table).values(
+                    turn=turn, id=new.id, owner=new.owner, created_at=now(),
+                ))  # fmt: skip
+                jobs = []
+                for number, (job, name) in enumerate(new.parts):
+                    jobs.append(parent_jobs.insert_job(connection, job, queue.next_turn(connection)))
+                    part = {"job": job.id, "pipeline": new.id, "number": number, "name": name}
+                    connection.execute(insert(parts_table).values(part))
+                return jobs
+        except IntegrityError:
+            raise Conflict(
+                f"pipeline {new.id!r}, or a job with its name and that of a part, exists already; leave out "
+                "pipeline_uuid or choose another"
+            ) from None
+
+    def list(self, owner: str | None, limit: int, after: str | None = None) -> list[PipelineState]:
+        """Return a page of pipelines, newest first; `after` is the last one of the previous page.
+
+        Raises:
+            NotFound: There is no pipeline `after`.
+        """
+        with self._reading.begin() as connection:
+            rows = group_rows.page(connection, pipelines_table, owner, limit, after, "pipeline")
+            counts = group_rows.counts(connection, _J.pipeline, [row.id for row in rows])
+            return [PipelineState(_as_pipeline(row), counts.get(row.id, {})) for row in rows]
+
+    def get(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
+        """Return a pipeline with its jobs; raise `NotFound` if the owner has none of that name."""
+        with self._reading.begin() as connection:
+            pipeline = _as_pipeline(group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline"))
+            parts = part_rows.of_pipeline(connection, pipeline_id)
+            jobs = {row.id: as_job(row) for row in group_rows.jobs_of(connection, _J.pipeline, pipeline_id)}
+            waits = wait_rows.of_jobs(connection, list(jobs))
+            return PipelineDetail(PipelineState(pipeline, group_rows.counted(jobs.values())), parts, jobs, waits)
+
+    def request_cancel(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
+        """Cancel every job of a pipeline that waits or runs, in one transaction. You can repeat the request."""
+        with self._writing.begin() as connection:
+            row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
+            jobs = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
+            group_rows.cancel(connection, pipelines_table, row, jobs, now(), CANCELLED_WAITING)
+        return self.get(pipeline_id, owner)
+
+    def resume(self, pipeline_id: str, owner: str | None, owner_limits: LimitsConfig) -> Jobs:
+        """Put every job of a pipeline that failed or was cancelled back into the queue, in one transaction.
+
+        Raises:
+            OverLimit: The jobs would exceed a limit of their owner.
+            NotFound: The owner has no such pipeline.
+            Conflict: None of its jobs failed or was cancelled; or one waits for a job outside the pipeline that will
+                not complete.
+        """
+        with self._writing.begin() as connection:
+            turn = queue.next_turn(connection)
+            row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
+            rows = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
+            ended = [job for job in rows if JobState(job.state) in _RESUMED_FROM]
+            if not ended:
+                raise Conflict(f"pipeline {pipeline_id!r} has no part that failed or was cancelled; there is nothing "
+                               "to resume")  # fmt: skip
+            limits.must_have_left(connection, row.owner, owner_limits, len(ended))
+            revived = [job.id for job in ended]
+            for job in ended:
+                wait_rows.must_not_be_broken(connection, job.id, revived)
+            jobs = []
+            for job in ended:
+                jobs.append(transitions.resume(connection, job, turn))
+                turn = queue.next_turn(connection)
+            mine = update(pipelines_table).where(_L.turn == row.turn)
+            connection.execute(mine.values(cancel_requested_at=None))
+            return jobs
+
+
+def _as_pipeline(row: TableRow) -> PipelineRow:
+    return PipelineRow(row.id, row.owner, row.created_at, row.cancel_requested_at)

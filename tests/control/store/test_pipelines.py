@@ -1,0 +1,160 @@
+"""Laws of pipelines in the store: all parts or none, a state that follows from them, resumed without what completed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llama_stack_provider_moe.control.store.job_filter import JobFilter
+from llama_stack_provider_moe.control.store.pipeline_rows import NewPipeline
+from llama_stack_provider_moe.control.store.store import JobStore, NewJob
+from llama_stack_provider_moe.control.store.wait_rows import Wait
+from llama_stack_provider_moe.errors import Conflict, NotFound, OverLimit
+from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.limits_config import LimitsConfig
+from tests.control.store.test_waits import broken, claimed, end, export_of, ready, resolve
+from tests.support.jobs_support import submit
+
+NO_LIMITS = LimitsConfig()
+WAITS = {"a": (), "b": (), "mix": ("a", "b"), "last": ("mix",)}
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[JobStore]:
+    store = JobStore(url)
+    assert store.acquire_lease("me", 1, 60)
+    yield store
+    store.close()
+
+
+def new_pipeline(name: str = "p", owner: str = "ann", **more: Any) -> NewPipeline:
+    parts = []
+    for part, waits in WAITS.items():
+        found = tuple(Wait(f"{name}-{each}") for each in waits)
+        new = NewJob(f"{name}-{part}", owner, "sft", "m", f"/j/{name}-{part}", pipeline=name, waits=found, **more)
+        parts.append((new, part))
+    return NewPipeline(name, owner, parts)
+
+
+def state_of(store: JobStore) -> JobState:
+    return store.pipelines.get("p", "ann").found.state
+
+
+def settle(store: JobStore) -> None:
+    """What the supervisor does."""
+    while found := broken(store):
+        for job_id, why in found.items():
+            store.move(job_id, JobState.FAILED, why)
+    for job_id in ready(store):
+        resolve(store, job_id)
+
+
+def test_parts_run_in_the_order_of_what_they_name(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline(), NO_LIMITS)
+    found = store.pipelines.get("p", "ann")
+    assert [(part.name, part.job) for part in found.parts] == [(name, f"p-{name}") for name in WAITS]
+    assert found.waits == {"p-mix": ["p-a", "p-b"], "p-last": ["p-mix"]}
+    assert state_of(store) is JobState.SCHEDULED
+    for expected in (["p-a", "p-b"], ["p-mix"], ["p-last"]):
+        settle(store)
+        assert claimed(store) == expected
+        assert state_of(store) is JobState.IN_PROGRESS
+        for job_id in expected:
+            end(store, job_id)
+    assert state_of(store) is JobState.COMPLETED
+    assert store.pipelines.list("ann", 9)[0].counts == {JobState.COMPLETED: 4}
+    assert len(store.list("ann", chosen=JobFilter(pipeline="p"))) == 4
+
+
+def test_a_pipeline_is_inserted_as_a_whole_or_not_at_all(store: JobStore) -> None:
+    submit(store, "p-last")
+    with pytest.raises(Conflict, match="pipeline 'p', or a job with its name and that of a part, exists already"):
+        store.pipelines.add(new_pipeline(), NO_LIMITS)
+    with pytest.raises(OverLimit, match=r"you have 1 jobs that wait, .* and 4 are needed"):
+        store.pipelines.add(new_pipeline("q"), LimitsConfig(waiting_jobs=4))
+    assert [job.id for job in store.list(None)] == ["p-last"]
+    assert store.pipelines.list(None, 9) == []
+    assert len(store.pipelines.add(new_pipeline("q"), LimitsConfig(waiting_jobs=5))) == 4
+
+
+def test_a_failed_part_fails_those_after_it_and_resuming_revives_them_alone(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline(), NO_LIMITS)
+    assert claimed(store) == ["p-a", "p-b"]
+    end(store, "p-a")
+    end(store, "p-b", JobState.FAILED, reason="diverged")
+    settle(store)
+    found = store.pipelines.get("p", "ann")
+    assert found.found.counts == {JobState.COMPLETED: 1, JobState.FAILED: 3}
+    assert found.jobs["p-mix"].reason == "job 'p-b', which it waits for, failed: diverged"
+    assert state_of(store) is JobState.FAILED
+    with pytest.raises(OverLimit):
+        store.pipelines.resume("p", "ann", LimitsConfig(waiting_jobs=2))
+    assert [job.id for job in store.pipelines.resume("p", "ann", NO_LIMITS)] == ["p-b", "p-mix", "p-last"]
+    assert (state_of(store), claimed(store)) == (JobState.IN_PROGRESS, ["p-b"])
+    for job_id in ("p-b", "p-mix", "p-last"):
+        end(store, job_id)
+        settle(store)
+        claimed(store)
+    assert state_of(store) is JobState.COMPLETED
+    assert store.get("p-a", None).attempts == 1
+    with pytest.raises(Conflict, match="pipeline 'p' has no part that failed or was cancelled"):
+        store.pipelines.resume("p", "ann", NO_LIMITS)
+
+
+def test_cancelling_ends_what_waits_and_a_cancelled_pipeline_can_be_resumed(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline(), NO_LIMITS)
+    assert claimed(store) == ["p-a", "p-b"]
+    end(store, "p-a")
+    assert store.pipelines.request_cancel("p", "ann").found.state is JobState.IN_PROGRESS
+    assert (claimed(store), ready(store), broken(store)) == ([], [], {})
+    end(store, "p-b", JobState.CANCELLED)
+    again = store.pipelines.request_cancel("p", "ann")
+    assert again.found.state is JobState.CANCELLED
+    assert again.jobs["p-mix"].reason == "cancelled with its pipeline before it started"
+    store.pipelines.resume("p", "ann", NO_LIMITS)
+    assert (state_of(store), claimed(store)) == (JobState.IN_PROGRESS, ["p-b"])
+
+
+def test_exports_of_parts_belong_to_it(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline(), NO_LIMITS)
+    claimed(store)
+    end(store, "p-a", export=export_of("p-a"))
+    end(store, "p-b")
+    found = store.pipelines.get("p", "ann")
+    assert [job.id for job in found.exports_of("p-a")] == ["export-p-a"]
+    store.pipelines.request_cancel("p", "ann")
+    assert store.get("export-p-a", None).state is JobState.CANCELLED
+    assert "export-p-a" in [job.id for job in store.pipelines.resume("p", None, NO_LIMITS)]
+
+
+def test_a_part_that_needs_a_job_outside_is_not_revived_without_it(store: JobStore) -> None:
+    submit(store, "outside")
+    part = NewJob("p-a", "ann", "sft", "m", "/j/p-a", pipeline="p", waits=(Wait("outside"),))
+    store.pipelines.add(NewPipeline("p", "ann", [(part, "a")]), NO_LIMITS)
+    end(store, "outside", JobState.FAILED)
+    settle(store)
+    with pytest.raises(Conflict, match="'p-a' can't be resumed: job 'outside', which it waits for, failed"):
+        store.pipelines.resume("p", "ann", NO_LIMITS)
+    store.resume("outside", "ann")
+    store.pipelines.resume("p", "ann", NO_LIMITS)
+    assert claimed(store) == ["outside"]
+
+
+def test_each_owner_sees_their_own_in_exact_pages_and_it_goes_with_its_last_part(store: JobStore) -> None:
+    for number in range(4):
+        store.pipelines.add(new_pipeline(f"p{number}", "ann" if number % 2 else "bob"), NO_LIMITS)
+    assert [each.pipeline.id for each in store.pipelines.list("bob", 1)] == ["p2"]
+    assert [each.pipeline.id for each in store.pipelines.list("bob", 2, "p2")] == ["p0"]
+    for look in (
+        store.pipelines.get,
+        store.pipelines.request_cancel,
+        lambda name, owner: store.pipelines.resume(name, owner, NO_LIMITS),
+    ):
+        with pytest.raises(NotFound, match="pipeline 'p0' does not exist"):
+            look("p0", "ann")
+    store.pipelines.request_cancel("p0", "bob")
+    for name in reversed(WAITS):
+        store.delete(f"p0-{name}", "bob")
+    with pytest.raises(NotFound):
+        store.pipelines.get("p0", "bob")
+    store.pipelines.add(new_pipeline("p0"), NO_LIMITS)
