@@ -45,6 +45,7 @@ ROOMS: dict[str, Room] = {
     "jobdir": _room(3, "pydantic fsspec"),
     "client": _room(3, "httpx"),
     "serving": _room(4, "pydantic httpx"),
+    "shields": _room(4, "pydantic"),
     "control.store": _room(10, "pydantic sqlalchemy alembic"),
     "control.supervisor": _room(11, "pydantic sqlalchemy httpx optuna"),
     "control.config_check": _room(11, "pydantic sqlalchemy yaml"),
