@@ -5,7 +5,6 @@ the server read the card, which needs no torch.
 """
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,16 +13,13 @@ from pydantic import Field, ValidationError, model_validator
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.spec.blocks import Block, DType
+from llama_stack_provider_moe.spec.probe import CARD_FILE, WEIGHTS_FILE, Views, least_negatives
 
-CARD_FILE = "probe.json"
-WEIGHTS_FILE = "probe.safetensors"
 _CARD_BYTES = 1 << 20
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# whole: the conversation; latest: it, and its newest message alone; each: it, and each of its messages alone.
-Views = Literal["whole", "latest", "each"]
 
 
 class Rate(Block):
@@ -109,6 +105,7 @@ class ProbeCard(Block):
     sets: dict[str, ProbeSet]
     held_out: Compared = Field(description="On the last third of both sets.")
     test: Compared | None = Field(default=None, description="On sets of other wording; null: none were given.")
+    length_auc: Share = Field(description="AUC of the number of tokens alone on the last third; 0.5 tells nothing.")
     beats_words: bool = Field(description="Whether it detects more than the lexical baseline, wherever measured last.")
     weights: Sha256 = Field(description="SHA-256 of probe.safetensors.")
 
@@ -117,11 +114,6 @@ class ProbeCard(Block):
         if self.layers != sorted(set(self.layers)) or self.layers[-1] >= self.base.layers:
             raise ValueError(f"layers {self.layers} are not different, ascending and below {self.base.layers}")
         return self
-
-
-def least_negatives(rate: float) -> int:
-    """The fewest negatives on which a threshold for a false-positive rate can be set: one of them may be above it."""
-    return math.ceil(round(1 / rate, 9))
 
 
 def read_card(folder: Path, field: str) -> ProbeCard:
@@ -183,6 +175,6 @@ def require_base(card: ProbeCard, fingerprint: str, field: str) -> None:
         raise InvalidInput(
             field,
             card.base.fingerprint[:12],
-            f"a probe of the loaded weights, whose fingerprint begins with {fingerprint[:12]}; a probe reads the hidden "
-            f"states of the model that it was fitted on, {card.base.model!r}, and of no other",
+            f"a probe of the loaded weights, whose fingerprint begins with {fingerprint[:12]}; a probe reads the "
+            f"hidden states of the model that it was fitted on, {card.base.model!r}, and of no other",
         )
