@@ -29,7 +29,7 @@ MODULES = {
     "export": ("export",),
     "config": ("config",),
     "plan": ("plan",),
-    "torch_commands": ("upcycle", "mix", "eval", "families", "analyze", "ablate", "experts"),
+    "torch_commands": ("upcycle", "mix", "eval", "families", "analyze", "ablate", "probe", "experts"),
     "supervisor_command": ("supervisor",),
 }
 

@@ -2,6 +2,7 @@
 
 import re
 
+from llama_stack_provider_moe.control.server import exports
 from llama_stack_provider_moe.spec import EditingSpec, ExportSpec, JobSpec, TrainingSpec
 
 _CHECKPOINT = re.compile(r"(epoch|step)-\d+")
@@ -10,10 +11,10 @@ _CHECKPOINT = re.compile(r"(epoch|step)-\d+")
 def of(spec: JobSpec) -> dict[str, str]:
     """Return the models and adapters that a job will leave: name -> kind of the artifact."""
     found: dict[str, str] = {}
-    if isinstance(spec, EditingSpec) or (isinstance(spec, TrainingSpec) and spec.adapter is None):
-        found["model"] = "model"
-    elif isinstance(spec, TrainingSpec):
+    if isinstance(spec, exports.MakingSpec) and exports.leaves_adapter(spec):
         found["adapter"] = "adapter"
+    elif isinstance(spec, EditingSpec | TrainingSpec):
+        found["model"] = "model"
     if isinstance(spec, TrainingSpec | ExportSpec) and spec.export is not None and spec.export.merged:
         found["merged"] = "merged"
     return found
