@@ -27,7 +27,6 @@
     packaged            run configs, job templates and constraints.txt in this package
     template            job file and --set -> the body of a job
     job_file            job file in JSON or YAML -> its content
-    strict_yaml         YAML -> the values that JSON has
     client              client of the server's API
     documents           types of the API's documents
     sse                 parses server-sent events

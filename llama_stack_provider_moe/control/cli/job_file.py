@@ -59,7 +59,7 @@ def parse_json(data: str | bytes) -> object:
 
 def _repeated_key(data: bytes) -> ValueError | None:
     """Find the same mistake and its line with the YAML parser; JSON without tabs is YAML."""
-    from llama_stack_provider_moe.control.cli import strict_yaml
+    from llama_stack_provider_moe.ground import strict_yaml
 
     try:
         strict_yaml.parse(data)
@@ -98,8 +98,6 @@ def _not_json(name: str) -> NoReturn:
 
 
 def _parse_yaml(data: bytes) -> object:
-    from llama_stack_provider_moe.control.cli import (
-        strict_yaml,  # yaml takes longer to import than other commands take to run
-    )
+    from llama_stack_provider_moe.ground import strict_yaml  # yaml takes longer to import than other commands to run
 
     return strict_yaml.parse(data)

@@ -1,0 +1,19 @@
+"""Starts the provider for the host that loaded this package."""
+
+from llama_stack_provider_moe.control.config_check.guard_start import plain_guard_errors
+from llama_stack_provider_moe.control.guard import host
+from llama_stack_provider_moe.control.guard.llama_stack import SafetyProvider
+from llama_stack_provider_moe.control.guard.routes import SafetyService
+from llama_stack_provider_moe.control.guard.service import GuardService
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
+
+
+def started(config: GuardConfig) -> SafetyProvider | SafetyService:
+    """Return the provider: of the host's safety API, or that API itself.
+
+    Raises:
+        InvalidConfig: this machine lacks something that the configuration names; the server does not start.
+    """
+    with plain_guard_errors(config):
+        service = GuardService(config, scorer=None)
+    return SafetyProvider(service) if host.has_safety() else SafetyService(service)
