@@ -1,17 +1,22 @@
 """What this room takes from the host; with `control.server.compat` the only module that knows the host's packages."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from http import HTTPStatus
 from importlib import import_module
 from typing import Any, Protocol
 
 from llama_stack_provider_moe.control.server import callers, compat
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidBody, MoeError, NotFound, Unavailable
 from llama_stack_provider_moe.shields.guard import Who
 
 SAFETY: Any = compat.Api.add("safety")  # idempotent; OGX's enum lacks it
+_session: ContextVar[str | None] = ContextVar("moe_session", default=None)
 SESSION_KEY = "moe_session"  # in the header in which a host takes data for providers
 ANONYMOUS = "anonymous"
+MAX_TEXT = 1000  # characters of an error of the host's
 
 
 class Shield(Protocol):
@@ -54,12 +59,36 @@ def who(session: str | None = None) -> Who:
     """Return who sent the current request.
 
     Args:
-        session: name of the session, where the request itself has one; None: that of the host's provider data.
+        session: name of the session, where the request itself has one; None: that of the header X-Moe-Session, or of
+            the host's provider data.
     """
     caller = compat.caller()
     name = ANONYMOUS if caller is None else caller.principal
     principal = name if caller is None or caller.tenant is None else f"{caller.tenant}/{name}"
-    return Who(callers.owner(), principal, session if session is not None else _session_in_provider_data())
+    return Who(callers.owner(), principal, session or _session.get() or _session_in_provider_data())
+
+
+@contextmanager
+def session(name: str | None) -> Iterator[None]:
+    """Inside, `who` takes this session for that of the request."""
+    token = _session.set(name)
+    try:
+        yield
+    finally:
+        _session.reset(token)
+
+
+def known_failure(error: Exception) -> MoeError | None:
+    """Return the error of ours for one that the host raises on purpose; None for a bug."""
+    denied = import_module(f"{compat.HOST}.core.access_control.access_control").AccessDeniedError
+    text = str(error)[:MAX_TEXT]
+    if isinstance(error, denied):
+        return Forbidden("the access policy does not allow this")
+    if isinstance(error, compat.HostError):
+        status = int(getattr(error, "status_code", HTTPStatus.INTERNAL_SERVER_ERROR))
+        known: dict[int, Callable[[str], MoeError]] = {403: Forbidden, 404: NotFound, 409: Conflict, 503: Unavailable}
+        return known[status](text) if status in known else InvalidBody([text]) if status < 500 else None
+    return InvalidBody([text]) if isinstance(error, ValueError) else None
 
 
 def _session_in_provider_data() -> str | None:

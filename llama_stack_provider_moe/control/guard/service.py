@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from opentelemetry import metrics
 from opentelemetry.metrics import Meter
 
-from llama_stack_provider_moe.control.guard import wire
+from llama_stack_provider_moe.control.guard import host, wire
 from llama_stack_provider_moe.control.guard.feedback import Feedback
 from llama_stack_provider_moe.control.guard.telemetry import Telemetry
 from llama_stack_provider_moe.control.server.bodies import Bodies
@@ -54,8 +54,8 @@ class _Threads:
         self.failures = Failures()
 
     async def known_failure(self, error: Exception) -> MoeError | None:
-        """Return None: no foreign error has a cause here that a caller should know."""
-        return None
+        """Return what an error of the host's tells a caller; None means a bug."""
+        return host.known_failure(error)
 
 
 class GuardService:

@@ -1,7 +1,7 @@
 """Starts the provider for the host that loaded this package."""
 
 from llama_stack_provider_moe.control.config_check.guard_start import plain_guard_errors
-from llama_stack_provider_moe.control.guard import host
+from llama_stack_provider_moe.control.guard import host, host_routes
 from llama_stack_provider_moe.control.guard.llama_stack import SafetyProvider
 from llama_stack_provider_moe.control.guard.routes import SafetyService
 from llama_stack_provider_moe.control.guard.service import GuardService
@@ -16,4 +16,7 @@ def started(config: GuardConfig) -> SafetyProvider | SafetyService:
     """
     with plain_guard_errors(config):
         service = GuardService(config, scorer=None)
-    return SafetyProvider(service) if host.has_safety() else SafetyService(service)
+    if not host.has_safety():
+        return SafetyService(service)
+    host_routes.install(service)
+    return SafetyProvider(service)
