@@ -6,6 +6,7 @@ lookalikes    names that look alike
 closed_schema a JSON schema of arguments, closed where it says nothing else
 rules         the YAML of rules of ToolGuard, and its checker
 argument_tests  rules on single arguments
+examples      the examples in a file of rules
 tool_guard    ToolGuard: the tool calls of the last assistant message
 trajectory    TrajectoryAnalyzer: what the scores of a session add up to
 verdict       the answer of a shield

@@ -13,6 +13,7 @@
     plan                `moe-train plan`: whether a job fits on your GPUs
     planning_documents  types of the JSON of report and plan
     config              `moe-train config check`: checks a server's YAML and this machine
+    guard               `moe-train guard`: checks rules for tool calls, tries conversations on shields
     act                 code that all commands share: run an action, report errors, exit
     options             options that most commands have
     help_words          the words for values in help texts

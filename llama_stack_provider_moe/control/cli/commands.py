@@ -12,6 +12,7 @@ from llama_stack_provider_moe.control.cli import (
     config,
     data_commands,
     export,
+    guard,
     job_commands,
     job_report,
     label,
@@ -54,6 +55,7 @@ report.app.command(name="job")(job_report.job)
 app.add_typer(report.app, name="report")
 app.add_typer(export.app, name="export")
 app.add_typer(config.app, name="config")
+app.add_typer(guard.app, name="guard")
 app.command(name="plan")(plan.plan)
 torch_commands.register(app)
 

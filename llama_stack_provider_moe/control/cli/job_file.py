@@ -44,6 +44,28 @@ def read_job_file(file: str) -> tuple[dict[str, object], Path]:
     return body, beside
 
 
+def read_value(file: str, what: str) -> object:
+    """Return the JSON or YAML value in a file.
+
+    Args:
+        file: a path, or `-` for standard input.
+        what: what the file should hold, for errors.
+
+    Raises:
+        InvalidInput: the file can't be read, or is neither JSON nor YAML.
+    """
+    try:
+        data = sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InvalidInput("FILE", file, f"a file that can be read ({error})") from None
+    language = _language(file, data)
+    try:
+        return parse_json(data) if language == "JSON" else _parse_yaml(data)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise InvalidInput("FILE", file, f"{what}, in {language} ({why})") from None
+
+
 def parse_json(data: str | bytes) -> object:
     """Return a JSON value.
 

@@ -124,6 +124,17 @@ def entries(
     return [each for each in found if each.provider_id != _DISABLED]
 
 
+def kinds(path: Path, field: str) -> list[str]:
+    """Return the types of ours whose API has a list of providers in a run YAML; post-training's where none has.
+
+    Raises:
+        InvalidInput: the file is not a run YAML.
+    """
+    providers = _read(path, field).get("providers")
+    listed = providers if isinstance(providers, dict) else {}
+    return [kind for kind, api in APIS.items() if isinstance(listed.get(api), list)] or [PROVIDER_TYPE]
+
+
 def _read(path: Path, field: str) -> dict[object, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """What this room takes from the host; with `control.server.compat` the only module that knows the host's packages."""
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,12 @@ class Busy(compat.HostError):  # type: ignore[misc, valid-type]  # a class that 
     """A check that this server can't make now; hosts answer with `status_code`."""
 
     status_code = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def logger(name: str) -> logging.Logger:
+    """Return the host's logger, whose level hosts set by category; give it whole texts: OGX's takes no others."""
+    found: logging.Logger = import_module(f"{compat.HOST}.log").get_logger(name=name, category="core")
+    return found
 
 
 def models() -> Any:

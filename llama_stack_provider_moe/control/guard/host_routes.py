@@ -15,11 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from llama_stack_provider_moe.control.guard import host, wire
 from llama_stack_provider_moe.control.guard.llama_stack import SafetyProvider
-from llama_stack_provider_moe.control.guard.routes import REFUSALS, Session
+from llama_stack_provider_moe.control.guard.routes import REFUSALS, Session, session_of
 from llama_stack_provider_moe.control.guard.service import GuardService
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.answers import answers_of
-from llama_stack_provider_moe.spec.validation_errors import invalid_body
+from llama_stack_provider_moe.spec.validation_errors import invalid_body, validated
 
 AnyBody = Annotated[Any, Body()]
 
@@ -47,14 +47,14 @@ def safety_router(impl: Any, service: GuardService) -> APIRouter:
     @router.post("/safety/run-shield", summary="Run a shield on messages.", response_model=types.RunShieldResponse)
     async def run_shield(body: AnyBody, session: Session = None) -> Any:
         request = await _read(service, types.RunShieldRequest, body)
-        with host.session(session):
+        with host.session(_session(session, body)):
             provider = await impl.routing_table.get_provider_impl(request.shield_id)
             return await (provider if isinstance(provider, SafetyProvider) else impl).run_shield(request)
 
     @router.post("/moderations", summary="Classify texts with a shield.", response_model=types.ModerationObject)
     async def run_moderation(body: AnyBody, session: Session = None) -> Any:
         request = await _read(service, types.RunModerationRequest, body)
-        with host.session(session):
+        with host.session(_session(session, body)):
             return await impl.run_moderation(request)
 
     @router.get(
@@ -98,6 +98,12 @@ def shields_router(impl: Any, service: GuardService) -> APIRouter:
 async def _read(service: GuardService, model: type[BaseModel], body: object) -> Any:
     """Return a body as the host's model, which a thread makes of it."""
     return await service.guard.bodies.run(0, _validated, model, body)
+
+
+def _session(header: str | None, body: Any) -> str | None:
+    """The session that a request names; the host's models have no metadata."""
+    given = body.get("metadata")
+    return session_of(header, None if given is None else validated(wire.Metadata, given))
 
 
 def _validated(model: type[BaseModel], body: object) -> BaseModel:

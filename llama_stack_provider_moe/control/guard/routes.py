@@ -20,7 +20,7 @@ from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.answers import answers_of
 from llama_stack_provider_moe.control.server.wire import Error
 from llama_stack_provider_moe.errors import InvalidInput, NotFound
-from llama_stack_provider_moe.shields.guard import Who, unknown_shield
+from llama_stack_provider_moe.shields.guard import unknown_shield
 from llama_stack_provider_moe.shields.verdict import Verdict
 from llama_stack_provider_moe.spec.guard_config import ShieldParams
 from llama_stack_provider_moe.spec.validation_errors import validated
@@ -66,7 +66,7 @@ class SafetyService:
         """Run a shield on messages."""
         asked = await self.service.guard.bodies.run(0, validated, wire.RunShieldBody, body)
         params = await self.lookup(asked.shield_id)
-        who = _who(session, asked.metadata)
+        who = host.who(session_of(session, asked.metadata))
         verdict = await self.service.run_shield(asked.shield_id, params, asked.messages, who, self.lookup)
         return wire.RunShieldAnswer(violation=_violation(verdict))
 
@@ -82,7 +82,7 @@ class SafetyService:
             raise InvalidInput("model", model, f"the id of a shield: {known}")
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         params = self.config.shields[model]
-        who = _who(session, asked.metadata)
+        who = host.who(session_of(session, asked.metadata))
         return _moderation(await self.service.moderate(model, model, params, texts, who, self.lookup))
 
     async def lookup(self, shield_id: str) -> ShieldParams:
@@ -138,11 +138,16 @@ def create_router(impl: SafetyService) -> APIRouter:
     return router
 
 
-def _who(header: str | None, metadata: wire.Metadata | None) -> Who:
+def session_of(header: str | None, metadata: wire.Metadata | None) -> str | None:
+    """Return the session that a request names.
+
+    Raises:
+        InvalidInput: header and body name two.
+    """
     named = None if metadata is None else metadata.session_id
     if header is not None and named is not None and header != named:
         raise InvalidInput("metadata.session_id", named, "the same session as in X-Moe-Session")
-    return host.who(header if header is not None else named)
+    return header if header is not None else named
 
 
 def _violation(verdict: Verdict) -> wire.SafetyViolation | None:

@@ -1,6 +1,5 @@
 """Runs shields for the callers of a server: sessions, telemetry, feedback; the same behind every host's wire."""
 
-import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from llama_stack_provider_moe.control.server.bodies import Bodies
 from llama_stack_provider_moe.control.server.failures import Failures
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.telemetry import METER
-from llama_stack_provider_moe.errors import InvalidInput, MoeError, Unavailable
+from llama_stack_provider_moe.errors import InvalidInput, MoeError, Unavailable, shorten
 from llama_stack_provider_moe.shields import tool_guard
 from llama_stack_provider_moe.shields.guard import TRAJECTORY, Guard, Lookup, Who
 from llama_stack_provider_moe.shields.messages import Conversation, canonical, of_text
@@ -27,9 +26,10 @@ from llama_stack_provider_moe.spec.guard_config import GuardConfig, ShieldParams
 
 CHECK_LIMIT_S = 30.0  # longest check of tool calls; its bounds keep it far below
 NOT_SCORED = "not_scored"  # category of a text that `on_failure` blocks
+MAX_LOGGED = 20_000  # characters of a conversation
 MAX_INPUTS = 64  # texts of one moderation
 LATE = "the check of the tool calls takes too long; try again"
-log = logging.getLogger(__name__)
+log = host.logger(__name__)
 
 
 class Moderated(NamedTuple):
@@ -146,7 +146,7 @@ class GuardService:
         self.telemetry.checked(params.type, shield_id, verdict, time.monotonic() - began)
         if verdict.failed is not None:
             chosen = "allowed" if verdict.violation is None else "blocked"
-            log.warning("shield %r (%s) has no score (%s); %s", shield_id, params.type, verdict.failed, chosen)
+            log.warning(f"shield {shield_id!r} ({params.type}) has no score ({verdict.failed}); {chosen}")
         if verdict.violation is not None:
             self._flagged(shield_id, verdict, conversation)
         return verdict
@@ -154,9 +154,10 @@ class GuardService:
     def _flagged(self, shield_id: str, verdict: Verdict, conversation: Conversation) -> None:
         assert verdict.violation is not None
         rule = verdict.violation.metadata.get("rule")
-        log.info("shield %r: %s, rule %r", shield_id, verdict.violation.level, rule)
+        log.info(f"shield {shield_id!r}: {verdict.violation.level}, rule {rule!r}")
         if self.config.log_conversations:
-            log.info("shield %r: conversation %r", shield_id, [(each.role, each.scored_text) for each in conversation])
+            shown = shorten([f"{each.role}: {each.scored_text}" for each in conversation], MAX_LOGGED)
+            log.info(f"shield {shield_id!r}: conversation {shown}")
         if self._feedback is not None and verdict.failed is None:
             try:
                 self._writer.submit(partial(self._feedback.keep, conversation))
@@ -171,11 +172,10 @@ class GuardService:
         config = self.config
         kept = "nowhere" if config.feedback is None else str(config.feedback.folder)
         log.info(
-            "moe-guard: without a score: %s; rules: %s; probes: %s; flagged conversations are kept %s; "
-            "conversations are %slogged",
-            config.on_failure, ", ".join(config.rules) or "none", ", ".join(config.probes) or "none",
-            kept, "" if config.log_conversations else "not ",
-        )  # fmt: skip
+            f"moe-guard: without a score: {config.on_failure}; rules: {', '.join(config.rules) or 'none'}; "
+            f"probes: {', '.join(config.probes) or 'none'}; flagged conversations are kept {kept}; "
+            f"conversations are {'' if config.log_conversations else 'not '}logged"
+        )
 
 
 def result_of(verdict: Verdict) -> dict[str, Any]:
