@@ -131,7 +131,7 @@ class ClosedSchema:
             return [self._closed(each, f"{field}.{number}", depth, whole) for number, each in enumerate(value)]
         if key == "pattern":
             matcher(value, field)
-        if key == "format" and value not in FORMATS:
+        if key == "format" and not (isinstance(value, str) and value in FORMATS):
             raise InvalidInput(field, value, f"one of {', '.join(FORMATS)}; any other would not be checked")
         if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
             raise InvalidInput(field, value, "a reference inside this schema, such as '#/$defs/path'")

@@ -104,13 +104,13 @@ class Guard:
             InvalidInput: they are not valid, or name rules or a probe that this server does not have.
         """
         kind = (given or {}).get("type")
-        if kind not in PARAMS:
+        if not isinstance(kind, str) or kind not in PARAMS:
             raise InvalidInput(f"{field}.type", kind, f"one of {', '.join(PARAMS)}")
         try:
             found = SHIELD_PARAMS.validate_python(given)
         except ValidationError as error:
             errors = [{**each, "loc": each["loc"][1:]} for each in error.errors(include_url=False)]
-            raise invalid_body(errors, PARAMS[str(kind)], lambda path: f"{field}.{path}".rstrip(".")) from None
+            raise invalid_body(errors, PARAMS[kind], lambda path: f"{field}.{path}".rstrip(".")) from None
         try:
             self.config.must_have(found, field)
         except ValueError as error:

@@ -66,7 +66,7 @@ def of_text(text: str, field: str = "input") -> Conversation:
     Raises:
         InvalidInput: the text is too long, or no text.
     """
-    return canonical([{"role": "user", "content": text}], field)
+    return (Message("user", _text(text, field)),)
 
 
 def canonical(messages: Sequence[object], field: str = "messages") -> Conversation:
