@@ -144,7 +144,7 @@ class Guard:
         others = sorted({kind for each in conversation for kind in each.other_parts})
         if others and params.other_parts == "block":
             about = {"rule": "other_parts", "parts": others[:8]}
-            return _flagged(params, 1.0, about, f"parts that {params.probe} can't read")
+            return _flagged(params, 1.0, about, NOT_CHECKED)
         try:
             if self._scorer is None:
                 raise ScorerFailed("down", "this server has no scorer")

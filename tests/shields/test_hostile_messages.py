@@ -1,4 +1,4 @@
-"""Forty and more hostile conversations, each with its verdict: the field that is refused, or the text that is scored."""
+"""Forty and more hostile conversations, each with its verdict: the field that is refused, or the scored text."""
 
 from typing import Any
 
