@@ -291,12 +291,8 @@ def test_the_log_has_nothing_of_a_conversation_unless_asked(
     logging.getLogger("llama_stack_provider_moe").propagate = True
     with caplog.at_level(logging.DEBUG), serving(log_conversations=is_asked_for) as service:
         run_shield(service, "tools", BAD_CALL)
-        ask(
-            service,
-            "POST",
-            "/safety/run-shield",
-            json={"shield_id": "tools", "messages": [{"role": "my secret is 42"}]},
-        )
+        wrong = {"shield_id": "tools", "messages": [{"role": "my secret is 42"}]}
+        assert ask(service, "POST", "/safety/run-shield", json=wrong).status_code == 400
     ours = "\n".join(each.getMessage() for each in caplog.records if "llama_stack_provider_moe" in each.name)
     assert "moe-guard: without a score: block; rules: default; probes: cooking" in ours
     assert "shield 'tools': error, rule 'unknown_tool'" in ours
