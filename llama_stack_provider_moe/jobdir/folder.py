@@ -17,6 +17,7 @@ jobs/<job_uuid>/
   artifacts/routing/     a routing analysis: routing.json and its charts        written by the training process
   artifacts/domains/     routing on the domains of the data: routing.json, charts  written by the training process
   artifacts/measurements/ mean states of `ablation_measure`, and their report   written by the training process
+  artifacts/probe/       a probe: probe.json, probe.safetensors                  written by the training process
   before.json            what `eval` measured before training                   written by the training process
   before.safetensors     what an ablation's `eval` compares the edited model with  written by the training process
   artifacts/evaluation/  eval.json: before, after, differences                  written by the training process
@@ -103,6 +104,7 @@ class JobFolder:
         self.routing = root / "artifacts" / "routing"
         self.domains = root / "artifacts" / "domains"
         self.measurements = root / "artifacts" / "measurements"
+        self.probe = root / "artifacts" / "probe"
         self.before = root / "before.json"
         self.before_states = root / "before.safetensors"
         self.evaluation = root / "artifacts" / "evaluation"

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JOB_SPEC, ExportSpec, JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
+from llama_stack_provider_moe.spec.probe import CARD_FILE
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
 
 STATE_VARIABLE = "MOE_STATE_DIR"
@@ -105,6 +106,19 @@ def measurements_file(name: str, option: str) -> Path:
             name,
             f"a {MEASUREMENTS_FILE}, its folder, or the name of a completed job of recipe ablation_measure",
         )
+    return path
+
+
+def probe_folder(name: str, option: str) -> Path:
+    """Return the folder of a probe: the folder itself, or that of a job.
+
+    Raises:
+        InvalidInput: there is no such folder, or the job has fitted no probe.
+    """
+    job = _job(name)
+    path = Path(name) if job is None else job.folder / "artifacts" / "probe"
+    if not (path / CARD_FILE).is_file():
+        raise InvalidInput(option, name, f"a folder with {CARD_FILE}, or the name of a completed job of recipe probe")
     return path
 
 

@@ -56,6 +56,7 @@ from llama_stack_provider_moe.spec.options import (
     WandB,
 )
 from llama_stack_provider_moe.spec.playground import Playground
+from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
 from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
 from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
@@ -110,6 +111,8 @@ __all__ = [
     "Options",
     "Playground",
     "PlaygroundSpec",
+    "Probe",
+    "ProbeSpec",
     "Recipe",
     "RefusalJudge",
     "RepBend",
@@ -137,7 +140,8 @@ __all__ = [
 # The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker"]
 Recipe = Literal[
-    TrainingRecipe, "routing_analysis", "ablation_measure", "ablation", "mix", "surgery", "playground", "export"
+    TrainingRecipe, "routing_analysis", "ablation_measure", "probe", "ablation", "mix", "surgery", "playground",
+    "export",
 ]  # fmt: skip
 
 # The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
@@ -355,7 +359,7 @@ class BreakerSpec(TrainingJob):
 
 
 TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
-AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec
+AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
 JobSpec = Annotated[TrainingSpec | AnalysisSpec | EditingSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]

@@ -34,6 +34,7 @@ DEFAULT_BLOCKS: dict[str, type[Block]] = {
 _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
     "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
+    "probe": {"training": AnalysisTraining, "options": AnalysisOptions},
     "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
     "mix": {"training": AnalysisTraining, "options": MixOptions},
     "surgery": {"training": SurgeryTraining, "options": SurgeryOptions},

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_v
 from llama_stack_provider_moe.spec import server_config_rules
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.options import PROJECT_PATTERN
+from llama_stack_provider_moe.spec.scorer_config import MOST_PROBES, PROBE_NAME_PATTERN, ScorerConfig
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN
 
 SHIELD_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
@@ -32,7 +33,7 @@ class RepMonitorParams(Block):
     """RepMonitor: a probe on a model's hidden states scores the conversation."""
 
     type: Literal["rep_monitor"] = Field(description="Type of the shield.")
-    probe: str = Field(pattern=NAME_PATTERN, description="Name of a probe in `probes` of the provider.")
+    probe: str = Field(pattern=PROBE_NAME_PATTERN, description="Name of a probe in `probes` of the provider.")
     scored: Scored = Field(
         default="both", description="What is scored: the last message, all messages, or the worse of both."
     )
@@ -133,8 +134,17 @@ class GuardConfig(Block):
     rules: dict[FileName, Path] = Field(
         default_factory=dict, max_length=100, description="Files of ToolGuard's rules, by the name that shields use."
     )
-    probes: dict[FileName, Path] = Field(
-        default_factory=dict, max_length=32, description="Folders of probes, by the name that shields use."
+    probes: dict[Annotated[str, Field(pattern=PROBE_NAME_PATTERN)], Path] = Field(
+        default_factory=dict,
+        max_length=MOST_PROBES,
+        description="Folders of probes, with probe.json and probe.safetensors, by the name that shields use. Without "
+        "any, no process that scores is started.",
+    )
+    scorer: ScorerConfig = Field(default_factory=ScorerConfig, description="The process that scores with the probes.")
+    state_dir: Path = Field(
+        default=Path("~/.llama/moe-guard"),
+        validate_default=True,
+        description="Folder for the scorer's socket and log; several servers that share it share one scorer.",
     )
     shields: dict[ShieldName, TaggedParams] = Field(
         default_factory=dict,
@@ -164,6 +174,9 @@ class GuardConfig(Block):
         description="On OGX: names, beside localhost, under which a server without authentication answers requests "
         "over a loopback address. Others get a 403, against DNS rebinding.",
     )
+
+    _state_dir = field_validator("state_dir", mode="after")(staticmethod(server_config_rules.exclusive_folder))
+    _no_state_dir = field_validator("state_dir", mode="before")(staticmethod(server_config_rules.not_blank))
 
     @field_validator("rules", "probes", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
-from llama_stack_provider_moe.spec import AblationMeasureSpec, MixSpec, RoutingAnalysisSpec, RowKind
+from llama_stack_provider_moe.spec import AblationMeasureSpec, MixSpec, ProbeSpec, RoutingAnalysisSpec, RowKind
 from llama_stack_provider_moe.spec.ablation_jobs import LEAST_ROWS
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
@@ -64,6 +64,35 @@ def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
         InvalidRows: rows are not valid.
     """
     return _lines(path, "--set", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
+
+
+def probe_rows(path: Path, name: str, spec: ProbeSpec) -> list[str]:
+    """Return the canonical rows of one set of `moe-train probe fit`, each as a line of JSON.
+
+    Args:
+        path: the file.
+        name: of the set.
+        spec: the job that fits the same.
+
+    Raises:
+        InvalidInput: the file can't be read, or has too few rows for the job.
+        InvalidRows: rows are not valid.
+    """
+    (source,) = (each for each in spec.row_sources() if each.part == f"set-{name}")
+    rows = _lines(path, "--set", 1, lambda row, number: conversation(row, number, source.format, False))
+    if len(rows) < source.least:
+        raise InvalidInput("--set", f"{name}={path}", f"{source.why_least}; this file has {len(rows)}")
+    return rows
+
+
+def scored_rows(path: Path) -> list[str]:
+    """Return the canonical rows of a file to score, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or is empty.
+        InvalidRows: rows are not valid.
+    """
+    return _lines(path, "FILE", 1, lambda row, number: conversation(row, number, "auto", False))
 
 
 def domain_rows(spec: MixSpec) -> dict[str, list[str]]:

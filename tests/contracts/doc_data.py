@@ -29,6 +29,7 @@ BASES: list[dict[str, Any]] = [
      "circuit_breaker": {"retain": {"dataset_id": "r"}, "target_layers": "1,2"}},
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},
     {"recipe": "ablation_measure", "model": "m", "data": {"sets": {"target": "d", "baseline": "e"}}},
+    {"recipe": "probe", "model": "m", "data": {"sets": {"target": "d", "baseline": "e"}}},
     {"recipe": "ablation", "model": "m", "measurements": "job", "ablate": [{"layer": 1, "measurement": 1}]},
     {"recipe": "mix", "model": "m", "method": "btx",
      "branches": [{"name": "a", "model": "job-a"}, {"name": "b", "model": "job-b"}]},

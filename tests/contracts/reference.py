@@ -42,6 +42,8 @@ from llama_stack_provider_moe.spec import (
     Options,
     Playground,
     PlaygroundSpec,
+    Probe,
+    ProbeSpec,
     RefusalJudge,
     RepBend,
     Resources,
@@ -73,6 +75,7 @@ from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfi
 from llama_stack_provider_moe.spec.mixing import Branch, MixOptions
 from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
+from llama_stack_provider_moe.spec.probe import ProbeData
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
     MirrorConfig,
@@ -154,6 +157,15 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`data` of measuring jobs", "data.", ContrastData, set()),
     ("`measure`", "measure.", Measure, set()),
     ("`training` of measuring jobs", "training.", MeasureTraining, set()),
+    (
+        "Probe jobs: `job_uuid`, `model`, `labels`, `note`, `resources`, `training`, `options` and `adapter_folder` as "
+        "for routing analysis jobs, and",
+        "",
+        ProbeSpec,
+        {"job_uuid", "model", "model_from", "resources", "labels", "note", "training", "options", "adapter_folder"},
+    ),
+    ("`data` of probe jobs", "data.", ProbeData, set()),
+    ("`probe`", "probe.", Probe, set()),
     (
         "Ablation jobs: `job_uuid`, `model`, `labels`, `note`, `eval` and `resources` (of one process) as above, "
         "`options` as for routing analysis jobs, and",

@@ -22,6 +22,7 @@ from llama_stack_provider_moe.spec import (
     DPOSpec,
     ExportSpec,
     PlaygroundSpec,
+    ProbeSpec,
     RoutingAnalysisSpec,
     SFTSpec,
     SurgerySpec,
@@ -36,7 +37,7 @@ from llama_stack_provider_moe.spec.validation_errors import validated
 
 ROOTS: tuple[type[BaseModel], ...] = (
     SFTSpec, DPOSpec, BreakerSpec, RoutingAnalysisSpec, AblationMeasureSpec, AblationSpec, SurgerySpec,
-    ExportSpec, ProviderConfig, RoutingReport,
+    ProbeSpec, ExportSpec, ProviderConfig, RoutingReport,
 )  # fmt: skip
 LARGEST = 2**53  # beyond it, JSON's numbers are not exact
 

@@ -25,6 +25,7 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
         "circuit_breaker": {"circuit_breaker": named},
         "routing_analysis": {"data": {"sets": {"a": "a", "b": "b"}}},
         "ablation_measure": {"data": {"sets": {"target": "a", "baseline": "b"}}},
+        "probe": {"data": {"sets": {"target": "a", "baseline": "b"}}},
         "ablation": {"measurements": "a", "ablate": [{"layer": 1, "measurement": 1}]},
         "mix": {"method": "btx", "branches": [{"name": "a", "model": "a"}, {"name": "b", "model": "b"}]},
         "surgery": {"surgery": {"action": "prune", "drop": {"all": "1"}}},

@@ -31,8 +31,15 @@ _OBSERVED_TOKENS = 8
 type Progress = Callable[[int, int], None]
 
 
-class _Batch:
-    """Rows that go through the model together."""
+class Batch:
+    """Rows that go through the model together.
+
+    Attributes:
+        rows: their numbers.
+        ids_BT: their tokens, padded on the right.
+        mask_BT: 0 where a token is padding.
+        at_BS: the places of the measured tokens.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], rows: Sequence[int], measure: Measure, device: torch.device) -> None:
         self.rows = torch.tensor(rows)
@@ -62,7 +69,7 @@ class _States:
             for handle in handles:
                 handle.remove()
 
-    def of(self, batch: _Batch) -> Tensor:
+    def of(self, batch: Batch) -> Tensor:
         """Run a batch, and return its states: (L, B, H) in fp64."""
         self._at_BS, self._found = batch.at_BS, {}
         with torch.no_grad():
@@ -77,10 +84,15 @@ class _States:
                     f"model: decoder block {block} returns states of shape {tuple(states_BTH.shape)}, not one residual "
                     f"stream of width {self.width}; directions are measured in models with one stream"
                 )
-            rows_B1 = torch.arange(len(states_BTH), device=states_BTH.device)[:, None]
-            self._found[block] = states_BTH[rows_B1, self._at_BS].double().mean(dim=1)
+            self._found[block] = state_of(states_BTH, self._at_BS)
 
         return hook
+
+
+def state_of(states_BTH: Tensor, at_BS: Tensor) -> Tensor:
+    """The mean state of the measured tokens of each row, (B, H) in fp64."""
+    rows_B1 = torch.arange(len(states_BTH), device=states_BTH.device)[:, None]
+    return states_BTH[rows_B1, at_BS].double().mean(dim=1)
 
 
 def structure_of(subject: Subject, prompt: Prompt) -> Structure:
@@ -145,10 +157,18 @@ def _sizes(rows: int) -> Tensor:
     return torch.tensor([(rows + 1) // 2, rows // 2], dtype=torch.float64)
 
 
-def _batches(prompts: Sequence[Prompt], tokens: Measure, batch_size: int, device: torch.device) -> Iterator[_Batch]:
+def batches(prompts: Sequence[Prompt], tokens: Measure, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """The prompts in batches of similar length, padded on the right.
+
+    Args:
+        prompts: with the tokens that `tokens` names.
+        tokens: which of each prompt's tokens count.
+        batch_size: prompts in one batch.
+        device: where the batches go.
+    """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
     for start in range(0, len(order), batch_size):
-        yield _Batch(prompts, order[start : start + batch_size], tokens, device)
+        yield Batch(prompts, order[start : start + batch_size], tokens, device)
 
 
 def _sums(
@@ -161,7 +181,7 @@ def _sums(
     routed_NLE = None if layout is None else np.zeros(
         (len(prompts), len(layout.moe_layers), layout.choices), dtype=np.float32)  # fmt: skip
     try:
-        for batch in _batches(prompts, tokens, batch_size, device):
+        for batch in batches(prompts, tokens, batch_size, device):
             if recorder is None or layout is None or routed_NLE is None:
                 found_LBH = states.of(batch)
             else:
@@ -207,7 +227,7 @@ def _scores(
     device = next(states.blocks.decoder.parameters()).device
     other_2LH = units_2LH.flip(0).to(device)
     scores_NL = torch.zeros(len(prompts), len(states.blocks.layers))
-    for batch in _batches(prompts, tokens, batch_size, device):
+    for batch in batches(prompts, tokens, batch_size, device):
         units_BLH = other_2LH[(batch.rows % 2).to(device)]
         scores_NL[batch.rows] = torch.einsum("lbh,blh->bl", states.of(batch), units_BLH).float().cpu()
         steps.advance(len(batch.rows))

@@ -56,6 +56,12 @@ class Blocks:
         last = len(self.layers) - 1 if whole else max(wanted)
         return self._run(wanted, last, input_ids, attention_mask)
 
+    def drop_above(self, last: int) -> None:
+        """Let go of the blocks above `last`. The output head goes with the model, once the caller lets go of that."""
+        self.layers = self.layers[: last + 1]
+        self.final = len(self.layers)
+        setattr(self.decoder, self._name, self.layers)
+
     def _run_decoder(
         self, wanted: Collection[int], last: int, input_ids: Tensor, attention_mask: Tensor
     ) -> dict[int, Tensor]:

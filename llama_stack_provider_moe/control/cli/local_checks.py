@@ -9,6 +9,7 @@ from llama_stack_provider_moe.control.cli import model_checks
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.redaction import without_passwords
 from llama_stack_provider_moe.jobdir import local_names
+from llama_stack_provider_moe.shields.probe_card import read_card
 from llama_stack_provider_moe.spec.ablate_commands import AnalyzeCommand, MeasureCommand, measure_job
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES
@@ -28,8 +29,12 @@ from llama_stack_provider_moe.spec.local_rows import (
     calibration_rows,
     evaluation_files,
     measured_rows,
+    probe_rows,
     routing_rows,
+    scored_rows,
 )
+from llama_stack_provider_moe.spec.probe import CARD_FILE
+from llama_stack_provider_moe.spec.probe_commands import FitCommand, ScoreCommand, fit_job
 from llama_stack_provider_moe.spec.routing import REPORT_FILE
 from llama_stack_provider_moe.spec.surgery_commands import PruneCommand, SplitCommand, prune_settings
 
@@ -91,6 +96,25 @@ def measure(command: MeasureCommand) -> None:
     _contents(model, adapter)
     for path in files.values():
         measured_rows(path, spec)
+
+
+def fit_probe(command: FitCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    model, adapter = _model_and_adapter(command.model, command.adapter)
+    spec, files = fit_job(command)
+    for path in files.values():
+        _readable(path, "--set")
+    _without_report(command.out, CARD_FILE)
+    _contents(model, adapter)
+    for name, path in files.items():
+        probe_rows(path, name, spec)
+
+
+def score(command: ScoreCommand) -> None:
+    """Raise InvalidInput if the command can't work."""
+    read_card(local_names.probe_folder(command.probe, "PROBE"), "PROBE")
+    _readable(Path(command.file), "FILE")
+    scored_rows(Path(command.file))
 
 
 def analyze_directions(command: AnalyzeCommand) -> None:

@@ -1,4 +1,4 @@
-"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`, `experts`, ...
+"""Commands that need torch and no server: `upcycle`, `mix`, `eval`, `families`, `analyze`, `ablate`, `probe`, ...
 
 Arguments are checked here, without torch; then a separate process does the work.
 """
@@ -23,15 +23,18 @@ from llama_stack_provider_moe.spec.local_commands import (
     MixCommand,
     UpcycleCommand,
 )
+from llama_stack_provider_moe.spec.probe_commands import FIT_COMMAND, ScoreCommand
 from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND, SplitCommand
 
 _ABLATE = "Measure a direction on two sets of prompts, analyze it, and take it out of a model. Needs torch."
+
+_PROBE = "Fit a probe on a model's hidden states, and score conversations with it. Needs torch."
 
 _EXPERTS = "Change the number of a model's experts. Needs torch."
 
 
 def register(app: typer.Typer) -> None:
-    """Add `upcycle`, `mix`, `eval`, `families`, `analyze routing`, `ablate` and `experts` to `moe-train`."""
+    """Add `upcycle`, `mix`, `eval`, `families`, `analyze routing`, `ablate`, `probe` and `experts` to `moe-train`."""
     app.command(name="upcycle")(
         command(
             UpcycleCommand,
@@ -75,6 +78,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(ablate, name="ablate")
     _register_ablation(ablate)
 
+    probe = App(help=_PROBE, no_args_is_help=True)
+    app.add_typer(probe, name="probe")
+    _register_probes(probe)
+
     experts = App(help=_EXPERTS, no_args_is_help=True)
     app.add_typer(experts, name="experts")
     experts.callback()(_group_of_surgeries)
@@ -90,6 +97,23 @@ def register(app: typer.Typer) -> None:
             SplitCommand,
             "Write a model with several equal experts for each old one, which computes the same.",
             _process("compute.surgery.split_command", local_checks.split),
+        )
+    )
+
+
+def _register_probes(app: typer.Typer) -> None:
+    app.command(name="fit")(
+        command(
+            FIT_COMMAND,
+            "Fit a probe that tells prompts that show a concept from others, and measure it on held-out ones.",
+            _process("compute.probing.fit_command", local_checks.fit_probe),
+        )
+    )
+    app.command(name="score")(
+        command(
+            ScoreCommand,
+            "Score the conversations of a file with a probe, as a server's scorer does.",
+            _process("compute.probing.score_command", local_checks.score),
         )
     )
 

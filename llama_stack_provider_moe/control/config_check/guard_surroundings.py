@@ -1,9 +1,11 @@
 """Checks what a configuration of `inline::moe-guard` needs on this machine: rules, probes, folders."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 
 from llama_stack_provider_moe.control.config_check.surroundings import Findings
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
+from llama_stack_provider_moe.shields.probe_card import read_card
 from llama_stack_provider_moe.shields.rules import open_places, read_rules
 from llama_stack_provider_moe.spec.guard_config import GuardConfig, RepMonitorParams
 
@@ -42,7 +44,11 @@ def check(config: GuardConfig, environment: Mapping[str, str]) -> Findings:
 
 def _folders(config: GuardConfig) -> Iterator[str]:
     for name, path in config.probes.items():
-        if not path.is_dir():
-            yield f"probes.{name}: {str(path)!r} is not valid; expected the folder of a probe"
+        try:
+            read_card(path, f"probes.{name}")
+        except InvalidInput as error:
+            yield str(error)
+    if config.probes and shutil.which(config.scorer.python) is None:
+        yield f"scorer.python: {config.scorer.python!r} is not valid; expected a Python interpreter"
     if config.feedback is not None and config.feedback.folder.exists() and not config.feedback.folder.is_dir():
         yield f"feedback.folder: {str(config.feedback.folder)!r} is not valid; expected a folder"

@@ -35,7 +35,7 @@ class SafetyProvider:
 
     async def shutdown(self) -> None:
         """Stop accepting checks."""
-        self._service.close()
+        await self._service.close()
 
     async def register_shield(self, shield: host.Shield) -> host.Shield:
         """Check a shield before the host registers it.

@@ -60,7 +60,7 @@ class SafetyService:
 
     async def shutdown(self) -> None:
         """Stop accepting checks."""
-        self.service.close()
+        await self.service.close()
 
     async def run_shield(self, body: object, session: str | None) -> wire.RunShieldAnswer:
         """Run a shield on messages."""

@@ -1,5 +1,6 @@
 """Runs shields for the callers of a server: sessions, telemetry, feedback; the same behind every host's wire."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -65,14 +66,22 @@ class GuardService:
         config: the provider's configuration.
         scorer: scores conversations; None: there is none.
         meter: for tests; None: the host's.
+        end_scorer: ends the scorer's process; it may take seconds.
 
     Raises:
         InvalidConfig: a file of rules is not valid.
     """
 
-    def __init__(self, config: GuardConfig, scorer: Scorer | None, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        config: GuardConfig,
+        scorer: Scorer | None,
+        meter: Meter | None = None,
+        end_scorer: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
         self._scorer = scorer
+        self._end_scorer = end_scorer
         self.guard = _Threads()  # the name that `control.server.answers` knows
         self._checks = Pool("moe-guard", 2, 256, "tool calls", stuck_s=CHECK_LIMIT_S)
         self._readers = Pool("moe-guard-read", 1, 256, "messages", stuck_s=CHECK_LIMIT_S)
@@ -82,8 +91,9 @@ class GuardService:
         self._feedback = None if config.feedback is None else Feedback(config.feedback, self.telemetry.feedback)
         self._say()
 
-    def close(self) -> None:
-        """Accept no more calls; idle threads end."""
+    async def close(self) -> None:
+        """Accept no more calls; idle threads and the scorer end."""
+        await asyncio.to_thread(self._end_scorer)
         for each in (self._checks, self._readers, self._writer, self.guard.bodies, self.guard.failures):
             each.close()
 

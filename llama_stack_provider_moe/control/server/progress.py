@@ -188,8 +188,8 @@ def _stage(job: Job, newest: _Newest) -> str:
 
 # What a job does while it records steps, by recipe; the others train.
 _STEPS = {
-    "routing_analysis": "analysing", "ablation_measure": "measuring", "ablation": "editing", "mix": "mixing",
-    "surgery": "writing",
+    "routing_analysis": "analysing", "ablation_measure": "measuring", "probe": "measuring", "ablation": "editing",
+    "mix": "mixing", "surgery": "writing",
 }  # fmt: skip
 # The newest event of these types says what a process does; "started" is always the first.
 _SIGNS = frozenset({"started", "progress", "step", "export", "finished"})

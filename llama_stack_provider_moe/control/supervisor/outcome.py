@@ -130,6 +130,8 @@ def _where_cancelled(recipe: str, folder: JobFolder, saved: tuple[Artifact, ...]
         return "cancelled before the report was written; a resumed analysis starts from the beginning"
     if recipe == "ablation_measure":
         return "cancelled before the measurements were written; a resumed job measures from the beginning"
+    if recipe == "probe":
+        return "cancelled before the probe was written; a resumed job fits it from the beginning"
     if recipe == "mix":
         return "cancelled before the mixed model was complete; a resumed job mixes from the beginning"
     if recipe == "ablation":

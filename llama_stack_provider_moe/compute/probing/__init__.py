@@ -1,0 +1,1 @@
+"""Probes on hidden states: how one is fitted, and the process that scores conversations with them at run time."""

@@ -1,0 +1,62 @@
+"""What a user may type after `moe-train probe fit` and `score`."""
+
+from pathlib import Path
+
+from pydantic import ValidationError, create_model
+
+from llama_stack_provider_moe.errors import InvalidBody
+from llama_stack_provider_moe.spec import AnalysisOptions, AnalysisTraining, Probe, ProbeSpec
+from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
+from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
+
+
+class FitCommand(JsonCommandLine):
+    """`moe-train probe fit`; FIT_COMMAND adds the settings of a job."""
+
+    model: str = positional("Model: a folder, name of a job, or hub id.", "MODEL")
+    set: list[str] = option(
+        [], "File (JSON Lines or CSV) of prompts that show the concept, target=FILE, and of others, baseline=FILE; for "
+        "the report also of other wording, test_target=FILE and test_baseline=FILE.",
+        "NAME=FILE",
+    )  # fmt: skip
+    adapter: str | None = option(None, "LoRA adapter on the model: a folder or name of a job.", "FOLDER")
+    out: str = option("probe", "Folder for probe.json and probe.safetensors.", "FOLDER")
+
+
+# Adds the settings of a job as options.
+FIT_COMMAND: type[FitCommand] = create_model(
+    "FitCommand",
+    __base__=FitCommand,
+    **settings_of(Probe, AnalysisTraining, AnalysisOptions),
+)
+
+
+class ScoreCommand(JsonCommandLine):
+    """`moe-train probe score`."""
+
+    probe: str = positional("Probe: a folder with probe.json, or name of a job.", "PROBE")
+    file: str = positional("File (JSON Lines or CSV) of conversations or prompts.", "FILE")
+    batch_size: int = option(8, "Number of texts in one pass.", "NUMBER", ge=1, le=4096)
+
+
+def fit_job(command: FitCommand) -> tuple[ProbeSpec, dict[str, Path]]:
+    """The job that fits the same, so that the same values are valid; and the file of each set.
+
+    Raises:
+        InvalidInput: a value is not valid.
+    """
+    sets = named_files(command.set)
+    body = {
+        "recipe": "probe",
+        "model": command.model,
+        "adapter_folder": command.adapter,
+        "data": {"sets": sets},
+        "probe": {name: getattr(command, name) for name in Probe.model_fields},
+        "training": {name: getattr(command, name) for name in AnalysisTraining.model_fields},
+        "options": {name: getattr(command, name) for name in AnalysisOptions.model_fields},
+    }
+    try:
+        return ProbeSpec.model_validate(body), {name: Path(path) for name, path in sets.items()}
+    except ValidationError as error:
+        raise InvalidBody(problems_of(error)) from None
