@@ -45,9 +45,9 @@ async def get_provider_impl(config: "ProviderConfig", deps: "Deps", policy: "Pol
 
 def available_providers() -> list[object]:
     """Return the providers of the post-training API in this package: one."""
-    from llama_stack_provider_moe.provider import get_provider_spec
+    from llama_stack_provider_moe.provider import post_training_spec
 
-    return [get_provider_spec()]
+    return [post_training_spec()]
 
 
 def create_router(impl: "PostTrainingService") -> "APIRouter":

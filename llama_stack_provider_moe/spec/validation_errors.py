@@ -18,10 +18,12 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
 from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
+from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
 from llama_stack_provider_moe.spec.pipelines import PART_PATTERN
 from llama_stack_provider_moe.spec.recipes import RECIPES
+from llama_stack_provider_moe.spec.scorer_config import PROBE_NAME_PATTERN
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN, MIRROR_URL_PATTERN
 
 SHOWN = 8
@@ -40,6 +42,8 @@ _PATTERNS = {
     HOST_NAME_PATTERN: "a host's name without a port, in small letters, such as moe.example.org",
     VARIABLE_PATTERN: "1 to 128 letters, digits and '_', the first a letter or '_'",
     LABEL_KEY_PATTERN: "1 to 63 letters, digits, '.', '_', '/' and '-', the first and the last a letter or a digit",
+    PROBE_NAME_PATTERN: "1 to 64 letters, digits, '_' and '-', the first a letter or a digit",
+    SHIELD_PATTERN: "1 to 128 letters, digits and . _ : / -, the first a letter or a digit",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
 }
 

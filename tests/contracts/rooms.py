@@ -39,19 +39,20 @@ _MODEL = "torch transformers peft safetensors "
 # Each room imports what stands on lower floors of its own tower, and the ground. Nothing else.
 ROOMS: dict[str, Room] = {
     "errors": _room(0),
-    "ground": _room(1),
+    "ground": _room(1, "yaml"),
     "spec": _room(2, "pydantic pydantic_core"),
     "llama_cpp": _room(2),
     "jobdir": _room(3, "pydantic fsspec"),
     "client": _room(3, "httpx"),
     "serving": _room(4, "pydantic httpx"),
-    "shields": _room(4, "pydantic"),
+    "shields": _room(4, "pydantic pydantic_core jsonschema"),
     "control.store": _room(10, "pydantic sqlalchemy alembic"),
     "control.supervisor": _room(11, "pydantic sqlalchemy httpx optuna"),
     "control.config_check": _room(11, "pydantic sqlalchemy yaml"),
     "control.dashboard": _room(11, "fastapi starlette jinja2 markupsafe"),
     "control.scorer": _room(11, "pydantic"),
     "control.server": _room(12, "pydantic fastapi starlette opentelemetry httpx"),
+    "control.guard": _room(13, "pydantic fastapi starlette opentelemetry"),
     "control.cli": _room(12, "pydantic httpx rich typer click yaml"),
     "compute.moe.kernels": _room(20, "torch triton"),
     "compute.moe": _room(21, _MODEL + "bitsandbytes triton tqdm"),
@@ -72,6 +73,7 @@ ROOMS: dict[str, Room] = {
     "compute.recipes": _room(29, _MODEL + "pydantic trl datasets"),
     "compute.worker": _room(30, "torch transformers datasets ray"),
     "provider": _room(40),
+    "guard": _room(41, "fastapi"),
     "": _room(41, "fastapi"),  # the package itself: lazy doors, and fastapi for a type alone
 }
 # Hosts (llama_stack, ogx) are named by `control.server.compat` alone, which looks for whichever is installed.
@@ -91,7 +93,7 @@ DOORS: dict[str, str] = {
 def tower(room: str) -> str:
     """`control`, `compute`, or the ground that both stand on."""
     first = room.partition(".")[0]
-    return "control" if room in ("", "provider") else first if first in ("control", "compute") else "ground"
+    return "control" if room in ("", "provider", "guard") else first if first in ("control", "compute") else "ground"
 
 
 def may_import(room: str, other: str) -> bool:

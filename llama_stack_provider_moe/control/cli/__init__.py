@@ -14,6 +14,7 @@
     plan                `moe-train plan`: whether a job fits on your GPUs
     planning_documents  types of the JSON of report and plan
     config              `moe-train config check`: checks a server's YAML and this machine
+    guard               `moe-train guard`: checks rules for tool calls, tries conversations on shields
     act                 code that all commands share: run an action, report errors, exit
     options             options that most commands have
     help_words          the words for values in help texts
@@ -29,7 +30,6 @@
     packaged            run configs, job templates and constraints.txt in this package
     template            job file and --set -> the body of a job
     job_file            job file in JSON or YAML -> its content
-    strict_yaml         YAML -> the values that JSON has
     client              client of the server's API
     documents           types of the API's documents
     sse                 parses server-sent events

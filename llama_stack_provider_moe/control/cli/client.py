@@ -1,13 +1,14 @@
 """The command line's client of a server: the package's own, with errors that name options."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
 from llama_stack_provider_moe.client import sync_client
-from llama_stack_provider_moe.client.calls import API
+from llama_stack_provider_moe.client.calls import API, Call
 from llama_stack_provider_moe.client.connection import Words
 from llama_stack_provider_moe.client.documents import JobLine, Status
+from llama_stack_provider_moe.client.guard_documents import RunShieldAnswer, ShieldList, ShieldVerdict
 from llama_stack_provider_moe.client.sync_client import SILENCE_S, Sent
 from llama_stack_provider_moe.errors import ServerRefused
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -19,6 +20,24 @@ class Client(sync_client.Client):
     """A server with our provider, as `--url` and `--api-key` name it."""
 
     words: ClassVar[Words] = Words("--url", "--api-key", "; give --api-key, or set MOE_TRAIN_API_KEY")
+
+    def shields(self) -> ShieldList:
+        """Return the shields of the server."""
+        return self._send(Call(ShieldList, "GET", f"{self.url}/v1/shields"))
+
+    def run_shield(self, shield_id: str, messages: Sequence[object], session: str | None) -> ShieldVerdict:
+        """Run a shield on messages.
+
+        Args:
+            shield_id: id of the shield.
+            messages: as JSON has them.
+            session: name of the session; None: none.
+        """
+        body: dict[str, object] = {"shield_id": shield_id, "messages": list(messages)}
+        if session is not None:
+            body["metadata"] = {"session_id": session}
+        found = self._send(Call(RunShieldAnswer, "POST", f"{self.url}/v1/safety/run-shield", body=body))
+        return ShieldVerdict(shield_id=shield_id, violation=found["violation"])
 
     @contextmanager
     def posted(self, path: str, body: Mapping[str, object]) -> Iterator[Iterator[str]]:

@@ -28,6 +28,7 @@ MODULES = {
     "report": ("report",),
     "export": ("export",),
     "config": ("config",),
+    "guard": ("guard",),
     "plan": ("plan",),
     "torch_commands": ("upcycle", "mix", "eval", "families", "analyze", "ablate", "probe", "experts"),
     "supervisor_command": ("supervisor",),

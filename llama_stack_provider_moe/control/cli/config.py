@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,6 +13,9 @@ from llama_stack_provider_moe.control.cli.help_words import App
 from llama_stack_provider_moe.control.cli.options import Json
 from llama_stack_provider_moe.control.cli.screen import Screen, text
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.control.config_check.run_yaml import ProviderEntry
 
 app = App(help="Check the configuration of a server.", no_args_is_help=True)
 
@@ -48,11 +51,22 @@ class Provider(TypedDict):
     warnings: list[str]
 
 
+class GuardProvider(TypedDict):
+    """What one of our providers of shields would do."""
+
+    provider_id: str
+    on_failure: str
+    rules: list[str]
+    probes: list[str]
+    warnings: list[str]
+
+
 class Checked(TypedDict):
     """Our providers in a run YAML."""
 
     file: str
     providers: list[Provider]
+    guards: list[GuardProvider]
 
 
 def checked(file: Path) -> Checked:
@@ -63,34 +77,59 @@ def checked(file: Path) -> Checked:
         InvalidConfig: a provider has mistakes; all of them are named.
     """
     # yaml and SQLAlchemy take longer to import than other commands take to run.
-    from llama_stack_provider_moe.control.config_check import run_yaml, surroundings
-    from llama_stack_provider_moe.control.store import store_url
+    from llama_stack_provider_moe.control.config_check import run_yaml
 
     providers: list[Provider] = []
+    guards: list[GuardProvider] = []
     wrong = []
-    for entry in run_yaml.entries(file, os.environ, "FILE"):
-        problems = []
-        if entry.module != run_yaml.MODULE:
-            problems.append(f"module: {entry.module!r} is not valid; expected {run_yaml.MODULE!r} beside provider_type")
-        try:
-            config = run_yaml.configured(entry, os.environ)
-        except InvalidConfig as error:
-            wrong.append(InvalidConfig(entry.where, [*problems, *error.problems]))
-            continue
-        found = surroundings.check(config, os.environ, thoroughly=True)
-        if problems or found.problems:
-            wrong.append(InvalidConfig(entry.where, [*problems, *found.problems]))
-        store = store_url.shown(config.store_url or f"sqlite:///{config.state_dir / 'jobs.db'}")
-        providers.append({"provider_id": entry.provider_id, "state_dir": str(config.state_dir), "store": store,
-                          "warnings": found.warnings})  # fmt: skip
+    for kind in run_yaml.kinds(file, "FILE"):
+        for entry in run_yaml.entries(file, os.environ, "FILE", kind):
+            problems = []
+            if entry.module != run_yaml.MODULE:
+                expected = f"{run_yaml.MODULE!r} beside provider_type"
+                problems.append(f"module: {entry.module!r} is not valid; expected {expected}")
+            try:
+                if kind == run_yaml.GUARD_TYPE:
+                    guards.append(_guard(entry, problems))
+                else:
+                    providers.append(_provider(entry, problems))
+            except InvalidConfig as error:
+                wrong.append(InvalidConfig(entry.where, [*problems, *error.problems]))
+                continue
+            if problems:
+                wrong.append(InvalidConfig(entry.where, problems))
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:
         raise InvalidConfig(str(file), [f"{error.where}: {each}" for error in wrong for each in error.problems])
-    if not providers:
-        expected = f"a run YAML with a provider_type {run_yaml.PROVIDER_TYPE} under providers.post_training"
-        raise InvalidInput("FILE", str(file), expected)
-    return {"file": str(file), "providers": providers}
+    if not providers and not guards:
+        expected = " or ".join(f"{kind} under providers.{api}" for kind, api in run_yaml.APIS.items())
+        raise InvalidInput("FILE", str(file), f"a run YAML with a provider_type {expected}")
+    return {"file": str(file), "providers": providers, "guards": guards}
+
+
+def _provider(entry: "ProviderEntry", problems: list[str]) -> Provider:
+    """What a provider of post-training would use; adds what this machine lacks to `problems`."""
+    from llama_stack_provider_moe.control.config_check import run_yaml, surroundings
+    from llama_stack_provider_moe.control.store import store_url
+
+    config = run_yaml.configured(entry, os.environ)
+    found = surroundings.check(config, os.environ, thoroughly=True)
+    problems += found.problems
+    store = store_url.shown(config.store_url or f"sqlite:///{config.state_dir / 'jobs.db'}")
+    return {"provider_id": entry.provider_id, "state_dir": str(config.state_dir), "store": store,
+            "warnings": found.warnings}  # fmt: skip
+
+
+def _guard(entry: "ProviderEntry", problems: list[str]) -> GuardProvider:
+    """What a provider of shields would do; adds what this machine lacks to `problems`."""
+    from llama_stack_provider_moe.control.config_check import guard_surroundings, run_yaml
+
+    config = run_yaml.guard_configured(entry, os.environ)
+    found = guard_surroundings.check(config, os.environ)
+    problems += found.problems
+    return {"provider_id": entry.provider_id, "on_failure": config.on_failure, "rules": list(config.rules),
+            "probes": list(config.probes), "warnings": found.warnings}  # fmt: skip
 
 
 def _shown(document: Checked) -> RenderableType:
@@ -99,6 +138,11 @@ def _shown(document: Checked) -> RenderableType:
         lines.append(f"{document['file']}: provider {each['provider_id']!r} can start")
         lines += [f"  state_dir: {each['state_dir']}", f"  store: {each['store']}"]
         lines += [f"  warning: {warning}" for warning in each["warnings"]]
+    for guard in document["guards"]:
+        lines.append(f"{document['file']}: provider {guard['provider_id']!r} can start")
+        lines += [f"  without a score: {guard['on_failure']}", f"  rules: {', '.join(guard['rules']) or 'none'}",
+                  f"  probes: {', '.join(guard['probes']) or 'none'}"]  # fmt: skip
+        lines += [f"  warning: {warning}" for warning in guard["warnings"]]
     return Group(*map(text, lines))
 
 

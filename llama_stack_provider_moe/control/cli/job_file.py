@@ -50,6 +50,28 @@ def read_job_file(file: str, packaged_file: PackagedFile = packaged.job_template
     return body, beside
 
 
+def read_value(file: str, what: str) -> object:
+    """Return the JSON or YAML value in a file.
+
+    Args:
+        file: a path, or `-` for standard input.
+        what: what the file should hold, for errors.
+
+    Raises:
+        InvalidInput: the file can't be read, or is neither JSON nor YAML.
+    """
+    try:
+        data = sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InvalidInput("FILE", file, f"a file that can be read ({error})") from None
+    language = _language(file, data)
+    try:
+        return parse_json(data) if language == "JSON" else _parse_yaml(data)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise InvalidInput("FILE", file, f"{what}, in {language} ({why})") from None
+
+
 def parse_json(data: str | bytes) -> object:
     """Return a JSON value.
 
@@ -65,7 +87,7 @@ def parse_json(data: str | bytes) -> object:
 
 def _repeated_key(data: bytes) -> ValueError | None:
     """Find the same mistake and its line with the YAML parser; JSON without tabs is YAML."""
-    from llama_stack_provider_moe.control.cli import strict_yaml
+    from llama_stack_provider_moe.ground import strict_yaml
 
     try:
         strict_yaml.parse(data)
@@ -104,8 +126,6 @@ def _not_json(name: str) -> NoReturn:
 
 
 def _parse_yaml(data: bytes) -> object:
-    from llama_stack_provider_moe.control.cli import (
-        strict_yaml,  # yaml takes longer to import than other commands take to run
-    )
+    from llama_stack_provider_moe.ground import strict_yaml  # yaml takes longer to import than other commands to run
 
     return strict_yaml.parse(data)

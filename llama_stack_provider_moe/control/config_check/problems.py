@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from llama_stack_provider_moe.errors import InvalidConfig
 from llama_stack_provider_moe.ground.redaction import HIDDEN, names_secret, without_passwords
@@ -11,28 +11,29 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import invalid_body
 
 
-def checked(settings: Mapping[str, object], where: str) -> ProviderConfig:
+def checked[Config: BaseModel](settings: Mapping[str, object], where: str, model: type[Config]) -> Config:
     """Return the configuration.
 
     Args:
         settings: a `config:` with its variables filled in.
         where: file and provider, for errors.
+        model: of the provider.
 
     Raises:
         InvalidConfig: a setting is not valid.
     """
     try:
-        return ProviderConfig.model_validate(dict(settings))
+        return model.model_validate(dict(settings))
     except ValidationError as error:
-        raise InvalidConfig(where, lines(error)) from None
+        raise InvalidConfig(where, lines(error, model)) from None
 
 
-def lines(error: ValidationError) -> list[str]:
+def lines(error: ValidationError, model: type[BaseModel] = ProviderConfig) -> list[str]:
     """Return one line for each problem, without values of settings that may be secrets."""
-    return [without_passwords(_line(each["loc"], dict(each))) for each in error.errors(include_url=False)]
+    return [without_passwords(_line(each["loc"], dict(each), model)) for each in error.errors(include_url=False)]
 
 
-def _line(location: tuple[int | str, ...], error: dict[str, object]) -> str:
+def _line(location: tuple[int | str, ...], error: dict[str, object], model: type[BaseModel]) -> str:
     if any(names_secret(str(part)) for part in location) or location[:1] in (("child_env",), ("store_url",)):
         error["input"] = HIDDEN
     if location[:1] == ("defaults",) and len(location) > 1 and location[1] in DEFAULT_BLOCKS:
@@ -42,4 +43,4 @@ def _line(location: tuple[int | str, ...], error: dict[str, object]) -> str:
         return str(invalid_body([inside], DEFAULT_BLOCKS[block], lambda path: f"{prefix}.{path}".rstrip(".")))
     if not location and error["type"] != "value_error":
         return "config: is not valid; expected a block of settings"
-    return str(invalid_body([error], ProviderConfig))
+    return str(invalid_body([error], model))

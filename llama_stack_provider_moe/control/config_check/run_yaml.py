@@ -10,9 +10,12 @@ import yaml
 
 from llama_stack_provider_moe.control.config_check.problems import checked
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 PROVIDER_TYPE = "inline::moe"
+GUARD_TYPE = "inline::moe-guard"
+APIS = {PROVIDER_TYPE: "post_training", GUARD_TYPE: "safety"}  # type of a provider -> its list in `providers`
 MODULE = "llama_stack_provider_moe"
 _DISABLED = "__disabled__"
 # ${env.NAME}, ${env.NAME:=used if it is unset or empty}, ${env.NAME:+used if it is set}
@@ -20,7 +23,7 @@ _REFERENCE = re.compile(r"\$\{env\.([A-Z0-9_]+)(?::([=+])([^}]*))?\}")
 
 
 class ProviderEntry(NamedTuple):
-    """A provider `inline::moe` in a run YAML.
+    """A provider of ours in a run YAML.
 
     Attributes:
         provider_id: id of the provider.
@@ -56,47 +59,80 @@ def read_run_config(path: Path, provider_id: str | None, environment: Mapping[st
 
 
 def configured(entry: ProviderEntry, environment: Mapping[str, str]) -> ProviderConfig:
-    """Return the configuration of one provider.
+    """Return the configuration of one provider `inline::moe`.
 
     Raises:
         InvalidConfig: a variable has no value, or a setting is not valid.
     """
+    return checked(filled(entry, environment), entry.where, ProviderConfig)
+
+
+def guard_configured(entry: ProviderEntry, environment: Mapping[str, str]) -> GuardConfig:
+    """Return the configuration of one provider `inline::moe-guard`.
+
+    Raises:
+        InvalidConfig: a variable has no value, or a setting is not valid.
+    """
+    return checked(filled(entry, environment), entry.where, GuardConfig)
+
+
+def filled(entry: ProviderEntry, environment: Mapping[str, str]) -> dict[str, object]:
+    """Return the settings of one provider with their variables filled in.
+
+    Raises:
+        InvalidConfig: they are no block, or a variable has no value.
+    """
     settings = {} if entry.settings is None else entry.settings
     if not isinstance(settings, dict):
         raise InvalidConfig(entry.where, ["config: is not valid; expected a block of settings"])
-    filled, unset = {}, []
+    found: dict[str, object] = {}
+    unset = []
     for key, value in settings.items():
         try:
-            filled[key] = substituted(value, environment)
+            found[key] = substituted(value, environment)
         except InvalidInput as error:
             unset.append(f"{key}: {error.value!r} has no value; expected {error.expected}")
     if unset:
         raise InvalidConfig(entry.where, unset)
-    return checked(filled, entry.where)
+    return found
 
 
-def entries(path: Path, environment: Mapping[str, str], field: str = "--run-config") -> list[ProviderEntry]:
-    """Return our providers in a run YAML, except disabled ones.
+def entries(
+    path: Path, environment: Mapping[str, str], field: str = "--run-config", kind: str = PROVIDER_TYPE
+) -> list[ProviderEntry]:
+    """Return our providers of one type in a run YAML, except disabled ones.
 
     Args:
         path: the YAML.
         environment: variables for `${env.NAME}` in their ids.
         field: the caller's name for `path`, for errors.
+        kind: type of the providers.
+
+    Raises:
+        InvalidInput: the file is not a run YAML, or has no providers of that API.
+    """
+    providers = _read(path, field).get("providers")
+    listed = providers.get(APIS[kind]) if isinstance(providers, dict) else None
+    if not isinstance(listed, list):
+        raise InvalidInput(field, str(path), f"a run YAML with a list of providers.{APIS[kind]}")
+    found = []
+    for each in listed:
+        if isinstance(each, dict) and each.get("provider_type") == kind:
+            provider_id = str(substituted(each.get("provider_id"), environment))
+            where = f"{path}: provider {provider_id!r} ({kind})"
+            found.append(ProviderEntry(provider_id, where, each.get("config"), each.get("module")))
+    return [each for each in found if each.provider_id != _DISABLED]
+
+
+def kinds(path: Path, field: str) -> list[str]:
+    """Return the types of ours whose API has a list of providers in a run YAML; post-training's where none has.
 
     Raises:
         InvalidInput: the file is not a run YAML.
     """
     providers = _read(path, field).get("providers")
-    listed = providers.get("post_training") if isinstance(providers, dict) else None
-    if not isinstance(listed, list):
-        raise InvalidInput(field, str(path), "a run YAML with a list of providers.post_training")
-    found = []
-    for each in listed:
-        if isinstance(each, dict) and each.get("provider_type") == PROVIDER_TYPE:
-            provider_id = str(substituted(each.get("provider_id"), environment))
-            where = f"{path}: provider {provider_id!r} ({PROVIDER_TYPE})"
-            found.append(ProviderEntry(provider_id, where, each.get("config"), each.get("module")))
-    return [each for each in found if each.provider_id != _DISABLED]
+    listed = providers if isinstance(providers, dict) else {}
+    return [kind for kind, api in APIS.items() if isinstance(listed.get(api), list)] or [PROVIDER_TYPE]
 
 
 def _read(path: Path, field: str) -> dict[object, object]:

@@ -26,11 +26,11 @@ class HostConfig(ProviderConfig):
     """The provider's configuration as a host creates it, from the `config:` of the run YAML."""
 
     def __init__(self, **settings: Any) -> None:
-        with _without_traceback():
+        with without_traceback():
             try:
                 super().__init__(**settings)
             except ValidationError as error:
-                raise InvalidConfig(_where(settings), lines(error)) from None
+                raise InvalidConfig(where_of(settings), lines(error)) from None
 
 
 def require(config: ProviderConfig, where: str) -> None:
@@ -49,16 +49,16 @@ def plain_start_errors(config: ProviderConfig) -> Iterator[None]:
     Raises:
         InvalidConfig: the server can't start with this configuration.
     """
-    with _without_traceback():
-        require(config, _where(None))
+    with without_traceback():
+        require(config, where_of(None))
         try:
             yield
         except (SQLAlchemyError, OSError, InvalidInput) as error:
-            raise InvalidConfig(_where(None), [surroundings.explain(error, config)]) from error
+            raise InvalidConfig(where_of(None), [surroundings.explain(error, config)]) from error
 
 
 @contextmanager
-def _without_traceback() -> Iterator[None]:
+def without_traceback() -> Iterator[None]:
     """If an InvalidConfig ends this process, print only its text.
 
     A host does not catch a provider's exceptions, so Python would print a hundred lines of traceback before the text.
@@ -80,17 +80,17 @@ def _without_traceback() -> Iterator[None]:
         raise
 
 
-def _where(settings: Mapping[str, object] | None) -> str:
+def where_of(settings: Mapping[str, object] | None, kind: str = run_yaml.PROVIDER_TYPE) -> str:
     """Return file and provider of `settings`, whose variables the host has filled in; None: of the only provider."""
     file = os.environ.get(_FILE)
     found: list[run_yaml.ProviderEntry] = []
     if file:
         with suppress(InvalidInput):
-            found = run_yaml.entries(Path(file), os.environ)
+            found = run_yaml.entries(Path(file), os.environ, kind=kind)
     if len(found) > 1 and settings is not None:
         with suppress(InvalidInput):
             found = [each for each in found if run_yaml.substituted(each.settings, os.environ) == settings] or found
     if len(found) == 1:
         return found[0].where
     named = f" ({', '.join(repr(each.provider_id) for each in found)})" if found else ""
-    return f"{file or 'run YAML'}: a provider {run_yaml.PROVIDER_TYPE}{named}"
+    return f"{file or 'run YAML'}: a provider {kind}{named}"

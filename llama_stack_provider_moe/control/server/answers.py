@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from llama_stack_provider_moe.control.server import compat, safe_json
-from llama_stack_provider_moe.control.server.bodies import BoundedRequest
+from llama_stack_provider_moe.control.server.bodies import Bodies, BoundedRequest
 from llama_stack_provider_moe.control.server.cross_site import must_not_be_from_another_site
 from llama_stack_provider_moe.control.server.failures import Failures
 from llama_stack_provider_moe.control.server.own_names import must_be_own_name
@@ -49,6 +49,36 @@ def message_only(status: int, message: str, error: Exception | None) -> Mapping[
     return {"message": message}
 
 
+class _Limits(Protocol):
+    @property
+    def max_body_bytes(self) -> int: ...
+
+    @property
+    def allowed_hosts(self) -> list[str]: ...
+
+
+class _Threads(Protocol):
+    bodies: Bodies
+    failures: Failures
+
+    async def known_failure(self, error: Exception) -> MoeError | None: ...
+
+
+class Service(Protocol):
+    """What stands behind routes: the service of the post-training API, or that of the safety API."""
+
+    @property
+    def config(self) -> _Limits:
+        """The limits of bodies, and the names of the server."""
+
+    @property
+    def guard(self) -> _Threads:
+        """The threads of the service."""
+
+    def refused(self, method: str, route: str, status: int) -> None:
+        """Count a request answered with an error."""
+
+
 class Answers(APIRoute):
     """A route that turns exceptions into answers, and makes answers safe to show.
 
@@ -58,7 +88,7 @@ class Answers(APIRoute):
         knows_its_query: whether a parameter that the endpoint does not know is an error; other APIs ignore it.
     """
 
-    impl: ClassVar[PostTrainingService]
+    impl: ClassVar[Service]
     streams: ClassVar[bool] = False
     knows_its_query: ClassVar[bool] = False
 
@@ -140,7 +170,7 @@ class Answers(APIRoute):
         return next((each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
-def answers_of(service: PostTrainingService, knows_query: bool = False) -> type[Answers]:
+def answers_of(service: Service, knows_query: bool = False) -> type[Answers]:
     """Return the class of routes of `service`.
 
     Args:

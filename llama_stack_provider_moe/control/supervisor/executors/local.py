@@ -96,14 +96,20 @@ def interpreter(config: ProviderConfig, folder: Path) -> str:
 
 def training_environment(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:
     """Return the variables that training processes need, then `config.child_env` and `config.child_secrets`."""
+    kept = passed_on(environment)
+    if (config.mirror.url or "").startswith("s3:"):  # credentials, which a child needs only for the mirror
+        kept |= {name: value for name, value in environment.items() if name.startswith("AWS_")}
+    return kept | config.child_env | secrets_for_children(environment, config)
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that every process with torch inherits: caches, paths, GPUs; no keys of other providers."""
     kept = {
         name: value for name, value in environment.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
     if "PYTHONPATH" in kept:  # the process starts in another folder than the server
         kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in kept["PYTHONPATH"].split(os.pathsep))
-    if (config.mirror.url or "").startswith("s3:"):  # credentials, which a child needs only for the mirror
-        kept |= {name: value for name, value in environment.items() if name.startswith("AWS_")}
-    return kept | config.child_env | secrets_for_children(environment, config)
+    return kept
 
 
 def secrets_for_children(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:

@@ -1,0 +1,260 @@
+"""A JSON schema (draft 2020-12) of a tool's arguments, closed: an object takes no key that its schema does not name.
+
+JSON Schema is open unless `additionalProperties` says otherwise, and a schema written in a hurry then lets through what
+its author forgot. Here each object that says neither `additionalProperties` nor `unevaluatedProperties` gets
+`unevaluatedProperties: false`, which, unlike the former, sees through `allOf`, `anyOf`, `oneOf` and `$ref`. An unknown
+keyword (`requried`) is an error, and so is a keyword that would be ignored (`format: postcode`) or would fetch
+something (`$ref` to another document). Patterns run in Rust's regex engine, whose time is linear in the text, because
+an attacker writes the text.
+"""
+
+import ipaddress
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime
+from functools import cache
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from llama_stack_provider_moe.errors import InvalidInput, shorten
+
+MAX_DEPTH = 24
+MAX_SCHEMAS = 2_000
+MAX_PATTERN = 500  # characters
+_CHILD = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
+_IN_PLACE_LISTS = ("allOf", "anyOf", "oneOf")
+_IN_PLACE = ("if", "then", "else", "not")
+_VALUES = (
+    "type", "enum", "const", "multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum", "maxLength",
+    "minLength", "pattern", "maxItems", "minItems", "uniqueItems", "maxContains", "minContains", "maxProperties",
+    "minProperties", "required", "dependentRequired", "format", "title", "description", "default", "examples",
+    "$comment", "$ref", "deprecated", "readOnly", "writeOnly",
+)  # fmt: skip
+# Not `patternProperties`: jsonschema tries its patterns with Python's engine, which a text can keep busy for hours.
+KEYWORDS = {"properties", *_CHILD, *_IN_PLACE_LISTS, *_IN_PLACE, *_VALUES, "prefixItems", "dependentSchemas", "$defs"}
+_NOT_CLOSED_BELOW = ("not", "if", "contains", "propertyNames")  # closing there would widen the whole
+
+
+class Mismatch(NamedTuple):
+    """Where arguments do not match the schema.
+
+    Attributes:
+        pointer: JSON Pointer to the value.
+        keyword: of the schema that it breaks.
+    """
+
+    pointer: str
+    keyword: str
+
+
+class ClosedSchema:
+    """A schema, checked, closed and ready to validate.
+
+    Args:
+        schema: as written.
+        field: the caller's name for it, for errors.
+
+    Raises:
+        InvalidInput: the schema is not valid, or not one that this class supports.
+    """
+
+    def __init__(self, schema: Mapping[str, object], field: str) -> None:
+        if schema.get("type", "object") != "object":
+            raise InvalidInput(f"{field}.type", schema["type"], "'object', because arguments are an object")
+        self._count = 0
+        self.schema = self._closed({"type": "object", **schema}, field, 0, closes=True)
+        assert isinstance(self.schema, dict)
+        for where, ref in _refs(self.schema, field):
+            _resolved(self.schema, ref, where)
+        kind = _validator()
+        from jsonschema.exceptions import SchemaError as BadSchema
+
+        try:
+            kind.check_schema(self.schema)
+        except BadSchema as error:
+            path = ".".join([field, *map(str, error.absolute_path)])
+            raise InvalidInput(path, error.instance, f"what draft 2020-12 has there ({error.message[:120]})") from None
+        self._validate = kind(self.schema, format_checker=_formats())
+        try:
+            self.mismatches({})
+        except RecursionError:
+            raise InvalidInput(field, "$ref", "references that do not lead in a circle") from None
+
+    def mismatches(self, arguments: Mapping[str, object], limit: int = 3) -> list[Mismatch]:
+        """Return the first places where the arguments do not match.
+
+        Raises:
+            RecursionError: the schema leads in a circle at these arguments.
+        """
+        found = []
+        for error in self._validate.iter_errors(arguments):
+            found.append(Mismatch(pointer_of(error.absolute_path), str(error.validator)))
+            if len(found) == limit:
+                break
+        return found
+
+    def _closed(self, schema: object, field: str, depth: int, closes: bool) -> Any:
+        """A copy of `schema`; `closes`: whether it describes a whole value, rather than one of several views of it."""
+        self._count += 1
+        if depth > MAX_DEPTH or self._count > MAX_SCHEMAS:
+            raise InvalidInput(field, "deeper", f"at most {MAX_DEPTH} levels and {MAX_SCHEMAS:,} schemas")
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise InvalidInput(field, schema, "a JSON schema, an object")
+        unknown = sorted(set(map(str, schema)) - KEYWORDS)
+        if unknown:
+            raise InvalidInput(f"{field}.{unknown[0]}", schema.get(unknown[0]), "a keyword of JSON Schema 2020-12 that "
+                               "rules support; there is none of this name")  # fmt: skip
+        made = {key: self._keyword(key, value, f"{field}.{key}", depth + 1) for key, value in schema.items()}
+        if closes and not {"additionalProperties", "unevaluatedProperties"} & set(schema):
+            made["unevaluatedProperties"] = False
+        return made
+
+    def _keyword(self, key: str, value: object, field: str, depth: int) -> object:
+        closes = key not in _NOT_CLOSED_BELOW
+        if key in ("properties", "$defs", "dependentSchemas"):
+            if not isinstance(value, dict):
+                raise InvalidInput(field, value, "an object of schemas")
+            whole = key == "properties"  # a definition is whole where it is used
+            return {str(name): self._closed(each, f"{field}.{name}", depth, whole) for name, each in value.items()}
+        if key in _CHILD:
+            return self._closed(value, field, depth, closes)
+        if key in _IN_PLACE:
+            return self._closed(value, field, depth, closes=False)
+        if key in (*_IN_PLACE_LISTS, "prefixItems"):
+            if not isinstance(value, list):
+                raise InvalidInput(field, value, "a list of schemas")
+            whole = key == "prefixItems"
+            return [self._closed(each, f"{field}.{number}", depth, whole) for number, each in enumerate(value)]
+        if key == "pattern":
+            matcher(value, field)
+        if key == "format" and not (isinstance(value, str) and value in FORMATS):
+            raise InvalidInput(field, value, f"one of {', '.join(FORMATS)}; any other would not be checked")
+        if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+            raise InvalidInput(field, value, "a reference inside this schema, such as '#/$defs/path'")
+        return value
+
+
+def pointer_of(path: object) -> str:
+    """Return a JSON Pointer (RFC 6901) of keys and numbers, shortened: a key may be the attacker's."""
+    assert hasattr(path, "__iter__")
+    text = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def matcher(pattern: object, field: str, whole: bool = False) -> Callable[[str], bool]:
+    """Return a test of a text in linear time.
+
+    Args:
+        pattern: in the syntax of Rust's regex crate: that of Python without look-around and back-references.
+        field: the caller's name for it.
+        whole: whether all of the text must match, rather than some part.
+
+    Raises:
+        InvalidInput: the pattern is not valid, or too long.
+    """
+    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
+        raise InvalidInput(field, pattern, f"a pattern of at most {MAX_PATTERN} characters")
+    try:
+        found = _compiled(rf"\A(?:{pattern})\z" if whole else pattern)
+    except SchemaError as error:
+        why = str(error).replace("\n", " ")
+        raise InvalidInput(field, pattern, f"a pattern without look-around and back-references ({shorten(why)})") \
+            from None  # fmt: skip
+    return found.isinstance_python
+
+
+@cache
+def _compiled(pattern: str) -> SchemaValidator:
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex", strict=True))
+
+
+def _refs(schema: object, field: str) -> Iterator[tuple[str, str]]:
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            if key == "$ref" and isinstance(value, str):
+                yield f"{field}.$ref", value
+            elif key not in ("enum", "const", "default", "examples"):
+                yield from _refs(value, f"{field}.{key}")
+    elif isinstance(schema, list):
+        for number, each in enumerate(schema):
+            yield from _refs(each, f"{field}.{number}")
+
+
+def _resolved(schema: object, ref: str, field: str) -> None:
+    """Follow a reference, which may lead to itself only through a value inside: else validating would not end."""
+    seen = [ref]
+    while True:
+        here = schema
+        for part in seen[-1].removeprefix("#").split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
+                here = here[int(name)]
+            elif isinstance(here, dict) and name in here:
+                here = here[name]
+            else:
+                raise InvalidInput(field, ref, "a reference to a schema that is there")
+        following = here.get("$ref") if isinstance(here, dict) else None
+        if not isinstance(following, str):
+            return
+        if following in seen:
+            raise InvalidInput(field, ref, "a reference that does not lead in a circle")
+        seen.append(following)
+
+
+def _pattern(_: object, pattern: str, instance: object, __: object) -> Iterator[object]:
+    from jsonschema.exceptions import ValidationError
+
+    if isinstance(instance, str) and not matcher(pattern, "pattern")(instance):
+        yield ValidationError("does not match the pattern")
+
+
+@cache
+def _validator() -> Any:
+    """Draft 2020-12 with linear patterns; imported here, because it takes long and many servers have no ToolGuard."""
+    from jsonschema import Draft202012Validator, validators
+
+    return validators.extend(Draft202012Validator, {"pattern": _pattern})
+
+
+def _is_uri(text: str) -> bool:
+    return bool(urlsplit(text).scheme) and not any(each.isspace() for each in text)
+
+
+def _is_date(text: str) -> bool:
+    return date.fromisoformat(text).isoformat() == text  # Python also reads 20260101 and 2026-W01-4
+
+
+def _is_moment(text: str) -> bool:
+    return datetime.fromisoformat(text).tzinfo is not None and text[10:11] in ("T", "t")
+
+
+def _is_uuid(text: str) -> bool:
+    return str(uuid.UUID(text)) == text.lower()
+
+
+FORMATS: dict[str, Callable[[str], object]] = {
+    "date": _is_date,
+    "date-time": _is_moment,
+    "ipv4": ipaddress.IPv4Address,
+    "ipv6": ipaddress.IPv6Address,
+    "uri": _is_uri,
+    "uuid": _is_uuid,
+}
+
+
+@cache
+def _formats() -> Any:
+    from jsonschema import FormatChecker
+
+    checker = FormatChecker(formats=())
+    for name, read in FORMATS.items():
+
+        def holds(instance: object, read: Callable[[str], object] = read) -> bool:
+            return not isinstance(instance, str) or read(instance) is not False
+
+        checker.checks(name, raises=ValueError)(holds)
+    return checker

@@ -1,0 +1,157 @@
+"""The file of rules: what its checker refuses, what a closed schema closes, and that no pattern takes long."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
+from llama_stack_provider_moe.shields.closed_schema import ClosedSchema, matcher
+from llama_stack_provider_moe.shields.examples import failures
+from llama_stack_provider_moe.shields.rules import open_places, read_rules
+from tests.support.host_harness import RUN_CONFIGS
+
+TOOL: dict[str, Any] = {"parameters": {"properties": {"path": {"type": "string", "maxLength": 9}}}}
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "rules.yaml"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def with_tool(**changes: Any) -> dict[str, Any]:
+    return {"version": 1, "tools": {"read": {**TOOL, **changes}}}
+
+
+def with_rule(**rule: Any) -> dict[str, Any]:
+    return with_tool(rules=[{"argument": "/path", **rule}])
+
+
+BAD: list[tuple[Any, str]] = [
+    ("version: 1\ntools: {a: {parameters: {}}\n", "a YAML file of rules"),
+    ("version: 1\nversion: 1\ntools: {}\n", "line 2: key 'version' is given twice"),
+    ("a: &a [1]\nb: *a\n", "alias *a"),
+    ("[" * 2000, "a YAML file of rules"),
+    ("- 1\n", "the body: "),
+    ({"tools": {}}, "version: is missing"),
+    ({"version": 2, "tools": {}}, "version: 2 is not valid"),
+    ({"version": 1, "tools": {}, "tool": 1}, "tool: unknown key"),
+    ({"version": 1, "tools": {"read": {}}}, "tools.read.parameters: is missing"),
+    (with_tool(principal="ann"), "tools.read.principal: unknown key"),
+    (with_tool(max_calls=0), "tools.read.max_calls: 0 is not valid; expected >= 1"),
+    ({"version": 1, "tools": {"réad": TOOL}}, "'réad' is not the name of a tool"),
+    ({"version": 1, "tools": {"read": TOOL, "rea-d": TOOL, "Read": TOOL}}, "'Read' looks like 'read'"),
+    (with_tool(parameters={"type": "array"}), "tools.read.parameters.type: 'array'"),
+    (with_tool(parameters={"requried": ["path"]}), "tools.read.parameters.requried"),
+    (with_tool(parameters={"properties": {"a": {"type": "txt"}}}), "tools.read.parameters.properties.a.type: 'txt'"),
+    (with_tool(parameters={"properties": {"a": {"format": "zip"}}}), "one of date, date-time"),
+    (with_tool(parameters={"properties": {"a": {"format": ["date"]}}}), "one of date, date-time"),
+    (with_tool(parameters={"properties": {"a": {"pattern": "(a"}}}), "without look-around"),
+    (with_tool(parameters={"properties": {"a": {"pattern": "(?=a)"}}}), "without look-around"),
+    (with_tool(parameters={"properties": {"a": {"$ref": "http://example.org"}}}), "a reference inside this schema"),
+    (with_tool(parameters={"properties": {"a": {"$ref": "#/$defs/no"}}}), "a reference to a schema that is there"),
+    (with_tool(parameters={"allOf": [{"$ref": "#"}]}), "do not lead in a circle"),
+    (with_tool(parameters={"patternProperties": {"a": {}}}), "a keyword of JSON Schema"),
+    (with_rule(), "argument '/path' has no test"),
+    (with_rule(matches="(a"), "without look-around"),
+    (with_rule(matches="a", maches="b"), "maches: unknown key"),
+    (with_rule(inside="docs"), "expected an absolute folder"),
+    (with_rule(inside="/srv/../docs"), "expected an absolute folder"),
+    (with_tool(rules=[{"argument": "path", "max_length": 1}]), "expected a JSON Pointer"),
+    (with_tool(rules=[{"argument": "/pth", "max_length": 1}]), "an argument that `parameters` names: ['path']"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), BAD, ids=[str(number) for number in range(len(BAD))])
+def test_a_wrong_file_is_refused(tmp_path: Path, content: Any, says: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_rules(written(tmp_path, content))
+    assert says in str(refused.value), str(refused.value)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    content = {"version": 3, "tools": {"a": {}}, "max_calls": 999}
+    with pytest.raises(InvalidConfig) as refused:
+        read_rules(written(tmp_path, content))
+    assert len(refused.value.problems) == 3
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="No such file"):
+        read_rules(tmp_path / "no.yaml")
+    with pytest.raises(InvalidInput, match="a folder, not a regular file"):
+        read_rules(tmp_path)
+
+
+def test_our_own_rules_hold_and_limit_every_text() -> None:
+    rules = read_rules(RUN_CONFIGS / "shields" / "tools.yaml")
+    assert len(rules.examples) == 10
+    assert failures(rules) == []
+    assert open_places(rules) == []
+
+
+def test_an_example_that_fails_is_told(tmp_path: Path) -> None:
+    content = with_rule(inside="/srv")
+    content["examples"] = [
+        {"tool": "read", "arguments": {"path": "/srv/a"}, "verdict": "refused"},
+        {"tool": "read", "arguments": '{"path": "/x"}', "principal": "ann", "verdict": "allowed"},
+        {"tool": "read", "arguments": {"path": "/srv/a"}, "verdict": "allowed"},
+    ]
+    assert failures(read_rules(written(tmp_path, content))) == [
+        "examples.0: read for anonymous is allowed; expected refused",
+        "examples.1: read for ann is refused by tools.read.rules.0.inside; expected allowed",
+    ]
+
+
+def test_texts_without_a_limit_are_found(tmp_path: Path) -> None:
+    properties = {"a": {"type": "string"}, "b": {"enum": ["x"]}, "c": {"type": "integer"}, "d": True, "e": {}}
+    content = with_tool(parameters={"properties": properties}, rules=[{"argument": "/e", "max_length": 3}])
+    assert [each.argument for each in open_places(read_rules(written(tmp_path, content)))] == ["a", "d"]
+
+
+def pointers(schema: dict[str, Any], arguments: dict[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(each) for each in ClosedSchema(schema, "schema").mismatches(arguments)]
+
+
+def test_a_schema_is_closed_at_every_depth() -> None:
+    inner = {"properties": {"b": {"type": "integer"}}}
+    extra = [("/a", "unevaluatedProperties")]
+    assert pointers({"properties": {"a": inner}}, {"a": {"b": 1, "c": 2}}) == extra
+    assert pointers({"properties": {"a": {"type": "array", "items": inner}}}, {"a": [{"b": 1, "c": 2}]}) == [
+        ("/a/0", "unevaluatedProperties")
+    ]
+    assert pointers({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": inner}}, {"a": {"c": 2}}) == extra
+    both = {"allOf": [inner, {"properties": {"c": {}}}]}
+    assert pointers({"properties": {"a": both}}, {"a": {"b": 1, "c": 2}}) == [], "the parts see each other"
+    assert pointers({"properties": {"a": both}}, {"a": {"b": 1, "c": 2, "d": 3}}) == extra
+    assert pointers({"properties": {"a": {}}}, {"a": {"b": 1}}) == extra, "{} takes any value but unnamed keys"
+
+
+def test_a_schema_that_says_so_stays_open() -> None:
+    assert pointers({"additionalProperties": True}, {"a": {"b": 1}}) == []
+    assert pointers({"additionalProperties": {"type": "integer"}}, {"a": 1, "b": 2}) == []
+    assert pointers({"additionalProperties": {"type": "integer"}}, {"a": "x"}) == [("/a", "type")]
+
+
+def test_a_schema_that_holds_itself_ends() -> None:
+    tree = {"properties": {"child": {"$ref": "#"}, "name": {"type": "string"}}}
+    assert pointers(tree, {"child": {"child": {"name": "a"}}}) == []
+    assert pointers(tree, {"child": {"child": {"name": 1}}}) == [("/child/child/name", "type")]
+
+
+def test_no_pattern_takes_long() -> None:
+    """With Python's engine the first takes years, and the second minutes."""
+    began = time.process_time()
+    for pattern, text in ((r"(a+)+$", "a" * 100_000 + "!"), (r".*.*.*.*=", "a" * 100_000), (r"(a|a)*b", "a" * 100_000)):
+        assert not matcher(pattern, "pattern", whole=True)(text)
+    assert time.process_time() - began < 5
+
+
+def test_a_pattern_of_the_whole_text_is_anchored() -> None:
+    whole = matcher("a|b", "pattern", whole=True)
+    assert [whole(text) for text in ("a", "b", "ab", "xa", "b\n", "")] == [True, True, False, False, False, False]
+    part = matcher("a|b", "pattern")
+    assert [part(text) for text in ("xa", "b\n", "c")] == [True, True, False]
