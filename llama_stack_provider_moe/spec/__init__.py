@@ -205,6 +205,20 @@ class TrainingJob(EvaluatedJob):
         return self
 
     @model_validator(mode="after")
+    def _something_trains(self) -> "TrainingJob":
+        if self.adapter is None:
+            return self
+        if self.moe.train_router_only:
+            raise ValueError("moe.train_router_only: true is for adapter null, and trains all weights of the routers; "
+                             "for LoRA on routers alone set adapter.lora_attn_modules [], adapter.apply_lora_to_mlp "
+                             "false and moe.train_router true")  # fmt: skip
+        if self.adapter.is_for_routers_alone and not (self.moe.train_router or self.adapter.init_from):
+            raise ValueError("adapter: an adapter without a target trains nothing; set lora_attn_modules, "
+                             "apply_lora_to_mlp or apply_lora_to_output, or moe.train_router true for the routers "
+                             "alone")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _only_adapters_are_merged(self) -> "TrainingJob":
         if self.export is not None and self.adapter is None:
             self.export.check_without_adapter("export.")

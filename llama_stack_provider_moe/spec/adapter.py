@@ -201,12 +201,10 @@ class Adapter(Block):
             raise ValueError(f"{modules} names a module twice")
         return modules
 
-    @model_validator(mode="after")
-    def _targets_something(self) -> "Adapter":
-        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
-            raise ValueError("an adapter without a target trains nothing; set lora_attn_modules, or set "
-                             "apply_lora_to_mlp or apply_lora_to_output")  # fmt: skip
-        return self
+    @property
+    def is_for_routers_alone(self) -> bool:
+        """Whether nothing but routers can get LoRA, which `moe.train_router` asks for."""
+        return not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output)
 
     @model_validator(mode="after")
     def _plan_and_its_settings_agree(self) -> "Adapter":

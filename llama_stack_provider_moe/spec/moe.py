@@ -74,6 +74,11 @@ class Moe(Block):
         default=None,
         description="Train the routers (with LoRA, or all their weights); left out: true if all weights train.",
     )
+    train_router_only: bool = Field(
+        default=False,
+        description="Train all weights of the routers and nothing else; with `adapter` null. For LoRA on routers alone "
+        "set `adapter.lora_attn_modules` [], `adapter.apply_lora_to_mlp` false and `train_router` true.",
+    )
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Moe":
@@ -84,6 +89,8 @@ class Moe(Block):
         if self.moe_load_balancing == "expert_choice" and not ours:
             raise ValueError("moe_load_balancing: 'expert_choice' needs our code for experts: experts_backend "
                              "'auto', 'torch' or 'triton', and enable_moe_optimizations true")  # fmt: skip
+        if self.train_router_only and self.train_router is False:
+            raise ValueError("train_router: false is not valid with train_router_only true; leave one of them out")
         if self.router_bias_rate != BIAS_RATE and self.moe_load_balancing != "aux_free":
             raise ValueError("router_bias_rate: is used only with moe_load_balancing 'aux_free'")
         return self

@@ -223,6 +223,10 @@ _METHOD_CASES = [
     Bad("module named twice", SFT, {"algorithm_config.lora_attn_modules": ["q_proj", "q_proj"]}, 400, "names a module"),
     Bad("adapter without targets", JOBS, {"adapter": {"lora_attn_modules": [], "apply_lora_to_mlp": False}}, 400,
         "adapter: an adapter without a target trains nothing"),
+    Bad("routers alone beside LoRA", JOBS, {"moe.train_router_only": True}, 400,
+        "moe.train_router_only: true is for adapter null"),
+    Bad("routers alone that are frozen", JOBS, {"adapter": None, "moe": {"train_router": False,
+        "train_router_only": True}}, 400, "train_router: false is not valid with train_router_only true"),
     Bad("two ranks", SFT, {"adapter": {"rank": 4}}, 400, "adapter.rank: 4 is not valid; expected 8, as in"),
     Bad("LoRA and no adapter", SFT, {"adapter": None}, 400, "adapter: None is not valid; expected an object, or"),
     Bad("unknown optimizer", SFT, {_OPT + "optimizer_type": "lion"}, 400, "training_config.optimizer_config."

@@ -99,6 +99,8 @@ def add_lora(
         AdapterError: a target does not exist, can't have the adapter as asked, or did not get it.
     """
     targets = find_targets(model, adapter, layout, resolved.train_router)
+    if layout is not None and set(targets.all.values()) == {"router"}:
+        require_gradient(layout)
     settings = settings_by_target(adapter, targets, layout)
     ours = resolved.experts_implementation in ALL_OURS
     _refuse_on_parameters(adapter, targets, ours)
@@ -172,30 +174,55 @@ def _rates(found: dict[str, LoraLayer], settings: dict[str, TargetSettings]) -> 
 
 
 def train_whole(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedMoe) -> AdapterReport:
-    """Make every weight trainable, routers as resolved; biases that only affect the choice of experts never train."""
+    """Make every weight trainable, or those of the routers alone; biases that only affect the choice of experts never
+    train.
+
+    Raises:
+        AdapterError: routers alone would train, and the loss has no gradient for them.
+    """
     model.requires_grad_(True)
     others = outside_text(model)
     frozen: set[str] = set()
+    alone: tuple[str, ...] | None = None
+    if resolved.routers_alone and layout is not None:
+        require_gradient(layout)
+        alone = tuple(f"{layout.path(layer, layout.router_path)}." for layer in layout.moe_layers)
     if layout is not None:
         below = [*layout.frozen] if resolved.train_router else [*layout.frozen, f"{layout.router_path}."]
         frozen = {layout.path(layer, path) for layer in layout.moe_layers for path in below}
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        if name in others or any(name.startswith(path) for path in frozen):
+        kept = name in others or any(name.startswith(path) for path in frozen)
+        if kept or (alone is not None and not name.startswith(alone)):
             parameter.requires_grad_(False)
         else:
             counts[_part(name, layout)] += parameter.numel()
     notes = [] if layout is None or resolved.train_router else ["routers are frozen"]
-    if others:
+    if alone is not None:
+        notes.append("routers train alone; every other weight is frozen")
+    elif others:
         notes.append(f"only the language model trains; {len(others)} other tensors of the model are frozen")
     return AdapterReport(
-        method="full training",
-        targets={"all weights": 1},
+        method="full training" if alone is None else "full training of the routers",
+        targets={"all weights": 1} if layout is None or alone is None else {layout.router_path: len(alone)},
         by_group=dict(counts),
         trainable_parameters=sum(counts.values()),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         notes=tuple(notes),
     )
+
+
+def require_gradient(layout: ExpertLayout) -> None:
+    """Check that routers that train alone have a gradient: one expert's weight, renormalised over itself, is always 1.
+
+    Raises:
+        AdapterError: the language loss does not depend on the routers' weights.
+    """
+    if layout.top_k == 1 and layout.weighing == "chosen":
+        raise AdapterError(
+            "moe: routers alone would train, and the loss has no gradient for them: this model sends each token to one "
+            "expert, whose weight is always 1; expected a model with top-k of 2 or more, or more to train"
+        )
 
 
 def _refuse_on_parameters(adapter: Adapter, targets: Targets, ours: bool) -> None:

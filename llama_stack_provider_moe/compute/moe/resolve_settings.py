@@ -34,6 +34,7 @@ class ResolvedMoe:
         own_aux: this package computes the balance loss, and the model's own loss is off.
         bias_rate: rate of `aux_free`; 0 with any other balancing.
         experts_implementation: see `implementation`; None for a dense model.
+        routers_alone: of the model's own weights, those of the routers train and no others.
         notes: remarks for the job's log.
     """
 
@@ -48,6 +49,7 @@ class ResolvedMoe:
     router_jitter: float
     experts_implementation: ExpertsImplementation | None
     train_router: bool
+    routers_alone: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -69,7 +71,7 @@ class ResolvedMoe:
             f"expert dropout {self.expert_dropout:g}" if self.expert_dropout else "no expert dropout",
             f"router jitter {self.router_jitter:g}" if self.router_jitter else "no router jitter",
             f"experts {self.experts_implementation}",
-            f"routers {'train' if self.train_router else 'frozen'}",
+            f"routers {('train alone' if self.routers_alone else 'train') if self.train_router else 'frozen'}",
             *self.notes,
         ]
         return "; ".join(parts)
@@ -160,6 +162,7 @@ def resolve_moe(
         router_jitter=moe.router_jitter,
         experts_implementation=choice.implementation,
         train_router=train_router,
+        routers_alone=moe.train_router_only,
         notes=tuple(notes),
     )
 
@@ -204,6 +207,7 @@ def _resolve_dense(moe: Moe) -> ResolvedMoe:
         "router_jitter",
         "expert_dropout",
         "train_router",
+        "train_router_only",
     ):
         if value := getattr(moe, field):
             raise _refusal(field, value, "no value (or off): the model is dense and has no experts or routers")

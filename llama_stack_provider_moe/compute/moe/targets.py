@@ -100,6 +100,11 @@ def find_targets(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None
     if train_router and layout is not None:
         for layer in layout.moe_layers:
             targets.parameters[layout.path(layer, f"{layout.router_path}.{layout.router_weight}")] = "router"
+    if not targets.all:
+        raise AdapterError("adapter: an adapter without a target trains nothing; set lora_attn_modules, "
+                           "apply_lora_to_mlp or apply_lora_to_output, or moe.train_router true")  # fmt: skip
+    if set(targets.all.values()) == {"router"}:
+        targets.notes.append("only the routers have LoRA; every other weight stays as it is")
     if adapter.layers is not None:
         _keep_layers(targets, model, adapter.layers)
     if adapter.plan == "trunk" and layout is not None:

@@ -164,7 +164,10 @@ def _layout_from_config(config: Mapping[str, object], given: str, request: Draft
     leaves = {each.rpartition(".")[2] for each in modules}
     layout["lora_attn_modules"] = [ours for theirs, ours in _ATTENTION.items() if theirs in leaves]
     layout["apply_lora_to_output"] = _HEAD in leaves
-    layout["apply_lora_to_mlp"] = bool(parameters or leaves - {*_ATTENTION, _HEAD})
+    in_mlp = bool(leaves - {*_ATTENTION, _HEAD} or [each for each in parameters if ".experts." in each])
+    # Another parameter is a router's, or of an MLP beside the experts: the training process compares.
+    if in_mlp or not parameters:
+        layout["apply_lora_to_mlp"] = in_mlp
     layout["layers"] = _layers(config)
     return layout
 

@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
                      "moe": {"moe_load_balancing": "aux_free", "router_bias_rate": 0.05}},
     "sft-whole": {"recipe": "sft", "family": "qwen3_moe", "batch": 8, "adapter": None, "optimizer": {"lr": 1e-3},
                   "efficiency": {"enable_activation_checkpointing": True}, "rows": sft_rows(17)},
+    "sft-router": {"recipe": "sft", "family": "granitemoe", "batch": 8, "adapter": None, "optimizer": {"lr": 1e-3},
+                   "moe": {"train_router_only": True}, "rows": sft_rows(17)},
     "dpo": {"recipe": "dpo", "family": "mixtral", "batch": 8, "rows": dpo_rows(17),
             "moe": {"moe_load_balancing": "gshard", "router_aux_loss_coef": 0.1}},
     # 7 pairs in steps of 4, so one step has 3, and one process gets none of the last; 5 held out, of unequal lengths.

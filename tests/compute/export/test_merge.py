@@ -71,6 +71,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         ("mixtral", Adapter(rank=2, alpha=4, plan="trunk"), {}),
         ("qwen2_moe", Adapter(rank=2, alpha=4, plan="all_experts", use_rslora=True, dropout=0.1), {}),
         ("granitemoe", Adapter(rank=3, alpha=4, lora_attn_modules=[], expert_modules=["down_proj"]), {}),
+        ("gpt_oss", Adapter(rank=4, alpha=64, lora_attn_modules=[], apply_lora_to_mlp=False), {"train_router": True}),
         ("qwen3_moe", Adapter(rank=4, alpha=4, router_rank=1, alphas={"router": 8}), {"train_router": True}),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama_stack_provider_moe.compute.moe.adapters import Adapted, add_lora, injected
+from llama_stack_provider_moe.compute.moe.adapters import Adapted, add_lora, injected, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_patt
 
 FAMILIES = ("granitemoe", "mixtral", "qwen3_next", "deepseek_v3", "llama4_text", "gpt_oss")
 RULES = [{"experts": {"0": 3, "2": 1}}]
+ROUTER_ALONE: dict[str, Any] = {"lora_attn_modules": [], "apply_lora_to_mlp": False}
 
 
 def made(family: str, moe: dict[str, Any] | None = None, **adapter: Any) -> tuple[Adapted, ExpertLayout]:
@@ -105,14 +106,17 @@ def test_only_named_experts_change_and_each_has_its_rank(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("plan", ["trunk", "all_experts", "per_expert"])
+@pytest.mark.parametrize("plan", ["trunk", "all_experts", "per_expert", "router"])
 def test_plain_peft_loads_every_plan(family: str, plan: str, tmp_path: Path) -> None:
     """Saved, reloaded, merged and reloaded again: the same logits; off: the base bitwise."""
     tiny_models.build(family, tmp_path / "base")
-    extra = {"rules": RULES} if plan == "per_expert" else {}
-    adapted, layout = made(
-        family, {"train_router": True}, plan=plan, rank=2, router_rank=3, alphas={"router": 6, "attention": 5}, **extra
-    )
+    extra: dict[str, Any] = {"plan": plan, "alphas": {"router": 6, "attention": 5}}
+    if plan == "per_expert":
+        extra["rules"] = RULES
+    if plan == "router":
+        extra = {**ROUTER_ALONE, "alphas": {"router": 40}}
+    adapted, layout = made(family, {"train_router": True}, rank=2, router_rank=3, **extra)
+    assert (set(adapted.report.by_group) == {"router"}) is (plan == "router")
     base_logits = logits(tiny_models.model(family))
     model = trained(adapted).eval()
     expected = logits(model)
@@ -282,6 +286,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"router_rank": 3}, r"router_rank: 3 would have no effect: .*moe\.train_router true"),
     ("mixtral", {"alphas": {"router": 3}}, r"alphas: router would have no effect: .* only has attention, experts"),
     ("mixtral", {"lr_multipliers": {"shared_experts": 3}}, r"lr_multipliers: shared_experts would have no effect"),
+    ("mixtral", ROUTER_ALONE, "without a target trains nothing; .* or moe.train_router true"),
     ("mixtral", {"plan": "trunk", "expert_modules": ["down_proj"]}, r"expert_modules: would have no effect"),
 ]  # fmt: skip
 
@@ -290,6 +295,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_settings_without_effect_or_target_are_refused(family: str, adapter: dict[str, Any], expected: str) -> None:
     with pytest.raises(AdapterError, match=expected):
         made(family, **adapter)
+
+
+def test_routers_alone_need_a_gradient() -> None:
+    """With top-1 Mixtral renormalises the weight of the only expert to 1; Llama 4 keeps the router's sigmoid."""
+    model = tiny_models.model("mixtral", num_experts_per_tok=1)
+    layout = find_layout(model)
+    alone = Moe(train_router_only=True)
+    with pytest.raises(AdapterError, match="no gradient for them: this model sends each token to one expert"):
+        train_whole(model, layout, resolve_moe(alone, layout, full=True))
+    with pytest.raises(AdapterError, match="no gradient for them"):
+        add_lora(model, Adapter(**ROUTER_ALONE), layout, resolve_moe(Moe(train_router=True), layout, full=False))
+    model.requires_grad_(True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert layout is not None
+    gradients = [router.weight.grad.abs().max() for router in layout.routers(model).values()]  # type: ignore[union-attr]
+    assert max(gradients) < 1e-6, "the refusal tells the truth"
+    report = made("llama4_text", {"train_router": True}, **ROUTER_ALONE)[0].report
+    assert (set(report.by_group), report.notes[0]) == (
+        {"router"}, "only the routers have LoRA; every other weight stays as it is")  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", ["all_experts", "per_expert"])

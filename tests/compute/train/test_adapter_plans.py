@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from tests.support import tiny_models
@@ -22,6 +23,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "trunk": {"plan": "trunk", "rank": 4},
     "all_experts": {"plan": "all_experts", "rank": 4},
     "per_expert": {"plan": "per_expert", "rank": 4, "rules": RULES},
+    "router": {"rank": 4, "lora_attn_modules": [], "apply_lora_to_mlp": False},
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "switch": {"router_aux_loss_coef": 0.01},
@@ -43,14 +45,34 @@ def finished(run: Run) -> Run:
 def test_plans(workshop: Workshop, plan: str, recipe: str) -> None:
     run = finished(workshop.run(recipe, "mixtral", adapter=PLANS[plan], moe={"train_router": True}))
     groups = set(run.resolved["adapter"]["by_group"])
-    assert groups == {"attention", "router"} | (set() if plan == "trunk" else {"experts"})
+    wanted = {"attention", "router"} | (set() if plan == "trunk" else {"experts"})
+    assert groups == (wanted if plan != "router" else {"router"})
     saved = run.adapter()
     experts = {name: tensor for name, tensor in saved.items() if ".experts." in name}
-    assert bool(experts) is (plan != "trunk")
+    assert bool(experts) is ("experts" in groups)
     for name, tensor in experts.items() if plan == "per_expert" else ():
         by_expert = tensor.view(4, 4, -1) if "lora_A" in name else tensor.view(-1, 4, 4).permute(2, 1, 0)
         used = (by_expert != 0).any(dim=-1).sum(dim=-1)
         assert used.tolist() == [4, 0, 2, 0], name
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "deepseek_v3"])
+def test_all_weights_of_the_routers_alone(workshop: Workshop, family: str) -> None:
+    """Every weight of every router moves, gpt-oss's bias too, and no other, bit by bit; transformers loads it."""
+    moe = {"train_router_only": True, "router_aux_loss_coef": 0}
+    training = {"dtype": "fp32", "n_epochs": 2}
+    run = finished(workshop.run("sft", family, adapter=None, moe=moe, training=training, optimizer={"lr": 3e-2}))
+    assert set(run.resolved["adapter"]["by_group"]) == {"router"}
+    assert run.resolved["adapter"]["notes"] == ["routers train alone; every other weight is frozen"]
+    assert run.resolved["moe"]["routers_alone"] is True
+    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (workshop.model(family), run.folder.model))
+    layout = find_layout(before)
+    assert layout is not None
+    routers = tuple(layout.path(layer, f"{layout.router_path}.") for layer in layout.moe_layers)
+    moved = {name for name, tensor in before.named_parameters() if not torch.equal(tensor, after.get_parameter(name))}
+    assert moved == {name for name, _ in before.named_parameters() if name.startswith(routers)}
+    assert len(moved) >= len(layout.moe_layers) * (2 if family == "gpt_oss" else 1)
+    assert run.resolved["adapter"]["trainable_parameters"] == sum(before.get_parameter(each).numel() for each in moved)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])

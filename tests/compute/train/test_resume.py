@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
                  "moe": {"router_jitter": 0.1, "train_router": True},
                  "adapter": {"plan": "per_expert", "rank": 4, "dropout": 0.1, "lr_multipliers": {"router": 2.0},
                              "rules": [{"experts": {"0": 4, "1-2": 2}, "lr_multiplier": 3.0}]}},
+    "sft-router": {"recipe": "sft", "family": "mixtral", "training": {"n_epochs": 3, "batch_size": 4}, "adapter": None,
+                   "moe": {"train_router_only": True}, "optimizer": {"lr": 1e-2}},
     "sft-aux-free": {"recipe": "sft", "family": "deepseek_v3", "training": {"n_epochs": 3, "batch_size": 4},
                      "moe": {"moe_load_balancing": "aux_free", "router_bias_rate": 0.05}},
     "circuit-breaker": {"recipe": "circuit_breaker", "family": "mixtral", "adapter": {"rank": 4, "dropout": 0.1},

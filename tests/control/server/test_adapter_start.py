@@ -112,6 +112,18 @@ def test_an_adapter_that_peft_wrote(service: PostTrainingService) -> None:
                      "not check whether that is the same model as 'owner/name'"]  # fmt: skip
 
 
+def test_routers_alone(service: PostTrainingService) -> None:
+    """What a job leaves out comes from the other job; PEFT's config does not say which parameter is a router's."""
+    alone = {"lora_attn_modules": [], "apply_lora_to_mlp": False}
+    job = trained(service, "adapter", adapter={"rank": 4, **alone}, moe={"train_router": True})
+    spec, _ = spec_of(service, adapter={"init_from": job})
+    assert (spec.adapter.is_for_routers_alone, spec.moe.train_router) == (True, True)
+    gates = [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
+    adapter_at(service.config.models_dir / "gates", target_modules=[], target_parameters=gates)
+    body = {"adapter": {"init_from": "gates", "apply_lora_to_mlp": False}, "moe": {"train_router": True}}
+    assert spec_of(service, **body)[0].adapter.is_for_routers_alone
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
