@@ -1,15 +1,17 @@
-"""What pruning a quarter of a small trained model's experts costs, by each way to choose them.
+"""What a quarter fewer experts cost a small trained model: pruned or merged, by each way to choose them.
 
     $ OMP_NUM_THREADS=1 python -m benchmarks.pruning     # some two minutes on one core
 
 A Qwen3-MoE of 2 layers, 16 experts and top-2 learns bytes of this project's own pages and code from nothing. Experts
 are then chosen on some held-out texts, and the loss is measured on others, with and without the chosen ones (a masked
 expert is a pruned one; `tests/compute/surgery/test_prune.py`). Chance is a list drawn at random; `worst` removes the
-experts with the highest REAP score, which shows how far apart experts are at all.
+experts with the highest REAP score, which shows how far apart experts are at all. A merged model is measured in memory
+(`compute.surgery.twin`).
 """
 
 import argparse
 import json
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -23,7 +25,11 @@ from benchmarks.machine import RESULTS, machine, versions
 from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
 from llama_stack_provider_moe.compute.methods.surgery import highest
 from llama_stack_provider_moe.compute.moe.derive import find_layout
-from llama_stack_provider_moe.compute.surgery.calibrate import calibrate, losses
+from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
+from llama_stack_provider_moe.compute.surgery.calibrate import calibrate, losses, losses_of
+from llama_stack_provider_moe.compute.surgery.prepared import Rows
+from llama_stack_provider_moe.compute.surgery.twin import twin_of
+from llama_stack_provider_moe.spec.surgery import LIKENESSES, Surgery
 
 ROOT = Path(__file__).parents[1]
 EXPERTS, KEPT, LENGTH, BATCH = 16, 12, 64, 16
@@ -65,8 +71,21 @@ def prompts(rows: Tensor) -> list[Prompt]:
     return [Prompt(row.tolist(), [True] * LENGTH) for row in rows]
 
 
+def merged(model: PreTrainedModel, calibration: list[Prompt], measured: list[Prompt]) -> dict[str, float]:
+    """Loss in nats a byte of the merged models, by the likeness of their experts."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for by in LIKENESSES:
+            prepared = prepare(Path(folder), Surgery.model_validate({"action": "merge", "keep": KEPT, "by": by}))
+            decision = choose(prepared, Rows(model, calibration, 32))
+            twin = twin_of(model, prepared.resized, decision.experts)
+            found[f"merge-{by}"] = losses_of(model, twin, measured, 32).after
+    return found
+
+
 def one_seed(rows: Tensor, steps: int, seed: int) -> dict[str, float]:
-    """Loss in nats a byte: of the whole model, and without a quarter of its experts by each way to choose."""
+    """Loss in nats a byte: of the whole model, and with a quarter fewer experts by each way to choose."""
     held_out = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     calibration, measured, learnt = prompts(held_out[:64]), prompts(held_out[64:192]), held_out[192:]
     model = trained(learnt, steps, seed)
@@ -85,6 +104,7 @@ def one_seed(rows: Tensor, steps: int, seed: int) -> dict[str, float]:
         }
         loss = losses(model, layout, measured, masked, 32)
         figures |= {"before": loss.before, way: loss.after}
+    figures |= merged(model, calibration, measured)
     figures["chance"] = mean(figures.pop(f"chance-{draw}") for draw in range(CHANCE_DRAWS))
     return figures
 

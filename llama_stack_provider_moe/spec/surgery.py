@@ -52,7 +52,7 @@ class AddedExperts(Block):
         description="Standard deviation of the noise that is added to each new matrix, as a share of the matrix's own "
         "standard deviation. 0: none, and training all weights does not tell copies apart.",
     )
-    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of that noise.")
+    seed: int | None = Field(default=None, ge=0, lt=2**32, description="Seed of that noise; default 42.")
     router: Literal["copy", "domain", "zero"] = Field(
         default="copy",
         description="Router row of a new expert. copy: that of the expert it copies (with `mlp_from`, the mean of "
@@ -72,7 +72,7 @@ class AddedExperts(Block):
             raise ValueError(f"copy_of: {self.copy_of} has no effect with `mlp_from`; expected one of the two")
         if self.mlp_from is None and self.mlp_expert is not None:
             raise ValueError(f"mlp_expert: {self.mlp_expert} has no effect without `mlp_from`; expected none")
-        if self.noise == 0 and "seed" in self.model_fields_set:
+        if self.noise == 0 and self.seed is not None:
             raise ValueError(f"seed: {self.seed} has no effect without `noise`; expected none")
         return self
 

@@ -81,6 +81,7 @@ class AddExpertsCommand(JsonCommandLine):
         "them is measured too.",
         "FILE",
     )  # fmt: skip
+    closed: bool = option(False, str(AddedExperts.model_fields["closed"].description))
     out: str = option("extended", _OUT, "OUT")
     dry_run: bool = option(False, _DRY_RUN)
 
@@ -101,8 +102,12 @@ PRUNE_COMMAND: type[PruneCommand] = create_model(
 MERGE_EXPERTS_COMMAND: type[MergeExpertsCommand] = create_model(
     "MergeExpertsCommand", __base__=MergeExpertsCommand, **settings_of(SurgeryTraining, SurgeryOptions)
 )
+_ADDED = tuple(name for name in AddedExperts.model_fields if name not in AddExpertsCommand.model_fields)
 ADD_EXPERTS_COMMAND: type[AddExpertsCommand] = create_model(
-    "AddExpertsCommand", __base__=AddExpertsCommand, **settings_of(AddedExperts, SurgeryTraining, SurgeryOptions)
+    "AddExpertsCommand",
+    __base__=AddExpertsCommand,
+    **settings_of(AddedExperts, only=_ADDED),
+    **settings_of(SurgeryTraining, SurgeryOptions),
 )
 SurgeryCommand = PruneCommand | MergeExpertsCommand | AddExpertsCommand | SplitCommand
 

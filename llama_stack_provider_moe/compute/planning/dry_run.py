@@ -127,8 +127,8 @@ class Rehearsal:
         dtype: of the base.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, device: Device) -> None:
-        self.plain_head = needs_plain_head(model)
+    def __init__(self, model: PreTrainedModel | PeftModel, device: Device, plain_head: bool = False) -> None:
+        self.plain_head = plain_head or needs_plain_head(model)
         self._model, self._device = model, device
         self._mode = FakeTensorMode()
         self._path, self._layers = decoder_layers(model)

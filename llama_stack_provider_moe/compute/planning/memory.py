@@ -39,6 +39,7 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     process_memory,
     weights_of,
 )
+from llama_stack_provider_moe.compute.planning.teacher import TeacherMemory
 from llama_stack_provider_moe.spec import TrainingRecipe
 
 HALF, SINGLE = 2, 4  # bytes of a number
@@ -217,6 +218,7 @@ class StepMoments:
         accumulates: gradients of earlier micro-batches exist.
         transient: bytes that the strategy needs.
         reference: one of DPO's passes is that of the reference.
+        teacher: what the teacher of a job that distils takes.
     """
 
     recipe: TrainingRecipe
@@ -228,6 +230,7 @@ class StepMoments:
     accumulates: bool = False
     transient: TransientMemory = NOTHING
     reference: bool = True
+    teacher: TeacherMemory | None = None
 
     def peak(self, held: ProcessMemory, bits: Bits, checkpointing: bool) -> MemoryEstimate:
         """The moment that takes the most, in addition to what is needed all the time."""
@@ -271,9 +274,10 @@ class StepMoments:
                 )  # fmt: skip
         all_held = replace(base, activations=passes * held)
         if not breaker:
-            yield "head, forward", replace(all_held, working=ends.forward, gathered=self.transient.head)
+            compared = 0 if self.teacher is None else self.teacher.logits + self.teacher.compared
+            yield "head, forward", replace(all_held, working=ends.forward + compared, gathered=self.transient.head)
             gathered = self.transient.head + self.transient.ahead
-            yield "head, backward", replace(all_held, working=ends.backward, gathered=gathered)
+            yield "head, backward", replace(all_held, working=ends.backward + compared, gathered=gathered)
         if self.recipe == "dpo" and self.reference:
             alone = self.run.shared + max(layer.without_graph for layer in layers)
             for where, working, gathered in (

@@ -31,9 +31,10 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     transient_memory,
     weights_of,
 )
+from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
 
@@ -174,10 +175,13 @@ class Planner:
         ahead = False
         if isinstance(spec, DPOSpec):
             ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
-        copies = spec.recipe == "dpo" and whole and not ahead
+        teacher = teacher_memory(spec, self._config)
+        copies = teacher.copies if teacher is not None else spec.recipe == "dpo" and whole and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
         has = process_memory(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
+        if teacher is not None:
+            has = replace(has, weights=has.weights + teacher.weights)
         if spec.resources.cpu_offload:  # the device holds only the gathered layers
             buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
             has = replace(has, weights=buffers, gradients=0, optimizer=0, largest=0)
@@ -188,6 +192,7 @@ class Planner:
             transient=transient_memory(made.adapted, made.weights, way, processes, tokens, wide),
             accumulates=spec.training.gradient_accumulation_steps > 1,
             reference=not ahead,
+            teacher=teacher,
         )
         return step.peak(has, made.bits, spec.efficiency.enable_activation_checkpointing), has.certain
 
@@ -252,7 +257,8 @@ class Planner:
         batch = Batch(spec.training.batch_size, spec.options.max_length)
         adapter = None if spec.adapter is None else spec.adapter.model_dump()
         breaker = spec.circuit_breaker.model_dump() if isinstance(spec, BreakerSpec) else None
-        key = repr((spec.recipe, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
+        distils = isinstance(spec, SFTSpec) and spec.distill is not None
+        key = repr((spec.recipe, distils, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
         if key not in self._seen:
             self._seen[key] = self._rehearse(spec, batch)
         return self._seen[key]
@@ -268,7 +274,8 @@ class Planner:
         bits: Bits = 16 if adapter is None or not adapter.quantize_base else adapter.quantize_bits
         adapted = adapt(model, adapter, spec.moe, bits)
         weights, device = weights_of(adapted), self.machine.device
-        run = rehearse(Rehearsal(adapted.model, device), adapted, spec.recipe, batch, device)
+        distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
+        run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
         return _Rehearsed(adapted, weights, step, bits)
 

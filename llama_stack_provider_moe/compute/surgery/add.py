@@ -31,6 +31,7 @@ from llama_stack_provider_moe.spec.surgery import AddedExperts, Surgery
 
 # Sigmoid scores are from 0 to 1, so a bias this far below the lowest one is below every other choice.
 _BELOW = 1.01
+SEED = 42
 _NEW = -1  # in the report, the old number of an expert that has none
 
 
@@ -151,7 +152,8 @@ class Added:
             made = as_part(mlp, name, self.reader.layout, self.reader.turns, self.reader.shape(parameter))
         if not self.asked.noise or made.dim() < 2:
             return made
-        drawn = torch.randn(made.shape, generator=generator_of(self.asked.seed, f"{parameter}.{self.number}"))
+        seed = SEED if self.asked.seed is None else self.asked.seed
+        drawn = torch.randn(made.shape, generator=generator_of(seed, f"{parameter}.{self.number}"))
         return made + self.asked.noise * made.std() * drawn
 
     def _row(self, parameter: str, is_matrix: bool) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from llama_stack_provider_moe.compute.surgery.report import SurgeryReport
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import Forbidden, InvalidInput
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.surgery import REPORT_FILE
 from tests.compute.recipes.test_routing_analysis import GARDEN, SFT, SUMS, reason, run
@@ -123,6 +123,62 @@ def test_a_model_is_split(service: PostTrainingService) -> None:
     assert gap(logits(new), logits(old)) <= 3e-6
 
 
+def test_experts_are_merged(service: PostTrainingService) -> None:
+    body = PRUNE | {"surgery": {"action": "merge", "keep": 5, "by": "outputs"}, "job_uuid": "joined"}
+    with caller("ann"):
+        job_id, code = run(service, body)
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    report, manifest = report_of(folder), folder.read_manifest()
+    assert (report.experts_after, report.by) == (5, "outputs")
+    assert manifest is not None
+    assert report.loss is not None
+    assert manifest.summary["kl"] == report.loss.kl > 0
+    assert surgery_models.layout_of(surgery_models.load(folder.model)).num_experts == 5
+
+
+def test_experts_of_a_domain_are_added_from_a_job_of_ones_own(service: PostTrainingService, pruned: str) -> None:
+    added = {"router": "domain", "mlp_from": pruned, "mlp_expert": 2}
+    body = PRUNE | {"surgery": {"action": "add", "add": added}, "job_uuid": "wider"}
+    body["data"] = {"dataset_id": "garden", "general_dataset_id": "sums"}
+    with caller("ann"):
+        job_id, code = run(service, body)
+    folder = folder_of(service, job_id)
+    assert code == COMPLETED, reason(folder)
+    report, manifest = report_of(folder), folder.read_manifest()
+    assert manifest is not None
+    assert report.general_loss is not None
+    assert report.general_loss.rows == len(SUMS)
+    assert manifest.summary["general_loss_after"] == report.general_loss.after
+    donor = folder_of(service, pruned).model
+    assert folder.read_spec().surgery.add.mlp_from == str(donor)  # type: ignore[union-attr]
+    theirs, ours = load_file(donor / "model.safetensors"), load_file(folder.model / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.output_linear.weight"
+    assert torch.equal(ours[name][8], theirs[name][2])
+    with caller("bob"):
+        seen = asyncio.run(service.validate(body | {"job_uuid": "stolen"})).spec
+    assert seen["surgery"]["add"]["mlp_from"] == pruned, "to others, the name of a job is a hub id"
+
+
+def test_a_teacher_is_a_model_that_the_caller_may_use(service: PostTrainingService, pruned: str) -> None:
+    """The model before a surgery teaches the one after it; a folder outside of the server's is refused."""
+    body = SFT | {"model": pruned, "adapter": {"rank": 2}, "distill": {"model": "eight", "weight": 0.9}}
+    with caller("ann"):
+        job_id, code = run(service, body | {"job_uuid": "healed"})
+        assert code == COMPLETED, reason(folder_of(service, job_id))
+        own = asyncio.run(service.validate(SFT | {"model": "eight", "distill": {"model": pruned}})).spec
+        with pytest.raises(Forbidden) as caught:
+            asyncio.run(service.submit(body | {"distill": {"model": "/etc"}}))
+    assert folder_of(service, job_id).read_spec().distill.model == str(  # type: ignore[union-attr]
+        service.config.models_dir / "eight"
+    )
+    assert own["distill"]["model"] == str(folder_of(service, pruned).model)
+    assert "distill.model" in str(caught.value)
+    with caller("bob"):
+        seen = asyncio.run(service.validate(SFT | {"model": "eight", "distill": {"model": pruned}})).spec
+    assert seen["distill"]["model"] == pruned, "to others, the name of a job is a hub id"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -154,6 +210,17 @@ def test_what_only_the_model_shows_fails_before_its_weights_are_read(
         ({"surgery": {"action": "prune", "keep": 4, "kept": 4}}, "surgery.kept"),
         ({"surgery": {"action": "split"}}, "data: has no effect with surgery.action 'split'"),
         ({"surgery": {"action": "split", "factor": 1}}, "surgery.factor: 1 is not valid"),
+        ({"surgery": {"action": "merge"}}, "keep: is missing; expected the number of experts"),
+        ({"surgery": {"action": "merge", "keep": 4, "by": "reap"}}, "by: 'reap' is not valid with action 'merge'"),
+        (
+            {"surgery": {"action": "prune", "keep": 4, "by": "outputs"}},
+            "by: 'outputs' is not valid with action 'prune'",
+        ),
+        ({"surgery": {"action": "prune", "keep": 4, "align": False}}, "align: False has no effect with action 'prune'"),
+        ({"surgery": {"action": "merge", "keep": 4}, "data": None}, "surgery.by 'outputs' is measured on them"),
+        ({"surgery": {"action": "add", "add": {"router": "domain"}}}, "data.general_dataset_id: is missing"),
+        ({"data": {"dataset_id": "garden", "general_dataset_id": "sums"}}, "data.general_dataset_id: 'sums' has no"),
+        ({"surgery": {"action": "add", "keep": 4}}, "keep: 4 has no effect with action 'add'"),
         ({"options": {"seed": 1}}, "options.seed"),
         ({"adapter": None}, "adapter"),
         ({"resources": {"gpus": 2}}, "gpus: 2 is not valid with this recipe"),

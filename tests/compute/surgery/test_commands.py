@@ -1,15 +1,22 @@
-"""`moe-train experts prune` and `split`, as their processes run them."""
+"""`moe-train experts prune`, `merge`, `add` and `split`, as their processes run them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.compute.surgery import prune_command, split_command
+from llama_stack_provider_moe.compute.surgery import add_command, merge_command, prune_command, split_command
 from llama_stack_provider_moe.control.cli import local_checks
-from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.surgery_commands import PRUNE_COMMAND, SplitCommand
-from tests.support import surgery_models
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.spec.surgery_commands import (
+    ADD_EXPERTS_COMMAND,
+    MERGE_EXPERTS_COMMAND,
+    PRUNE_COMMAND,
+    SplitCommand,
+    surgery_settings,
+)
+from tests.support import surgery_models, tiny_models
 from tests.support.training_support import sft_rows
 
 
@@ -80,3 +87,80 @@ def test_the_command_line_is_checked_without_torch(base: Path, given: dict[str, 
 def test_split_needs_a_new_folder(base: Path) -> None:
     with pytest.raises(InvalidInput, match="expected a folder that does not exist yet"):
         local_checks.surgery(SplitCommand.model_validate({"model": str(base), "out": "."}))
+
+
+def test_merge_says_how_and_what_it_costs(
+    base: Path, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [str(base), "--keep", "6", "--by", "router_logits", "--align", "off", "--rows", rows, "--dtype", "fp32"]
+    assert merge_command.main([*given, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "by router logits (M-SMoE): 8 -> 6 experts in each of 2 layers, top-2" in said.out
+    assert "KL " in said.out
+    assert "greatest change of a logit" in said.out
+    assert "warning: the router has one row for each cluster" in said.out
+    assert "18 of 18 passes of rows" in said.err
+    written = json.loads((out / "surgery.json").read_text())
+    assert (written["action"], written["by"]) == ("merge", "router_logits")
+    assert merge_command.main([str(base), "--keep", "6", "--by", "weights", "--out", str(out), "--dry-run"]) == 0
+    assert "nothing was written" in capsys.readouterr().out
+
+
+def test_add_measures_both_files(base: Path, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text("".join(json.dumps(row) + "\n" for row in sft_rows(4, first=50)))
+    out = tmp_path / "out"
+    given = ["--count", "2", "--router", "domain", "--noise", "0.1", "--seed", "3", "--dtype", "fp32"]
+    files = ["--rows", rows, "--general-rows", str(general)]
+    assert add_command.main([str(base), *given, *files, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "with new experts: 8 -> 10 experts in each of 2 layers, top-2" in said.out
+    assert "loss on 4 general rows" in said.out
+    assert "new experts that a token of the rows chooses" in said.out
+    assert surgery_models.layout_of(surgery_models.load(out)).num_experts == 10
+
+
+def test_add_takes_the_mlps_of_a_folder(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    donor = tiny_models.build("llama", tmp_path / "donor", intermediate_size=24)
+    given = [str(base), "--mlp-from", str(donor), "--router", "zero", "--out", str(tmp_path / "out")]
+    assert add_command.main(given) == 0
+    capsys.readouterr()
+    assert add_command.main([str(base), "--closed", "--out", str(tmp_path / "other")]) == 2
+    assert "--closed: True is not valid; expected false, because Olmoe chooses by logits alone" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (MERGE_EXPERTS_COMMAND, {}, "--keep: None is not valid; expected the number of experts"),
+        (
+            MERGE_EXPERTS_COMMAND,
+            {"keep": 6},
+            "--rows: None is not valid; expected a file of rows, because --by outputs",
+        ),
+        (MERGE_EXPERTS_COMMAND, {"keep": 6, "by": "weights", "out": "."}, "--out: '.' is not valid"),
+        (ADD_EXPERTS_COMMAND, {"router": "domain"}, "--rows: None is not valid; expected a file of rows"),
+        (ADD_EXPERTS_COMMAND, {"router": "domain", "rows": "a"}, "--general-rows: None is not valid"),
+        (ADD_EXPERTS_COMMAND, {"general_rows": "a"}, "--general-rows: 'a' is not valid; expected --rows beside it"),
+        (ADD_EXPERTS_COMMAND, {"mlp_from": "./nosuch"}, "--mlp-from: './nosuch' is not valid"),
+        (ADD_EXPERTS_COMMAND, {"count": 0}, "count"),
+    ],
+)
+def test_other_command_lines_are_checked_without_torch(
+    base: Path, kind: Any, given: dict[str, object], expected: str
+) -> None:
+    command = kind.model_validate({"model": str(base), "out": "nosuch-out", **given})
+    with pytest.raises((InvalidInput, InvalidBody)) as caught:
+        local_checks.surgery(command)
+    assert expected in str(caught.value)
+
+
+def test_a_command_asks_for_what_a_job_asks_for(base: Path) -> None:
+    given = {"model": str(base), "keep": 4, "by": "weights", "align": "on"}
+    found = surgery_settings(MERGE_EXPERTS_COMMAND.model_validate(given)).surgery
+    assert (found.action, found.keep, found.likeness, found.aligned) == ("merge", 4, "weights", True)
+    added = surgery_settings(ADD_EXPERTS_COMMAND.model_validate({"model": str(base), "copy_of": 3})).surgery
+    assert added.added.copy_of == 3

@@ -1,0 +1,54 @@
+"""Memory that distilling takes beside the model's own: the teacher's weights, and logits of both where they compare."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from llama_stack_provider_moe.compute.models.loader import DTYPES
+from llama_stack_provider_moe.compute.moe.model_types import blank_model
+from llama_stack_provider_moe.compute.planning.meta_model import read_config
+from llama_stack_provider_moe.spec import SFTSpec, TrainingSpec
+
+# In fp32, of each logit: log-probabilities of both, the teacher's probabilities, and two products.
+_COMPARED = 5 * 4
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """Bytes.
+
+    Attributes:
+        copies: frozen copies of the model itself, 0 or 1.
+        weights: of another model that is the teacher.
+        logits: of the teacher, which are kept while the model runs.
+        compared: of both models' probabilities while they are compared.
+    """
+
+    copies: int
+    weights: int
+    logits: int
+    compared: int
+
+
+def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemory | None:
+    """What a job's teacher takes; None: it has none. Every token of a micro-batch counts as learnt.
+
+    Args:
+        spec: the job.
+        config: of its model.
+
+    Raises:
+        ModelError: the teacher's config can't be read.
+    """
+    if not isinstance(spec, SFTSpec) or spec.distill is None:
+        return None
+    size = DTYPES[spec.training.dtype].itemsize
+    logits = spec.training.batch_size * spec.options.max_length * int(config.get_text_config().vocab_size)
+    weights = 0
+    if spec.distill.model is not None:
+        with torch.device("meta"):
+            teacher = blank_model(read_config(spec.distill.model)[0])
+        weights = size * sum(each.numel() for each in teacher.parameters())
+    copies = int(spec.distill.model is None and spec.adapter is None)
+    return TeacherMemory(copies, weights, logits * size, logits * _COMPARED)
