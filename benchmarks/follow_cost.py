@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files go; by default a temporary folder")
     parser.add_argument("--out", type=Path, default=RESULTS / f"follow_cost_{date.today()}.json", help="result file")
     arguments = parser.parse_args()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         found = measure(Path(name))
     written = {"command": "python -m benchmarks.follow_cost", "machine": machine(), "versions": versions(*PACKAGES)}

@@ -44,6 +44,11 @@ class PlaygroundTraining(Block):
     """How the model is loaded; nothing is trained."""
 
     dtype: DType = Field(default="bf16", description="Data type of the model's parameters.")
+    quantize_bits: Literal[0, 4, 8] | None = Field(
+        default=None,
+        description="Bits of each weight of the base: 4 (NF4), 8, or 0, not quantised. Left out: as the base was while "
+        "the adapter's job trained it; 0 without such a job.",
+    )
 
 
 class PlaygroundOptions(Block):

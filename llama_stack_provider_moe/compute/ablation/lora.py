@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from llama_stack_provider_moe.compute.ablation.measurements import Measurements
 from llama_stack_provider_moe.compute.ablation.pieces import Figures, pieces_of, writing_rows
 from llama_stack_provider_moe.compute.export.card import TOKENIZER_FILES, side_files
 from llama_stack_provider_moe.compute.export.updates import adapted
-from llama_stack_provider_moe.compute.export.whole_folder import complete_or_nothing
+from llama_stack_provider_moe.compute.export.whole_folder import check_room, complete_or_nothing
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME
 from llama_stack_provider_moe.compute.moe.derive import find_layout
@@ -69,7 +70,7 @@ def write_adapter(
 
     Raises:
         InvalidInput: the plan is no update of rank 1, PEFT can't express it for this model, or see `apply`.
-        ModelError: see `apply`.
+        ModelError, NoRoom: see `apply`.
     """
     if os.path.lexists(out):
         raise InvalidInput("out", str(out), "a folder that does not exist yet")
@@ -78,6 +79,7 @@ def write_adapter(
     job = planned(model, plan, found)
     check_edits(job.edits)
     with complete_or_nothing(out, "ablating", "a folder that no other ablation is writing") as written:
+        check_room(out, bytes_of(job.edits))
         start = time.monotonic()
         updates: dict[str, _Update] = {}
         edits = list(job.edits.edits.values())
@@ -104,6 +106,13 @@ def check_edits(edits: Edits) -> None:
         if edit.writer.bias:
             raise InvalidInput("output", "lora", f"model: {edit.writer.parameter} is a bias that writes into the "
                                "residual stream, and LoRA changes no bias")  # fmt: skip
+
+
+def bytes_of(edits: Edits) -> int:
+    """Size of the adapter's weights, in fp32."""
+    names = {each.writer.parameter for each in edits.edits.values()}
+    shapes = [tuple(map(int, edits.model.get_parameter(name).shape)) for name in names]
+    return 4 * sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
 
 
 def config_of(model: str, edits: Edits) -> LoraConfig:

@@ -13,9 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama_stack_provider_moe.compute.models.loader import load, pick_device
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.quantize import Bits, QuantizeReport, quantize
+from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
+from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import ModelError
-from llama_stack_provider_moe.spec import PlaygroundSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec import AblationMeasureSpec, Moe, PlaygroundSpec, RoutingAnalysisSpec
+
+LoadedSpec = AblationMeasureSpec | PlaygroundSpec | RoutingAnalysisSpec
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class Adapted:
         tokenizer: of the model.
         layout: of its experts; None for a dense model.
         base_biases: the router biases of the model without its adapter, by layer; an adapter may bring its own.
+        quantized: what was quantised of the base; None: nothing.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     layout: ExpertLayout | None
     base_biases: dict[int, Tensor]
+    quantized: QuantizeReport | None = None
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -56,19 +63,45 @@ def load_adapted(spec: RoutingAnalysisSpec | PlaygroundSpec, template_needed: bo
         template_needed: whether the tokenizer must have a chat template.
 
     Raises:
-        ModelError: the adapter does not fit the model, or either can't be loaded.
+        ModelError: the adapter does not fit the model, or either can't be loaded or quantised.
     """
-    model, tokenizer = load(spec, pick_device(spec.training.dtype), template_needed)
-    layout = find_layout(model)
+    asked = spec.training.quantize_bits if isinstance(spec, PlaygroundSpec) else None
+    model, tokenizer, layout, quantized = load_base(spec, asked or None, template_needed)
     if spec.adapter_folder is None:
-        return Adapted(model.eval(), tokenizer, layout, {})
+        return Adapted(model.eval(), tokenizer, layout, {}, quantized)
     biases = {} if layout is None else {layer: bias.clone() for layer, bias in layout.biases(model).items()}
-    adapted = with_adapter(model, Path(spec.adapter_folder), layout)
-    return Adapted(adapted.eval(), tokenizer, layout, biases)
+    adapted = with_adapter(model, Path(spec.adapter_folder), layout, quantized is not None)
+    return Adapted(adapted.eval(), tokenizer, layout, biases, quantized)
 
 
-def with_adapter(model: PreTrainedModel, folder: Path, layout: ExpertLayout | None) -> PeftModel:
+def load_base(
+    spec: LoadedSpec, bits: Bits | None, template_needed: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ExpertLayout | None, QuantizeReport | None]:
+    """Load the model of a job that trains nothing, without its adapter, quantised to so many bits if there are any.
+
+    Raises:
+        ModelError: it can't be loaded, or has no weight to quantise.
+    """
+    device = pick_device(spec.training.dtype)
+    model, tokenizer = load(spec, device if bits is None else torch.device("cpu"), template_needed)
+    layout, report = find_layout(model), None
+    if bits is not None:
+        report = quantize(model, layout, bits, device, "training.quantize_bits")
+        # Only this package's code computes quantised experts.
+        apply_moe(model, layout, resolve_moe(Moe(), layout, full=False))
+    return model, tokenizer, layout, report
+
+
+def with_adapter(
+    model: PreTrainedModel, folder: Path, layout: ExpertLayout | None, is_quantized: bool = False
+) -> PeftModel:
     """Return the model with the adapter in `folder`, and with the router biases that were trained with it.
+
+    Args:
+        model: without an adapter.
+        folder: of the adapter.
+        layout: of the model's experts; None: it is dense.
+        is_quantized: the model's experts are codes, which LoRA can't be folded into: it is computed beside them.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -79,6 +112,8 @@ def with_adapter(model: PreTrainedModel, folder: Path, layout: ExpertLayout | No
         raise ModelError(f"adapter_folder: {str(folder)!r} is not an adapter of this model: {error}") from error
     if layout is not None:
         restore_biases(folder, adapted, layout)
+    if is_quantized:
+        split_lora(adapted)
     return adapted
 
 

@@ -155,7 +155,13 @@ class QuantizeReport:
         return asdict(self)
 
 
-def quantize(model: nn.Module, layout: ExpertLayout | None, bits: Bits, device: torch.device) -> QuantizeReport:
+def quantize(
+    model: nn.Module,
+    layout: ExpertLayout | None,
+    bits: Bits,
+    device: torch.device,
+    field: str = "adapter.quantize_base",
+) -> QuantizeReport:
     """Quantise a model that was loaded on the CPU and move it to `device`.
 
     At most one fused parameter at a time is on the device in its original dtype; all other weights follow at the end.
@@ -165,6 +171,7 @@ def quantize(model: nn.Module, layout: ExpertLayout | None, bits: Bits, device: 
         layout: where its experts are; None: a dense model, linear layers only.
         bits: 4 (NF4) or 8.
         device: where the model goes.
+        field: the setting that asks for it, for errors.
 
     Raises:
         ModelError: a weight that should be quantised is not.
@@ -192,7 +199,7 @@ def quantize(model: nn.Module, layout: ExpertLayout | None, bits: Bits, device: 
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
     report = QuantizeReport(bits, experts, linear, before, resident_bytes(model))
-    _check(model, layout, report)
+    _check(model, layout, report, field)
     return report
 
 
@@ -272,7 +279,7 @@ def linear_layers(model: nn.Module, layout: ExpertLayout | None) -> list[tuple[n
     return found
 
 
-def _check(model: nn.Module, layout: ExpertLayout | None, report: QuantizeReport) -> None:
+def _check(model: nn.Module, layout: ExpertLayout | None, report: QuantizeReport, field: str) -> None:
     wanted = 0 if layout is None else sum(
         module.get_parameter(name).shape[0] for module in layout.experts(model).values()
         for name in (layout.gate_up, layout.down)
@@ -283,8 +290,7 @@ def _check(model: nn.Module, layout: ExpertLayout | None, report: QuantizeReport
         if code_of(module, name) is None or not module.get_parameter(name).isnan().all()
     ]  # fmt: skip
     if report.experts != wanted or left:
-        raise ModelError(
-            f"adapter.quantize_base: {report.experts} of {wanted} expert matrices are quantised; these are not: {left}"
-        )
+        raise ModelError(f"{field}: {report.experts} of {wanted} expert matrices are quantised; these are not: {left}")
     if not report.experts and not report.linear_layers:
-        raise ModelError("adapter.quantize_base: true is not valid for this model: it has no weight to quantise")
+        raise ModelError(f"{field}: is not valid for this model: it has no weight that is quantised here (experts, "
+                         "attention, dense MLPs)")  # fmt: skip

@@ -17,7 +17,15 @@ from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.store.wait_rows import Wait
 from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec import EditingSpec, ExportSpec, InferenceJob, JobSpec, LoadingSpec, TrainingSpec
+from llama_stack_provider_moe.spec import (
+    EditingSpec,
+    ExportSpec,
+    InferenceJob,
+    JobSpec,
+    LoadingSpec,
+    PlaygroundSpec,
+    TrainingSpec,
+)
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.serving_config import SERVED_PREFIX
 
@@ -105,7 +113,7 @@ class Names:
                     field, spec.model, f"{base!r}, its base, as `adapter_folder` already names an adapter"
                 )
             self._note(field, spec.model, f"the adapter {found.name} on its base {base}")
-            return changes | {"adapter_folder": str(found.path)}
+            return changes | {"adapter_folder": str(found.path), **as_trained(spec, found.making_spec(field))}
         if spec.recipe != "sft" or spec.adapter is None or spec.adapter.init_from or spec.loader != "hf":
             raise InvalidInput(field, spec.model, _what_to_write(spec, found, base))
         self._note(field, spec.model, f"the adapter {found.name} on its base {base}: the job's adapter starts from it")
@@ -294,6 +302,21 @@ class Names:
         if not path.is_absolute() or not path.is_relative_to(self._config.jobs_dir):
             return None
         return f"{path.relative_to(self._config.jobs_dir).parts[0]}/{path.name}"
+
+
+def as_trained(spec: InferenceJob, source: exports.MakingSpec | None) -> dict[str, object]:
+    """Return the fields of a playground that load the base as it was while its adapter trained, unless it states them.
+
+    Args:
+        spec: the requested job.
+        source: of the job that left the adapter.
+    """
+    if not isinstance(spec, PlaygroundSpec) or spec.training.quantize_bits is not None:
+        return {}
+    adapter = source.adapter if isinstance(source, TrainingSpec) else None
+    if adapter is None or not adapter.quantize_base:
+        return {}
+    return {"training": spec.training.model_copy(update={"quantize_bits": adapter.quantize_bits})}
 
 
 def _best(job: Job, kinds: Mapping[str, str], field: str, best: tuple[str, ...]) -> str:

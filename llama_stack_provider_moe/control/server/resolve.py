@@ -87,7 +87,7 @@ def resolve_names(
             if source is not None and source.model != found["model"] and Path(folder).is_absolute():
                 expected = f"{source.model!r}, the base of the adapter in {request.name('adapter_folder')}"
                 raise InvalidInput(request.name("model"), found["model"], expected)
-            found["adapter_folder"] = str(folder)
+            found |= {"adapter_folder": str(folder), **model_names.as_trained(spec, source)}
         names.check_model_from(spec.model_from, [found["model"], found.get("adapter_folder")])
         return spec.model_copy(update=found)
     if spec.loader == "unsloth" and config.unsloth_python is None:

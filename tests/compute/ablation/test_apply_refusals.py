@@ -1,11 +1,12 @@
 """Mistakes are refused before anything is written, and a killed or failed write leaves nothing half written."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from llama_stack_provider_moe.compute.ablation import measurements
 from llama_stack_provider_moe.compute.ablation.apply import apply
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint
+from llama_stack_provider_moe.compute.ablation.lora import write_adapter
 from llama_stack_provider_moe.compute.ablation.measurements import Measurements
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, MoeError, NoRoom
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
 from tests.support import tiny_models
 from tests.support.ablation_models import load, measured, plan
+from tests.support.jobs_support import fill
 
 _KEPT = TemporaryDirectory()
 
@@ -148,12 +151,31 @@ def test_a_model_with_a_nan(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["nan"]
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 1000))
-    assert isinstance(error := refused(tmp_path, {}), NoRoom)
-    assert "needs" in str(error)
-    assert "nothing was written" in str(error)
+@pytest.mark.parametrize("output", [apply, write_adapter])
+def test_a_disk_that_is_full(output: Callable[..., object], small: Path) -> None:
+    folder, found = subject()
+    fill(small)
+    with pytest.raises(NoRoom, match=r"out: .* needs [\d,]+ bytes, and its disk has 0 free; nothing was written"):
+        output(str(folder), plan("0-1", norm_preserving="off"), found, small / "out")
+    assert [path.name for path in small.iterdir()] == ["ballast"]
+
+
+def test_a_disk_that_another_program_fills_meanwhile(small: Path) -> None:
+    """The room was there at the start. What was written goes again, so that the next try starts on a clean disk."""
+    folder, found = subject()
+    files = []
+
+    def fill_it(done: int, total: int) -> None:
+        if done == 2:
+            files.append(fill(small))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        apply(str(folder), plan("0-1"), found, small / "out", progress=fill_it)
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in small.iterdir()] == ["ballast"]
+    files[0].unlink()
+    apply(str(folder), plan("0-1"), found, small / "out")
+    assert load(small / "out").config.model_type == "mixtral"
 
 
 def test_an_output_that_exists(tmp_path: Path) -> None:

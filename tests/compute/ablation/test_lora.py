@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from llama_stack_provider_moe.compute.ablation import measurements
 from llama_stack_provider_moe.compute.ablation.apply import apply
 from llama_stack_provider_moe.compute.ablation.apply_command import main
 from llama_stack_provider_moe.compute.ablation.apply_report import APPLIED_FILE
-from llama_stack_provider_moe.compute.ablation.lora import write_adapter
+from llama_stack_provider_moe.compute.ablation.edits import plan_edits
+from llama_stack_provider_moe.compute.ablation.lora import bytes_of, write_adapter
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from tests.compute.ablation.test_apply import FAMILIES, everywhere, subject
@@ -54,6 +56,9 @@ def test_only_the_named_experts_have_an_update(family: str, tmp_path: Path) -> N
     wanted = plan("1", norm_preserving="off", **choice)
     apply(str(folder), wanted, found, tmp_path / "edited")
     write_adapter(str(folder), wanted, found, tmp_path / "adapter")
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    edits = plan_edits(folder, wanted, found.provenance)
+    assert bytes_of(edits) == sum(tensor.nbytes for tensor in written.values()), "the room that it needs"
     base = load(folder)
     layout = find_layout(base)
     assert layout is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_stack_provider_moe.compute.ablation import prompts as prompt_rows
 from llama_stack_provider_moe.compute.ablation.analyze import analyze, text
+from llama_stack_provider_moe.compute.ablation.lora import write_adapter
 from llama_stack_provider_moe.compute.ablation.measure_command import main as measure_main
 from llama_stack_provider_moe.compute.ablation.measurements import MeasuredStates, Measurements, read
 from llama_stack_provider_moe.compute.ablation.states import measure, structure_of
@@ -23,7 +24,7 @@ from llama_stack_provider_moe.spec import AblationMeasureSpec
 from llama_stack_provider_moe.spec.ablation import BASELINE, MEASUREMENTS_FILE, TARGET, Measure
 from llama_stack_provider_moe.spec.routing import RoutingReport
 from tests.support import tiny_models
-from tests.support.ablation_models import load, measured, prompts
+from tests.support.ablation_models import load, measured, plan, prompts
 
 _KEPT = TemporaryDirectory()
 SETS = {TARGET: prompts(1), BASELINE: prompts(2)}
@@ -195,6 +196,23 @@ def test_a_quantised_model_is_measured() -> None:
     one, many = (measure(each, SETS, Measure(), 4, lambda done, total: None)[0][TARGET] for each in (plain, coded))
     distance = float((one.mean_LH - many.mean_LH).norm() / one.mean_LH.norm())
     assert 1e-6 < distance < 0.1
+
+
+def test_a_quantised_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
+    """The adapter takes a direction out of the experts, whose weights are codes that it can't be folded into."""
+    folder = tiny_models.build("mixtral", tmp_path / "mixtral")
+    found = measured(folder)
+    wanted = plan("0-1", ablate_individual_experts=True, norm_preserving="off")
+    write_adapter(str(folder), wanted, found, tmp_path / "adapter")
+    training = {"dtype": "fp32", "quantize_bits": 8}
+    body = {"model": str(folder), "training": training}
+    without, coded = (
+        load_subject(spec(**body, **changes)) for changes in ({}, {"adapter_folder": str(tmp_path / "adapter")})
+    )
+    plain = load_subject(spec(**body | {"training": {"dtype": "fp32"}}, adapter_folder=str(tmp_path / "adapter")))
+    states = [measure(each, SETS, Measure(), 4, lambda done, total: None)[0][TARGET].mean_LH[-1]
+              for each in (plain, coded, without)]  # fmt: skip
+    assert float((states[0] - states[1]).norm()) < 0.2 * float((states[0] - states[2]).norm())
 
 
 def by_hand(target: list[list[float]], baseline: list[list[float]]) -> Measurements:

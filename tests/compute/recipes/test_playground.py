@@ -1,5 +1,6 @@
 """A playground in this process: what it answers with its adapter on and off, and which experts it shows."""
 
+import json
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from peft import PeftModel
 
 from llama_stack_provider_moe.compute.models.loader import load_plain
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.quantize import Bits, dequantize, quantize
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.compute.recipes import playground as recipe
 from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
@@ -145,6 +147,33 @@ def test_without_its_adapter_it_is_the_base(
     assert [piece.experts for piece in mine if isinstance(piece, Routed)] == [
         piece.experts for piece in theirs if isinstance(piece, Routed)
     ]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_answers_as_its_decoded_weights_do(
+    workshop: Workshop, trained: Run, bits: Bits, tmp_path: Path
+) -> None:
+    folder = playground(workshop, trained, training={"dtype": "fp32", "quantize_bits": bits})
+    model = load_plain(str(workshop.model("granitemoe")), "fp32", torch.device("cpu"))
+    layout = find_layout(model)
+    quantize(model, layout, bits, torch.device("cpu"))
+    dequantize(model, layout)
+    model.save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    decoded = playground(workshop, trained, model=str(tmp_path))
+    plain = playground(workshop, trained, training={"dtype": "fp32", "quantize_bits": 0})
+    said = []
+    for each in (folder, decoded, plain):
+        number = ask(each, adapter="both", temperature=0)
+        run(each)
+        said.append(texts(answer(each, number)))
+    assert said[0] == said[1]
+    assert said[0] != said[2], "the numbers of the base do matter here"
+    told = json.loads(folder.resolved.read_bytes())["quantized"]
+    assert told["bits"] == bits
+    assert told["experts"] > 0
+    assert told["bytes_after"] < told["bytes_before"]
+    assert json.loads(plain.resolved.read_bytes())["quantized"] is None
 
 
 @pytest.mark.parametrize("side", ["on", "off"])

@@ -42,12 +42,14 @@ def message(answer: httpx.Response) -> str:
     return text
 
 
-def trained(service: PostTrainingService) -> str:
+def trained(service: PostTrainingService, **changes: Any) -> str:
     """A completed job with an adapter."""
-    job_id = submit(service)
+    job_id = submit(service, **changes)
     folder = folder_of(service, job_id)
     folder.adapter.mkdir(parents=True)
-    (folder.adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/name"}))
+    (folder.adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/name", "peft_type": "LORA"})
+    )
     (folder.adapter / "adapter_model.safetensors").write_bytes(b"weights")
     made = Artifact.model_validate(
         {"identifier": f"{job_id}/adapter", "kind": "adapter", "path": str(folder.adapter), "epoch": 1, "step": 1,
@@ -86,6 +88,18 @@ def test_the_result_of_a_job_is_its_adapter_on_its_base(service: PostTrainingSer
     answer = ask(service, "DELETE", f"/jobs/{job_id}")
     assert (answer.status_code, playground in answer.text) == (409, True), "it still needs the adapter"
     assert ask(service, "POST", f"/jobs/{playground}/prompts", json=PROMPT | {"adapter": "both"}).status_code == 200
+
+
+@pytest.mark.parametrize("by", ["model", "adapter_folder"])
+@pytest.mark.parametrize(("asked", "bits"), [({}, 8), ({"quantize_bits": 0}, 0), ({"quantize_bits": 4}, 4)])
+def test_the_base_is_quantised_as_the_adapters_job_trained_it(
+    service: PostTrainingService, by: str, asked: dict[str, int], bits: int
+) -> None:
+    job_id = trained(service, adapter={"rank": 2, "quantize_base": True, "quantize_bits": 8})
+    names = {"model": job_id} if by == "model" else {"model": "owner/name", "adapter_folder": job_id}
+    spec = folder_of(service, start(service, training=asked, playground={"replace": True}, **names)).read_spec()
+    assert isinstance(spec, playgrounds.PlaygroundSpec)
+    assert spec.training.quantize_bits == bits
 
 
 @pytest.mark.parametrize(

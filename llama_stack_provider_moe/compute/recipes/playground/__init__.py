@@ -39,6 +39,7 @@ def run(session: Session[PlaygroundSpec]) -> Manifest:
         "dtype": spec.training.dtype,
         "layout": None if loaded.layout is None else loaded.layout.as_json(),
         "adapter_folder": spec.adapter_folder,
+        "quantized": None if loaded.quantized is None else loaded.quantized.as_json(),
     }
     write_atomic(folder.resolved, _JSON.dump_json(plan, indent=2).decode())
     session.events.append(Plan(plan=_JSON.dump_python(plan, mode="json")))
@@ -55,6 +56,8 @@ def run(session: Session[PlaygroundSpec]) -> Manifest:
         )
     )
     session.show(f"model     {spec.model}\nexperts   {'none' if layout is None else layout.text()}")
+    if loaded.quantized is not None:
+        session.show(f"base      {loaded.quantized.text()}")
     session.stop.between_steps()  # from here on a request to stop ends an answer in good order
     answers = Answers(session, loaded, tokenizer)
     try:
