@@ -215,3 +215,25 @@ def test_a_damaged_record_fails_the_job_alone(service: PostTrainingService, tmp_
     folder.later.symlink_to(tmp_path / "later.json")
     with pytest.raises(MoeError, match=r"later\.json of job"):
         start(service, second)
+
+
+def test_every_job_of_a_sweep_waits(service: PostTrainingService) -> None:
+    first = submit(service, **WHOLE)
+    job = {"recipe": "sft", "model": first, "data": {"dataset_id": "good"}, "options": {"validation_split": 0.25}}
+    body = {"job": job, "parameters": {"optimizer.lr": [1e-4, 2e-4]}}
+    jobs = ask(service, "POST", "/sweeps", json=body).json()["jobs"]
+    assert service.store.waits.of_jobs(jobs) == {name: [first] for name in jobs}
+    complete(service, first, "model")
+    for name in jobs:
+        assert start(service, name).model == str(folder_of(service, first).model)
+
+
+def test_a_completed_job_that_is_being_exported_is_waited_for(service: PostTrainingService) -> None:
+    first = submit(service, adapter=LORA)
+    complete(service, first, "adapter")
+    assert "has no artifact 'merged'" in refusal(service, 404, model=f"{first}/merged")
+    export = ask(service, "POST", f"/jobs/{first}/export", json={"merged": True}).json()["job_uuid"]
+    second = submit(service, model=f"{first}/merged")
+    assert detail(service, second)["waits_for"] == [export]
+    complete(service, export, "merged")
+    assert start(service, second).model == str(folder_of(service, export).merged)
