@@ -13,6 +13,7 @@ from llama_stack_provider_moe.control.server.openai.requests import FineTuningRe
 from llama_stack_provider_moe.errors import RowProblem
 from llama_stack_provider_moe.spec import JOB_SPEC, Exports
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.pipelines import PipelineSpec
 from llama_stack_provider_moe.spec.rows import canonical
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.sweeps import SweepSpec
@@ -100,6 +101,11 @@ def _accepted(value: dict[str, Any], keys: set[str]) -> str:
     if {"job", "parameters"} <= keys:
         SweepSpec.model_validate(value)
         JOB_SPEC.validate_python(value["job"])
+        return "request"
+    if "parts" in keys:
+        asked = PipelineSpec.model_validate(value)
+        for at in range(len(asked.parts)):
+            JOB_SPEC.validate_python(asked.job_of(at, "pipeline"))
         return "request"
     if "training_file" in keys:
         FineTuningRequest.model_validate(value)

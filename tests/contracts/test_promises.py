@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import typer.core
 import typer.main
 
-from llama_stack_provider_moe.control.cli import commands
+from llama_stack_provider_moe.control.cli import commands, strict_yaml
 from llama_stack_provider_moe.spec import JOB_SPEC
+from llama_stack_provider_moe.spec.pipelines import REFERENCES, PipelineSpec
 from tests.contracts import reference
 from tests.contracts.fields_read import read_fields
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "job_templates").glob("*.json"))
+PIPELINES = sorted((ROOT / "job_templates").glob("*.pipeline.yaml"))
 README = ROOT / "README.md"
 SETTINGS = ROOT / "docs" / "reference" / "settings.md"
 COMMANDS = ROOT / "docs" / "reference" / "cli.md"
@@ -30,6 +33,47 @@ def test_template_is_a_valid_job(path: Path) -> None:
     assert path.stem.endswith(spec.recipe)
     # Sparse in, full out: what the template states arrives, and every other field has its default.
     assert arrives(body, spec.model_dump())
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_pipeline_template_is_valid(path: Path) -> None:
+    asked = PipelineSpec.model_validate(strict_yaml.parse(path.read_bytes()))
+    for at, part in enumerate(asked.parts):
+        spec = JOB_SPEC.validate_python(asked.job_of(at, "p"))
+        stated = {name: value for name, value in part.job.items() if "parts." not in json.dumps(value)}
+        assert arrives(stated, spec.model_dump())
+    recipes = [part.job["recipe"] for part in asked.parts]
+    assert recipes.count("sft") >= 4, "three branches or more, and the routers"
+    assert "mix" in recipes
+
+
+def test_every_setting_that_may_name_a_job_may_name_a_part() -> None:
+    """Settings whose descriptions say so; and those of the parts of a job."""
+    told = {
+        path
+        for path, field in every_field(JOB_SPEC)
+        if re.search(r"one of your jobs|named as in `model`", field.get("description") or "")
+        or path.endswith("_analysis.job")
+    }
+    assert told == {*REFERENCES}
+
+
+def every_field(adapter: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path and schema of each field of each kind of job; * is each entry of a list."""
+    schema = adapter.json_schema()
+
+    def inside(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+        for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+            yield from inside(option, path)
+        if "items" in node:
+            yield from inside(node["items"], f"{path}.*")
+        for name, field in node.get("properties", {}).items():
+            where = f"{path}.{name}".removeprefix(".")
+            yield where, field
+            yield from inside(field, where)
+
+    yield from inside(schema, "")
 
 
 def arrives(stated: Any, full: Any) -> bool:

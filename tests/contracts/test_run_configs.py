@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.support import planned_configs
+from llama_stack_provider_moe.control.cli import strict_yaml
+from llama_stack_provider_moe.spec.pipelines import PipelineSpec
+from tests.support import planned_configs, planned_pipelines
 
 # Those whose models are quickest to plan for; `python -m tests.support.planned_configs` writes all.
 PLANNED = ["job_templates/granite_moe_sft.json", "job_templates/mixtral_4bit_dpo.json"]
@@ -27,3 +29,19 @@ def test_the_comment_is_what_the_planner_says(template: str) -> None:
     (path,) = [path for path in planned_configs.run_configs() if template in planned_configs.templates(path)]
     told = planned_configs.line(template)
     assert told in path.read_text(encoding="utf-8"), f"run `python -m tests.support.planned_configs`; it says {told}"
+
+
+@pytest.mark.parametrize("part", ["math", "routers"])
+def test_the_table_of_a_pipeline_is_what_the_planner_says(part: str) -> None:
+    told = planned_pipelines.line(part)
+    assert told in planned_pipelines.PAGE.read_text(encoding="utf-8"), (
+        f"run `python -m tests.support.planned_pipelines`; it says {told}"
+    )
+
+
+def test_the_hours_of_the_pipeline_fit_into_twelve() -> None:
+    pipeline = PipelineSpec.model_validate(strict_yaml.parse(planned_pipelines.TEMPLATE.read_bytes()))
+    options = [part.job["options"] for part in pipeline.parts if "options" in part.job]
+    assert sum(each["max_hours"] for each in options) == 11.5
+    for each in options:
+        assert (each["lr_scheduler"], each["autosave_minutes"], each["early_stopping_patience"]) == ("cosine", 10, 1)

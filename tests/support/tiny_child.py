@@ -7,6 +7,7 @@ It reports like `compute.worker.main`, with events, output, manifest and exit co
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
     killed              how many of its starts kill themselves with SIGKILL after the first step
     print_bytes         to print before the first step, in lines
+    (FOLDER/left)       this folder, if it is there, becomes the whole model that the job leaves
     fill_disk           after the first step: save a checkpoint, then write another one until the disk is full
     on_term             "save" (default: checkpoint, cancelled event, exit 3) or "ignore"
     grandchild          start a `sleep` that outlives it
@@ -107,6 +108,11 @@ def finish(end: str | int, folder: Path, emit: Any, save: Any) -> int:
         print("about to end badly", flush=True)
         return end
     manifest = {"job_uuid": folder.name, "artifacts": [save("adapter", 0)], "summary": {}}
+    if (folder / "left").is_dir():
+        model = folder / "artifacts" / "model"
+        (folder / "left").rename(model)
+        made = {"identifier": f"{folder.name}/model", "kind": "model", "path": str(model)}
+        manifest["artifacts"] = [manifest["artifacts"][0] | made]
     (folder / "manifest.tmp").write_text(json.dumps(manifest))
     (folder / "manifest.tmp").replace(folder / "manifest.json")
     return 0

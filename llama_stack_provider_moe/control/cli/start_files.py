@@ -14,7 +14,7 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.options import Json
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.job_templates import job_templates, summary
+from llama_stack_provider_moe.spec.job_templates import job_templates, pipeline_templates, summary
 
 # The files refer to each other by their paths in a checkout.
 _RUN_CONFIG = re.compile(r"run_configs/(\w+\.yaml)")
@@ -73,12 +73,13 @@ def init(
 
 
 def templates(as_json: Json = False) -> None:
-    """List the run configs and job templates of this package."""
+    """List the run configs, job templates and pipeline templates of this package."""
 
     def act(screen: Screen) -> Exit:
         document = {
             "run_configs": {name: packaged.headline(file) for name, file in packaged.run_configs().items()},
             "job_templates": {name: summary(file) for name, file in job_templates().items()},
+            "pipeline_templates": {name: packaged.headline(file) for name, file in pipeline_templates().items()},
         }
         return answer(screen, document, _listed)
 
@@ -128,6 +129,7 @@ def _listed(document: dict[str, dict[str, str]]) -> RenderableType:
     for heads, block, use in (
         (("RUN CONFIG", ""), "run_configs", "Write one into a folder: moe-train init DIR --server NAME"),
         (("JOB TEMPLATE", ""), "job_templates", "Submit one: moe-train submit @NAME"),
+        (("PIPELINE TEMPLATE", ""), "pipeline_templates", "Run one: moe-train pipeline @NAME"),
     ):
         parts += [table(heads, document[block].items()), text(use), ""]
     return Group(*parts[:-1])

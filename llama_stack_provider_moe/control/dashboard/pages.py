@@ -33,6 +33,8 @@ PAGES = (
     Page("/compare", "compare.html", "Compare", "compare.js", "compare"),
     Page("/sweeps", "sweeps.html", "Sweeps", "sweeps.js", "sweeps"),
     Page("/sweeps/{sweep_uuid}", "sweep.html", "Sweep", "sweep.js", "sweeps"),
+    Page("/pipelines", "pipelines.html", "Pipelines", "pipelines.js", "pipelines"),
+    Page("/pipelines/{pipeline_uuid}", "pipeline.html", "Pipeline", "pipeline.js", "pipelines"),
     Page("/data", "data.html", "Data", "data.js", "data"),
     Page("/data/{name}", "dataset.html", "Data set", "dataset.js", "data"),
     Page("/playground", "playground.html", "Playground", "playground.js", "playground"),

@@ -259,12 +259,13 @@ class Names:
         if chosen is None or (chosen not in kinds and not promises.is_checkpoint(chosen, spec)):
             what = "an adapter" if best == _BEST_ADAPTER else "a model or an adapter"
             wanted = f"artifact {name!r}" if name else what
-            more = "; for that, add export.merged to it" if name == "merged" and "adapter" in kinds else ""
-            raise NotFound(f"{field}: job {job_id!r} of recipe {spec.recipe!r} will leave no {wanted}{more}; it will "
-                           f"leave: {_listed(kinds)}")  # fmt: skip
+            more = "; for that, set options.save_merged in it" if name == "merged" and "adapter" in kinds else ""
+            raise NotFound(f"{field}: job {job_id!r} of recipe {spec.recipe!r} will not leave {wanted}{more}; it "
+                           f"will leave: {_listed(kinds)}")  # fmt: skip
         found = f"{job_id}/{chosen}"
         is_adapter = promises.is_adapter(chosen, spec)
-        self._wait(Wait(job_id, through_export=chosen == "merged" and spec.recipe != exports.RECIPE), field, value)
+        through_export = chosen == "merged" and isinstance(spec, TrainingSpec) and not promises.saves_merged(spec)
+        self._wait(Wait(job_id, through_export), field, value)
         self._request.waits.names.add(found)
         return JobModel(found, Path(found), is_adapter, job_id, spec)
 
@@ -353,7 +354,7 @@ def _spec_of(job: Job) -> JobSpec | None:
 
 def _merge_first(found: JobModel) -> str:
     if not found.is_there:
-        return f"give that job an `export` with `merged`, and write {found.job_id + '/merged'!r}"
+        return f"set options.save_merged in that job, and write {found.job_id + '/merged'!r}"
     return f"run `moe-train export {found.job_id} --merged`, and write {found.job_id + '/merged'!r}"
 
 

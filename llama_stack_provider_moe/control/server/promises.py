@@ -15,9 +15,19 @@ def of(spec: JobSpec) -> dict[str, str]:
         found["adapter"] = "adapter"
     elif isinstance(spec, EditingSpec | TrainingSpec):
         found["model"] = "model"
-    if isinstance(spec, TrainingSpec | ExportSpec) and spec.export is not None and spec.export.merged:
+    if saves_merged(spec) or is_exported(spec) or (isinstance(spec, ExportSpec) and spec.export.merged):
         found["merged"] = "merged"
     return found
+
+
+def saves_merged(spec: JobSpec) -> bool:
+    """Whether a job saves base plus adapter itself."""
+    return isinstance(spec, TrainingSpec) and spec.adapter is not None and spec.options.save_merged
+
+
+def is_exported(spec: JobSpec) -> bool:
+    """Whether the export that a job makes when it completes writes base plus adapter."""
+    return isinstance(spec, TrainingSpec) and spec.export is not None and spec.export.merged
 
 
 def is_checkpoint(name: str, spec: JobSpec) -> bool:

@@ -27,7 +27,7 @@ def folder_of(job: Job) -> JobFolder:
     folder = JobFolder(Path(job.folder))
     for path in (
         folder.spec, folder.row_reports, folder.resolved, folder.events, folder.output, folder.exports, folder.manifest,
-        folder.served,
+        folder.served, folder.later,
     ):  # fmt: skip
         if path.is_symlink():
             raise Forbidden(f"{path.name} of job {job.id!r} is a link; the server reads only files in the job's folder")

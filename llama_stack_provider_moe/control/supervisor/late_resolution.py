@@ -20,6 +20,7 @@ from llama_stack_provider_moe.control.supervisor.outcome import REASON_LIMIT, Ou
 from llama_stack_provider_moe.errors import Conflict, LeaseLost
 from llama_stack_provider_moe.ground.redaction import known_secrets, scrubbed
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.reading import why_unreadable
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -103,8 +104,7 @@ class LateResolution:
             return told
         if code == 0:
             self._tries.pop(running.job.id, None)
-            self._record(running.job)
-            return None
+            return self._recorded(running.job)
         tries = self._tries[running.job.id] = self._tries.get(running.job.id, 0) + 1
         log.warning("job %s: its names were not resolved, try %d (exit code %s): %s", running.job.id, tries, code, told)
         if tries < MOST_TRIES:
@@ -112,17 +112,22 @@ class LateResolution:
         del self._tries[running.job.id]
         return f"its names could not be resolved in {tries} tries; the last one ended with exit code {code}: {told}"
 
-    def _record(self, job: Job) -> None:
+    def _recorded(self, job: Job) -> str | None:
+        """Have a job wait no longer, now that its names are resolved; return why it fails, None if it does not."""
         folder = Path(job.folder)
-        uses = uses_of(JobFolder(folder).read_spec(), folder.parent)
+        try:
+            uses = uses_of(JobFolder(folder).read_spec(), folder.parent)
+        except (OSError, ValueError) as error:  # its folder was damaged or moved away meanwhile
+            return f"its spec.json can't be read: {why_unreadable(error)}"
         try:
             self._store.waits.resolved(job, uses, Fence.of(self._id, job))
         except LeaseLost:
             raise
-        except Conflict as conflict:  # cancelled meanwhile, or what it waits for has changed
+        except Conflict as conflict:  # cancelled or deleted meanwhile, or what it waits for has changed
             log.warning("%s", conflict)
-            return
+            return None
         log.info("job %s: waits for no other job now", job.id)
+        return None
 
 
 def _failure(job: Job, why: str) -> Outcome:

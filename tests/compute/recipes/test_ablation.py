@@ -229,11 +229,12 @@ def test_what_the_server_refuses(service: PostTrainingService, measured: str, ab
     assert "at least 4 rows" in refusal(MEASURE | {"data": {"sets": {"target": "few", "baseline": "other"}}})
     with caller("ann"):
         waiting = asyncio.run(service.submit(MEASURE | {"model": "granite"})).job_uuid
-    assert "its measurements are available once it has completed" in refusal(
+        told = asyncio.run(service.validate(ABLATE | {"model": "granite", "measurements": waiting})).notes
+        assert f"measurements: {waiting!r} is what job {waiting} will leave: this job waits for it" in told
+        asyncio.run(service.cancel(waiting))
+    assert "is cancelled; its measurements are available once it has completed" in refusal(
         ABLATE | {"measurements": waiting}, Conflict
     )
-    with caller("ann"):
-        asyncio.run(service.cancel(waiting))
     with caller("eve"), pytest.raises(NotFound):
         asyncio.run(service.validate(ABLATE | {"model": "granite"}))
 

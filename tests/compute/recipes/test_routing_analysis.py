@@ -228,10 +228,12 @@ def test_jobs_of_others_of_other_kinds_and_unfinished_ones(service: PostTraining
         with pytest.raises(InvalidInput, match="'routing_analysis' or 'ablation_measure'; this one has recipe 'sft'"):
             asyncio.run(service.validate(asking(job=other)))
         waiting = asyncio.run(service.submit(ANALYSIS | {"model": "granite", "job_uuid": "waiting"})).job_uuid
-        with pytest.raises(Conflict, match="job 'waiting' is scheduled; its report is available once it has completed"):
-            asyncio.run(service.validate(asking(job=waiting)))
+        told = asyncio.run(service.validate(asking(job=waiting))).notes
+        assert told == ["adapter.from_analysis.job: 'waiting' is what job waiting will leave: this job waits for it"]
         for job_id in (other, waiting):
             asyncio.run(service.cancel(job_id))
+        with pytest.raises(Conflict, match="job 'waiting' is cancelled; its report is available once it has completed"):
+            asyncio.run(service.validate(asking(job=waiting)))
 
 
 def test_a_report_that_was_changed_into_a_link_is_not_read(service: PostTrainingService, analysed: str) -> None:

@@ -14,7 +14,7 @@ from tests.control.dashboard.conftest import World
 from tests.support.dashboard_jobs import MARKUP
 
 STATIC = Path(assets.__file__).parent / "static"
-PATHS = [page.path.format(job_uuid="j", name="n", sweep_uuid="s") for page in pages.PAGES]
+PATHS = [page.path.format(job_uuid="j", name="n", sweep_uuid="s", pipeline_uuid="p") for page in pages.PAGES]
 
 
 def get(world: World, path: str, **headers: str) -> httpx.Response:
@@ -53,7 +53,7 @@ def test_every_route_is_public_and_at_the_top_level(world: World) -> None:
 
 
 def test_a_page_holds_nothing_of_its_address(world: World) -> None:
-    for path in ("/jobs/{}", "/data/{}", "/sweeps/{}"):
+    for path in ("/jobs/{}", "/data/{}", "/sweeps/{}", "/pipelines/{}"):
         answer = get(world, path.format("secret-name"))
         assert answer.text == get(world, path.format("other")).text
         assert "secret-name" not in answer.text

@@ -37,6 +37,9 @@ GENERAL = {
     ("get", "/datasets/{name}/profile"), ("get", "/datasets/{name}/rows"), ("get", "/quota"), ("get", "/quotas"),
     ("get", "/overview"), ("get", "/figures"), ("get", "/templates"), ("get", "/schema"), ("post", "/jobs/plan"),
     ("get", "/activity"), ("get", "/sweeps"), ("post", "/sweeps"), ("get", "/sweeps/{sweep_uuid}"),
+    ("get", "/pipelines"), ("post", "/pipelines"), ("post", "/pipelines/validate"),
+    ("get", "/pipelines/{pipeline_uuid}"), ("delete", "/pipelines/{pipeline_uuid}"),
+    ("post", "/pipelines/{pipeline_uuid}/cancel"), ("post", "/pipelines/{pipeline_uuid}/resume"),
     ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}

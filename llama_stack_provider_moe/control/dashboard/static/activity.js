@@ -32,7 +32,7 @@ function running(each) {
 
 function waiting(each) {
   const gpus = each.gpus === null ? "" : each.gpus === 0 ? "on the CPU" : `${each.gpus} GPU${each.gpus === 1 ? "" : "s"}`;
-  return h("li", { value: each.position }, link(each.job_uuid), h("span", { class: "sub" }, [each.recipe.replaceAll("_", " "), gpus, each.sweep ? `sweep ${each.sweep}` : ""].filter(Boolean).join(" · ")));
+  return h("li", { value: each.position }, link(each.job_uuid), h("span", { class: "sub" }, [each.recipe.replaceAll("_", " "), gpus, each.sweep ? `sweep ${each.sweep}` : "", each.pipeline ? `pipeline ${each.pipeline}` : "", each.waits_for.length ? `waits for ${each.waits_for.join(", ")}` : ""].filter(Boolean).join(" · ")));
 }
 
 function summary({ devices, running: runs, waiting: waits, more_waiting: more }) {

@@ -13,7 +13,7 @@ import { events, log } from "./job_output.js";
 import { settings } from "./job_settings.js";
 import { editLabels, labelLinks } from "./labels.js";
 import { bar, pill, tabs } from "./pieces.js";
-import { every, jobPath, lastOfPath, problem, sweepPath } from "./shell.js";
+import { every, jobPath, lastOfPath, pipelinePath, problem, sweepPath } from "./shell.js";
 
 const id = lastOfPath();
 const RUNS = ["scheduled", "in_progress"];
@@ -31,6 +31,7 @@ say(byId("title"), id);
 function showHead() {
   put(byId("facts"), pill(job.status), h("span", {}, job.recipe.replaceAll("_", " ")), h("span", { class: "model" }, job.model),
     job.parent ? h("span", {}, "of ", h("a", { href: jobPath(job.parent) }, job.parent)) : null,
+    job.pipeline ? h("span", {}, "of pipeline ", h("a", { href: pipelinePath(job.pipeline) }, job.pipeline)) : null,
     job.sweep ? h("span", {}, "of sweep ", h("a", { href: sweepPath(job.sweep) }, job.sweep)) : null,
     h("time", { datetime: job.scheduled_at, title: moment(job.scheduled_at) }, `submitted ${ago(job.scheduled_at)}`));
   put(byId("labels"), labelLinks(job.labels),
@@ -59,7 +60,7 @@ function showStanding() {
     ? `from ${figure(first.validation_loss)}` : "";
   const work = found.work ? `${found.work.done.toLocaleString("en")}${found.work.total ? ` of ${found.work.total.toLocaleString("en")}` : ""} ${found.work.unit}` : "";
   const tiles = [
-    ["Now", found.stage ?? job.status, work || (found.queue_position ? `position ${found.queue_position} in the queue` : "")],
+    ["Now", found.stage ?? job.status, work || (job.waits_for?.length ? `waits for ${job.waits_for.join(", ")}` : "") || (found.queue_position ? `position ${found.queue_position} in the queue` : "")],
     ["Step", found.max_steps ? found.step.toLocaleString("en") : null, found.max_steps ? `of ${found.max_steps.toLocaleString("en")}` : ""],
     ["Held-out loss", "validation_loss" in held ? figure(held.validation_loss) : null, change],
     ["Perplexity", "perplexity" in held ? figure(held.perplexity) : null, "perplexity" in first && change ? `from ${figure(first.perplexity)}` : ""],

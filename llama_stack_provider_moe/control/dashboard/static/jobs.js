@@ -6,7 +6,7 @@ import { byId, debounced, h, put, say } from "./dom.js";
 import { ago, duration, figure, moment, stateWord } from "./format.js";
 import { editLabels, filterChips, labelLinks } from "./labels.js";
 import { bar, pill } from "./pieces.js";
-import { BASE, every, jobPath, problem, sweepPath } from "./shell.js";
+import { BASE, every, jobPath, pipelinePath, problem, sweepPath } from "./shell.js";
 
 const PAGE = 50;
 const STATES = ["in_progress", "scheduled", "completed", "failed", "cancelled"];
@@ -22,7 +22,7 @@ let readsEveryOwner = false;
 
 const query = () => ({
   limit: PAGE, after: asked.get("after"), state: asked.getAll("state"), recipe: asked.get("recipe"), text: asked.get("text"),
-  label: asked.getAll("label"), sweep: asked.get("sweep"),
+  label: asked.getAll("label"), sweep: asked.get("sweep"), pipeline: asked.get("pipeline"),
 });
 
 function change(edit, keepsPage = false) {
@@ -74,6 +74,7 @@ function fill(each, job) {
 
 function drawLabels(place, job) {
   put(place, labelLinks(job.labels), job.sweep ? h("a", { class: "label sweep", href: sweepPath(job.sweep) }, h("span", {}, "sweep"), h("b", {}, job.sweep)) : null,
+    job.pipeline ? h("a", { class: "label sweep", href: pipelinePath(job.pipeline) }, h("span", {}, "pipeline"), h("b", {}, job.pipeline)) : null,
     h("button", { type: "button", class: "quiet edit", "aria-label": `Edit labels and note of ${job.job_uuid}`, title: "Edit labels and note", on: { click: () => edit(job) } }, "✎"),
     job.note ? h("p", { class: "sub said", title: job.note }, job.note) : null);
 }
@@ -86,7 +87,7 @@ function progress(job, found) {
   if (!found) return [h("span", { class: "sub" }, "…")];
   const steps = found.max_steps ? `${found.step.toLocaleString("en")} / ${found.max_steps.toLocaleString("en")}` : "";
   if (job.status === "scheduled") {
-    return [h("span", { class: "sub" }, found.queue_position ? `position ${found.queue_position} in the queue` : "waits")];
+    return [h("span", { class: "sub" }, job.waits_for?.length ? `waits for ${job.waits_for.join(", ")}` : found.queue_position ? `position ${found.queue_position} in the queue` : "waits")];
   }
   if (job.status !== "in_progress") {
     return [h("span", { class: job.status === "failed" ? "sub why" : "sub", title: found.reason }, job.status === "failed" ? found.reason ?? steps : steps || "–")];
@@ -108,7 +109,7 @@ function draw(listed) {
   for (const id of rows.keys()) if (!listed.data.some((job) => job.job_uuid === id)) rows.delete(id);
   byId("jobs").hidden = listed.data.length === 0;
   byId("empty").hidden = listed.data.length !== 0;
-  const filters = ["state", "recipe", "text", "label", "sweep"].some((name) => asked.has(name));
+  const filters = ["state", "recipe", "text", "label", "sweep", "pipeline"].some((name) => asked.has(name));
   put(byId("empty"), filters ? "No job matches these filters." : [h("strong", {}, "No jobs yet. "), h("a", { href: `${BASE}/new` }, "Make the first one"), "."]);
   byId("older").disabled = !listed.has_more;
   byId("newest").disabled = !asked.has("after");
@@ -164,7 +165,7 @@ function showFilters() {
   const chosen = asked.getAll("state");
   for (const [state, { button }] of states) button.setAttribute("aria-pressed", String(chosen.includes(state)));
   byId("recipe").value = asked.get("recipe") ?? "";
-  filterChips(byId("chosen"), ["label", "sweep"].flatMap((name) => asked.getAll(name).map((value) => [name, value])), (name, value) => {
+  filterChips(byId("chosen"), ["label", "sweep", "pipeline"].flatMap((name) => asked.getAll(name).map((value) => [name, value])), (name, value) => {
     change((words) => {
       const kept = words.getAll(name).filter((each) => each !== value);
       words.delete(name);

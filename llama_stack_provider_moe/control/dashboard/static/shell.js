@@ -6,6 +6,7 @@ import { byId, h, note, put, say } from "./dom.js";
 const { base, api } = document.body.dataset;
 export const BASE = base;
 export const jobPath = (id) => `${base}/jobs/${encodeURIComponent(id)}`;
+export const pipelinePath = (id) => `${base}/pipelines/${encodeURIComponent(id)}`;
 export const sweepPath = (id) => `${base}/sweeps/${encodeURIComponent(id)}`;
 export const lastOfPath = () => decodeURIComponent(location.pathname.replace(/\/+$/, "").split("/").pop());
 

@@ -1,10 +1,11 @@
 // One sweep: its jobs, the best first, and what can be done with it.
 
-import { get, part, post, remove } from "./api.js";
-import { byId, facts, h, note, put, say, table } from "./dom.js";
+import { get, part } from "./api.js";
+import { byId, facts, h, put, say, table } from "./dom.js";
 import { count, figure, moment, shown } from "./format.js";
+import { cancelGroup, deleteGroup } from "./groups.js";
 import { actButton, pill } from "./pieces.js";
-import { BASE, every, jobPath, lastOfPath, problem, question, toast } from "./shell.js";
+import { BASE, every, jobPath, lastOfPath, problem } from "./shell.js";
 
 const COMPARED = 12;
 const id = lastOfPath();
@@ -15,28 +16,6 @@ let drawn = "";
 document.title = `${id} · MoE training`;
 say(byId("title"), id);
 
-async function cancel() {
-  const sure = await question("Cancel this sweep?", h("p", {}, "Its waiting jobs are cancelled at once. Running ones finish their step and save a checkpoint, so that you can resume them."), "Cancel the sweep", "danger");
-  if (!sure) return;
-  await post(`${path}/cancel`);
-  toast("All jobs of the sweep are asked to stop.");
-  await load();
-}
-
-async function removed() {
-  const sure = await question(`Delete ${id}?`, h("p", {}, `Its ${sweep.data.length} jobs go with it, with their checkpoints, results and logs. This can't be undone.`), "Delete", "danger");
-  if (!sure) return;
-  try {
-    await remove(path);
-  } catch (error) {
-    if (error.status !== 409) throw error;
-    const anyway = await question("Other jobs need them", h("div", {}, note("warn", error.message), h("p", {}, "If you delete it anyway, those jobs can no longer be resumed or exported.")), "Delete anyway", "danger");
-    if (!anyway) return;
-    await remove(path, { force: true });
-  }
-  location.href = `${BASE}/sweeps`;
-}
-
 function showHead() {
   const runs = ["scheduled", "in_progress"].includes(sweep.status);
   put(byId("facts"), pill(sweep.status), h("span", {}, `${sweep.data.length} jobs`), h("span", {}, `created ${moment(sweep.created_at)}`));
@@ -44,8 +23,8 @@ function showHead() {
   put(byId("actions"),
     h("a", { class: "button", href: `${BASE}?sweep=${part(id)}` }, "In the list of jobs"),
     best.length > 1 ? h("a", { class: "button", href: `${BASE}/compare?jobs=${best.map(part).join(",")}` }, `Compare the best ${best.length}`) : null,
-    runs && !sweep.cancel_requested_at ? actButton("Cancel", cancel, "danger") : null,
-    runs ? null : actButton("Delete", removed, "danger"));
+    runs && !sweep.cancel_requested_at ? actButton("Cancel", () => cancelGroup("sweep", id, load), "danger") : null,
+    runs ? null : actButton("Delete", () => deleteGroup("sweep", id, sweep.data.length), "danger"));
 }
 
 function ending({ halving }) {
