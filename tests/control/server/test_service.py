@@ -240,7 +240,7 @@ def test_a_column_names_the_domain_of_each_row(service: PostTrainingService, dat
     assert "row 1: nosuch: is missing; data.domain_column needs it" in refused(domain_column="nosuch")
     assert "row 2: label: is 'code'; expected 'law', 'chat'" in refused(domain_ratios={"law": 1, "chat": 1})
     assert "at least 1 held-out row(s) of each domain; 'code' has 0" in refused(validation_dataset_id="law alone")
-    assert "data.domain_ratios.law: 0.0001 is not valid" in refused(domain_ratios={"law": 0.0001, "code": 1})
+    assert "data.domain_ratios.code: 1.0 is not valid" in refused(domain_ratios={"law": 0.0001, "code": 1})
     assert left(service) == before, "nothing was created"
 
 
