@@ -6,6 +6,7 @@ jobs/<job_uuid>/
   data/train.jsonl       canonical rows (see `spec.rows`)                       written by the server
   data/validation.jsonl  validation rows, if a validation data set was named    written by the server
   data/<part>.jsonl      rows of further data sets (`row_sources`)              written by the server
+  data/<part>.domains    domains of rows by a column of theirs (`jobdir.row_domains`)  written by the server
   data/report.json       what the rows have (`jobdir.row_reports`)              written by the server
   data/sources.json      where the rows came from (`jobdir.row_sources`)        written by the server
   resolved.json          what was decided from the model (layout, targets ...)  written by the training process
@@ -17,6 +18,7 @@ jobs/<job_uuid>/
   artifacts/merged/      base plus adapter, on request                          written by the training process
   artifacts/routing/     a routing analysis: routing.json and its charts        written by the training process
   artifacts/domains/     routing on the domains of the data: routing.json, charts  written by the training process
+  artifacts/positions/   perplexity by position of a job with `rope_scaling`    written by the training process
   artifacts/measurements/ mean states of `ablation_measure`, and their report   written by the training process
   artifacts/probe/       a probe: probe.json, probe.safetensors                  written by the training process
   before.json            what `eval` measured before training                   written by the training process
@@ -106,6 +108,7 @@ class JobFolder:
         self.merged = root / "artifacts" / "merged"
         self.routing = root / "artifacts" / "routing"
         self.domains = root / "artifacts" / "domains"
+        self.positions = root / "artifacts" / "positions"
         self.measurements = root / "artifacts" / "measurements"
         self.probe = root / "artifacts" / "probe"
         self.before = root / "before.json"
@@ -123,6 +126,10 @@ class JobFolder:
     def rows(self, part: str) -> Path:
         """Return the file with the canonical rows of one of the job's data sets (`RowSource.part`)."""
         return self.data / f"{part}.jsonl"
+
+    def domains_of_rows(self, part: str) -> Path:
+        """Return the file with the domain of each row of a part, where a column names it (`jobdir.row_domains`)."""
+        return self.data / f"{part}.domains"
 
     def checkpoints(self, spec: JobSpec) -> Path:
         """Return the folder of the checkpoints. Inside a `checkpoint_dir`, each job has its own folder."""

@@ -59,7 +59,7 @@ from llama_stack_provider_moe.spec.options import (
 from llama_stack_provider_moe.spec.playground import Playground
 from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
 from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
-from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
+from llama_stack_provider_moe.spec.row_sources import DomainColumn, RowKind, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
 from llama_stack_provider_moe.spec.surgery_jobs import SurgerySpec
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
@@ -205,6 +205,12 @@ class TrainingJob(EvaluatedJob):
         return self
 
     @model_validator(mode="after")
+    def _only_sft_extends_the_context(self) -> "TrainingJob":
+        if self.options.rope_scaling is not None and not isinstance(self, SFTSpec):
+            raise ValueError("options.rope_scaling: is for SFT only; the other recipes compare with the model as it is")
+        return self
+
+    @model_validator(mode="after")
     def _something_trains(self) -> "TrainingJob":
         if self.adapter is None:
             return self
@@ -263,10 +269,16 @@ class TrainingJob(EvaluatedJob):
         few = "at least 2 rows, because one is held out; or a validation data set, or options.validation_split 0"
         least = (2, few) if split else (1, "")
         columns = None if isinstance(data, MixedData) else data.columns
-        sources = [RowSource(f"{block}.dataset_id", data.dataset_id, row_format, part, *least, columns=columns)]
+        domains = None
+        if isinstance(data, Data) and data.domain_column is not None:
+            values = None if data.domain_ratios is None else tuple(data.domain_ratios)
+            domains = DomainColumn(data.domain_column, f"{block}.domain_column", values, least[0])
+        field = f"{block}.dataset_id"
+        sources = [RowSource(field, data.dataset_id, row_format, part, *least, columns=columns, domains=domains)]
         if validation_id is not None:
             field = f"{block}.validation_dataset_id"
-            sources.append(RowSource(field, validation_id, row_format, held_out, columns=columns))
+            others = None if domains is None else domains._replace(least=1, rows="held-out")
+            sources.append(RowSource(field, validation_id, row_format, held_out, columns=columns, domains=others))
         return sources
 
 
@@ -350,6 +362,9 @@ class BreakerSpec(TrainingJob):
         if self.data.domains is not None:
             raise ValueError("data.domains: is for SFT and DPO; circuit breakers mix data, circuit_breaker.retain and "
                              "circuit_breaker.safe, and report each")  # fmt: skip
+        if self.data.domain_column is not None:
+            raise ValueError("data.domain_column: is for SFT and DPO; circuit breakers mix data, "
+                             "circuit_breaker.retain and circuit_breaker.safe, and report each")  # fmt: skip
         if self.data.packed:
             raise ValueError("data.packed: true is for SFT only; circuit breakers must know each row's answer")
         if self.data.train_on_input:

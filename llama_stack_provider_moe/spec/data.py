@@ -1,10 +1,10 @@
 """The `data` block: which rows a job trains on, from one data set or from several domains, and how to read them."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from llama_stack_provider_moe.errors import InvalidInput
@@ -15,6 +15,10 @@ MOST_DOMAINS = 16
 MOST_PASSES = 1000  # over one domain's rows in one epoch
 _ROUNDING = 1e-6  # of a number of rows, from the division of ratios
 Exhausted = Literal["repeat", "stop"]
+
+
+DomainName = Annotated[str, StringConstraints(pattern=DOMAIN_PATTERN)]
+Ratio = Annotated[float, Field(gt=0, le=1000)]
 
 
 class Domain(Block):
@@ -53,10 +57,24 @@ class Data(Block):
         description="Data sets to mix, in place of `dataset_id`; each has a name, a ratio and figures of its own. "
         "Recipes sft and dpo.",
     )
+    domain_column: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="Column of the rows that names the domain of each: figures by domain as with `domains`, from one "
+        "data set. Recipes sft and dpo.",
+    )
+    domain_ratios: dict[DomainName, Ratio] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=MOST_DOMAINS,
+        description="Ratio of each value of `domain_column`, as `domains[].ratio`; a row with another value is "
+        "refused. Left out: every value is a domain, and an epoch uses each row once.",
+    )
     exhausted: Exhausted = Field(
         default="repeat",
-        description="End of an epoch with `domains`. repeat: once every row of every domain was used, while smaller "
-        "domains repeat; stop: once one domain has no row left.",
+        description="End of an epoch with `domains` or `domain_ratios`. repeat: once every row of every domain was "
+        "used, while smaller domains repeat; stop: once one domain has no row left.",
     )
     dataset_id: str | None = Field(
         default=None,
@@ -103,6 +121,15 @@ class Data(Block):
                                  "whatever the case")  # fmt: skip
         return domains
 
+    @field_validator("domain_ratios")
+    @classmethod
+    def _values_differ(cls, ratios: dict[str, float] | None) -> dict[str, float] | None:
+        seen: dict[str, str] = {}
+        for value in ratios or {}:
+            if (first := seen.setdefault(value.casefold(), value)) != value:
+                raise ValueError(f"{value!r} and {first!r} differ only in case; expected one spelling")
+        return ratios
+
     @field_validator("dataset_id")
     @classmethod
     def _one_or_the_other(cls, dataset_id: str | None, info: ValidationInfo) -> str | None:
@@ -118,19 +145,24 @@ class Data(Block):
 
     @model_validator(mode="after")
     def _no_setting_is_without_effect(self) -> "Data":
+        if self.packed and (self.domains or self.domain_column):
+            beside = "domains" if self.domains else "domain_column"
+            raise ValueError(f"packed: true is not valid beside data.{beside}: figures by domain need rows of one "
+                             "domain each")  # fmt: skip
+        if self.domain_ratios is not None and self.domain_column is None:
+            raise ValueError("domain_ratios: has no effect without data.domain_column, the column with these values")
         if self.domains is None:
-            if self.exhausted != "repeat":
-                raise ValueError(f"exhausted: {self.exhausted!r} has no effect without data.domains; leave it out")
+            if self.exhausted != "repeat" and self.domain_ratios is None:
+                raise ValueError(f"exhausted: {self.exhausted!r} has no effect without data.domains or "
+                                 "data.domain_ratios; leave it out")  # fmt: skip
             return self
-        for name in ("validation_dataset_id", "columns"):
+        for name in ("validation_dataset_id", "columns", "domain_column"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name}: is not valid beside data.domains; expected data.domains.N.{name}")
+                instead = f"expected data.domains.N.{name}" if name != "domain_column" else "leave one of the two out"
+                raise ValueError(f"{name}: is not valid beside data.domains; {instead}")
         if self.format != "auto":
             raise ValueError(f"format: {self.format!r} is not valid beside data.domains; expected "
                              "data.domains.N.format")  # fmt: skip
-        if self.packed:
-            raise ValueError("packed: true is not valid beside data.domains: figures by domain need rows of one domain "
-                             "each")  # fmt: skip
         return self
 
     @property
@@ -153,6 +185,18 @@ class Data(Block):
         return self.validation_dataset_id is not None
 
 
+def ratios_of(data: Data, rows: Mapping[str, int]) -> list[float]:
+    """The ratio of each domain; of a column without `domain_ratios` the numbers of rows, so that each is used once.
+
+    Args:
+        data: a block with domains or a column of them.
+        rows: training rows of each domain, by name.
+    """
+    if data.domains is not None:
+        return [domain.ratio for domain in data.domains]
+    return [rows[name] if data.domain_ratios is None else data.domain_ratios[name] for name in rows]
+
+
 def epoch_counts(rows: Sequence[int], ratios: Sequence[float], exhausted: Exhausted) -> list[int]:
     """The rows of each domain in one epoch, at least one.
 
@@ -171,22 +215,22 @@ def epoch_counts(rows: Sequence[int], ratios: Sequence[float], exhausted: Exhaus
     return [max(1, math.floor(min(used) * ratio + _ROUNDING)) for ratio in ratios]
 
 
-def require_few_passes(data: Data, rows: Sequence[int]) -> None:
+def require_few_passes(data: Data, rows: Mapping[str, int]) -> None:
     """Check that no epoch repeats a domain's rows more than `MOST_PASSES` times.
 
     Args:
-        data: a block with domains.
-        rows: training rows of each domain.
+        data: a block with domains or a column of them.
+        rows: training rows of each domain, by name.
 
     Raises:
         InvalidInput: an epoch would.
     """
-    domains = data.domains or []
-    counts = epoch_counts(rows, [domain.ratio for domain in domains], data.exhausted)
-    for index, (domain, count, there) in enumerate(zip(domains, counts, rows, strict=True)):
+    ratios = ratios_of(data, rows)
+    counts = epoch_counts([*rows.values()], ratios, data.exhausted)
+    for index, ((name, there), ratio, count) in enumerate(zip(rows.items(), ratios, counts, strict=True)):
         if count > MOST_PASSES * there:
             raise InvalidInput(
-                f"data.domains.{index}.ratio", domain.ratio,
-                f"a ratio with which an epoch repeats the {there:,} row(s) of {domain.name!r} at most {MOST_PASSES:,} "
+                f"data.domains.{index}.ratio" if data.domains else f"data.domain_ratios.{name}", ratio,
+                f"a ratio with which an epoch repeats the {there:,} row(s) of {name!r} at most {MOST_PASSES:,} "
                 f"times, not {count / there:,.0f}: lower it, add rows, or set data.exhausted to 'stop'",
             )  # fmt: skip

@@ -9,6 +9,24 @@ from llama_stack_provider_moe.spec.blocks import RowFormat
 RowKind = Literal["recipe", "conversation", "scenario", "judged"]
 
 
+class DomainColumn(NamedTuple):
+    """How a data set's rows name their domains.
+
+    Attributes:
+        column: of the rows.
+        field: dotted name of the setting that names it.
+        values: those that rows may have; None: any, at most `MOST_DOMAINS`.
+        least: minimum number of rows of each domain.
+        rows: what the rows are, for errors.
+    """
+
+    column: str
+    field: str
+    values: tuple[str, ...] | None
+    least: int
+    rows: str = "training"
+
+
 class RowSource(NamedTuple):
     """One data set of a job.
 
@@ -22,6 +40,7 @@ class RowSource(NamedTuple):
         answered: whether each row must end with the assistant's turn.
         kind: of its rows.
         columns: the data's names of columns by the formats' names (`data.columns`).
+        domains: the column that names each row's domain (`data.domain_column`).
     """
 
     field: str
@@ -33,6 +52,7 @@ class RowSource(NamedTuple):
     answered: bool = True
     kind: RowKind = "recipe"
     columns: Mapping[str, str] | None = None
+    domains: DomainColumn | None = None
 
     @property
     def columns_field(self) -> str:

@@ -42,6 +42,8 @@ def rows_in_epoch(spec: TrainingSpec, rows: Sequence[int | None]) -> int | None:
             return None
         share = spec.options.validation_split if each.validation_dataset_id is None else 0.0
         known.append(max(1, round(count * (1 - share))))
+    if spec.data.domain_ratios is not None:  # how many rows each value has is known once they are read
+        return None
     if spec.data.domains is None:
         return known[0]
     return sum(epoch_counts(known, [domain.ratio for domain in spec.data.domains], spec.data.exhausted))

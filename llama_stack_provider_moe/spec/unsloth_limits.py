@@ -41,6 +41,7 @@ def _against(job: "TrainingJob") -> dict[str, bool]:
         **({"adapter null (all weights train)": True} if adapter is None else _against_adapter(adapter)),
         "data.packed true, because its attention may mix the rows": job.data.packed,
         "circuit_breaker.variant 'repbend'": breaker is not None and breaker.variant == "repbend",
+        "options.rope_scaling, because it scales rotary embeddings itself": options.rope_scaling is not None,
         "options.deterministic true, because its kernels are not deterministic": options.deterministic,
         "options.save_merged true; merge on disk instead (moe-train export merge)": options.save_merged,
         "an eval block": job.eval is not None,

@@ -223,7 +223,7 @@ _METHOD_CASES = [
     Bad("module named twice", SFT, {"algorithm_config.lora_attn_modules": ["q_proj", "q_proj"]}, 400, "names a module"),
     Bad("adapter without targets", JOBS, {"adapter": {"lora_attn_modules": [], "apply_lora_to_mlp": False}}, 400,
         "adapter: an adapter without a target trains nothing"),
-    Bad("routers alone beside LoRA", JOBS, {"moe.train_router_only": True}, 400,
+    Bad("routers alone beside LoRA", JOBS, {"adapter": {}, "moe": {"train_router_only": True}}, 400,
         "moe.train_router_only: true is for adapter null"),
     Bad("routers alone that are frozen", JOBS, {"adapter": None, "moe": {"train_router": False,
         "train_router_only": True}}, 400, "train_router: false is not valid with train_router_only true"),

@@ -118,6 +118,37 @@ def train(
     folder.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+DOMAINS = ("code", "chat")
+
+
+def by_domain(folder: JobFolder, steps: int) -> None:
+    """Write figures of each domain beside those of `train`."""
+    log = EventLog(folder.events)
+    for step in range(1, steps + 1):
+        figures = {f"loss/{name}": 2.0 - 0.01 * step * (at + 1) for at, name in enumerate(DOMAINS)}
+        log.append(Step(step=steps + step, max_steps=2 * steps, epoch=1.0, metrics=figures, eta_s=0.0))
+    held = {f"{kind}/{name}": 1.5 + at for kind in ("validation_loss", "perplexity") for at, name in enumerate(DOMAINS)}
+    log.append(Evaluation(step=2 * steps, epoch=3.0, metrics=held | {"validation_loss": 1.7, "perplexity": 5.5}))
+    log.close()
+
+
+def domain_routing() -> dict[str, Any]:
+    """What a report reads of the artifact `domains`."""
+    layers = [
+        {"layer": layer, "mutual_information": 0.2 + layer / 20, "random_router": 0.1, "chance_high": 0.02,
+         "rate": {name: [0.5 - at / 4, 0.25, 0.25 + at / 4, 0.0] for at, name in enumerate(DOMAINS)}}
+        for layer in range(4)
+    ]  # fmt: skip
+    return {"sets": {name: {"rows": 40, "tokens": 4000} for name in DOMAINS}, "layers": layers}
+
+
+def positions() -> dict[str, Any]:
+    """A positions.json."""
+    figures = {"as shipped": 812.0, "scaled": 31.5, "trained": 9.25}
+    bucket = {"first": 1024, "last": 2047, "tokens": 8192, "perplexity": figures}
+    return {"trained_positions": 1024, "positions": 4096, "rows": 8, "of": "held-out rows", "buckets": [bucket]}
+
+
 def held_out(loss: float) -> Metrics:
     """The held-out figures of an artifact."""
     return Metrics(epoch=3, train_loss=loss, validation_loss=loss + 0.1, perplexity=math.exp(loss + 0.1))

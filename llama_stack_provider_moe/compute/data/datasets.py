@@ -8,18 +8,20 @@ are two). The choice is of source rows: all that a row gives goes to the same pa
 
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.data.domains import Domains, mix
+from llama_stack_provider_moe.compute.data.domains import Domains, Split, mix
 from llama_stack_provider_moe.compute.data.encoding import IGNORED, DpoEncoder, Encoder, Limit, SftEncoder
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
 from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
+from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.compute.data.shards import Recipe, stretches
 from llama_stack_provider_moe.compute.data.shown import shown
 from llama_stack_provider_moe.compute.data.tokenising import Source, first_misfit, make_shards
@@ -27,10 +29,13 @@ from llama_stack_provider_moe.compute.runtime.context import AnySession, Session
 from llama_stack_provider_moe.compute.runtime.cores import cores_of_leader
 from llama_stack_provider_moe.errors import DataError
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.jobdir import row_domains
+from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
 from llama_stack_provider_moe.spec import Domain, DPOSpec, MixedData, SFTSpec
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
+Divide = Callable[[int], Mapping[int, str]]
 _SHARDS = "rows"  # folder in the job's cache
 
 _IDS = List(Value("int32"))
@@ -201,9 +206,42 @@ class Maker:
             DataError: see `split`.
             InvalidInput: see `mix`.
         """
+        if data.domain_column is not None:
+            return mix(data, self._by_column(data), lengths_of)
         if data.domains is None:
             return *self.split(data, "train", "validation"), None
-        return mix(data, self.split, lengths_of)
+        parts = zip(data.domains, data.parts("train"), data.parts("validation"), strict=True)
+        return mix(data, {domain.name: self.split(domain, *each) for domain, *each in parts}, lengths_of)
+
+    def _by_column(self, data: SpecData) -> dict[str, Split]:
+        """Name of each domain -> its training rows and its held-out rows; a column of the rows names it."""
+        assert data.dataset_id is not None, "a column is of one data set"
+        found = row_domains.read(self.session.folder.domains_of_rows("train"))
+        made = self._make("train", data.dataset_id, partial(self._parts, found, "train"))
+        if data.validation_dataset_id is not None:
+            others = row_domains.read(self.session.folder.domains_of_rows("validation"))
+            made |= self._make("validation", data.validation_dataset_id, partial(self._parts, others, "validation"))
+        if empty := [name for name in found.names if f"train-{name}" not in made]:
+            raise DataError(f"dataset {data.dataset_id!r}: no row of domain {empty[0]!r} is left to train on")
+        return {
+            name: (made[f"train-{name}"], self._limited(made.get(f"validation-{name}"), data, "train"))
+            for name in found.names
+        }
+
+    def _parts(self, rows: DomainsOfRows, part: str, count: int) -> RowParts:
+        """The part of each row: `train-NAME`, or `validation-NAME` of those that are held out of a domain's rows."""
+        if len(rows.numbers) != count:
+            raise DataError(f"{part}.domains has {len(rows.numbers):,} rows, and {part}.jsonl {count:,}")
+        numbers = bytearray(rows.numbers)
+        names = [f"{part}-{name}" for name in rows.names]
+        if part == "train" and self.session.spec.data.validation_dataset_id is None:
+            options = self.session.spec.options
+            names += [f"validation-{name}" for name in rows.names]
+            for domain in range(len(rows.names)):
+                its = [index for index, number in enumerate(rows.numbers) if number == domain]
+                for place in held_out(len(its), options.validation_split, options.seed):
+                    numbers[its[place]] += len(rows.names)
+        return RowParts(tuple(names), bytes(numbers))
 
     def split(
         self, data: SpecData | Domain | MixedData, part: str, held_out_part: str
@@ -218,16 +256,23 @@ class Maker:
         Raises:
             DataError: rows can't be rendered, too many are too long, or none is left.
         """
-        spec, peers = self.session.spec, self.session.peers
         assert data.dataset_id is not None, "only a block with domains has none"
         if data.validation_dataset_id is not None:
             made = self._make(part, data.dataset_id, None)
             made |= self._make(held_out_part, data.validation_dataset_id, None)
         else:
-            made = self._make(part, data.dataset_id, held_out_part)
+            made = self._make(part, data.dataset_id, partial(self._held_out, held_out_part))
         if part not in made:
             raise DataError(f"dataset {data.dataset_id!r}: no row is left to train on")
-        train, validation = made[part], made.get(held_out_part)
+        return made[part], self._limited(made.get(held_out_part), data, part)
+
+    def _held_out(self, held_out_part: str, rows: int) -> Mapping[int, str]:
+        options = self.session.spec.options
+        return dict.fromkeys(held_out(rows, options.validation_split, options.seed), held_out_part)
+
+    def _limited(self, validation: Dataset | None, data: SpecData | Domain | MixedData, part: str) -> Dataset | None:
+        """The held-out rows, as many as are evaluated; warns if there are none though the job asks for some."""
+        spec, peers = self.session.spec, self.session.peers
         asked = data.validation_dataset_id is not None or spec.options.validation_split > 0
         if validation is None and asked:
             single = self.counts[part].source == 1 and data.validation_dataset_id is None
@@ -236,17 +281,17 @@ class Maker:
         if validation is not None and spec.training.max_validation_steps:
             most = spec.training.max_validation_steps * spec.training.batch_size * peers.size
             validation = validation.select(range(min(most, len(validation))))
-        return train, validation
+        return validation
 
-    def _make(self, part: str, dataset_id: str, held_out_part: str | None) -> dict[str, Dataset]:
+    def _make(self, part: str, dataset_id: str, divide: Divide | None) -> dict[str, Dataset]:
         """The data sets of one file, by part; parts without a row are missing. Rank 0 writes, all processes read.
 
         Args:
             part: name of the file.
             dataset_id: for errors.
-            held_out_part: part of the rows that are held out; None: all rows are in one part.
+            divide: from the number of rows, index of a row -> its part, for rows of other parts; None: there are none.
         """
-        written = self._write(part, dataset_id, held_out_part) if self.session.peers.leads else None
+        written = self._write(part, dataset_id, divide) if self.session.peers.leads else None
         agreed = self.session.peers.agreed(written)
         assert agreed is not None
         files, counts = agreed
@@ -256,17 +301,14 @@ class Maker:
             each: concatenate_datasets([Dataset.from_file(file) for file in paths]) for each, paths in files.items()
         }
 
-    def _write(self, part: str, dataset_id: str, held_out_part: str | None) -> tuple[dict[str, list[str]], RowCounts]:
+    def _write(self, part: str, dataset_id: str, divide: Divide | None) -> tuple[dict[str, list[str]], RowCounts]:
         session, path = self.session, self.session.folder.rows(part)
         with liveness.stage("reading rows"):
             found = list(stretches(path))
-        held: dict[int, str] = {}
-        if held_out_part is not None:
-            options, rows = session.spec.options, sum(each.count for each in found)
-            held = dict.fromkeys(held_out(rows, options.validation_split, options.seed), held_out_part)
+            parts = {} if divide is None else divide(sum(each.count for each in found))
         recipe = Recipe(self.encode, self.features, self.vocabulary)
         helpers = cores_of_leader(session.peers.local_size)
-        made = make_shards(recipe, Source(path, part, found, held), self.folder, helpers, session.say)
+        made = make_shards(recipe, Source(path, part, found, parts), self.folder, helpers, session.say)
         if (misfit := first_misfit(made)) is not None:
             raise DataError(
                 f"dataset {dataset_id!r}, row {misfit.row}: the tokenizer gives id {misfit.token}, but the model's "

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from llama_stack_provider_moe.compute.data.sampling import folded
-from llama_stack_provider_moe.spec.data import Data, epoch_counts, require_few_passes
-from llama_stack_provider_moe.spec.data import Domain as DomainBlock
+from llama_stack_provider_moe.spec.data import Data, epoch_counts, ratios_of, require_few_passes
 
 COLUMN = "domain"  # of rows and batches: the domain's index
-Split = Callable[[DomainBlock, str, str], tuple[Dataset, Dataset | None]]
+Split = tuple[Dataset, Dataset | None]  # training rows, held-out rows
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
@@ -66,28 +65,28 @@ class Domains:
         ]
 
 
-def mix(data: Data, split: Split, lengths: Callable[[Dataset], Tensor]) -> tuple[Dataset, Dataset | None, Domains]:
+def mix(
+    data: Data, splits: Mapping[str, Split], lengths: Callable[[Dataset], Tensor]
+) -> tuple[Dataset, Dataset | None, Domains]:
     """The training rows of all domains, one domain after the other, their held-out rows, and the domains.
 
     Args:
-        data: a block with domains.
-        split: makes the training and held-out rows of one domain, whose files are named.
+        data: a block with domains, or a column of them.
+        splits: name of each domain -> its training rows and its held-out rows.
         lengths: the number of tokens of each row of a set.
 
     Raises:
         InvalidInput: an epoch would repeat a domain too often.
     """
-    blocks = data.domains or []
-    parts = zip(blocks, data.parts("train"), data.parts("validation"), strict=True)
-    made = [split(*each) for each in parts]
-    rows = [len(train) for train, _ in made]
+    rows = {name: len(train) for name, (train, _) in splits.items()}
     require_few_passes(data, rows)
+    made = [*splits.values()]
     domains = Domains(
-        names=tuple(block.name for block in blocks),
-        rows=tuple(rows),
+        names=tuple(rows),
+        rows=tuple(rows.values()),
         held_out=tuple(0 if held_out is None else len(held_out) for _, held_out in made),
         tokens=tuple(int(lengths(train).sum()) for train, _ in made),
-        epoch=tuple(epoch_counts(rows, [block.ratio for block in blocks], data.exhausted)),
+        epoch=tuple(epoch_counts([*rows.values()], ratios_of(data, rows), data.exhausted)),
     )
     train = concatenate_datasets([_marked(each, index) for index, (each, _) in enumerate(made)])
     held = [_marked(each, index) for index, (_, each) in enumerate(made) if each is not None]

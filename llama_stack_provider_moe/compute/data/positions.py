@@ -119,7 +119,7 @@ def judge(positions: Positions | None, lengths_R: Tensor, warn: Callable[[str], 
             raise DataError(f"{problem}. options.max_length: expected at most {most}")
         warn(
             f"{problem}. The model was not trained on these positions: set options.max_length to {most} or less, or "
-            "extend RoPE in the model's config.json"
+            "options.rope_scaling (recipe sft) to extend them"
         )
     return {"positions": most, "longest_row": longest, "rows_beyond_positions": beyond}
 

@@ -35,6 +35,7 @@ from llama_stack_provider_moe.compute.data.positions import by_config
 from llama_stack_provider_moe.compute.data.rendering import Rendering
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
+from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
@@ -178,7 +179,7 @@ def profile(request: Request) -> dict[str, object]:
                 said_s = time.monotonic()
                 print(f"tokenised {done:,} of {total:,} rows", file=sys.stderr, flush=True)
     config = AutoConfig.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
-    positions = by_config(config.get_text_config())
+    positions = by_config(scaled_config(config.get_text_config(), spec.options.rope_scaling))
     figures = counted.figures(None if positions is None else positions.most)
     return {
         "tokens": figures.model_dump(mode="json"), "shown": [each.model_dump(mode="json") for each in counted.shown]

@@ -9,13 +9,14 @@ import multiprocessing
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.compute.data.shards import (
     Misfit,
     Recipe,
@@ -45,13 +46,13 @@ class Source:
         path: the JSONL file.
         part: its name, and that of the part with all rows that are not held out.
         stretches: of the file.
-        held: index of a row -> its part.
+        held: index of a row -> its part, for the rows of other parts.
     """
 
     path: Path
     part: str
     stretches: Sequence[Stretch]
-    held: dict[int, str]
+    held: Mapping[int, str]
 
     @property
     def rows(self) -> int:
@@ -94,7 +95,9 @@ def first_misfit(shards: Sequence[tuple[Task, Shard]]) -> Misfit | None:
 
 def _task(recipe: Recipe, source: Source, stretch: Stretch, folder: Path) -> Task:
     indices = range(stretch.first, stretch.first + stretch.count)
-    held = {index: source.held[index] for index in indices if index in source.held}
+    held: Mapping[int, str] = {index: source.held[index] for index in indices if index in source.held}
+    if isinstance(source.held, RowParts):  # of all rows: a byte each instead of an entry
+        held = source.held.within(indices)
     name = f"{source.part}.{stretch.number:06d}"
     return Task(source.path, stretch, folder, name, source.part, held, key_of(recipe, stretch, source.part, held))
 

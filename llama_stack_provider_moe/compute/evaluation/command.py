@@ -24,6 +24,7 @@ from llama_stack_provider_moe.compute.evaluation.report import EvaluationReport,
 from llama_stack_provider_moe.compute.evaluation.served import Endpoint, ServedJudge, ServedModel
 from llama_stack_provider_moe.compute.evaluation.suite import REPORT_FILE, Material, Suite, check_masked
 from llama_stack_provider_moe.compute.models.loader import DTYPES, load_for_inference, pick_device
+from llama_stack_provider_moe.compute.models.rope import as_shipped, extend_for
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.steering import restore_biases
@@ -93,7 +94,7 @@ def _in_memory(arguments: EvaluationCommand, suite: Suite) -> EvaluationReport:
         for state in ("before", "after") if isinstance(subject_model, PeftModel) else ("before",):
             subject = LocalModel(subject_model, tokenizer, limits, ends, autocast, _progress(state))
             if state == "before" and isinstance(subject_model, PeftModel):
-                with subject_model.disable_adapter():
+                with subject_model.disable_adapter(), as_shipped(subject_model):
                     states |= suite.measure_states(subject, judge, state, subject_model, layout)
             else:
                 states |= suite.measure_states(subject, judge, state, subject_model, layout)
@@ -113,6 +114,7 @@ def _removal(
 
 
 def _adapted(model: PreTrainedModel, folder: str, layout: ExpertLayout | None) -> PeftModel:
+    extend_for(model, Path(folder))
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, folder).eval()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes

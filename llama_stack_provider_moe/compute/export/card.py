@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.compute.export.model_card import Source, recorded
+from llama_stack_provider_moe.compute.models.rope import read_beside
 from llama_stack_provider_moe.compute.models.upcycle import SIDE_FILES
 from llama_stack_provider_moe.errors import AdapterError, ModelError
 from llama_stack_provider_moe.ground.small_files import read_config, read_text
@@ -56,15 +57,23 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     return found
 
 
-def config_text(base: Path, dtype: str | None) -> str:
-    """The base's config.json, unchanged or with another dtype."""
+def config_text(base: Path, dtype: str | None, adapter: Path | None = None) -> str:
+    """The base's config.json, unchanged, or with another dtype and the longer context that an adapter needs."""
     path = base / "config.json"
     try:
         text = read_text(path)
         config = read_config(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"base: {path} can't be read: {error}") from error
-    if dtype is None:
+    change = None if adapter is None else read_beside(adapter)
+    if dtype is None and change is None:
         return text
-    config.pop("torch_dtype", None)  # transformers 4's name
-    return json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+    if dtype is not None:
+        config.pop("torch_dtype", None)  # transformers 4's name
+        config["dtype"] = dtype
+    if change is not None:
+        inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        for old in ("rope_scaling", "rope_theta"):  # transformers 4's names; rope_parameters has both
+            inner.pop(old, None)
+        inner |= change.in_config()
+    return json.dumps(config, indent=2) + "\n"

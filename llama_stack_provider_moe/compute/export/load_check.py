@@ -36,6 +36,7 @@ from llama_stack_provider_moe.compute.export.model_card import Source
 from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, ask, digest, read_probe
 from llama_stack_provider_moe.compute.export.servers import family_of, read_kind, statements
 from llama_stack_provider_moe.compute.models.loader import load_plain
+from llama_stack_provider_moe.compute.models.rope import extend_for
 from llama_stack_provider_moe.compute.moe.backend import ALL_OURS
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import ExpertsImplementation, available
@@ -246,6 +247,7 @@ def _load(
     """
     device = _device()
     base: PreTrainedModel = load_plain(name, dtype, device if bits is None else torch.device("cpu"))
+    extend_for(base, adapter)
     layout = find_layout(base)
     if bits is not None:
         quantize(base, layout, 4 if bits == 4 else 8, device)

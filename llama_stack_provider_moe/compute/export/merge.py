@@ -120,7 +120,9 @@ def merge(
     files = side_files(folder, source.adapter)
     adapted = dict(Counter(map(below_layer, plan.updates.parameters)))
     texts = {
-        "config.json": config_text(folder, None if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")),
+        "config.json": config_text(
+            folder, None if dtype is None else str(DTYPES[dtype]).removeprefix("torch."), source.adapter
+        ),
         CARD: model_card("merged", str(base), source, adapted),
     }
     with complete_or_nothing(target, "merging", "a folder that no other merge is writing") as written:

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.jobdir.events import Started, parse
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder
 from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec.options import ROPE_FILE
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 CARD = "README.md"
@@ -92,7 +93,7 @@ def model_card(kind: Kind, base: str, source: Source, adapted: Mapping[str, int]
         f"{_IS[kind].format(base=f'`{name}`')} Fill in the licence: the base's terms apply.", "",
         "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows),
         *([f"| Versions | {versions} |"] if versions else []),
-        "", *_loading(kind, f"path/to/{name}" if is_folder else name, (source.adapter / ROUTER_BIAS).is_file()), "",
+        "", *_loading(kind, f"path/to/{name}" if is_folder else name, source.adapter), "",
     ])  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _figures(source: Source) -> Iterator[tuple[str, str]]:
         yield plain(key), f"{value:.6g}"
 
 
-def _loading(kind: Kind, base: str, has_biases: bool) -> list[str]:
+def _loading(kind: Kind, base: str, adapter: Path) -> list[str]:
     here = "path/to/this"  # a folder or a repository
     if kind != "adapter":
         code = [
@@ -181,11 +182,16 @@ def _loading(kind: Kind, base: str, has_biases: bool) -> list[str]:
             f"moe-train eval {base} --adapter {here} --retain rows.jsonl", f"moe-train export merge {base} {here} OUT"
         ]  # fmt: skip
         library = "PEFT"
+    unread = {
+        ROUTER_BIAS: "the router biases that training moved",
+        ROPE_FILE: "the longer context that the base needs: merge first, or change its config",
+    }
     biases = [
-        f"PEFT does not read `{ROUTER_BIAS}`, the router biases that training moved; llama-stack-provider-moe does.", ""
+        line for name, what in unread.items() if (adapter / name).is_file()
+        for line in (f"PEFT does not read `{name}`, {what}; llama-stack-provider-moe does.", "")
     ]  # fmt: skip
     return [
         "## Load it", "", f"With {library}:", "", "```python", *code, "```", "",
-        *(biases if kind == "adapter" and has_biases else []),
+        *(biases if kind == "adapter" else []),
         "With llama-stack-provider-moe:", "", "```sh", *commands, "```",
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.ground.small_files import read_object
+from llama_stack_provider_moe.spec.options import ROPE_FILE
 
 Applies = Literal["yes", "with settings", "no", "unknown"]
 _VLLM = "vllm/lora/model_manager.py at 01533aa (2026)"
@@ -59,6 +60,7 @@ class Kind(BaseModel):
         uneven: targets have different ranks or scales.
         dora: the adapter is DoRA.
         biases: the adapter's folder has router biases that training moved.
+        longer: its base needs a longer context than its own config says.
     """
 
     experts: frozenset[str]
@@ -66,11 +68,12 @@ class Kind(BaseModel):
     uneven: bool
     dora: bool
     biases: bool
+    longer: bool = False
 
     @property
     def attention_only(self) -> bool:
         """Whether only linear layers have LoRA."""
-        return not (self.experts or self.router or self.biases)
+        return not (self.experts or self.router or self.biases or self.longer)
 
 
 def family_of(model: nn.Module) -> str:
@@ -96,12 +99,16 @@ def read_kind(adapter: Path) -> Kind:
         uneven=bool(config.get("rank_pattern") or config.get("alpha_pattern")),
         dora=bool(config.get("use_dora")),
         biases=(adapter / ROUTER_BIAS).is_file(),
+        longer=(adapter / ROPE_FILE).is_file(),
     )
 
 
 def statements(model_type: str, kind: Kind) -> list[Statement]:
     """For each server, what is known about an adapter of this kind on this family."""
     found = [_transformers(kind), vllm(model_type, kind), _sglang(kind), _llama_cpp(kind), _ollama(model_type, kind)]
+    if kind.longer:
+        why = f"the base needs the longer context in {ROPE_FILE}, which no server reads: merge first"
+        return [each.model_copy(update={"applies": "no", "why": why, "source": "our own file"}) for each in found]
     if not kind.biases:
         return found
     why = f"no server reads {ROUTER_BIAS}, the router biases that training moved: merge first"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.models.loader import load, pick_device
+from llama_stack_provider_moe.compute.models.rope import as_shipped, extend_for
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.quantize import Bits, QuantizeReport, quantize
@@ -49,7 +50,7 @@ class Adapted:
         adapted = {layer: bias.clone() for layer, bias in biases.items()}
         _copy(self.base_biases, biases)
         try:
-            with self.model.disable_adapter():
+            with self.model.disable_adapter(), as_shipped(self.model):
                 yield
         finally:
             _copy(adapted, biases)
@@ -95,7 +96,7 @@ def load_base(
 def with_adapter(
     model: PreTrainedModel, folder: Path, layout: ExpertLayout | None, is_quantized: bool = False
 ) -> PeftModel:
-    """Return the model with the adapter in `folder`, and with the router biases that were trained with it.
+    """Return the model with the adapter in `folder`, with the router biases and the context of its training.
 
     Args:
         model: without an adapter.
@@ -106,6 +107,7 @@ def with_adapter(
     Raises:
         ModelError: the adapter does not fit the model.
     """
+    extend_for(model, folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from llama_stack_provider_moe.compute.models.rope import Extension, extension_of, read_beside
 from llama_stack_provider_moe.compute.models.saved_weights import restore_weights
 from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME, EXPERT_RANKS, expert_ranks
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
@@ -49,6 +50,8 @@ def start_from(model: PeftModel, folder: Path, steering: Steering | None, moves_
     if not problems:
         of_job = {names[own]: each for own, each in expert_ranks(model).items()}
         problems = _unequal_ranks(of_job, ranks) + _unequal_scales(model, folder)
+    if (theirs := read_beside(folder)) != (mine := extension_of(model)):
+        problems.append(f"it was trained with {_rope(theirs)}, this job has {_rope(mine)} (options.rope_scaling)")
     has_biases = (folder / ROUTER_BIAS).is_file()
     if has_biases and not moves_biases:
         problems.append(f"it has trained router biases ({ROUTER_BIAS}), which only sft with 'aux_free' can use")
@@ -59,6 +62,10 @@ def start_from(model: PeftModel, folder: Path, steering: Steering | None, moves_
     if has_biases and steering is not None:
         steering.restore(folder)
     return f"starts from the adapter in {folder}, {len(weights)} tensors"
+
+
+def _rope(change: Extension | None) -> str:
+    return "the model's own context" if change is None else change.text()
 
 
 def _read(folder: Path) -> tuple[Shapes, dict[str, list[int]]]:

@@ -13,10 +13,11 @@ from llama_stack_provider_moe.compute.distributed.expert_parallel import share_e
 from llama_stack_provider_moe.compute.models.adapter_start import start_from
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
+from llama_stack_provider_moe.compute.models.rope import extend, extension
 from llama_stack_provider_moe.compute.moe import implementation
 from llama_stack_provider_moe.compute.moe.adapters import Adapted, AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
-from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, quantize, spare_ddp
 from llama_stack_provider_moe.compute.moe.rates import Rates
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
@@ -26,7 +27,7 @@ from llama_stack_provider_moe.compute.moe.steering import Steering
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.spec import TrainingSpec
+from llama_stack_provider_moe.spec import SFTSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
     # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
     model, tokenizer = load(spec, device if bits is None else torch.device("cpu"), has_conversations(session))
+    if isinstance(spec, SFTSpec) and spec.options.rope_scaling is not None:
+        extend(model, extension(text_config(model), spec.options.rope_scaling))
     layout = find_layout(model)
     experts = None
     if spec.resources.strategy == "ep":

@@ -17,7 +17,9 @@ from transformers import PreTrainedConfig
 from llama_stack_provider_moe.compute.methods.breaker_plan import decide
 from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
 from llama_stack_provider_moe.compute.models.loader import DTYPES
+from llama_stack_provider_moe.compute.models.rope import extend, extension
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
 from llama_stack_provider_moe.compute.moe.sharding import undividable
 from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
@@ -258,7 +260,8 @@ class Planner:
         adapter = None if spec.adapter is None else spec.adapter.model_dump()
         breaker = spec.circuit_breaker.model_dump() if isinstance(spec, BreakerSpec) else None
         distils = isinstance(spec, SFTSpec) and spec.distill is not None
-        key = repr((spec.recipe, distils, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
+        rope = spec.options.rope_scaling
+        key = repr((spec.recipe, distils, rope, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
         if key not in self._seen:
             self._seen[key] = self._rehearse(spec, batch)
         return self._seen[key]
@@ -266,6 +269,8 @@ class Planner:
     def _rehearse(self, spec: TrainingSpec, batch: Batch) -> _Rehearsed:
         # fp16 is as large as bf16, and torch's autocast supports bf16 everywhere.
         model = bare(self._config, DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype])
+        if spec.options.rope_scaling is not None:
+            extend(model, extension(text_config(model), spec.options.rope_scaling))
         adapter, targets = spec.adapter, cast(tuple[int, ...], (0,))
         if isinstance(spec, BreakerSpec):
             layout = find_layout(model)

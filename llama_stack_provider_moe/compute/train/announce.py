@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, rows_an_epoch, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32
 from llama_stack_provider_moe.compute.models.prepare import Base
+from llama_stack_provider_moe.compute.models.rope import extension_of, plan_of
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
@@ -57,6 +58,7 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
         "truncated_rows": rows.total.cut,
         "dropped_rows": rows.total.dropped.count,
         "domains": _domains(prepared),
+        "rope": plan_of(prepared.model),
         "steps_per_epoch": steps,
         "total_steps": steps_in_all,
         **decisions,
@@ -129,6 +131,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) ->
         f"model     {_named(spec)} ({plan['architecture']}, {spec.training.dtype} on {base.device}{together})",
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
+        *([] if (longer := extension_of(base.model)) is None else [f"context   {longer.text()}"]),
         *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
         *([_sharing(session)] if spec.resources.strategy == "fsdp" else []),
         *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),

@@ -19,6 +19,7 @@ from llama_stack_provider_moe.compute.distributed.full_state import has_sharded_
 from llama_stack_provider_moe.compute.export.model_card import CARD
 from llama_stack_provider_moe.compute.export.probe import PROBE, Probe
 from llama_stack_provider_moe.compute.export.servers import card_section, family_of
+from llama_stack_provider_moe.compute.models import rope
 from llama_stack_provider_moe.compute.models.generation_ends import write_beside
 from llama_stack_provider_moe.compute.models.unsloth.files import as_peft_writes
 from llama_stack_provider_moe.compute.moe.adapters import EXPERT_RANKS, expert_ranks
@@ -118,6 +119,7 @@ def write(
             (folder / CARD).unlink(missing_ok=True)  # PEFT's template, which nobody has filled in
             _rewrite(folder / SAFETENSORS_WEIGHTS_NAME, names_in_file(model), expert_ranks(model))
             write_beside(model.get_base_model(), folder)
+            rope.write_beside(model, folder)
         elif weights is not None and has_sharded_parameters(model):
             _write_gathered(model, weights, folder)
         else:

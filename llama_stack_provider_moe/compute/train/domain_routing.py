@@ -49,7 +49,8 @@ def analyse_domains(session: AnySession, trainer: RecordingTrainer) -> RoutingRe
                 counter.at(before + done)
 
             counted[name] = count(trainer.model, layout, each, batch_size, advance)
-    sources = dict(zip(domains.names, session.spec.data.training_ids, strict=True))
+    ids = session.spec.data.training_ids
+    sources = dict(zip(domains.names, ids if len(ids) > 1 else ids * len(domains.names), strict=True))
     return report_of(session.spec.model, None, layout, counted, sources, Analysis(), session.spec.options.seed)
 
 

@@ -17,9 +17,12 @@ from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, dig
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.models.prepare import Base
+from llama_stack_provider_moe.compute.models.rope import extension_of
 from llama_stack_provider_moe.compute.moe.quantize import dequantize
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.announce import announce
+from llama_stack_provider_moe.compute.train.by_position import ByPosition
+from llama_stack_provider_moe.compute.train.by_position import keep as keep_positions
 from llama_stack_provider_moe.compute.train.checkpoints import describe, merge, save
 from llama_stack_provider_moe.compute.train.domain_routing import analyse_domains, keep_report
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
@@ -112,13 +115,17 @@ def train_and_save(session: AnySession, base: Base, trainer: RecordingTrainer, f
     if session.spec.eval is not None and session.peers.leads:
         assessment = Assessment(session, trainer.model, base.tokenizer, base.layout)
         early = assessment.before()
+    by_position = None
+    if extension_of(trainer.model) is not None and (session.peers.leads or session.spec.resources.sharded):
+        by_position = ByPosition(session, trainer)
+        by_position.before()
     session.peers.wait()
     trackers = OpenTrackers(session, 0 if resume is None else resume.step)
     finished = False
     try:
         if early is not None and (resume is None or resume.step == 0):  # else an earlier start logged them
             trackers.log(early)
-        manifest = _fit(session, base, trainer, foreseen_steps, resume, assessment, trackers)
+        manifest = _fit(session, base, trainer, foreseen_steps, resume, assessment, trackers, by_position)
         finished = True
         return manifest
     finally:
@@ -133,6 +140,7 @@ def _fit(
     resume: Resume | None,
     assessment: Assessment | None,
     trackers: OpenTrackers,
+    by_position: ByPosition | None,
 ) -> Manifest:
     reporter = Reporter(session, trainer, trackers, resume)
     saver = Saver(session, trainer, reporter, resume)
@@ -160,6 +168,7 @@ def _fit(
     routing = None
     if session.peers.leads or session.spec.resources.sharded:
         routing = analyse_domains(session, trainer)
+    positions = None if by_position is None else by_position.after()
     weights = trainer.whole_weights(DTYPES[session.spec.training.dtype])
     if not session.peers.leads:  # rank 0 saves
         return Manifest(job_uuid=session.job_uuid, artifacts=[], summary={})
@@ -169,6 +178,8 @@ def _fit(
     artifacts = [*saver.artifacts, _keep(session, base, kind, trainer.model, last, card, probe, weights)]
     if routing is not None:
         artifacts.append(keep_report(session, routing, last.epoch, last.step))
+    if positions is not None:
+        artifacts.append(keep_positions(session, positions, last.epoch, last.step))
     report = None
     if assessment is not None:  # before the merge, which changes the model
         trainer.rest()

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.errors import InvalidInput, TrainingError
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import DataProfile
+from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.row_files import RowFile
 from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 
@@ -146,7 +147,9 @@ def _of_domain(data: object, domain: str | None) -> object:
 def _profiled(
     screen: Screen, spec: TrainingSpec, file: str, file_format: SourceFormat | None, held_out: str | None, valid: Path
 ) -> DataProfile:
-    profiler = RowsProfiler(spec.recipe, spec.data.format, spec.data.columns, "data.columns")
+    how = spec.row_sources()[0].domains
+    domains = None if how is None else RowDomains(how, how.values)
+    profiler = RowsProfiler(spec.recipe, spec.data.format, spec.data.columns, "data.columns", domains)
     with valid.open("wb") as out:
         profiler.add_all(_rows(screen, file, file_format), out)
     if held_out is not None:

@@ -34,7 +34,7 @@ def job(
             found,
             server.metrics(job_id, limit=report.POINTS),
             server.routing(job_id, limit=report.COLUMNS),
-            _evaluation(server, found),
+            {name: shown for name in report.SHOWN if (shown := _shown(server, found, name)) is not None},
         )
         text = report.render(sources)
         try:
@@ -50,16 +50,16 @@ def job(
     run(Where(url, key), as_json, act)
 
 
-def _evaluation(server: Client, found: Job) -> dict[str, object] | None:
-    """What the job's `eval` measured; None without that block, or while it has not measured anything."""
-    from llama_stack_provider_moe.control.dashboard.report import EVALUATION, EVALUATION_BYTES, EVALUATION_FILE
+def _shown(server: Client, found: Job, name: str) -> dict[str, object] | None:
+    """The file of an artifact that a report shows; None if the job has none, or has not measured anything yet."""
+    from llama_stack_provider_moe.control.dashboard.report import SHOWN, SHOWN_BYTES
 
-    if not any(each["name"] == EVALUATION and each["bytes"] < EVALUATION_BYTES for each in found["checkpoints"]):
+    if not any(each["name"] == name and each["bytes"] < SHOWN_BYTES for each in found["checkpoints"]):
         return None
-    listed = server.artifact_files(found["job_uuid"], EVALUATION)["files"]
-    file = next((each for each in listed if each["path"] == EVALUATION_FILE), None)
+    listed = server.artifact_files(found["job_uuid"], name)["files"]
+    file = next((each for each in listed if each["path"] == SHOWN[name]), None)
     if file is None:
         return None
-    with server.artifact_file(found["job_uuid"], EVALUATION, EVALUATION_FILE, 0, file["sha256"]) as sent:
+    with server.artifact_file(found["job_uuid"], name, SHOWN[name], 0, file["sha256"]) as sent:
         content: dict[str, object] = json.loads(b"".join(sent.chunks))
     return content

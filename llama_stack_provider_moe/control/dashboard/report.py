@@ -14,13 +14,17 @@ from llama_stack_provider_moe.control.dashboard.svg import Line, heat_map, line_
 from llama_stack_provider_moe.jobdir.output import printable
 
 POINTS, COLUMNS = 600, 100  # most steps of a curve, and of a map of the experts
-EVALUATION, EVALUATION_FILE = "evaluation", "eval.json"  # the artifact with what `eval` measured, and its file
-EVALUATION_BYTES = 16 << 20  # a larger file is left out
+# The artifacts that a report shows, and the file of each: what `eval` measured, the routing of domains, and the
+# perplexity by position of a longer context.
+SHOWN = {"evaluation": "eval.json", "domains": "routing.json", "positions": "positions.json"}
+SHOWN_BYTES = 16 << 20  # a larger file is left out
 _LOSSES = ("ce", "preference_loss", "breaker_loss")
 _NAMES = {**dict.fromkeys(_LOSSES, "training"), "validation_loss": "held out"}
 # title, which figures of the steps, which of the evaluations
 _CHARTS: tuple[tuple[str, Callable[[str], bool], Callable[[str], bool]], ...] = (
     ("Loss", lambda name: name in _LOSSES, lambda name: name == "validation_loss"),
+    ("Loss by domain", lambda name: name.startswith("loss/"), lambda name: name.startswith("validation_loss/")),
+    ("Perplexity by domain", lambda name: False, lambda name: name.startswith("perplexity/")),
     ("Rewards", lambda name: name in ("rewards/chosen", "rewards/rejected", "rewards/margins"), lambda name: False),
     ("Reward accuracy", lambda name: name == "rewards/accuracies", lambda name: False),
     ("Cosine with the base model", lambda name: name.startswith("cosine/"), lambda name: False),
@@ -42,13 +46,13 @@ class Sources(NamedTuple):
         job: all details of the job.
         metrics: its metrics as series.
         routing: use of its experts.
-        evaluation: its eval.json; None without one.
+        shown: name of an artifact of `SHOWN` -> its file's content; those that the job has.
     """
 
     job: Document
     metrics: Document
     routing: Document
-    evaluation: Document | None
+    shown: Mapping[str, Document]
 
 
 class Chart(NamedTuple):
@@ -85,7 +89,9 @@ def render(sources: Sources) -> str:
     job = sources.job
     return _environment().get_template("report.html").render(
         job=job, charts=list(_charts(sources.metrics)), maps=list(_maps(sources.routing)),
-        evaluation=sources.evaluation,
+        evaluation=sources.shown.get("evaluation"), domains=sources.shown.get("domains"),
+        information=_information(sources.shown.get("domains")), shares=list(_shares(sources.shown.get("domains"))),
+        positions=sources.shown.get("positions"),
         settings=sorted(_leaves(job["spec"] or {})), progress=job["resources_allocated"] or {},
         made_at=datetime.now(UTC), version=version("llama-stack-provider-moe"),
     )  # fmt: skip
@@ -117,8 +123,42 @@ def _maps(routing: Document) -> Iterable[Chart]:
         yield Chart(f"Share of each expert in layer {routing['layer']}; red: no token", (), shares)
 
 
+def _information(domains: Document | None) -> Chart | None:
+    """Mutual information of domain and expert, layer by layer, beside what chance and a random router show."""
+    if domains is None:
+        return None
+    layers = [layer["layer"] for layer in domains["layers"]]
+    names = {"mutual_information": "found", "random_router": "a random router", "chance_high": "by chance, at most"}
+    lines = [
+        Line(title, layers, [_number(layer[key]) for layer in domains["layers"]], has_points=key != "chance_high")
+        for key, title in names.items()
+        if any(_number(layer.get(key)) is not None for layer in domains["layers"])
+    ]
+    drawing = line_chart("Mutual information by layer", lines)
+    return None if drawing is None else Chart("Mutual information, nats", [line.name for line in lines], drawing)
+
+
+def _shares(domains: Document | None) -> Iterable[Chart]:
+    """For each domain, the share of its tokens that each expert of each layer got."""
+    if domains is None:
+        return
+    for name in domains["sets"]:
+        rows = [layer["rate"][name] for layer in domains["layers"]]
+        experts = range(len(rows[0]) if rows else 0)
+        drawing = heat_map(f"Experts of {name}", list(experts), rows, [layer["layer"] for layer in domains["layers"]])
+        if drawing is not None:
+            yield Chart(f"{name}: share of tokens by layer and expert; red: no token", (), drawing)
+
+
 def _named(name: str) -> str:
-    return _NAMES.get(name, name.removeprefix("rewards/").removeprefix("cosine/"))
+    return _NAMES.get(name, _bare(name))
+
+
+def _bare(name: str) -> str:
+    for prefix in ("rewards/", "cosine/", "loss/", "perplexity/"):
+        name = name.removeprefix(prefix)
+    before, held_out, domain = name.partition("validation_loss/")
+    return f"{domain}, held out" if held_out and not before else name
 
 
 def _number(value: object) -> float | None:

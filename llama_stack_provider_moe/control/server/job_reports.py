@@ -4,6 +4,7 @@ It is made when it is asked for, from the same documents that a client would get
 """
 
 import json
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -53,16 +54,16 @@ def sources_of(store: JobStore, whose: str | None, job_id: str) -> report.Source
     """
     job = store.get(job_id, whose)
     events = views.folder_of(job).events
-    try:
-        file = files.file(job, store, report.EVALUATION, report.EVALUATION_FILE)
-        evaluation = read_object(file.path, report.EVALUATION_BYTES)
-    except (NotFound, FileNotFoundError, InvalidFile):  # the job has no `eval` block, or has measured nothing yet
-        evaluation = None
+    shown: dict[str, dict[str, Any]] = {}
+    for name, path in report.SHOWN.items():
+        # Without such an artifact, or before it has measured anything.
+        with suppress(NotFound, FileNotFoundError, InvalidFile):
+            shown[name] = read_object(files.file(job, store, name, path).path, report.SHOWN_BYTES)
     return report.Sources(
         _document(job_status.detail(job, store)),
         _document(timeline.metrics(job.id, events, None, None, report.POINTS)),
         _document(routing_series.series(job.id, events, None, report.COLUMNS)),
-        evaluation,
+        shown,
     )
 
 

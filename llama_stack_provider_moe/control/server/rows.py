@@ -13,6 +13,7 @@ from llama_stack_provider_moe.control.server.row_sample import RowSample
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
 from llama_stack_provider_moe.spec import Recipe, RowFormat, RowKind
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.rows import RowsReport, canonical, check_columns, check_found, conversation
 from llama_stack_provider_moe.spec.rows.report import MOST_NAMES
 from llama_stack_provider_moe.spec.rows.values import HALF_A_PAIR
@@ -32,6 +33,7 @@ class RowReading(NamedTuple):
         answered: whether a conversation must end with the assistant's turn.
         kind: of the rows.
         columns: the data's names of columns by the formats' names.
+        domains: finds the domain of each row in a column; None: there is no such column.
     """
 
     recipe: Recipe
@@ -39,6 +41,19 @@ class RowReading(NamedTuple):
     answered: bool = True
     kind: RowKind = "recipe"
     columns: Mapping[str, str] | None = None
+    domains: RowDomains | None = None
+
+
+class DomainFile(NamedTuple):
+    """Where the domains of rows are found and written.
+
+    Attributes:
+        found: finds and counts them.
+        out: gets one byte for each row; None only checks the rows.
+    """
+
+    found: RowDomains
+    out: BinaryIO | None
 
 
 class _Checked(NamedTuple):
@@ -46,6 +61,7 @@ class _Checked(NamedTuple):
     problems: list[RowProblem]  # the first ones, as many as an error shows
     problem_count: int
     seen: set[str]  # columns of any row, if some have other names
+    domains: bytes  # the number of each row's domain, if a column names it
 
 
 async def copy_rows(
@@ -63,6 +79,7 @@ async def copy_rows(
     columns_field: str = "data.columns",
     pages_of: PagesOf = compat.dataset_pages,
     sample: RowSample | None = None,
+    domains: DomainFile | None = None,
 ) -> RowsReport:
     """Check every row of a data set, and write each in its canonical form as a line of JSON.
 
@@ -81,6 +98,7 @@ async def copy_rows(
         columns_field: the caller's name for `columns`, for error texts.
         pages_of: reads the data set.
         sample: keeps some of the rows.
+        domains: finds the domain of each row in a column; None: there is no such column.
 
     Returns:
         The number of rows, at least 1, with their formats and columns.
@@ -91,7 +109,7 @@ async def copy_rows(
             that the formats or all rows lack.
         InvalidRows: some rows can't be trained on; the error counts them all.
     """
-    reading = RowReading(recipe, row_format, answered, kind, columns)
+    reading = RowReading(recipe, row_format, answered, kind, columns, None if domains is None else domains.found)
     report = RowsReport()
     if columns:
         check_columns(columns, recipe, row_format, columns_field)
@@ -112,12 +130,16 @@ async def copy_rows(
         seen |= checked.seen if len(seen) < MOST_NAMES else checked.seen.intersection((columns or {}).values())
         if out is not None and not count:
             await _checking.run(out.write, checked.lines)
+            if domains is not None and domains.out is not None:
+                await _checking.run(domains.out.write, checked.domains)
     if columns and total:
         check_found(columns, seen, columns_field)
     if count:
         raise InvalidRows(dataset_id, problems, count, total)
     if not total:
         raise InvalidInput(field, dataset_id, "a data set with rows; this one is empty")
+    if domains is not None:
+        domains.found.require_enough()
     return report
 
 
@@ -127,7 +149,15 @@ def _check(
     lines: list[bytes] = []
     problems: list[RowProblem] = []
     seen: set[str] = set()
-    for number, row in enumerate(page, first):
+    numbers = bytearray()
+    for number, given in enumerate(page, first):
+        row = given
+        if reading.domains is not None:
+            row, domain = reading.domains.without(given), reading.domains.add(given, number)
+            if isinstance(domain, RowProblem):
+                problems.append(domain)
+                continue
+            numbers.append(domain)  # whoever writes it stops at the first problem
         if reading.columns and isinstance(row, Mapping):
             seen.update(key for key in row if isinstance(key, str))
         found = _canonical(row, number, reading, report)
@@ -142,7 +172,7 @@ def _check(
             continue
         if sample is not None:
             sample.offer(number, found, len(lines[-1]))
-    return _Checked(b"".join(lines), problems[: InvalidRows.SHOWN], len(problems), seen)
+    return _Checked(b"".join(lines), problems[: InvalidRows.SHOWN], len(problems), seen, bytes(numbers))
 
 
 def _canonical(row: object, number: int, reading: RowReading, report: RowsReport) -> Mapping[str, object] | RowProblem:

@@ -9,6 +9,7 @@ from typing import BinaryIO, cast
 from llama_stack_provider_moe.errors import RowProblem
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.data_profile import Bucket, DataProfile, Lengths, Repeat, RowReason
+from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.rows.columns import check_columns, check_found
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Message
 from llama_stack_provider_moe.spec.rows.reading import canonical
@@ -86,18 +87,26 @@ class RowsProfiler:
         row_format: the format that the job states.
         columns: the data's names of columns by the formats' names.
         columns_field: the caller's name for `columns`, for error texts.
+        domains: finds each row's domain in a column; None: there is no such column.
 
     Raises:
         InvalidInput: `columns` names a column that the formats do not have.
     """
 
     def __init__(
-        self, recipe: Recipe, row_format: RowFormat, columns: Mapping[str, str] | None, columns_field: str
+        self,
+        recipe: Recipe,
+        row_format: RowFormat,
+        columns: Mapping[str, str] | None,
+        columns_field: str,
+        domains: RowDomains | None = None,
     ) -> None:
         if columns:
             check_columns(columns, recipe, row_format, columns_field)
         self._reading = (recipe, row_format, columns)
         self._columns_field = columns_field
+        self._domains = domains
+        self._held_out_domains: RowDomains | None = None
         self._report = RowsReport()
         self._rows = 0
         self._seen: set[str] = set()
@@ -118,7 +127,7 @@ class RowsProfiler:
     def add(self, row: object) -> CanonicalRow | None:
         """Count the next row; return its canonical form, or None if it is not valid."""
         self._rows += 1
-        found, digest = self._canonical(row, self._rows, self._report)
+        found, digest = self._canonical(row, self._rows, self._report, self._domains)
         if isinstance(found, RowProblem):
             self._refused.add(found.row, f"{found.field} {found.reason}")
             return None
@@ -131,7 +140,9 @@ class RowsProfiler:
     def add_held_out(self, row: object) -> None:
         """Count a row of the held-out file, after all rows of the other; one that is not valid counts as refused."""
         self._held_out = (self._held_out or 0) + 1
-        found, digest = self._canonical(row, self._held_out, None)
+        if self._domains is not None and self._held_out_domains is None:
+            self._held_out_domains = self._domains.of_others()
+        found, digest = self._canonical(row, self._held_out, None, self._held_out_domains)
         first = self._first.get(digest)
         if isinstance(found, RowProblem):
             self._refused.add(found.row, f"(held-out file) {found.field} {found.reason}")
@@ -147,13 +158,19 @@ class RowsProfiler:
         recipe, _, columns = self._reading
         if columns and self._rows:
             check_found(columns, self._seen, self._columns_field)
+        notes = dict(self._report.notes)
+        for domains in (self._domains, self._held_out_domains):
+            if domains is not None and not self._refused.count:
+                domains.require_enough()
+        if self._domains is not None:
+            notes |= {f"domain {name}": count for name, count in self._domains.counts.items()}
         return DataProfile(
             rows=self._rows,
             recipe=recipe,
             formats=self._report.formats,
             columns_read=self._report.read,
             columns_not_read=self._report.not_read,
-            notes=self._report.notes,
+            notes=notes,
             refused=self._refused.count,
             refused_rows=self._refused.shown,
             duplicates=self._repeats.count,
@@ -165,8 +182,13 @@ class RowsProfiler:
         )
 
     def _canonical(
-        self, row: object, number: int, report: RowsReport | None
+        self, given: object, number: int, report: RowsReport | None, domains: RowDomains | None
     ) -> tuple[CanonicalRow | RowProblem, bytes]:
+        row = given
+        if domains is not None:
+            row, domain = domains.without(given), domains.add(given, number)
+            if isinstance(domain, RowProblem):
+                return domain, b""
         recipe, row_format, columns = self._reading
         if columns and isinstance(row, Mapping):
             self._seen.update(set(columns.values()).intersection(row))

@@ -6,6 +6,7 @@ from itertools import batched
 import pytest
 
 from llama_stack_provider_moe.compute.data.domains import DomainCollator, Domains, DomainSampler, runs_by_domain, spread
+from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.data import Data, Domain, epoch_counts, require_few_passes
 
@@ -92,10 +93,10 @@ def test_the_plan_tells_how_often_rows_are_seen() -> None:
 def test_a_domain_that_would_repeat_thousands_of_times_is_refused() -> None:
     blocks = [Domain(name="large", dataset_id="a"), Domain(name="tiny", dataset_id="b", ratio=2)]
     data = Data(domains=blocks)
-    require_few_passes(data, [1000, 2])
+    require_few_passes(data, {"large": 1000, "tiny": 2})
     with pytest.raises(InvalidInput, match=r"data\.domains\.1\.ratio: 2\.0 .* the 2 row\(s\) of 'tiny' at most 1,000"):
-        require_few_passes(data, [1002, 2])
-    require_few_passes(Data(domains=blocks, exhausted="stop"), [1002, 2])
+        require_few_passes(data, {"large": 1002, "tiny": 2})
+    require_few_passes(Data(domains=blocks, exhausted="stop"), {"large": 1002, "tiny": 2})
 
 
 def test_a_batch_knows_its_domains_and_held_out_batches_have_one() -> None:
@@ -103,3 +104,14 @@ def test_a_batch_knows_its_domains_and_held_out_batches_have_one() -> None:
     batch = collate([{"ids": 1, "domain": 1}, {"ids": 2, "domain": 0}])
     assert (batch["ids"], batch["columns"], batch["domain"].tolist()) == ([1, 2], ["ids"], [1, 0])
     assert runs_by_domain([5, 0, 2], 3) == [(0, 1, 2), (3, 4), (5, 6)]
+
+
+def test_parts_of_rows_are_a_byte_each() -> None:
+    parts = RowParts(("train-a", "train-b", "validation-a"), bytes([0, 1, 2, 0]))
+    assert dict(parts) == {0: "train-a", 1: "train-b", 2: "validation-a", 3: "train-a"}
+    assert (len(parts), 3 in parts, 4 in parts, -1 in parts) == (4, True, False, False)
+    some = parts.within(range(1, 3))
+    assert dict(some) == {1: "train-b", 2: "validation-a"}
+    assert dict(some.within(range(2, 3))) == {2: "validation-a"}
+    with pytest.raises(KeyError):
+        some[0]

@@ -9,15 +9,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from transformers import AutoConfig
 
 from llama_stack_provider_moe.compute.export import gguf, verify
 from llama_stack_provider_moe.compute.export.gguf_file import read_header
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
+from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import ExportError, InvalidInput, ModelError, NoRoom, NoToolchain
 from llama_stack_provider_moe.llama_cpp import Toolchain
 from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES, GgufType
+from llama_stack_provider_moe.spec.options import RopeScaling
 from tests.support import llama_support, tiny_models
 from tests.support.llama_support import ALIGNED
 
@@ -197,3 +201,21 @@ def test_leftovers_of_a_killed_export_are_removed(made: Path, tools: Toolchain, 
     gguf.quantize(made / "f32.gguf", tmp_path / "out.gguf", "q5_0", tools)
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert read_header(tmp_path / "out.gguf").type_counts()["Q5_0"]
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_a_longer_context_is_in_the_file(kind: Literal["yarn", "linear"], tmp_path: Path, tools: Toolchain) -> None:
+    """llama.cpp's keys for scaled RoPE; it computes what transformers does from the same config."""
+    model = llama_support.build("llama", tmp_path / "model", max_position_embeddings=64, **ALIGNED)
+    config = AutoConfig.from_pretrained(model)
+    scaled_config(config, RopeScaling(type=kind, factor=8)).save_pretrained(model)
+    gguf.convert(model, tmp_path / "f32.gguf", "f32", tools)
+    metadata = read_header(tmp_path / "f32.gguf").metadata
+    assert (metadata["llama.rope.scaling.type"], metadata["llama.rope.scaling.factor"]) == (kind, 8)
+    if kind == "yarn":
+        assert metadata["llama.rope.scaling.original_context_length"] == 64
+        assert metadata["llama.context_length"] == 512
+    reference = read_reference(model, say=lambda line: None)
+    check = verify.verify(tmp_path / "f32.gguf", model, tools, reference, "f32")
+    assert check.logits is not None
+    assert 0 < check.logits.relative_difference < 1e-3

@@ -1,6 +1,9 @@
 """Figures of each domain of a job's data, on tiny models."""
 
+import json
 import math
+import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +118,43 @@ def test_steps_tell_the_information_between_domain_and_expert(sft: Run) -> None:
     for event in sft.events("routing"):
         shares = np.array([[layer.share for layer in each] for each in event.sets.values()])
         assert event.figures()["mutual_information"] == pytest.approx(mutual_information(shares).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_column_gives_what_data_sets_give(workshop: Workshop, validation: bool) -> None:
+    """The same rows, interleaved in one file whose sidecar names each row's domain: the same steps and figures."""
+    domains = domains_of("sft", ratio=2)
+    domains.reverse()  # an order that is not the alphabet's
+    if not validation:
+        domains = [(each | {"validation_dataset_id": None}, rows, []) for each, rows, _ in domains]
+    apart = workshop.run("sft", "granitemoe", domains=domains, **TIMES)
+    ratios = {each["name"]: each.get("ratio", 1) for each, _, _ in domains}
+    data: dict[str, Any] = {"domain_column": "topic", "domain_ratios": ratios}
+    if not validation:
+        data["validation_dataset_id"] = None
+    folder = workshop.job("sft", "granitemoe", data=data, **TIMES)
+    for part, at in (("train", 1), ("validation", 2)):
+        order = [number for number, each in enumerate(domains) for _ in each[at]]
+        random.Random(0).shuffle(order)
+        given = [iter(each[at]) for each in domains]
+        rows = [next(given[number]) for number in order]
+        folder.rows(part).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        head = json.dumps([*ratios]).encode() + b"\n"
+        folder.domains_of_rows(part).write_bytes(head + bytes(order))
+    together = workshop.again(Run(folder, 0))
+    assert (apart.exit_code, together.exit_code) == (COMPLETED, COMPLETED), together.reason
+    assert together.resolved["domains"] == apart.resolved["domains"]
+    for name in ("loss", "loss/words", "loss/sums"):
+        one, other = ([event.metrics.get(name) for event in run.events("step")] for run in (together, apart))
+        assert one == other
+    for name in ("validation_loss", "validation_loss/words", "perplexity/sums"):
+        assert together.held_out(name) == apart.held_out(name)
+    report = RoutingReport.model_validate_json((together.folder.domains / "routing.json").read_bytes())
+    assert [each.source for each in report.sets.values()] == ["train", "train"]
+
+
+def test_a_damaged_list_of_domains_ends_the_job(workshop: Workshop) -> None:
+    folder = workshop.job("sft", "llama", data={"domain_column": "topic", "validation_dataset_id": None})
+    folder.domains_of_rows("train").write_bytes(b'["a", "b"]\n' + bytes([0, 1] * 7))
+    run = workshop.again(Run(folder, 0))
+    assert "train.domains has 14 rows, and train.jsonl 16" in run.reason

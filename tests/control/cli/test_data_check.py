@@ -150,6 +150,21 @@ def test_a_file_of_one_domain(tmp_path: Path) -> None:
         assert (done.code, says in done.err) == (Exit.REFUSED, True), done.err
 
 
+def test_a_column_of_domains(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": f"b{at}", "weight": each} for at, each in enumerate(["law", "code"] * 2)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    done = moe_train("data", "check", path, "--set", "data.domain_column=weight", "--json")
+    assert done.code == Exit.OK, done.err
+    assert done.document["notes"] == {"domain law": 2, "domain code": 2}
+    assert done.document["columns_not_read"] == {}
+    words = ("--set", "data.domain_column=weight", "--set", 'data.domain_ratios={"law": 1, "chat": 2}')
+    done = moe_train("data", "check", path, *words)
+    assert (done.code, "weight is 'code'; expected 'law', 'chat'" in done.out) == (Exit.FAILED, True), done.out
+    alone = written(tmp_path / "alone.jsonl", rows[:1])
+    done = moe_train("data", "check", path, "--held-out", alone, *words[:2])
+    assert "at least 1 held-out row(s) of each domain; 'code' has 0" in done.err
+
+
 def test_a_single_row_is_refused_as_by_a_job_unless_none_is_held_out(tmp_path: Path) -> None:
     words = ("data", "check", written(tmp_path / "rows.jsonl", [ROWS[1]]))
     done = moe_train(*words)

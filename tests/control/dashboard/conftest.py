@@ -18,7 +18,7 @@ from tests.support.dashboard_jobs import MARKUP, Workshop, artifact, change
 from tests.support.host_support import BODY, ask, folder_of, over_http, serving_in_process, submit
 
 PHONE = {"width": 390, "height": 844}
-JOBS = 13  # that make_jobs makes
+JOBS = 14  # that make_jobs makes
 SWEEP = "lr-sweep"
 GRANITE = "ibm-granite/granite-3.0-1b-a400m-instruct"
 STEPS = 120
@@ -83,6 +83,13 @@ def make_jobs(service: PostTrainingService) -> None:
     made = artifact(folder, "evaluation", "evaluation", STEPS, {"eval.json": report})
     workshop.complete("breaker-1", artifacts=(made,))
     change(service, "breaker-1", recipe="circuit_breaker")
+    submit(service, job_uuid="sft-domains")
+    folder = workshop.begin("sft-domains")
+    dashboard_jobs.train(folder, "sft", 20, 40, seed=8)
+    dashboard_jobs.by_domain(folder, 20)
+    found = artifact(folder, "domains", "analysis", 40, {"routing.json": json.dumps(dashboard_jobs.domain_routing())})
+    longer = artifact(folder, "positions", "analysis", 40, {"positions.json": json.dumps(dashboard_jobs.positions())})
+    workshop.complete("sft-domains", artifacts=(found, longer))
     for job_id in ("dpo-run-7", "sft-failed", "sft-stopped", "markup-1", "sft-next", "sft-later"):
         told = {"labels": {"from": MARKUP}, "note": MARKUP} if job_id == "markup-1" else {}
         submit(service, job_uuid=job_id, metadata={"note": MARKUP}, **told)

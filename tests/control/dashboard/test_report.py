@@ -38,6 +38,23 @@ def test_a_report_of_any_job_is_one_file(
         assert "refusal rate" in text
 
 
+def test_a_report_shows_domains_and_positions(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same from the command line and from the server."""
+    text = written(world, tmp_path, "sft-domains", capsys)
+    served = world.http().get("/jobs/sft-domains/report").text
+    for each in (text, served):
+        assert "<h3>Loss by domain</h3>" in each
+        assert "code, held out" in each
+        assert "<h3>Perplexity by domain</h3>" in each
+        assert "<h2>Which experts serve which domain</h2>" in each
+        assert "<h3>Mutual information, nats</h3>" in each
+        assert "a random router" in each
+        assert "chat: share of tokens by layer and expert; red: no token" in each
+        assert each.count('class="dead"') >= 8, "an expert without a token, in 4 layers of 2 domains"
+        assert "<tr><th>1024 to 2047</th><td>8.2k</td><td>812</td><td>31.5</td><td>9.25</td></tr>" in each
+    assert "Which experts serve" not in written(world, tmp_path, "breaker-1", capsys)
+
+
 def test_markup_in_a_report_is_text(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = written(world, tmp_path, "markup-1", capsys) + written(world, tmp_path, "breaker-1", capsys)
     assert "<b>bold</b>" not in text

@@ -21,6 +21,7 @@ from llama_stack_provider_moe.control.store import parent_jobs
 from llama_stack_provider_moe.control.store.intake import STALE_STAGING_S
 from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB
 from llama_stack_provider_moe.errors import Conflict, InvalidRows, MoeError, NotFound
+from llama_stack_provider_moe.jobdir import row_domains
 from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, Saved, Step
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -213,6 +214,34 @@ def test_each_domain_is_copied_and_counted(service: PostTrainingService, dataset
     split = [each for each in domains if each.pop("validation_dataset_id")]
     checked = asyncio.run(service.validate(BODY | {"data": {"domains": split}}))
     assert (checked.train_rows, checked.validation_rows) == (16, None)
+
+
+def test_a_column_names_the_domain_of_each_row(service: PostTrainingService, datasets: Datasets) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": each} for each in ("law", "code", "law", "code", "law")]
+    datasets.rows |= {"labelled": rows, "held": [rows[1], rows[0]], "law alone": [rows[0]]}
+    data: dict[str, Any] = {"dataset_id": "labelled", "domain_column": "label"}
+    folder = JobFolder(service.config.jobs_dir / submit(service, data=data))
+    assert row_domains.read(folder.domains_of_rows("train")) == (("law", "code"), bytes([0, 1, 0, 1, 0]))
+    assert sorted(path.name for path in folder.data.iterdir() if path.suffix != ".json") == [
+        "train.domains", "train.jsonl"]  # fmt: skip
+    ratios = {"domain_ratios": {"code": 1, "law": 2}, "validation_dataset_id": "held"}
+    folder = JobFolder(service.config.jobs_dir / submit(service, data=data | ratios))
+    assert row_domains.read(folder.domains_of_rows("validation")) == (("code", "law"), bytes([0, 1]))
+    notes = asyncio.run(service.validate(BODY | {"data": data})).notes
+    assert "data.domain_column: law (3 rows), code (2 rows)" in notes
+    assert not [note for note in notes if "not read" in note], "the column was read"
+    before = left(service)
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(MoeError) as found:
+            submit(service, data=data | changes)
+        return str(found.value)
+
+    assert "row 1: nosuch: is missing; data.domain_column needs it" in refused(domain_column="nosuch")
+    assert "row 2: label: is 'code'; expected 'law', 'chat'" in refused(domain_ratios={"law": 1, "chat": 1})
+    assert "at least 1 held-out row(s) of each domain; 'code' has 0" in refused(validation_dataset_id="law alone")
+    assert "data.domain_ratios.code: 1.0 is not valid" in refused(domain_ratios={"law": 0.0001, "code": 1})
+    assert left(service) == before, "nothing was created"
 
 
 def test_mistakes_in_domains_are_named_at_submission(service: PostTrainingService) -> None:
