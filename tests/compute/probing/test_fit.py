@@ -141,12 +141,15 @@ def test_a_probe_of_another_base_is_refused_and_the_others_score(tmp_path: Path)
     write_probe(tmp_path / "probe", fitted.card.model_copy(update={"base": base}), fitted.regressions)
     template = fitted.card.base.model_copy(update={"chat_template": "f" * 64})
     write_probe(tmp_path / "old", fitted.card.model_copy(update={"base": template}), fitted.regressions)
-    folders = {"good": folder, "moved": tmp_path / "probe", "old": tmp_path / "old"}
+    gone = fitted.card.base.model_copy(update={"model": str(tmp_path / "gone")})
+    write_probe(tmp_path / "lost", fitted.card.model_copy(update={"base": gone}), fitted.regressions)
+    folders = {"good": folder, "moved": tmp_path / "probe", "old": tmp_path / "old", "lost": tmp_path / "lost"}
     found, refused = load_probes([ReadProbe.at(name, each) for name, each in folders.items()])
     assert list(found) == ["good"]
     assert "probes.moved" in refused["moved"]
     assert "of the loaded weights" in refused["moved"]
     assert "the same chat template" in refused["old"]
+    assert "there is no folder" in refused["lost"]
 
 
 def test_weights_that_do_not_fit_the_card_are_refused(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_typed_special_token_stays_text(reader: Reader) -> None:
     ("given", "words"),
     [
         ([], "no message"),
+        ([{"role": "user", "content": "a"}] * 65, "65 messages, more than 64"),
         ([{"role": "user"}], "message 1 has no role or no text"),
         ([{"role": "user", "content": "  "}], "no text"),
         ([{"role": "user", "content": "far too long " * 100}], "more than options.max_length = 200"),
