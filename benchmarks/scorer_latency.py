@@ -29,7 +29,7 @@ from llama_stack_provider_moe.shields.scorer_settings import ScorerSettings
 from llama_stack_provider_moe.shields.scores import ScorerFailed
 
 NAME = "cooking"
-HUNG_AFTER_S = 5.0
+HUNG_AFTER = 1.5  # deadlines without an answer to a check
 LIMIT_S = 600.0
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     card = read_card(given.probe, "--probe")
     settings = ScorerSettings(
         probes={NAME: str(given.probe.resolve())}, queue=given.queue, threads=given.threads, ping_s=0.2,
-        hung_after_s=HUNG_AFTER_S,
+        hung_after_s=HUNG_AFTER * given.deadline,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         client = ScorerClient(settings, Path(folder) / "scorer", os.environ)
@@ -160,7 +160,7 @@ def main() -> None:
         "shape": {
             "model": Path(card.base.model).name, "layers": card.layers, "dtype": card.base.dtype,
             "clients": given.clients, "seconds": given.seconds, "deadline_s": given.deadline, "queue": given.queue,
-            "threads": given.threads, "hung_after_s": HUNG_AFTER_S,
+            "threads": given.threads, "hung_after_s": HUNG_AFTER * given.deadline,
         },
         **found,
     }  # fmt: skip
