@@ -13,7 +13,7 @@ from llama_stack_provider_moe.compute.probing.artifact import read_probe
 from llama_stack_provider_moe.compute.probing.states import read_states
 from llama_stack_provider_moe.compute.probing.texts import Reader, Reading
 from llama_stack_provider_moe.compute.probing.trunk import Trunk, load_trunk
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.shields.probe_card import Base, ProbeCard, require_base
 from llama_stack_provider_moe.shields.scores import Score
 
@@ -92,17 +92,19 @@ def load_probes(probes: Sequence[ReadProbe]) -> tuple[dict[str, LoadedProbe], di
     """Load the models that probes read, each once.
 
     Returns:
-        The probes by name; and why others are not among them: another base, adapter or template than their card names.
-
-    Raises:
-        ModelError: a model can't be loaded.
+        The probes by name; and why others are not among them: their model can't be loaded, or has another fingerprint,
+        adapter or template than their card names.
     """
     loaded, refused = dict[str, LoadedProbe](), dict[str, str]()
     for key in dict.fromkeys(probe.key for probe in probes):
         sharing = [probe for probe in probes if probe.key == key]
         base = sharing[0].card.base
         highest = max(probe.card.layers[-1] for probe in sharing)
-        trunk = load_trunk(base.model, base.adapter_folder, base.dtype, base.template, highest)
+        try:
+            trunk = load_trunk(base.model, base.adapter_folder, base.dtype, base.template, highest)
+        except MoeError as error:
+            refused |= {probe.name: str(error) for probe in sharing}
+            continue
         for probe in sharing:
             try:
                 _require_same(probe, trunk.base)

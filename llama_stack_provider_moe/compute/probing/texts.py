@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec.ablation import Measure
 from llama_stack_provider_moe.spec.probe import ReadTokens, Views
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, TextRow
 
+MOST_ALONE = 64  # messages that are scored one by one
 _INSTRUCTING = ("system", "developer")
 
 
@@ -82,8 +83,11 @@ class Reader:
         Raises:
             Unscorable: it can't be rendered, is too long, or lacks the token to read.
         """
-        if not conversation["messages"]:
+        count = len(conversation["messages"])
+        if not count:
             raise Unscorable("it has no message")
+        if self._views == "each" and count > MOST_ALONE:
+            raise Unscorable(f"it has {count} messages, more than {MOST_ALONE}, each of which would be scored")
         try:
             texts = [self._rendered(view) for view in views_of(conversation, self._views)]
             return [self._checked(tokens) for tokens in self._renderer.tokens(texts)]

@@ -131,7 +131,7 @@ def test_more_than_the_queue_holds_is_overloaded_at_once_and_the_loop_goes_on(ma
         while not all(task.done() for task in waiting):
             await asyncio.sleep(0.01)
             turns += 1
-        reasons = [caught.value.reason]
+        reasons: list[str] = [caught.value.reason]
         for task in waiting:
             error = task.exception()
             assert isinstance(error, ScorerFailed)
