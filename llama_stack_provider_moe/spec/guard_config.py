@@ -35,7 +35,9 @@ class RepMonitorParams(Block):
     type: Literal["rep_monitor"] = Field(description="Type of the shield.")
     probe: str = Field(pattern=PROBE_NAME_PATTERN, description="Name of a probe in `probes` of the provider.")
     scored: Scored = Field(
-        default="both", description="What is scored: the last message, all messages, or the worse of both."
+        default="conversation",
+        description="What is scored, each by the views that the probe's card names: all messages, the last message "
+        "alone, or the worse of both.",
     )
     deadline_s: float = Field(default=10.0, gt=0, le=300, description="Seconds in which there must be a score.")
     on_failure: OnFailure | None = Field(
