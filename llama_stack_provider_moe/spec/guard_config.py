@@ -117,9 +117,14 @@ class FeedbackConfig(Block):
     consent: Literal[True] = Field(
         description="That users have agreed that flagged conversations are stored and trained on; expected true."
     )
-    folder: Path = Field(description="Folder for the rows: flagged.jsonl and answered.jsonl, which the server's user alone may read.")
+    folder: Path = Field(
+        description="Folder for the rows: flagged.jsonl and answered.jsonl, which the server's user alone may read."
+    )
     max_bytes: int = Field(
-        default=256 << 20, ge=1 << 20, le=1 << 40, description="Most bytes of both files; later conversations are lost, which is counted."
+        default=256 << 20,
+        ge=1 << 20,
+        le=1 << 40,
+        description="Most bytes of both files; later conversations are lost, which is counted.",
     )
 
     _blank = field_validator("folder", mode="before")(staticmethod(server_config_rules.not_blank))
