@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.spec.blocks import Block, DType
-from llama_stack_provider_moe.spec.probe import CARD_FILE, WEIGHTS_FILE, Views, least_negatives
+from llama_stack_provider_moe.spec.probe import CARD_FILE, WEIGHTS_FILE, ReadTokens, Views, least_negatives
 
 _CARD_BYTES = 1 << 20
 
@@ -45,6 +45,10 @@ class Detection(Block):
 
     auc: Auc
     detected: Rate = Field(description="Share of the target rows above the threshold.")
+    detected_at_rate: Rate = Field(
+        description="Share of the target rows above the threshold that these baseline rows themselves give for "
+        "`false_positive_rate`: a point of their ROC curve."
+    )
     false_positives: Rate = Field(description="Share of the baseline rows above the threshold.")
 
 
@@ -93,6 +97,7 @@ class ProbeCard(Block):
     layers: list[Annotated[int, Field(ge=0, le=9998)]] = Field(
         min_length=1, max_length=2, description="Decoder blocks, counted from 0, after which states are read."
     )
+    tokens: ReadTokens
     position: Annotated[int, Field(ge=-4096, le=4095)]
     span: Annotated[int, Field(ge=1, le=4096)]
     views: Views
@@ -103,6 +108,7 @@ class ProbeCard(Block):
     fit_rows: dict[str, Count] = Field(description="Rows of each set that the weights were fitted on.")
     l2: Annotated[float, Field(ge=0)] = Field(description="Weight of the squared weights in the loss.")
     sets: dict[str, ProbeSet]
+    split: Literal["shuffled", "in_order"]
     held_out: Compared = Field(description="On the last third of both sets.")
     test: Compared | None = Field(default=None, description="On sets of other wording; null: none were given.")
     length_auc: Share = Field(description="AUC of the number of tokens alone on the last third; 0.5 tells nothing.")

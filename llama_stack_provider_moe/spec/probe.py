@@ -1,9 +1,9 @@
 """The blocks of a job that fits a probe on hidden states, and the job itself."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET, Measure
 from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, numbers
@@ -21,6 +21,7 @@ LEAST_TESTED = 10
 MOST_CANDIDATES = 16
 
 Views = Literal["whole", "latest", "each"]
+ReadTokens = Literal["content", "position"]
 
 
 def least_negatives(rate: float) -> int:
@@ -44,6 +45,11 @@ class ProbeData(AnalysisData):
 class Probe(Measure):
     """Which hidden states the probe reads, and how it is fitted."""
 
+    tokens: ReadTokens = Field(
+        default="content",
+        description="Tokens whose states are read, as their mean. content: all tokens of the messages' own text, "
+        "without the template's and a system message's; position: the `span` tokens up to `position`.",
+    )
     layers: str | None = Field(
         default=None,
         pattern=NUMBERS_PATTERN,
@@ -70,6 +76,11 @@ class Probe(Measure):
         description="Share of baseline conversations that may be flagged: the threshold is set for it, on a third of "
         "the baseline, which needs at least 1 divided by this many rows.",
     )
+    split: Literal["shuffled", "in_order"] = Field(
+        default="shuffled",
+        description="How a set is divided into thirds that fit, choose and report. shuffled: by a hash of each row; "
+        "in_order: as the rows stand, for sets in which rows that resemble each other stand together.",
+    )
     l2: float = Field(
         default=0.01,
         gt=0,
@@ -84,6 +95,14 @@ class Probe(Measure):
         if named > MOST_CANDIDATES:
             raise ValueError(f"{layers!r} names {named} blocks; expected at most {MOST_CANDIDATES}")
         return layers
+
+    @model_validator(mode="after")
+    def _no_setting_is_without_effect(self) -> Self:
+        for name in ("position", "span"):
+            value = getattr(self, name)
+            if self.tokens == "content" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {value} has no effect with tokens 'content'; expected tokens 'position'")
+        return self
 
 
 class ProbeSpec(AnalysisJob):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 _STEPS = 1000
-_SMALLEST_DEVIATION = 1e-6  # of the largest one: a dimension that does not vary says nothing
+_SMALLEST_DEVIATION = 1e-9  # of the largest one: a dimension that does not vary says nothing
 _LARGEST_SLOPE = 1e-5
 
 

@@ -21,7 +21,7 @@ from llama_stack_provider_moe.compute.probing.artifact import UNWRITTEN
 from llama_stack_provider_moe.compute.probing.figures import detection
 from llama_stack_provider_moe.compute.probing.prompt_sets import Conversations, Split, check_sets, read_set, split
 from llama_stack_provider_moe.compute.probing.states import read_states
-from llama_stack_provider_moe.compute.probing.texts import Reader
+from llama_stack_provider_moe.compute.probing.texts import Reader, Reading
 from llama_stack_provider_moe.compute.probing.trunk import Trunk, blocks_in, load_trunk
 from llama_stack_provider_moe.errors import DataError, InvalidInput
 from llama_stack_provider_moe.shields.probe_card import Compared, Detection, ProbeCard, ProbeSet
@@ -109,12 +109,13 @@ def fit_probe(
     trunk = load_trunk(
         spec.model, spec.adapter_folder, spec.training.dtype, spec.options.chat_template, highest=layers[-1]
     )
-    reader = Reader(trunk, spec.probe, spec.probe.views, spec.options.max_length)
+    reading = Reading(spec.probe.tokens, spec.probe.position, spec.probe.span)
+    reader = Reader(trunk, reading, spec.probe.views, spec.options.max_length)
     sets = {name: read_set(rows[name], source, reader) for name, source in spec.data.sets.items()}
     check_sets(sets, spec.probe.false_positive_rate, say)
     prompts = [prompt for found in sets.values() for views in found.views for prompt in views]
-    states = read_states(trunk, prompts, spec.probe, [EMBEDDINGS, *layers], spec.training.batch_size, progress)
-    splits = {name: split(sets[name], spec.options.seed) for name in (TARGET, BASELINE)}
+    states = read_states(trunk, prompts, reading, [EMBEDDINGS, *layers], spec.training.batch_size, progress)
+    splits = {name: split(sets[name], spec.probe.split, spec.options.seed) for name in (TARGET, BASELINE)}
     try:
         by_layer = {layer: _fitted(sets, splits, states_NH, spec.probe.l2) for layer, states_NH in states.items()}
     except NotFitted as error:
@@ -175,7 +176,7 @@ def _chosen(
 
     def compared(targets: str, baselines: str, at: tuple[Sequence[int], Sequence[int]]) -> Compared:
         def of(each: _Scores, limit: float) -> Detection:
-            return detection(each.part(targets, at[0]), each.part(baselines, at[1]), limit)
+            return detection(each.part(targets, at[0]), each.part(baselines, at[1]), limit, rate)
 
         return Compared(probe=of(scores, threshold), lexical=of(words, words_threshold))
 
@@ -188,6 +189,7 @@ def _chosen(
     card = ProbeCard(
         base=trunk.base.model_copy(update={"model": spec.model}),
         layers=list(best),
+        tokens=spec.probe.tokens,
         position=spec.probe.position,
         span=spec.probe.span,
         views=spec.probe.views,
@@ -201,10 +203,11 @@ def _chosen(
             name: ProbeSet(source=spec.data.sets[name], rows=len(sets[name].views), sha256=sha256(rows[name]))
             for name in sets
         },
+        split=spec.probe.split,
         held_out=held_out,
         test=test,
         length_auc=_length_auc(sets, splits),
-        beats_words=last.probe.detected.value > last.lexical.detected.value,
+        beats_words=last.probe.detected_at_rate.value > last.lexical.detected_at_rate.value,
         weights=UNWRITTEN,
     )
     _warn(card, say)

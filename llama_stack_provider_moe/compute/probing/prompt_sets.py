@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
 from llama_stack_provider_moe.compute.probing.texts import Reader, Unscorable, as_conversation
@@ -112,14 +113,18 @@ def check_sets(sets: Mapping[str, Conversations], false_positive_rate: float, sa
                     "a probe may learn instead of the concept")  # fmt: skip
 
 
-def split(found: Conversations, seed: int) -> Split:
-    """Divide a set into thirds by a hash of each conversation, so that the order of the rows does not matter.
+def split(found: Conversations, how: Literal["shuffled", "in_order"], seed: int) -> Split:
+    """Divide a set into thirds.
 
     Args:
         found: the set.
-        seed: another one gives another division.
+        how: shuffled: by a hash of each conversation, so that the order of the rows does not matter; in_order: as they
+            stand.
+        seed: of the hash; another one gives another division.
     """
-    order = sorted(range(len(found.views)), key=lambda at: _hash(found.key(at), seed))
+    order = list(range(len(found.views)))
+    if how == "shuffled":
+        order.sort(key=lambda at: _hash(found.key(at), seed))
     third = len(order) // PARTS
     return Split(fit=order[2 * third :], choose=order[:third], report=order[third : 2 * third])
 

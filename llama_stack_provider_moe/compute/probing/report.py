@@ -21,7 +21,7 @@ def text(card: ProbeCard, candidates: Mapping[int, tuple[float, float]] | None =
         ]
     lines += [
         f"probe     block {' and '.join(map(str, card.layers))} of {card.base.layers} of {card.base.model}, "
-        f"{card.base.dtype}, position {card.position}, span {card.span}, views {card.views}",
+        f"{card.base.dtype}, {_tokens(card)}, views {card.views}",
         f"threshold {card.threshold:.6f}, set for {card.false_positive_rate:g} false positives on {card.negatives} "
         "baseline rows",
         f"length    AUC of the number of tokens alone: {card.length_auc:.3f}",
@@ -34,6 +34,10 @@ def text(card: ProbeCard, candidates: Mapping[int, tuple[float, float]] | None =
     return "\n".join(lines)
 
 
+def _tokens(card: ProbeCard) -> str:
+    return "mean of the own text" if card.tokens == "content" else f"position {card.position}, span {card.span}"
+
+
 def _compared(title: str, found: Compared) -> list[str]:
     return [title, _line("probe", found.probe), _line("bag of embeddings", found.lexical)]
 
@@ -41,8 +45,9 @@ def _compared(title: str, found: Compared) -> list[str]:
 def _line(name: str, found: Detection) -> str:
     auc = found.auc
     return (
-        f"  {name:<18} detected {_rate(found.detected)}, false positives {_rate(found.false_positives)}, "
-        f"AUC {auc.value:.4f} ({auc.low:.4f} to {auc.high:.4f})"
+        f"  {name:<18} AUC {auc.value:.4f} ({auc.low:.4f} to {auc.high:.4f}), detected at that rate on these rows "
+        f"{_rate(found.detected_at_rate)}; at the threshold {_rate(found.detected)}, with false positives "
+        f"{_rate(found.false_positives)}"
     )
 
 

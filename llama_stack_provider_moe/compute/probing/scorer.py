@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.probing.scorer_queue import Work, WorkQueue, score_for_ever
 from llama_stack_provider_moe.compute.probing.scoring import ReadProbe, load_probes
-from llama_stack_provider_moe.errors import InvalidInput, MoeError
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.private import take_umask
 from llama_stack_provider_moe.shields.scorer_wire import (
     LENGTH_BYTES,
@@ -40,7 +40,7 @@ _MODE = 0o600
 
 
 def main() -> int:
-    """Run until standard input ends; returns 1 if the probes can't be loaded."""
+    """Run until standard input ends; returns 1 if no probe can be used."""
     take_umask(os.environ)
     logging.disable_progress_bar()
     start = read_as(Start, sys.stdin.buffer.readline())
@@ -55,16 +55,14 @@ def main() -> int:
             read.append(ReadProbe.at(name, Path(folder)))
         except InvalidInput as error:
             refused[name] = str(error)
-    try:
-        probes, others = load_probes(read)
-    except MoeError as error:
-        print(f"scorer: {error}", flush=True)
-        return 1
+    probes, others = load_probes(read)
     refused |= others
     for name, why in refused.items():
         print(f"scorer: probe {name!r} is refused: {why}", flush=True)
     for name, probe in probes.items():
         print(f"scorer: probe {name!r}: block {probe.card.layers} of {probe.card.base.model}", flush=True)
+    if not probes:
+        return 1
     print(f"scorer: ready after {time.monotonic() - began_s:.1f} s", flush=True)
     queue = WorkQueue(start.settings.queue)
     batch_size = start.settings.batch_size

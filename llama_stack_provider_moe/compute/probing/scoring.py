@@ -11,12 +11,11 @@ from llama_stack_provider_moe.compute.analysis.routing_report import Prompt
 from llama_stack_provider_moe.compute.methods.probe import Regression
 from llama_stack_provider_moe.compute.probing.artifact import read_probe
 from llama_stack_provider_moe.compute.probing.states import read_states
-from llama_stack_provider_moe.compute.probing.texts import Reader
+from llama_stack_provider_moe.compute.probing.texts import Reader, Reading
 from llama_stack_provider_moe.compute.probing.trunk import Trunk, load_trunk
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.shields.probe_card import Base, ProbeCard, require_base
 from llama_stack_provider_moe.shields.scores import Score
-from llama_stack_provider_moe.spec.ablation import Measure
 
 type BaseKey = tuple[str, str | None, str | None, str, str | None]
 
@@ -62,9 +61,9 @@ class LoadedProbe:
     reader: Reader
 
     @property
-    def measure(self) -> Measure:
-        """The token that it reads."""
-        return Measure(position=self.card.position, span=self.card.span)
+    def reading(self) -> Reading:
+        """The tokens that it reads."""
+        return Reading(self.card.tokens, self.card.position, self.card.span)
 
     def score(self, views: Sequence[Sequence[Prompt]], batch_size: int) -> list[Score]:
         """The worst score of each conversation.
@@ -74,7 +73,7 @@ class LoadedProbe:
             batch_size: texts in one pass.
         """
         prompts = [prompt for each in views for prompt in each]
-        states = read_states(self.trunk, prompts, self.measure, self.card.layers, batch_size)
+        states = read_states(self.trunk, prompts, self.reading, self.card.layers, batch_size)
         scores_LN = self._probabilities(states)
         found, at = [], 0
         for each in views:
@@ -93,17 +92,19 @@ def load_probes(probes: Sequence[ReadProbe]) -> tuple[dict[str, LoadedProbe], di
     """Load the models that probes read, each once.
 
     Returns:
-        The probes by name; and why others are not among them: another base, adapter or template than their card names.
-
-    Raises:
-        ModelError: a model can't be loaded.
+        The probes by name; and why others are not among them: their model can't be loaded, or has another fingerprint,
+        adapter or template than their card names.
     """
     loaded, refused = dict[str, LoadedProbe](), dict[str, str]()
     for key in dict.fromkeys(probe.key for probe in probes):
         sharing = [probe for probe in probes if probe.key == key]
         base = sharing[0].card.base
         highest = max(probe.card.layers[-1] for probe in sharing)
-        trunk = load_trunk(base.model, base.adapter_folder, base.dtype, base.template, highest)
+        try:
+            trunk = load_trunk(base.model, base.adapter_folder, base.dtype, base.template, highest)
+        except MoeError as error:
+            refused |= {probe.name: str(error) for probe in sharing}
+            continue
         for probe in sharing:
             try:
                 _require_same(probe, trunk.base)

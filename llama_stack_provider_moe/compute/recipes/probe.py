@@ -57,7 +57,8 @@ def run(session: Session[ProbeSpec]) -> Manifest:
         "threshold": card.threshold,
         "detected": last.probe.detected.value,
         "false_positives": last.probe.false_positives.value,
+        "detected_at_rate": last.probe.detected_at_rate.value,
         "auc": last.probe.auc.value,
-        "detected_by_words": last.lexical.detected.value,
+        "detected_at_rate_by_words": last.lexical.detected_at_rate.value,
     }
     return Manifest(job_uuid=session.job_uuid, artifacts=[artifact], summary=summary)

@@ -15,7 +15,7 @@ from llama_stack_provider_moe.shields.scorer_wire import WireError
 from llama_stack_provider_moe.shields.scores import ScorerHealth, ScorerStatus
 
 FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 60.0
+LONGEST_WAIT_S = 300.0
 LOCK_NAME = "scorer.lock"
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class ScorerKeeper:
 
     The server that has the lock in the folder starts the process and watches it; the others use it, and take over when
     that server ends. It is a thread and not a task, because llama-stack initialises a provider in an event loop that it
-    then discards. Each failure doubles the wait before the next start, from 1 s up to a minute.
+    then discards. Each failure doubles the wait before the next start, from 1 s up to five minutes.
 
     Args:
         settings: of the scorer.
@@ -75,10 +75,13 @@ class ScorerKeeper:
 
     def _watch(self) -> None:
         while True:
-            if self._owns():
-                self._maintain()
-            else:
-                self._check(None)
+            try:
+                if self._owns():
+                    self._maintain()
+                else:
+                    self._check(None)
+            except OSError as error:  # no room, or no right, to make or lock a file in the folder
+                self._report("down", f"the scorer's folder can't be used: {error}")
             if self._closed.wait(self._settings.ping_s):
                 return
 
@@ -119,7 +122,7 @@ class ScorerKeeper:
         """Ask the scorer; kill it if it does not answer and it is this server's."""
         try:
             answer = ping(self._folder, self._settings.hung_after_s, self._closed)
-        except (ConnectionError, FileNotFoundError, WireError) as error:
+        except (OSError, WireError) as error:
             self._unanswered(process, str(error))
             return
         if answer is not None:

@@ -82,7 +82,8 @@ class ScorerProcess:
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(_ENDING_S)
+        with suppress(subprocess.TimeoutExpired):  # it waits for a disk or a device, and ends when that answers
+            self._process.wait(_ENDING_S)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -97,7 +98,7 @@ def ping(folder: Path, limit_s: float, closed: threading.Event) -> Answer | None
         closed: set when the caller no longer wants to know.
 
     Raises:
-        ConnectionError, FileNotFoundError: nobody listens, or whoever did has ended.
+        OSError: nobody listens, or whoever did has ended.
         WireError: it answers something else.
     """
     deadline_s = time.monotonic() + limit_s

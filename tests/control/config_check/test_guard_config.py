@@ -11,6 +11,7 @@ from llama_stack_provider_moe.control.config_check.guard_start import HostGuardC
 from llama_stack_provider_moe.errors import InvalidConfig
 from tests.support.cli_support import moe_train
 from tests.support.host_harness import RUN_CONFIGS
+from tests.support.probe_cards import write_card
 
 RULES = str(RUN_CONFIGS / "shields" / "tools.yaml")
 PROBE = {"type": "rep_monitor", "probe": "p"}
@@ -94,3 +95,15 @@ def test_warnings(tmp_path: Path) -> None:
     done = moe_train("config", "check", written(tmp_path, settings))
     assert done.code == Exit.OK
     assert "warning: rules.default: nothing limits these texts: a.b" in done.out
+
+
+@pytest.mark.parametrize("name", ["guarded", "ogx_guarded"])
+def test_our_run_configs_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_card(tmp_path / "probe")
+    monkeypatch.setenv("MOE_PROBE", str(tmp_path / "probe"))
+    monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path / "state"))
+    done = moe_train("config", "check", str(RUN_CONFIGS / f"{name}.yaml"), "--json")
+    assert done.code == Exit.OK, done.err
+    assert done.document["guards"] == [
+        {"provider_id": "moe-guard", "on_failure": "block", "rules": ["default"], "probes": ["refused"], "warnings": []}
+    ]

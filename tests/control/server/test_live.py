@@ -290,9 +290,14 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
         answer = http.post("/jobs/validate", json=body)
         assert (answer.status_code, answer.json()["rows"]) == (200, {})
         return
-    compares = body["recipe"] in ("routing_analysis", "ablation_measure")
+    compares = body["recipe"] in ("routing_analysis", "ablation_measure", "probe")
     if compares:
         body["data"]["sets"] = dict.fromkeys(body["data"]["sets"], "words")
+        if body["recipe"] == "probe":  # it needs more rows than these tests have
+            answer = http.post("/jobs/validate", json=body)
+            assert answer.status_code == 400, answer.text
+            assert "expected at least 30 rows" in message(answer)
+            return
     else:
         registered = {"sft": "words", "dpo": "pairs", "circuit_breaker": "words", "surgery": "words"}[body["recipe"]]
         part = "calibration" if body["recipe"] == "surgery" else "train"
