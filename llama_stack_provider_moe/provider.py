@@ -1,7 +1,6 @@
 """`get_provider_spec()`, which a host calls for `module: llama_stack_provider_moe` in a run YAML."""
 
 import llama_stack_provider_moe
-from llama_stack_provider_moe.control.guard.host import SAFETY
 from llama_stack_provider_moe.control.server import compat
 
 
@@ -31,7 +30,7 @@ def post_training_spec() -> object:
 def guard_spec() -> object:
     """Return the spec of `inline::moe-guard`."""
     return compat.InlineProviderSpec(
-        api=SAFETY,
+        api=compat.Api.add("safety"),  # idempotent; OGX's enum lacks it
         provider_type="inline::moe-guard",
         module="llama_stack_provider_moe.guard",
         config_class="llama_stack_provider_moe.control.config_check.guard_start.HostGuardConfig",

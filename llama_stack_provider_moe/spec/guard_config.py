@@ -35,7 +35,9 @@ class RepMonitorParams(Block):
     type: Literal["rep_monitor"] = Field(description="Type of the shield.")
     probe: str = Field(pattern=PROBE_NAME_PATTERN, description="Name of a probe in `probes` of the provider.")
     scored: Scored = Field(
-        default="both", description="What is scored: the last message, all messages, or the worse of both."
+        default="conversation",
+        description="What is scored, each by the views that the probe's card names: all messages, the last message "
+        "alone, or the worse of both.",
     )
     deadline_s: float = Field(default=10.0, gt=0, le=300, description="Seconds in which there must be a score.")
     on_failure: OnFailure | None = Field(
@@ -115,9 +117,14 @@ class FeedbackConfig(Block):
     consent: Literal[True] = Field(
         description="That users have agreed that flagged conversations are stored and trained on; expected true."
     )
-    folder: Path = Field(description="Folder for the rows, one file for each owner; nobody else must read it.")
+    folder: Path = Field(
+        description="Folder for the rows: flagged.jsonl and answered.jsonl, which the server's user alone may read."
+    )
     max_bytes: int = Field(
-        default=256 << 20, ge=1 << 20, le=1 << 40, description="Most bytes of all files; later conversations are lost."
+        default=256 << 20,
+        ge=1 << 20,
+        le=1 << 40,
+        description="Most bytes of both files; later conversations are lost, which is counted.",
     )
 
     _blank = field_validator("folder", mode="before")(staticmethod(server_config_rules.not_blank))

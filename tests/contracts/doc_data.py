@@ -8,11 +8,14 @@ import yaml
 from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.control.config_check import run_yaml
+from llama_stack_provider_moe.control.guard.wire import RunShieldBody
 from llama_stack_provider_moe.control.server import wire, wire_requests
 from llama_stack_provider_moe.control.server.openai.requests import FineTuningRequest
 from llama_stack_provider_moe.errors import RowProblem
+from llama_stack_provider_moe.shields.rules import ToolRulesFile
 from llama_stack_provider_moe.spec import JOB_SPEC, Exports
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.pipelines import PipelineSpec
 from llama_stack_provider_moe.spec.rows import canonical
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -20,7 +23,9 @@ from llama_stack_provider_moe.spec.sweeps import SweepSpec
 from tests.contracts.reference import BLOCKS
 
 JOB_FIELDS = {name for _, prefix, model, _ in BLOCKS if prefix == "" for name in model.model_fields} - {
-    *ProviderConfig.model_fields
+    *ProviderConfig.model_fields,
+    *GuardConfig.model_fields,
+    *ToolRulesFile.model_fields,
 }
 # The least that each recipe needs beside a fragment of a job.
 BASES: list[dict[str, Any]] = [
@@ -119,6 +124,15 @@ def _accepted(value: dict[str, Any], keys: set[str]) -> str:
         return _run_yaml(value)
     if keys == {"config"} and isinstance(value["config"], dict):
         value, keys = value["config"], set(value["config"])
+    if keys <= set(GuardConfig.model_fields) and "on_failure" in keys:
+        GuardConfig.model_validate(run_yaml.substituted(value, {}))
+        return "server configuration"
+    if {"version", "tools"} <= keys:
+        ToolRulesFile.model_validate(value)
+        return "rules"
+    if {"shield_id", "messages"} <= keys:
+        RunShieldBody.model_validate(value)
+        return "request"
     if keys <= set(ProviderConfig.model_fields):
         ProviderConfig.model_validate(run_yaml.substituted(value, {}))
         return "server configuration"
@@ -145,16 +159,13 @@ def _row(value: dict[str, Any], keys: set[str]) -> str:
 
 
 def _run_yaml(value: dict[str, Any]) -> str:
-    ours = [
-        each
-        for api in value["providers"].values()
-        for each in api
-        if each.get("provider_type") == run_yaml.PROVIDER_TYPE
-    ]
+    models = {run_yaml.PROVIDER_TYPE: ProviderConfig, run_yaml.GUARD_TYPE: GuardConfig}
+    ours = [each for api in value["providers"].values() for each in api if each.get("provider_type") in models]
     if not ours:
-        raise Unaccepted(f"has no provider {run_yaml.PROVIDER_TYPE}")
+        raise Unaccepted(f"has no provider {run_yaml.PROVIDER_TYPE} or {run_yaml.GUARD_TYPE}")
     for each in ours:
-        ProviderConfig.model_validate(run_yaml.substituted(each.get("config") or {}, {}))
+        settings = run_yaml.substituted(each.get("config") or {}, {"MOE_PROBE": "/probe"})
+        models[each["provider_type"]].model_validate(settings)
         if each.get("module") != run_yaml.MODULE:
             raise Unaccepted(f"module is {each.get('module')!r}; expected {run_yaml.MODULE!r}")
     return "run YAML"

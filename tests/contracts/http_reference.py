@@ -6,9 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from llama_stack_provider_moe.control.guard import routes as guard_routes
+from llama_stack_provider_moe.control.guard.service import GuardService
 from llama_stack_provider_moe.control.server.openai.routes import PREFIX as OPENAI
 from llama_stack_provider_moe.control.server.routes import OLDER_PREFIX, PREFIX, create_router
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.contracts.reference import BLOCKS
 
@@ -21,6 +24,8 @@ def document() -> dict[str, Any]:
     """The OpenAPI document of every route that we serve, Prometheus' too."""
     host = FastAPI(title="post-training", version="v1alpha")
     host.include_router(create_router(PostTrainingService(ProviderConfig(prometheus=True), {})))
+    shields = GuardService(GuardConfig(on_failure="block"), None)
+    host.include_router(guard_routes.create_router(guard_routes.SafetyService(shields)))
     return host.openapi()
 
 
@@ -32,8 +37,10 @@ def page(table: Table) -> list[str]:
         "# HTTP API",
         "",
         f"All routes are under `{PREFIX}`, and again under `{OLDER_PREFIX}`, which older SDKs call, except those that "
-        f"begin with `{OPENAI}`. A running server also describes them at `/openapi.json`. Errors are listed in "
-        "[Errors](errors.md); the fields of a job are listed in [Settings](settings.md).",
+        f"begin with `/v1/`: `{OPENAI}`, and the safety API on OGX (`/v1/safety`, `/v1/moderations`, `/v1/shields`), "
+        "which on Llama Stack is the host's own, with the same bodies and answers. A running server also describes "
+        "them at `/openapi.json`. Errors are listed in [Errors](errors.md); the fields of a job are listed in "
+        "[Settings](settings.md).",
     ]
     named: list[str] = []
     for path, methods in described["paths"].items():

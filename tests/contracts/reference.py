@@ -6,11 +6,13 @@
 import sys
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
+from llama_stack_provider_moe.shields.argument_tests import ArgumentRule
+from llama_stack_provider_moe.shields.rules import Example, ToolRules, ToolRulesFile
 from llama_stack_provider_moe.spec import (
     AblationMeasureSpec,
     AblationSpec,
@@ -71,11 +73,20 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
+from llama_stack_provider_moe.spec.guard_config import (
+    FeedbackConfig,
+    GuardConfig,
+    RepMonitorParams,
+    SessionsConfig,
+    ToolGuardParams,
+    TrajectoryParams,
+)
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.mixing import Branch, MixOptions
 from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.probe import ProbeData
+from llama_stack_provider_moe.spec.scorer_config import ScorerConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
     MirrorConfig,
@@ -214,6 +225,17 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),
     ("Server: `defaults:`", "defaults.", JobDefaults, set()),
+    ("Shields: `config:` of `inline::moe-guard`", "", GuardConfig, set()),
+    ("Shields: `scorer:`", "scorer.", ScorerConfig, set()),
+    ("Shields: `sessions:`", "sessions.", SessionsConfig, set()),
+    ("Shields: `feedback:`", "feedback.", FeedbackConfig, set()),
+    ("Shields: `params:` of type tool_guard", "params.", ToolGuardParams, set()),
+    ("Shields: `params:` of type rep_monitor", "params.", RepMonitorParams, set()),
+    ("Shields: `params:` of type trajectory", "params.", TrajectoryParams, set()),
+    ("Shields: a file of rules", "", ToolRulesFile, set()),
+    ("Shields: each of `tools:`", "tools.NAME.", ToolRules, set()),
+    ("Shields: each of `rules:`", "tools.NAME.rules.N.", ArgumentRule, set()),
+    ("Shields: each of `examples:`", "examples.N.", Example, set()),
 ]
 
 
@@ -243,7 +265,9 @@ def allowed(field: FieldInfo) -> str:
     annotation = field.annotation
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
+    counted = "characters"
     if get_origin(annotation) is list:
+        counted = "items"
         annotation = get_args(annotation)[0]
         if isinstance(annotation, type) and issubclass(annotation, Block):
             return "a list of blocks, which follow"
@@ -251,7 +275,7 @@ def allowed(field: FieldInfo) -> str:
         key, value = get_args(annotation)
         if get_origin(value) is Annotated:
             value = get_args(value)[0]
-        if value in (str, Any):
+        if value not in (float, int):
             return ""
         groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
@@ -262,11 +286,11 @@ def allowed(field: FieldInfo) -> str:
     if any(getattr(rule, "pattern", None) == SHARD_PATTERN for rule in field.metadata):
         return "at least `1KB`"
     if get_origin(annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+        return ", ".join(f"`{'true' if choice is True else choice}`" for choice in get_args(annotation))
     signs = {Gt: "> {0.gt}", Ge: ">= {0.ge}", Lt: "< {0.lt}", Le: "<= {0.le}"}
     bounds = [sign.format(rule) for rule in field.metadata for kind, sign in signs.items() if isinstance(rule, kind)]
-    bounds += [f"at least {rule.min_length} characters" for rule in field.metadata if isinstance(rule, MinLen)]
-    bounds += [f"at most {rule.max_length} characters" for rule in field.metadata if isinstance(rule, MaxLen)]
+    bounds += [f"at least {rule.min_length} {counted}" for rule in field.metadata if isinstance(rule, MinLen)]
+    bounds += [f"at most {rule.max_length} {counted}" for rule in field.metadata if isinstance(rule, MaxLen)]
     if bounds:
         return ", ".join(bounds)
     if annotation is bool:

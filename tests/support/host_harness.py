@@ -139,6 +139,7 @@ def serving(
     env: dict[str, str] | None = None,
     command: Sequence[str | Path] = (Path(sys.executable).parent / "llama", "stack", "run"),
     cwd: Path | None = None,
+    port: int | None = None,
 ) -> Iterator[Server]:
     """`llama stack run` of `config` until the block ends; no job, supervisor or server is left then.
 
@@ -149,9 +150,10 @@ def serving(
         env: added to this process's environment.
         command: starts a host; the run YAML and the port follow.
         cwd: where it is started; None: here.
+        port: of the server; None: a free one.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
-    log, port, began = state_dir / "server.log", free_port(), time.monotonic()
+    log, port, began = state_dir / "server.log", port or free_port(), time.monotonic()
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, str(config), "--port", str(port)], cwd=cwd,

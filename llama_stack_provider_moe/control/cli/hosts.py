@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from llama_stack_provider_moe.errors import InvalidInput
 
-API_FILE = "external_apis/post_training.yaml"  # beside the run YAML of a host without a post-training API
-
 
 class HostName(StrEnum):
     """Names for `--host`."""
@@ -24,6 +22,7 @@ class Host(NamedTuple):
         extra: of this package, for pip.
         constraints: the packaged file of exact versions.
         server: the run config that starts on it.
+        guarded: the run config with shields.
         command: starts `{file}`.
         is_external: whether post-training comes in through `external_apis_dir`.
     """
@@ -32,20 +31,23 @@ class Host(NamedTuple):
     extra: str
     constraints: str
     server: str
+    guarded: str
     command: str
     is_external: bool
 
 
 HOSTS = {
     HostName.LLAMA_STACK_0_6: Host(
-        "Llama Stack 0.6.1", "llama-stack", "constraints.txt", "quickstart", "llama stack run {file} --port 8321", False
+        "Llama Stack 0.6.1", "llama-stack", "constraints.txt", "quickstart", "guarded",
+        "llama stack run {file} --port 8321", False,
     ),
     HostName.LLAMA_STACK_0_7: Host(
-        "Llama Stack 0.7.3", "llama-stack-0.7", "constraints-llama-stack-0.7.txt", "llama_stack_0_7",
+        "Llama Stack 0.7.3", "llama-stack-0.7", "constraints-llama-stack-0.7.txt", "llama_stack_0_7", "guarded",
         "llama stack run {file} --port 8321", True,
     ),
     HostName.OGX: Host(
-        "OGX 1.5.0", "ogx", "constraints-ogx.txt", "ogx", "ogx run {file} --insecure --port 8321", True
+        "OGX 1.5.0", "ogx", "constraints-ogx.txt", "ogx", "ogx_guarded",
+        "ogx run {file} --insecure --port 8321", True,
     ),
 }  # fmt: skip
 
@@ -60,11 +62,12 @@ def chosen(name: HostName | None, server: str | None) -> tuple[Host, str]:
     Raises:
         InvalidInput: the run config is for another host.
     """
-    of_server = next((host for host in HOSTS.values() if host.server == server), HOSTS[HostName.LLAMA_STACK_0_6])
+    of_server = [host for host in HOSTS.values() if server in (host.server, host.guarded)]
+    of_server = of_server or [HOSTS[HostName.LLAMA_STACK_0_6]]
     if name is None:
-        return of_server, server or of_server.server
+        return of_server[0], server or of_server[0].server
     host = HOSTS[name]
-    if server is not None and host != of_server:
+    if server is not None and host not in of_server:
         raise InvalidInput("--server", server, f"{host.server}, the run config for {host.title}, or no --host {name}; "
-                           f"this one is for {of_server.title}")  # fmt: skip
+                           f"this one is for {of_server[0].title}")  # fmt: skip
     return host, server or host.server

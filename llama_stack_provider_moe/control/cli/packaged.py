@@ -25,9 +25,10 @@ def constraints(name: str = CONSTRAINTS) -> str:
     return home().joinpath(name).read_text(encoding="utf-8")
 
 
-def external_api() -> str:
-    """Return the YAML that tells a host without a post-training API where this one is."""
-    return home().joinpath("run_configs", "external_apis", "post_training.yaml").read_text(encoding="utf-8")
+def beside_run_configs(folder: str) -> dict[str, str]:
+    """Return the files in a folder of the run configs, by name: external APIs, or rules of shields."""
+    found = home().joinpath("run_configs", folder).iterdir()
+    return {each.name: each.read_text(encoding="utf-8") for each in found if each.name.endswith(".yaml")}
 
 
 def run_config(name: str, option: str) -> Traversable:

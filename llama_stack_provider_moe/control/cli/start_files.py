@@ -19,6 +19,9 @@ from llama_stack_provider_moe.spec.job_templates import job_templates, pipeline_
 # The files refer to each other by their paths in a checkout.
 _RUN_CONFIG = re.compile(r"run_configs/(\w+\.yaml)")
 _EXTERNAL_APIS = re.compile(r"^external_apis_dir: .*$", re.MULTILINE)
+# Folders beside the run configs that a run config names, and what `init` calls their files.
+_FOLDERS = {"external_apis": "external_api", "external_apis_guarded": "external_api", "shields": "rules"}
+_FOLDER = re.compile(r"run_configs/(\w+)(?=[/}])")
 _JOB_TEMPLATE = re.compile(r"job_templates/(\w+)\.json")
 
 
@@ -62,9 +65,10 @@ def init(
             packaged.CONSTRAINTS: packaged.constraints(on.constraints),
         }
         named = {"server": config.name, "job": template.name, "constraints": packaged.CONSTRAINTS}
-        if on.is_external:
-            contents[hosts.API_FILE] = packaged.external_api()
-            named["external_api"] = hosts.API_FILE
+        for inner in dict.fromkeys(_FOLDER.findall(config.read_text(encoding="utf-8"))):
+            for file, content in packaged.beside_run_configs(inner).items():
+                contents[f"{inner}/{file}"] = content
+                named[_FOLDERS[inner]] = f"{inner}/{file}"
         _write(folder, contents)
         written = {name: str(folder / file) for name, file in named.items()}
         return answer(screen, written, lambda files: _written(files, on))
@@ -89,10 +93,14 @@ def templates(as_json: Json = False) -> None:
 def _for_folder(content: str, folder: Path) -> str:
     """Replace paths in `content` by the names that the files have after `init`.
 
-    Hosts look for `external_apis_dir` where they are started, so that one is written whole.
+    Hosts look for `external_apis_dir` and rules where they are started, so these are written whole.
     """
-    apis = json.dumps(str(folder.resolve() / hosts.API_FILE.partition("/")[0]))
-    content = _EXTERNAL_APIS.sub(lambda _: f"external_apis_dir: {apis}", content)
+
+    def whole(line: re.Match[str]) -> str:
+        (inner,) = _FOLDER.findall(line[0])
+        return f"external_apis_dir: {json.dumps(str(folder.resolve() / inner))}"
+
+    content = _FOLDER.sub(lambda found: str(folder.resolve() / found[1]), _EXTERNAL_APIS.sub(whole, content))
     return _JOB_TEMPLATE.sub(r"@\1", _RUN_CONFIG.sub(r"\1", content))
 
 

@@ -13,7 +13,6 @@ from llama_stack_provider_moe.control.server import callers, compat
 from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidBody, MoeError, NotFound, Unavailable
 from llama_stack_provider_moe.shields.guard import Who
 
-SAFETY: Any = compat.Api.add("safety")  # idempotent; OGX's enum lacks it
 _session: ContextVar[str | None] = ContextVar("moe_session", default=None)
 SESSION_KEY = "moe_session"  # in the header in which a host takes data for providers
 ANONYMOUS = "anonymous"

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Header
-from pydantic import SkipValidation
+from pydantic import WrapValidator
 
 from llama_stack_provider_moe.control.guard import host, wire
 from llama_stack_provider_moe.control.guard.service import GuardService, Moderated, result_of
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     ModerationBody = object
 else:
     # The document has the real types; a thread validates bodies, which may be megabytes.
-    ShieldBody = Annotated[SkipValidation[wire.RunShieldBody], Body()]
-    ModerationBody = Annotated[SkipValidation[wire.ModerationBody], Body()]
+    _AS_IT_CAME = WrapValidator(lambda body, _: body)
+    ShieldBody = Annotated[wire.RunShieldBody, _AS_IT_CAME, Body()]
+    ModerationBody = Annotated[wire.ModerationBody, _AS_IT_CAME, Body()]
 Session = Annotated[
     str | None, Header(alias="X-Moe-Session", max_length=256, description="Name of the session of a trajectory.")
 ]

@@ -23,7 +23,7 @@ from llama_stack_provider_moe.shields.guard import TRAJECTORY, Guard, Lookup, Wh
 from llama_stack_provider_moe.shields.messages import Conversation, canonical, of_text
 from llama_stack_provider_moe.shields.scores import Scorer
 from llama_stack_provider_moe.shields.verdict import Verdict, Violation
-from llama_stack_provider_moe.spec.guard_config import GuardConfig, ShieldParams, ToolGuardParams
+from llama_stack_provider_moe.spec.guard_config import GuardConfig, ShieldParams, ToolGuardParams, TrajectoryParams
 
 CHECK_LIMIT_S = 30.0  # longest check of tool calls; its bounds keep it far below
 NOT_SCORED = "not_scored"  # category of a text that `on_failure` blocks
@@ -145,7 +145,11 @@ class GuardService:
         if not 1 <= len(texts) <= MAX_INPUTS:
             raise InvalidInput("input", f"{len(texts)} texts", f"1 to {MAX_INPUTS} texts")
         conversations = [of_text(text, f"input[{number}]") for number, text in enumerate(texts)]
-        verdicts = [await self._checked(shield_id, params, each, who, lookup) for each in conversations]
+        checks = [self._checked(shield_id, params, each, who, lookup) for each in conversations]
+        if isinstance(params, TrajectoryParams):
+            verdicts = [await check for check in checks]  # the turns of a session have an order
+        else:
+            verdicts = await asyncio.gather(*checks)  # a scorer takes them together, within one deadline
         return Moderated(f"modr-{uuid.uuid4().hex}", model, verdicts)
 
     async def _checked(

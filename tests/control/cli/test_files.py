@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llama_stack_provider_moe.control.cli import hosts, packaged
+from llama_stack_provider_moe.control.cli import packaged
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.hosts import HOSTS, HostName
 from llama_stack_provider_moe.control.cli.template import read_template
@@ -168,19 +168,28 @@ def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -
     folder = tmp_path / "new" / "folder"
     done = moe_train("init", str(folder), "--server", server, "--job", "mixtral_dpo")
     assert done.code == Exit.OK, done.err
-    host = next((each for each in HOSTS.values() if each.server == server), HOSTS[HostName.LLAMA_STACK_0_6])
+    host = next(
+        (each for each in HOSTS.values() if server in (each.server, each.guarded)), HOSTS[HostName.LLAMA_STACK_0_6]
+    )
+    is_guarded = server == host.guarded
     files = {f"{server}.yaml", "mixtral_dpo.json", "constraints.txt"}
-    assert {path.name for path in folder.iterdir()} == files | ({"external_apis"} if host.is_external else set())
+    apis = f"external_apis{'_guarded' if is_guarded else ''}"
+    folders = {apis} if host.is_external else set()
+    assert {path.name for path in folder.iterdir()} == files | folders | ({"shields"} if is_guarded else set())
     written = (folder / f"{server}.yaml").read_text()
     expected = yaml.safe_load((ROOT / f"run_configs/{server}.yaml").read_text())
     if host.is_external:
-        expected["external_apis_dir"] = str(folder / "external_apis")
-        ours = ROOT / "run_configs" / hosts.API_FILE
-        assert (folder / hosts.API_FILE).read_bytes() == ours.read_bytes()
+        expected["external_apis_dir"] = str(folder / apis)
+    if is_guarded:
+        config = expected["providers"]["safety"][0]["config"]
+        config["rules"]["default"] = f"${{env.MOE_RULES:={folder}/shields/tools.yaml}}"
+    for inner in (*folders, *(["shields"] if is_guarded else [])):
+        for path in (ROOT / "run_configs" / inner).iterdir():
+            assert (folder / inner / path.name).read_bytes() == path.read_bytes()
     assert yaml.safe_load(written) == expected
     assert "run_configs/" not in written
     assert "job_templates/" not in written
-    if not server.startswith("serve_"):
+    if "post_training" in expected["providers"]:
         read_run_config(folder / f"{server}.yaml", None, {"MOE_STATE_DIR": str(tmp_path)})
     assert (folder / "constraints.txt").read_bytes() == (ROOT / host.constraints).read_bytes()
     assert read_template(str(folder / "mixtral_dpo.json"), []) == read_template("@mixtral_dpo", [])

@@ -76,7 +76,7 @@ def test_shields_are_listed() -> None:
         found = ask(service, "GET", "/shields").json()["data"]
         assert [each["identifier"] for each in found] == ["cooking", "session", "tools"]
         assert ask(service, "GET", "/shields/cooking").json() == found[0]
-        assert found[0]["params"]["scored"] == "both", "defaults included"
+        assert found[0]["params"]["scored"] == "conversation", "defaults included"
         assert error(ask(service, "GET", "/shields/no")) == (404, "shield 'no' does not exist")
 
 
