@@ -98,6 +98,7 @@ def test_nothing_outlives_its_leader(groups: Path) -> None:
         ([], {1: 9}, True, 9),
         ([End(1, "stopped"), End(0, "failed", "gloo", trace=True)], {}, True, "stopped"),
         ([End(0, "failed", "a"), End(1, "stopped")], {}, True, "a"),
+        ([End(0, "failed", "gloo", trace=True), End(1, "handed_over", "k")], {0: 6}, False, "k (process 1 of 2)"),
         ([End(0, "completed")], {1: 11}, False, "completed"),
         ([End(1, "completed")], {0: 9}, False, 9),
         ([End(0, "failed", "gloo", trace=True)], {}, False, "the job's 2 processes lost contact with each other: gloo"),
