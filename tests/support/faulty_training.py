@@ -1,11 +1,12 @@
-"""A training process whose Triton product fails at some call: `python -m tests.support.faulty_training CALL FOLDER`.
+"""A training process whose Triton product fails after some steps.
 
-Start it with TRITON_INTERPRET=1 where there is no GPU. The trial of kernels runs in another process, which is not
-faulty.
+Start it by `python -m tests.support.faulty_training STEPS FOLDER`, with TRITON_INTERPRET=1 where there is no GPU. The
+trial of kernels runs in another process, which is not faulty.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,12 @@ from llama_stack_provider_moe.compute.moe.kernels import grouped
 from llama_stack_provider_moe.compute.worker import main as entry
 
 _product = grouped.product
-_calls = 0
 
 
 def product(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`grouped.product`, until the call that fails as an illegal access does."""
-    global _calls
-    _calls += 1
-    if _calls >= int(sys.argv[1]):
+    """`grouped.product`; after the steps it fails as an illegal access does."""
+    events = Path(sys.argv[2]) / "events.jsonl"
+    if events.read_text(encoding="utf-8").count('"type":"step"') >= int(sys.argv[1]):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore of it.")
     return _product(*arguments, **options)
 

@@ -157,10 +157,16 @@ def _tried(
     named: bool,
 ) -> Decision:
     """Torch's kernels or Triton's, whichever is faster on a layer like the model's; if `named`, Triton's, checked."""
-    reason = _no_trial(spec, experts, device, named)
+    if (lacking := _lacks(device)) is not None:
+        refusal = f"moe.experts_backend: 'triton' is not valid here: {lacking}; expected 'auto' or 'torch'"
+        notes = (f"Triton's kernels were not tried: {lacking}",)
+        return Decision(replace(choice, notes=notes), refusal=refusal if named else "")
+    reason = _no_trial(spec, experts, named)
     if reason is not None:
         return Decision(replace(choice, notes=(f"Triton's kernels were not tried: {reason}",)))
     tokens = spec.training.batch_size * spec.options.max_length
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs memory of the same device
     trials = run_trial(form_of(spec, experts, layout, device, tokens))
     if named:
         if trials.triton.ms is None:
@@ -173,7 +179,14 @@ def _tried(
     return Decision(ImplementationChoice(implementation, (trials.text(),)), trials.tiles)
 
 
-def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", device: torch.device, named: bool) -> str | None:
+def _lacks(device: torch.device) -> str | None:
+    """What Triton's kernels need and this machine lacks; None: nothing."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need sm_80 or newer"
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
+def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", named: bool) -> str | None:
     """Why Triton's kernels are not tried for this job; None where they are."""
     if spec.resources.strategy == "ep":
         return "each process holds different experts (resources.strategy ep)"
@@ -181,10 +194,6 @@ def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", device: torch.device
         return "timing must not decide in a repeatable job (options.deterministic)"
     if not can_recompute(experts):
         return "experts have a norm after the down projection"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "they need sm_80 or newer"
-    if find_spec("triton") is None:
-        return "triton is not installed"
     return None
 
 

@@ -205,6 +205,8 @@ def run_trial(form: TrialLayer, tell: Callable[[Line], None]) -> None:
     """
     from llama_stack_provider_moe.compute.moe.kernels import grouped, tiles  # not installed everywhere
 
+    if form.device.startswith("cuda"):
+        torch.cuda.set_device(form.device)  # Triton launches on the current device
     torch.use_deterministic_algorithms(form.deterministic)
     layer = Layer(form)
     until = time.monotonic() + TUNING_S

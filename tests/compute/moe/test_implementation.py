@@ -165,7 +165,7 @@ def test_an_implementation_of_torch_that_was_named_is_not_tried(
     ({"options": {"deterministic": True}}, "timing must not decide in a repeatable job (options.deterministic)"),
     ({"resources": {"strategy": "ep", "gpus": 2}}, "each process holds different experts (resources.strategy ep)"),
 ])  # fmt: skip
-def test_settings_that_rule_out_a_trial(blocks: dict[str, Any], reason: str) -> None:
+def test_settings_that_rule_out_a_trial(blocks: dict[str, Any], reason: str, gpu: None) -> None:
     """Nothing is timed, so this holds without a GPU too."""
     choice = chosen(job(**blocks), *model_of("mixtral"), GPU)
     assert choice == ImplementationChoice(OURS, (f"Triton's kernels were not tried: {reason}",))
@@ -175,6 +175,8 @@ def test_an_old_gpu_rules_out_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     choice = chosen(job(), *model_of("mixtral"), GPU)
     assert choice == ImplementationChoice(OURS, ("Triton's kernels were not tried: they need sm_80 or newer",))
+    with pytest.raises(ModelError, match=r"'triton' is not valid here: they need sm_80 or newer; expected 'auto'"):
+        chosen(job(moe={"experts_backend": "triton"}), *model_of("mixtral"), GPU)
 
 
 def test_a_missing_triton_rules_out_a_trial(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
