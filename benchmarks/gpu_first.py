@@ -19,17 +19,20 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu.kernels_alone import KERNELS
 from benchmarks.machine import RESULTS, gpu, machine, versions
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "bitsandbytes")
+ENDING_S = 10.0  # from a child's last line to its end
 SILENT_S = 90.0  # a child that prints nothing for so long hangs
 KERNELS_SHARE, LAYERS_SHARE = 0.4, 0.75  # of the minutes, at whose end the next part begins
 TARGET_CASES = "LoRA r=16, 8192 tokens, balanced"
@@ -133,8 +136,7 @@ def alone(
     command = [sys.executable, "-m", "benchmarks.gpu.kernels_alone", kernel, "--from", str(first)]
     command += ["--device", "cpu"] if arguments.interpret else []
     begun: dict[str, Any] | None = None
-    child = started(command, arguments)
-    try:
+    with started(command, arguments) as child:
         for line in lines(child, SILENT_S):
             if "begins" in line:
                 begun = line
@@ -144,14 +146,11 @@ def alone(
                 if not line["right"]:
                     result["faults"].append(f"{kernel}, {line['candidate']}: wrong by {max(line['worst_errors']):.2g}")
                 write(result, arguments.out)
-        hung = child.poll() is None and not ended(child)
-    finally:
-        child.kill()
-        child.wait()
+        hung = not ended(child, min(ENDING_S, SILENT_S))
     if begun is None and child.returncode == 0:
         return None
     how = f"silent for {SILENT_S:g} s" if hung else f"exit code {child.returncode}"
-    said = (child.stderr.read().strip().splitlines() or [""])[-1][:300] if child.stderr is not None else ""
+    said = child.last_line
     what = "before its first candidate" if begun is None else begun["candidate"]
     result["faults"].append(f"{kernel}, {what}: {how}; {said}")
     if begun is None:
@@ -171,16 +170,11 @@ def table(result: Result, arguments: argparse.Namespace, part: str, end: float) 
     command = [sys.executable, "-m", "benchmarks.experts_gpu", "--minutes", f"{minutes:.2f}", "--out", str(out)]
     command += ["--smoke", "--repetitions", "3"] if arguments.interpret else ["--repetitions", "20"]
     command += ["--only", "LoRA r=4" if arguments.interpret and part == "layers" else only]
-    child = started(command, arguments)
-    try:
-        _, said = child.communicate(timeout=60 * minutes + SILENT_S)
-        fault = None if child.returncode == 0 else f"exit code {child.returncode}: {said.strip()[-300:]}"
-    except subprocess.TimeoutExpired:
-        fault = "it did not end in time"
-    finally:
-        child.kill()
-        child.wait()
-    if fault is not None:
+    with started(command, arguments) as child:
+        in_time = ended(child, 60 * minutes + SILENT_S)
+    fault = "" if child.returncode == 0 else f"exit code {child.returncode}; {child.last_line}"
+    fault = fault if in_time else "it did not end in time"
+    if fault:
         result["faults"].append(f"{part}: {fault}")
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))
@@ -188,14 +182,13 @@ def table(result: Result, arguments: argparse.Namespace, part: str, end: float) 
         result["left_out"] += [f"{part}: {name}" for name in found["left_out"]]
         out.unlink()
     write(result, arguments.out)
-    print(f"{part}: {'done' if fault is None else fault}", flush=True)
+    print(f"{part}: {fault or 'done'}", flush=True)
 
 
 def compile_all(result: Result, arguments: argparse.Namespace) -> None:
     """Every kernel and candidate; a spill or an error of the compiler is a fault."""
     command = [sys.executable, "-m", "benchmarks.gpu.compiled", *(arguments.arch or ["80", "90", "100"])]
-    child = started(command, arguments)
-    try:
+    with started(command, arguments) as child:
         for line in lines(child, 10 * SILENT_S):
             result["compiled"].append(line)
             if line["stack_bytes"]:
@@ -203,42 +196,66 @@ def compile_all(result: Result, arguments: argparse.Namespace) -> None:
                 result["faults"].append(f"{name}: {line['stack_bytes']} bytes of stack, so registers spill")
             write(result, arguments.out)
         ended(child)
-    finally:
-        child.kill()
-        child.wait()
     if child.returncode != 0:
-        said = child.stderr.read().strip()[-300:] if child.stderr is not None else ""
-        result["faults"].append(f"compiling: exit code {child.returncode}; {said}")
+        result["faults"].append(f"compiling: exit code {child.returncode}; {child.last_line}")
     print(f"{len(result['compiled'])} candidates compiled", flush=True)
 
 
-def started(command: list[str], arguments: argparse.Namespace) -> "subprocess.Popen[str]":
-    """A child in the repository's root."""
+class Child(NamedTuple):
+    """A process, and the lines of its standard error once it has ended."""
+
+    process: "subprocess.Popen[bytes]"
+    said: list[str]
+
+    @property
+    def last_line(self) -> str:
+        """What it said last."""
+        return self.said[-1][:300] if self.said else ""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self.process.returncode
+
+
+@contextmanager
+def started(command: list[str], arguments: argparse.Namespace) -> Iterator[Child]:
+    """A child in the repository's root, which is killed at the end of the block at the latest."""
     own = {"TRITON_INTERPRET": "1"} if arguments.interpret else {}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"} | own,
-    )  # fmt: skip
+    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as table:
+        tables = "benchmarks.experts_gpu" in command  # its result is a file, and nobody reads its output
+        with subprocess.Popen(
+            command, stdout=table if tables else subprocess.PIPE, stderr=stderr, cwd=ROOT,
+            env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"} | own,
+        ) as process:  # fmt: skip
+            child = Child(process, [])
+            try:
+                yield child
+            finally:
+                process.kill()
+                process.wait()
+                stderr.seek(0)
+                child.said.extend(stderr.read().decode(errors="replace").strip().splitlines())
 
 
-def lines(child: "subprocess.Popen[str]", silent_s: float) -> Iterator[dict[str, Any]]:
+def lines(child: Child, silent_s: float) -> Iterator[dict[str, Any]]:
     """What a child prints as JSON, until it closes its output or is silent for too long."""
-    assert child.stdout is not None
+    assert child.process.stdout is not None
     rest = b""
     with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
+        selector.register(child.process.stdout, selectors.EVENT_READ)
         while selector.select(silent_s):
-            read = os.read(child.stdout.fileno(), 1 << 16)
+            read = os.read(child.process.stdout.fileno(), 1 << 16)
             if not read:
                 return
             *whole, rest = (rest + read).split(b"\n")
             yield from (json.loads(line) for line in whole if line.startswith(b"{"))
 
 
-def ended(child: "subprocess.Popen[str]") -> bool:
-    """Whether a child that closed its output ends soon."""
+def ended(child: Child, within_s: float = ENDING_S) -> bool:
+    """Whether a child ends in this time."""
     try:
-        child.wait(10)
+        child.process.wait(within_s)
     except subprocess.TimeoutExpired:
         return False
     return True
