@@ -37,14 +37,10 @@ def _all(arch: int, dtype: str) -> Iterator[Compiled]:
     for (kind, (kernel, constants)), rank, rows in product(plain.items(), RANKS, ROWS):
         if kernel is not grouped._times or kind.endswith("TMA"):
             continue
-        for each in for_products(rows, 4096, rank if constants["HAS_LORA"] else 0, DTYPES[dtype], arch >= 90):
-            name = f"{kind}: r{rank} {_spelled(each)}"
-            yield (
-                name,
-                kernel,
-                constants | _sizes(each) | {"BLOCK_R": rank} | _described(each, constants),
-                _options(each),
-            )
+        thin = rank if constants["HAS_LORA"] else 0
+        for each in for_products(rows, 4096, thin, DTYPES[dtype], arch >= 90, arch >= 100):
+            sizes = _sizes(each) | {"BLOCK_R": rank} | _described(each, constants)
+            yield f"{kind}: r{rank} {_spelled(each)}", kernel, constants | sizes, _options(each)
     kernel, constants = plain["outer"]
     for outputs, inputs in product(SIDES, SIDES):
         for each in for_outers(outputs, inputs, DTYPES[dtype]):

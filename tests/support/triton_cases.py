@@ -243,12 +243,14 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     turned = {"WEIGHT_TURNED": True, "weight_o": 1, "first_r": 1, "second_o": 1}
     backward = {key: value for key, value in plain.items() if key not in ("weight_i", "first_i", "second_r")} | turned
     eight = {"num_warps": 8, "num_stages": 3}
+    if name == "fp32":
+        plain, backward = plain | {"BLOCK_S": 64}, backward | {"BLOCK_S": 64}
     yield "times, LoRA, gathered", grouped._times, plain | {"HAS_INDEX": True}, eight
     yield "times, LoRA, turned", grouped._times, backward, eight
     yield "times, bias", grouped._times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}
-        wide = {"BLOCK_O": 256} if name == "bf16" else {}
+        wide = {"BLOCK_O": 256} if name == "bf16" and arch == 90 else {}
         yield "times, LoRA, gathered, TMA", grouped._times, plain | described | {"HAS_INDEX": True} | wide, eight
         yield "times, LoRA, TMA", grouped._times, plain | described | {"ROWS_DESCRIBED": True} | wide, eight
         yield "times, LoRA, turned, TMA", grouped._times, backward | described | {"ROWS_DESCRIBED": True}, eight

@@ -131,10 +131,8 @@ def _times(
                     x, w = x.to(tl.float32), w.to(tl.float32)
                 acc = tl.dot(x, w, acc, input_precision="ieee")
                 if HAS_LORA:
-                    f = tl.load(
-                        first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i,
-                        is_r[None, :] & is_i[:, None], 0.0,
-                    )  # fmt: skip
+                    from_f = first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i
+                    f = tl.load(from_f, is_r[None, :] & is_i[:, None], 0.0)
                     if WIDEN:
                         f = f.to(tl.float32)
                     thin = tl.dot(x, f, thin, input_precision="ieee")
@@ -142,14 +140,12 @@ def _times(
                 narrow = thin.to(low.dtype.element_ty)
                 if tile_o == 0:
                     tl.store(low + at_s[:, None] * rank + at_r[None, :], narrow, is_s[:, None] & is_r[None, :])
-                g = tl.load(
-                    second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r,
-                    is_o[None, :] & is_r[:, None], 0.0,
-                )  # fmt: skip
+                from_g = second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r
+                g = tl.load(from_g, is_o[None, :] & is_r[:, None], 0.0)
                 if WIDEN:
                     narrow, g = narrow.to(tl.float32), g.to(tl.float32)
                 if SEPARATE:
-                    # Without the mask Triton would chain this dot on `acc`, too. Masked rows are not stored.
+                    # Without the mask, whose rows are not stored, Triton would chain this dot, too.
                     acc += tl.where(is_s[:, None], tl.dot(narrow, g, input_precision="ieee"), 0.0)
                 else:
                     acc = tl.dot(narrow, g, acc, input_precision="ieee")
@@ -250,6 +246,7 @@ def _product(
     second = weight_EOI if second_EOR is None else second_EOR
     weight_described, rows_described = _can_describe(weight_EOI), index_S is None and _can_describe(rows_SI)
     weight_turned = weight_EOI.stride(2) != 1
+    separate = _chaining_fails(rows_SI.device)
 
     def run(tiles: Tiles) -> CompiledKernel | None:
         if (rows, tiles.rows) not in groups.schedules:
@@ -272,7 +269,7 @@ def _product(
             BLOCK_R=max(16, triton.next_power_of_2(rank)), LANES=_LANES, HAS_LORA=rank > 0,
             HAS_BIAS=bias_EO is not None, HAS_INDEX=index_S is not None, ROWS_DESCRIBED=rows_too,
             WEIGHT_DESCRIBED=described, WEIGHT_TURNED=weight_turned,
-            WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, SEPARATE=_chaining_fails(rows_SI.device),
+            WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, SEPARATE=separate,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return compiled
@@ -287,7 +284,7 @@ def _product(
         weight_turned, weight_described, rows_described,
     )  # fmt: skip
     described = weight_described and has_descriptors(rows_SI.device)
-    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described)
+    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, separate)
     results = (out_SO,) if low_SR is None else (out_SO, low_SR)
     call = Call(run, results, twin, (lambda: int(groups.ends_E[-1])) if groups.partial else None)
     run(best("times", asked, found, rows_SI.device, call))
