@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
 export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-ablation demo-circuit-breaker demo-domains fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu kernels-report clean
+.PHONY: demo demo-ablation demo-circuit-breaker demo-domains fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
 .DELETE_ON_ERROR:
 
 # HOST=ogx or HOST=0.7: on that host, in an environment of its own.
@@ -121,6 +121,11 @@ bench: $(VENV)/.dev demo
 # Needs a GPU. Without this .venv: `python -m benchmarks.experts_gpu`, wherever torch, triton, transformers and peft are.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.experts_gpu
+
+# The first thing to run on a GPU; some 7 minutes. MODE=--interpret or MODE=--compile: without one.
+MODE ?=
+gpu-first: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_first $(MODE) $(if $(MODE),--out build/gpu_first.json)
 
 kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.support.triton_cases compile table

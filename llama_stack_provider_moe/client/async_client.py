@@ -144,9 +144,9 @@ class AsyncClient(AsyncSweepMethods, AsyncPlaygroundMethods):
         """Cancel a job; repeating it is harmless."""
         await self._send(calls.cancel(job_id))
 
-    async def resume(self, job_id: str) -> Scheduled:
-        """Resume a cancelled or failed job: {job_uuid, resumes}."""
-        return await self._send(calls.resume(job_id))
+    async def resume(self, job_id: str, experts_backend: str | None = None) -> Scheduled:
+        """Resume a cancelled or failed job, with another `moe.experts_backend` if given: {job_uuid, resumes}."""
+        return await self._send(calls.resume(job_id, experts_backend))
 
     async def delete(self, job_id: str, force: bool = False) -> Deleted:
         """Delete a job; with `force`, even if other jobs need its files: {job_uuid, kept, broken}."""

@@ -196,9 +196,10 @@ def cancel(job_id: str) -> Call[object]:
     return Call(object, "POST", job_path(job_id, "/cancel"))
 
 
-def resume(job_id: str) -> Call[Scheduled]:
+def resume(job_id: str, experts_backend: str | None) -> Call[Scheduled]:
     """Resume a job."""
-    return Call(Scheduled, "POST", job_path(job_id, "/resume"))
+    body = None if experts_backend is None else {"moe": {"experts_backend": experts_backend}}
+    return Call(Scheduled, "POST", job_path(job_id, "/resume"), body=body)
 
 
 def delete(job_id: str, force: bool) -> Call[Deleted]:

@@ -171,9 +171,9 @@ class Client(SweepMethods, PlaygroundMethods):
         """Cancel a job; repeating it is harmless."""
         self._send(calls.cancel(job_id))
 
-    def resume(self, job_id: str) -> Scheduled:
-        """Resume a cancelled or failed job: {job_uuid, resumes}."""
-        return self._send(calls.resume(job_id))
+    def resume(self, job_id: str, experts_backend: str | None = None) -> Scheduled:
+        """Resume a cancelled or failed job, with another `moe.experts_backend` if given: {job_uuid, resumes}."""
+        return self._send(calls.resume(job_id, experts_backend))
 
     def delete(self, job_id: str, force: bool = False) -> Deleted:
         """Delete a job; with `force`, even if other jobs need its files: {job_uuid, kept, broken}."""

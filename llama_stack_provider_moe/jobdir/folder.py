@@ -13,6 +13,7 @@ jobs/<job_uuid>/
   events.jsonl           typed events, one per line                             written by the training process
   output.log             standard output and error of the training process      written by the training process
   checkpoints/<name>/    `epoch-N`, `step-N`; elsewhere with `checkpoint_dir`   written by the training process
+  experts.json           what computes the experts now (`experts_backend`)      by the training process, or at a resume
   artifacts/adapter/     the final adapter, loadable by plain PEFT              written by the training process
   artifacts/model/       the final model, if all weights were trained           written by the training process
   artifacts/merged/      base plus adapter, on request                          written by the training process

@@ -29,7 +29,8 @@ class Moe(Block):
         description="Code that computes the experts. torch: ours, with LoRA beside the weights; triton: ours, in "
         "Triton on a GPU (interpreted and compiled in tests, not yet run on one); peft: transformers' "
         "grouped products, with LoRA merged in by PEFT; auto: torch on a CPU; on a GPU the faster of "
-        "torch and triton in a trial on one layer of the model, in which both must agree.",
+        "torch and triton in a trial of one layer in a child process, in which both must agree; a failed trial "
+        "means torch, and so does a kernel that fails in training.",
     )
     router_aux_loss_coef: float | None = Field(
         default=None,

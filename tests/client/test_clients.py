@@ -101,6 +101,8 @@ def test_a_job_from_validation_to_deletion(client: Any, service: PostTrainingSer
     assert client.wait(job, progress=False)["status"] == "cancelled"
     assert client.resume(job) == {"job_uuid": job, "resumes": "from_beginning"}
     client.cancel(job)
+    assert client.resume(job, experts_backend="torch")["resumes"] == "from_beginning"
+    client.cancel(job)
     assert client.job(job)["spec"]["job_uuid"] == job
     assert client.exports(job)["data"] == []
     assert client.delete(job)["job_uuid"] == job

@@ -5,6 +5,7 @@ It reports like `compute.worker.main`, with events, output, manifest and exit co
     steps, step_s       steps to take, and how long each takes
     held_out            figures on held-out rows, one after each step, in turn
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
+    handed_over         how many of its starts end with the exit code of a kernel's failure after the first step
     killed              how many of its starts kill themselves with SIGKILL after the first step
     print_bytes         to print before the first step, in lines
     (FOLDER/left)       this folder, if it is there, becomes the whole model that the job leaves
@@ -83,6 +84,11 @@ def main(folder: Path) -> int:
         if start <= plan.get("killed", 0):
             save("checkpoint", step)
             os.kill(os.getpid(), signal.SIGKILL)
+        if start <= plan.get("handed_over", 0):
+            save("checkpoint", step)
+            override = {"experts_backend": "torch", "reason": "a kernel failed after step 1"}
+            (folder / "experts.json").write_text(json.dumps(override))
+            return 5
         if stopping:
             save("checkpoint", step)
             emit("cancelled", step=step)

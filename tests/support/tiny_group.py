@@ -36,6 +36,35 @@ def completes(peers: Peers, report: Report) -> int:
     return 0
 
 
+def shares_tiles(peers: Peers, report: Report) -> int:
+    """Rank 0 tunes and both use its tiles: then neither times a kernel of these shapes, of whatever size."""
+    import torch
+
+    from llama_stack_provider_moe.compute.moe.kernels import tiles
+
+    def tuned() -> list[tiles.Choice]:
+        assert peers.leads, "only rank 0 tunes"
+        tiles._CHOSEN["times", (32, "a shape")] = tiles.Tiles(32, 16, 64)
+        return tiles.chosen()
+
+    tiles.install(peers.decided(tuned))
+    candidates = (tiles.Tiles(16, 16, 16), tiles.Tiles(16, 32, 16))
+    call = tiles.Call(lambda _: None, (), lambda: ())  # nobody may time it: there is no device
+    for rows in (16, 32, 512):
+        assert tiles.best("times", (rows, "a shape"), candidates, torch.device("cuda", 0), call).inputs == 64
+    report(End(peers.rank, "completed"))
+    return 0
+
+
+def one_hands_over(peers: Peers, report: Report) -> int:
+    """A kernel of rank 1 fails, and rank 0 loses contact with it."""
+    if peers.rank == 1:
+        report(End(1, "handed_over", "a kernel failed"))
+        return 5
+    peers.wait()
+    return 0
+
+
 def one_fails(peers: Peers, report: Report) -> int:
     """The other is left waiting for it."""
     if peers.rank == 1:
@@ -99,7 +128,7 @@ def leader_dies(peers: Peers, report: Report) -> int:
 
 WORKS: tuple[Callable[[Peers, Report], int], ...] = (
     completes, one_fails, both_fail, one_is_killed, one_hangs, prints, is_stopped, leader_dies,
-    shares_out,
+    shares_out, shares_tiles, one_hands_over,
 )  # fmt: skip
 
 if __name__ == "__main__":

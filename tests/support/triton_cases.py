@@ -222,8 +222,8 @@ def compile_all() -> None:
         titles = ("registers", "spilt bytes", "shared bytes", "wgmma", "TMA loads")
         print(f"{'kernel':<44}" + "".join(f"{title:>13}" for title in titles))
     for arch, name in itertools.product((80, 90, 100), ("bf16", "fp16", "fp32")):
-        for kind, kernel, constants, options in _variants(arch, name):
-            found = {"case": f"{kind}, sm_{arch}, {name}", **_compiled(kernel, arch, name, constants, options)}
+        for kind, kernel, constants, options in variants(arch, name):
+            found = {"case": f"{kind}, sm_{arch}, {name}", **compiled(kernel, arch, name, constants, options)}
             if sys.argv[2:] == ["table"]:
                 columns = ("registers", "local_bytes", "shared_bytes", "wgmma", "tma")
                 print(f"{found['case']:<44}" + "".join(f"{found[each]:>13}" for each in columns), flush=True)
@@ -231,23 +231,26 @@ def compile_all() -> None:
                 print(json.dumps(found), flush=True)
 
 
-def _variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """(what it is, kernel, constants, options): the first candidate of `tiles`, and on Hopper those by descriptors."""
     depth = 32 if name == "fp32" else 64
     plain: dict[str, Any] = {
         "BLOCK_S": 128, "BLOCK_O": 128, "BLOCK_I": depth, "BLOCK_R": 16, "LANES": 8, "HAS_LORA": True,
         "HAS_BIAS": False, "HAS_INDEX": False, "ROWS_DESCRIBED": False, "WEIGHT_DESCRIBED": False,
-        "WEIGHT_TURNED": False, "WIDEN": False, "rows_i": 1, "weight_i": 1, "first_i": 1, "second_r": 1,
+        "WEIGHT_TURNED": False, "WIDEN": False, "SEPARATE": arch >= 100,
+        "rows_i": 1, "weight_i": 1, "first_i": 1, "second_r": 1,
     }  # fmt: skip
     turned = {"WEIGHT_TURNED": True, "weight_o": 1, "first_r": 1, "second_o": 1}
     backward = {key: value for key, value in plain.items() if key not in ("weight_i", "first_i", "second_r")} | turned
     eight = {"num_warps": 8, "num_stages": 3}
+    if name == "fp32":
+        plain, backward = plain | {"BLOCK_S": 64}, backward | {"BLOCK_S": 64}
     yield "times, LoRA, gathered", grouped._times, plain | {"HAS_INDEX": True}, eight
     yield "times, LoRA, turned", grouped._times, backward, eight
     yield "times, bias", grouped._times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}
-        wide = {"BLOCK_O": 256} if name == "bf16" else {}
+        wide = {"BLOCK_O": 256} if name == "bf16" and arch == 90 else {}
         yield "times, LoRA, gathered, TMA", grouped._times, plain | described | {"HAS_INDEX": True} | wide, eight
         yield "times, LoRA, TMA", grouped._times, plain | described | {"ROWS_DESCRIBED": True} | wide, eight
         yield "times, LoRA, turned, TMA", grouped._times, backward | described | {"ROWS_DESCRIBED": True}, eight
@@ -262,7 +265,7 @@ def _variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], 
     yield "sum of rows", pointwise._weighted_sum, {"CHOICES": 8, "HAS_WEIGHTS": True, "BLOCK_D": 1024}, four
 
 
-def _compiled(kernel: Any, arch: int, name: str, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
+def compiled(kernel: Any, arch: int, name: str, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

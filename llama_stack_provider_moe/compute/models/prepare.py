@@ -27,7 +27,8 @@ from llama_stack_provider_moe.compute.moe.steering import Steering
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.spec import SFTSpec, TrainingSpec
+from llama_stack_provider_moe.jobdir.experts_backend import read_override
+from llama_stack_provider_moe.spec import Moe, SFTSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,28 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         assert layout is not None, "its weights would not have been read"
         experts = share_experts(model, layout, session.peers)
     shared = session.peers.size > 1
-    resolved = resolve_moe(spec.moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
+    moe, notes = moe_now(session)
+    resolved = resolve_moe(moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     implementation.check(spec, resolved.experts_implementation, device)
     quantized = None if bits is None else quantize(model, layout, bits, device)
     if layout is not None:
-        choice = implementation.choose(spec, model, layout, device, session.peers.agreed)
-        resolved = resolved.with_experts(choice)
+        choice = implementation.choose(spec, moe, model, layout, device, session.peers.decided)
+        resolved = resolved.with_experts(replace(choice, notes=(*notes, *choice.notes)))
     shipped = apply_moe(model, layout, resolved)
     if layout is not None and resolved.load_balancing == "aux_free":
         _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
+
+
+def moe_now(session: AnySession) -> tuple[Moe, tuple[str, ...]]:
+    """The job's `moe` block with the backend that replaces its own, if one does, and what the log says of it."""
+    moe = session.spec.moe
+    override = read_override(session.folder)
+    if override is None or override.experts_backend == moe.experts_backend:
+        return moe, ()
+    note = f"moe.experts_backend is {override.experts_backend}, not {moe.experts_backend}: {override.reason}"
+    return moe.model_copy(update={"experts_backend": override.experts_backend}), (note,)
 
 
 def has_conversations(session: AnySession) -> bool:

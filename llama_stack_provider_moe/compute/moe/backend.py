@@ -21,7 +21,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from llama_stack_provider_moe.compute.moe.exchange import Shard, exchange_tokens, shard_of
 from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.kernels.groups import Sorted, sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored
@@ -97,11 +97,8 @@ def _on_rows(
     up, down = projections(experts)
     if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not has_dropout(experts, up, down):
         return expert_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
-    inner_SI = activation_of(experts).function(_times(up, dispatch(hidden_TD, found), found, kernels))
-    out_SD = _times(down, inner_SI, found, kernels)
-    if not can_recompute(experts):
-        out_SD = experts.post_expert_norm(out_SD)
-    return combine(out_SD, weights_TK, found).to(hidden_TD.dtype)
+    norm = None if can_recompute(experts) else experts.post_expert_norm
+    return kept_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels, norm).to(hidden_TD.dtype)
 
 
 def _on_shard(

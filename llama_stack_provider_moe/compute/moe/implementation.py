@@ -5,8 +5,10 @@ device can't do, before the weights are quantised. `choose` decides on the loade
 on a GPU it times the kernels on a layer. `install` puts the implementation on the model.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
@@ -26,18 +28,19 @@ from llama_stack_provider_moe.compute.moe.backend import (
     replace_loops,
 )
 from llama_stack_provider_moe.compute.moe.exceptions import KNOWN_LOOPS
+from llama_stack_provider_moe.compute.moe.kernel_choice import form_of, rank_on_experts, run_trial
 from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config, without_adapters
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import Moe, TrainingSpec
 
 if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.moe.kernels.tiles import Choice
     from llama_stack_provider_moe.compute.moe.layout import ExpertsModule
 
 ExpertsImplementation = Literal[
     "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager", "unsloth"
 ]
-MOST_TIMED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class ImplementationChoice:
 
     implementation: ExpertsImplementation
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 decided for all processes: the choice, its tiles, or why the job can't run as it asks."""
+
+    choice: ImplementationChoice
+    tiles: "tuple[Choice, ...]" = ()
+    refusal: str = ""
 
 
 def by_settings(moe: Moe, layout: ExpertLayout) -> ImplementationChoice:
@@ -74,7 +86,7 @@ def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, devi
     Raises:
         ModelError: Triton without a GPU, or quantised experts that our kernels don't compute.
     """
-    if implementation in (TRITON, TRITON_PARTIAL) and device.type != "cuda":
+    if implementation in (TRITON, TRITON_PARTIAL) and not runs_triton(device):
         raise ModelError(
             "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
             "'torch'"
@@ -89,72 +101,99 @@ def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, devi
 
 def choose(
     spec: TrainingSpec,
+    moe: Moe,
     model: nn.Module,
     layout: ExpertLayout,
     device: torch.device,
-    agreed: Callable[[ImplementationChoice], ImplementationChoice],
+    decided: "Callable[[Callable[[], Decision]], Decision]",
 ) -> ImplementationChoice:
     """Decide on the loaded model; the notes come after those of `by_settings`.
 
     Args:
         spec: the job.
+        moe: its `moe` block, with what a resumption has changed.
         model: the loaded model; its experts are already quantised if the job asks for it.
         layout: where the experts are.
         device: the model's device.
-        agreed: gives every process the choice of rank 0, because kernels are timed and clocks differ.
+        decided: rank 0's decision for every process, because kernels are timed and clocks differ; only rank 0 decides.
+
+    Raises:
+        ModelError: the job asks for Triton's kernels, and they failed the trial.
     """
-    choice = replace(by_settings(spec.moe, layout), notes=())
+    choice = replace(by_settings(moe, layout), notes=())
     experts = next(iter(layout.experts(model).values()))
-    if spec.moe.experts_backend == "auto" and choice.implementation in ALL_OURS and device.type == "cuda":
-        choice = agreed(_timed(spec, model, layout, experts, choice))
+    named = choice.implementation in (TRITON, TRITON_PARTIAL)
+    if runs_triton(device) and (named or (moe.experts_backend == "auto" and choice.implementation in ALL_OURS)):
+        decision = decided(partial(_tried, spec, layout, experts, device, choice, named))
+        if decision.refusal:
+            raise ModelError(decision.refusal)
+        choice = decision.choice
+        if decision.tiles:
+            from llama_stack_provider_moe.compute.moe.kernels import tiles  # Triton is not installed everywhere
+
+            tiles.install(decision.tiles)
     if choice.implementation not in ALL_OURS:
         return choice
     adapter = spec.adapter
     limits = limitations(
         experts, choice.implementation, device,
-        dropout=spec.moe.expert_dropout > 0 or (adapter is not None and adapter.dropout > 0),
-        rank=0 if adapter is None or adapter.plan == "trunk" else adapter.rank,
+        dropout=moe.expert_dropout > 0 or (adapter is not None and adapter.dropout > 0),
+        rank=0 if adapter is None else rank_on_experts(adapter),
     )  # fmt: skip
     return replace(choice, notes=(*choice.notes, *limits))
 
 
-def _timed(
-    spec: TrainingSpec, model: nn.Module, layout: ExpertLayout, experts: "ExpertsModule", choice: ImplementationChoice
-) -> ImplementationChoice:
-    """Torch's kernels or Triton's, whichever is faster on a layer of the model."""
-    reason = _no_timing(spec, experts)
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this kind of device: a GPU, or any where Triton interprets them."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _tried(
+    spec: TrainingSpec,
+    layout: ExpertLayout,
+    experts: "ExpertsModule",
+    device: torch.device,
+    choice: ImplementationChoice,
+    named: bool,
+) -> Decision:
+    """Torch's kernels or Triton's, whichever is faster on a layer like the model's; if `named`, Triton's, checked."""
+    if (lacking := _lacks(device)) is not None:
+        refusal = f"moe.experts_backend: 'triton' is not valid here: {lacking}; expected 'auto' or 'torch'"
+        notes = (f"Triton's kernels were not tried: {lacking}",)
+        return Decision(replace(choice, notes=notes), refusal=refusal if named else "")
+    reason = _no_trial(spec, experts, named)
     if reason is not None:
-        return replace(choice, notes=(f"Triton's kernels were not tried: {reason}",))
-    # Triton is not installed everywhere.
-    from llama_stack_provider_moe.compute.moe.kernel_choice import fastest, summary, try_layer
-
-    tokens = min(spec.training.batch_size * spec.options.max_length, MOST_TIMED_TOKENS)
-    trials = try_layer(
-        experts,
-        {name: kernels_of(name) for name in (OURS, TRITON)},
-        tokens=tokens,
-        hidden=int(experts.get_parameter(layout.down).shape[2 if layout.transposed else 1]),
-        top_k=layout.top_k,
-        rank=0 if spec.adapter is None else spec.adapter.rank,
-    )
-    implementation = choice.implementation
-    if fastest(trials) == TRITON:
-        implementation = TRITON_PARTIAL if implementation == OURS_PARTIAL else TRITON
-    return ImplementationChoice(implementation, (summary(trials, tokens),))
+        return Decision(replace(choice, notes=(f"Triton's kernels were not tried: {reason}",)))
+    tokens = spec.training.batch_size * spec.options.max_length
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs memory of the same device
+    trials = run_trial(form_of(spec, experts, layout, device, tokens))
+    if named:
+        if trials.triton.ms is None:
+            return Decision(choice, refusal=f"moe.experts_backend: 'triton' is not valid here: {trials.text()}; "
+                            "expected 'auto' or 'torch'")  # fmt: skip
+        return Decision(replace(choice, notes=(trials.text(),)), trials.tiles)
+    if not trials.prefer_triton:
+        return Decision(replace(choice, notes=(trials.text(),)))
+    implementation = TRITON_PARTIAL if choice.implementation == OURS_PARTIAL else TRITON
+    return Decision(ImplementationChoice(implementation, (trials.text(),)), trials.tiles)
 
 
-def _no_timing(spec: TrainingSpec, experts: "ExpertsModule") -> str | None:
-    """Why Triton's kernels are not an option for this job; None where they are."""
+def _lacks(device: torch.device) -> str | None:
+    """What Triton's kernels need and this machine lacks; None: nothing."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need sm_80 or newer"
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
+def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", named: bool) -> str | None:
+    """Why Triton's kernels are not tried for this job; None where they are."""
     if spec.resources.strategy == "ep":
         return "each process holds different experts (resources.strategy ep)"
-    if spec.options.deterministic:
+    if spec.options.deterministic and not named:
         return "timing must not decide in a repeatable job (options.deterministic)"
     if not can_recompute(experts):
         return "experts have a norm after the down projection"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "they need sm_80 or newer"
-    if find_spec("triton") is None:
-        return "triton is not installed"
     return None
 
 

@@ -1,35 +1,56 @@
-"""The trial behind `experts_backend: auto` on a GPU: run an expert layer with each kernel, keep the best.
+"""The trial behind `experts_backend`: run an expert layer with each kernel in a child process, keep the best.
 
 A table of which kernels win where would hold for one GPU, driver and Triton version only. So the trial runs a layer of
-the model itself, with random tokens and the job's rank: forward and backward by torch's products and by our Triton
-kernels. A kernel whose output or gradients differ from torch's is rejected, however fast.
+the job's own form, with random numbers and the job's LoRA and dropout: forward and backward by torch's products and by
+our Triton kernels. A kernel whose output or gradients differ from torch's is rejected, however fast.
+
+It runs in a process of its own (`kernel_trial`), because a faulty kernel may do worse than raise: it may hang, and an
+illegal access makes all later work of its process fail. Whatever happens there, the job runs with torch's kernels and
+its log says why.
 """
 
+import json
+import os
+import selectors
+import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from statistics import median
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from triton import TritonError
 
-from llama_stack_provider_moe.compute.moe.backend import activation_of, projections
-from llama_stack_provider_moe.compute.moe.kernels.groups import sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
-from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
-from llama_stack_provider_moe.compute.moe.kernels.reference import Stored
+from llama_stack_provider_moe.compute.moe.backend import activation_of, code_of, projections
+from llama_stack_provider_moe.compute.moe.kernel_trial import TORCH, TRITON, Line, TrialLayer
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.spec import Adapter, TrainingSpec
 
 if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.moe.kernels.tiles import Choice
     from llama_stack_provider_moe.compute.moe.layout import ExpertsModule
 
-# Relative to the norm. Correct kernels differ by a few roundings of intermediate values; a wrong tile by far more.
-AGREES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-REPETITIONS = 10
+COMMAND = (sys.executable, "-m", "llama_stack_provider_moe.compute.moe.kernel_trial")
+_READ_BYTES = 1 << 16
+_ENDING_S = 30.0  # from a child's last line to its end
+_REASON_LIMIT = 300  # characters
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the trial's process may take.
+
+    Attributes:
+        silence_s: seconds without a line; compiling and timing one tile size of one kernel takes some.
+        whole_s: seconds in all.
+    """
+
+    silence_s: float = 180.0
+    whole_s: float = 900.0
 
 
 @dataclass(frozen=True)
@@ -40,119 +61,173 @@ class Trial:
     reason: str = ""
 
 
-def fastest(trials: Mapping[str, Trial]) -> str:
-    """The name of the fastest implementation that was not rejected."""
-    ms = {name: trial.ms for name, trial in trials.items() if trial.ms is not None}
-    return min(ms, key=lambda name: ms[name])
+@dataclass(frozen=True)
+class Trials:
+    """What came of both kernels, and the tiles that were chosen for Triton's (see `tiles.install`)."""
+
+    torch: Trial
+    triton: Trial
+    tokens: int
+    tiles: "tuple[Choice, ...]" = field(default=(), compare=False)
+
+    @property
+    def prefer_triton(self) -> bool:
+        """Whether Triton's kernels are right, and faster."""
+        return self.triton.ms is not None and self.torch.ms is not None and self.triton.ms < self.torch.ms
+
+    def text(self) -> str:
+        """One line for the start of a job's log."""
+        parts = [
+            f"{name} {each.reason}" if each.ms is None else f"{name} {each.ms:.3g} ms"
+            for name, each in ((TORCH, self.torch), (TRITON, self.triton))
+            if each.ms is not None or each.reason
+        ]
+        return f"one layer forward and backward, {self.tokens:,} tokens: {', '.join(parts)}"
 
 
-def summary(trials: Mapping[str, Trial], tokens: int) -> str:
-    """One line for the start of a job's log."""
-    parts = [
-        f"{name} {each.reason}" if each.ms is None else f"{name} {each.ms:.3g} ms" for name, each in trials.items()
-    ]
-    return f"one layer forward and backward, {tokens:,} tokens: {', '.join(parts)}"
-
-
-def try_layer(
-    experts: "ExpertsModule", candidates: Mapping[str, Kernels], *, tokens: int, hidden: int, top_k: int, rank: int
-) -> dict[str, Trial]:
-    """Run `experts` with each candidate, compare with the first, and time those that agree.
+def form_of(
+    spec: TrainingSpec, experts: "ExpertsModule", layout: ExpertLayout, device: torch.device, tokens: int
+) -> TrialLayer:
+    """The form of the experts of one layer, before LoRA is added, and what the job does with them.
 
     Args:
-        experts: the experts of one layer, on their device, before LoRA is added.
-        candidates: name -> kernels; the first is the reference.
+        spec: the job.
+        experts: the experts of one layer.
+        layout: the model's.
+        device: where the job computes.
         tokens: tokens of a micro-batch.
-        hidden: the model's hidden size.
-        top_k: experts per token.
-        rank: rank of LoRA; 0: no LoRA, and weights that train get gradients themselves.
     """
-    run = _prepare(experts, tokens, hidden, top_k, rank)
-    (first, *others) = candidates.items()
-    with liveness.stage("trying kernels", len(candidates), "implementations") as counter:
-        expected = run(first[1])
-        trials = {first[0]: Trial(_time(lambda: run(first[1])))}
-        counter.advance()
-        for name, kernels in others:
-            trials[name] = _try(partial(run, kernels), expected)
-            counter.advance()
-    return trials
-
-
-def _try(run: Callable[[], list[Tensor]], expected: list[Tensor]) -> Trial:
-    try:
-        found = run()
-        error = max(
-            float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
-            for one, other in zip(found, expected, strict=True)
-        )
-        if not error <= AGREES[expected[0].dtype]:  # so that NaN fails
-            return Trial(None, f"is off by {error:.2g} of the norm, so it is not used")
-        return Trial(_time(run))
-    # Triton raises these when it can't compile a kernel or, without a C compiler, its launcher.
-    except (TritonError, RuntimeError, subprocess.CalledProcessError) as failure:
-        return Trial(None, f"failed ({type(failure).__name__}: {str(failure).splitlines()[0][:200]})")
-
-
-def _prepare(
-    experts: "ExpertsModule", tokens: int, hidden: int, top_k: int, rank: int
-) -> Callable[[Kernels], list[Tensor]]:
-    """A function that runs the layer forward and backward and returns output and gradients; the model keeps none."""
     up, down = projections(experts)
-    count = _shape(up)[0]
-    device = next(experts.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = up.weight.dtype
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(*shape, device=device, generator=generator) * scale
-        return made.to(dtype).requires_grad_()
-
-    leaves = [random(tokens, hidden), random(tokens, top_k)]
-    index_TK = torch.rand(tokens, count, device=device, generator=generator).topk(top_k).indices
-    inner = _shape(down)[2]
-    if rank:
-        for each, inputs in ((up, hidden), (down, inner)):
-            leaves.append(random(count, rank, inputs, scale=inputs**-0.5))
-            leaves.append(random(count, _shape(each)[1], rank, scale=rank**-0.5))
-        up, down = up._replace(lora=Lora(leaves[2], leaves[3])), down._replace(lora=Lora(leaves[4], leaves[5]))
-    trained = [each for each in (up.weight, down.weight) if isinstance(each, Tensor) and each.requires_grad]
-    wanted = leaves if rank else [*leaves, *trained]
-    if rank:  # only LoRA trains then, although the base is not frozen yet
-        up, down = (each._replace(weight=_frozen(each.weight)) for each in (up, down))
-    upstream = random(tokens, hidden).detach()
-
-    def run(kernels: Kernels) -> list[Tensor]:
-        found = sort_by_expert(index_TK, count, dtype)
-        out = expert_layer(leaves[0], leaves[1], up, down, activation_of(experts), found, kernels)
-        gradients = torch.autograd.grad(out, wanted, upstream.to(out.dtype))
-        return [out.detach(), *gradients]
-
-    return run
+    count, outputs, inputs = up.weight.shape
+    activation = activation_of(experts)
+    adapter = spec.adapter
+    rank = 0 if adapter is None else rank_on_experts(adapter)
+    quantized = adapter is not None and any(
+        code_of(experts, name) is not None for name in (layout.gate_up, layout.down)
+    )
+    return TrialLayer(
+        tokens, inputs, down.weight.shape[2], outputs, count, layout.top_k,
+        str(up.weight.dtype).removeprefix("torch."), str(device), rank,
+        adapts_up=adapter is None or "gate_up_proj" in adapter.expert_modules,
+        adapts_down=adapter is None or "down_proj" in adapter.expert_modules,
+        trains=adapter is None,
+        lora_dropout=adapter.dropout if adapter is not None and rank else 0.0,
+        expert_dropout=spec.moe.expert_dropout,
+        bits=adapter.quantize_bits if adapter is not None and quantized else None,
+        transposed=layout.transposed, biased=up.bias_EO is not None,
+        activation=activation.kind, alpha=activation.alpha, limit=activation.limit,
+        deterministic=spec.options.deterministic,
+    )  # fmt: skip
 
 
-def _frozen(weight: Tensor | Stored) -> Tensor | Stored:
-    return weight.detach() if isinstance(weight, Tensor) else weight
+def rank_on_experts(adapter: Adapter) -> int:
+    """The largest rank of LoRA on experts; 0: there is none."""
+    if adapter.plan == "trunk" or not adapter.apply_lora_to_mlp:
+        return 0
+    if adapter.plan != "per_expert":
+        return adapter.rank
+    return max((rank for rule in adapter.rules for rank in rule.experts.values()), default=adapter.rank)
 
 
-def _shape(projection: Projection) -> tuple[int, int, int]:
-    experts, outputs, inputs = projection.weight.shape
-    return experts, outputs, inputs
+def run_trial(form: TrialLayer, command: Sequence[str] = COMMAND, limits: Limits = Limits()) -> Trials:
+    """Run the trial of a layer in a child process; whatever the child does, this returns.
+
+    Args:
+        form: the layer.
+        command: the child; reads the layer from standard input and writes lines, see `kernel_trial`.
+        limits: how long it may take.
+    """
+    found: dict[str, Trial] = {}
+    tiles: list[list[Any]] = []
+    done, at, tokens, stopped = False, "at its start", form.tokens, ""
+    with tempfile.TemporaryFile("w+b") as said:
+        child = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=_environment()
+        )
+        try:
+            with liveness.stage("trying kernels in a child process", None, "batch sizes") as counter:
+                _start(child, form)
+                for line in _lines(child, limits):
+                    if isinstance(line, str):
+                        stopped = line
+                        break
+                    if "work" in line:
+                        at = f"after {line['work'][1]} of {line['work'][2]} {line['work'][3]}"
+                        counter.relay(liveness.Work(*line["work"]))
+                    elif "trial" in line:
+                        found[line["trial"]] = Trial(line.get("ms"), line.get("reason", ""))
+                        tokens = line.get("tokens", tokens)
+                        at = f"after {line['trial']}'s time"
+                    tiles = line.get("tiles", tiles)
+                    done = done or "done" in line
+            if not stopped:
+                child.wait(_ENDING_S)
+        except subprocess.TimeoutExpired:
+            stopped = f"it did not end within {_ENDING_S:g} s of its last line"
+        finally:
+            child.kill()  # nothing where it has ended
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    pipe.close()
+        said.seek(max(0, said.seek(0, os.SEEK_END) - _READ_BYTES))
+        last = said.read().decode(errors="replace").strip().splitlines()
+    if stopped or not done:
+        why = stopped or _ending(child.returncode, last)
+        found[TRITON] = Trial(None, f"failed in a trial of its own process, {at}: {why}; it is not used")
+        tiles = []
+    return Trials(found.get(TORCH, Trial(None)), found[TRITON], tokens, _choices(tiles))
 
 
-def _time(run: Callable[[], object]) -> float:
-    """Median in ms; waits for the device before and after each run."""
-    times = []
-    for _ in range(REPETITIONS):
-        _wait()
-        start = time.perf_counter()
-        run()
-        _wait()
-        liveness.alive()
-        times.append((time.perf_counter() - start) * 1e3)
-    return median(times)
+def _environment() -> dict[str, str]:
+    """This process's, without what makes libraries join its group of processes."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _start(child: "subprocess.Popen[bytes]", form: TrialLayer) -> None:
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended; its end says why
+        child.stdin.write(json.dumps(asdict(form)).encode())
+        child.stdin.close()
+
+
+def _lines(child: "subprocess.Popen[bytes]", limits: Limits) -> Iterator[Line | str]:
+    """The child's lines until it closes its output; a text at the end if it took too long."""
+    assert child.stdout is not None
+    end = time.monotonic() + limits.whole_s
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            left = end - time.monotonic()
+            if not selector.select(max(0.0, min(limits.silence_s, left))):
+                quiet = limits.silence_s < left
+                yield (
+                    f"no sign of life for {limits.silence_s:g} s" if quiet
+                    else f"it took more than {limits.whole_s:g} s"
+                )  # fmt: skip
+                return
+            read = os.read(child.stdout.fileno(), _READ_BYTES)
+            if not read:
+                return
+            *whole, rest = (rest + read).split(b"\n")
+            for line in whole:
+                yield json.loads(line)
+            if time.monotonic() > end:
+                yield f"it took more than {limits.whole_s:g} s"
+                return
+
+
+def _ending(code: int, last: list[str]) -> str:
+    """How the child ended by itself, in words."""
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{last[-1][:_REASON_LIMIT]} ({how})" if last else how
+
+
+def _choices(tiles: list[list[Any]]) -> "tuple[Choice, ...]":
+    if not tiles:
+        return ()
+    from llama_stack_provider_moe.compute.moe.kernels.tiles import Choice, Tiles  # Triton is not installed everywhere
+
+    return tuple(Choice(kernel, tuple(asked), Tiles(**each)) for kernel, asked, each in tiles)

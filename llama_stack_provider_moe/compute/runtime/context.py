@@ -23,6 +23,13 @@ class Stopped(BaseException):
         self.step = step
 
 
+class HandedOver(BaseException):
+    """A kernel failed, and the job is to go on in a new process, with torch's kernels; no failure of the job.
+
+    Not an `Exception` for the reason that `Stopped` is none.
+    """
+
+
 @dataclass
 class Stop:
     """A request to stop, set by a signal handler.

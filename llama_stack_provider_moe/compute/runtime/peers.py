@@ -7,7 +7,7 @@ need torch.
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -160,6 +160,10 @@ class Peers:
         values = [value]
         distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def decided[T](self, decide: Callable[[], T]) -> T:
+        """What `decide` returns in rank 0; the others wait for it and do not call theirs."""
+        return self.agreed(decide() if self.leads else cast(T, None))
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any process has, in the same order in all processes."""

@@ -25,6 +25,7 @@ from llama_stack_provider_moe.compute.train.by_position import ByPosition
 from llama_stack_provider_moe.compute.train.by_position import keep as keep_positions
 from llama_stack_provider_moe.compute.train.checkpoints import describe, merge, save
 from llama_stack_provider_moe.compute.train.domain_routing import analyse_domains, keep_report
+from llama_stack_provider_moe.compute.train.kernel_failure import kernels_may_fail
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
 from llama_stack_provider_moe.compute.train.reporter import Reporter
 from llama_stack_provider_moe.compute.train.resume import Resume, agreed_resume, lacks_random_state
@@ -149,7 +150,7 @@ def _fit(
     trainer.remove_callback(PrinterCallback)
     if session.peers.size > 1 or lacks_random_state(session, resume):
         trainer.seed_process(0 if resume is None else resume.step)
-    with suppress(NothingLeftToTrain), reporter.training():
+    with suppress(NothingLeftToTrain), kernels_may_fail(session, base, trainer, saver), reporter.training():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
     assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"

@@ -149,6 +149,13 @@ class Saver(TrainerCallback):
         control.should_training_stop |= self.stopped_by is not None
         return control
 
+    def save_last_step(self) -> None:
+        """Write a checkpoint of the last step after a kernel failed in the next one; only in a single process."""
+        self._cause = "autosave"
+        self._trainer.write_checkpoint()
+        self.on_save(self._trainer.args, self._trainer.state, self._trainer.control)
+        self.mirroring.finish(STOP_S)
+
     def _stop_if_no_better(self, epoch: int) -> None:
         patience, best = self._session.spec.options.early_stopping_patience, self.best
         if patience is None or best is None or best.metrics is None or epoch - best.metrics.epoch < patience:

@@ -161,6 +161,10 @@ class RecordingTrainer(CheckpointingTrainer):
         if self.steering is not None and self.recorder is not None:
             self.steering.after_step(self.recorder.take_counts(self.total))
 
+    def write_checkpoint(self) -> None:
+        """Write the state of the last step into the staging folder, as the trainer does at a save."""
+        self._save_checkpoint(self.model, None)
+
     def seed_process(self, step: int) -> None:
         """Seed each process differently, so that no two drop the same activations.
 

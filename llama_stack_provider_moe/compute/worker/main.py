@@ -2,7 +2,9 @@
 
 It reads `spec.json` and `data/` in a job's folder, and writes everything else there. Exit code 0: completed, and
 `manifest.json` is there; 1: failed, and a `failed` event says why; 3: stopped on request (SIGTERM), after the current
-step and a checkpoint. In a job of several processes (`resources`) this process is their leader, see `process_group`.
+step and a checkpoint; 5: one of our Triton kernels failed, and the next start computes the experts with torch
+(`jobdir.experts_backend`). In a job of several processes (`resources`) this process is their leader, see
+`process_group`.
 """
 
 import errno
@@ -19,7 +21,7 @@ from typing import cast
 
 from llama_stack_provider_moe.compute.data.workers import end_helpers, fork_from_a_server
 from llama_stack_provider_moe.compute.models.backend import backend_of
-from llama_stack_provider_moe.compute.runtime.context import AnySession, NoEvents, Session, Stop, Stopped
+from llama_stack_provider_moe.compute.runtime.context import AnySession, HandedOver, NoEvents, Session, Stop, Stopped
 from llama_stack_provider_moe.compute.runtime.cores import cores
 from llama_stack_provider_moe.compute.runtime.mirroring import Mirroring
 from llama_stack_provider_moe.compute.runtime.peers import ALONE, Peers, is_of_a_lost_peer
@@ -32,7 +34,8 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.ground.private import take_umask
 from llama_stack_provider_moe.jobdir.attempt import require_current
-from llama_stack_provider_moe.jobdir.events import Cancelled, EventLog, Failed, Started, latest
+from llama_stack_provider_moe.jobdir.events import Cancelled, EventLog, Failed, Message, Started, latest
+from llama_stack_provider_moe.jobdir.experts_backend import HANDED_OVER, write_override
 from llama_stack_provider_moe.jobdir.folder import JobFolder, Manifest, write_atomic
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.recipes import RECIPES
@@ -103,11 +106,22 @@ def conclude(folder: JobFolder, found: Verdict) -> int:
     if end.kind == "completed":
         return COMPLETED
     events = EventLog(folder.events, environment_secrets())  # no other process writes there any more
-    stopped = end.kind == "stopped"
-    event = Cancelled(step=end.step) if stopped else Failed(reason=end.reason, error=end.error)
+    event: Cancelled | Failed | Message
+    if end.kind == "handed_over":
+        code, event = HANDED_OVER, handed_over(folder, end.reason)
+    elif end.kind == "stopped":
+        code, event = STOPPED, Cancelled(step=end.step)
+    else:
+        code, event = FAILED, Failed(reason=end.reason, error=end.error)
     with suppress(OSError), closing(events):
         events.append(event)
-    return STOPPED if stopped else FAILED
+    return code
+
+
+def handed_over(folder: JobFolder, reason: str) -> Message:
+    """Have the next start compute the experts with torch; returns what the job's events say."""
+    write_override(folder, "torch", reason)
+    return Message(level="warning", text=f"{reason}; the job goes on with moe.experts_backend torch, in a new process")
 
 
 def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
@@ -125,7 +139,7 @@ def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
     stop = Stop()
     fork_from_a_server()
 
-    def record_end(end: End, event: Cancelled | Failed, text: str) -> None:
+    def record_end(end: End, event: Cancelled | Failed | Message, text: str) -> None:
         _write_end(events if report is None else NoEvents(), event, text)
         if report is not None:
             report(end)
@@ -143,6 +157,13 @@ def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
     except Stopped as stopped:
         record_end(End(peers.rank, "stopped", step=stopped.step), Cancelled(step=stopped.step), str(stopped))
         return STOPPED
+    except HandedOver as over:
+        if report is None:
+            message = handed_over(folder, str(over))
+            record_end(End(peers.rank, "handed_over", str(over)), message, f"warning: {message.text}")
+        else:  # the leader writes the file and the event
+            report(End(peers.rank, "handed_over", str(over)))
+        return HANDED_OVER
     except Exception as error:  # noqa: BLE001  the entry point: every end is recorded
         reason, name, trace = _reason(error), type(error).__name__, is_of_a_lost_peer(error)
         end = End(peers.rank, "failed", reason, name, trace)
@@ -173,7 +194,7 @@ def _run_job(session: Session[JobSpec]) -> None:
         write_atomic(session.folder.manifest, manifest)
 
 
-def _write_end(events: EventLog, event: Cancelled | Failed, text: str) -> None:
+def _write_end(events: EventLog, event: Cancelled | Failed | Message, text: str) -> None:
     """Write how the process ended. On a full disk only the exit code is left, and the supervisor finds the reason."""
     with suppress(OSError):
         events.append(event)

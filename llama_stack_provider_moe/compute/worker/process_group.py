@@ -47,14 +47,14 @@ class End:
     """How one process ended, in its own words.
 
     Attributes:
-        reason: why it failed.
+        reason: why it failed, or handed over (`context.HandedOver`).
         error: name of the exception.
         trace: the failure may be the consequence of another process's end.
         step: the last one before it stopped.
     """
 
     rank: int
-    kind: Literal["completed", "failed", "stopped"]
+    kind: Literal["completed", "failed", "stopped", "handed_over"]
     reason: str = ""
     error: str = ""
     trace: bool = False
@@ -89,7 +89,7 @@ def verdict(said: Sequence[End], killed: dict[int, int], asked_to_stop: bool, si
     if any(end.rank == 0 and end.kind == "completed" for end in said):
         return Verdict(next(end for end in said if end.rank == 0))  # all of the job's results are on disk
     for end in said:
-        if end.kind == "stopped" or (end.kind == "failed" and not end.trace):
+        if end.kind in ("stopped", "handed_over") or (end.kind == "failed" and not end.trace):
             alike = end.rank == 0 or any(e.rank == 0 and e.reason == end.reason for e in said)
             reason = end.reason if alike or end.kind == "stopped" else f"{end.reason} (process {end.rank} of {size})"
             return Verdict(End(**{**asdict(end), "reason": reason}))

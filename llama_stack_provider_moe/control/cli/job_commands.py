@@ -140,6 +140,14 @@ def resume(
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait until the job has ended; the exit code is its outcome.")
     ] = False,
+    experts_backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKEND",
+            help="Code that computes the experts from now on, in place of the job's moe.experts_backend: auto, torch, "
+            "triton or peft.",
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -147,7 +155,7 @@ def resume(
     """Resume a cancelled or failed job from its last checkpoint, or from the beginning if there is none."""
 
     def act(server: Client, screen: Screen) -> Exit:
-        resumed = server.resume(job_id)
+        resumed = server.resume(job_id, experts_backend)
         if follow:
             if screen.as_json:
                 screen.line(resumed)

@@ -1,12 +1,17 @@
 """Resuming and deleting a job, in a thread: what the store does, and what belongs to it on disk."""
 
 import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 
 from llama_stack_provider_moe.control.server import playgrounds, resumable, serving, submissions, views, wire
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.supervisor import removal
 from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.jobdir.experts_backend import write_override
 from llama_stack_provider_moe.jobdir.state import JobState
+from llama_stack_provider_moe.spec.moe import ExpertsBackend
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 log = logging.getLogger(__name__)
@@ -21,7 +26,9 @@ def must_be_free(store: JobStore, job_id: str) -> None:
     raise Conflict(f"job_uuid: {job_id!r} is taken; leave it out, or choose another name")
 
 
-def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | None) -> submissions.ResumedJob:
+def resume(
+    store: JobStore, config: ProviderConfig, job_id: str, whose: str | None, backend: ExpertsBackend | None = None
+) -> submissions.ResumedJob:
     """Put a cancelled or failed job back into the queue.
 
     Args:
@@ -29,12 +36,22 @@ def resume(store: JobStore, config: ProviderConfig, job_id: str, whose: str | No
         config: the server's configuration.
         job_id: the job.
         whose: the owner whose jobs the caller may use; None for every owner's.
+        backend: what computes the experts from now on; None leaves that as it is.
+
+    Raises:
+        InvalidBody: the job is not valid with this backend.
+        InvalidInput: the job has no experts to compute.
     """
     job = store.get(job_id, whose)
+    first: Callable[[], None] | None = None
     found: submissions.Resumes = "from_beginning"
     if job.state in (JobState.FAILED, JobState.CANCELLED):  # `store.resume` refuses the other states
         found = must_be_resumable(store, config, job)
-    store.resume(job_id, whose, config.limits)
+        if backend is not None:
+            resumable.must_be_valid_with(job, backend)
+            reason = f"asked for when the job was resumed at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            first = partial(write_override, views.folder_of(job), backend, reason)
+    store.resume(job_id, whose, config.limits, first)
     return submissions.ResumedJob(job_uuid=job_id, resumes=found)
 
 

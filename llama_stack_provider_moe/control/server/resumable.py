@@ -8,10 +8,12 @@ from llama_stack_provider_moe.control.server import exports, views
 from llama_stack_provider_moe.control.server.submissions import Resumes
 from llama_stack_provider_moe.control.store import references
 from llama_stack_provider_moe.control.store.store import Job, JobStore
-from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.errors import Conflict, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir import checkpoint_index
 from llama_stack_provider_moe.jobdir.export_steps import StepState, read_steps
-from llama_stack_provider_moe.spec import JobSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.moe import ExpertsBackend
+from llama_stack_provider_moe.spec.validation_errors import invalid_body
 
 
 def must_be_resumable(job: Job) -> Resumes:
@@ -58,6 +60,24 @@ def must_find_its_sources(job: Job, store: JobStore, jobs_dir: Path) -> None:
             reasons.append(f"it needs {Path(path).name!r} of job {job_id!r}, which no longer exists")
     raise Conflict(f"job {job.id!r} can't be resumed: {'; '.join(dict.fromkeys(reasons))}; submit it again with "
                    "a model that exists")  # fmt: skip
+
+
+def must_be_valid_with(job: Job, backend: ExpertsBackend) -> None:
+    """Refuse a backend for a job that would not have been accepted with it.
+
+    Raises:
+        InvalidBody: another setting of the job rules it out.
+        InvalidInput: the job trains nothing.
+    """
+    spec = _spec(job)
+    if not isinstance(spec, TrainingSpec):
+        raise InvalidInput("moe.experts_backend", backend, f"no value: a job of recipe {spec.recipe} does not train")
+    body = spec.model_dump(mode="json")
+    body["moe"]["experts_backend"] = backend
+    try:
+        JOB_SPEC.validate_python(body)
+    except ValidationError as error:
+        raise invalid_body(error.errors(include_url=False), None) from None
 
 
 def _spec(job: Job) -> JobSpec:

@@ -81,12 +81,14 @@ if TYPE_CHECKING:
     SFTBody = object
     DPOBody = object
     CancelBody = object
+    ResumeBody = object
 else:
     # Unlike SkipValidation, this keeps a named schema in the document.
     _AS_IT_CAME = WrapValidator(lambda body, _: body)
     SFTBody = Annotated[wire_requests.SupervisedFineTuneRequest, _AS_IT_CAME, Body()]
     DPOBody = Annotated[wire_requests.PreferenceOptimizeRequest, _AS_IT_CAME, Body()]
     CancelBody = Annotated[wire_requests.CancelTrainingJobRequest, _AS_IT_CAME, Body()]
+    ResumeBody = Annotated[wire_requests.Resumption, _AS_IT_CAME, Body()]
     JobBody = Annotated[SkipValidation[JobSpec], Body()]
     ExportBody = Annotated[SkipValidation[Exports], Body()]  # without one, the service refuses it once it has the job
 # Not the host's `standard_responses`: their references are dangling in the document that 0.6.1 serves.
@@ -192,8 +194,8 @@ def _add_jobs(router: APIRouter, impl: PostTrainingService) -> None:
         "/jobs/{job_uuid}/resume",
         summary="Resume a cancelled or failed job from its last complete checkpoint, or from the beginning.",
     )
-    async def resume(job_uuid: str) -> submissions.ResumedJob:
-        return await impl.resume(job_uuid)
+    async def resume(job_uuid: str, request: Request, body: ResumeBody | None = None) -> submissions.ResumedJob:
+        return await impl.resume(job_uuid, body, await _size_bytes(request))
 
     @router.delete("/jobs/{job_uuid}", summary="Delete a training job that has ended, and its folder.")
     async def delete(

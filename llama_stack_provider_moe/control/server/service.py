@@ -52,6 +52,7 @@ from llama_stack_provider_moe.control.supervisor.supervisor_keeper import Superv
 from llama_stack_provider_moe.errors import Forbidden, Unavailable
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.validation_errors import validated
 
 log = logging.getLogger(__name__)
 
@@ -284,9 +285,23 @@ class PostTrainingService:
         if not job.state.ended:
             await self._wake_supervisor()
 
-    async def resume(self, job_id: str) -> submissions.ResumedJob:
-        """Resume a cancelled or failed job from its last complete checkpoint, or from the beginning without one."""
-        resumed = await self.guard.run(job_changes.resume, self.store, self.config, job_id, self._whose("update"))
+    async def resume(self, job_id: str, body: object = None, size_bytes: int = 0) -> submissions.ResumedJob:
+        """Resume a cancelled or failed job from its last complete checkpoint, or from the beginning without one.
+
+        Args:
+            job_id: the job.
+            body: what to change in it (`wire_requests.Resumption`); None for nothing.
+            size_bytes: size of the body.
+        """
+        # Check access first, so that errors of the body reveal nothing to others.
+        await self.guard.run(self.store.get, job_id, self._whose("update"))
+        asked = None
+        if body is not None:
+            asked = await self.guard.bodies.run(size_bytes, validated, wire_requests.Resumption, body)
+        backend = None if asked is None or asked.moe is None else asked.moe.experts_backend
+        resumed = await self.guard.run(
+            job_changes.resume, self.store, self.config, job_id, self._whose("update"), backend
+        )
         self.audit.note(callers.owner(), "resume", job=job_id)
         await self._wake_supervisor()
         log.info("job %s: resumed", job_id)

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, E
 from llama_stack_provider_moe.spec.blocks import NoBoolAsNumber, Resources
 from llama_stack_provider_moe.spec.evaluation import SafetyEvaluation
 from llama_stack_provider_moe.spec.labels import MAX_LABELS, LabelKey, LabelValue, Note
+from llama_stack_provider_moe.spec.moe import ExpertsBackend
 from llama_stack_provider_moe.spec.notify import Notify
 
 # Descriptions of fields that several models have.
@@ -226,6 +227,20 @@ class JobChange(Wire):
         default_factory=dict, max_length=2 * MAX_LABELS, description="Labels to set; null removes one. Others stay."
     )
     note: Note | None = Field(default=None, description="The new note; null removes it; left out: it stays.")
+
+
+class ResumedMoe(Wire):
+    """The settings of a `moe` block that a resumption may change."""
+
+    experts_backend: ExpertsBackend = Field(
+        description="Code that computes the experts from now on, in place of the job's `moe.experts_backend`."
+    )
+
+
+class Resumption(Wire):
+    """What to change in a job that is resumed; without a body nothing changes."""
+
+    moe: ResumedMoe | None = Field(default=None, description="Settings that replace those of the job's `moe` block.")
 
 
 class CancelTrainingJobRequest(Wire):

@@ -111,6 +111,7 @@ class Moves:
         artifacts: tuple[Artifact, ...] = (),
         fence: Fence | None = None,
         first: First | None = None,
+        lost: bool = True,
     ) -> Job:
         """Put a job whose process was lost back into the queue, ahead of all waiting jobs.
 
@@ -120,6 +121,7 @@ class Moves:
             artifacts: What the job has saved so far.
             fence: See `launched`.
             first: See `launched`.
+            lost: Count the job's process as lost; False: it ended for another to take over.
 
         Raises:
             Conflict: The job is not in progress, or its cancellation was requested; `Superseded`, `LeaseLost`: see
@@ -132,7 +134,8 @@ class Moves:
                 first()
             limits.record_use(connection, row)
             changes = WAITS | {
-                "queued_at": now(), "turn": 0, "lost": row.lost + 1, "reason": reason, "artifacts": _json(artifacts),
+                "queued_at": now(), "turn": 0, "lost": row.lost + lost, "reason": reason,
+                "artifacts": _json(artifacts),
             }  # fmt: skip
             return transitions.write(connection, row, changes, fence)
 

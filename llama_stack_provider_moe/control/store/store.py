@@ -139,6 +139,7 @@ class JobStore(Moves):
         Args:
             new: The job.
             owner_limits: What its owner may use.
+            first: Called once the job may be resumed, while no supervisor can start it. If it raises, nothing changes.
 
         Raises:
             OverLimit: Its owner is at a limit.
@@ -236,7 +237,13 @@ class JobStore(Moves):
         with self._reading.begin() as connection:
             return limits.owners(connection) | self.datasets.owners(connection)
 
-    def resume(self, job_id: str, owner: str | None, owner_limits: LimitsConfig = limits.NONE) -> Job:
+    def resume(
+        self,
+        job_id: str,
+        owner: str | None,
+        owner_limits: LimitsConfig = limits.NONE,
+        first: Callable[[], None] | None = None,
+    ) -> Job:
         """Put a cancelled or failed job back into the queue, at the end of its owner's jobs.
 
         Args:
@@ -255,6 +262,8 @@ class JobStore(Moves):
             transitions.check_resumable(row)
             wait_rows.must_not_be_broken(connection, job_id)
             limits.must_have_left(connection, row.owner, owner_limits)
+            if first is not None:
+                first()
             return transitions.resume(connection, row, turn)
 
     def delete(

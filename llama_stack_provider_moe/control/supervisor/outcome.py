@@ -9,6 +9,7 @@ from llama_stack_provider_moe.control.store.store import Job
 from llama_stack_provider_moe.control.supervisor.executors import Exit
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_FILE, SUPERSEDED, read_attempt
 from llama_stack_provider_moe.jobdir.events import Started, Step, latest
+from llama_stack_provider_moe.jobdir.experts_backend import HANDED_OVER, read_override
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest
 from llama_stack_provider_moe.jobdir.output import printable, tail
 from llama_stack_provider_moe.jobdir.scan import saved_artifacts
@@ -42,6 +43,7 @@ def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None)
 
     - Completed: it left a manifest and no positive exit code. A signal that reached it after the manifest is harmless.
     - Otherwise cancelled, if that was requested.
+    - Otherwise scheduled again, if one of its kernels failed and another is to take over (`jobdir.experts_backend`).
     - Otherwise failed, if the supervisor stopped it, it reported a reason, it ended with a positive exit code, it ran
       out of memory, or the disk is full. It would fail the same way again.
     - Otherwise it was lost. It is tried again unless that has happened `max_attempts` times.
@@ -69,6 +71,9 @@ def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None)
     reason = given_up or damage or (newest["failed"].reason if "failed" in newest else None)
     state, lost = JobState.FAILED, False
     no_room = disk.full_for(folder)
+    if reason is None and no_room is None and end.code == HANDED_OVER:
+        # Not a lost start: the next one runs other kernels, so this happens once.
+        return Outcome(JobState.SCHEDULED, _handed_over(folder), saved)
     if reason is None:
         what = _how_it_ended(end, _where_it_stopped(folder, saved) if "cancelled" in newest else None)
         # A `cancelled` event without a request: someone else sent the signal, for example a shutdown of the machine.
@@ -85,6 +90,12 @@ def outcome(job: Job, end: Exit, max_attempts: int, given_up: str | None = None)
     elif reason.startswith("the disk is full"):  # reported by the process itself
         reason = f"{reason}; {_disk_full_advice(saved)}"
     return Outcome(state, printable(reason)[:REASON_LIMIT], saved, lost=lost)
+
+
+def _handed_over(folder: JobFolder) -> str:
+    override = read_override(folder)
+    why = "a kernel failed" if override is None else override.reason
+    return printable(f"{why}; the next start computes the experts with torch")[:REASON_LIMIT]
 
 
 def _last_lines(folder: JobFolder) -> str:

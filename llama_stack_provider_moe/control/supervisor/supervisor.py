@@ -303,7 +303,7 @@ class Supervisor:
         self._watchdog.forget(job.id)
         try:
             if end.state is JobState.SCHEDULED:
-                self._store.requeue(job.id, end.reason or "", end.artifacts, self._fence(job), first)
+                self._store.requeue(job.id, end.reason or "", end.artifacts, self._fence(job), first, end.lost)
             elif end.state is JobState.COMPLETED:
                 self._complete(job, end, first)
             else:

@@ -9,6 +9,7 @@ from llama_stack_provider_moe.compute.moe import implementation
 from llama_stack_provider_moe.compute.moe.backend import OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL, kernels_of
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import (
+    Decision,
     ImplementationChoice,
     available,
     by_settings,
@@ -16,11 +17,20 @@ from llama_stack_provider_moe.compute.moe.implementation import (
     choose,
     limitations,
 )
+from llama_stack_provider_moe.compute.moe.kernel_choice import Trial, Trials
+from llama_stack_provider_moe.compute.moe.kernel_trial import TrialLayer
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import JOB_SPEC, TrainingSpec
 from tests.support import tiny_models
 
+pytest.importorskip("triton", reason="triton is published for Linux only")
+from llama_stack_provider_moe.compute.moe.kernels import tiles
+
+TILES = (
+    tiles.Choice("times", (32, "a shape"), tiles.Tiles(32, 16, 16)),
+    tiles.Choice("times", (128, "a shape"), tiles.Tiles(128, 16, 16)),
+)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -37,27 +47,26 @@ def model_of(family: str) -> tuple[Any, ExpertLayout]:
     return model, layout
 
 
-def same(choice: ImplementationChoice) -> ImplementationChoice:
-    return choice
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decision sees an sm_90 GPU."""
-    pytest.importorskip("triton", reason="triton is published for Linux only")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def trials(monkeypatch: pytest.MonkeyPatch, torch_ms: float, triton_ms: float | None) -> list[tuple[Any, ...]]:
-    """The trial finds these times; the result collects what it is called with."""
-    from llama_stack_provider_moe.compute.moe import kernel_choice
+def trials(monkeypatch: pytest.MonkeyPatch, torch_ms: float, triton_ms: float | None) -> list[TrialLayer]:
+    """The trial finds these times; the result collects the layers that it is called with."""
+    calls: list[TrialLayer] = []
 
-    found = {OURS: kernel_choice.Trial(torch_ms), TRITON: kernel_choice.Trial(triton_ms, "failed")}
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        kernel_choice, "try_layer", lambda *arguments, **sizes: calls.append((*arguments, sizes)) or found
-    )
+    def found(form: TrialLayer) -> Trials:
+        calls.append(form)
+        return Trials(Trial(torch_ms), Trial(triton_ms, "" if triton_ms else "failed"), form.tokens, TILES)
+
+    monkeypatch.setattr(implementation, "run_trial", found)
     return calls
+
+
+def chosen(spec: TrainingSpec, model: Any, layout: ExpertLayout, device: torch.device) -> ImplementationChoice:
+    return choose(spec, spec.moe, model, layout, device, lambda decide: decide())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
@@ -70,75 +79,109 @@ def test_auto_takes_the_faster_kernels_on_a_gpu(
     spec = job(moe={"moe_load_balancing": balancing}, training={"batch_size": 2}, options={"max_length": 1024})
     for torch_ms, triton_ms, expected in ((2.0, 1.0, names[1]), (1.0, 2.0, names[0]), (1.0, None, names[0])):
         trials(monkeypatch, torch_ms, triton_ms)
-        choice = choose(spec, *model_of(family), GPU, same)
+        choice = chosen(spec, *model_of(family), GPU)
         assert choice.implementation == expected
-        assert choice.notes[0].startswith("one layer forward and backward, 2,048 tokens: moe_torch ")
-    assert choose(spec, *model_of(family), CPU, same) == ImplementationChoice(names[0]), "nothing to time on a CPU"
+        assert choice.notes[0].startswith("one layer forward and backward, 2,048 tokens: torch ")
+    assert chosen(spec, *model_of(family), CPU) == ImplementationChoice(names[0]), "nothing to time on a CPU"
 
 
-@pytest.mark.parametrize(("blocks", "tokens", "rank"), [
-    ({"training": {"batch_size": 2}, "options": {"max_length": 1024}}, 2048, 0),
-    ({"training": {"batch_size": 9}, "options": {"max_length": 1024}, "adapter": {"rank": 4}}, 8192, 4),
+@pytest.mark.parametrize(("blocks", "expected"), [
+    ({"training": {"batch_size": 2}, "options": {"max_length": 1024}}, {"tokens": 2048, "rank": 0, "trains": True}),
+    ({"training": {"batch_size": 9}, "options": {"max_length": 1024},
+      "adapter": {"rank": 4, "dropout": 0.1, "expert_modules": ["down_proj"]}, "moe": {"expert_dropout": 0.2}},
+     {"tokens": 9216, "rank": 4, "lora_dropout": 0.1, "expert_dropout": 0.2, "adapts_up": False}),
+    ({"training": {"batch_size": 1}, "options": {"max_length": 64}, "adapter": {"plan": "trunk", "dropout": 0.1}},
+     {"tokens": 64, "rank": 0, "trains": False}),
 ])  # fmt: skip
 def test_the_trial_runs_a_layer_at_the_jobs_sizes(
-    blocks: dict[str, Any], tokens: int, rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+    blocks: dict[str, Any], expected: dict[str, Any], gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = trials(monkeypatch, 2.0, 1.0)
     model, layout = model_of("mixtral")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))  # the oldest that Triton's kernels need
-    choose(job(**blocks), model, layout, GPU, same)
-    [(experts, candidates, sizes)] = calls
-    assert experts is layout.experts(model)[0]
-    assert candidates == {OURS: kernels_of(OURS), TRITON: kernels_of(TRITON)}
-    assert sizes == {"tokens": tokens, "hidden": 32, "top_k": 2, "rank": rank}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # the oldest for Triton's kernels
+    chosen(job(**blocks), model, layout, GPU)
+    [form] = calls
+    expected = {"lora_dropout": 0.0, "expert_dropout": 0.0, "adapts_up": True, "trains": False} | expected
+    assert {name: getattr(form, name) for name in expected} == expected
+    assert (form.hidden, form.top_k, form.experts, form.device, form.dtype) == (32, 2, 4, "cuda:0", "float32")
+
+
+def test_a_job_uses_the_tiles_that_its_trial_chose(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of these shapes is timed any more: other numbers of rows get the nearest one's tiles."""
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "_CHOSEN", {})
+    monkeypatch.setattr(tiles, "_AHEAD", set())
+    trials(monkeypatch, 2.0, 1.0)
+    assert chosen(job(), *model_of("mixtral"), GPU).implementation == TRITON
+    candidates = (tiles.Tiles(16, 16, 16), tiles.Tiles(32, 32, 32))
+    for rows, expected in ((16, 32), (32, 32), (64, 128), (128, 128), (1024, 128)):
+        found = tiles.best("times", (rows, "a shape"), candidates, GPU, None)  # type: ignore[arg-type]
+        assert found.rows == expected, rows
 
 
 def test_the_notes_of_the_settings_are_not_repeated() -> None:
     spec = job(moe={"experts_backend": "peft"})
     model, layout = model_of("llama4_text")
     assert by_settings(spec.moe, layout).notes
-    assert choose(spec, model, layout, CPU, same) == ImplementationChoice("eager")
+    assert chosen(spec, model, layout, CPU) == ImplementationChoice("eager")
 
 
 def test_every_process_follows_rank_0(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials(monkeypatch, 2.0, 1.0)
+    """The others run no trial of their own."""
+    calls = trials(monkeypatch, 2.0, 1.0)
     of_rank_0 = ImplementationChoice(OURS, ("rank 0 measured",))
-    seen: list[ImplementationChoice] = []
-    choice = choose(job(), *model_of("mixtral"), GPU, lambda mine: seen.append(mine) or of_rank_0)  # type: ignore[func-returns-value]
+    spec = job()
+    choice = choose(spec, spec.moe, *model_of("mixtral"), GPU, lambda decide: Decision(of_rank_0))
     assert choice == of_rank_0
-    assert [each.implementation for each in seen] == [TRITON]
+    assert not calls
+
+
+def test_triton_by_name_is_tried_too_and_refused_if_it_is_wrong(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job(moe={"experts_backend": "triton"})
+    trials(monkeypatch, 1.0, 2.0)
+    choice = chosen(spec, *model_of("mixtral"), GPU)
+    assert choice.implementation == TRITON, "however slow"
+    assert "torch 1 ms, triton 2 ms" in choice.notes[0]
+    trials(monkeypatch, 1.0, None)
+    with pytest.raises(
+        ModelError, match=r"moe\.experts_backend: 'triton' is not valid here: .* triton failed; expected"
+    ):
+        chosen(spec, *model_of("mixtral"), GPU)
 
 
 @pytest.mark.parametrize(("moe", "expected"), [
-    ({"experts_backend": "torch"}, OURS), ({"experts_backend": "triton"}, TRITON),
+    ({"experts_backend": "torch"}, OURS),
     ({"experts_backend": "peft"}, "grouped_mm"), ({"enable_moe_optimizations": False}, "eager"),
 ])  # fmt: skip
-def test_an_implementation_that_was_named_is_not_timed(
+def test_an_implementation_of_torch_that_was_named_is_not_tried(
     moe: dict[str, Any], expected: str, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials(monkeypatch, 1.0, 1.0)
-    assert choose(job(moe=moe), *model_of("mixtral"), GPU, same) == ImplementationChoice(expected)  # type: ignore[arg-type]
+    calls = trials(monkeypatch, 1.0, 1.0)
+    assert chosen(job(moe=moe), *model_of("mixtral"), GPU) == ImplementationChoice(expected)  # type: ignore[arg-type]
+    assert not calls
 
 
 @pytest.mark.parametrize(("blocks", "reason"), [
     ({"options": {"deterministic": True}}, "timing must not decide in a repeatable job (options.deterministic)"),
     ({"resources": {"strategy": "ep", "gpus": 2}}, "each process holds different experts (resources.strategy ep)"),
 ])  # fmt: skip
-def test_settings_that_rule_out_a_trial(blocks: dict[str, Any], reason: str) -> None:
+def test_settings_that_rule_out_a_trial(blocks: dict[str, Any], reason: str, gpu: None) -> None:
     """Nothing is timed, so this holds without a GPU too."""
-    choice = choose(job(**blocks), *model_of("mixtral"), GPU, same)
+    choice = chosen(job(**blocks), *model_of("mixtral"), GPU)
     assert choice == ImplementationChoice(OURS, (f"Triton's kernels were not tried: {reason}",))
 
 
 def test_an_old_gpu_rules_out_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    choice = choose(job(), *model_of("mixtral"), GPU, same)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    choice = chosen(job(), *model_of("mixtral"), GPU)
     assert choice == ImplementationChoice(OURS, ("Triton's kernels were not tried: they need sm_80 or newer",))
+    with pytest.raises(ModelError, match=r"'triton' is not valid here: they need sm_80 or newer; expected 'auto'"):
+        chosen(job(moe={"experts_backend": "triton"}), *model_of("mixtral"), GPU)
 
 
 def test_a_missing_triton_rules_out_a_trial(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "find_spec", lambda name: None)
-    choice = choose(job(), *model_of("mixtral"), GPU, same)
+    choice = chosen(job(), *model_of("mixtral"), GPU)
     assert choice == ImplementationChoice(OURS, ("Triton's kernels were not tried: triton is not installed",))
 
 
@@ -161,7 +204,6 @@ def test_quantised_experts_need_our_kernels() -> None:
 
 
 def test_limitations_of_the_kernels_are_reported() -> None:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
     model, layout = model_of("mixtral")
     experts: Any = next(iter(layout.experts(model).values()))
     assert limitations(experts, OURS, CPU, dropout=True, rank=256) == []
@@ -181,10 +223,12 @@ def test_limitations_of_the_kernels_are_reported() -> None:
     ({}, False, 0), ({"moe": {"expert_dropout": 0.1}}, True, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, True, 65),
     ({"adapter": {"rank": 65}}, False, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, False, 0),
 ])  # fmt: skip
-def test_what_of_a_job_concerns_the_kernels(blocks: dict[str, Any], dropout: bool, rank: int) -> None:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
+def test_what_of_a_job_concerns_the_kernels(
+    blocks: dict[str, Any], dropout: bool, rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials(monkeypatch, 2.0, 1.0)
     blocks = blocks | {"moe": {"experts_backend": "triton", **blocks.get("moe", {})}}
-    choice = choose(job(**blocks), *model_of("mixtral"), GPU, same)
+    choice = chosen(job(**blocks), *model_of("mixtral"), GPU)
     text = "; ".join(choice.notes)
     assert (("draw other dropout" in text), ("LoRA of rank 65" in text)) == (dropout, rank == 65)
 

@@ -1,73 +1,169 @@
-"""The trial that `experts_backend: auto` runs on a GPU, here on a CPU, with torch's kernels and broken ones."""
+"""The trial of kernels in a child process: here Triton's are interpreted on the CPU, whole and with faults."""
 
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.kernel_choice import (
+    Limits,
+    Trial,
+    Trials,
+    form_of,
+    rank_on_experts,
+    run_trial,
+)
+from llama_stack_provider_moe.compute.moe.kernel_trial import Layer, TrialLayer, sizes
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.agreement import AGREES, disagreement, worst_error
 from llama_stack_provider_moe.compute.moe.quantize import quantize
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
 from tests.support import tiny_models
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 CPU = torch.device("cpu")
+SMALL = TrialLayer(16, 32, 32, 64, 2, 2, "float32", "cpu", rank=4)
 
 
-def kernels_with(**changes: Any) -> Any:
-    """Torch's kernels, with `changes` in place of some."""
-    names = ("WIDEST_RANK", "product", "rows_by_rows", "gated", "gated_backward", "weighted_sum")
-    return SimpleNamespace(**{name: getattr(reference, name) for name in names} | changes)
+def child(fault: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "tests.support.faulty_trial", fault)
 
 
-def first_experts(family: str, bits: Any = None) -> tuple[Any, int, int]:
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def job(**blocks: Any) -> TrainingSpec:
+    spec: Any = JOB_SPEC.validate_python({"recipe": "sft", "model": "m", "data": {"dataset_id": "d"}} | blocks)
+    return spec  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("changes", [
+    {"dtype": "bfloat16", "activation": "clamped", "alpha": 1.7, "limit": 7.0, "biased": True, "transposed": True},
+    {"rank": 0, "trains": True, "biased": True}, {"lora_dropout": 0.2, "expert_dropout": 0.1},
+])  # fmt: skip
+def test_correct_kernels_pass_in_every_form_of_layer(changes: dict[str, Any]) -> None:
+    """Interpreted, Triton takes longer, so torch is kept; no tiles are timed."""
+    trials = run_trial(replace(SMALL, **changes), child("none"))
+    assert trials.torch.ms is not None
+    assert trials.triton.ms is not None, trials.text()
+    assert not trials.prefer_triton
+    assert trials.text().startswith("one layer forward and backward, 16 tokens: torch ")
+
+
+@pytest.mark.parametrize(("fault", "reason"), [
+    ("raises", "the kernel has had enough (exit code 1); it is not used"),
+    ("asserts", "killed by SIGABRT; it is not used"),
+    ("ends", "exit code 0; it is not used"),
+    ("is killed", "killed by SIGKILL; it is not used"),
+    ("has a wrong tile", "of the norm in a block of (16, 32) with 16 tokens"),
+    ("has a NaN", "is off by nan of the norm in a block of (16, 32) with 16 tokens"),
+])  # fmt: skip
+def test_a_fault_ends_the_trial_and_not_this_process(fault: str, reason: str) -> None:
+    trials = run_trial(SMALL, child(fault))
+    assert trials.torch.ms is not None
+    assert trials.triton.ms is None
+    assert reason in trials.triton.reason
+    assert trials.tiles == ()
+    assert not trials.prefer_triton
+    assert f"triton {trials.triton.reason}" in trials.text()
+
+
+@pytest.mark.parametrize(("limits", "reason"), [
+    (Limits(silence_s=15), "no sign of life for 15 s; it is not used"),
+    (Limits(whole_s=6), "it took more than 6 s; it is not used"),
+])  # fmt: skip
+def test_a_trial_that_hangs_is_ended(limits: Limits, reason: str) -> None:
+    trials = run_trial(SMALL, child("hangs"), limits)
+    assert trials.triton.ms is None
+    assert trials.triton.reason.endswith(reason)
+
+
+def test_a_child_that_never_starts_is_a_failed_trial() -> None:
+    trials = run_trial(SMALL, (sys.executable, "-c", "raise SystemExit('no torch here')"))
+    assert trials.torch.ms is None
+    assert not trials.prefer_triton
+    assert trials.text() == (
+        "one layer forward and backward, 16 tokens: triton failed in a trial of its own process, at its start: no "
+        "torch here (exit code 1); it is not used"
+    )
+
+
+def test_the_fastest_kernel_wins() -> None:
+    trials = Trials(Trial(2.5), Trial(1.25), 8192)
+    assert trials.prefer_triton
+    assert trials.text() == "one layer forward and backward, 8,192 tokens: torch 2.5 ms, triton 1.25 ms"
+    assert not Trials(Trial(1.25), Trial(2.5), 1).prefer_triton
+    assert not Trials(Trial(1.25), Trial(None, "failed"), 1).prefer_triton
+
+
+@pytest.mark.parametrize(("family", "bits"), [
+    ("mixtral", None), ("gpt_oss", None), ("llama4_text", None), ("qwen3_moe", 4)
+])  # fmt: skip
+def test_the_trials_layer_has_the_form_of_the_models(family: str, bits: Any) -> None:
+    """Shapes, strides, biases and activation; the trial's layer runs, with gradients of LoRA's shapes."""
     model = tiny_models.model(family)
     layout = find_layout(model)
     assert layout is not None
     if bits is not None:
         quantize(model, layout, bits, CPU)
-    return next(iter(layout.experts(model).values())), model.config.get_text_config().hidden_size, layout.top_k
+    experts: Any = next(iter(layout.experts(model).values()))
+    adapter = {"rank": 4, "dropout": 0.1, "quantize_base": bits is not None}
+    form = form_of(job(adapter=adapter), experts, layout, CPU, 19)
+    hidden = model.config.get_text_config().hidden_size
+    assert (form.hidden, form.experts, form.top_k, form.tokens) == (hidden, layout.num_experts, layout.top_k, 19)
+    assert (form.bits, form.rank, form.lora_dropout, form.trains) == (bits, 4, 0.1, False)
+    assert form.transposed == layout.transposed
+    layer = Layer(form)
+    for mine, name in ((layer.up, layout.gate_up), (layer.down, layout.down)):
+        weight = experts.get_parameter(name)
+        assert tuple(mine.weight.shape) == tuple((weight.mT if form.transposed else weight).shape)
+        assert (mine.bias_EO is not None) == layout.biased
+        if isinstance(mine.weight, torch.Tensor):
+            assert mine.weight.stride() == (weight.mT if form.transposed else weight).stride()
+    out, *gradients = layer.on(19)(reference)
+    assert out.shape == (19, hidden)
+    assert [tuple(each.shape) for each in gradients] == [
+        tuple(leaf.shape) for leaf in (torch.empty(19, hidden), torch.empty(19, layout.top_k), *layer.leaves)
+    ]
+    assert len(layer.leaves) == 4
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize(
-    ("family", "bits"), [("mixtral", None), ("gpt_oss", None), ("llama4_text", None), ("qwen3_moe", 4)]
-)
-def test_incorrect_kernels_are_rejected_however_fast(family: str, bits: Any, rank: int) -> None:
-    from llama_stack_provider_moe.compute.moe.kernel_choice import fastest, summary, try_layer
-
-    def slightly(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        out, low = reference.product(*arguments, **options)
-        return out * 1.01, low
-
-    def nowhere(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return torch.full_like(reference.weighted_sum(rows, *arguments, **options), torch.nan)
-
-    def broken(*arguments: Any, **options: Any) -> Tensor:
-        raise RuntimeError("Failed to find C compiler.\nMore of it.")
-
-    experts, hidden, top_k = first_experts(family, bits)
-    candidates = {
-        "torch": kernels_with(), "again": kernels_with(), "slightly off": kernels_with(product=slightly),
-        "NaN": kernels_with(weighted_sum=nowhere), "broken": kernels_with(gated=broken),
-    }  # fmt: skip
-    trials = try_layer(experts, candidates, tokens=19, hidden=hidden, top_k=top_k, rank=rank)
-    assert {name for name, trial in trials.items() if trial.ms is not None} == {"torch", "again"}
-    assert trials["slightly off"].reason.startswith("is off by 0.0")
-    assert trials["NaN"].reason == "is off by nan of the norm, so it is not used"
-    assert trials["broken"].reason == "failed (RuntimeError: Failed to find C compiler.)"
-    assert fastest(trials) in ("torch", "again")
-    assert "19 tokens: torch " in summary(trials, 19)
-    assert all(parameter.grad is None for parameter in experts.parameters()), "a trial must leave no gradients behind"
+@pytest.mark.parametrize(("adapter", "rank"), [
+    ({"rank": 8}, 8), ({"plan": "trunk", "rank": 8}, 0), ({"rank": 8, "apply_lora_to_mlp": False}, 0),
+    ({"plan": "per_expert", "rank": 8, "rules": [{"experts": {"0": 4, "1": 32}}]}, 32),
+])  # fmt: skip
+def test_the_rank_of_a_plan_on_experts(adapter: dict[str, Any], rank: int) -> None:
+    assert rank_on_experts(Adapter(**adapter)) == rank
 
 
-def test_the_fastest_kernel_wins() -> None:
-    from llama_stack_provider_moe.compute.moe.kernel_choice import Trial, fastest, summary
+def test_every_size_of_tiles_up_to_the_batch_is_tried() -> None:
+    form = TrialLayer(32768, 2048, 768, 1536, 128, 8, "bfloat16", "cuda:0")
+    assert sizes(form, 1024) == [16384, 8192, 4096, 2048, 1024, 512, 256], "1,024 rows an expert down to 16"
+    assert sizes(replace(form, tokens=100), 1024) == [100]
+    assert sizes(replace(form, tokens=1, top_k=1), 1024) == [1]
 
-    trials = {"torch": Trial(2.5), "triton": Trial(1.25), "other": Trial(None, "failed")}
-    assert fastest(trials) == "triton"
-    assert summary(trials, 8192) == (
-        "one layer forward and backward, 8,192 tokens: torch 2.5 ms, triton 1.25 ms, other failed"
-    )
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_wrong_tile_shows_in_any_tensor(dtype: torch.dtype) -> None:
+    """Although it is less than a rounding error of the whole tensor's norm; rounding itself does not show."""
+    true = torch.randn(2048, 1536, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = true.to(dtype)
+    rounded = (true.float() * (1 + 2**-10 * torch.randn(2048, 1536).clamp(-1, 1) * (dtype != torch.float32))).to(dtype)
+    assert disagreement([rounded], [expected]) is None
+    wrong = rounded.clone()
+    wrong[512:528, 1024:1040] = 0
+    of_the_whole = float((wrong.float() - expected.float()).norm() / expected.float().norm())
+    assert of_the_whole < AGREES[torch.bfloat16] < 0.9 < worst_error(wrong, expected)
+    assert "is off by 1 of the norm in a block of (2048, 1536)" in str(disagreement([wrong], [expected]))
+    for shape in ((5,), (3, 7), (2, 5, 40)):  # smaller than a block, and with edges
+        small = torch.ones(shape, dtype=dtype)
+        assert worst_error(small, small) == 0
+        spoilt = small.clone()
+        spoilt.view(-1)[-1] = torch.nan
+        assert disagreement([spoilt], [small]) is not None
+    assert worst_error(torch.ones(0, 4), torch.ones(0, 4)) == 0

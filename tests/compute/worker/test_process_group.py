@@ -48,6 +48,15 @@ def test_what_is_shared_out_is_written_whole_and_taken_up_in_parts(groups: Path)
     assert found(groups, "shares_out")["end"]["kind"] == "completed", (groups / "shares_out.log").read_text()
 
 
+def test_rank_0_tunes_for_both(groups: Path) -> None:
+    assert found(groups, "shares_tiles")["end"]["kind"] == "completed", (groups / "shares_tiles.log").read_text()
+
+
+def test_a_kernel_of_any_process_hands_the_job_over(groups: Path) -> None:
+    end = found(groups, "one_hands_over")["end"]
+    assert (end["kind"], end["reason"]) == ("handed_over", "a kernel failed (process 1 of 2)")
+
+
 def test_the_reason_is_that_of_the_process_that_had_one(groups: Path) -> None:
     end = found(groups, "one_fails")["end"]
     assert end["reason"] == "ValueError: row 7 is too strange (process 1 of 2)"
@@ -98,6 +107,7 @@ def test_nothing_outlives_its_leader(groups: Path) -> None:
         ([], {1: 9}, True, 9),
         ([End(1, "stopped"), End(0, "failed", "gloo", trace=True)], {}, True, "stopped"),
         ([End(0, "failed", "a"), End(1, "stopped")], {}, True, "a"),
+        ([End(0, "failed", "gloo", trace=True), End(1, "handed_over", "k")], {0: 6}, False, "k (process 1 of 2)"),
         ([End(0, "completed")], {1: 11}, False, "completed"),
         ([End(1, "completed")], {0: 9}, False, 9),
         ([End(0, "failed", "gloo", trace=True)], {}, False, "the job's 2 processes lost contact with each other: gloo"),

@@ -21,6 +21,7 @@ from llama_stack_provider_moe.control.server import stream
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.errors import InvalidInput, ServerLost, ServerRefused
 from llama_stack_provider_moe.jobdir.checkpoint_index import STATE, write_checksums
+from llama_stack_provider_moe.jobdir.experts_backend import read_override
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.cli_support import moe_train
@@ -282,6 +283,12 @@ def test_resume_and_rm(service: PostTrainingService, url: str) -> None:
         moe_train("resume", job_id, "--json")[1]
         == json.dumps({"job_uuid": job_id, "resumes": "from_checkpoint"}, indent=2) + "\n"
     )
+    assert moe_train("cancel", job_id)[0] == Exit.OK
+    assert moe_train("resume", job_id, "--experts-backend", "cuda")[0] == Exit.REFUSED
+    assert moe_train("resume", job_id, "--experts-backend", "torch")[0] == Exit.OK
+    override = read_override(folder_of(service, job_id))
+    assert override is not None
+    assert override.experts_backend == "torch"
     assert moe_train("cancel", job_id)[0] == Exit.OK
     code, out, _ = moe_train("status", job_id)
     assert (code, "on disk" in out) == (Exit.CANCELLED, True)

@@ -12,6 +12,7 @@ from llama_stack.core.access_control.datatypes import AccessRule
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.checkpoint_index import STATE, write_checksums
+from llama_stack_provider_moe.jobdir.experts_backend import read_override
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.host_support import ask, caller, folder_of, serving_in_process, submit
 
@@ -44,6 +45,47 @@ def message(service: PostTrainingService, method: str, path: str, status: int) -
     assert answer.status_code == status, answer.text
     text: str = answer.json()["error"]["message"]
     return text
+
+
+def test_a_job_resumes_with_another_experts_backend(service: PostTrainingService) -> None:
+    """It applies to this start and later ones; a resumption that says nothing leaves it; spec.json stays as it was."""
+    job_id = ended(service, JobState.FAILED)
+    folder = folder_of(service, job_id)
+    before = folder.spec.read_bytes()
+    answer = ask(service, "POST", f"/jobs/{job_id}/resume", json={"moe": {"experts_backend": "torch"}})
+    assert (answer.status_code, answer.json()["resumes"]) == (200, "from_beginning")
+    override = read_override(folder)
+    assert override is not None
+    assert override.experts_backend == "torch"
+    assert override.reason.startswith("asked for when the job was resumed at 20")
+    for state in (JobState.IN_PROGRESS, JobState.CANCELLED):
+        service.store.move(job_id, state)
+    assert ask(service, "POST", f"/jobs/{job_id}/resume").status_code == 200
+    assert read_override(folder) == override
+    refused = ask(service, "POST", f"/jobs/{job_id}/resume", json={"moe": {"experts_backend": "auto"}})
+    assert refused.status_code == 409
+    assert read_override(folder) == override, "a job that waits was not changed"
+    assert folder.spec.read_bytes() == before
+
+
+@pytest.mark.parametrize(("changes", "body", "told"), [
+    ({}, {"moe": {"experts_backend": "cuda"}}, "moe.experts_backend: 'cuda' is not valid; expected 'auto', 'torch'"),
+    ({}, {"moe": {"router_jitter": 0.1}}, "moe.router_jitter: unknown"),
+    ({}, {"optimizer": {"lr": 1}}, "optimizer: unknown"), ({}, [], "the body:"),
+    ({"moe": {"moe_load_balancing": "expert_choice"}}, {"moe": {"experts_backend": "peft"}},
+     "moe_load_balancing: 'expert_choice' needs our code for experts"),
+    ({"moe": {"enable_moe_optimizations": False}}, {"moe": {"experts_backend": "triton"}},
+     "'triton' is not valid with enable_moe_optimizations false"),
+])  # fmt: skip
+def test_a_resumption_that_the_job_does_not_allow_is_refused(
+    service: PostTrainingService, changes: dict[str, Any], body: Any, told: str
+) -> None:
+    job_id = ended(service, JobState.FAILED, **changes)
+    answer = ask(service, "POST", f"/jobs/{job_id}/resume", json=body)
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]["message"]
+    assert service.store.get(job_id, None).state is JobState.FAILED
+    assert read_override(folder_of(service, job_id)) is None
 
 
 @pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])

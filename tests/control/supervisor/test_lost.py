@@ -77,6 +77,23 @@ def test_a_resumed_job_is_tried_as_often_as_a_new_one_and_forgets_how_it_had_fai
     assert (job.state, job.attempts, job.lost, job.reason) == (JobState.COMPLETED, 3, 1, None)
 
 
+def test_a_job_whose_kernel_failed_is_started_again_and_not_counted_as_lost(store: JobStore, root: Path) -> None:
+    config = tiny_config(root, max_attempts=1)
+    supervisor = new_supervisor(store, config)
+    new_job(store, config, "job", handed_over=1)
+    reasons = set()
+
+    def idle() -> bool:
+        running = supervisor.step()
+        reasons.add(store.get("job", None).reason)
+        return not running
+
+    wait_for(idle)
+    job = store.get("job", None)
+    assert (job.state, job.attempts, job.lost, job.reason) == (JobState.COMPLETED, 2, 0, None)
+    assert "a kernel failed after step 1; the next start computes the experts with torch" in reasons
+
+
 def test_a_job_stopped_by_somebody_else_is_tried_again(
     store: JobStore, config: ProviderConfig, supervisor: Supervisor
 ) -> None:

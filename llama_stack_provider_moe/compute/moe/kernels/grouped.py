@@ -26,20 +26,34 @@ A table computed on the device (`schedule`) gives the expert of each tile of row
 length is an upper bound, S / BLOCK_S + E tiles; tiles past the end return at once.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups
 from llama_stack_provider_moe.compute.moe.kernels.pointwise import gated, gated_backward, weighted_sum
 from llama_stack_provider_moe.compute.moe.kernels.reference import Stored
-from llama_stack_provider_moe.compute.moe.kernels.tiles import INTERPRETED, Tiles, best, for_outers, for_products
+from llama_stack_provider_moe.compute.moe.kernels.tiles import (
+    INTERPRETED,
+    Call,
+    Tiles,
+    best,
+    for_outers,
+    for_products,
+    has_descriptors,
+    rows_bucket,
+)
 
 __all__ = ["WIDEST_RANK", "gated", "gated_backward", "product", "rows_by_rows", "schedule", "weighted_sum"]
 
 WIDEST_RANK = 64  # largest rank of the one-pass kernel, which holds the thin accumulator beside the wide one
+RANK_STEP = 16  # ranks are padded with zeros to a multiple
 _LANES = 8  # row tiles that share the blocks of a weight in the second-level cache
 
 
@@ -68,6 +82,7 @@ def _times(
     BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     LANES: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDEX: tl.constexpr,
     ROWS_DESCRIBED: tl.constexpr, WEIGHT_DESCRIBED: tl.constexpr, WEIGHT_TURNED: tl.constexpr, WIDEN: tl.constexpr,
+    SEPARATE: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (row tile, output tile); `LANES` row tiles at a time go through all output tiles.
 
@@ -116,10 +131,8 @@ def _times(
                     x, w = x.to(tl.float32), w.to(tl.float32)
                 acc = tl.dot(x, w, acc, input_precision="ieee")
                 if HAS_LORA:
-                    f = tl.load(
-                        first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i,
-                        is_r[None, :] & is_i[:, None], 0.0,
-                    )  # fmt: skip
+                    from_f = first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i
+                    f = tl.load(from_f, is_r[None, :] & is_i[:, None], 0.0)
                     if WIDEN:
                         f = f.to(tl.float32)
                     thin = tl.dot(x, f, thin, input_precision="ieee")
@@ -127,13 +140,15 @@ def _times(
                 narrow = thin.to(low.dtype.element_ty)
                 if tile_o == 0:
                     tl.store(low + at_s[:, None] * rank + at_r[None, :], narrow, is_s[:, None] & is_r[None, :])
-                g = tl.load(
-                    second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r,
-                    is_o[None, :] & is_r[:, None], 0.0,
-                )  # fmt: skip
+                from_g = second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r
+                g = tl.load(from_g, is_o[None, :] & is_r[:, None], 0.0)
                 if WIDEN:
                     narrow, g = narrow.to(tl.float32), g.to(tl.float32)
-                acc = tl.dot(narrow, g, acc, input_precision="ieee")
+                if SEPARATE:
+                    # Without the mask, whose rows are not stored, Triton would chain this dot, too.
+                    acc += tl.where(is_s[:, None], tl.dot(narrow, g, input_precision="ieee"), 0.0)
+                else:
+                    acc = tl.dot(narrow, g, acc, input_precision="ieee")
             if HAS_BIAS:
                 acc += tl.load(bias + expert * outputs + at_o, is_o, 0.0).to(tl.float32)[None, :]
             tl.store(
@@ -210,26 +225,30 @@ def _product(
     index_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Accepts views with any strides, so the gradient of the rows is the same call with W, F and G transposed."""
-    rank = 0 if first_ERI is None else first_ERI.shape[1]
+    asked_rank = rank = 0 if first_ERI is None else first_ERI.shape[1]
     if rank > WIDEST_RANK:
         assert first_ERI is not None
         assert second_EOR is not None
         low_SR, _ = _product(rows_SI, first_ERI, groups, index_S=index_S)
         out_SO, _ = _product(rows_SI, weight_EOI, groups, bias_EO=bias_EO, index_S=index_S)
         return out_SO.add_(_product(low_SR, second_EOR, groups)[0]), low_SR
+    if rank % RANK_STEP:
+        rank = asked_rank + -asked_rank % RANK_STEP
+        first_ERI, second_EOR = _filled(first_ERI, 1, rank), _filled(second_EOR, 2, rank)
     experts, outputs, inputs = weight_EOI.shape
     rows = rows_SI.shape[0] if index_S is None else index_S.shape[0]
     make = rows_SI.new_zeros if groups.partial else rows_SI.new_empty
     out_SO = make(rows, outputs)
     low_SR = make(rows, rank) if rank else None
     if not rows:
-        return out_SO, low_SR
+        return out_SO, None if low_SR is None else low_SR[:, :asked_rank]
     first = weight_EOI if first_ERI is None else first_ERI  # not read
     second = weight_EOI if second_EOR is None else second_EOR
     weight_described, rows_described = _can_describe(weight_EOI), index_S is None and _can_describe(rows_SI)
     weight_turned = weight_EOI.stride(2) != 1
+    separate = _chaining_fails(rows_SI.device)
 
-    def run(tiles: Tiles) -> None:
+    def run(tiles: Tiles) -> CompiledKernel | None:
         if (rows, tiles.rows) not in groups.schedules:
             groups.schedules[rows, tiles.rows] = schedule(groups, rows, tiles.rows)
         table = groups.schedules[rows, tiles.rows]
@@ -239,7 +258,7 @@ def _product(
         rows_too = tiles.descriptors and rows_described
         matrices = weight_EOI.mT if weight_turned else weight_EOI
         sides = (tiles.inputs, tiles.outputs) if weight_turned else (tiles.outputs, tiles.inputs)
-        _times[(_programs(rows_SI, total),)](
+        compiled: CompiledKernel | None = _times[(_programs(rows_SI, total),)](
             TensorDescriptor.from_tensor(rows_SI, [tiles.rows, tiles.inputs]) if rows_too else rows_SI,
             TensorDescriptor.from_tensor(matrices, [1, *sides]) if described else weight_EOI,
             first, second, out_SO if bias_EO is None else bias_EO, out_SO,
@@ -250,17 +269,26 @@ def _product(
             BLOCK_R=max(16, triton.next_power_of_2(rank)), LANES=_LANES, HAS_LORA=rank > 0,
             HAS_BIAS=bias_EO is not None, HAS_INDEX=index_S is not None, ROWS_DESCRIBED=rows_too,
             WEIGHT_DESCRIBED=described, WEIGHT_TURNED=weight_turned,
-            WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, num_warps=tiles.warps, num_stages=tiles.stages,
+            WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, SEPARATE=separate,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        return compiled
 
-    per_expert = triton.next_power_of_2(max(1, rows // experts))
+    def twin() -> tuple[Tensor, ...]:
+        found = reference.product(rows_SI, weight_EOI, groups, first_ERI, second_EOR, bias_EO, index_S=index_S)
+        return tuple(each for each in found if each is not None)
+
+    per_expert = rows_bucket(rows, experts)
     asked = (
         per_expert, experts, outputs, inputs, rank, str(rows_SI.dtype), bias_EO is not None, index_S is not None,
         weight_turned, weight_described, rows_described,
     )  # fmt: skip
-    found = for_products(per_expert, outputs, rows_SI.dtype, rows_SI.device, weight_described)
-    run(best("times", asked, found, rows_SI.device, run))
-    return out_SO, low_SR
+    described = weight_described and has_descriptors(rows_SI.device)
+    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, separate)
+    results = (out_SO,) if low_SR is None else (out_SO, low_SR)
+    call = Call(run, results, twin, (lambda: int(groups.ends_E[-1])) if groups.partial else None)
+    run(best("times", asked, found, rows_SI.device, call))
+    return out_SO, None if low_SR is None else low_SR[:, :asked_rank]
 
 
 def rows_by_rows(
@@ -278,10 +306,10 @@ def rows_by_rows(
     experts, outputs, inputs = groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1]
     out_EOI = left_SO.new_empty(experts, outputs, inputs)
 
-    def run(tiles: Tiles) -> None:
+    def run(tiles: Tiles) -> CompiledKernel | None:
         tiles_o, tiles_i = triton.cdiv(outputs, tiles.outputs), triton.cdiv(inputs, tiles.inputs)
         total = experts * tiles_o * tiles_i
-        _outer[(_programs(left_SO, total),)](
+        compiled: CompiledKernel | None = _outer[(_programs(left_SO, total),)](
             left_SO, right_SI, out_EOI, groups.ends_E if left_index_S is None else left_index_S,
             groups.ends_E if right_index_S is None else right_index_S, groups.ends_E,
             total, outputs, inputs, tiles_o, tiles_i, *left_SO.stride(), *right_SI.stride(),
@@ -289,15 +317,28 @@ def rows_by_rows(
             LEFT_INDEX=left_index_S is not None, RIGHT_INDEX=right_index_S is not None,
             WIDEN=INTERPRETED and left_SO.dtype == torch.bfloat16, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        return compiled
+
+    def twin() -> tuple[Tensor, ...]:
+        indices = {"left_index_S": left_index_S, "right_index_S": right_index_S}
+        return (reference.rows_by_rows(left_SO, right_SI, groups, **indices),)
 
     index = left_index_S if right_index_S is None else right_index_S
     rows = left_SO.shape[0] if index is None else index.shape[0]
     asked = (
-        triton.next_power_of_2(max(1, rows // experts)), experts, outputs, inputs, str(left_SO.dtype),
+        rows_bucket(rows, experts), experts, outputs, inputs, str(left_SO.dtype),
         left_index_S is not None, right_index_S is not None,
     )  # fmt: skip
-    run(best("outer", asked, for_outers(outputs, inputs, left_SO.dtype), left_SO.device, run))
+    call = Call(run, (out_EOI,), twin)
+    run(best("outer", asked, for_outers(outputs, inputs, left_SO.dtype), left_SO.device, call))
     return out_EOI
+
+
+def _filled(factor: Tensor | None, axis: int, rank: int) -> Tensor:
+    """A factor of LoRA with zeros up to `rank`: with rows of 16 numbers its loads are aligned."""
+    assert factor is not None
+    missing = rank - factor.shape[axis]
+    return torch.nn.functional.pad(factor, [0, 0] * (2 - axis) + [0, missing]).contiguous()
 
 
 def _can_describe(tensor: Tensor) -> bool:
@@ -306,6 +347,15 @@ def _can_describe(tensor: Tensor) -> bool:
     aligned = all(stride * tensor.element_size() % 16 == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
     last = tensor.stride()[-2:] if tensor.dim() == 3 else tensor.stride()[-1:]
     return inner == 1 and 1 in last and aligned and tensor.numel() > 0
+
+
+@lru_cache(maxsize=8)
+def _chaining_fails(device: torch.device) -> bool:
+    """Whether two dots on one accumulator are miscompiled, as for sm_103 (triton issue 10821); the sum of two is right.
+
+    All of that generation is treated alike. Hopper keeps the chain: a second accumulator would make it spill.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def _programs(rows: Tensor, total: int) -> int:

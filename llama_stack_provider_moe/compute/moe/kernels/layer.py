@@ -13,14 +13,15 @@ Qwen3-30B-A3B with 8,192 tokens in bf16 that is 0.23 GB instead of 1.21 per laye
 The weight of a row is applied to g, so that D^T d is one product of gathered rows of d.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
-from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
+from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora, grouped_linear
+from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored, experts_of_rows
 
 
@@ -67,6 +68,40 @@ def expert_layer(
     hidden_TD = hidden_TD.to(up.weight.dtype)
     out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels)
     return out
+
+
+def kept_layer(
+    hidden_TD: Tensor,
+    weights_TK: Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Activation,
+    found: Sorted,
+    kernels: Kernels,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The same layer step by step, keeping everything for backward: for dropout, which must not be drawn twice.
+
+    Args:
+        hidden_TD: tokens.
+        weights_TK: weight of each choice.
+        up: up projection (E, J, D); its LoRA and that of `down` may have dropout.
+        down: down projection (E, D, I).
+        activation: the function between them; it may have dropout.
+        found: tokens sorted by expert.
+        kernels: kernels that compute the products.
+        norm: applied to each expert's output; None: there is none.
+
+    Returns:
+        (T, D), in the wider dtype of the projections' weights and `weights_TK`.
+    """
+    inner_SI = activation.function(_times(up, dispatch(hidden_TD, found), found, kernels))
+    out_SD = _times(down, inner_SI, found, kernels)
+    return combine(out_SD if norm is None else norm(out_SD), weights_TK, found)
+
+
+def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
+    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels)
 
 
 class _Context(Protocol):

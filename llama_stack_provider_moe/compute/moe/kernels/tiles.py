@@ -1,8 +1,9 @@
-"""Tile sizes of the Triton kernels: candidates, and the fastest one, timed once and kept on disk.
+"""Tile sizes of the Triton kernels: candidates, and the fastest correct one, measured once and kept on disk.
 
-Each kernel is timed with the first rows it gets, per shape, dtype, device and version of this code. The result is kept
-in Triton's cache folder (`TRITON_CACHE_DIR`), next to the compiled kernels. The number of rows per expert is rounded to
-a power of two, because it differs from step to step.
+Each candidate runs on the first rows that a kernel gets, per shape, dtype, device and version of this code; its time
+counts only if its results are those of the plain-torch twin. The choice is kept in Triton's cache folder
+(`TRITON_CACHE_DIR`), next to the compiled kernels. A job's trial (`kernel_trial`) chooses all tiles before the first
+step and hands them to every process of the job (`install`), so no process times anything between steps.
 
 With `torch.use_deterministic_algorithms` nothing is timed and the first candidate is used: other tiles add up in
 another order, and a choice by timing may differ between machines.
@@ -10,20 +11,31 @@ another order, and a choice by timing may differ between machines.
 
 import hashlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import TritonError
+from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 from triton.testing import do_bench
 
+from llama_stack_provider_moe.compute.moe.kernels.agreement import disagreement
+from llama_stack_provider_moe.ground import liveness
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _FILE = "tiles.json"
-_CHOSEN: dict[tuple[object, ...], "Tiles"] = {}  # in this process
+LARGEST_BUCKET = 1024  # rows per expert
+
+Asked = tuple[int | str, ...]
+_CHOSEN: dict[tuple[str, Asked], "Tiles"] = {}  # in this process
+_AHEAD: set[tuple[str, Asked]] = set()  # kernel and shapes, without rows, whose tiles were tuned ahead
 
 
 @dataclass(frozen=True)
@@ -47,111 +59,207 @@ class Tiles:
     descriptors: bool = False
 
 
+class Choice(NamedTuple):
+    """The tiles of a kernel for one kind of call (see `best`)."""
+
+    kernel: str
+    asked: Asked
+    tiles: Tiles
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of one candidate: its median in ms, or the reason for rejecting it; and how many registers spill."""
+
+    ms: float | None
+    reason: str = ""
+    spills: int = 0
+
+
+@lru_cache(maxsize=8)
 def has_descriptors(device: torch.device) -> bool:
-    """Whether the device can load tiles from a tensor descriptor (TMA: sm_90 and newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the device can load tiles from a tensor descriptor (TMA: sm_90 and newer; the interpreter, too)."""
+    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
+@lru_cache(maxsize=1024)  # it is asked at every call of a kernel
 def for_products(
-    rows_per_expert: int, outputs: int, dtype: torch.dtype, device: torch.device, describable: bool
-) -> list[Tiles]:
+    rows_per_expert: int, outputs: int, rank: int, dtype: torch.dtype, described: bool, separate: bool = False
+) -> tuple[Tiles, ...]:
     """Candidates for rows times weights, the safest first.
 
     Args:
         rows_per_expert: a tile belongs to one expert, so few rows need small tiles.
         outputs: the largest useful width of a tile.
-        dtype: fp32 gets half the depth.
-        device: the device that runs the kernel.
-        describable: the weights can be loaded through descriptors.
+        rank: rank of LoRA in the same pass; its accumulator takes registers of the tile's own.
+        dtype: fp32 gets one candidate.
+        described: the weights can be loaded through descriptors, and the device has them.
+        separate: LoRA's product has an accumulator of its own.
 
-    >>> [tile.rows for tile in for_products(20, 4096, torch.bfloat16, torch.device("cpu"), False)][:1]
+    >>> [tile.rows for tile in for_products(20, 4096, 16, torch.bfloat16, False)][:1]
     [32]
     """
     if INTERPRETED:
         fitting = min(64, _power_of_two(rows_per_expert))
-        return [Tiles(fitting, min(128, _power_of_two(outputs)), 32, descriptors=describable)]
-    depth = 32 if dtype == torch.float32 else 64
+        return (Tiles(fitting, min(128, _power_of_two(outputs)), 32, descriptors=described),)
     tall, wide = min(128, _power_of_two(rows_per_expert)), min(128, _power_of_two(outputs))
+    if dtype == torch.float32:  # without tensor cores: 128 x 128 would spill
+        return (Tiles(min(64, tall), wide, 32),)
+    depth = 64
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
-    described = describable and has_descriptors(device)
-    if dtype != torch.float32:
-        broad = min(256, _power_of_two(outputs))
-        found += [Tiles(tall, wide, depth, 4, 4), Tiles(tall, broad, depth, 8, 3), Tiles(tall, wide, 32, 4, 5)]
-        if tall > 32:
-            found.append(Tiles(tall // 2, wide, depth, 4, 4))
-        if described:
-            found += [
-                Tiles(tall, wide, depth, 8, 4, True),
-                Tiles(tall, broad, depth, 8, 3, True),
-                Tiles(tall, broad, depth, 8, 4, True),
-            ]
-    return list(dict.fromkeys(found))
+    roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
+    if roomy or tall * wide < 128 * 128:
+        found += [Tiles(tall, wide, depth, 4, 4), Tiles(tall, wide, 32, 4, 5)]
+    # With few rows a broad tile is computed without wgmma, and spills. Two broad accumulators and a thin one are more
+    # than the 512 columns of tensor memory of sm_100.
+    fits = roomy and tall > 32 and not (rank and separate)
+    broads = [min(256, _power_of_two(outputs))] if fits else []
+    found += [Tiles(tall, broad, depth, 8, 3) for broad in broads]
+    if tall > 32:
+        found.append(Tiles(tall // 2, wide, depth, 4, 4))
+    if described:
+        found.append(Tiles(tall, wide, depth, 8, 4, True))
+        found += [Tiles(tall, broad, depth, 8, stages, True) for broad in broads for stages in (3, 4)]
+    return tuple(dict.fromkeys(found))
 
 
-def for_outers(outputs: int, inputs: int, dtype: torch.dtype) -> list[Tiles]:
+@lru_cache(maxsize=1024)
+def for_outers(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """Candidates for sums of outer products, the safest first."""
     high, wide = min(128, _power_of_two(outputs)), min(128, _power_of_two(inputs))
     if INTERPRETED:
-        return [Tiles(32 if dtype == torch.float32 else 64, high, wide)]
+        return (Tiles(32 if dtype == torch.float32 else 64, high, wide),)
     depth = 32 if dtype == torch.float32 else 64
     warps = 8 if high * wide >= 128 * 128 else 4
     found = [Tiles(depth, high, wide, warps), Tiles(depth, high, wide, 4, 4), Tiles(32, high, wide, 4, 5)]
     if dtype != torch.float32 and min(high, wide) < 64:  # a thin side: the loop over rows dominates
         found.append(Tiles(128, high, wide, 4, 3))
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
-def best(
-    kernel: str,
-    shape: tuple[int | str, ...],
-    candidates: list[Tiles],
-    device: torch.device,
-    run: Callable[[Tiles], None],
-) -> Tiles:
-    """The fastest candidate on this device: known, kept on disk, or timed now.
+def rows_bucket(rows: int, experts: int) -> int:
+    """Rows per expert as tuning counts them: a power of two, because the number differs from step to step.
+
+    From 16 rows down and from 1,024 up the same tiles win.
+
+    >>> [rows_bucket(rows, 8) for rows in (1, 500, 65536)]
+    [16, 64, 1024]
+    """
+    return min(LARGEST_BUCKET, _power_of_two(rows // experts))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel, as tuning sees it.
+
+    Attributes:
+        run: runs it once; returns the compiled kernel, or None if Triton interprets.
+        results: the tensors that it writes.
+        expected: the same by the plain-torch twin.
+        rows: rows of `results` that belong to an expert (others are never written); None: all.
+    """
+
+    run: Callable[[Tiles], CompiledKernel | None]
+    results: tuple[Tensor, ...]
+    expected: Callable[[], tuple[Tensor, ...]]
+    rows: Callable[[], int] | None = None
+
+    def measured(self, tiles: Tiles, expected: tuple[Tensor, ...]) -> Measured:
+        """Run it on results that are NaN, compare them with the twin's, and only then time it."""
+        rows = None if self.rows is None else self.rows()
+        for each in self.results:
+            each[:rows].fill_(torch.nan)
+        try:
+            compiled = self.run(tiles)
+            reason = disagreement(self.results, expected)
+            if reason is not None:
+                return Measured(None, reason)
+            ms: float = do_bench(lambda: self.run(tiles), warmup=5, rep=30, return_mode="median")
+        # Too large for the device, or this Triton can't compile it (its passes fail with a plain RuntimeError).
+        except (TritonError, RuntimeError) as error:
+            return Measured(None, f"does not run ({type(error).__name__})")
+        return Measured(ms, spills=0 if compiled is None else compiled.n_spills)
+
+
+def best(kernel: str, asked: Asked, candidates: tuple[Tiles, ...], device: torch.device, call: Call) -> Tiles:
+    """The fastest candidate on this device: known, kept on disk, or checked and timed now.
+
+    If tiles were tuned ahead (`install`), nothing is timed: the nearest size's are used, which were checked too.
 
     Args:
         kernel: the kernel's name.
-        shape: everything else that the choice may depend on.
+        asked: everything else that the choice may depend on; the rows per expert (`rows_bucket`) are the first.
         candidates: without timing the first one is used.
-        device: the device that `run` uses.
-        run: runs the kernel once.
+        device: the device that `call` uses.
+        call: the kernel's call with the first rows it gets.
 
     Raises:
-        RuntimeError: no candidate runs on the device.
+        RuntimeError: no candidate gives correct results on the device.
     """
     if INTERPRETED or len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
-    key = (kernel, shape, tuple(candidates), device)
-    if key not in _CHOSEN:
-        name = torch.cuda.get_device_name(device)
-        _CHOSEN[key] = cached(name, kernel, shape, tuple(candidates), lambda tiles: _time(run, tiles))
-    return _CHOSEN[key]
+    found = _CHOSEN.get((kernel, asked))
+    if found is None:
+        found = _nearest(kernel, asked) if _AHEAD else None
+        if found is None:
+            twins: list[tuple[Tensor, ...]] = []
+
+            def measure(tiles: Tiles) -> Measured:
+                if not twins:  # not if the choice is kept on disk
+                    twins.append(call.expected())
+                liveness.alive()
+                return call.measured(tiles, twins[0])
+
+            found = cached(torch.cuda.get_device_name(device), kernel, asked, candidates, measure)
+        _CHOSEN[kernel, asked] = found
+    return found
+
+
+def chosen() -> list[Choice]:
+    """The tiles that this process has chosen, for `install` in another."""
+    return [Choice(kernel, asked, tiles) for (kernel, asked), tiles in _CHOSEN.items()]
+
+
+def install(choices: Iterable[Choice]) -> None:
+    """Use tiles that another process chose on the same kind of device; from now on no size of theirs is timed."""
+    for each in choices:
+        _CHOSEN[each.kernel, each.asked] = each.tiles
+        _AHEAD.add((each.kernel, each.asked[1:]))
+
+
+def _nearest(kernel: str, asked: Asked) -> Tiles | None:
+    """The tiles for the next larger number of rows, else for the largest; None if there are none for these shapes."""
+    if (kernel, asked[1:]) not in _AHEAD:
+        return None
+    known = {int(at[0]): tiles for (name, at), tiles in _CHOSEN.items() if name == kernel and at[1:] == asked[1:]}
+    larger = [rows for rows in known if rows >= int(asked[0])]
+    return known[min(larger) if larger else max(known)]
 
 
 def cached(
     device_name: str,
     kernel: str,
-    shape: tuple[int | str, ...],
+    asked: Asked,
     candidates: tuple[Tiles, ...],
-    time: Callable[[Tiles], float],
+    measure: Callable[[Tiles], Measured],
 ) -> Tiles:
-    """The fastest candidate by `time`, measured once for all processes that share Triton's cache folder.
+    """The fastest correct candidate, measured once for all processes that share Triton's cache folder.
 
-    A file that is truncated or for other candidates is ignored.
+    Candidates that spill registers are used only where no other is correct. A file that is truncated or for other
+    candidates is ignored.
 
     Args:
         device_name: the device's name.
         kernel: the kernel's name.
-        shape: everything else that the choice may depend on.
+        asked: everything else that the choice may depend on.
         candidates: tiles to choose from.
-        time: milliseconds of one candidate; infinite if it does not run.
+        measure: what came of one candidate.
 
     Raises:
-        RuntimeError: no candidate runs on the device.
+        RuntimeError: no candidate gives correct results on the device.
     """
     known = [asdict(tiles) for tiles in candidates]
-    key = json.dumps([_version(), device_name, kernel, shape, known])
+    key = json.dumps([_version(), device_name, kernel, asked, known])
     kept = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     path = kept.get_file(_FILE)
     if path is not None:
@@ -159,23 +267,20 @@ def cached(
             return candidates[known.index(json.loads(Path(path).read_text())["tiles"])]
         except (ValueError, KeyError, TypeError):
             pass
-    times = [time(tiles) for tiles in candidates]
-    if min(times) == float("inf"):
-        raise RuntimeError(f"{kernel} {shape}: none of {len(candidates)} tile sizes runs on {device_name}")
-    found = times.index(min(times))
-    kept.put(
-        json.dumps({"tiles": known[found], "key": key, "ms": [None if t == float("inf") else t for t in times]}), _FILE
-    )
-    return candidates[found]
-
-
-def _time(run: Callable[[Tiles], None], tiles: Tiles) -> float:
-    try:
-        ms: float = do_bench(lambda: run(tiles), warmup=5, rep=30, return_mode="median")
-    # Too large for the device, or this Triton can't compile it (its passes fail with a plain RuntimeError).
-    except (TritonError, RuntimeError):
-        return float("inf")
-    return ms
+    found = [measure(tiles) for tiles in candidates]
+    times = {number: each.ms for number, each in enumerate(found) if each.ms is not None}
+    if not times:
+        reasons = "; ".join(dict.fromkeys(each.reason for each in found))
+        raise RuntimeError(
+            f"{kernel} {asked}: none of {len(candidates)} tile sizes is correct on {device_name}: {reasons}"
+        )
+    without_spills = {number: ms for number, ms in times.items() if not found[number].spills} or times
+    winner = min(without_spills, key=lambda number: without_spills[number])
+    for tiles, each in zip(candidates, found, strict=True):
+        if each.ms is None:
+            print(f"{kernel} {asked}: {tiles} {each.reason}, so it is not used", file=sys.stderr, flush=True)
+    kept.put(json.dumps({"tiles": known[winner], "key": key, "measured": [asdict(each) for each in found]}), _FILE)
+    return candidates[winner]
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,50 @@
+"""The trial of kernels with a fault in Triton's product: `python -m tests.support.faulty_trial FAULT`.
+
+Start it as `kernel_trial` is started, with TRITON_INTERPRET=1 where there is no GPU.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from llama_stack_provider_moe.compute.moe import kernel_trial
+from llama_stack_provider_moe.compute.moe.kernels import grouped
+
+_product = grouped.product
+
+
+class OddError(BaseException):
+    """Derived from no error that anybody handles."""
+
+
+def _raise(*_: Any) -> None:
+    raise OddError("the kernel has had enough")
+
+
+FAULTS: dict[str, Callable[[Tensor], object]] = {
+    "none": lambda out: None,
+    "raises": _raise,
+    "asserts": lambda out: os.abort(),
+    "hangs": lambda out: time.sleep(600),
+    "ends": lambda out: os._exit(0),
+    "is killed": lambda out: os.kill(os.getpid(), signal.SIGKILL),
+    "has a wrong tile": lambda out: out[:16, -16:].mul_(-1),
+    "has a NaN": lambda out: out[3].fill_(float("nan")),
+}
+
+
+def product(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """`grouped.product`, then the fault."""
+    out, low = _product(*arguments, **options)
+    FAULTS[sys.argv[1]](out)
+    return out, low
+
+
+if __name__ == "__main__":
+    grouped.product = product
+    kernel_trial.main()
