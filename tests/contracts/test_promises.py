@@ -11,7 +11,8 @@ import pytest
 import typer.core
 import typer.main
 
-from llama_stack_provider_moe.control.cli import commands, strict_yaml
+from llama_stack_provider_moe.control.cli import commands
+from llama_stack_provider_moe.ground import strict_yaml
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.pipelines import REFERENCES, PipelineSpec
 from tests.contracts import reference

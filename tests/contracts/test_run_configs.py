@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_stack_provider_moe.control.cli import strict_yaml
+from llama_stack_provider_moe.ground import strict_yaml
 from llama_stack_provider_moe.spec.pipelines import PipelineSpec
 from tests.support import planned_configs, planned_pipelines
 

@@ -12,7 +12,7 @@ from typing import Any
 from llama_stack_provider_moe.compute.planning.estimated_time import estimated
 from llama_stack_provider_moe.compute.planning.meta_model import read_config
 from llama_stack_provider_moe.compute.planning.planner import Planner
-from llama_stack_provider_moe.control.cli import strict_yaml
+from llama_stack_provider_moe.ground import strict_yaml
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.pipelines import PipelineSpec
 from tests.support.planned_configs import H100, ROOT
