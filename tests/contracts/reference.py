@@ -26,6 +26,7 @@ from llama_stack_provider_moe.spec import (
     CircuitBreaker,
     Curve,
     Data,
+    Distill,
     Domain,
     DPOOptions,
     DPOSpec,
@@ -95,11 +96,19 @@ from llama_stack_provider_moe.spec.server_config import (
     SupervisorConfig,
 )
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, OllamaServing, VllmServing
-from llama_stack_provider_moe.spec.surgery import CalibrationData, Surgery, SurgeryOptions, SurgeryTraining
+from llama_stack_provider_moe.spec.surgery import (
+    AddedExperts,
+    CalibrationData,
+    Surgery,
+    SurgeryOptions,
+    SurgeryTraining,
+)
 
 BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     # title, prefix, model, fields told elsewhere
-    ("Every job", "", SFTSpec, {"options"}),
+    ("Every job", "", SFTSpec, {"options", "distill"}),
+    ("SFT jobs also", "", SFTSpec, {*SFTSpec.model_fields} - {"distill"}),
+    ("`distill`", "distill.", Distill, set()),
     ("DPO jobs also", "", DPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
     ("Circuit-breaker jobs also", "", BreakerSpec, {*SFTSpec.model_fields} - {"recipe", "adapter"}),
     ("`circuit_breaker`", "circuit_breaker.", CircuitBreaker, set()),
@@ -202,6 +211,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
         {"job_uuid", "model", "model_from", "resources", "labels", "note"},
     ),
     ("`surgery`", "surgery.", Surgery, set()),
+    ("`surgery.add`", "surgery.add.", AddedExperts, set()),
     ("`data` of surgery jobs", "data.", CalibrationData, set()),
     ("`training` of surgery jobs", "training.", SurgeryTraining, set()),
     ("`options` of surgery jobs", "options.", SurgeryOptions, set()),

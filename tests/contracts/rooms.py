@@ -59,7 +59,7 @@ ROOMS: dict[str, Room] = {
     "compute.runtime": _room(21, "torch transformers psutil"),
     "compute.distributed": _room(22, "torch transformers"),
     "compute.models": _room(23, _MODEL + "trl huggingface_hub bitsandbytes unsloth"),
-    "compute.methods": _room(24, "torch transformers"),
+    "compute.methods": _room(24, "torch transformers numpy"),
     "compute.data": _room(24, "pydantic torch transformers trl datasets jinja2"),
     "compute.export": _room(25, _MODEL + "pydantic jinja2 httpx huggingface_hub"),
     "compute.analysis": _room(25, _MODEL + "pydantic numpy matplotlib"),
