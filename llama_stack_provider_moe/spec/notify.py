@@ -11,6 +11,7 @@ from llama_stack_provider_moe.spec.destinations import check_url
 
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 
+SWEEP_ENDED = "moe.sweep.ended"
 # OpenAI's names.
 NotifyEvent = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 EVERY_EVENT: tuple[NotifyEvent, ...] = (
@@ -31,15 +32,12 @@ def origin_of(url: str) -> str | None:
     return f"{parts.scheme}://{parts.hostname.lower()}:{port}"
 
 
-class Notify(Block):
-    """Whom to tell when the job has ended, by a signed webhook."""
+class NotifyUrl(Block):
+    """Whom to tell, by a signed webhook."""
 
     url: str = Field(
         max_length=2048,
         description="URL that gets a POST request; its host must be in `notify.allowed` of the server.",
-    )
-    events: list[NotifyEvent] = Field(
-        default_factory=lambda: list(EVERY_EVENT), min_length=1, description="Events to report; by OpenAI's names."
     )
 
     @field_validator("url", mode="after")
@@ -51,6 +49,18 @@ class Notify(Block):
             raise ValueError(f"{without_passwords(url)!r} is not valid; expected https://HOST[:PORT]/PATH or http, in "
                              "ASCII, without a user or a fragment")  # fmt: skip
         return url
+
+
+class Notify(NotifyUrl):
+    """Whom to tell when the job has ended, by a signed webhook."""
+
+    events: list[NotifyEvent] = Field(
+        default_factory=lambda: list(EVERY_EVENT), min_length=1, description="Events to report; by OpenAI's names."
+    )
+
+
+class SweepNotify(NotifyUrl):
+    """Whom to tell when all jobs of the sweep have ended, by one signed webhook."""
 
 
 class NotifyConfig(Block):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block
+from llama_stack_provider_moe.spec.notify import SweepNotify
 
 MAX_VALUES = 1000
 MAX_SETTINGS = 16
@@ -68,6 +69,10 @@ class SweepSpec(Block):
     )
     halving: Halving | None = Field(
         default=None, description="Early ending of jobs that do worse; left out: each job runs to its end."
+    )
+    notify: SweepNotify | None = Field(
+        default=None,
+        description="Whom to tell once, when all its jobs have ended; `job.notify` is about each. Left out: nobody.",
     )
 
     @field_validator("metric", mode="after")

@@ -129,14 +129,20 @@ class Creation:
         return await self.names.resolve(request, spec, job_id, self.store(), request.waits.whose, asks_hub)
 
     def _must_be_tellable(self, request: Draft, spec: JobSpec) -> None:
-        if (
-            isinstance(spec, TrainingSpec)
-            and spec.notify is not None
-            and not self.config.notify.allows(spec.notify.url)
-        ):
+        if isinstance(spec, TrainingSpec) and spec.notify is not None:
+            self.must_be_told(spec.notify.url, request.name("notify.url"))
+
+    def must_be_told(self, url: str, field: str) -> None:
+        """Raise InvalidInput unless the operator allows messages to a URL.
+
+        Args:
+            url: of a `notify`.
+            field: the caller's name of the setting, for errors.
+        """
+        if not self.config.notify.allows(url):
             allowed = ", ".join(self.config.notify.allowed)
             expected = f"a URL on one of {allowed}" if allowed else "no `notify`, because this server tells nobody"
-            raise InvalidInput(request.name("notify.url"), spec.notify.url, f"{expected} (`notify.allowed`)")
+            raise InvalidInput(field, url, f"{expected} (`notify.allowed`)")
 
     def _resolve_export(self, request: Draft, spec: ExportSpec, whose: str | None) -> ExportSpec:
         named = spec.model_copy(update={"job_uuid": self._id_of(spec)})

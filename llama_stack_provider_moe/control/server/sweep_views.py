@@ -4,9 +4,10 @@ import math
 
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.control.server.wire_sweeps import ListSweepsResponse, Sweep, SweepJob, SweepLine
+from llama_stack_provider_moe.control.store import sweep_ranking
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.control.store.sweep_rows import SweepDetail, SweepState
-from llama_stack_provider_moe.control.store.trial_rows import Trial, TrialFigure
+from llama_stack_provider_moe.control.store.trial_rows import Trial
 from llama_stack_provider_moe.jobdir.state import JobState
 
 
@@ -56,26 +57,14 @@ def _line(found: SweepState) -> JsonObject:
 
 
 def ranked(found: SweepDetail) -> list[SweepJob]:
-    """Return the jobs of a sweep, the best first.
-
-    Completed jobs come before jobs that were ended early, failed, or still run: those are ranked by the evaluation that
-    they reached, then by its figure. Jobs without a figure come last, in the order of their combinations.
-    """
-    sign = -1.0 if found.found.sweep.plan["direction"] == "maximize" else 1.0
-
-    def place(trial: Trial) -> tuple[bool, bool, int, float, int]:
-        is_completed = found.jobs[trial.job].state is JobState.COMPLETED
-        last = _ranking(trial, is_completed)
-        figure = None if last is None else last.value
-        reached = 0 if last is None or is_completed else -last.number
-        return (figure is None, not is_completed, reached, sign * (figure or 0.0), trial.number)
-
-    trials = sorted((trial for trial in found.trials if trial.job in found.jobs), key=place)
+    """Return the jobs of a sweep, the best first; see `sweep_ranking.in_order`."""
+    states = {job_id: job.state for job_id, job in found.jobs.items()}
+    trials = sweep_ranking.in_order(found.trials, states, found.found.sweep.plan["direction"])
     return [_job(trial, found.jobs[trial.job], rank) for rank, trial in enumerate(trials, 1)]
 
 
 def _job(trial: Trial, job: Job, rank: int) -> SweepJob:
-    last = _ranking(trial, job.state is JobState.COMPLETED)
+    last = sweep_ranking.ranking(trial, job.state is JobState.COMPLETED)
     return SweepJob(
         rank=None if last is None or last.value is None else rank,
         job_uuid=job.id,
@@ -87,13 +76,3 @@ def _job(trial: Trial, job: Job, rank: int) -> SweepJob:
         ended_early=bool(trial.pruned_at) and job.state is not JobState.COMPLETED,
         reason=job.reason,
     )
-
-
-def _ranking(trial: Trial, is_completed: bool) -> TrialFigure | None:
-    """The figure that ranks a job: its last one; of a job that was ended early, the one that it was ended for.
-
-    Until it stops, such a job may go on to the next evaluation, which says nothing about the others.
-    """
-    if trial.pruned_at and not is_completed:
-        return next((each for each in trial.figures if each.number == trial.pruned_at), None)
-    return trial.figures[-1] if trial.figures else None

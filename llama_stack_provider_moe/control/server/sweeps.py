@@ -86,6 +86,8 @@ class Sweeps:
         if asked.jobs > most:
             expected = f"at most {most} jobs of a sweep (`limits.sweep_jobs` of this server); random draws some of them"
             raise InvalidInput("parameters", asked.jobs, expected)
+        if asked.notify is not None:
+            self._creation.must_be_told(asked.notify.url, "notify.url")
         if asked.halving is not None and not is_installed():
             raise InvalidInput("halving", asked.halving.pruner, f"null: this server has no Optuna ({EXTRA})")
 

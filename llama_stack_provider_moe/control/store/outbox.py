@@ -8,7 +8,7 @@ answer leaves the message to its successor. Receivers tell a second delivery by 
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class Message(NamedTuple):
         id: The receiver's key against a second delivery.
         job: Id of the job.
         url: Where it goes.
-        event: What happened, by OpenAI's name.
+        event: What happened, by OpenAI's name, or of a sweep.
         body: JSON.
         state: Where it stands.
         created_at: When the job ended.
@@ -80,13 +80,26 @@ def write(connection: Connection, row: TableRow, new_state: JobState) -> None:
         return
     if event not in asked.events:
         return
+    # The first is the job's id in OpenAI's API.
+    add(connection, row.id, asked.url, event, {"id": f"ftjob-{row.id}", "job_uuid": row.id})
+
+
+def add(connection: Connection, job_id: str, url: str, event: str, data: Mapping[str, object]) -> None:
+    """Write a message.
+
+    Args:
+        connection: Transaction of what happened.
+        job_id: Job that the message is listed with and deleted with.
+        url: Where it goes.
+        event: What happened.
+        data: What to tell, for JSON.
+    """
     moment, message_id = now(), f"evt_{uuid.uuid4().hex}"
-    data = {"id": f"ftjob-{row.id}", "job_uuid": row.id}  # the first is the job's id in OpenAI's API
     body = {
         "object": "event", "id": message_id, "type": event, "created_at": int(moment.timestamp()), "data": data,
     }  # fmt: skip
     connection.execute(insert(webhooks_table).values(
-        id=message_id, job=row.id, url=asked.url, event=event, body=json.dumps(body, separators=(",", ":")),
+        id=message_id, job=job_id, url=url, event=event, body=json.dumps(body, separators=(",", ":")),
         state=Delivery.WAITING.value, created_at=moment, due_at=moment, attempts=0,
     ))  # fmt: skip
 

@@ -5,6 +5,7 @@ passes over the jobs of a sweep of which `max_parallel` run (`queue`).
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,16 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from llama_stack_provider_moe.control.store import group_rows, lease, limits, parent_jobs, queue, trial_rows
+from llama_stack_provider_moe.control.store import (
+    group_rows,
+    lease,
+    limits,
+    outbox,
+    parent_jobs,
+    queue,
+    sweep_ranking,
+    trial_rows,
+)
 from llama_stack_provider_moe.control.store.job_row import Job, as_job
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
 from llama_stack_provider_moe.control.store.schema import (
@@ -26,9 +36,12 @@ from llama_stack_provider_moe.control.store.schema import (
 from llama_stack_provider_moe.control.store.trial_rows import Trial
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
+from llama_stack_provider_moe.spec.notify import SWEEP_ENDED, SweepNotify
 
+log = logging.getLogger(__name__)
 CANCELLED_WAITING = "cancelled with its sweep before it started"
 NO_PLAN: dict[str, Any] = {
     "metric": "validation_loss", "direction": "minimize", "parameters": {}, "random": None, "seed": 0, "halving": None,
@@ -239,7 +252,43 @@ class SweepTable:
                     prune = None  # its later figures are kept, and decide nothing
             if is_last and JobState(row.state).ended and row.attempts == job.attempts:
                 connection.execute(update(trials_table).where(_T.job == job.id).values(is_read=True))
+                _tell_of_end(connection, row)
         return pruned_at
+
+
+def _tell_of_end(connection: Connection, last: TableRow) -> None:
+    """Write the message about a sweep whose last job has ended, if its owner asked for one.
+
+    Args:
+        connection: Transaction in which that job's last figure was read.
+        last: The job; the message is listed with it.
+    """
+    left = select(_T.job).where(_T.sweep == last.sweep, _T.is_read.is_(False)).limit(1)
+    found = connection.execute(select(sweeps_table).where(_S.id == last.sweep).with_for_update()).first()
+    if found is None or connection.execute(left).first() is not None:
+        return
+    sweep = _as_sweep(found)
+    if sweep.plan.get("notify") is None:
+        return
+    try:
+        asked = read_as(SweepNotify, json.dumps(sweep.plan["notify"]))
+    except ValueError:  # damaged: its jobs' ends are recorded all the same
+        log.warning("sweep %s: nobody is told of its end, because its `notify` can't be read", sweep.id)
+        return
+    counts = group_rows.counts(connection, _J.sweep, [sweep.id])[sweep.id]
+    states = {job.id: JobState(job.state) for job in group_rows.jobs_of(connection, _J.sweep, sweep.id)}
+    best = sweep_ranking.best(trial_rows.of_sweep(connection, sweep.id), states, sweep.plan["direction"])
+    data: dict[str, object] = {
+        "sweep_uuid": sweep.id,
+        "status": SweepState(sweep, counts).state.value,
+        "jobs": {state.value: count for state, count in counts.items()},
+        "metric": sweep.plan["metric"],
+        "best": None,
+    }
+    if best is not None:
+        trial, figure = best
+        data["best"] = {"job_uuid": trial.job, "chosen": trial.chosen, "figure": figure}
+    outbox.add(connection, last.id, asked.url, SWEEP_ENDED, data)
 
 
 def _add_figure(connection: Connection, job_id: str, step: int, value: float | None) -> bool:

@@ -1,5 +1,6 @@
 """Laws of sweeps in the store: all jobs or none, at most so many at once, cancelled together, gone together."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,6 +179,44 @@ def test_work_is_left_until_the_figures_of_an_ended_job_are_read(running: JobSto
         running.sweeps.record("me", running.get(name, None), [(5, 1.0)], True, None)
     assert running.sweeps.unread() == []
     assert running.release_lease("me", only_if_idle=True)
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_one_message_tells_of_the_end_of_a_whole_sweep(store: JobStore, direction: str) -> None:
+    """After the last job that ended, whichever that is, with the best of those that completed."""
+    assert store.acquire_lease("me", 1, 60)
+    plan = PLAN | {"notify": {"url": "https://hooks.example.com/moe"}, "direction": direction}
+    store.sweeps.add(new_sweep(4, max_parallel=4)._replace(plan=plan), NO_LIMITS)
+    names = claimed(store)
+    ends = (JobState.COMPLETED, JobState.FAILED, JobState.COMPLETED, JobState.CANCELLED)
+    found = (1.5, 0.1, 1.25, 9.0)
+    for at in (3, 1, 0, 2):
+        assert [message for name in names for message in store.outbox.of(name)] == []
+        store.move(names[at], ends[at])
+        assert store.sweeps.record("me", store.get(names[at], None), [(5, found[at])], True, None) is None
+    (message,) = store.outbox.of(names[2])
+    assert (message.url, message.event, message.state) == (
+        "https://hooks.example.com/moe", "moe.sweep.ended", Delivery.WAITING,
+    )  # fmt: skip
+    best = 2 if direction == "minimize" else 0
+    assert json.loads(message.body)["data"] == {
+        "sweep_uuid": "sweep", "status": "completed", "metric": "validation_loss",
+        "jobs": {"completed": 2, "failed": 1, "cancelled": 1},
+        "best": {"job_uuid": names[best], "chosen": {"lr": best}, "figure": found[best]},
+    }  # fmt: skip
+    assert store.has_work(), "the supervisor stays until it is delivered"
+
+
+def test_a_sweep_that_is_cancelled_before_it_began_is_told_of_too(store: JobStore) -> None:
+    assert store.acquire_lease("me", 1, 60)
+    plan = PLAN | {"notify": {"url": "https://hooks.example.com/moe"}}
+    store.sweeps.add(new_sweep(2)._replace(plan=plan), NO_LIMITS)
+    store.sweeps.request_cancel("sweep", None)
+    for job, _ in store.sweeps.unread():
+        store.sweeps.record("me", job, [], True, None)
+    (message,) = store.outbox.of("sweep-1")
+    told = json.loads(message.body)["data"]
+    assert (told["status"], told["best"], told["jobs"]) == ("cancelled", None, {"cancelled": 2})
 
 
 def test_a_resumed_job_is_read_again(running: JobStore) -> None:
