@@ -128,7 +128,7 @@ def test_names_are_resolved_one_after_the_other(service: PostTrainingService) ->
         (after(model="parts.a/merged"), "part 'b': model: job 'p-a' of recipe 'sft' will not leave artifact 'merged'"),
         (after(LORA | {"export": None}, model="parts.a/merged"), "for that, set options.save_merged in it"),
         (after(optimizer={"lr": -1}), "part 'b': optimizer.lr: -1 is not valid"),
-        (after(data={"dataset_id": "none"}), "part 'b': data.dataset_id: "),
+        (after(data={"dataset_id": "none"}), "part 'b': no data set 'none' is registered"),
         ({"a": BODY | {"job_uuid": "x"}}, "parts.0.job: job_uuid: is not for a part"),
         ({"A b": WHOLE}, "parts.0.name: 'A b' is not valid; expected 1 to 32 lower-case letters"),
         ({"a": {"recipe": "export", "of": "x"}}, "parts.0.job: recipe: 'export' is not valid in a pipeline"),

@@ -232,7 +232,7 @@ def test_a_completed_job_that_is_being_exported_is_waited_for(service: PostTrain
     first = submit(service, adapter=LORA)
     complete(service, first, "adapter")
     assert "has no artifact 'merged'" in refusal(service, 404, model=f"{first}/merged")
-    export = ask(service, "POST", f"/jobs/{first}/export", json={"merged": True}).json()["job_uuid"]
+    export = ask(service, "POST", f"/jobs/{first}/exports", json={"merged": True}).json()["job_uuid"]
     second = submit(service, model=f"{first}/merged")
     assert detail(service, second)["waits_for"] == [export]
     complete(service, export, "merged")
