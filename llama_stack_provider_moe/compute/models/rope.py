@@ -10,12 +10,12 @@ An adapter does not contain its base's config, so the change is in a file of its
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -28,7 +28,8 @@ _EXTENDED, _AS_SHIPPED = "_rope_extended", "_rope_as_shipped"
 _LARGEST_BYTES = 1 << 16
 
 
-class Extension(BaseModel):
+@dataclass(frozen=True)
+class Extension:
     """What changes in a model's config.
 
     Attributes:
@@ -48,6 +49,29 @@ class Extension(BaseModel):
         found: dict[str, object] = {"rope_parameters": dict(self.rope_parameters)}
         found["max_position_embeddings"] = self.max_position_embeddings
         return found if self.head_dim is None else found | {"head_dim": self.head_dim}
+
+    @classmethod
+    def from_json(cls, text: str) -> "Extension":
+        """The change that `as_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        found = json.loads(text)
+        try:
+            before, after = found["positions"]
+            rope, longest, head_dim = found["rope_parameters"], found["max_position_embeddings"], found["head_dim"]
+            numbers = [before, after, longest, *([] if head_dim is None else [head_dim])]
+            if any(type(number) is not int for number in numbers):
+                raise TypeError
+            RopeScaling(type=rope["rope_type"], factor=rope["factor"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("expected what a job with options.rope_scaling writes") from error
+        return cls(rope, longest, (before, after), head_dim)
+
+    def as_json(self) -> dict[str, object]:
+        """The change as a JSON object."""
+        return asdict(self) | {"positions": list(self.positions)}
 
     def text(self) -> str:
         """The change as a line for the start of a job's log."""
@@ -146,7 +170,7 @@ def extension_of(model: nn.Module) -> Extension | None:
 def plan_of(model: nn.Module) -> dict[str, object] | None:
     """The change of the model's context, for `resolved.json`; None if there is none."""
     change = extension_of(model)
-    return None if change is None else change.model_dump(mode="json")
+    return None if change is None else change.as_json()
 
 
 @contextmanager
@@ -174,7 +198,7 @@ def as_shipped(model: nn.Module) -> Iterator[None]:
 def write_beside(model: nn.Module, folder: Path) -> None:
     """Write the change into an adapter's folder, if there is one."""
     if (change := extension_of(model)) is not None:
-        (folder / ROPE_FILE).write_text(change.model_dump_json(indent=2), encoding="utf-8")
+        (folder / ROPE_FILE).write_text(json.dumps(change.as_json(), indent=2), encoding="utf-8")
 
 
 def read_beside(folder: Path) -> Extension | None:
@@ -187,8 +211,8 @@ def read_beside(folder: Path) -> Extension | None:
     if not path.is_file():
         return None
     try:
-        return Extension.model_validate_json(read_text(path, _LARGEST_BYTES))
-    except (OSError, ValidationError) as error:
+        return Extension.from_json(read_text(path, _LARGEST_BYTES))
+    except (OSError, ValueError) as error:
         raise ModelError(f"adapter: {path} can't be read: {error}") from error
 
 

@@ -41,7 +41,8 @@ def test_a_report_of_any_job_is_one_file(
 def test_a_report_shows_domains_and_positions(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same from the command line and from the server."""
     text = written(world, tmp_path, "sft-domains", capsys)
-    served = world.http().get("/jobs/sft-domains/report").text
+    with world.http() as api:
+        served = api.get("/jobs/sft-domains/report").text
     for each in (text, served):
         assert "<h3>Loss by domain</h3>" in each
         assert "code, held out" in each
@@ -51,7 +52,7 @@ def test_a_report_shows_domains_and_positions(world: World, tmp_path: Path, caps
         assert "a random router" in each
         assert "chat: share of tokens by layer and expert; red: no token" in each
         assert each.count('class="dead"') >= 8, "an expert without a token, in 4 layers of 2 domains"
-        assert "<tr><th>1024 to 2047</th><td>8.2k</td><td>812</td><td>31.5</td><td>9.25</td></tr>" in each
+        assert "<tr><th>1024 to 2047</th><td>8.192k</td><td>812</td><td>31.5</td><td>9.25</td></tr>" in each
     assert "Which experts serve" not in written(world, tmp_path, "breaker-1", capsys)
 
 
