@@ -62,6 +62,13 @@ def test_an_auc_of_1_has_a_width_that_rows_narrow() -> None:
     assert 1 - mirrored.low == pytest.approx(high, abs=0.01)
 
 
+@pytest.mark.parametrize(("auc", "positives", "negatives"), [(1.1, 5, 5), (-0.1, 5, 5), (0.5, 0, 5), (0.5, 5, 0)])
+def test_what_is_not_an_auc(auc: float, positives: int, negatives: int) -> None:
+    assert auc_interval(0.5, 1, 1).low >= 0
+    with pytest.raises(ValueError, match="AUC"):
+        auc_interval(auc, positives, negatives)
+
+
 @pytest.mark.parametrize("auc", [0.6, 0.9, 0.99])
 def test_the_ends_of_an_auc_are_where_its_variance_says(auc: float) -> None:
     positives, negatives, z = 40, 90, 1.959963984540054

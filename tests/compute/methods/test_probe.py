@@ -32,6 +32,7 @@ def test_it_recovers_a_planted_direction() -> None:
 def test_the_slope_is_zero_at_the_minimum_and_by_hand() -> None:
     states, is_target, _ = drawn(7, 20, width=3, shift=1.0)
     found = fit(states, is_target, l2=0.1)
+    assert {tensor.dtype for tensor in found} == {torch.float64}
     centred = (states - found.mean_H) / found.deviation_H
     share = torch.where(is_target, 1 / 14, 1 / 40).double()
     error = share * (found.probabilities(states) - is_target.double())

@@ -26,7 +26,9 @@ from llama_stack_provider_moe.spec.local_commands import (
     MixCommand,
     UpcycleCommand,
 )
+from llama_stack_provider_moe.spec.probe_commands import FIT_COMMAND, ScoreCommand
 from tests.support.cli_support import moe_train
+from tests.support.probe_cards import write_card
 
 COMMANDS: dict[str, type[CommandLine]] = {
     "upcycle": UpcycleCommand,
@@ -35,6 +37,8 @@ COMMANDS: dict[str, type[CommandLine]] = {
     "ablate measure": MEASURE_COMMAND,
     "ablate analyze": AnalyzeCommand,
     "ablate apply": ApplyCommand,
+    "probe fit": FIT_COMMAND,
+    "probe score": ScoreCommand,
     "mix": MixCommand,
     "export merge": MergeCommand,
     "export check": LoadCheckCommand,
@@ -262,6 +266,31 @@ def test_a_plan_with_an_evaluation_is_a_job(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"eval": {"retain_dataset_id": "d"}}))
     with pytest.raises(InvalidInput, match=r"eval: .* expected none in a plan that this command applies; a job"):
         read_plan(str(tmp_path / "plan.json"))
+
+
+def test_a_probe_is_checked_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model/model.safetensors").touch()
+    for name, count in (("many", 300), ("few", 299)):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": f"Row {i}"}) + "\n" for i in range(count)))
+
+    def refusal(*words: str) -> str:
+        done = moe_train("probe", *words)
+        assert (done.code, done.out) == (Exit.REFUSED, "")
+        return done.err
+
+    fit = ("fit", "model", "--set", "target=many", "--set")
+    assert "at least 300 rows, because a third of them sets the threshold" in refusal(*fit, "baseline=few")
+    assert "this file has 299" in refusal(*fit, "baseline=few")
+    assert "has no effect with tokens 'content'" in refusal(*fit, "baseline=many", "--span", "2")
+    assert "can't fit a probe; expected target" in refusal(*fit, "other=many")
+    write_card(tmp_path / "kept")
+    assert "--out: 'kept' is not valid" in refusal(*fit, "baseline=many", "--out", "kept")
+    assert "PROBE: 'nothing' is not valid; expected a folder with probe.json" in refusal("score", "nothing", "many")
+    write_card(tmp_path / "weak", negatives=5)
+    assert "PROBE: 5 is not valid; expected a probe with at least 100 negatives" in refusal("score", "weak", "many")
+    assert "FILE: 'missing' is not valid" in refusal("score", "kept", "missing")
 
 
 def test_a_mix_is_checked_without_torch(tmp_path: Path) -> None:
