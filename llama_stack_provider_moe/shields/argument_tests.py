@@ -4,7 +4,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -15,7 +15,6 @@ from llama_stack_provider_moe.shields.verdict import Level
 from llama_stack_provider_moe.spec.blocks import Block
 
 _POINTER = re.compile(r"(/([^~/*]|~[01])+|/\*)+")
-TESTS = ("one_of", "none_of", "matches", "does_not_match", "inside", "hosts", "at_least", "at_most", "max_length")
 _CONTROL = {chr(code) for code in (*range(32), 127)}
 
 
@@ -88,9 +87,10 @@ class ArgumentRule(Block):
         return given
 
     @model_validator(mode="after")
-    def _tests(self) -> Self:
-        if not self.required and all(getattr(self, name) is None for name in TESTS):
-            raise ValueError(f"argument {self.argument!r} has no test; expected one of {', '.join(TESTS)}, or required")
+    def _has_a_test(self) -> Self:
+        if not self.required and not self._given():
+            tests = ", ".join(name for name, _, _ in self._tests())
+            raise ValueError(f"argument {self.argument!r} has no test; expected one of {tests}, or required")
         return self
 
     def broken(self, arguments: dict[str, object]) -> Iterator[tuple[str, str]]:
@@ -103,10 +103,35 @@ class ArgumentRule(Block):
         if self.required and not found:
             yield self.argument, "required"
         for pointer, value in found:
-            for name in TESTS:
-                wanted = getattr(self, name)
-                if wanted is not None and not _HOLDS[name](value, wanted):
+            for name, wanted, holds in self._given():
+                if not holds(value, wanted):
                     yield pointer, name
+
+    def _given(self) -> list["_Test"]:
+        return [each for each in self._tests() if each.wanted is not None]
+
+    def _tests(self) -> list["_Test"]:
+        return [
+            _Test("one_of", self.one_of, _is_one),
+            _Test("none_of", self.none_of, lambda value, none: not _is_one(value, none)),
+            _Test("matches", self.matches, lambda value, pattern: _matches(value, pattern, whole=True) is True),
+            _Test("does_not_match", self.does_not_match, lambda value, pattern: _matches(value, pattern) is False),
+            _Test("inside", self.inside, _is_inside),
+            _Test("hosts", self.hosts, _is_at),
+            _Test("at_least", self.at_least, lambda value, least: _is_number(value) and value >= least),
+            _Test("at_most", self.at_most, lambda value, most: _is_number(value) and value <= most),
+            _Test(
+                "max_length", self.max_length, lambda value, most: isinstance(value, str | list) and len(value) <= most
+            ),
+        ]
+
+
+class _Test(NamedTuple):
+    """One test of a rule: what it wants (None: nothing), and whether a value holds it."""
+
+    name: str
+    wanted: Any
+    holds: Callable[[Any, Any], bool]
 
 
 def is_for(principals: list[str], principal: str) -> bool:
@@ -168,14 +193,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_HOLDS: dict[str, Callable[[Any, Any], bool]] = {
-    "one_of": _is_one,
-    "none_of": lambda value, none: not _is_one(value, none),
-    "matches": lambda value, pattern: isinstance(value, str) and matcher(pattern, "matches", whole=True)(value),
-    "does_not_match": lambda value, pattern: isinstance(value, str) and not matcher(pattern, "does_not_match")(value),
-    "inside": _is_inside,
-    "hosts": _is_at,
-    "at_least": lambda value, least: _is_number(value) and value >= least,
-    "at_most": lambda value, most: _is_number(value) and value <= most,
-    "max_length": lambda value, most: isinstance(value, str | list) and len(value) <= most,
-}
+def _matches(value: object, pattern: str, whole: bool = False) -> bool | None:
+    """Whether a text matches; None for what is no text, which then holds neither test."""
+    return matcher(pattern, "pattern", whole)(value) if isinstance(value, str) else None

@@ -2,7 +2,7 @@
 
 `flagged.jsonl` has every conversation, for probes and ablation measurements; `answered.jsonl` those that end with an
 answer of the assistant, for the circuit breaker and other recipes that learn answers. Both are rows as a job takes
-them: `moe-train data push NAME FILE`.
+them: `moe-train data push FILE --name NAME`.
 """
 
 import json

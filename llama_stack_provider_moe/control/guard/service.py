@@ -88,7 +88,9 @@ class GuardService:
         self._writer = Pool("moe-guard-feedback", 1, 64, "flagged conversations")
         self.shields = Guard(config, scorer, self._in_thread)
         self.telemetry = Telemetry(meter or metrics.get_meter(METER), lambda: len(self.shields.sessions))
-        self._feedback = None if config.feedback is None else Feedback(config.feedback, self.telemetry.feedback)
+        self._feedback: Feedback | None = None
+        if config.feedback is not None and config.feedback.consent:
+            self._feedback = Feedback(config.feedback, self.telemetry.feedback)
         self._say()
 
     async def close(self) -> None:
