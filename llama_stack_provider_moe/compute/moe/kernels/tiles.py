@@ -113,11 +113,12 @@ def for_products(
     if dtype == torch.float32:  # without tensor cores: 128 x 128 would spill
         return (Tiles(min(64, tall), wide, 32),)
     depth = 64
+    if turned and tall <= 32:  # with four warps they spill
+        return tuple(Tiles(tall, wide, depth, 8, 4, tma) for tma in ((False, True) if described else (False,)))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
     if (roomy and not turned) or tall * wide < 128 * 128:
-        found += [Tiles(tall, wide, depth, 4, 4)] if not (turned and tall == 32) else []
-        found.append(Tiles(tall, wide, 32, 4, 5))
+        found += [Tiles(tall, wide, depth, 4, 4), Tiles(tall, wide, 32, 4, 5)]
     # With few rows a broad tile is computed without wgmma, and spills. Two broad accumulators and a thin one are more
     # than the 512 columns of tensor memory of sm_100.
     fits = roomy and tall > 32 and not (rank and separate)
