@@ -124,7 +124,7 @@ def for_products(
     fits = roomy and tall > 32 and not (rank and separate)
     broads = [min(256, _power_of_two(outputs))] if fits else []
     found += [Tiles(tall, broad, depth, 8, 3) for broad in broads if not turned]
-    if tall > 32:
+    if tall > (64 if turned else 32):
         found.append(Tiles(tall // 2, wide, depth, 4, 4))
     if described:
         found.append(Tiles(tall, wide, depth, 8, 4, True))
