@@ -38,7 +38,8 @@ def _all(arch: int, dtype: str) -> Iterator[Compiled]:
         if kernel is not grouped._times or kind.endswith("TMA"):
             continue
         thin = rank if constants["HAS_LORA"] else 0
-        for each in for_products(rows, 4096, thin, DTYPES[dtype], arch >= 90, arch >= 100):
+        turned = constants["WEIGHT_TURNED"]
+        for each in for_products(rows, 4096, thin, DTYPES[dtype], arch >= 90, turned, arch >= 100):
             sizes = _sizes(each) | {"BLOCK_R": rank} | _described(each, constants)
             yield f"{kind}: r{rank} {_spelled(each)}", kernel, constants | sizes, _options(each)
     kernel, constants = plain["outer"]

@@ -284,7 +284,7 @@ def _product(
         weight_turned, weight_described, rows_described,
     )  # fmt: skip
     described = weight_described and has_descriptors(rows_SI.device)
-    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, separate)
+    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, weight_turned, separate)
     results = (out_SO,) if low_SR is None else (out_SO, low_SR)
     call = Call(run, results, twin, (lambda: int(groups.ends_E[-1])) if groups.partial else None)
     run(best("times", asked, found, rows_SI.device, call))

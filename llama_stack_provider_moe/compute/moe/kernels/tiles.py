@@ -84,7 +84,13 @@ def has_descriptors(device: torch.device) -> bool:
 
 @lru_cache(maxsize=1024)  # it is asked at every call of a kernel
 def for_products(
-    rows_per_expert: int, outputs: int, rank: int, dtype: torch.dtype, described: bool, separate: bool = False
+    rows_per_expert: int,
+    outputs: int,
+    rank: int,
+    dtype: torch.dtype,
+    described: bool,
+    turned: bool = False,
+    separate: bool = False,
 ) -> tuple[Tiles, ...]:
     """Candidates for rows times weights, the safest first.
 
@@ -94,6 +100,7 @@ def for_products(
         rank: rank of LoRA in the same pass; its accumulator takes registers of the tile's own.
         dtype: fp32 gets one candidate.
         described: the weights can be loaded through descriptors, and the device has them.
+        turned: the weights' outputs are contiguous, as in a gradient of rows; their loads take more registers.
         separate: LoRA's product has an accumulator of its own.
 
     >>> [tile.rows for tile in for_products(20, 4096, 16, torch.bfloat16, False)][:1]
@@ -106,16 +113,18 @@ def for_products(
     if dtype == torch.float32:  # without tensor cores: 128 x 128 would spill
         return (Tiles(min(64, tall), wide, 32),)
     depth = 64
+    if turned and tall <= 32:  # with four warps they spill
+        return tuple(Tiles(tall, wide, depth, 8, 4, tma) for tma in ((False, True) if described else (False,)))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
-    if roomy or tall * wide < 128 * 128:
+    if (roomy and not turned) or tall * wide < 128 * 128:
         found += [Tiles(tall, wide, depth, 4, 4), Tiles(tall, wide, 32, 4, 5)]
     # With few rows a broad tile is computed without wgmma, and spills. Two broad accumulators and a thin one are more
     # than the 512 columns of tensor memory of sm_100.
     fits = roomy and tall > 32 and not (rank and separate)
     broads = [min(256, _power_of_two(outputs))] if fits else []
-    found += [Tiles(tall, broad, depth, 8, 3) for broad in broads]
-    if tall > 32:
+    found += [Tiles(tall, broad, depth, 8, 3) for broad in broads if not turned]
+    if tall > (64 if turned else 32):
         found.append(Tiles(tall // 2, wide, depth, 4, 4))
     if described:
         found.append(Tiles(tall, wide, depth, 8, 4, True))
