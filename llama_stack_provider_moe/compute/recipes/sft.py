@@ -29,6 +29,7 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
     loss_name = "ce"
     logs_domain_losses = True
     spec: SFTSpec
+    distillation: Distillation | None = None
 
     def __init__(self, prepared: Prepared[SFTSpec], args: SFTConfig, distillation: Distillation | None) -> None:
         self.distillation = distillation
@@ -60,7 +61,8 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
     def figure_weights(self, inputs: Batch) -> dict[str, float]:
         """The number of labelled tokens; the model's aux loss counts once for each micro-batch."""
         tokens = float(labelled(inputs))
-        return dict.fromkeys(("entropy", "mean_token_accuracy", "ce", "distill_kl"), tokens) | {"aux_loss": 1.0}
+        more = {} if self.distillation is None else {"ce": tokens, "distill_kl": tokens}
+        return {"entropy": tokens, "mean_token_accuracy": tokens, "aux_loss": 1.0, **more}
 
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
         """Add a micro-batch. TRL's loss is the mean over its labelled tokens; perplexity has no teacher's term."""

@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llama_stack_provider_moe.compute.export import gguf, verify
+from llama_stack_provider_moe.compute.export.reference import read_reference
 from llama_stack_provider_moe.compute.mixing.mix import dry_run, mix
 from llama_stack_provider_moe.compute.mixing.report import MixReport
 from llama_stack_provider_moe.compute.models.upcycle import upcycle
 from llama_stack_provider_moe.spec.mixing import MIX_FILE
 from tests.compute.mixing.branches import DENSE, changed, dense, logits, plan
+from tests.support import llama_support
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -117,3 +120,15 @@ def test_a_mix_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.
     other = mix(str(base), plan("btx", branches, seed=6), tmp_path / "other")
     assert other.parameters == report.parameters
     assert not torch.equal(logits(tmp_path / "other"), logits(tmp_path / "whole")), "the seed is that of the routers"
+
+
+def test_a_mix_converts_to_gguf(tmp_path: Path) -> None:
+    tools = llama_support.toolchain()
+    base = llama_support.build("llama", tmp_path / "base", **{**llama_support.ALIGNED, "initializer_range": 0.03})
+    branches = {name: changed(base, tmp_path / name, 0.3, seed=seed) for seed, name in enumerate("ab")}
+    mix(str(base), plan("btx", branches), tmp_path / "mixed")
+    gguf.convert(tmp_path / "mixed", tmp_path / "f32.gguf", "f32", tools)
+    reference = read_reference(tmp_path / "mixed", say=lambda line: None)
+    check = verify.verify(tmp_path / "f32.gguf", tmp_path / "mixed", tools, reference, "f32")
+    assert check.logits is not None
+    assert check.logits.relative_difference < 1e-4
