@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.planning import plan_command
 from llama_stack_provider_moe.compute.planning.estimated_time import UTILISATION, estimated, flops_a_token
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
@@ -16,7 +17,7 @@ from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, 
 from llama_stack_provider_moe.compute.train import strategy
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.cli.plan import bytes_of, timed
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, TrainingSpec
 from tests.support import tiny_models
 from tests.support.cli_support import moe_train
@@ -286,3 +287,19 @@ def test_sizes(written: str, found: int) -> None:
 def test_no_sizes(written: str) -> None:
     with pytest.raises(InvalidInput, match="--memory"):
         bytes_of(written)
+
+
+def test_a_longer_context_is_built_or_refused_as_when_the_job_starts(roomy: Planner) -> None:
+    asked = {"options": {"rope_scaling": {"factor": 4}}}
+    longer = roomy.adapted(job(**asked)).model
+    assert text_config(longer).rope_parameters["rope_type"] == "yarn"
+    assert roomy.plan(job(**asked)).chosen is not None
+    scaled = Planner(tiny_config("gpt_oss"), Machine("cuda", 80 * 10**9))
+    with pytest.raises(MoeError, match=r"options\.rope_scaling: is not valid for this gpt_oss model"):
+        scaled.plan(job(**asked))
+
+
+def test_routers_alone_need_little_beside_the_weights(roomy: Planner) -> None:
+    whole, alone = job(adapter=None), job(adapter=None, moe={"train_router_only": True})
+    assert set(roomy.adapted(alone).report.by_group) == {"router"}
+    assert roomy.estimate(alone, "ddp")[1] < 0.5 * roomy.estimate(whole, "ddp")[1]
