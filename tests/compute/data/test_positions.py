@@ -34,7 +34,7 @@ def test_rows_beyond_the_models_positions_cause_a_warning(workshop: Workshop) ->
     assert told == (
         f"2 of 10 rows have more tokens than the model has positions, 256 (max_position_embeddings 256); the longest "
         f"has {longest:,}. The model was not trained on these positions: set options.max_length to 256 or "
-        "less, or extend RoPE in the model's config.json"
+        "less, or options.rope_scaling (recipe sft) to extend them"
     )
     assert (run.resolved["positions"], run.resolved["rows_beyond_positions"]) == (256, 2)
 
