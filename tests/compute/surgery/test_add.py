@@ -307,7 +307,8 @@ def test_it_trains_and_merges_an_adapter(tmp_path: Path) -> None:
 def test_it_converts_to_gguf(tmp_path: Path) -> None:
     tools = llama_support.toolchain()
     base = llama_support.build("granitemoe", tmp_path / "base", initializer_range=0.03, num_local_experts=6, **ALIGNED)
-    extended(base, tmp_path / "out", rows=False, count=2, noise=0.1)
+    # Rows that are equal tie, and llama.cpp decides otherwise than torch; a row of zeros ties with no other row.
+    extended(base, tmp_path / "out", rows=False, count=1, noise=0.1, router="zero")
     gguf.convert(tmp_path / "out", tmp_path / "f32.gguf", "f32", tools)
     reference = read_reference(tmp_path / "out", say=lambda line: None)
     check = verify.verify(tmp_path / "f32.gguf", tmp_path / "out", tools, reference, "f32")

@@ -73,7 +73,9 @@ def test_compiled_for_three_generations_without_spills() -> None:
     for case in cases:
         kind, arch, dtype = case["case"].rsplit(", ", 2)
         assert case["registers"] <= 255, case
-        assert case["stack_bytes"] == case["local_bytes"] == 0, case  # ptxas counts spills in the stack's bytes
+        # ptxas counts spills in the stack's bytes; the gates' 8 are a call of fp32's division (`ptxas -v`: no spills).
+        assert case["stack_bytes"] <= (8 if kind.startswith("gate") else 0), case
+        assert case["local_bytes"] == 0, case
         assert case["shared_bytes"] <= 160 * 1024, case
         assert (case["tma"] > 0) is kind.endswith("TMA"), case
         assert (case["wgmma"] > 0) is (arch == "sm_90" and dtype != "fp32" and kind.startswith(("times", "outer"))), (
