@@ -157,7 +157,8 @@ def test_every_file_is_listed_with_what_it_says() -> None:
         assert each.startswith(f"{body['recipe']} of "), name
     lines = moe_train("templates").out.splitlines()
     assert any(line.split()[0] == "quickstart" for line in lines if line)
-    assert "moe-train submit @NAME" in lines[-1]
+    assert any("moe-train submit @NAME" in line for line in lines)
+    assert "moe-train pipeline @NAME" in lines[-1]
 
 
 # moe-train init.

@@ -153,7 +153,7 @@ def test_a_refusal_is_shown_in_full(server: host_harness.Server, template: Path)
         "  optimizer.lr: -1 is not valid; expected > 0",
         "  unheard: unknown key; expected labels, note, job_uuid, model, model_from, resources, eval, loader, data, "
         "training, optimizer, efficiency, adapter, moe, trackers, checkpoint_dir, export, notify, metadata, recipe, "
-        "options",
+        "options, distill",
     ]
     rows = moe_train("validate", str(template), "--set", "data.dataset_id=bad-rows")
     assert rows.code == Exit.REFUSED
