@@ -24,6 +24,7 @@ from llama_stack_client import APIStatusError
 
 from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.bad_inputs import (
     BODIES,
@@ -391,16 +392,25 @@ def test_an_unexpected_exception_becomes_an_answer(server: Server, http: httpx.C
 # Tests without a server.
 
 
+GUARDED = ("guarded", "ogx_guarded")
+
+
 # llama-stack 0.6.1 reads its own field `image_name`, which it has marked deprecated.
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning:llama_stack.core.datatypes")
 @pytest.mark.parametrize("path", sorted(RUN_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_run_configs_load(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MOE_PROBE", str(tmp_path / "probe"))
     content = replace_env_vars(yaml.safe_load(path.read_text(encoding="utf-8")))
     config = parse_and_maybe_upgrade_config(content)
     assert config.server.host == "127.0.0.1"
     if path.stem.startswith("serve_"):  # these serve a trained model on another machine
         assert config.apis == ["inference"]
+        return
+    if path.stem in GUARDED:  # these serve a model with shields
+        (ours,) = config.providers["safety"]
+        assert (ours.provider_type, ours.module) == ("inline::moe-guard", "llama_stack_provider_moe")
+        assert GuardConfig.model_validate(ours.config).probes == {"refused": tmp_path / "probe"}
         return
     (ours,) = config.providers["post_training"]
     assert (ours.provider_type, ours.module) == ("inline::moe", "llama_stack_provider_moe")
