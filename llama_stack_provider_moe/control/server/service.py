@@ -293,10 +293,10 @@ class PostTrainingService:
             body: what to change in it (`wire_requests.Resumption`); None for nothing.
             size_bytes: size of the body.
         """
-        # Check access first, so that errors of the body reveal nothing to others.
-        await self.guard.run(self.store.get, job_id, self._whose("update"))
         asked = None
         if body is not None:
+            # Check access first, so that errors of the body reveal nothing to others.
+            await self.guard.run(self.store.get, job_id, self._whose("update"))
             asked = await self.guard.bodies.run(size_bytes, validated, wire_requests.Resumption, body)
         backend = None if asked is None or asked.moe is None else asked.moe.experts_backend
         resumed = await self.guard.run(

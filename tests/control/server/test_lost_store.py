@@ -175,7 +175,7 @@ def test_a_full_disk_is_507_on_every_route_that_writes(
     for name in ("add", "request_cancel", "resume", "delete"):
         monkeypatch.setattr(service.store, name, full)
     if path.endswith("resume"):
-        monkeypatch.setattr("llama_stack_provider_moe.control.server.job_changes.must_be_resumable", lambda job: None)
+        monkeypatch.setattr("llama_stack_provider_moe.control.server.job_changes.must_be_resumable", lambda *_: None)
     answer = asked(service, method, path, body, names)
     assert answer.status_code == HTTPStatus.INSUFFICIENT_STORAGE, answer.text
     assert answer.json()["error"]["message"].startswith("the disk is full")
