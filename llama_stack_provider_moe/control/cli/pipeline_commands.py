@@ -210,6 +210,9 @@ def shown(document: Pipeline) -> RenderableType:
     rows = [(part["name"], part["job_uuid"], part["recipe"], part["status"], _now(part)) for part in document["parts"]]
     head = f"pipeline {document['pipeline_uuid']}: {document['status']}, {_counts(document)}"
     reasons = [text(f"{part['name']}: {part['reason']}") for part in document["parts"] if part["reason"]]
+    if document.get("lost"):  # an older server doesn't say
+        lost = ", ".join(document["lost"])
+        reasons.append(text(f"deleted before it had completed, so the pipeline can't be resumed: {lost}"))
     return Group(text(head), table(("PART", "JOB", "RECIPE", "STATUS", "NOW"), rows), *reasons)
 
 

@@ -206,6 +206,32 @@ def test_cancel_resume_and_delete(service: PostTrainingService) -> None:
     nothing_is_left(service)
 
 
+def test_a_pipeline_that_a_job_outside_needs_is_deleted_as_a_whole_or_not_at_all(service: PostTrainingService) -> None:
+    create(service, {"a": WHOLE, "b": BODY | {"model": "parts.a"}})
+    outside = BODY | {"model": "p-a", "job_uuid": "outside"}
+    assert ask(service, "POST", "/jobs", json=outside).status_code == 200
+    ask(service, "POST", "/pipelines/p/cancel")
+    service.store.move("outside", JobState.FAILED, "job 'p-a', which it waits for, was cancelled")
+    told = message(ask(service, "DELETE", "/pipelines/p"), 409)
+    assert told.startswith("pipeline 'p' is needed by job 'outside' (failed); nothing was deleted. Delete those first")
+    assert told.endswith("(one that failed or was cancelled can be resumed, so it still needs them)")
+    assert [part["name"] for part in seen(service)["parts"]] == ["a", "b"]
+    assert folder_of(service, "p-b").root.is_dir()
+    gone = ask(service, "DELETE", "/pipelines/p?force=true").json()
+    assert (gone["jobs"], len(gone["broken"])) == (["p-b", "p-a"], 1)
+
+
+def test_a_lost_part_is_shown(service: PostTrainingService) -> None:
+    create(service, {"a": WHOLE, "b": WHOLE})
+    ask(service, "POST", "/pipelines/p/cancel")
+    assert ask(service, "DELETE", "/jobs/p-b").status_code == 200
+    assert (seen(service)["lost"], len(seen(service)["parts"])) == (["b"], 1)
+    with over_http(service) as url:
+        assert "so the pipeline can't be resumed: b" in moe_train("pipelines", "p", "--url", url).out
+        refused = moe_train("pipelines", "p", "--resume", "--url", url)
+    assert (refused.code, "the job of part 'b' was deleted before it had completed" in refused.err) == (2, True)
+
+
 def test_clients_and_commands(service: PostTrainingService, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text(json.dumps(body()))

@@ -197,6 +197,12 @@ def test_cancel_ends_all_and_then_it_can_be_deleted(service: PostTrainingService
     assert ask(service, "POST", "/sweeps/lr/cancel").json()["jobs"] == {"in_progress": 1, "cancelled": 3}
     service.store.move("lr-0", JobState.CANCELLED)
     assert ask(service, "POST", "/sweeps/lr/cancel").json()["status"] == "cancelled"
+    folder = str(service.config.jobs_dir / "outside")
+    service.store.add(NewJob("outside", "anonymous", "sft", "owner/name", folder, uses=("lr-2",)))
+    assert "sweep 'lr' is needed by job 'outside'" in message(ask(service, "DELETE", "/sweeps/lr"))
+    assert len(ask(service, "GET", "/sweeps/lr").json()["data"]) == 4
+    service.store.move("outside", JobState.CANCELLED)
+    service.store.delete("outside", None)
     deleted = ask(service, "DELETE", "/sweeps/lr").json()
     assert deleted["jobs"] == [f"lr-{number}" for number in range(4)]
     nothing_is_left(service)
