@@ -48,12 +48,17 @@ def free_id(asked: str | None, kind: str, get: Callable[[str], object]) -> str:
 
 def about(error: Exception, where: str) -> MoeError:
     """Return the same kind of error, with the job of the group that it is about."""
+    return reworded(error, lambda problem: f"{where}: {problem}")
+
+
+def reworded(error: Exception, located: Callable[[str], str]) -> MoeError:
+    """Return the same kind of error, with each of its problems as `located` returns it."""
     if isinstance(error, InvalidBody):
-        return InvalidBody([f"{where}: {problem}" for problem in error.problems])
+        return InvalidBody([located(problem) for problem in error.problems])
     if isinstance(error, ValueError):  # InvalidInput is one
-        return InvalidBody([f"{where}: {error}"])
+        return InvalidBody([located(str(error))])
     if isinstance(error, Forbidden | NotFound | Conflict):
-        return type(error)(f"{where}: {error}")
+        return type(error)(located(str(error)))
     assert isinstance(error, MoeError), "the caller catches these two kinds"
     return error
 

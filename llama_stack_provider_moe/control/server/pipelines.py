@@ -104,7 +104,7 @@ class Pipelines:
                 spec = await self._creation.resolved(request, size_bytes)
                 await hub_check.check(request, spec, self._config, self._guard)
             except (MoeError, ValueError) as error:
-                raise job_groups.about(error, f"part {part.name!r}") from error
+                raise job_groups.reworded(error, partial(asked.located, at, pipeline_id)) from error
             found.append(_Planned(part.name, request, spec))
             siblings[str(spec.job_uuid)] = spec
         return pipeline_id, found

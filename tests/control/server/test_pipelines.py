@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ MIX = {
 }  # fmt: skip
 ROUTERS = BODY | {"model": "parts.mix", "adapter": {"rank": 4, "plan": "trunk"}}
 SETS = {"recipe": "routing_analysis", "model": "parts.routers", "data": {"sets": {"a": "good", "b": "good"}}}
+ABLATION = {"recipe": "ablation", "model": "owner/name", "ablate": [{"layer": "0", "measurement": 0}]}
 JOBS = {"math": WHOLE, "code": LORA, "mix": MIX, "routers": ROUTERS, "look": SETS}
 
 
@@ -125,7 +127,21 @@ def test_names_are_resolved_one_after_the_other(service: PostTrainingService) ->
         (after(model="parts.b/model"), "parts.1.job.model: 'parts.b/model' is this part itself; expected an earlier"),
         (after(adapter={"init_from": "parts.c"}), "parts.1.job.adapter.init_from: 'parts.c' is none; expected an earl"),
         ({"a": WHOLE, "b": MIX}, "parts.1.job.branches.0.model: 'parts.math/model' is none"),
-        (after(model="parts.a/merged"), "part 'b': model: job 'p-a' of recipe 'sft' will not leave artifact 'merged'"),
+        (after(model="parts.a/merged"), "parts.1.job.model: part 'a' will leave no 'merged'; it will leave: model"),
+        (after(model="parts.a/"), "parts.1.job.model: part 'a' will leave no '/'; it will leave: model"),
+        (after(model="parts.a/nope"), "parts.1.job.model: part 'a' will leave no 'nope'; it will leave: model"),
+        (
+            after(LORA, adapter={"init_from": "parts.a/n/p"}),
+            "parts.1.job.adapter.init_from: part 'a' will leave no 'n/p'",
+        ),
+        (
+            {"a": LORA, "b": MIX | {"branches": [{"name": name, "model": "parts.a/adapter"} for name in "xy"]}},
+            "set options.save_merged in that job, and write 'parts.a/merged'",
+        ),
+        (
+            {"a": WHOLE, "b": ABLATION | {"measurements": "parts.a"}},
+            "parts.1.job.measurements: 'parts.a' is not valid; expected a job of recipe 'ablation_measure'",
+        ),
         (after(LORA | {"export": None}, model="parts.a/merged"), "for that, set options.save_merged in it"),
         (after(optimizer={"lr": -1}), "part 'b': optimizer.lr: -1 is not valid"),
         (after(data={"dataset_id": "none"}), "part 'b': no data set 'none' is registered"),
@@ -143,6 +159,7 @@ def test_mistakes_are_named_with_their_part_and_nothing_is_created(
     assert answer.status_code in (400, 404), answer.text
     assert told in message(answer, answer.status_code)
     assert ask(service, "POST", "/pipelines/validate", json=body(jobs)).json() == answer.json()
+    assert not re.search(r"\bp-[a-z]", answer.text)  # the names of jobs are made up by the server
     nothing_is_left(service)
 
 
