@@ -137,6 +137,9 @@ def pipelines(
             return Exit.OK
         found = server.pipeline(pipeline_id)
         answer(screen, found, shown)
+        if not screen.as_json:
+            for job_id in _with_logs(found["parts"]):
+                screen.note(f"to see why: {typed(server, 'logs', job_id)}")
         return OUTCOMES[JobState(found["status"])]
 
     run(Where(url, key), as_json, act)
@@ -216,6 +219,15 @@ def shown(document: Pipeline) -> RenderableType:
     return Group(text(head), table(("PART", "JOB", "RECIPE", "STATUS", "NOW"), rows), *reasons)
 
 
+def _with_logs(parts: list[Part]) -> list[str]:
+    """Return the jobs that failed after they had started, a part's or that of its export: the others have no log."""
+    failed = [part for part in parts if part["status"] == JobState.FAILED and part["attempts"]]
+    return [
+        next((each["job_uuid"] for each in part["exports"] if each["status"] == JobState.FAILED), part["job_uuid"])
+        for part in failed
+    ]
+
+
 def _now(part: Part) -> str:
     if part["waits_for"]:
         return show.waits(part["waits_for"])
@@ -238,6 +250,8 @@ def cancelled(document: PipelineLine) -> str:
     """Say that a pipeline is cancelled, or will be."""
     if document["status"] == JobState.CANCELLED:
         return f"pipeline {document['pipeline_uuid']} is cancelled"
+    if JobState(document["status"]).over:  # what ran had completed before it could be stopped
+        return f"pipeline {document['pipeline_uuid']} has ended: {_counts(document)}"
     return f"pipeline {document['pipeline_uuid']} will be cancelled: {_counts(document)}"
 
 

@@ -165,10 +165,18 @@ class PipelineTable:
             return PipelineDetail(state, parts, jobs, waits)
 
     def request_cancel(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
-        """Cancel every job of a pipeline that waits or runs, in one transaction. You can repeat the request."""
+        """Cancel every job of a pipeline that waits or runs, in one transaction. You can repeat the request.
+
+        Raises:
+            NotFound: The owner has no such pipeline.
+            Conflict: It has ended, and was not cancelled.
+        """
         with self._writing.begin() as connection:
             row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
             jobs = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
+            lost = part_rows.lost(connection, [pipeline_id]).get(pipeline_id, ())
+            state = PipelineState(_as_pipeline(row), group_rows.counted(jobs), lost).state
+            group_rows.must_be_cancellable("pipeline", pipeline_id, state)
             group_rows.cancel(connection, pipelines_table, row, jobs, now(), CANCELLED_WAITING)
         return self.get(pipeline_id, owner)
 

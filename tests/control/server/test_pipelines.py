@@ -238,6 +238,19 @@ def test_a_pipeline_that_a_job_outside_needs_is_deleted_as_a_whole_or_not_at_all
     assert (gone["jobs"], len(gone["broken"])) == (["p-b", "p-a"], 1)
 
 
+def test_the_log_of_a_part_that_failed_is_named(service: PostTrainingService) -> None:
+    create(service)
+    service.store.acquire_lease("me", 1, 60)
+    claimed = service.store.claim("me")
+    assert claimed is not None
+    service.store.move(claimed.id, JobState.FAILED, reason="diverged")
+    service.store.move("p-mix", JobState.FAILED, f"job {claimed.id!r}, which it waits for, failed: diverged")
+    with over_http(service) as url:
+        shown = moe_train("pipelines", "p", "--url", url)
+    assert f"to see why: moe-train logs {claimed.id}" in shown.err
+    assert "logs p-mix" not in shown.err  # it never started, so it has none
+
+
 def test_a_lost_part_is_shown(service: PostTrainingService) -> None:
     create(service, {"a": WHOLE, "b": WHOLE})
     ask(service, "POST", "/pipelines/p/cancel")

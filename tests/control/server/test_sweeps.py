@@ -208,6 +208,20 @@ def test_cancel_ends_all_and_then_it_can_be_deleted(service: PostTrainingService
     nothing_is_left(service)
 
 
+def test_a_sweep_that_has_ended_is_not_cancelled(service: PostTrainingService) -> None:
+    create(service)
+    for number in range(4):
+        service.store.move(f"lr-{number}", JobState.IN_PROGRESS)
+        service.store.move(f"lr-{number}", JobState.COMPLETED)
+    answer = ask(service, "POST", "/sweeps/lr/cancel")
+    told = "sweep 'lr' has ended: it is completed; there is nothing to cancel"
+    assert (answer.status_code, message(answer)) == (409, told)
+    assert ask(service, "GET", "/sweeps/lr").json()["cancel_requested_at"] is None
+    with over_http(service) as url:
+        refused = moe_train("sweeps", "lr", "--cancel", "--url", url)
+    assert (refused.code, told in refused.err) == (2, True)
+
+
 def test_the_search_of_the_older_api_names_the_route(service: PostTrainingService) -> None:
     training = {"n_epochs": 1, "data_config": {"dataset_id": "good", "batch_size": 1, "shuffle": True,
                                                 "data_format": "instruct"}}  # fmt: skip

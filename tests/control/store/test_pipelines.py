@@ -192,3 +192,13 @@ def test_a_completed_part_may_be_deleted_and_a_failed_one_makes_a_failed_pipelin
     assert (store.pipelines.get("p", "ann").found.lost, state_of(store)) == ((), JobState.FAILED)
     store.delete("p-c", "ann")
     assert (store.pipelines.get("p", "ann").found.lost, state_of(store)) == (["c"], JobState.FAILED)
+
+
+def test_a_pipeline_that_has_ended_is_not_cancelled(store: JobStore) -> None:
+    part = NewJob("p-a", "ann", "sft", "m", "/j/p-a", pipeline="p")
+    store.pipelines.add(NewPipeline("p", "ann", [(part, "a")]), NO_LIMITS)
+    assert claimed(store) == ["p-a"]
+    end(store, "p-a")
+    with pytest.raises(Conflict, match="pipeline 'p' has ended: it is completed; there is nothing to cancel"):
+        store.pipelines.request_cancel("p", "ann")
+    assert store.pipelines.get("p", "ann").found.pipeline.cancel_requested_at is None
