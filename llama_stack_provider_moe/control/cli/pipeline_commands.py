@@ -240,8 +240,9 @@ def validated(document: ValidatedPipeline) -> str:
     """Say what each part's job would be."""
     told = []
     for name, job in document["parts"].items():
-        told.append(f"{name}: {job['spec'].get('recipe')} of {job['spec'].get('model')}, "
-                    f"{sum(job['rows'].values())} rows")  # fmt: skip
+        model = job.get("model", job["spec"].get("model"))  # an older server doesn't say
+        rows = sum(job["rows"].values())
+        told.append(f"{name}: {job['spec'].get('recipe')} of {model}" + (f", {rows} rows" if rows else ""))
         told += [f"  {note}" for note in job.get("notes", [])]
     return "\n".join([*told, "every part would be accepted"])
 

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.control.server.late_names import resolved
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import NewJob
 from llama_stack_provider_moe.jobdir.state import JobState
+from tests.control.server.test_allowed_paths import model_at
 from tests.control.server.test_model_names import leave
 from tests.support.cli_support import moe_train
 from tests.support.host_support import BODY, Datasets, ask, caller, folder_of, over_http, serving_in_process
@@ -265,11 +266,14 @@ def test_a_lost_part_is_shown(service: PostTrainingService) -> None:
 def test_clients_and_commands(service: PostTrainingService, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text(json.dumps(body()))
+    model_at(service.config.models_dir / "own")
     with over_http(service) as url:
         with Client(url) as client:
             assert client.validate_pipeline(body())["parts"]["mix"]["spec"]["recipe"] == "mix"
         run = ["--url", url]
-        assert moe_train("pipeline", str(file), "--dry-run", *run).code == 0
+        dry = moe_train("pipeline", str(file), "--dry-run", "--set", "math.model=own", *run)
+        assert (dry.code, dry.out.splitlines()[0]) == (0, "math: sft of own, 12 rows")
+        assert "mix: mix of owner/name\n" in dry.out  # it reads no rows
         made = moe_train("pipeline", str(file), "--set", "math.optimizer.lr=3e-5", "--name", "q", *run)
         assert (made.code, made.out.splitlines()[0]) == (
             0, "pipeline q has 5 parts: q-math, q-code, q-mix, q-routers, q-look"
