@@ -211,6 +211,7 @@ class Validated(TypedDict):
     """What a valid job would be in full."""
 
     spec: dict[str, object]
+    model: NotRequired[str]
     train_rows: int
     validation_rows: int | None
     rows: dict[str, int]

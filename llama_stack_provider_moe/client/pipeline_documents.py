@@ -68,6 +68,7 @@ class Pipeline(PipelineLine):
     """A pipeline and its parts, in their order."""
 
     parts: list[Part]
+    lost: list[str]  # parts whose jobs were deleted before they had completed
 
 
 class ResumedPart(TypedDict):

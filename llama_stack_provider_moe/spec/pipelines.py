@@ -1,5 +1,6 @@
 """What a pipeline is asked to do: jobs, of which later ones take what earlier ones leave."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -87,6 +88,16 @@ class PipelineSpec(Block):
                 expected = f"an earlier part ({earlier})" if earlier else "no part: this is the first one"
                 raise ValueError(f"parts.{at}.job.{path}: {value[:80]!r} {why}; expected {expected}")
         return self
+
+    def located(self, at: int, pipeline_id: str, error: str) -> str:
+        """Return the text of an error about a part's job, with the names of parts instead of those of their jobs."""
+        for part in sorted((part.name for part in self.parts[:at]), key=len, reverse=True):
+            name = re.escape(job_id(pipeline_id, part))
+            error = re.sub(rf"\bjob '{name}'", f"part {part!r}", error)
+            error = re.sub(rf"(?<![\w./-]){name}(?![\w-])", f"{PREFIX}{part}", error)
+        field = error.partition(": ")[0]
+        named = any(field == path for path, _ in references(self.parts[at].job))
+        return f"parts.{at}.job.{error}" if named else f"part {self.parts[at].name!r}: {error}"
 
     def job_of(self, at: int, pipeline_id: str) -> dict[str, Any]:
         """Return the body of a part's job, in which names of parts are those of their jobs."""

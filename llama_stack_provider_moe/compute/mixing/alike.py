@@ -30,14 +30,14 @@ def cosine_to_base(branch: Source, base: Source) -> float:
     for name in liveness.counted(f"comparing {branch.name}", names, len(names), "tensors"):
         there, here = _middle(branch.entries[name]), _middle(base.entries[name])
         if not math.isfinite(float(there @ there)):
-            raise ModelError(f"{branch.field}: {name} in {branch.folder} has numbers that are not finite")
+            raise ModelError(f"{branch.field}: {name} in {branch.shown} has numbers that are not finite")
         product += float(there @ here)
         squares += float(there @ there)
         base_squares += float(here @ here)
     lengths = math.sqrt(squares * base_squares)
     cosine = product / lengths if lengths > 0 else math.nan
     if not cosine >= LEAST_COSINE:
-        raise InvalidInput(branch.field, str(branch.folder), f"a model that was trained from `model`; the cosine of "
+        raise InvalidInput(branch.field, branch.shown, f"a model that was trained from `model`; the cosine of "
                            f"their matrices is {cosine:.3f}, below {LEAST_COSINE}")  # fmt: skip
     return cosine
 
@@ -52,7 +52,7 @@ def require_frozen_anchors(sources: Sources) -> None:
     for branch in sources.branches:
         for name in names:
             if not torch.equal(_middle(branch.entries[name]), _middle(sources.base.entries[name])):
-                raise InvalidInput(branch.field, str(branch.folder), f"a model with the first expert of `model`, its "
+                raise InvalidInput(branch.field, branch.shown, f"a model with the first expert of `model`, its "
                                    f"frozen anchor; {name} differs")  # fmt: skip
 
 

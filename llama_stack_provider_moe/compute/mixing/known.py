@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_stack_provider_moe.compute.ablation.fingerprint import fingerprint, sha256
-from llama_stack_provider_moe.compute.mixing.sources import Source
+from llama_stack_provider_moe.compute.mixing.sources import Source, shown
 from llama_stack_provider_moe.errors import InvalidInput, ModelError
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import ExportSpec, JobSpec, TrainingSpec
@@ -43,8 +43,8 @@ def known(branch: Source, base: Source) -> Known:
     while (before := _trainer(Path(models[-1]))) is not None and len(models) < _MOST_STAGES:
         models.append(before[1].model)
     if not any(_is(model, base.folder) for model in models):
-        raise InvalidInput(branch.field, str(branch.folder), f"a model that was trained from `model`; job "
-                           f"{job.root.name!r} trained it from {models[-1]!r}")  # fmt: skip
+        raise InvalidInput(branch.field, branch.shown, f"a model that was trained from `model`; job "
+                           f"{job.root.name!r} trained it from {shown(models[-1])!r}")  # fmt: skip
     rows = job.rows("train")
     trained_on = ", ".join(spec.data.training_ids)
     return Known(job.root.name, models[-1], trained_on, sha256(rows) if rows.is_file() else None)

@@ -40,6 +40,7 @@ class Source:
         folder: the folder.
         config: its config.
         entries: its tensors, without those that follow from others.
+        shown: the model as its owner named it, for errors.
     """
 
     field: str
@@ -47,6 +48,7 @@ class Source:
     folder: Path
     config: PreTrainedConfig
     entries: dict[str, TensorEntry]
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,18 @@ def _open(field: str, name: str, model: str) -> Source:
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"base: the weights in {folder} are quantised; expected the full-precision model")
         entries = {name: entry for name, entry in read_model(folder).items() if not _follows(name, config)}
-    return Source(field, name, folder, config, entries)
+    return Source(field, name, folder, config, entries, shown(model))
+
+
+def shown(model: str) -> str:
+    """A model as its owner named it: `JOB/NAME` for a job's result, the name of a folder in a server's models."""
+    path = Path(model)
+    if not path.is_absolute():
+        return model
+    if path.parent.name in ("artifacts", "checkpoints"):
+        return f"{path.parent.parent.name}/{path.name}"
+    own = next((each for each in path.parents if each.name == "models" and (each.parent / "jobs").is_dir()), None)
+    return model if own is None else str(path.relative_to(own))
 
 
 def _follows(name: str, config: PreTrainedConfig) -> bool:
@@ -126,17 +139,17 @@ def _rule(base: Source, plan: MixPlan) -> Rule:
         if rule.model_type == base.config.model_type:
             experts = getattr(base.config, rule.experts_field)
             if experts != ANCHOR_AND_EXPERT:
-                raise InvalidInput("model", str(base.folder), f"a model of {ANCHOR_AND_EXPERT} experts, an anchor and "
+                raise InvalidInput("model", base.shown, f"a model of {ANCHOR_AND_EXPERT} experts, an anchor and "
                                    f"one that trains (`moe-train upcycle --experts 2`); it has {experts}")  # fmt: skip
             return rule
     known = sorted({rule.model_type for rule in RULES.values()})
-    raise InvalidInput("model", str(base.folder), f"a model of type {', '.join(known)}, which `moe-train upcycle` "
+    raise InvalidInput("model", base.shown, f"a model of type {', '.join(known)}, which `moe-train upcycle` "
                        f"makes, with method 'bar'; its model_type is {base.config.model_type!r}")  # fmt: skip
 
 
 def _same_config(branch: Source, base: Source, rule: Rule) -> None:
     if branch.config.model_type != base.config.model_type:
-        raise InvalidInput(branch.field, str(branch.folder), f"a model of type {base.config.model_type!r}, as `model` "
+        raise InvalidInput(branch.field, branch.shown, f"a model of type {base.config.model_type!r}, as `model` "
                            f"is; its model_type is {branch.config.model_type!r}")  # fmt: skip
     names = {*SHARED_FIELDS, *rule.carried, *rule.refused} - set(_OF_TRAINING)
     if branch.config.model_type == rule.model_type:  # experts that are there already
@@ -144,7 +157,7 @@ def _same_config(branch: Source, base: Source, rule: Rule) -> None:
     for name in sorted(names):
         has, expected = getattr(branch.config, name, None), getattr(base.config, name, None)
         if has != expected:
-            raise InvalidInput(branch.field, str(branch.folder), f"a model with {name} {expected!r}, as `model` has; "
+            raise InvalidInput(branch.field, branch.shown, f"a model with {name} {expected!r}, as `model` has; "
                                f"it has {has!r}")  # fmt: skip
 
 
@@ -155,11 +168,11 @@ def _same_tensors(branch: Source, base: Source) -> None:
     ):
         if names:
             shown = ", ".join(sorted(names)[:_SHOWN])
-            raise InvalidInput(branch.field, str(branch.folder), f"a model with the tensors of `model`; it {problem} "
+            raise InvalidInput(branch.field, branch.shown, f"a model with the tensors of `model`; it {problem} "
                                f"{len(names)}: {shown}")  # fmt: skip
     for name, entry in branch.entries.items():
         if entry.shape != base.entries[name].shape:
-            raise InvalidInput(branch.field, str(branch.folder), f"tensors of the shapes of `model`: {name} has "
+            raise InvalidInput(branch.field, branch.shown, f"tensors of the shapes of `model`: {name} has "
                                f"{entry.shape} for {base.entries[name].shape}")  # fmt: skip
     for source in (base, branch):
         odd = next((entry for entry in source.entries.values() if entry.dtype not in DTYPES), None)
@@ -183,9 +196,9 @@ def _same_tokenizer(branch: Source, base: Source) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{branch.field}: a tokenizer.json can't be read: {error}") from error
     if has is None and expected is not None:
-        raise InvalidInput(branch.field, str(branch.folder), "a folder with the tokenizer of `model`; it has none")
+        raise InvalidInput(branch.field, branch.shown, "a folder with the tokenizer of `model`; it has none")
     if has != expected:
-        raise InvalidInput(branch.field, str(branch.folder), "a model with the tokenizer of `model`; its tokens differ")
+        raise InvalidInput(branch.field, branch.shown, "a model with the tokenizer of `model`; its tokens differ")
 
 
 def _template(folder: Path) -> str | None:
@@ -201,5 +214,5 @@ def _same_template(branches: list[Source]) -> None:
     first = branches[0]
     for branch in branches[1:]:
         if _template(branch.folder) != _template(first.folder):
-            raise InvalidInput(branch.field, str(branch.folder), f"a model with the chat template of branch "
+            raise InvalidInput(branch.field, branch.shown, f"a model with the chat template of branch "
                                f"{first.name!r}, as the result has one")  # fmt: skip

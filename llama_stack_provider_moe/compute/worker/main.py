@@ -167,7 +167,7 @@ def train_as(folder: JobFolder, peers: Peers, report: Report | None) -> int:
     except Exception as error:  # noqa: BLE001  the entry point: every end is recorded
         reason, name, trace = _reason(error), type(error).__name__, is_of_a_lost_peer(error)
         end = End(peers.rank, "failed", reason, name, trace)
-        record_end(end, Failed(reason=reason, error=name), traceback.format_exc())
+        record_end(end, Failed(reason=reason, error=name), _output(error))
         return FAILED
     finally:
         with suppress(OSError):
@@ -223,7 +223,7 @@ def _versions(peers: Peers) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """The reason for the user; the traceback is in output.log."""
+    """The reason for the user; of a bug, the traceback is in output.log."""
     if isinstance(error, MoeError):
         return str(error)
     text = f"{type(error).__name__}: {error}"
@@ -236,6 +236,15 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error})"
     return text
+
+
+def _output(error: Exception) -> str:
+    """What output.log says: the text of an error that we raise on purpose; of all others, or caused by one of them,
+    the traceback."""
+    cause: BaseException | None = error
+    while isinstance(cause, MoeError):
+        cause = cause.__cause__
+    return f"error: {error}" if cause is None else "".join(traceback.format_exception(error))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -137,6 +137,9 @@ def pipelines(
             return Exit.OK
         found = server.pipeline(pipeline_id)
         answer(screen, found, shown)
+        if not screen.as_json:
+            for job_id in _with_logs(found["parts"]):
+                screen.note(f"to see why: {typed(server, 'logs', job_id)}")
         return OUTCOMES[JobState(found["status"])]
 
     run(Where(url, key), as_json, act)
@@ -210,7 +213,19 @@ def shown(document: Pipeline) -> RenderableType:
     rows = [(part["name"], part["job_uuid"], part["recipe"], part["status"], _now(part)) for part in document["parts"]]
     head = f"pipeline {document['pipeline_uuid']}: {document['status']}, {_counts(document)}"
     reasons = [text(f"{part['name']}: {part['reason']}") for part in document["parts"] if part["reason"]]
+    if document.get("lost"):  # an older server doesn't say
+        lost = ", ".join(document["lost"])
+        reasons.append(text(f"deleted before it had completed, so the pipeline can't be resumed: {lost}"))
     return Group(text(head), table(("PART", "JOB", "RECIPE", "STATUS", "NOW"), rows), *reasons)
+
+
+def _with_logs(parts: list[Part]) -> list[str]:
+    """Return the jobs that failed after they had started, a part's or that of its export: the others have no log."""
+    failed = [part for part in parts if part["status"] == JobState.FAILED and part["attempts"]]
+    return [
+        next((each["job_uuid"] for each in part["exports"] if each["status"] == JobState.FAILED), part["job_uuid"])
+        for part in failed
+    ]
 
 
 def _now(part: Part) -> str:
@@ -225,8 +240,9 @@ def validated(document: ValidatedPipeline) -> str:
     """Say what each part's job would be."""
     told = []
     for name, job in document["parts"].items():
-        told.append(f"{name}: {job['spec'].get('recipe')} of {job['spec'].get('model')}, "
-                    f"{sum(job['rows'].values())} rows")  # fmt: skip
+        model = job.get("model", job["spec"].get("model"))  # an older server doesn't say
+        rows = sum(job["rows"].values())
+        told.append(f"{name}: {job['spec'].get('recipe')} of {model}" + (f", {rows} rows" if rows else ""))
         told += [f"  {note}" for note in job.get("notes", [])]
     return "\n".join([*told, "every part would be accepted"])
 
@@ -235,6 +251,8 @@ def cancelled(document: PipelineLine) -> str:
     """Say that a pipeline is cancelled, or will be."""
     if document["status"] == JobState.CANCELLED:
         return f"pipeline {document['pipeline_uuid']} is cancelled"
+    if JobState(document["status"]).over:  # what ran had completed before it could be stopped
+        return f"pipeline {document['pipeline_uuid']} has ended: {_counts(document)}"
     return f"pipeline {document['pipeline_uuid']} will be cancelled: {_counts(document)}"
 
 

@@ -200,6 +200,8 @@ def cancelled(document: SweepLine) -> str:
     """Say that a sweep is cancelled, or will be."""
     if document["status"] == "cancelled":
         return f"sweep {document['sweep_uuid']} is cancelled"
+    if JobState(document["status"]).over:  # what ran had completed before it could be stopped
+        return f"sweep {document['sweep_uuid']} has ended: {_counts(document)}"
     return f"sweep {document['sweep_uuid']} will be cancelled: {_counts(document)}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from llama_stack_provider_moe.control.server import ownership
 from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidFile, InvalidInput, NotFound, shorten
 from llama_stack_provider_moe.ground.small_files import read_config, read_index, read_object, real_path
+from llama_stack_provider_moe.spec import JobSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -57,6 +58,11 @@ def shown_model(model: str, config: ProviderConfig) -> str:
     """Return a resolved model as a user names it: a folder in `state_dir/models` without the server's path."""
     path, own = Path(model), real_path(config.models_dir)
     return str(path.relative_to(own)) if path.is_absolute() and path != own and path.is_relative_to(own) else model
+
+
+def model_of(spec: JobSpec, config: ProviderConfig) -> str:
+    """Return the model of a resolved job as lists show it, which is as its owner named it."""
+    return spec.model_from or shown_model(spec.model, config)
 
 
 def resolve_adapter_folder(

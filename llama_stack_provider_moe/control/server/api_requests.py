@@ -101,6 +101,7 @@ class Draft:
         may_wait: whether the job may name jobs that have not completed, and wait for them.
         siblings: jobs by id that are created together with this one, and before it.
         waits: what it waits for.
+        hints: names that were taken for hub ids -> what else the caller may have meant, if the hub has no such model.
     """
 
     body: object
@@ -109,6 +110,7 @@ class Draft:
     may_wait: bool = True
     siblings: Mapping[str, JobSpec] = field(default_factory=dict)
     waits: Waits = field(default_factory=Waits)
+    hints: dict[str, str] = field(default_factory=dict)
 
     def name(self, path: str) -> str:
         """Return the caller's name for `path`, a dotted name in `spec`; the known name may be a prefix of it."""

@@ -166,7 +166,7 @@ class Creation:
         where, gpus = resolve.executor_of(spec)
         self._note_for_later(request, JobFolder(staging))
         uses = references.uses_of(spec, self.config.jobs_dir)
-        model = spec.model_from or allowed_paths.shown_model(spec.model, self.config)
+        model = allowed_paths.model_of(spec, self.config)
         waits = tuple(request.waits.jobs.values())
         new = NewJob(spec.job_uuid, owner, spec.recipe, model, str(folder), gpus, of, where, *uses, waits=waits)
         if isinstance(spec, ExportSpec):

@@ -58,10 +58,11 @@ async def _ask_hub(
     request: Draft, field: str, model: str, environment: Mapping[str, str], token: str | None, on_cluster: bool
 ) -> None:
     offline = offline_variable(environment)
+    hint = f"; {request.hints[model]}" if model in request.hints else ""
     if offline is not None:
         why = f"training processes on this server are offline ({offline} is set), and its cache has no such model"
         if not on_cluster:
-            raise InvalidInput(field, model, f"a job's name, a folder, or a model of the hub; {why}")
+            raise InvalidInput(field, model, f"a job's name, a folder, or a model of the hub; {why}{hint}")
         request.notes.append(f"{field}: the server did not check whether {model!r} can be loaded: {why}")
         return
     endpoint = environment.get("HF_ENDPOINT", "").rstrip("/") or HUB
@@ -77,11 +78,11 @@ async def _ask_hub(
     if answered in (httpx.codes.NOT_FOUND, httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         reasons = {404: "has no model of that name", 401: "has no such model, or HF_TOKEN may not read it"}
         why = reasons.get(answered, "does not let HF_TOKEN read it")
-        raise InvalidInput(field, model, f"a job's name, a folder, or a model of the hub; {hub} {why}")
+        raise InvalidInput(field, model, f"a job's name, a folder, or a model of the hub; {hub} {why}{hint}")
     if "/" not in model:
         raise InvalidInput(field, model, "a job's name, a folder in state_dir/models, or a hub id with its owner "
                            f"(owner/name); {unclear}")  # fmt: skip
-    request.notes.append(f"{field}: the server could not check whether the hub has {model!r}: {unclear}")
+    request.notes.append(f"{field}: the server could not check whether the hub has {model!r}: {unclear}{hint}")
 
 
 async def _status(url: str, token: str | None) -> int:

@@ -215,17 +215,19 @@ class Names:
         if serving is not None:  # a result that is served, by its id in the host's inference
             value = value.removeprefix(f"{serving.provider_id}/{SERVED_PREFIX}")
         match = _NAME.fullmatch(value)
+        job_id, slash, name = value.partition("/")
+        if job_id in self._request.siblings:  # never a hub id, so any other name is a mistake
+            named = (name or slash) if slash else None
+            return self._promised(job_id, self._request.siblings[job_id], named, field, value, best)
         if match is None or (self._config.models_dir / value).is_dir():
             return None
-        sibling = self._request.siblings.get(match[1])
         try:
-            job = None if sibling is not None else self._store.get(match[1], self._whose)
+            job = self._store.get(match[1], self._whose)
         except NotFound:
             return None
         if match[2] is not None and not _ARTIFACT.fullmatch(match[2]):
+            self._request.hints[value] = self._has_none(job, match[2])
             return None
-        if job is None:
-            return self._promised(match[1], sibling, match[2], field, value, best)
         if not job.state.ended:
             if not self._request.may_wait:
                 raise Conflict(f"{field}: job {job.id!r} is {job.state.value}; you can use its artifacts once it has "
@@ -246,6 +248,15 @@ class Names:
         is_adapter = (folder / "adapter_config.json").is_file()
         return JobModel(f"{job.id}/{name}", folder, is_adapter, job.id, _spec_of(job))
 
+    def _has_none(self, job: Job, name: str) -> str:
+        """Say that a job, whose name a hub id may begin with too, has no such artifact, and which it has."""
+        if job.state.ended:
+            kinds = {each.name: each.artifact.kind for each in exports.listed(job, self._store)}
+            return f"job {job.id!r} has no artifact {name!r}; its artifacts: {_listed(kinds)}"
+        spec = _spec_of(job)
+        kinds = {} if spec is None else promises.of(spec)
+        return f"job {job.id!r} will leave no {name!r}; it will leave: {_listed(kinds)}"
+
     def _promised(
         self, job_id: str, spec: JobSpec | None, name: str | None, field: str, value: str, best: tuple[str, ...]
     ) -> JobModel:
@@ -257,11 +268,10 @@ class Names:
             kinds[name] = "merged"
         chosen = name or next((each for each in best if each in kinds), None)
         if chosen is None or (chosen not in kinds and not promises.is_checkpoint(chosen, spec)):
-            what = "an adapter" if best == _BEST_ADAPTER else "a model or an adapter"
-            wanted = f"artifact {name!r}" if name else what
+            what = "adapter" if best == _BEST_ADAPTER else "model or adapter"
+            wanted = repr(name) if name else f"{what}, with its recipe {spec.recipe!r}"
             more = "; for that, set options.save_merged in it" if name == "merged" and "adapter" in kinds else ""
-            raise NotFound(f"{field}: job {job_id!r} of recipe {spec.recipe!r} will not leave {wanted}{more}; it "
-                           f"will leave: {_listed(kinds)}")  # fmt: skip
+            raise NotFound(f"{field}: job {job_id!r} will leave no {wanted}{more}; it will leave: {_listed(kinds)}")
         found = f"{job_id}/{chosen}"
         is_adapter = promises.is_adapter(chosen, spec)
         through_export = chosen == "merged" and isinstance(spec, TrainingSpec) and not promises.saves_merged(spec)

@@ -111,7 +111,7 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
             counts = [await impl.datasets.row_count(owner, each) for each in spec.data.training_ids]
             rows = rows_in_epoch(spec, counts)
         document = await job_plans.plan(spec, memory_bytes, impl.config, rows)
-        model = spec.model_from or allowed_paths.shown_model(spec.model, impl.config)
+        model = allowed_paths.model_of(spec, impl.config)
         time = await impl.guard.run(measured, spec, model, impl.store, callers.owner(), rows)
         return document if time is None else document | {"time": time}
 

@@ -40,7 +40,7 @@ def line(found: PipelineState) -> PipelineLine:
 def detail(found: PipelineDetail) -> Pipeline:
     """Return a pipeline with its parts and their progress."""
     parts = [_part(part, found) for part in found.parts if part.job in found.jobs]
-    return Pipeline.model_validate(_line(found.found) | {"parts": parts})
+    return Pipeline.model_validate(_line(found.found) | {"parts": parts, "lost": list(found.found.lost)})
 
 
 def state_of(job: Job, exports: list[Job]) -> JobState:

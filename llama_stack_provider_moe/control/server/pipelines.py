@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_stack_provider_moe.control.server import callers, hub_check, job_changes, job_groups, submissions
+from llama_stack_provider_moe.control.server import (
+    allowed_paths,
+    callers,
+    hub_check,
+    job_changes,
+    job_groups,
+    submissions,
+)
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.job_rows import JobRows
@@ -87,7 +94,10 @@ class Pipelines:
         found = {}
         for each in planned:
             rows = await self._read_rows(each, None)
-            found[each.name] = submissions.Validated.of(each.spec, rows.counts(), rows.sources, each.request.notes)
+            model = allowed_paths.model_of(each.spec, self._config)
+            found[each.name] = submissions.Validated.of(
+                each.spec, model, rows.counts(), rows.sources, each.request.notes
+            )
         return ValidatedPipeline(parts=found)
 
     async def _checked(self, body: object, size_bytes: int) -> tuple[str, list[_Planned]]:
@@ -104,7 +114,7 @@ class Pipelines:
                 spec = await self._creation.resolved(request, size_bytes)
                 await hub_check.check(request, spec, self._config, self._guard)
             except (MoeError, ValueError) as error:
-                raise job_groups.about(error, f"part {part.name!r}") from error
+                raise job_groups.reworded(error, partial(asked.located, at, pipeline_id)) from error
             found.append(_Planned(part.name, request, spec))
             siblings[str(spec.job_uuid)] = spec
         return pipeline_id, found

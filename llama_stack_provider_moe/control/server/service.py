@@ -14,6 +14,7 @@ from opentelemetry.metrics import Meter, get_meter
 
 from llama_stack_provider_moe.control.config_check.start import plain_start_errors
 from llama_stack_provider_moe.control.server import (
+    allowed_paths,
     callers,
     compat,
     dataset_profiles,
@@ -155,7 +156,9 @@ class PostTrainingService:
         request = Draft(body)
         spec = await self._creation.checked(request, size_bytes)
         found = await self._rows.read(request, spec, None)
-        return submissions.Validated.of(spec, found.counts(), found.sources, request.notes)
+        return submissions.Validated.of(
+            spec, allowed_paths.model_of(spec, self.config), found.counts(), found.sources, request.notes
+        )
 
     async def dataset_profile(
         self, name: str, version: str | None, model: str | None, recipe: str, max_length: int | None

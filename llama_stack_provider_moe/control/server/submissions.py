@@ -23,6 +23,7 @@ class Validated(BaseModel):
     """The job that a submission would create."""
 
     spec: JsonObject = Field(description="The complete job, with defaults filled in and names resolved.")
+    model: str = Field(description="The job's model as lists of jobs show it.")
     train_rows: int = Field(description="Number of training rows; 0 for a job without training.")
     validation_rows: int | None = Field(
         description="Number of held-out rows; null where the job splits them off the training rows, or trains nothing."
@@ -37,12 +38,13 @@ class Validated(BaseModel):
 
     @classmethod
     def of(
-        cls, spec: JobSpec, counted: dict[str, int], sources: Mapping[str, DataSource], notes: list[str]
+        cls, spec: JobSpec, model: str, counted: dict[str, int], sources: Mapping[str, DataSource], notes: list[str]
     ) -> "Validated":
         """Return the answer about a job.
 
         Args:
             spec: the complete job.
+            model: its model, as lists show it.
             counted: number of rows by part.
             sources: where the rows came from, by part.
             notes: remarks for the caller.
@@ -54,8 +56,8 @@ class Validated(BaseModel):
             held_out = None if split else sum(counted.get(part, 0) for part in parts)
             train_rows = sum(counted[part] for part in spec.data.parts("train"))
         return cls(
-            spec=spec.model_dump(mode="json"), train_rows=train_rows, validation_rows=held_out, rows=counted,
-            sources=dict(sources), notes=notes,
+            spec=spec.model_dump(mode="json"), model=model, train_rows=train_rows, validation_rows=held_out,
+            rows=counted, sources=dict(sources), notes=notes,
         )  # fmt: skip
 
 

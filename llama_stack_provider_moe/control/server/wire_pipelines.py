@@ -75,6 +75,9 @@ class Pipeline(PipelineLine):
     """A pipeline and its parts, in their order."""
 
     parts: list[Part]
+    lost: list[str] = Field(
+        description="Parts whose jobs were deleted before they had completed: the pipeline can't be resumed."
+    )
 
 
 class ResumedPart(BaseModel):

@@ -13,7 +13,7 @@ from llama_stack_provider_moe.control.store import outbox
 from llama_stack_provider_moe.control.store.job_row import Job
 from llama_stack_provider_moe.control.store.owners import belongs_to
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table
-from llama_stack_provider_moe.errors import NotFound
+from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.state import UNFINISHED, JobState
 
 type Counts = dict[JobState, int]
@@ -62,9 +62,15 @@ def jobs_of(
     return connection.execute(query.with_for_update() if lock else query).all()
 
 
+def must_be_cancellable(kind: str, group_id: str, state: JobState) -> None:
+    """Raise `Conflict` if a group has ended without being cancelled."""
+    if state.ended and state is not JobState.CANCELLED:
+        raise Conflict(f"{kind} {group_id!r} has ended: it is {state.value}; there is nothing to cancel")
+
+
 def cancel(connection: Connection, table: Table, row: TableRow, jobs: Sequence[TableRow], moment: datetime,
            reason: str) -> None:  # fmt: skip
-    """Cancel every job of a group that waits or runs; a second call changes nothing.
+    """Cancel every job of a group that waits or runs; a second call changes nothing, nor one about an ended group.
 
     Args:
         connection: A connection inside a transaction.
@@ -74,6 +80,8 @@ def cancel(connection: Connection, table: Table, row: TableRow, jobs: Sequence[T
         moment: When the request came.
         reason: The reason of jobs that had not started.
     """
+    if unfinished(counted(jobs)) is None:
+        return
     for job in jobs:
         changes: dict[str, object] = {"cancel_requested_at": moment}
         if job.state == JobState.SCHEDULED.value:
@@ -96,11 +104,12 @@ def counts(connection: Connection, column: Column[str | None], group_ids: Sequen
     return found
 
 
-def counted(jobs: Iterable[Job]) -> Counts:
+def counted(jobs: Iterable[Job | TableRow]) -> Counts:
     """Return the number of jobs in each state."""
     found: Counts = {}
     for job in jobs:
-        found[job.state] = found.get(job.state, 0) + 1
+        state = JobState(job.state)
+        found[state] = found.get(state, 0) + 1
     return found
 
 

@@ -61,21 +61,29 @@ class NewPipeline(NamedTuple):
 
 
 class PipelineState(NamedTuple):
-    """A pipeline, and the states of its jobs: its parts and their exports."""
+    """A pipeline, and the states of its jobs: its parts and their exports.
+
+    Attributes:
+        pipeline: Its row.
+        counts: Number of its jobs in each state.
+        lost: Names of parts whose jobs were deleted before they had completed.
+    """
 
     pipeline: PipelineRow
     counts: group_rows.Counts
+    lost: Sequence[str] = ()
 
     @property
     def state(self) -> JobState:
-        """State of the pipeline: completed if all its jobs completed."""
+        """State of the pipeline: completed if all its jobs completed, and none was deleted before it had."""
         unfinished = group_rows.unfinished(self.counts)
         if unfinished is not None:
             return unfinished
-        if self.pipeline.cancel_requested_at is not None and self.counts.get(JobState.CANCELLED):
+        if self.pipeline.cancel_requested_at is not None and (self.counts.get(JobState.CANCELLED) or self.lost):
             return JobState.CANCELLED
         order = (JobState.UNREADABLE, JobState.FAILED, JobState.CANCELLED, JobState.COMPLETED)
-        return next((state for state in order if self.counts.get(state)), JobState.UNREADABLE)
+        found = next((state for state in order if self.counts.get(state)), JobState.UNREADABLE)
+        return JobState.FAILED if found is JobState.COMPLETED and self.lost else found
 
 
 class PipelineDetail(NamedTuple):
@@ -141,8 +149,9 @@ class PipelineTable:
         """
         with self._reading.begin() as connection:
             rows = group_rows.page(connection, pipelines_table, owner, limit, after, "pipeline")
-            counts = group_rows.counts(connection, _J.pipeline, [row.id for row in rows])
-            return [PipelineState(_as_pipeline(row), counts.get(row.id, {})) for row in rows]
+            ids = [row.id for row in rows]
+            counts, lost = group_rows.counts(connection, _J.pipeline, ids), part_rows.lost(connection, ids)
+            return [PipelineState(_as_pipeline(row), counts.get(row.id, {}), lost.get(row.id, ())) for row in rows]
 
     def get(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
         """Return a pipeline with its jobs; raise `NotFound` if the owner has none of that name."""
@@ -151,13 +160,23 @@ class PipelineTable:
             parts = part_rows.of_pipeline(connection, pipeline_id)
             jobs = {row.id: as_job(row) for row in group_rows.jobs_of(connection, _J.pipeline, pipeline_id)}
             waits = wait_rows.of_jobs(connection, list(jobs))
-            return PipelineDetail(PipelineState(pipeline, group_rows.counted(jobs.values())), parts, jobs, waits)
+            lost = part_rows.lost(connection, [pipeline_id]).get(pipeline_id, ())
+            state = PipelineState(pipeline, group_rows.counted(jobs.values()), lost)
+            return PipelineDetail(state, parts, jobs, waits)
 
     def request_cancel(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
-        """Cancel every job of a pipeline that waits or runs, in one transaction. You can repeat the request."""
+        """Cancel every job of a pipeline that waits or runs, in one transaction. You can repeat the request.
+
+        Raises:
+            NotFound: The owner has no such pipeline.
+            Conflict: It has ended, and was not cancelled.
+        """
         with self._writing.begin() as connection:
             row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
             jobs = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
+            lost = part_rows.lost(connection, [pipeline_id]).get(pipeline_id, ())
+            state = PipelineState(_as_pipeline(row), group_rows.counted(jobs), lost).state
+            group_rows.must_be_cancellable("pipeline", pipeline_id, state)
             group_rows.cancel(connection, pipelines_table, row, jobs, now(), CANCELLED_WAITING)
         return self.get(pipeline_id, owner)
 
@@ -167,13 +186,18 @@ class PipelineTable:
         Raises:
             OverLimit: The jobs would exceed a limit of their owner.
             NotFound: The owner has no such pipeline.
-            Conflict: None of its jobs failed or was cancelled; or one waits for a job outside the pipeline that will
-                not complete.
+            Conflict: None of its jobs failed or was cancelled; or one was deleted before it had completed; or one
+                waits for a job outside the pipeline that will not complete.
         """
         with self._writing.begin() as connection:
             turn = queue.next_turn(connection)
             row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
             rows = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
+            if lost := part_rows.lost(connection, [pipeline_id]).get(pipeline_id):
+                raise Conflict(
+                    f"pipeline {pipeline_id!r} can't be resumed: the job of part {', '.join(map(repr, lost))} was "
+                    "deleted before it had completed; submit the pipeline again, or resume single jobs"
+                )
             ended = [job for job in rows if JobState(job.state) in _RESUMED_FROM]
             if not ended:
                 raise Conflict(f"pipeline {pipeline_id!r} has no part that failed or was cancelled; there is nothing "

@@ -248,7 +248,8 @@ pipelines_table = Table(
     Index("moe_pipelines_owner_turn", "owner", "turn"),
 )
 
-# What a job is in its pipeline; a row is deleted with its job, and a pipeline with its last row.
+# What a job is in its pipeline; a row is deleted with its job if that has completed. A pipeline and the rows that are
+# left are deleted with its last job.
 parts_table = Table(
     "moe_parts",
     METADATA,

@@ -301,11 +301,11 @@ class JobStore(Moves):
             action(as_job(row))
             return True
 
-    def dependents(self, job_id: str) -> Jobs:
-        """Return jobs that need files of this job or of its exports."""
+    def dependents(self, *job_ids: str) -> Jobs:
+        """Return other jobs that need files of these jobs or of their exports."""
         with self._reading.begin() as connection:
-            family = [job_id, *(row.id for row in parent_jobs.exports_of(connection, job_id))]
-            return parent_jobs.dependents_of(connection, family)
+            exports = [row.id for each in job_ids for row in parent_jobs.exports_of(connection, each)]
+            return parent_jobs.dependents_of(connection, [*job_ids, *exports])
 
     def ended_before(self, moment: datetime, limit: int = 100, needed: bool = False) -> Jobs:
         """Return at most `limit` jobs of all owners that, with their exports, ended before `moment`; oldest first.

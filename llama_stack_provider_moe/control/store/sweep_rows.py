@@ -181,10 +181,17 @@ class SweepTable:
             return SweepDetail(SweepState(sweep, group_rows.counted(jobs.values())), trials, jobs)
 
     def request_cancel(self, sweep_id: str, owner: str | None) -> SweepDetail:
-        """Cancel every job of a sweep that waits or runs, in one transaction. You can repeat the request."""
+        """Cancel every job of a sweep that waits or runs, in one transaction. You can repeat the request.
+
+        Raises:
+            NotFound: The owner has no such sweep.
+            Conflict: It has ended, and was not cancelled.
+        """
         with self._writing.begin() as connection:
             row = group_rows.find(connection, sweeps_table, sweep_id, owner, "sweep")
             jobs = group_rows.jobs_of(connection, _J.sweep, sweep_id, lock=True)
+            state = SweepState(_as_sweep(row), group_rows.counted(jobs)).state
+            group_rows.must_be_cancellable("sweep", sweep_id, state)
             group_rows.cancel(connection, sweeps_table, row, jobs, now(), CANCELLED_WAITING)
         return self.get(sweep_id, owner)
 

@@ -61,6 +61,14 @@ def deleted_dir(config: ProviderConfig) -> Path:
     return config.state_dir / "deleted"
 
 
+def must_be_here(job: Job, config: ProviderConfig) -> Path:
+    """Return a job's folder; raise `Conflict` if it belongs to a server with another `state_dir` and the same store."""
+    folder = Path(job.folder)
+    if folder.parent != config.jobs_dir:
+        raise Conflict(f"job {job.id!r} keeps its files in {folder}, which is not under this server's state_dir")
+    return folder
+
+
 def remove(
     store: JobStore,
     config: ProviderConfig,
@@ -90,9 +98,7 @@ def remove(
     broken: Jobs = []
 
     def move_away(job: Job) -> None:
-        folder = Path(job.folder)
-        if folder.parent != config.jobs_dir:  # a store shared with a server that has another `state_dir`
-            raise Conflict(f"job {job.id!r} keeps its files in {folder}, which is not under this server's state_dir")
+        folder = must_be_here(job, config)
         if ended_before is not None and (job.ended_at is None or job.ended_at >= ended_before):
             raise Conflict(f"job {job.id!r} was resumed meanwhile and has ended again")
         deleted.mkdir(mode=0o700, exist_ok=True)

@@ -119,6 +119,20 @@ def test_a_branch_that_does_not_fit(case: str, base: Path, tmp_path: Path, monke
     assert not [path for path in tmp_path.iterdir() if path.name not in branches], "nothing was written"
 
 
+def test_a_refusal_shows_models_as_their_owner_named_them(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    own = tmp_path / "models" / "own"
+    left = tmp_path / "jobs" / "other" / "artifacts" / "model"
+    for folder in (own, left):
+        folder.parent.mkdir(parents=True)
+        dense("llama", folder, seed=1)
+    fits = changed(base, tmp_path / "fits", 0.1)
+    for folder, name in ((own, "own"), (left, "other/model")):
+        with pytest.raises(InvalidInput) as caught:
+            dry_run(str(base), plan("btx", {"fits": fits, "second": folder}))
+        assert str(caught.value).startswith(f"branches.1.model: {name!r} is not valid; expected a model that was train")
+
+
 def test_bases_that_do_not_fit(base: Path, tmp_path: Path) -> None:
     branches = {name: changed(base, tmp_path / name, 0.1) for name in "ab"}
     moe = tiny_models.build("granitemoe", tmp_path / "granite")

@@ -168,18 +168,28 @@ def test_what_the_server_refuses(service: PostTrainingService, branches: list[st
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "other"}, "expected a model that was trained from `model`; job 'branch-garden' trained it from '/"),
+        (
+            {"model": "other"},
+            "expected a model that was trained from `model`; job 'branch-garden' trained it from 'llama'",
+        ),
         ({"model": "pair"}, "model: a 'mixtral' model can't be upcycled; expected llama, mistral, qwen3"),
         ({"method": "bar", "router": "random"}, "a model of type mixtral, qwen3_moe, which `moe-train upcycle` makes"),
     ],
 )
 def test_branches_that_do_not_fit_fail_the_job(
-    service: PostTrainingService, branches: list[str], changes: dict[str, Any], words: str
+    service: PostTrainingService,
+    branches: list[str],
+    changes: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with caller("ann"):
         job_id, code = run(service, MIX | changes)
     assert code == FAILED
     assert words in reason(folder_of(service, job_id))
+    told = capsys.readouterr().err
+    assert f"error: {reason(folder_of(service, job_id))}" in told
+    assert "Traceback" not in told
     assert not folder_of(service, job_id).model.exists()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llama_stack_provider_moe.control.server.late_names import resolved
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import NewJob
 from llama_stack_provider_moe.jobdir.state import JobState
+from tests.control.server.test_allowed_paths import model_at
 from tests.control.server.test_model_names import leave
 from tests.support.cli_support import moe_train
 from tests.support.host_support import BODY, Datasets, ask, caller, folder_of, over_http, serving_in_process
@@ -26,6 +28,7 @@ MIX = {
 }  # fmt: skip
 ROUTERS = BODY | {"model": "parts.mix", "adapter": {"rank": 4, "plan": "trunk"}}
 SETS = {"recipe": "routing_analysis", "model": "parts.routers", "data": {"sets": {"a": "good", "b": "good"}}}
+ABLATION = {"recipe": "ablation", "model": "owner/name", "ablate": [{"layer": "0", "measurement": 0}]}
 JOBS = {"math": WHOLE, "code": LORA, "mix": MIX, "routers": ROUTERS, "look": SETS}
 
 
@@ -125,7 +128,21 @@ def test_names_are_resolved_one_after_the_other(service: PostTrainingService) ->
         (after(model="parts.b/model"), "parts.1.job.model: 'parts.b/model' is this part itself; expected an earlier"),
         (after(adapter={"init_from": "parts.c"}), "parts.1.job.adapter.init_from: 'parts.c' is none; expected an earl"),
         ({"a": WHOLE, "b": MIX}, "parts.1.job.branches.0.model: 'parts.math/model' is none"),
-        (after(model="parts.a/merged"), "part 'b': model: job 'p-a' of recipe 'sft' will not leave artifact 'merged'"),
+        (after(model="parts.a/merged"), "parts.1.job.model: part 'a' will leave no 'merged'; it will leave: model"),
+        (after(model="parts.a/"), "parts.1.job.model: part 'a' will leave no '/'; it will leave: model"),
+        (after(model="parts.a/nope"), "parts.1.job.model: part 'a' will leave no 'nope'; it will leave: model"),
+        (
+            after(LORA, adapter={"init_from": "parts.a/n/p"}),
+            "parts.1.job.adapter.init_from: part 'a' will leave no 'n/p'",
+        ),
+        (
+            {"a": LORA, "b": MIX | {"branches": [{"name": name, "model": "parts.a/adapter"} for name in "xy"]}},
+            "set options.save_merged in that job, and write 'parts.a/merged'",
+        ),
+        (
+            {"a": WHOLE, "b": ABLATION | {"measurements": "parts.a"}},
+            "parts.1.job.measurements: 'parts.a' is not valid; expected a job of recipe 'ablation_measure'",
+        ),
         (after(LORA | {"export": None}, model="parts.a/merged"), "for that, set options.save_merged in it"),
         (after(optimizer={"lr": -1}), "part 'b': optimizer.lr: -1 is not valid"),
         (after(data={"dataset_id": "none"}), "part 'b': no data set 'none' is registered"),
@@ -143,6 +160,7 @@ def test_mistakes_are_named_with_their_part_and_nothing_is_created(
     assert answer.status_code in (400, 404), answer.text
     assert told in message(answer, answer.status_code)
     assert ask(service, "POST", "/pipelines/validate", json=body(jobs)).json() == answer.json()
+    assert not re.search(r"\bp-[a-z]", answer.text)  # the names of jobs are made up by the server
     nothing_is_left(service)
 
 
@@ -206,14 +224,56 @@ def test_cancel_resume_and_delete(service: PostTrainingService) -> None:
     nothing_is_left(service)
 
 
+def test_a_pipeline_that_a_job_outside_needs_is_deleted_as_a_whole_or_not_at_all(service: PostTrainingService) -> None:
+    create(service, {"a": WHOLE, "b": BODY | {"model": "parts.a"}})
+    outside = BODY | {"model": "p-a", "job_uuid": "outside"}
+    assert ask(service, "POST", "/jobs", json=outside).status_code == 200
+    ask(service, "POST", "/pipelines/p/cancel")
+    service.store.move("outside", JobState.FAILED, "job 'p-a', which it waits for, was cancelled")
+    told = message(ask(service, "DELETE", "/pipelines/p"), 409)
+    assert told.startswith("pipeline 'p' is needed by job 'outside' (failed); nothing was deleted. Delete those first")
+    assert told.endswith("(one that failed or was cancelled can be resumed, so it still needs them)")
+    assert [part["name"] for part in seen(service)["parts"]] == ["a", "b"]
+    assert folder_of(service, "p-b").root.is_dir()
+    gone = ask(service, "DELETE", "/pipelines/p?force=true").json()
+    assert (gone["jobs"], len(gone["broken"])) == (["p-b", "p-a"], 1)
+
+
+def test_the_log_of_a_part_that_failed_is_named(service: PostTrainingService) -> None:
+    create(service)
+    service.store.acquire_lease("me", 1, 60)
+    claimed = service.store.claim("me")
+    assert claimed is not None
+    service.store.move(claimed.id, JobState.FAILED, reason="diverged")
+    service.store.move("p-mix", JobState.FAILED, f"job {claimed.id!r}, which it waits for, failed: diverged")
+    with over_http(service) as url:
+        shown = moe_train("pipelines", "p", "--url", url)
+    assert f"to see why: moe-train logs {claimed.id}" in shown.err
+    assert "logs p-mix" not in shown.err  # it never started, so it has none
+
+
+def test_a_lost_part_is_shown(service: PostTrainingService) -> None:
+    create(service, {"a": WHOLE, "b": WHOLE})
+    ask(service, "POST", "/pipelines/p/cancel")
+    assert ask(service, "DELETE", "/jobs/p-b").status_code == 200
+    assert (seen(service)["lost"], len(seen(service)["parts"])) == (["b"], 1)
+    with over_http(service) as url:
+        assert "so the pipeline can't be resumed: b" in moe_train("pipelines", "p", "--url", url).out
+        refused = moe_train("pipelines", "p", "--resume", "--url", url)
+    assert (refused.code, "the job of part 'b' was deleted before it had completed" in refused.err) == (2, True)
+
+
 def test_clients_and_commands(service: PostTrainingService, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text(json.dumps(body()))
+    model_at(service.config.models_dir / "own")
     with over_http(service) as url:
         with Client(url) as client:
             assert client.validate_pipeline(body())["parts"]["mix"]["spec"]["recipe"] == "mix"
         run = ["--url", url]
-        assert moe_train("pipeline", str(file), "--dry-run", *run).code == 0
+        dry = moe_train("pipeline", str(file), "--dry-run", "--set", "math.model=own", *run)
+        assert (dry.code, dry.out.splitlines()[0]) == (0, "math: sft of own, 12 rows")
+        assert "mix: mix of owner/name\n" in dry.out  # it reads no rows
         made = moe_train("pipeline", str(file), "--set", "math.optimizer.lr=3e-5", "--name", "q", *run)
         assert (made.code, made.out.splitlines()[0]) == (
             0, "pipeline q has 5 parts: q-math, q-code, q-mix, q-routers, q-look"

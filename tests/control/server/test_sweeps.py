@@ -197,9 +197,29 @@ def test_cancel_ends_all_and_then_it_can_be_deleted(service: PostTrainingService
     assert ask(service, "POST", "/sweeps/lr/cancel").json()["jobs"] == {"in_progress": 1, "cancelled": 3}
     service.store.move("lr-0", JobState.CANCELLED)
     assert ask(service, "POST", "/sweeps/lr/cancel").json()["status"] == "cancelled"
+    folder = str(service.config.jobs_dir / "outside")
+    service.store.add(NewJob("outside", "anonymous", "sft", "owner/name", folder, uses=("lr-2",)))
+    assert "sweep 'lr' is needed by job 'outside'" in message(ask(service, "DELETE", "/sweeps/lr"))
+    assert len(ask(service, "GET", "/sweeps/lr").json()["data"]) == 4
+    service.store.move("outside", JobState.CANCELLED)
+    service.store.delete("outside", None)
     deleted = ask(service, "DELETE", "/sweeps/lr").json()
     assert deleted["jobs"] == [f"lr-{number}" for number in range(4)]
     nothing_is_left(service)
+
+
+def test_a_sweep_that_has_ended_is_not_cancelled(service: PostTrainingService) -> None:
+    create(service)
+    for number in range(4):
+        service.store.move(f"lr-{number}", JobState.IN_PROGRESS)
+        service.store.move(f"lr-{number}", JobState.COMPLETED)
+    answer = ask(service, "POST", "/sweeps/lr/cancel")
+    told = "sweep 'lr' has ended: it is completed; there is nothing to cancel"
+    assert (answer.status_code, message(answer)) == (409, told)
+    assert ask(service, "GET", "/sweeps/lr").json()["cancel_requested_at"] is None
+    with over_http(service) as url:
+        refused = moe_train("sweeps", "lr", "--cancel", "--url", url)
+    assert (refused.code, told in refused.err) == (2, True)
 
 
 def test_the_search_of_the_older_api_names_the_route(service: PostTrainingService) -> None:

@@ -130,12 +130,18 @@ def test_what_a_job_will_not_leave_is_refused_at_once(service: PostTrainingServi
     adapter, whole = submit(service, adapter=LORA), submit(service, **WHOLE)
     analysis = submit(service, recipe="routing_analysis", **SETS)
     assert refusal(service, 404, model=f"{adapter}/merged") == (
-        f"model: job {adapter!r} of recipe 'sft' will not leave artifact 'merged'; for that, set options.save_merged "
+        f"model: job {adapter!r} will leave no 'merged'; for that, set options.save_merged "
         "in it; it will leave: adapter"
     )
-    assert "will not leave artifact 'adapter'; it will leave: model" in refusal(service, 404, model=f"{whole}/adapter")
-    assert "will not leave an adapter; it will leave: model" in refusal(service, 404, adapter={"init_from": whole})
-    assert "will not leave a model or an adapter; it will leave: nothing" in refusal(service, 404, model=analysis)
+    assert "will leave no 'adapter'; it will leave: model" in refusal(service, 404, model=f"{whole}/adapter")
+    assert "will leave no adapter, with its recipe 'sft'; it will leave: model" in refusal(
+        service, 404, adapter={"init_from": whole}
+    )
+    assert "will leave no model or adapter, with its recipe 'routing_analysis'; it will leave: nothing" in refusal(
+        service, 404, model=analysis
+    )
+    unknown = refusal(service, 400, model=f"{whole}/nope")  # may be a hub id, so the hub is asked
+    assert unknown.endswith(f"; job {whole!r} will leave no 'nope'; it will leave: model"), unknown
     told = refusal(service, 400, recipe="dpo", model=adapter, data={"dataset_id": "pairs"}, adapter={})
     assert f"set options.save_merged in that job, and write '{adapter}/merged'" in told
     assert "this one has recipe 'sft'" in refusal(

@@ -158,3 +158,47 @@ def test_each_owner_sees_their_own_in_exact_pages_and_it_goes_with_its_last_part
     with pytest.raises(NotFound):
         store.pipelines.get("p0", "bob")
     store.pipelines.add(new_pipeline("p0"), NO_LIMITS)
+
+
+def test_a_pipeline_that_lost_a_part_is_neither_resumed_nor_completed(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline(), NO_LIMITS)
+    assert claimed(store) == ["p-a", "p-b"]
+    end(store, "p-a")
+    end(store, "p-b")
+    settle(store)
+    claimed(store)
+    end(store, "p-mix")
+    store.pipelines.request_cancel("p", "ann")
+    store.delete("p-last", "ann")
+    assert store.pipelines.get("p", "ann").found.lost == ["last"]
+    assert state_of(store) is JobState.CANCELLED
+    with pytest.raises(Conflict, match="'p' can't be resumed: the job of part 'last' was deleted before it had compl"):
+        store.pipelines.resume("p", "ann", NO_LIMITS)
+    submit(store, "p-last")  # any job of that name is not the part
+    assert store.pipelines.list("ann", 9)[0].lost == ["last"]
+    for job_id in ("p-mix", "p-b", "p-a"):
+        store.delete(job_id, "ann")
+    assert store.pipelines.list("ann", 9) == []
+
+
+def test_a_completed_part_may_be_deleted_and_a_failed_one_makes_a_failed_pipeline(store: JobStore) -> None:
+    both = [(NewJob(f"p-{name}", "ann", "sft", "m", f"/j/p-{name}", pipeline="p"), name) for name in "abc"]
+    store.pipelines.add(NewPipeline("p", "ann", both), NO_LIMITS)
+    assert claimed(store) == ["p-a", "p-b", "p-c"]
+    end(store, "p-a")
+    end(store, "p-b")
+    end(store, "p-c", JobState.FAILED, reason="diverged")
+    store.delete("p-b", "ann")
+    assert (store.pipelines.get("p", "ann").found.lost, state_of(store)) == ((), JobState.FAILED)
+    store.delete("p-c", "ann")
+    assert (store.pipelines.get("p", "ann").found.lost, state_of(store)) == (["c"], JobState.FAILED)
+
+
+def test_a_pipeline_that_has_ended_is_not_cancelled(store: JobStore) -> None:
+    part = NewJob("p-a", "ann", "sft", "m", "/j/p-a", pipeline="p")
+    store.pipelines.add(NewPipeline("p", "ann", [(part, "a")]), NO_LIMITS)
+    assert claimed(store) == ["p-a"]
+    end(store, "p-a")
+    with pytest.raises(Conflict, match="pipeline 'p' has ended: it is completed; there is nothing to cancel"):
+        store.pipelines.request_cancel("p", "ann")
+    assert store.pipelines.get("p", "ann").found.pipeline.cancel_requested_at is None
