@@ -104,7 +104,7 @@ def test_run_asks_the_shields_of_a_server(tmp_path: Path) -> None:
         assert found["tools"] is None
         assert found["cooking"]["metadata"]["score"] == 0.9
         assert len(moe_train(*words, "--shield", "tools").document["verdicts"]) == 1
-        assert "X-Moe-Session" in moe_train(*words).err, "the trajectory needs a session"
+        assert "`--session` of `guard run`" in moe_train(*words).err, "the trajectory needs a session"
         assert "expected one of ['tools', 'cooking', 'session']" in moe_train(*words, "--shield", "no").err
     assert moe_train(*words).code == Exit.LOST
 
