@@ -121,7 +121,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("/safety/run-shield", {"shield_id": "tools", "messages": "hi"}, "messages: 'hi' is not valid; expected a list"),
     ("/safety/run-shield", {"shield_id": "tools", "messages": HI, "params": {}}, "params: unknown key"),
     ("/safety/run-shield", {"shield_id": "no", "messages": HI}, "expected one of ['tools', 'cooking', 'session']"),
-    ("/safety/run-shield", {"shield_id": "session", "messages": HI}, "`metadata.session_id` of the request, header X-Moe-Session"),
+    (
+        "/safety/run-shield",
+        {"shield_id": "session", "messages": HI},
+        "`metadata.session_id` of the request, header X-Moe-Session",
+    ),
     (
         "/safety/run-shield",
         {"shield_id": "tools", "messages": HI, "metadata": {"session": "s"}},
