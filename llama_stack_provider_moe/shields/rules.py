@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from llama_stack_provider_moe.errors import InvalidBody, InvalidConfig, InvalidFile, InvalidInput, shorten
+from llama_stack_provider_moe.ground.json_kinds import content_of
 from llama_stack_provider_moe.ground.small_files import open_regular
 from llama_stack_provider_moe.shields.argument_tests import ArgumentRule, is_pointer
 from llama_stack_provider_moe.shields.closed_schema import ClosedSchema
@@ -109,6 +110,8 @@ def read_rules(path: Path, field: str = "rules") -> ToolRulesFile:
     except (OSError, InvalidFile, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
         raise InvalidInput(field, str(path), f"a YAML file of rules ({why})") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(field, str(path), f"an object with `version` and `tools`; {content_of(content)}")
     problems = _problems_of_tools(content)
     try:
         rules = validated(ToolRulesFile, content, shown=MAX_SHOWN)
@@ -133,9 +136,9 @@ def open_places(rules: ToolRulesFile) -> list[OpenPlace]:
     return found
 
 
-def _problems_of_tools(content: object) -> list[str]:
+def _problems_of_tools(content: Mapping[str, object]) -> list[str]:
     """What is wrong with names and schemas, in content that may also be wrong otherwise: both are named at once."""
-    tools = content.get("tools") if isinstance(content, dict) else None
+    tools = content.get("tools")
     found: list[str] = []
     looks: dict[str, str] = {}
     for name, tool in tools.items() if isinstance(tools, dict) else ():

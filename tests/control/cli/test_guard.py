@@ -83,6 +83,8 @@ def test_run_knows_the_principal(tmp_path: Path) -> None:
         ('{"message": []}', [], "a list of messages, or an object with messages"),
         ('[{"role": "user"}]', [], "messages[0].content"),
         ("[", [], "messages, or an object with messages, in JSON"),
+        ("", [], "messages, or an object with messages; the file is empty"),
+        ("7", [], "a list of messages, or an object with messages; this is a number"),
         ("[]", ["--shield", "a"], "no --shield and no --session"),
         ("[]", ["--session", "a"], "no --shield and no --session"),
     ],
