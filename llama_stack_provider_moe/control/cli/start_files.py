@@ -61,7 +61,7 @@ def init(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a server's YAML, a job file and constraints.txt into a folder. No other content is overwritten."""
+    """Write a server's YAML, a job file and constraints.txt into a folder. Files that differ are never overwritten."""
 
     def act(screen: Screen) -> Exit:
         on, config_name = hosts.chosen(host, server)
