@@ -98,7 +98,7 @@ def try_out(
         messages = _messages(file)
         names = shield or [each["identifier"] for each in server.shields()["data"]]
         if not names:
-            raise InvalidInput("--shield", None, f"a shield of {server.url}, which has none")
+            raise InvalidInput.missing("--shield", f"a shield of {server.url}, which has none")
         found = [server.run_shield(name, messages, session) for name in names]
         return _told(screen, Verdicts(file=file, messages=len(messages), verdicts=found))
 

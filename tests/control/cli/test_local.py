@@ -150,7 +150,7 @@ def test_several_mistakes_are_all_named() -> None:
             "--dtype: 'int4' is not valid; expected one",
         ),
         (["export", "merge", "{model}", "{empty}", "OUT", "--shard-size", "big"], "--shard-size: 'big'"),
-        (["export", "gguf", "{model}", "OUT"], "--type: None is not valid"),
+        (["export", "gguf", "{model}", "OUT"], "--type: is missing"),
         (["export", "gguf", "{model}", "{file}", "--type", "q8_0"], "OUT: "),
         (["export", "check", "nosuch"], "JOBFOLDER|ADAPTER: 'nosuch'"),
         (["export", "check", "{empty}", "--merged", "/nosuch"], "--merged: '/nosuch'"),
