@@ -29,7 +29,8 @@ class PipelinePart(Block):
 
     name: PartName = Field(
         description="Name of the part: 1 to 32 lower-case letters, digits, '_' and '-', the first a letter or a digit. "
-        "Its job gets the pipeline's name, '-' and this name; later parts name its result `parts.NAME` or `parts.NAME/merged`."
+        "Its job gets the pipeline's name, '-' and this name; later parts name its result "
+        "`parts.NAME` or `parts.NAME/merged`."
     )
     job: dict[str, Any] = Field(description="Job of the part, as in `POST jobs`, without `job_uuid`.")
 
