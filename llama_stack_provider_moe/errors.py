@@ -56,6 +56,13 @@ class InvalidInput(MoeError, ValueError):
         self.expected = expected
         super().__init__(f"{field}: {shorten(value)} is not valid; expected {expected}")
 
+    @classmethod
+    def missing(cls, field: str, expected: str) -> "InvalidInput":
+        """Return the error for a value that was not given; `None` is not what its caller wrote."""
+        made = cls(field, None, expected)
+        made.args = (f"{field}: is missing; expected {expected}",)
+        return made
+
 
 class InvalidBody(InvalidInput):
     """A request's body with one or more problems, each a sentence that names its field."""

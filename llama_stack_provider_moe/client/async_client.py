@@ -260,7 +260,7 @@ class AsyncClient(AsyncSweepMethods, AsyncPlaygroundMethods):
     async def _send[Kind](self, call: Call[Kind]) -> Kind:
         with self._endpoint.translated_errors():
             answer = await self._http.request(**self._endpoint.request(call))
-        return self._endpoint.document(call.kind, answer)
+        return self._endpoint.document(call.kind, answer, call.no_route)
 
     async def _in_thread[Answer](self, act: Callable[[Client], Answer]) -> Answer:
         def acted() -> Answer:

@@ -69,6 +69,9 @@ class JobFilters(TypedDict, total=False):
     text: str
 
 
+NO_PROVIDER = "no Llama Stack server with provider inline::moe answers there"
+
+
 class Call[Kind](NamedTuple):
     """One request.
 
@@ -78,6 +81,7 @@ class Call[Kind](NamedTuple):
         path: path below the API's prefix.
         query: parameters; those that are None are left out.
         body: what is sent as JSON; None: nothing.
+        no_route: what it means if the server does not have this route, to follow its answer and a colon.
     """
 
     kind: type[Kind]
@@ -85,6 +89,7 @@ class Call[Kind](NamedTuple):
     path: str
     query: Query = MappingProxyType({})
     body: Mapping[str, object] | None = None
+    no_route: str = NO_PROVIDER
 
 
 def health() -> Call[Health]:

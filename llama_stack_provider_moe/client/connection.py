@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import httpx
 
-from llama_stack_provider_moe.client.calls import API, Call
+from llama_stack_provider_moe.client.calls import API, NO_PROVIDER, Call
 from llama_stack_provider_moe.errors import InvalidInput, ServerLost, ServerRefused
 
 TIMES = httpx.Timeout(60.0, connect=10.0)
@@ -67,21 +67,26 @@ class Endpoint:
             "params": {name: value for name, value in call.query.items() if value is not None},
         }  # fmt: skip
 
-    def document[Kind](self, kind: type[Kind], answer: httpx.Response) -> Kind:
+    def document[Kind](self, kind: type[Kind], answer: httpx.Response, no_route: str = NO_PROVIDER) -> Kind:
         """Return an answer as a `kind` of document; its fields are not checked.
+
+        Args:
+            kind: of document.
+            answer: the server's.
+            no_route: see `Call`.
 
         Raises:
             ServerRefused: the server refused, or it is another kind of server.
         """
         if not answer.is_success:
-            raise self.refusal(answer)
+            raise self.refusal(answer, no_route)
         content = _parsed(answer)
         if kind is not object and not isinstance(content, dict):
             raise ServerRefused(f"{self.url} sent an answer that is not from this API; is it the right server?", 200)
         return cast(Kind, content)
 
-    def refusal(self, answer: httpx.Response) -> ServerRefused:
-        """Return the server's message, or, if the answer is not from this API, what it may mean."""
+    def refusal(self, answer: httpx.Response, no_route: str = NO_PROVIDER) -> ServerRefused:
+        """Return the server's message, or, if the answer is not from this API, what it may mean; see `Call`."""
         content = _parsed(answer)
         error = content.get("error") if isinstance(content, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
@@ -90,7 +95,7 @@ class Endpoint:
             return ServerRefused(message + hint, answer.status_code)
         what = f"{answer.status_code} {answer.reason_phrase}".strip()
         if answer.status_code == HTTPStatus.NOT_FOUND:
-            hint = ": no Llama Stack server with provider inline::moe answers there"
+            hint = f": {no_route}"
         return ServerRefused(f"{self.url} answered {what}{hint}", answer.status_code)
 
     @contextmanager

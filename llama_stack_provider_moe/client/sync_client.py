@@ -389,7 +389,7 @@ class Client(SweepMethods, PlaygroundMethods):
     def _send[Kind](self, call: Call[Kind]) -> Kind:
         with self._endpoint.translated_errors(), self._noted_if_slow():
             answer = self._http.request(**self._endpoint.request(call))
-        return self._endpoint.document(call.kind, answer)
+        return self._endpoint.document(call.kind, answer, call.no_route)
 
 
 def _until_answered(body: Iterator[bytes], connections: list[_Connection]) -> Iterator[bytes]:

@@ -42,10 +42,10 @@ class ArgumentRule(Block):
     )
     required: bool = Field(default=False, description="Whether the argument must be there for these callers.")
     one_of: list[str | int | float | bool | None] | None = Field(
-        default=None, max_length=10_000, description="The only values that are allowed."
+        default=None, min_length=1, max_length=10_000, description="The only values that are allowed."
     )
     none_of: list[str | int | float | bool | None] | None = Field(
-        default=None, max_length=10_000, description="Values that are not allowed."
+        default=None, min_length=1, max_length=10_000, description="Values that are not allowed."
     )
     matches: Pattern | None = Field(
         default=None, description="Pattern that the whole text must match, in the syntax of Rust's regex crate."
@@ -61,6 +61,7 @@ class ArgumentRule(Block):
     )
     hosts: list[str] | None = Field(
         default=None,
+        min_length=1,
         max_length=1000,
         description="Hosts of the URL, which must be https or http, without user and port; *.example.org: any below.",
     )
@@ -75,7 +76,7 @@ class ArgumentRule(Block):
     @field_validator("argument", mode="after")
     @classmethod
     def _pointer(cls, given: str) -> str:
-        if not _POINTER.fullmatch(given):
+        if not is_pointer(given):
             raise ValueError(f"{given!r} is not valid; expected a JSON Pointer such as /path, with * for each item")
         return given
 
@@ -91,6 +92,9 @@ class ArgumentRule(Block):
         if not self.required and not self._given():
             tests = ", ".join(name for name, _, _ in self._tests())
             raise ValueError(f"argument {self.argument!r} has no test; expected one of {tests}, or required")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least: {self.at_least} is not valid; expected at most at_most, which is "
+                             f"{self.at_most}; no value could pass")  # fmt: skip
         return self
 
     def broken(self, arguments: dict[str, object]) -> Iterator[tuple[str, str]]:
@@ -132,6 +136,11 @@ class _Test(NamedTuple):
     name: str
     wanted: Any
     holds: Callable[[Any, Any], bool]
+
+
+def is_pointer(argument: str) -> bool:
+    """Return whether this is how rules name an argument."""
+    return _POINTER.fullmatch(argument) is not None
 
 
 def is_for(principals: list[str], principal: str) -> bool:

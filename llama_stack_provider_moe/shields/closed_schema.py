@@ -8,6 +8,7 @@ something (`$ref` to another document). Patterns run in Rust's regex engine, who
 an attacker writes the text.
 """
 
+import difflib
 import ipaddress
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,8 @@ from urllib.parse import urlsplit
 
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from llama_stack_provider_moe.errors import InvalidInput, shorten
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
+from llama_stack_provider_moe.shields.possible_schema import impossible
 
 MAX_DEPTH = 24
 MAX_SCHEMAS = 2_000
@@ -57,30 +59,46 @@ class ClosedSchema:
         field: the caller's name for it, for errors.
 
     Raises:
-        InvalidInput: the schema is not valid, or not one that this class supports.
+        InvalidInput: the schema is not valid, or not one that this class supports; `InvalidBody` if it has several
+            problems, all of which are named.
     """
 
     def __init__(self, schema: Mapping[str, object], field: str) -> None:
-        if schema.get("type", "object") != "object":
-            raise InvalidInput(f"{field}.type", schema["type"], "'object', because arguments are an object")
         self._count = 0
+        self._problems: dict[str, InvalidInput] = {}
+        if schema.get("type", "object") != "object":
+            self._wrong(f"{field}.type", schema["type"], "'object', because arguments are an object")
         self.schema = self._closed({"type": "object", **schema}, field, 0, closes=True)
         assert isinstance(self.schema, dict)
         for where, ref in _refs(self.schema, field):
-            _resolved(self.schema, ref, where)
+            if where not in self._problems:
+                self._collect(_resolved, self.schema, ref, where)
         kind = _validator()
-        from jsonschema.exceptions import SchemaError as BadSchema
-
-        try:
-            kind.check_schema(self.schema)
-        except BadSchema as error:
+        for error in kind(kind.META_SCHEMA).iter_errors(self.schema):
             path = ".".join([field, *map(str, error.absolute_path)])
-            raise InvalidInput(path, error.instance, f"what draft 2020-12 has there ({error.message[:120]})") from None
+            self._wrong(path, error.instance, f"what draft 2020-12 has there ({error.message[:120]})")
+        self._refuse()
         self._validate = kind(self.schema, format_checker=_formats())
         try:
             self.mismatches({})
         except RecursionError:
             raise InvalidInput(field, "$ref", "references that do not lead in a circle") from None
+
+    def _wrong(self, field: str, value: object, expected: str) -> None:
+        """Note a problem; of one field only the first, because the others follow from it."""
+        self._problems.setdefault(field, InvalidInput(field, value, expected))
+
+    def _collect[**P](self, check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            check(*args, **kwargs)
+        except InvalidInput as error:
+            self._problems.setdefault(error.field, error)
+
+    def _refuse(self) -> None:
+        if len(self._problems) == 1:
+            raise next(iter(self._problems.values()))
+        if self._problems:
+            raise InvalidBody([str(each) for each in self._problems.values()])
 
     def mismatches(self, arguments: Mapping[str, object], limit: int = 3) -> list[Mismatch]:
         """Return the first places where the arguments do not match.
@@ -99,16 +117,25 @@ class ClosedSchema:
         """A copy of `schema`; `closes`: whether it describes a whole value, rather than one of several views of it."""
         self._count += 1
         if depth > MAX_DEPTH or self._count > MAX_SCHEMAS:
-            raise InvalidInput(field, "deeper", f"at most {MAX_DEPTH} levels and {MAX_SCHEMAS:,} schemas")
+            self._wrong(field, "deeper", f"at most {MAX_DEPTH} levels and {MAX_SCHEMAS:,} schemas")
+            self._refuse()
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            raise InvalidInput(field, schema, "a JSON schema, an object")
-        unknown = sorted(set(map(str, schema)) - KEYWORDS)
-        if unknown:
-            raise InvalidInput(f"{field}.{unknown[0]}", schema.get(unknown[0]), "a keyword of JSON Schema 2020-12 that "
-                               "rules support; there is none of this name")  # fmt: skip
-        made = {key: self._keyword(key, value, f"{field}.{key}", depth + 1) for key, value in schema.items()}
+            self._wrong(field, schema, "a JSON schema, an object")
+            return schema
+        for key in schema:
+            if key not in KEYWORDS:
+                close = difflib.get_close_matches(str(key)[:MAX_PATTERN], KEYWORDS, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                self._wrong(f"{field}.{key}", schema[key], "a keyword of JSON Schema 2020-12 that rules support; there "
+                            f"is none of this name{hint}")  # fmt: skip
+        for name, value, expected in impossible(schema, closes):
+            self._wrong(f"{field}.{name}", value, expected)
+        made = {
+            key: self._keyword(key, value, f"{field}.{key}", depth + 1) if key in KEYWORDS else value
+            for key, value in schema.items()
+        }
         if closes and not {"additionalProperties", "unevaluatedProperties"} & set(schema):
             made["unevaluatedProperties"] = False
         return made
@@ -117,7 +144,8 @@ class ClosedSchema:
         closes = key not in _NOT_CLOSED_BELOW
         if key in ("properties", "$defs", "dependentSchemas"):
             if not isinstance(value, dict):
-                raise InvalidInput(field, value, "an object of schemas")
+                self._wrong(field, value, "an object of schemas")
+                return value
             whole = key == "properties"  # a definition is whole where it is used
             return {str(name): self._closed(each, f"{field}.{name}", depth, whole) for name, each in value.items()}
         if key in _CHILD:
@@ -126,15 +154,16 @@ class ClosedSchema:
             return self._closed(value, field, depth, closes=False)
         if key in (*_IN_PLACE_LISTS, "prefixItems"):
             if not isinstance(value, list):
-                raise InvalidInput(field, value, "a list of schemas")
+                self._wrong(field, value, "a list of schemas")
+                return value
             whole = key == "prefixItems"
             return [self._closed(each, f"{field}.{number}", depth, whole) for number, each in enumerate(value)]
         if key == "pattern":
-            matcher(value, field)
+            self._collect(matcher, value, field)
         if key == "format" and not (isinstance(value, str) and value in FORMATS):
-            raise InvalidInput(field, value, f"one of {', '.join(FORMATS)}; any other would not be checked")
+            self._wrong(field, value, f"one of {', '.join(FORMATS)}; any other would not be checked")
         if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
-            raise InvalidInput(field, value, "a reference inside this schema, such as '#/$defs/path'")
+            self._wrong(field, value, "a reference inside this schema, such as '#/$defs/path'")
         return value
 
 

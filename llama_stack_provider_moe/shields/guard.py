@@ -257,8 +257,9 @@ def _share(params: TrajectoryParams, state: State) -> float:
 def _session_of(params: TrajectoryParams, conversation: Conversation) -> str:
     """The name of a session that the caller gave none: a hash of how the conversation begins."""
     if params.no_session == "refuse":
-        raise InvalidInput("session", None, "the session's name: header X-Moe-Session, or `moe_session` of the host's "
-                           "provider data; or a shield with `no_session: first_message`")  # fmt: skip
+        raise InvalidInput("session", None, "the session's name: `metadata.session_id` of the request, header "
+                           "X-Moe-Session, or `moe_session` of the host's provider data (`--session` of `guard run`); "
+                           "or a shield with `no_session: first_message`")  # fmt: skip
     digest = hashlib.sha256()
     for message in conversation:
         digest.update(f"{message.role}\0{message.text}\0".encode())

@@ -1,24 +1,27 @@
 """The YAML of rules of ToolGuard: which tools a model may call, with which arguments, for whom; and its checker."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from llama_stack_provider_moe.errors import InvalidConfig, InvalidFile, InvalidInput, shorten
+from llama_stack_provider_moe.errors import InvalidBody, InvalidConfig, InvalidFile, InvalidInput, shorten
+from llama_stack_provider_moe.ground.json_kinds import content_of
 from llama_stack_provider_moe.ground.small_files import open_regular
-from llama_stack_provider_moe.shields.argument_tests import ArgumentRule
+from llama_stack_provider_moe.shields.argument_tests import ArgumentRule, is_pointer
 from llama_stack_provider_moe.shields.closed_schema import ClosedSchema
 from llama_stack_provider_moe.shields.lookalikes import skeleton
+from llama_stack_provider_moe.shields.possible_schema import COMPOSED
 from llama_stack_provider_moe.shields.verdict import Level
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 MAX_BYTES = 4 << 20
+MAX_SHOWN = 1000  # problems of a file; a checker names them all
 MESSAGE = "The assistant wanted to do something that is not allowed here."
 
 
@@ -54,7 +57,7 @@ class Example(Block):
 
 
 class ToolRulesFile(Block):
-    """A file of rules."""
+    """A file of rules; `read_rules` also checks names and schemas, whatever else is wrong with the file."""
 
     version: Literal[1] = Field(description="Version of this format.")
     tools: dict[str, ToolRules] = Field(max_length=1000, description="The tools that may be called, by name.")
@@ -64,30 +67,6 @@ class ToolRulesFile(Block):
     examples: list[Example] = Field(
         default_factory=list, max_length=1000, description="Calls with their verdict, which `guard check` tries."
     )
-
-    @field_validator("tools", mode="after")
-    @classmethod
-    def _names(cls, tools: dict[str, ToolRules]) -> dict[str, ToolRules]:
-        seen: dict[str, str] = {}
-        for name in tools:
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a tool; expected 1 to 128 letters, digits and _ . : / -")
-            other = seen.setdefault(skeleton(name), name)
-            if other != name:
-                raise ValueError(f"{name!r} looks like {other!r}, so a person could take one for the other")
-        return tools
-
-    @model_validator(mode="after")
-    def _schemas(self) -> Self:
-        for name, tool in self.tools.items():
-            field = f"tools.{name}.parameters"
-            try:
-                ClosedSchema(tool.parameters, field)
-                for number, rule in enumerate(tool.rules):
-                    _must_be_named(tool.parameters, rule.argument, f"tools.{name}.rules.{number}.argument")
-            except InvalidInput as error:
-                raise ValueError(str(error)) from None
-        return self
 
     @cached_property
     def schemas(self) -> dict[str, ClosedSchema]:
@@ -131,10 +110,16 @@ def read_rules(path: Path, field: str = "rules") -> ToolRulesFile:
     except (OSError, InvalidFile, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
         raise InvalidInput(field, str(path), f"a YAML file of rules ({why})") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(field, str(path), f"an object with `version` and `tools`; {content_of(content)}")
+    problems = _problems_of_tools(content)
     try:
-        return validated(ToolRulesFile, content)
-    except InvalidInput as error:
-        raise InvalidConfig(str(path), list(getattr(error, "problems", (str(error),)))) from None
+        rules = validated(ToolRulesFile, content, shown=MAX_SHOWN)
+    except InvalidBody as error:
+        problems = [*error.problems, *problems]
+    if problems:
+        raise InvalidConfig(str(path), problems)
+    return rules
 
 
 def open_places(rules: ToolRulesFile) -> list[OpenPlace]:
@@ -151,12 +136,51 @@ def open_places(rules: ToolRulesFile) -> list[OpenPlace]:
     return found
 
 
+def _problems_of_tools(content: Mapping[str, object]) -> list[str]:
+    """What is wrong with names and schemas, in content that may also be wrong otherwise: both are named at once."""
+    tools = content.get("tools")
+    found: list[str] = []
+    looks: dict[str, str] = {}
+    for name, tool in tools.items() if isinstance(tools, dict) else ():
+        if not _NAME.fullmatch(name):
+            what = "is not the name of a tool; expected 1 to 128 letters, digits and _ . : / -"
+            found.append(f"tools: {shorten(name)} {what}")
+        other = looks.setdefault(skeleton(name), name)
+        if other != name:
+            found.append(
+                f"tools: {shorten(name)} looks like {shorten(other)}, so a person could take one for the other"
+            )
+        parameters = tool.get("parameters") if isinstance(tool, dict) else None
+        if not isinstance(parameters, dict):
+            continue
+        field = f"tools.{shorten(name)[1:-1]}"
+        found += _problems(ClosedSchema, parameters, f"{field}.parameters")
+        rules = tool.get("rules")
+        for number, rule in enumerate(rules if isinstance(rules, list) else ()):
+            argument = rule.get("argument") if isinstance(rule, dict) else None
+            if isinstance(argument, str) and is_pointer(argument):
+                found += _problems(_must_be_named, parameters, argument, f"{field}.rules.{number}.argument")
+    return found
+
+
+def _problems[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> list[str]:
+    try:
+        check(*args, **kwargs)
+    except InvalidInput as error:
+        return list(getattr(error, "problems", (str(error),)))
+    return []
+
+
 def _must_be_named(schema: Mapping[str, object], argument: str, field: str) -> None:
     """Refuse a rule on an argument that the schema does not name: it would never hold or break."""
     first = argument.split("/")[1].replace("~1", "/").replace("~0", "~")
     properties = schema.get("properties")
     named = list(properties) if isinstance(properties, dict) else []
-    composed = {"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas"} & set(schema)
-    if first == "*" or first in named or composed or schema.get("additionalProperties") not in (None, False):
+    if (
+        first == "*"
+        or first in named
+        or COMPOSED & set(schema)
+        or schema.get("additionalProperties") not in (None, False)
+    ):
         return
     raise InvalidInput(field, argument, f"an argument that `parameters` names: {shorten(named, 200)}")

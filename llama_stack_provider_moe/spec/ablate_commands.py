@@ -6,11 +6,12 @@ from typing import Any
 from pydantic import ValidationError, create_model
 
 from llama_stack_provider_moe.errors import InvalidBody
-from llama_stack_provider_moe.spec import AblationMeasureSpec, AnalysisOptions, AnalysisTraining
+from llama_stack_provider_moe.spec import AblationMeasureSpec, AnalysisTraining
 from llama_stack_provider_moe.spec.ablation import AblationOutput, Measure, MeasureTraining
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
 from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
+from llama_stack_provider_moe.spec.routing import WholeRowOptions
 
 _BITS = str(MeasureTraining.model_fields["quantize_bits"].description)
 
@@ -32,7 +33,7 @@ class MeasureCommand(JsonCommandLine):
 MEASURE_COMMAND: type[MeasureCommand] = create_model(
     "MeasureCommand",
     __base__=MeasureCommand,
-    **settings_of(Measure, AnalysisTraining, AnalysisOptions),
+    **settings_of(Measure, AnalysisTraining, WholeRowOptions),
 )
 
 
@@ -73,7 +74,7 @@ def measure_job(command: MeasureCommand) -> tuple[AblationMeasureSpec, dict[str,
         "data": {"sets": sets},
         "measure": {name: getattr(command, name) for name in Measure.model_fields},
         "training": {**training, "quantize_bits": command.quantize_bits},
-        "options": {name: getattr(command, name) for name in AnalysisOptions.model_fields},
+        "options": {name: getattr(command, name) for name in WholeRowOptions.model_fields},
     }
     try:
         return AblationMeasureSpec.model_validate(body), {name: Path(path) for name, path in sets.items()}

@@ -15,7 +15,7 @@ from llama_stack_provider_moe.spec.ablation import (
 from llama_stack_provider_moe.spec.blocks import Block, DType, OneProcess
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.inference_jobs import AnalysisJob
-from llama_stack_provider_moe.spec.routing import AnalysisOptions
+from llama_stack_provider_moe.spec.routing import AnalysisOptions, WholeRowOptions
 from llama_stack_provider_moe.spec.row_sources import RowSource
 
 LEAST_ROWS = 4
@@ -31,6 +31,7 @@ class AblationMeasureSpec(AnalysisJob):
     data: ContrastData = Field(description="Prompts to compare: a block, its fields follow.")
     measure: Measure = Field(default_factory=Measure)
     training: MeasureTraining = Field(default_factory=MeasureTraining)
+    options: WholeRowOptions = Field(default_factory=WholeRowOptions)
 
     def row_sources(self) -> list[RowSource]:
         """The two sets."""

@@ -14,7 +14,7 @@ from llama_stack_provider_moe.spec.mixing import MixOptions
 from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.options import Options, Trackers
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
-from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining
+from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining, WholeRowOptions
 from llama_stack_provider_moe.spec.surgery import SurgeryOptions, SurgeryTraining
 
 # The fields of `eval` that name something to measure, and those that fit one model only.
@@ -33,8 +33,8 @@ DEFAULT_BLOCKS: dict[str, type[Block]] = {
 # Recipes with few of the blocks, and few of their fields.
 _FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
     "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
-    "ablation_measure": {"training": MeasureTraining, "options": AnalysisOptions},
-    "probe": {"training": AnalysisTraining, "options": AnalysisOptions},
+    "ablation_measure": {"training": MeasureTraining, "options": WholeRowOptions},
+    "probe": {"training": AnalysisTraining, "options": WholeRowOptions},
     "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
     "mix": {"training": AnalysisTraining, "options": MixOptions},
     "surgery": {"training": SurgeryTraining, "options": SurgeryOptions},

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.ground.counting import number_of
 
 _TYPES = {
@@ -72,8 +73,13 @@ def reason(error: ErrorDetails) -> str:
 
 
 def problems_of(error: ValidationError) -> list[str]:
-    """Return each problem of a block as `field: reason`."""
+    """Return each problem of a block as `field: reason`, with the value where that is what is wrong."""
     return [
-        f"{'.'.join(map(str, each['loc']))}: {reason(each)}".removeprefix(": ")
+        f"{'.'.join(map(str, each['loc']))}: {_value(each)}{reason(each)}".removeprefix(": ")
         for each in error.errors(include_url=False)
     ]
+
+
+def _value(error: ErrorDetails) -> str:
+    is_said = error["type"] in ("missing", "extra_forbidden", "value_error", "assertion_error")
+    return "" if is_said else f"{shorten(error['input'])} is not valid; "

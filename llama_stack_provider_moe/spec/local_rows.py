@@ -9,6 +9,7 @@ from llama_stack_provider_moe.spec import AblationMeasureSpec, MixSpec, ProbeSpe
 from llama_stack_provider_moe.spec.ablation_jobs import LEAST_ROWS
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.local_commands import EVALUATION_SETS, EvaluationCommand
+from llama_stack_provider_moe.spec.probe_commands import as_typed
 from llama_stack_provider_moe.spec.row_files import FileRow, RowFile
 from llama_stack_provider_moe.spec.rows import canonical, conversation
 
@@ -81,7 +82,7 @@ def probe_rows(path: Path, name: str, spec: ProbeSpec) -> list[str]:
     (source,) = (each for each in spec.row_sources() if each.part == f"set-{name}")
     rows = _lines(path, "--set", 1, lambda row, number: conversation(row, number, source.format, False))
     if len(rows) < source.least:
-        raise InvalidInput("--set", f"{name}={path}", f"{source.why_least}; this file has {len(rows)}")
+        raise InvalidInput("--set", f"{name}={path}", f"{as_typed(source.why_least)}; this file has {len(rows)}")
     return rows
 
 

@@ -25,7 +25,7 @@ class Branch(Block):
 
     name: str = Field(
         description="Name of its domain, by which `leave_out`, mix.json and messages name the expert: 1 to 32 letters, "
-        "digits, '_' and '-'."
+        "digits, '_' and '-', the first a letter or a digit."
     )
     model: str = Field(
         min_length=1,

@@ -29,8 +29,9 @@ class PipelinePart(Block):
     """A part of a pipeline: a job with a name."""
 
     name: PartName = Field(
-        description="Name of the part: 1 to 32 lower-case letters, digits, '_' and '-'. Its job gets the pipeline's "
-        "name, '-' and this name; later parts name its result `parts.NAME` or `parts.NAME/merged`."
+        description="Name of the part: 1 to 32 lower-case letters, digits, '_' and '-', the first a letter or a digit. "
+        "Its job gets the pipeline's name, '-' and this name; later parts name its result "
+        "`parts.NAME` or `parts.NAME/merged`."
     )
     job: dict[str, Any] = Field(description="Job of the part, as in `POST jobs`, without `job_uuid`.")
 

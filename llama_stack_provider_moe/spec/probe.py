@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from llama_stack_provider_moe.spec.ablation import BASELINE, TARGET, Measure
 from llama_stack_provider_moe.spec.blocks import NUMBERS_LENGTH, NUMBERS_PATTERN, numbers
 from llama_stack_provider_moe.spec.inference_jobs import AnalysisJob
-from llama_stack_provider_moe.spec.routing import AnalysisData
+from llama_stack_provider_moe.spec.routing import AnalysisData, WholeRowOptions
 from llama_stack_provider_moe.spec.row_sources import RowSource
 
 CARD_FILE = "probe.json"
@@ -112,6 +112,7 @@ class ProbeSpec(AnalysisJob):
         description="Probe: a logistic regression on hidden states that tells two sets of prompts apart at run time."
     )
     data: ProbeData = Field(description="Prompts to tell apart: a block, its fields follow.")
+    options: WholeRowOptions = Field(default_factory=WholeRowOptions)
     probe: Probe = Field(default_factory=Probe)
 
     def row_sources(self) -> list[RowSource]:

@@ -1,14 +1,17 @@
 """What a user may type after `moe-train probe fit` and `score`."""
 
+import re
 from pathlib import Path
 
 from pydantic import ValidationError, create_model
 
-from llama_stack_provider_moe.errors import InvalidBody
-from llama_stack_provider_moe.spec import AnalysisOptions, AnalysisTraining, Probe, ProbeSpec
-from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
-from llama_stack_provider_moe.spec.error_words import problems_of
+from llama_stack_provider_moe.spec import AnalysisTraining, Probe, ProbeSpec
+from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional, written
 from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
+from llama_stack_provider_moe.spec.routing import WholeRowOptions
+from llama_stack_provider_moe.spec.validation_errors import invalid_body
+
+_SETTING = re.compile(r"\b(probe|training|options)\.(\w+)")
 
 
 class FitCommand(JsonCommandLine):
@@ -28,7 +31,7 @@ class FitCommand(JsonCommandLine):
 FIT_COMMAND: type[FitCommand] = create_model(
     "FitCommand",
     __base__=FitCommand,
-    **settings_of(Probe, AnalysisTraining, AnalysisOptions),
+    **settings_of(Probe, AnalysisTraining, WholeRowOptions),
 )
 
 
@@ -54,9 +57,19 @@ def fit_job(command: FitCommand) -> tuple[ProbeSpec, dict[str, Path]]:
         "data": {"sets": sets},
         "probe": {name: getattr(command, name) for name in Probe.model_fields},
         "training": {name: getattr(command, name) for name in AnalysisTraining.model_fields},
-        "options": {name: getattr(command, name) for name in AnalysisOptions.model_fields},
+        "options": {name: getattr(command, name) for name in WholeRowOptions.model_fields},
     }
     try:
         return ProbeSpec.model_validate(body), {name: Path(path) for name, path in sets.items()}
     except ValidationError as error:
-        raise InvalidBody(problems_of(error)) from None
+        raise invalid_body(error.errors(include_url=False), ProbeSpec, as_typed, as_typed) from None
+
+
+def as_typed(message: str) -> str:
+    """A job's message with the options of `moe-train probe fit` in place of the job's settings."""
+
+    def option_of(found: re.Match[str]) -> str:
+        field = FIT_COMMAND.model_fields.get(found[2])
+        return found[0] if field is None else written(found[2], field)
+
+    return _SETTING.sub(option_of, message).replace("data.sets.", "--set ").replace("data.sets", "--set")

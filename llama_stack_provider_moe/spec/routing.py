@@ -70,6 +70,14 @@ class AnalysisOptions(Block):
     )
 
 
+class WholeRowOptions(AnalysisOptions):
+    """The options of a job that reads the end of each row, and so can't cut it."""
+
+    max_length: int = Field(
+        default=1024, ge=8, le=1 << 20, description="Maximum number of tokens of a row; longer ones are refused."
+    )
+
+
 class Analysis(Block):
     """What to count, and how to measure its uncertainty."""
 

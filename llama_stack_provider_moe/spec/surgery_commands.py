@@ -1,12 +1,12 @@
 """What a user may type after `moe-train experts prune`, `merge`, `add` and `split`."""
 
+import re
 from typing import Literal, NamedTuple
 
-from pydantic import ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
-from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.command_words import JsonCommandLine, option, positional
-from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.local_commands import settings_of
 from llama_stack_provider_moe.spec.surgery import (
     ALL_LAYERS,
@@ -17,6 +17,7 @@ from llama_stack_provider_moe.spec.surgery import (
     SurgeryOptions,
     SurgeryTraining,
 )
+from llama_stack_provider_moe.spec.validation_errors import invalid_body
 
 _MODEL = "Model with experts: a folder with config.json and safetensors, name of a job, or hub id."
 _OUT = "Folder for the new model; must not exist."
@@ -130,14 +131,11 @@ def surgery_settings(command: SurgeryCommand) -> SurgerySettings:
     """
     if isinstance(command, SplitCommand):
         return SurgerySettings(Surgery(action="split", factor=command.factor), SurgeryTraining(), SurgeryOptions())
-    try:
-        asked = Surgery.model_validate(_body(command))
-        training, options = (
-            block.model_validate({name: getattr(command, name) for name in block.model_fields})
-            for block in (SurgeryTraining, SurgeryOptions)
-        )
-    except ValidationError as error:
-        raise InvalidBody(problems_of(error)) from None
+    asked = _valid(Surgery, _body(command))
+    training, options = (
+        _valid(block, {name: getattr(command, name) for name in block.model_fields})
+        for block in (SurgeryTraining, SurgeryOptions)
+    )
     general = command.general_rows if isinstance(command, AddExpertsCommand) else None
     _check_rows(asked, command.rows, general)
     return SurgerySettings(
@@ -145,15 +143,38 @@ def surgery_settings(command: SurgeryCommand) -> SurgerySettings:
     )
 
 
+def _valid[M: BaseModel](block: type[M], given: dict[str, object]) -> M:
+    try:
+        return block.model_validate(given)
+    except ValidationError as error:
+        raise invalid_body(error.errors(include_url=False), block, _option, as_typed) from None
+
+
+def _option(path: str) -> str:
+    """`drop.all` -> `--drop`, `add.router` -> `--router`; a block as a whole has no option."""
+    name = path.removeprefix("add.").partition(".")[0]
+    return "" if name in ("", "add") else f"--{name.replace('_', '-')}"
+
+
+def as_typed(message: str) -> str:
+    """A job's message about a surgery with options and MODEL in place of the job's settings."""
+    settings = "|".join([*Surgery.model_fields, *AddedExperts.model_fields])
+    message = re.sub(r"^model: ", "MODEL: ", message)
+    message = re.sub(rf"^({settings}): ", lambda found: f"{_option(found[1])}: ", message)
+    return re.sub(rf"`({settings})`", lambda found: _option(found[1]), message)
+
+
 def _body(command: PruneCommand | MergeExpertsCommand | AddExpertsCommand) -> dict[str, object]:
     if isinstance(command, PruneCommand):
+        if command.keep is None and not command.drop:
+            raise InvalidInput.missing("--keep", "the number of experts to keep in each layer; or --drop")
         if command.keep is not None and command.rows is None and not command.drop:
-            raise InvalidInput("--rows", None, "a file of rows, because --keep chooses by what experts do on them; or "
-                               "--drop")  # fmt: skip
+            raise InvalidInput.missing("--rows", "a file of rows, because --keep chooses by what experts do on "
+                                       "them; or --drop")  # fmt: skip
         return {"action": "prune", "keep": command.keep, "by": command.by, "drop": _drop(command.drop)}
     if isinstance(command, MergeExpertsCommand):
         if command.keep is None:
-            raise InvalidInput("--keep", None, "the number of experts that each layer has afterwards")
+            raise InvalidInput.missing("--keep", "the number of experts that each layer has afterwards")
         align = None if command.align is None else command.align == "on"
         return {"action": "merge", "keep": command.keep, "by": command.by, "align": align}
     given = {name: getattr(command, name) for name in AddedExperts.model_fields if name in command.model_fields_set}
@@ -162,7 +183,7 @@ def _body(command: PruneCommand | MergeExpertsCommand | AddExpertsCommand) -> di
 
 def _check_rows(asked: Surgery, rows: str | None, general: str | None) -> None:
     if asked.action == "merge" and rows is None and asked.likeness != "weights":
-        raise InvalidInput("--rows", None, f"a file of rows, because --by {asked.likeness} is measured on them; or "
+        raise InvalidInput.missing("--rows", f"a file of rows, because --by {asked.likeness} is measured on them; or "
                            "--by weights")  # fmt: skip
     if asked.action != "add":
         return
@@ -170,7 +191,7 @@ def _check_rows(asked: Surgery, rows: str | None, general: str | None) -> None:
         raise InvalidInput("--general-rows", general, "--rows beside it")
     if asked.added.router == "domain" and (rows is None or general is None):
         expected = "a file of rows, because --router domain is the difference of the mean router inputs on both files"
-        raise InvalidInput("--rows" if rows is None else "--general-rows", None, expected)
+        raise InvalidInput.missing("--rows" if rows is None else "--general-rows", expected)
 
 
 def _drop(given: list[str]) -> dict[str, str]:

@@ -48,12 +48,12 @@ _PATTERNS = {
 }
 
 
-def validated[M: BaseModel](model: type[M], body: object) -> M:
-    """`body` as a `model`; raises `InvalidBody` if it is not valid."""
+def validated[M: BaseModel](model: type[M], body: object, shown: int = SHOWN) -> M:
+    """`body` as a `model`; raises `InvalidBody`, with the first `shown` problems, if it is not valid."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise invalid_body(error.errors(include_url=False), model) from None
+        raise invalid_body(error.errors(include_url=False), model, shown=shown) from None
 
 
 def invalid_body(
@@ -61,8 +61,9 @@ def invalid_body(
     model: type[BaseModel] | None,
     name: Callable[[str], str] = str,
     reworded: Callable[[str], str] = str,
+    shown: int = SHOWN,
 ) -> InvalidBody:
-    """The error for what `ValidationError.errors()` lists; it explains the first `SHOWN` problems.
+    """The error for what `ValidationError.errors()` lists.
 
     Args:
         errors: as pydantic gives them.
@@ -70,9 +71,10 @@ def invalid_body(
             recipe.
         name: a field's dotted path -> the caller's name for it.
         reworded: the same for names inside a validator's own text.
+        shown: how many problems it explains; it counts the others.
     """
-    problems = [_problem(cast(ErrorDetails, error), model, name, reworded) for error in errors[:SHOWN]]
-    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    problems = [_problem(cast(ErrorDetails, error), model, name, reworded) for error in errors[:shown]]
+    more = [f"and {len(errors) - shown} more"] if len(errors) > shown else []
     return InvalidBody(problems + more)
 
 

@@ -169,7 +169,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`options` of playground jobs", "options.", PlaygroundOptions, set()),
     (
         "Measuring for an ablation: `job_uuid`, `model`, `labels`, `note`, `resources`, `options` and `adapter_folder` "
-        "as for routing analysis jobs, and",
+        "as for routing analysis jobs (but a row longer than `options.max_length` is refused, not cut), and",
         "",
         AblationMeasureSpec,
         {"job_uuid", "model", "model_from", "resources", "labels", "note", "options", "adapter_folder"},
@@ -179,7 +179,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`training` of measuring jobs", "training.", MeasureTraining, set()),
     (
         "Probe jobs: `job_uuid`, `model`, `labels`, `note`, `resources`, `training`, `options` and `adapter_folder` as "
-        "for routing analysis jobs, and",
+        "for routing analysis jobs (but a row longer than `options.max_length` is refused, not cut), and",
         "",
         ProbeSpec,
         {"job_uuid", "model", "model_from", "resources", "labels", "note", "training", "options", "adapter_folder"},

@@ -161,7 +161,7 @@ def test_a_failure_is_no_turn_of_a_session() -> None:
 def test_a_session_needs_a_name_or_a_beginning() -> None:
     nameless = ANN._replace(session=None)
     made = guard(WordScorer({"pan": 0.4}))
-    with pytest.raises(InvalidInput, match="X-Moe-Session"):
+    with pytest.raises(InvalidInput, match=r"`metadata\.session_id` of the request, header X-Moe-Session"):
         ask(made, "session", "hi", who=nameless)
     with pytest.raises(InvalidInput, match="1 to 256 characters"):
         ask(made, "session", "hi", who=ANN._replace(session="x" * 257))

@@ -35,7 +35,9 @@ BAD: list[tuple[Any, str]] = [
     ("version: 1\nversion: 1\ntools: {}\n", "line 2: key 'version' is given twice"),
     ("a: &a [1]\nb: *a\n", "alias *a"),
     ("[" * 2000, "a YAML file of rules"),
-    ("- 1\n", "the body: "),
+    ("- 1\n", "an object with `version` and `tools`; this is a list"),
+    ("", "an object with `version` and `tools`; the file is empty"),
+    ("# a comment\n", "an object with `version` and `tools`; the file is empty"),
     ({"tools": {}}, "version: is missing"),
     ({"version": 2, "tools": {}}, "version: 2 is not valid"),
     ({"version": 1, "tools": {}, "tool": 1}, "tool: unknown key"),
@@ -56,6 +58,9 @@ BAD: list[tuple[Any, str]] = [
     (with_tool(parameters={"allOf": [{"$ref": "#"}]}), "do not lead in a circle"),
     (with_tool(parameters={"patternProperties": {"a": {}}}), "a keyword of JSON Schema"),
     (with_rule(), "argument '/path' has no test"),
+    (with_rule(one_of=[]), "tools.read.rules.0.one_of: [] is not valid"),
+    (with_rule(none_of=[]), "tools.read.rules.0.none_of: [] is not valid"),
+    (with_rule(hosts=[]), "tools.read.rules.0.hosts: [] is not valid"),
     (with_rule(matches="(a"), "without look-around"),
     (with_rule(matches="a", maches="b"), "maches: unknown key"),
     (with_rule(inside="docs"), "expected an absolute folder"),
@@ -77,6 +82,65 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig) as refused:
         read_rules(written(tmp_path, content))
     assert len(refused.value.problems) == 3
+
+
+def test_rules_and_schemas_of_all_tools_are_named_at_once(tmp_path: Path) -> None:
+    schema = {"foo": 1, "properties": {"path": {"type": "strin", "maxLength": -3, "format": "zip", "pattern": "(a"}}}
+    rules = [{"argument": "/nope", "one_of": []}, {"argument": "/path", "at_least": 3, "at_most": 1}]
+    content = {"version": 1, "tool": 1, "tools": {
+        "read": {"parameters": schema, "rules": rules, "max_calls": 0},
+        "mail": {"parameters": {"requried": ["a"], "properties": []}},
+        "Read": {},
+        "búy": {"parameters": {}},
+    }}  # fmt: skip
+    with pytest.raises(InvalidConfig) as refused:
+        read_rules(written(tmp_path, content))
+    told = refused.value.problems
+    for says in (
+        "tool: unknown key", "tools.read.parameters.foo: ", "tools.read.parameters.properties.path.type: 'strin'",
+        "tools.read.parameters.properties.path.maxLength: -3", "tools.read.parameters.properties.path.format: 'zip'",
+        "tools.read.parameters.properties.path.pattern: '(a'", "tools.read.max_calls: 0",
+        "tools.read.rules.0.argument: '/nope'", "tools.read.rules.0.one_of: ", "tools.read.rules.1: at_least: 3.0",
+        "tools.mail.parameters.requried: ", "tools.mail.parameters.properties: ", "tools.Read.parameters: is missing",
+        "tools: 'Read' looks like 'read'", "tools: 'búy' is not the name of a tool",
+    ):  # fmt: skip
+        assert len([each for each in told if each.startswith(says)]) == 1, (says, told)
+    assert len(told) == 15, told
+
+
+def test_a_checker_names_more_than_a_few_problems(tmp_path: Path) -> None:
+    content = with_tool(rules=[{"argument": "/path"}] * 30)
+    with pytest.raises(InvalidConfig) as refused:
+        read_rules(written(tmp_path, content))
+    assert len(refused.value.problems) == 30
+
+
+OPEN: list[dict[str, Any]] = [
+    {"properties": {"a": {}}, "required": ["a", "b"], "additionalProperties": True},
+    {"allOf": [{"properties": {"a": {}, "b": {}}}], "required": ["b"]},
+    {"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    {"properties": {"a": {"minimum": 1, "maximum": 1}, "b": {}}},
+]
+CLOSED: list[tuple[dict[str, Any], str]] = [
+    ({"properties": {"path": {}}, "required": ["path", "pth"]}, "schema.required: 'pth'"),
+    ({"required": ["pth"]}, "schema.required: 'pth'"),
+    ({"properties": {"a": {"properties": {}, "required": ["b"]}}}, "schema.properties.a.required: 'b'"),
+    ({"required": ["b"], "additionalProperties": False, "allOf": [{"properties": {"b": {}}}]}, "schema.required: 'b'"),
+    ({"properties": {"a": {"minLength": 3, "maxLength": 2}}}, "schema.properties.a.minLength: 3"),
+    ({"properties": {"a": {"minimum": 3, "maximum": 2}}}, "schema.properties.a.minimum: 3"),
+]
+
+
+@pytest.mark.parametrize(("schema", "says"), CLOSED)
+def test_a_schema_that_no_call_can_pass_is_refused(schema: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        ClosedSchema(schema, "schema")
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("schema", OPEN)
+def test_a_schema_that_a_call_can_pass_is_not(schema: dict[str, Any]) -> None:
+    assert list(ClosedSchema(schema, "schema").mismatches({"a": 1, "b": 2})) == []
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: GgufCommand) -> int:
     if command.type is None:
-        raise InvalidInput("--type", None, f"one of {', '.join(GGUF_TYPES)}")
+        raise InvalidInput.missing("--type", f"one of {', '.join(GGUF_TYPES)}")
     tools = find_toolchain()
     check = make(
         model_folder(local_names.whole_model(command.model), "model"), Path(command.out), command.type, tools,

@@ -13,12 +13,12 @@ from transformers.utils import logging
 from llama_stack_provider_moe.compute.probing.artifact import write_probe
 from llama_stack_provider_moe.compute.probing.fit import fit_probe
 from llama_stack_provider_moe.compute.probing.report import text
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.errors import DataError, InvalidBody, InvalidInput
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.command_words import answered
 from llama_stack_provider_moe.spec.local_rows import probe_rows
 from llama_stack_provider_moe.spec.probe import CARD_FILE
-from llama_stack_provider_moe.spec.probe_commands import FIT_COMMAND, FitCommand, fit_job
+from llama_stack_provider_moe.spec.probe_commands import FIT_COMMAND, FitCommand, as_typed, fit_job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,12 @@ def _run(command: FitCommand) -> int:
         rows = {name: Path(folder) / f"{name}.jsonl" for name in files}
         for name, path in files.items():
             rows[name].write_text("".join(probe_rows(path, name, spec)), encoding="utf-8")
-        fitted, _ = fit_probe(spec, rows, say, progress)
+        try:
+            fitted, _ = fit_probe(spec, rows, say, progress)
+        except InvalidInput as error:
+            raise InvalidBody([as_typed(str(error))]) from None
+        except DataError as error:
+            raise DataError(as_typed(str(error))) from None
     card = write_probe(out, fitted.card, fitted.regressions)
     print(card.model_dump_json() if command.as_json else f"{text(card, fitted.candidates)}\nwritten to {out}")
     return 0

@@ -11,20 +11,27 @@ from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
 from llama_stack_provider_moe.compute.surgery.prepared import OF_COMMAND, Decision, Prepared, make
 from llama_stack_provider_moe.compute.surgery.report import text
 from llama_stack_provider_moe.compute.surgery.rows import load_rows
+from llama_stack_provider_moe.errors import InvalidBody, LayoutError, ModelError
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.local_rows import calibration_rows
 from llama_stack_provider_moe.spec.surgery import Surgery
-from llama_stack_provider_moe.spec.surgery_commands import SurgeryCommand, SurgerySettings, surgery_settings
+from llama_stack_provider_moe.spec.surgery_commands import SurgeryCommand, SurgerySettings, as_typed, surgery_settings
 
 
 def run(command: SurgeryCommand) -> int:
     """Choose, measure where there are rows, and write OUT unless it is a dry run."""
     logging.disable_progress_bar()
     settings = surgery_settings(command)
-    folder = model_folder(local_names.whole_model(command.model, "MODEL"), "model")
-    prepared = prepare(folder, _with_donor(settings.surgery), field=OF_COMMAND)
+    folder = model_folder(local_names.whole_model(command.model, "MODEL"), "MODEL")
+    try:
+        prepared = prepare(folder, _with_donor(settings.surgery), field=OF_COMMAND)
+    except (ModelError, LayoutError) as error:  # MODEL is not one for this command: a mistake, as other values are
+        raise InvalidBody([as_typed(str(error))]) from None
     decision = _decided(prepared, settings)
-    report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), _say)
+    try:
+        report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), _say)
+    except ModelError as error:
+        raise ModelError(as_typed(str(error))) from None
     print(report.model_dump_json() if command.as_json else text(report))
     return 0
 

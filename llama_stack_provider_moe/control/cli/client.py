@@ -16,6 +16,12 @@ from llama_stack_provider_moe.jobdir.state import JobState
 __all__ = ["API", "SILENCE_S", "Client", "Sent", "state_of"]
 
 
+_NO_SHIELDS = (
+    "no server with provider inline::moe-guard, which has the shields, answers there; `moe-train init DIR --server "
+    "guarded` writes the configuration of one, and `guard run --rules FILE` tries rules without a server"
+)
+
+
 class Client(sync_client.Client):
     """A server with our provider, as `--url` and `--api-key` name it."""
 
@@ -23,7 +29,7 @@ class Client(sync_client.Client):
 
     def shields(self) -> ShieldList:
         """Return the shields of the server."""
-        return self._send(Call(ShieldList, "GET", f"{self.url}/v1/shields"))
+        return self._send(Call(ShieldList, "GET", f"{self.url}/v1/shields", no_route=_NO_SHIELDS))
 
     def run_shield(self, shield_id: str, messages: Sequence[object], session: str | None) -> ShieldVerdict:
         """Run a shield on messages.
@@ -36,7 +42,8 @@ class Client(sync_client.Client):
         body: dict[str, object] = {"shield_id": shield_id, "messages": list(messages)}
         if session is not None:
             body["metadata"] = {"session_id": session}
-        found = self._send(Call(RunShieldAnswer, "POST", f"{self.url}/v1/safety/run-shield", body=body))
+        url = f"{self.url}/v1/safety/run-shield"
+        found = self._send(Call(RunShieldAnswer, "POST", url, body=body, no_route=_NO_SHIELDS))
         return ShieldVerdict(shield_id=shield_id, violation=found["violation"])
 
     @contextmanager

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.control.cli.job_file import read_value
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.ground.json_kinds import content_of
 
 RULES = "rules"  # how `run --rules` names its only shield
 app = App(help="Check rules for tool calls, and try conversations on shields.", no_args_is_help=True)
@@ -97,7 +98,7 @@ def try_out(
         messages = _messages(file)
         names = shield or [each["identifier"] for each in server.shields()["data"]]
         if not names:
-            raise InvalidInput("--shield", None, f"a shield of {server.url}, which has none")
+            raise InvalidInput.missing("--shield", f"a shield of {server.url}, which has none")
         found = [server.run_shield(name, messages, session) for name in names]
         return _told(screen, Verdicts(file=file, messages=len(messages), verdicts=found))
 
@@ -149,7 +150,7 @@ def _messages(file: str) -> list[object]:
     content = read_value(file, "messages, or an object with messages")
     found = content.get("messages") if isinstance(content, dict) else content
     if not isinstance(found, list):
-        raise InvalidInput("FILE", file, "a list of messages, or an object with messages")
+        raise InvalidInput("FILE", file, f"a list of messages, or an object with messages; {content_of(content)}")
     return found
 
 

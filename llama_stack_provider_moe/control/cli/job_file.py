@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from llama_stack_provider_moe.control.cli import packaged
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.ground.json_kinds import content_of
 
 STANDARD_INPUT = "-"
 type PackagedFile = Callable[[str, str, str], Traversable]
@@ -40,13 +41,13 @@ def read_job_file(file: str, packaged_file: PackagedFile = packaged.job_template
         beside = Path() if file == STANDARD_INPUT else Path(file).parent
     language = _language(template.name if template is not None else file, data)
     try:
-        body = parse_json(data) if language == "JSON" else _parse_yaml(data)
+        body = _parsed(data, language)
     except RecursionError:
         raise InvalidInput("FILE", file, f"a job file in {language} (it is nested too deeply)") from None
     except ValueError as error:  # invalid JSON or YAML, or not text
         raise InvalidInput("FILE", file, f"a job file in {language} ({error})") from None
     if not isinstance(body, dict):
-        raise InvalidInput("FILE", file, f"a job file, which holds an object; this is {kind_of(body)}")
+        raise InvalidInput("FILE", file, f"a job file, which holds an object; {content_of(body)}")
     return body, beside
 
 
@@ -66,10 +67,13 @@ def read_value(file: str, what: str) -> object:
         raise InvalidInput("FILE", file, f"a file that can be read ({error})") from None
     language = _language(file, data)
     try:
-        return parse_json(data) if language == "JSON" else _parse_yaml(data)
+        value = _parsed(data, language)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise InvalidInput("FILE", file, f"{what}, in {language} ({why})") from None
+    if value is None:
+        raise InvalidInput("FILE", file, f"{what}; {content_of(value)}")
+    return value
 
 
 def parse_json(data: str | bytes) -> object:
@@ -98,12 +102,6 @@ def _repeated_key(data: bytes) -> ValueError | None:
     return None
 
 
-def kind_of(value: object) -> str:
-    """Return what a JSON value is, for an error."""
-    kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null", dict: "an object"}
-    return kinds.get(type(value), "a number")
-
-
 def _language(file: str, data: bytes) -> str:
     """Return the language: by the file's suffix, else by its first character."""
     suffix = Path(file).suffix.lower()
@@ -125,7 +123,11 @@ def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _parse_yaml(data: bytes) -> object:
+def _parsed(data: bytes, language: str) -> object:
+    if not data.strip():
+        return None  # the JSON parser would ask for a value at line 1
+    if language == "JSON":
+        return parse_json(data)
     from llama_stack_provider_moe.ground import strict_yaml  # yaml takes longer to import than other commands to run
 
     return strict_yaml.parse(data)

@@ -60,7 +60,7 @@ def merge(command: MergeCommand) -> None:
 def gguf(command: GgufCommand) -> None:
     """Raise InvalidInput if the command can't work."""
     if command.type is None:
-        raise InvalidInput("--type", None, f"one of {', '.join(GGUF_TYPES)}")
+        raise InvalidInput.missing("--type", f"one of {', '.join(GGUF_TYPES)}")
     _whole_model(command.model, "MODEL")
     _new(command.out, "file")
 
@@ -147,7 +147,7 @@ def evaluate(command: EvaluationCommand) -> None:
     """Raise InvalidInput if the command can't work."""
     if not command.task and all(getattr(command, name) is None for name in EVALUATION_SETS):
         measured = ", ".join(f"--{name}" for name in EVALUATION_SETS if name != "labelled")
-        raise InvalidInput("--retain", None, f"something to measure: at least one of {measured}, --task")
+        raise InvalidInput.missing("--retain", f"something to measure: at least one of {measured}, --task")
     settings = evaluation_settings(command)
     if settings.ablated is not None:
         local_names.measurements_file(settings.ablated.measurements, "--ablate-from")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from llama_stack_provider_moe.control.cli.job_file import kind_of, parse_json, read_job_file
+from llama_stack_provider_moe.control.cli.job_file import parse_json, read_job_file
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
+from llama_stack_provider_moe.ground.json_kinds import kind_of
 from llama_stack_provider_moe.spec import JOB_SPEC, FromAnalysis, TrainingSpec
 from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.error_words import problems_of

@@ -10,6 +10,7 @@ import yaml
 
 from llama_stack_provider_moe.control.config_check.problems import checked
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
+from llama_stack_provider_moe.ground.json_kinds import content_of
 from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -147,7 +148,8 @@ def _read(path: Path, field: str) -> dict[object, object]:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise InvalidInput(field, str(path), f"a run YAML that can be read ({why})") from None
     if not isinstance(content, dict):
-        raise InvalidInput(field, str(path), "a run YAML with a list of providers.post_training")
+        raise InvalidInput(field, str(path), f"a run YAML with a list of providers.post_training or "
+                           f"providers.safety; {content_of(content)}")  # fmt: skip
     return content
 
 

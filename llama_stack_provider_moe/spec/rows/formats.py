@@ -103,6 +103,8 @@ CHATS: Final = (
     Format(("hh_rlhf",), ("chosen",), _has("chosen"), chat_formats.of_transcript, BOTH, auto=False),
     Format(("text",), ("text",), _has("text"), chat_formats.of_text, BOTH, beside=()),
 )  # fmt: skip
+# Columns of conversations that a row without an answer does not have.
+ANSWERS: Final = ("output", "expected_answer", "completion")
 PREFERENCES: Final = (
     Format(("hh_rlhf",), ("chosen", "rejected", "prompt"), _is_hh, preferences.of_transcripts, BOTH,
            optional=("prompt",)),

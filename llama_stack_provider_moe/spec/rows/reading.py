@@ -71,7 +71,7 @@ def canonical(
     table = PREFERENCES if recipe == "dpo" else CHATS
     try:
         present, shadowed = _present(row, renamed)
-        name, found, source = read(present, table, row_format, answered)
+        name, found, source = read(present, table, row_format, answered, recipe in _WITH_TEXTS)
         if "text" in found and recipe not in _WITH_TEXTS:
             raise BadRow(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"

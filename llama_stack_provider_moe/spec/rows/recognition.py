@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.spec import RowFormat
-from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns, Format
+from llama_stack_provider_moe.spec.rows.formats import ANSWERS, CHATS, PREFERENCES, Columns, Format
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation, Message, TextRow
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source
 
@@ -17,7 +17,7 @@ ANY_FORMAT: Final = ("auto", "instruct", "dialog")
 
 
 def read(
-    row: Columns, table: Sequence[Format], row_format: RowFormat, answered: bool
+    row: Columns, table: Sequence[Format], row_format: RowFormat, answered: bool, texts: bool
 ) -> tuple[str, CanonicalRow, Source]:
     """The name of a row's format, its canonical form, and what was read of it.
 
@@ -26,6 +26,7 @@ def read(
         table: the formats of the recipe.
         row_format: as the job states it.
         answered: whether a conversation must end with the assistant's turn.
+        texts: whether the recipe takes rows of plain text.
 
     Raises:
         BadRow: no format fits, several fit that differ, or the row has a problem.
@@ -36,7 +37,7 @@ def read(
     elif row_format != "auto":
         fitting = [each for each in fitting if row_format in each.names]
     if not fitting:
-        raise _of_no_format(row, table, row_format)
+        raise _of_no_format(row, table, row_format, answered, texts)
     if len(fitting) > 1:
         return _only_meaning(row, fitting, answered)
     source = Source(row, answered)
@@ -106,18 +107,21 @@ def _bare(message: Message) -> tuple[str, str | None, object]:
     return message["role"], message["content"], message.get("tool_calls")
 
 
-def _of_no_format(row: Columns, table: Sequence[Format], row_format: RowFormat) -> BadRow:
+def _of_no_format(row: Columns, table: Sequence[Format], row_format: RowFormat, answered: bool, texts: bool) -> BadRow:
     if table is PREFERENCES and row_format in (*ANY_FORMAT, "preference"):
         missing = "rejected" if "chosen" in row else "chosen"
         return BadRow(missing, "is missing; a preference row has prompt, chosen, rejected")
     named = [each for each in table if row_format in each.names]
     if row_format in ANY_FORMAT:
         named = [each for each in table if each.auto and (row_format == "auto" or row_format in each.usual)]
+        named = [each for each in named if texts or "text" not in each.names]
     if not named:
         recipe = "dpo" if table is CHATS else "sft"
         return BadRow("row", f"can't be of data.format {row_format!r}, which is for recipe {recipe}")
-    shown = dict.fromkeys(", ".join(c for c in each.columns if c not in each.optional) for each in named)
-    hint = "; data.columns gives columns other names"
+    answers = ANSWERS if table is CHATS and not answered else ()
+    shown = dict.fromkeys(", ".join(c for c in each.columns if c not in (*each.optional, *answers)) for each in named)
+    hint = f"; an answer ({' or '.join(answers)}) may be left out" if answers else ""
+    hint += "; data.columns gives columns other names"
     if table is CHATS and "chosen" in row:
         hint = "; chosen and rejected are for recipe dpo"
     expected = ", ".join(f"{{{columns}}}" for columns in shown)

@@ -58,6 +58,12 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path, capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dense_model_is_refused_as_other_mistakes_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = str(tiny_models.build("llama", tmp_path / "dense"))
+    assert prune_command.main([dense, "--drop", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "experts prune: MODEL: 'llama' is a dense model; expected one with experts" in capsys.readouterr().err
+
+
 def test_split_writes_twins(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert split_command.main([str(base), "--factor", "3", "--out", str(tmp_path / "out")]) == 0
     assert "split" in capsys.readouterr().out
@@ -68,10 +74,13 @@ def test_split_writes_twins(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"keep": 6}, "--rows: None is not valid; expected a file of rows"),
-        ({"keep": 6, "drop": ["1"]}, "keep: 6 is not valid with `drop`"),
+        ({"keep": 6}, "--rows: is missing; expected a file of rows"),
+        ({"keep": 6, "drop": ["1"]}, "--keep: 6 is not valid with --drop"),
+        ({}, "--keep: is missing; expected the number of experts to keep in each layer; or --drop"),
+        ({"drop": ["1"], "by": "usage"}, "--by: 'usage' has no effect with --drop; expected it with --keep"),
+        ({"keep": 0, "rows": "a"}, "--keep: 0 is not valid; expected >= 1"),
         ({"drop": ["1", "2"]}, "--drop: '2' is not valid; expected each layer once"),
-        ({"drop": ["x:1"]}, "'x' is not the number of a layer"),
+        ({"drop": ["x:1"]}, "--drop: 'x' is not the number of a layer"),
         ({"drop": ["1"], "rows": "nosuch.jsonl"}, "--rows: 'nosuch.jsonl' is not valid"),
         ({"drop": ["1"], "out": "."}, "--out: '.' is not valid; expected a folder that does not exist yet"),
         ({"drop": ["1"], "model": "./nosuch"}, "MODEL: './nosuch' is not valid"),
@@ -135,18 +144,25 @@ def test_add_takes_the_mlps_of_a_folder(base: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("kind", "given", "expected"),
     [
-        (MERGE_EXPERTS_COMMAND, {}, "--keep: None is not valid; expected the number of experts"),
+        (MERGE_EXPERTS_COMMAND, {}, "--keep: is missing; expected the number of experts"),
         (
             MERGE_EXPERTS_COMMAND,
             {"keep": 6},
-            "--rows: None is not valid; expected a file of rows, because --by outputs",
+            "--rows: is missing; expected a file of rows, because --by outputs",
         ),
         (MERGE_EXPERTS_COMMAND, {"keep": 6, "by": "weights", "out": "."}, "--out: '.' is not valid"),
-        (ADD_EXPERTS_COMMAND, {"router": "domain"}, "--rows: None is not valid; expected a file of rows"),
-        (ADD_EXPERTS_COMMAND, {"router": "domain", "rows": "a"}, "--general-rows: None is not valid"),
+        (ADD_EXPERTS_COMMAND, {"router": "domain"}, "--rows: is missing; expected a file of rows"),
+        (ADD_EXPERTS_COMMAND, {"router": "domain", "rows": "a"}, "--general-rows: is missing; expected"),
         (ADD_EXPERTS_COMMAND, {"general_rows": "a"}, "--general-rows: 'a' is not valid; expected --rows beside it"),
         (ADD_EXPERTS_COMMAND, {"mlp_from": "./nosuch"}, "--mlp-from: './nosuch' is not valid"),
-        (ADD_EXPERTS_COMMAND, {"count": 0}, "count"),
+        (ADD_EXPERTS_COMMAND, {"count": 0}, "--count: 0 is not valid; expected >= 1"),
+        (
+            ADD_EXPERTS_COMMAND,
+            {"router": "closed"},
+            "--router: 'closed' is not valid; expected 'copy', 'domain' or 'zero'",
+        ),
+        (ADD_EXPERTS_COMMAND, {"seed": 3}, "--seed: 3 has no effect without --noise; expected none"),
+        (ADD_EXPERTS_COMMAND, {"batch_size": 0}, "--batch-size: 0 is not valid; expected >= 1"),
     ],
 )
 def test_other_command_lines_are_checked_without_torch(

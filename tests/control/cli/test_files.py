@@ -89,7 +89,9 @@ def test_standard_input_may_be_either(content: str, monkeypatch: pytest.MonkeyPa
         ("job.yaml", "a: !x 1\n", "line 1: tag !x is not supported"),
         ("job.yaml", "? [a]\n: 1\n", "line 1: a key must be text"),
         ("job.yaml", "- a\n", "this is a list"),
-        ("job.yaml", "", "this is null"),
+        ("job.yaml", "", "the file is empty"),
+        ("job.yaml", "# a comment\n", "the file is empty"),
+        ("job.json", " \n", "the file is empty"),
         ("job.yaml", "just words\n", "this is text"),
         ("job.yaml", "a: \x00\n", "job.yaml"),
         ("job.yaml", "a: " + "[" * 3000, "job.yaml"),
@@ -167,13 +169,14 @@ def test_every_file_is_listed_with_what_it_says() -> None:
 @pytest.mark.parametrize("server", packaged.run_configs())
 def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    done = moe_train("init", str(folder), "--server", server, "--job", "mixtral_dpo")
+    runs_jobs = "post_training" in yaml.safe_load((ROOT / f"run_configs/{server}.yaml").read_text())["providers"]
+    done = moe_train("init", str(folder), "--server", server, *(["--job", "mixtral_dpo"] if runs_jobs else []))
     assert done.code == Exit.OK, done.err
     host = next(
         (each for each in HOSTS.values() if server in (each.server, each.guarded)), HOSTS[HostName.LLAMA_STACK_0_6]
     )
     is_guarded = server == host.guarded
-    files = {f"{server}.yaml", "mixtral_dpo.json", "constraints.txt"}
+    files = {f"{server}.yaml", "constraints.txt"} | ({"mixtral_dpo.json"} if runs_jobs else set())
     apis = f"external_apis{'_guarded' if is_guarded else ''}"
     folders = {apis} if host.is_external else set()
     assert {path.name for path in folder.iterdir()} == files | folders | ({"shields"} if is_guarded else set())
@@ -190,13 +193,38 @@ def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -
     assert yaml.safe_load(written) == expected
     assert "run_configs/" not in written
     assert "job_templates/" not in written
-    if "post_training" in expected["providers"]:
+    if runs_jobs:
         read_run_config(folder / f"{server}.yaml", None, {"MOE_STATE_DIR": str(tmp_path)})
     assert (folder / "constraints.txt").read_bytes() == (ROOT / host.constraints).read_bytes()
-    assert read_template(str(folder / "mixtral_dpo.json"), []) == read_template("@mixtral_dpo", [])
-    assert f"[{host.extra},train]' -c {folder / 'constraints.txt'}" in done.out
+    extras = f"{host.extra},train" if runs_jobs or is_guarded else host.extra
+    assert f"[{extras}]' -c {folder / 'constraints.txt'}" in done.out
     assert host.command.format(file=folder / f"{server}.yaml") in done.out
-    assert f"moe-train submit {folder / 'mixtral_dpo.json'} --follow" in done.out
+    assert (f"moe-train guard check {folder / 'shields/tools.yaml'}" in done.out) == is_guarded
+    assert ("Train:" in done.out) == runs_jobs
+    if runs_jobs:
+        assert read_template(str(folder / "mixtral_dpo.json"), []) == read_template("@mixtral_dpo", [])
+        assert f"moe-train submit {folder / 'mixtral_dpo.json'} --follow" in done.out
+
+
+def test_init_in_the_folder_of_another_server_keeps_what_is_the_same(tmp_path: Path) -> None:
+    assert moe_train("init", str(tmp_path)).code == Exit.OK
+    done = moe_train("init", str(tmp_path), "--server", "guarded")
+    assert (done.code, done.err) == (Exit.OK, "")
+    assert f"kept {tmp_path / 'constraints.txt'} (unchanged)" in done.out
+    assert f"wrote {tmp_path / 'guarded.yaml'}" in done.out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "quickstart.yaml", "granite_moe_sft.json", "constraints.txt", "guarded.yaml", "shields",
+    }  # fmt: skip
+    again = moe_train("init", str(tmp_path), "--server", "guarded", "--json").document
+    assert set(again) == {"server", "constraints", "rules", "kept"}
+    assert again["kept"] == [again["server"], again["constraints"], again["rules"]]
+
+
+def test_init_for_a_server_without_jobs_takes_no_job(tmp_path: Path) -> None:
+    done = moe_train("init", str(tmp_path / "new"), "--server", "guarded", "--job", "granite_moe_sft")
+    assert (done.code, done.out) == (Exit.REFUSED, "")
+    assert "--job: 'granite_moe_sft' is not valid; expected no --job, because server 'guarded' runs no jobs" in done.err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", HostName)
@@ -227,7 +255,8 @@ def test_init_overwrites_nothing(name: str, is_link: bool, tmp_path: Path) -> No
         (tmp_path / name).write_text("mine")
     done = moe_train("init", str(tmp_path), "--json")
     assert (done.code, done.out) == (Exit.REFUSED, "")
-    assert f"{tmp_path / name} exists" in done.error["message"]
+    assert f"{tmp_path / name} exists with other content" in done.error["message"]
+    assert "`moe-train init DIR --server quickstart`" in done.error["message"]
     assert os.listdir(tmp_path) == [name]
     assert is_link or (tmp_path / name).read_text() == "mine"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
 
 from llama_stack_provider_moe.control.cli.exits import Exit
 from tests.control.guard.test_routes import create_router, serving
@@ -82,6 +83,8 @@ def test_run_knows_the_principal(tmp_path: Path) -> None:
         ('{"message": []}', [], "a list of messages, or an object with messages"),
         ('[{"role": "user"}]', [], "messages[0].content"),
         ("[", [], "messages, or an object with messages, in JSON"),
+        ("", [], "messages, or an object with messages; the file is empty"),
+        ("7", [], "a list of messages, or an object with messages; this is a number"),
         ("[]", ["--shield", "a"], "no --shield and no --session"),
         ("[]", ["--session", "a"], "no --shield and no --session"),
     ],
@@ -103,6 +106,19 @@ def test_run_asks_the_shields_of_a_server(tmp_path: Path) -> None:
         assert found["tools"] is None
         assert found["cooking"]["metadata"]["score"] == 0.9
         assert len(moe_train(*words, "--shield", "tools").document["verdicts"]) == 1
-        assert "X-Moe-Session" in moe_train(*words).err, "the trajectory needs a session"
+        assert "`--session` of `guard run`" in moe_train(*words).err, "the trajectory needs a session"
         assert "expected one of ['tools', 'cooking', 'session']" in moe_train(*words, "--shield", "no").err
     assert moe_train(*words).code == Exit.LOST
+
+
+@pytest.mark.parametrize("more", [[], ["--shield", "tools"]])
+def test_run_on_a_server_without_shields_says_which_has_them(tmp_path: Path, more: list[str]) -> None:
+    file = written(tmp_path, [{"role": "user", "content": "I cook"}])
+    with served(APIRouter()) as url:
+        done = moe_train("guard", "run", file, "--url", url, *more)
+    assert (done.code, done.out) == (Exit.REFUSED, "")
+    told = " ".join(done.err.split())
+    assert f"{url} answered 404 Not Found: no server with provider inline::moe-guard" in told
+    assert "--server guarded" in told
+    assert "--rules FILE" in told
+    assert "inline::moe answers" not in told

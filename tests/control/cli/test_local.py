@@ -150,7 +150,7 @@ def test_several_mistakes_are_all_named() -> None:
             "--dtype: 'int4' is not valid; expected one",
         ),
         (["export", "merge", "{model}", "{empty}", "OUT", "--shard-size", "big"], "--shard-size: 'big'"),
-        (["export", "gguf", "{model}", "OUT"], "--type: None is not valid"),
+        (["export", "gguf", "{model}", "OUT"], "--type: is missing"),
         (["export", "gguf", "{model}", "{file}", "--type", "q8_0"], "OUT: "),
         (["export", "check", "nosuch"], "JOBFOLDER|ADAPTER: 'nosuch'"),
         (["export", "check", "{empty}", "--merged", "/nosuch"], "--merged: '/nosuch'"),
@@ -281,7 +281,11 @@ def test_a_probe_is_checked_without_torch(tmp_path: Path) -> None:
         return done.err
 
     fit = ("fit", "model", "--set", "target=many", "--set")
-    assert "at least 300 rows, because a third of them sets the threshold" in refusal(*fit, "baseline=few")
+    few = refusal(*fit, "baseline=few")
+    assert "at least 300 rows, because a third of them sets the threshold for --false-positive-rate 0.01" in few
+    assert "--layers: 'x' is not valid; expected numbers and ranges from 0 to 9999" in refusal(
+        *fit, "baseline=few", "--layers", "x"
+    )
     assert "this file has 299" in refusal(*fit, "baseline=few")
     assert "has no effect with tokens 'content'" in refusal(*fit, "baseline=many", "--span", "2")
     assert "can't fit a probe; expected target" in refusal(*fit, "other=many")

@@ -129,7 +129,8 @@ def test_which_of_several_providers(tmp_path: Path) -> None:
     [
         ("a: [1\nstore_url: planted\n b: c", "expected YAML at line "),
         ("a: {b: planted, b", "expected YAML at line "),
-        ("[]", "expected a run YAML with a list of providers.post_training"),
+        ("[]", "expected a run YAML with a list of providers.post_training or providers.safety; this is a list"),
+        ("# a comment", "providers.safety; the file is empty"),
         ("providers: {}", "expected a run YAML with a list of providers.post_training"),
         ("providers: {post_training: []}", "expected a run YAML with a provider_type inline::moe"),
         ("\0", "expected a run YAML that can be read"),

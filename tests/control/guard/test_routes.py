@@ -121,7 +121,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("/safety/run-shield", {"shield_id": "tools", "messages": "hi"}, "messages: 'hi' is not valid; expected a list"),
     ("/safety/run-shield", {"shield_id": "tools", "messages": HI, "params": {}}, "params: unknown key"),
     ("/safety/run-shield", {"shield_id": "no", "messages": HI}, "expected one of ['tools', 'cooking', 'session']"),
-    ("/safety/run-shield", {"shield_id": "session", "messages": HI}, "header X-Moe-Session"),
+    (
+        "/safety/run-shield",
+        {"shield_id": "session", "messages": HI},
+        "`metadata.session_id` of the request, header X-Moe-Session",
+    ),
     (
         "/safety/run-shield",
         {"shield_id": "tools", "messages": HI, "metadata": {"session": "s"}},
@@ -133,7 +137,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("/moderations", {"input": ["a"] * 65}, "input: '65 texts' is not valid; expected 1 to 64 texts"),
     ("/moderations", {"input": "a", "model": "no"}, "model: 'no' is not valid"),
     ("/moderations", {"input": "a", "model": "tools"}, "because texts have no tool calls"),
-    ("/moderations", {"input": "a", "model": "session"}, "header X-Moe-Session"),
+    ("/moderations", {"input": "a", "model": "session"}, "`metadata.session_id` of the request, header X-Moe-Session"),
 ]
 
 
