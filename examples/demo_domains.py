@@ -33,7 +33,7 @@ from smollm2 import cache_dir, smollm2
 
 from llama_stack_provider_moe.client.documents import Job, progress_of
 
-BRANCH_STEPS, ROUTER_STEPS, BATCH = 8, 12, 8
+BRANCH_STEPS, ROUTER_STEPS, BATCH = 4, 6, 8
 ALL_STEPS = len(DOMAINS) * BRANCH_STEPS + ROUTER_STEPS  # of the models that train on everything at once
 LR, ROUTER_LR = 1e-4, 3e-3
 DTYPE = "fp32"  # in bf16, steps of all weights that are this small are lost in rounding

@@ -85,6 +85,17 @@ def merging() -> list[str]:
     ]  # fmt: skip
 
 
+def ablating() -> list[str]:
+    found = newest("ablation_apply")
+    assert found["share_of_copy_speed"] >= 0.5
+    copies = sorted(found["copy_seconds"])
+    return [
+        f"{found['edited_tensors']} tensors of a checkpoint of {found['checkpoint_bytes'] / 1e9:.1f} GB",
+        f"{found['apply_seconds']:.1f} s (median of three)", f"{found['peak_bytes_above_start'] / 1e6:.0f} MB",
+        f"{copies[0]:.0f} to {copies[-1]:.0f} s", f"{found['share_of_copy_speed']:.2f} of a copy's speed",
+    ]  # fmt: skip
+
+
 def bringing() -> list[str]:
     found = newest("bring_data")["pushes"]
     assert all(each["seconds"] < 30 for name, each in found.items() if name != "large.jsonl")
@@ -148,7 +159,7 @@ def following() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "claims", [rows_of_experts, quantized, start, store, memory, merging, bringing, file_in_s3, following]
+    "claims", [rows_of_experts, quantized, start, store, memory, merging, ablating, bringing, file_in_s3, following]
 )
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:
     missing = [claim for claim in claims() if claim not in PAGE]
