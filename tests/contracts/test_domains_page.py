@@ -1,17 +1,15 @@
 """The figures of the demo of domain experts in its guide are those of the newest run that was kept."""
 
-import json
+from tests.contracts.doc_blocks import ROOT
+from tests.contracts.test_benchmark_page import newest
 
-from tests.contracts.rooms import ROOT
-
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("demo_domains_*.json"))
-PAGE = (ROOT / "docs" / "guides" / "domain-experts.md").read_text(encoding="utf-8")
+PAGE = " ".join((ROOT / "docs" / "guides" / "domain-experts.md").read_text(encoding="utf-8").split())
 DOMAINS = ("sums", "cooking", "code", "mean")
 EVERY = 5  # layers, one row for each so many
 
 
 def test_losses_and_mutual_information() -> None:
-    found = json.loads(RESULTS[-1].read_text(encoding="utf-8"))
+    found = newest("demo_domains")
     for name, losses in found["losses"].items():
         assert f"| {name} | {' | '.join(f'{losses[domain]:.3f}' for domain in DOMAINS)} |" in PAGE
     layers = list(zip(*found["mutual_information"].values(), strict=True))
