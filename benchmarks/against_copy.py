@@ -25,7 +25,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Let the peak begin anew at what is resident now."""
+    """Reset the peak to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,7 +1,7 @@
 """The same edit as a LoRA adapter that can be switched off: W' = W - s r r^T W is W + B A with B = -s r, A = r^T W.
 
 The update of each matrix has rank 1, and is exact: of linear layers, of routers, W - c (W q) q^T, and of each matrix of
-a stack of experts. Norms that are kept rescale columns or rows, which is no update of low rank; LoRA has no biases.
+a stack of experts. Keeping norms rescales columns or rows, which is not an update of low rank; LoRA has no biases.
 
 Shapes: H width of the residual stream, E experts; the update of a parameter (.., a, b) is left (.., a) times right
 (.., b).
