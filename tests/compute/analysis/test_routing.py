@@ -310,7 +310,7 @@ def test_prompt_and_response_are_parts_of_all(files: dict[str, Path], tmp_path: 
         (["--set", "c d=x"], "data.sets: 'c d' is not valid as a name", 2),
         (["--set", "c=/no/file"], "--set: '/no/file' is not valid; expected a file of rows", 2),
         (["--tokens", "response"], "row 1: completion: is missing beside 'prompt'", 2),
-        (["--confidence", "1"], "analysis.confidence: expected < 1", 2),
+        (["--confidence", "1"], "analysis.confidence: '1' is not valid; expected < 1", 2),
         (["--adapter", "/no/folder"], "adapter_folder: '/no/folder' is not an adapter of this model", 1),
         (["--max-length", "8", "--tokens", "response"], "completion", 2),
     ],
