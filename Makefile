@@ -26,10 +26,10 @@ demo: $(VENV)/.llama_cpp $(ENVIRONMENT:%=%/.made)
 demo-circuit-breaker: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_circuit_breaker.py $(MODEL)
 
+# OUT=FILE: the figures as JSON, here and below.
 demo-ablation: $(VENV)/.demo
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_ablation.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_ablation.py $(OUT:%=--out %)
 
-# OUT=FILE: the figures as JSON.
 demo-domains: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_domains.py $(OUT:%=--out %)
 

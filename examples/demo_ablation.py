@@ -5,18 +5,20 @@ Mixture-of-Experts model (4 experts, top-2), shows after which blocks it is visi
 what share of the direction. The best one edits the model's weights. Every figure that is printed was measured in this
 run; the plan is chosen on other prompts than those that measure its result. The exit code is not 0 if a goal is missed.
 
-    $ python examples/demo_ablation.py [--state FOLDER]
+    $ python examples/demo_ablation.py [--state FOLDER] [--out FILE]
 """
 
 import argparse
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -57,7 +59,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Take the direction of French out of a model, through Llama Stack.")
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", metavar="FOLDER",
                         help="state folder of the server (default: %(default)s)")  # fmt: skip
-    state: Path = parser.parse_args().state.resolve()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures (default: none)")
+    arguments = parser.parse_args()
+    state: Path = arguments.state.resolve()
+    began_s = time.monotonic()
 
     def work() -> None:
         model = prepare(state)
@@ -65,11 +70,17 @@ def main() -> int:
             run = time.strftime("%m%d-%H%M%S")
             measured = measure(stack, model, run)
             found = Path(artifact(measured, "analysis")["path"])
-            analysis(found)
-            best = frontier(model, found)
+            figures: dict[str, Any] = {"analysis": analysis(found)}
+            best, figures["frontier"] = frontier(model, found)
+            figures["chosen"] = best._asdict()
             edited = {gate: ablate(stack, model, measured["job_uuid"], best, gate, run) for gate in GATES}
-        missed = report(edited)
-        missed += answers(model, Path(artifact(edited[CHOSEN_GATE], "model")["path"]))
+        missed, figures["jobs"] = report(edited)
+        more, figures["held_out"] = answers(model, Path(artifact(edited[CHOSEN_GATE], "model")["path"]))
+        missed += more
+        if arguments.out is not None:
+            kept = {"command": "make demo-ablation", "machine": f"{platform.machine()}, {psutil.cpu_count()} cores",
+                    "wall_s": round(time.monotonic() - began_s, 1), **figures}  # fmt: skip
+            arguments.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         if missed:
             raise DemoFailed(f"goals missed: {'; '.join(missed)}")
 
@@ -101,8 +112,8 @@ def retained() -> list[dict[str, str]]:
     ]
 
 
-def analysis(folder: Path) -> None:
-    """Print the figures of the direction after some of the blocks."""
+def analysis(folder: Path) -> dict[str, Any]:
+    """Print the figures of the direction after some of the blocks; return those of the block with the best quality."""
     report = json.loads((folder / "directions.json").read_text(encoding="utf-8"))
     names = ("cosine", "signal_to_noise", "separation", "auc", "stability", "reach", "quality")
     table = Table("block", *names, box=None, padding=(0, 2, 0, 0))
@@ -112,6 +123,8 @@ def analysis(folder: Path) -> None:
             table.add_row(f"{each['layer']}{' *' * (each['layer'] in best)}", *(f"{each[name]:.3f}" for name in names))
     console.print(table)
     say(f"* the blocks with the best quality. The charts are in {folder}")
+    first = max(report["layers"], key=lambda each: each["quality"])
+    return {name: first[name] for name in ("layer", *names)}
 
 
 def edits(first: int, scale: float, blocks: int) -> list[dict[str, float]]:
@@ -119,8 +132,8 @@ def edits(first: int, scale: float, blocks: int) -> list[dict[str, float]]:
     return [{"layer": block, "measurement": block, "scale": scale} for block in range(first, blocks)]
 
 
-def frontier(model: Path, folder: Path) -> Point:
-    """Try plans at run time, without changing a weight; print what each does, and return the best."""
+def frontier(model: Path, folder: Path) -> tuple[Point, dict[str, Any]]:
+    """Try plans at run time, without changing a weight; print what each does, and return the best and all figures."""
     title("4. Try plans: how much French is lost, and how much of other text")
     quiet_libraries()
     import torch
@@ -152,7 +165,11 @@ def frontier(model: Path, folder: Path) -> Point:
     within = [point for point in points if point.rise < GOALS["perplexity"]]
     best = min(within, key=lambda point: (point.rate, point.rise)) if within else min(points, key=lambda p: p.rise)
     say(f"Chosen: from block {best.first} on, {best.scale:.0%} of the direction of each block.")
-    return best
+    return best, {
+        "base": {"rate": was, "perplexity": math.exp(base)},
+        "plans": [point._asdict() | {"perplexity": math.exp(base) * (1 + point.rise)} for point in points],
+        "prompts": len(CHOOSING), "rows": len(retained()), "last_block": found.provenance.layers - 1,
+    }  # fmt: skip
 
 
 _TORCH = {"bf16": "bfloat16", "fp32": "float32"}
@@ -204,12 +221,15 @@ def ablate(stack: Stack, model: Path, measured: str, best: Point, gate: float, r
     return follow(stack, job)
 
 
-def report(edited: Mapping[float, Job]) -> list[str]:
-    """Print what the jobs measured on other text, for each share of the routers' edit; return the goals missed."""
+def report(edited: Mapping[float, Job]) -> tuple[list[str], dict[str, Any]]:
+    """Print what the jobs measured on other text, for each share of the routers' edit.
+
+    Return the goals missed, and the figures by that share.
+    """
     title("6. What the edits cost on other text")
     table = Table("routers' share", "perplexity before", "after", "KL to the base", "choices of experts that changed",
                   box=None, padding=(0, 2, 0, 0))  # fmt: skip
-    missed = []
+    missed, figures = [], {}
     for gate, job in edited.items():
         folder = Path(artifact(job, "evaluation")["path"])
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["measured"]
@@ -218,14 +238,15 @@ def report(edited: Mapping[float, Job]) -> list[str]:
         kl, shift = found["after"]["kl_to_base"], found["after"]["routing_shift"]
         table.add_row(f"{gate:g}", f"{before:.2f}", f"{after:.2f} ({rise:+.1%})", f"{kl['value']:.4f} nats",
                       f"{shift['value']:.1%} ({shift['low']:.1%} to {shift['high']:.1%})")  # fmt: skip
+        figures[f"{gate:g}"] = {"rise": rise, "kl": kl["value"], "routing_shift": shift["value"]}
         if gate == CHOSEN_GATE and rise >= GOALS["perplexity"]:
             missed.append(f"perplexity of other text: {rise:+.1%}, goal < +{GOALS['perplexity']:.0%}")
     console.print(table)
-    return missed
+    return missed, figures
 
 
-def answers(model: Path, edited: Path) -> list[str]:
-    """Print answers to held-out prompts before and after, by plain transformers; return the goals missed."""
+def answers(model: Path, edited: Path) -> tuple[list[str], dict[str, Any]]:
+    """Print held-out answers before and after, by plain transformers; return the goals missed, and the rates."""
     title("7. Compare answers to held-out prompts, with plain transformers")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -241,9 +262,9 @@ def answers(model: Path, edited: Path) -> list[str]:
         say(f"Question: {[*HELD_OUT, *ENGLISH_HELD_OUT][at]}\nBefore:   {said[0][at]}\nAfter:    {said[1][at]}\n")
     was, now = (rate(each[: len(HELD_OUT)]) for each in said)
     say(f"Answers in French to {len(HELD_OUT)} held-out French prompts: {was:.0%} before, {now:.0%} after.")
-    if now > GOALS["rate"] * was:
-        return [f"answers in French: {now:.0%} of {was:.0%} before, goal at most {GOALS['rate']:.0%} of it"]
-    return []
+    missed = now > GOALS["rate"] * was
+    goal = f"answers in French: {now:.0%} of {was:.0%} before, goal at most {GOALS['rate']:.0%} of it"
+    return [goal] * missed, {"prompts": len(HELD_OUT), "before": was, "after": now}
 
 
 if __name__ == "__main__":
