@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Condition
 
@@ -74,10 +74,10 @@ class WorkQueue:
                 size += works[-1].size
             return pings, works
 
-    def done(self, works: list[Work]) -> None:
-        """Count these requests as no longer waiting."""
+    def done(self, work: Work) -> None:
+        """Count a request as no longer waiting; before its answer is given, for its caller may ask again at once."""
         with self._changed:
-            self.waiting -= sum(work.size for work in works)
+            self.waiting -= work.size
 
 
 def score_for_ever(
@@ -95,32 +95,35 @@ def score_for_ever(
         pings, works = queue.take()
         for ping in pings:
             ping.answer(Answer(probes=list(probes), refused=dict(refused), waiting=queue.waiting))
-        try:
-            _answer(works, probes, refused, batch_size)
-        finally:
-            queue.done(works)
+        for work, answer in _answers(works, probes, refused, batch_size):
+            queue.done(work)
+            if answer is not None:
+                work.answer(answer)
 
 
-def _answer(works: list[Work], probes: Mapping[str, LoadedProbe], refused: Mapping[str, str], batch_size: int) -> None:
+def _answers(
+    works: list[Work], probes: Mapping[str, LoadedProbe], refused: Mapping[str, str], batch_size: int
+) -> Iterator[tuple[Work, Answer | None]]:
+    """Score; each request with its answer, None where nobody wants one."""
     ready: dict[str, list[tuple[Work, list[list[Prompt]]]]] = {}
     for work in works:
         assert work.request is not None
         name = work.request.probe
         if not work.is_wanted:
-            continue
-        if time.monotonic() > work.deadline_s:
-            work.answer(Answer(failed="deadline", message="it waited for longer than its deadline"))
+            yield work, None
+        elif time.monotonic() > work.deadline_s:
+            yield work, Answer(failed="deadline", message="it waited for longer than its deadline")
         elif name not in probes:
-            work.answer(Answer(failed="refused", message=refused.get(name, f"there is no probe {name!r}")))
+            yield work, Answer(failed="refused", message=refused.get(name, f"there is no probe {name!r}"))
         else:
             try:
                 views = [probes[name].reader.prompts(messages_of(each)) for each in work.request.conversations]
             except Unscorable as problem:
-                work.answer(Answer(failed="refused", message=f"a conversation can't be scored: {problem}"))
+                yield work, Answer(failed="refused", message=f"a conversation can't be scored: {problem}")
             else:
                 ready.setdefault(name, []).append((work, views))
     for name, asked in ready.items():
         scores = iter(probes[name].score([each for _, views in asked for each in views], batch_size))
         for work, views in asked:
             mine = [next(scores) for _ in views]
-            work.answer(Answer(scores=[(each.probability, each.threshold, each.layer) for each in mine]))
+            yield work, Answer(scores=[(each.probability, each.threshold, each.layer) for each in mine])

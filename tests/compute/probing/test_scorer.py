@@ -35,7 +35,8 @@ def test_a_queue_is_bounded_pings_pass_it_and_a_round_is_small() -> None:
     assert queue.put(ping)
     assert queue.take() == ([ping], [first, second])
     assert queue.waiting == 40, "what is being scored counts too"
-    queue.done([first, second])
+    for done in (first, second):
+        queue.done(done)
     assert queue.waiting == 8
     assert queue.take() == ([], [third])
     large = work("p", nothing, ["a"] * 32)
@@ -59,7 +60,7 @@ def test_what_the_scoring_thread_answers() -> None:
     for each in works.values():
         assert queue.put(each)
     threading.Thread(target=score_for_ever, args=(queue, probes, {"bad": "it is bad"}, 4), daemon=True).start()
-    wait_for(lambda: queue.waiting == 0)
+    wait_for(lambda: queue.waiting == 0 and sum(map(len, answers.values())) == len(works) - 1)
     assert answers.pop("gone") == []
     found = {name: answer for name, (answer,) in answers.items()}
     assert {name: answer.failed for name, answer in found.items()} == {
@@ -71,6 +72,23 @@ def test_what_the_scoring_thread_answers() -> None:
     for score, wanted in zip(found["good"].scores, alone, strict=True):
         assert abs(score[0] - wanted.probability) < 1e-6
         assert score[1:] == (wanted.threshold, wanted.layer)
+
+
+def test_who_has_an_answer_finds_room_at_once() -> None:
+    """With as many callers as the queue holds, each of whom asks again as soon as it is answered, none is refused."""
+    probes, _ = load_probes([ReadProbe.at("p", tiny_probe()[1])])
+    queue, room = WorkQueue(2), list[bool]()
+
+    def again(_: Answer) -> None:
+        if len(room) < 6:
+            request = ScoreRequest(probe="p", conversations=[messages(OTHERS[0])], deadline_s=60)
+            room.append(queue.put(Work(request, again, time.monotonic() + 60)))
+
+    for _ in range(2):
+        again(Answer())
+    threading.Thread(target=score_for_ever, args=(queue, probes, {}, 4), daemon=True).start()
+    wait_for(lambda: len(room) == 6 and queue.waiting == 0)
+    assert room == [True] * 6
 
 
 def test_a_real_process_scores_as_this_one_does_and_ends_with_its_server(tmp_path: Path) -> None:
