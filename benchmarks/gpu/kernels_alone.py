@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import grouped, pointwise, reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import worst_error
+from llama_stack_provider_moe.compute.moe.kernels.drop import UP, Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, sort_by_expert
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
 from llama_stack_provider_moe.compute.moe.kernels.tiles import INTERPRETED, Call, Tiles
@@ -39,6 +40,7 @@ class Subject:
         self.groups = Groups(torch.tensor(sizes, device=device).cumsum(0).int())
         self.rows, self.experts = sum(sizes), len(sizes)
         self.index = torch.randint(0, self.rows // 2, (self.rows,), device=device, generator=self.random)
+        self.drop = Drop(0.1, 11, UP, torch.arange(self.rows, device=device), exact=True)
 
     def made(self, *shape: int) -> Tensor:
         """Numbers of unit variance over the last dimension."""
@@ -58,6 +60,12 @@ class Subject:
             "gradient of A": (self._outer, (self.made(self.rows, self.rank), rows)),
             "gradient of B": (self._outer, (d_rows, self.made(self.rows, self.rank))),
             "gradient of W": (self._outer, (d_rows, rows)),
+            "thin, dropout": (self._thin, (rows, lora[0])),
+            "forward, dropout": (self._given, (rows, weight, self.made(self.rows, self.rank), lora[1])),
+            "gradient of rows, dropout": (self._turned_dropping, (d_rows, weight, *lora)),
+            "gradient of A, dropout": (self._outer_dropping, (self.made(self.rows, self.rank), rows)),
+            "gate, dropout": (self._gate_dropping, (d_rows,)),
+            "gate backward, dropout": (self._gate_backward_dropping, (d_rows, self.made(self.rows, self.outputs // 2))),
             "gate": (self._gate, (d_rows,)),
             "gate backward": (self._gate_backward, (d_rows, self.made(self.rows, self.outputs // 2))),
             "sum of rows": (self._sum, (rows,)),
@@ -72,16 +80,39 @@ class Subject:
     def _turned(self, kernels: Any, d_rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Results:
         return _whole(kernels.product(d_rows, weight, self.groups, b.mT, a.mT, flip=True))
 
+    def _turned_dropping(self, kernels: Any, d_rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Results:
+        return _whole(kernels.product(d_rows, weight, self.groups, b.mT, a.mT, flip=True, drop=self.drop))
+
+    def _thin(self, kernels: Any, rows: Tensor, a: Tensor) -> Results:
+        if kernels is grouped:
+            return (grouped.one_pass(rows, a, self.groups, index_S=self.index, mask=grouped.Mask(self.drop)),)
+        return (reference.times_weights(self.drop.of(rows[self.index]), a, self.groups),)
+
+    def _given(self, kernels: Any, rows: Tensor, weight: Tensor, low: Tensor, b: Tensor) -> Results:
+        if kernels is grouped:
+            return (grouped.one_pass(rows, weight, self.groups, grouped.InPass(None, b, low), None, self.index),)
+        whole = reference.times_weights(rows[self.index], weight, self.groups)
+        return (reference.times_weights(low, b, self.groups, onto=whole),)
+
     def _outer(self, kernels: Any, left: Tensor, right: Tensor) -> Results:
         return (kernels.rows_by_rows(left, right, self.groups),)
 
-    def _gate(self, kernels: Any, inner: Tensor) -> Results:
-        return (_pointwise(kernels).gated(inner, _SILU),)
+    def _outer_dropping(self, kernels: Any, left: Tensor, right: Tensor) -> Results:
+        return (kernels.rows_by_rows(left, right, self.groups, drop=self.drop),)
 
-    def _gate_backward(self, kernels: Any, inner: Tensor, d_made: Tensor) -> Results:
+    def _gate(self, kernels: Any, inner: Tensor, drop: Drop | None = None) -> Results:
+        return (_pointwise(kernels).gated(inner, _SILU, drop),)
+
+    def _gate_dropping(self, kernels: Any, inner: Tensor) -> Results:
+        return self._gate(kernels, inner, self.drop)
+
+    def _gate_backward(self, kernels: Any, inner: Tensor, d_made: Tensor, drop: Drop | None = None) -> Results:
         weight = torch.ones(self.rows, device=self.device, dtype=inner.dtype)
-        found: Results = _pointwise(kernels).gated_backward(inner, _SILU, d_made, weight)
+        found: Results = _pointwise(kernels).gated_backward(inner, _SILU, d_made, weight, drop)
         return found
+
+    def _gate_backward_dropping(self, kernels: Any, inner: Tensor, d_made: Tensor) -> Results:
+        return self._gate_backward(kernels, inner, d_made, self.drop)
 
     def _sum(self, kernels: Any, rows: Tensor) -> Results:
         tokens = self.rows // 2
@@ -92,7 +123,8 @@ class Subject:
 
 KERNELS = (
     "forward", "forward, bias", "gradient of rows", "gradient of A", "gradient of B", "gradient of W", "gate",
-    "gate backward", "sum of rows",
+    "gate backward", "sum of rows", "thin, dropout", "forward, dropout", "gradient of rows, dropout",
+    "gradient of A, dropout", "gate, dropout", "gate backward, dropout",
 )  # fmt: skip
 
 

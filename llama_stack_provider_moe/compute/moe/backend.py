@@ -18,11 +18,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
+from llama_stack_provider_moe.compute.moe.dropout import OWN_NAME, share_of
 from llama_stack_provider_moe.compute.moe.exchange import Shard, exchange_tokens, shard_of
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import Dropout, draw_seed
 from llama_stack_provider_moe.compute.moe.kernels.groups import Sorted, sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
-from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora, grouped_linear
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer, kept_rows
+from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
@@ -95,10 +97,12 @@ def _on_rows(
 ) -> Tensor:
     """Run sorted tokens through the experts that the module's parameters hold."""
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not has_dropout(experts, up, down):
-        return expert_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+    layer = (hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels)
+    dropout = dropout_of(experts, up, down)
+    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not is_random(experts):
+        return expert_layer(*layer, dropout).to(hidden_TD.dtype)
     norm = None if can_recompute(experts) else experts.post_expert_norm
-    return kept_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels, norm).to(hidden_TD.dtype)
+    return kept_layer(*layer, norm, dropout).to(hidden_TD.dtype)
 
 
 def _on_shard(
@@ -158,10 +162,17 @@ def can_recompute(experts: "ExpertsModule") -> bool:
     return not getattr(experts, "has_post_expert_norm", False)
 
 
-def has_dropout(experts: nn.Module, up: Projection, down: Projection) -> bool:
-    """Whether dropout acts in this forward; recomputing it in backward would draw another mask."""
-    inside = experts.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in experts.modules())
-    return inside or any(each.lora is not None and each.lora.dropout > 0 for each in (up, down))
+def dropout_of(experts: nn.Module, up: Projection, down: Projection) -> Dropout | None:
+    """The dropout of this forward, with a new seed; None: nothing is dropped."""
+    inner = share_of(experts)
+    shares = (inner, *(0.0 if each.lora is None else each.lora.dropout for each in (up, down)))
+    return Dropout(draw_seed(), inner) if any(shares) else None
+
+
+def is_random(experts: nn.Module) -> bool:
+    """Whether the activation draws dropout of the model's own: recomputing it in backward would draw another mask."""
+    own = (each for name, each in experts.named_modules() if name != OWN_NAME)
+    return experts.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in own)
 
 
 def activation_of(experts: "ExpertsModule") -> Activation:
@@ -185,10 +196,6 @@ def _kind(act_fn: object) -> Literal["silu", "other"]:
 def _gate_first(experts: "ExpertsModule", inner_SJ: Tensor) -> Tensor:
     gate_SI, up_SI = inner_SJ.chunk(2, dim=-1)
     return up_SI * experts.act_fn(gate_SI)
-
-
-def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
-    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels)
 
 
 def _projection(experts: nn.Module, name: str, transposed: bool, bias: Tensor | None = None) -> Projection:
@@ -268,13 +275,14 @@ def _llama4_on_rows(
     experts: "ExpertsModule", hidden_TD: Tensor, weights_TK: Tensor, found: Sorted, kernels: Kernels
 ) -> Tensor:
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not has_dropout(experts, up, down):
+    activation, dropout, ones_TK = activation_of(experts), dropout_of(experts, up, down), torch.ones_like(weights_TK)
+    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not is_random(experts):
         weighted_TD = hidden_TD * weights_TK
-        ones_TK = torch.ones_like(weights_TK)
-        return expert_layer(weighted_TD, ones_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+        out_TD = expert_layer(weighted_TD, ones_TK, up, down, activation, found, kernels, dropout)
+        return out_TD.to(hidden_TD.dtype)
     rows_SD = dispatch(hidden_TD, found) * found.of_rows(weights_TK).unsqueeze(-1)
-    out_SD = _times(down, activation_of(experts).function(_times(up, rows_SD, found, kernels)), found, kernels)
-    return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)
+    out_SD = kept_rows(rows_SD, up, down, activation, found, kernels, dropout)
+    return combine(out_SD, ones_TK, found).to(hidden_TD.dtype)
 
 
 def _llama4_block(block: Llama4TextMoe, top_k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:

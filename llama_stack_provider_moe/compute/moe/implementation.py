@@ -134,12 +134,8 @@ def choose(
             tiles.install(decision.tiles)
     if choice.implementation not in ALL_OURS:
         return choice
-    adapter = spec.adapter
-    limits = limitations(
-        experts, choice.implementation, device,
-        dropout=moe.expert_dropout > 0 or (adapter is not None and adapter.dropout > 0),
-        rank=0 if adapter is None else rank_on_experts(adapter),
-    )  # fmt: skip
+    rank = 0 if spec.adapter is None else rank_on_experts(spec.adapter)
+    limits = limitations(experts, choice.implementation, device, rank=rank)
     return replace(choice, notes=(*choice.notes, *limits))
 
 
@@ -198,7 +194,7 @@ def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", named: bool) -> str 
 
 
 def limitations(
-    experts: "ExpertsModule", implementation: ExpertsImplementation, device: torch.device, *, dropout: bool, rank: int
+    experts: "ExpertsModule", implementation: ExpertsImplementation, device: torch.device, *, rank: int
 ) -> list[str]:
     """What the kernels of one of `ALL_OURS` can't do at full speed here, and what happens instead.
 
@@ -206,7 +202,6 @@ def limitations(
         experts: the experts of one layer.
         implementation: one of `ALL_OURS`.
         device: the model's device.
-        dropout: whether there is dropout on the experts or on their LoRA.
         rank: rank of LoRA on experts; 0: no LoRA.
     """
     kernels = kernels_of(implementation)
@@ -221,8 +216,6 @@ def limitations(
             )
     if recomputes(kernels, device) and not can_recompute(experts):
         notes.append("all activations of experts are kept: they have a norm after the down projection")
-    elif recomputes(kernels, device) and dropout:
-        notes.append("all activations of experts are kept: recomputing them would draw other dropout")
     return notes
 
 

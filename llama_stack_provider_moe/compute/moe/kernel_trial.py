@@ -27,8 +27,9 @@ from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import disagreement
+from llama_stack_provider_moe.compute.moe.kernels.drop import Dropout
 from llama_stack_provider_moe.compute.moe.kernels.groups import sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, ActivationKind, Stored
 from llama_stack_provider_moe.ground import liveness
@@ -39,7 +40,7 @@ TUNING_S = 240.0  # after this time no further size is tuned; a step of such a s
 SMALLEST_ROWS = 16  # per expert, of the smallest size that is tuned
 SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 Line = dict[str, Any]
-Run = Callable[[Kernels], list[Tensor]]
+Run = Callable[..., list[Tensor]]  # (kernels, exact=: dropout by the same formula in all of them; see `drop.Drop`)
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,13 @@ class Layer:
         upstream_TD = self.random(tokens, form.hidden)
         scores_TE = torch.rand(tokens, form.experts, device=self.device, generator=self._random)
         index_TK = scores_TE.topk(form.top_k).indices
-        dropped = form.lora_dropout > 0 or form.expert_dropout > 0
+        drops = form.lora_dropout > 0 or form.expert_dropout > 0
         wanted = [hidden_TD, weights_TK, *self.leaves]
 
-        def run(kernels: Kernels) -> list[Tensor]:
+        def run(kernels: Kernels, *, exact: bool = False) -> list[Tensor]:
             found = sort_by_expert(index_TK, form.experts, self.dtype)
-            torch.manual_seed(0)  # the same dropout
-            layer = kept_layer if dropped else expert_layer
-            out = layer(hidden_TD, weights_TK, self.up, self.down, self.activation, found, kernels)
+            dropout = Dropout(0, form.expert_dropout, exact) if drops else None
+            out = expert_layer(hidden_TD, weights_TK, self.up, self.down, self.activation, found, kernels, dropout)
             return [out.detach(), *torch.autograd.grad(out, wanted, upstream_TD.to(out.dtype))]
 
         return run
@@ -161,10 +161,7 @@ def _activation(form: TrialLayer) -> Activation:
         "clamped": partial(_clamped, form.alpha, form.limit),
         "other": _geglu if gated else F.gelu,  # any: torch computes it, whatever it is
     }
-    function = functions[form.activation]
-    if not form.expert_dropout:
-        return Activation(function, form.activation, form.alpha, form.limit)
-    return Activation(lambda inner_SJ: F.dropout(function(inner_SJ), form.expert_dropout))
+    return Activation(functions[form.activation], form.activation, form.alpha, form.limit)
 
 
 def _swiglu(inner_SJ: Tensor) -> Tensor:
@@ -218,10 +215,10 @@ def run_trial(form: TrialLayer, tell: Callable[[Line], None]) -> None:
             if number and time.monotonic() > until:
                 break
             run = layer.on(tokens)
-            expected = run(reference)
+            expected = run(reference, exact=True)
             if not number:
                 tell({"trial": TORCH, "ms": timed(lambda: run(reference), repetitions), "tokens": tokens})  # noqa: B023
-            why = disagreement(run(grouped), expected)
+            why = disagreement(run(grouped, exact=True), expected)
             if why is not None:
                 tell({"trial": TRITON, "reason": f"{why} with {tokens:,} tokens"})
                 return
