@@ -187,7 +187,7 @@ def table(result: Result, arguments: argparse.Namespace, part: str, end: float) 
 
 def compile_all(result: Result, arguments: argparse.Namespace) -> None:
     """Every kernel and candidate; a spill or an error of the compiler is a fault."""
-    command = [sys.executable, "-m", "benchmarks.gpu.compiled", *(arguments.arch or ["80", "90", "100"])]
+    command = [sys.executable, "-m", "benchmarks.gpu.compiled", *(arguments.arch or ["90", "100", "80"])]
     with started(command, arguments) as child:
         for line in lines(child, 10 * SILENT_S):
             result["compiled"].append(line)

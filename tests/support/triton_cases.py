@@ -290,7 +290,7 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     yield "times, LoRA, dropout", ragged.times, given | {"HAS_INDEX": True}, eight
     yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT, eight
     thin = plain | {"HAS_LORA": False, "MASK_IN": True, "HAS_INDEX": True, "BLOCK_O": 16} | LIMIT
-    yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 3}
+    yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 4}
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}
         wide = {"BLOCK_O": 256} if name == "bf16" and arch == 90 else {}

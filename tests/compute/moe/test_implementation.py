@@ -206,31 +206,31 @@ def test_quantised_experts_need_our_kernels() -> None:
 def test_limitations_of_the_kernels_are_reported() -> None:
     model, layout = model_of("mixtral")
     experts: Any = next(iter(layout.experts(model).values()))
-    assert limitations(experts, OURS, CPU, dropout=True, rank=256) == []
-    assert limitations(experts, TRITON, CPU, dropout=False, rank=64) == []
-    assert limitations(experts, TRITON, CPU, dropout=True, rank=65) == [
-        "LoRA of rank 65 takes products of its own: one pass with the base holds at most rank 64",
-        "all activations of experts are kept: recomputing them would draw other dropout",
+    assert limitations(experts, OURS, CPU, rank=256) == []
+    assert limitations(experts, TRITON, CPU, rank=64) == []
+    assert limitations(experts, TRITON, CPU, rank=65) == [
+        "LoRA of rank 65 takes products of its own: one pass with the base holds at most rank 64"
     ]
     experts.act_fn = torch.nn.GELU()
-    assert limitations(experts, TRITON, CPU, dropout=False, rank=0) == [
+    assert limitations(experts, TRITON, CPU, rank=0) == [
         "torch computes the activation of MixtralExperts: no kernel has its formula"
     ]
     assert kernels_of(TRITON) is not kernels_of(OURS)
 
 
-@pytest.mark.parametrize(("blocks", "dropout", "rank"), [
-    ({}, False, 0), ({"moe": {"expert_dropout": 0.1}}, True, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, True, 65),
-    ({"adapter": {"rank": 65}}, False, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, False, 0),
+@pytest.mark.parametrize(("blocks", "rank"), [
+    ({}, 0), ({"moe": {"expert_dropout": 0.1}}, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, 65),
+    ({"adapter": {"rank": 65}}, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, 0),
 ])  # fmt: skip
 def test_what_of_a_job_concerns_the_kernels(
-    blocks: dict[str, Any], dropout: bool, rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+    blocks: dict[str, Any], rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials(monkeypatch, 2.0, 1.0)
     blocks = blocks | {"moe": {"experts_backend": "triton", **blocks.get("moe", {})}}
     choice = chosen(job(**blocks), *model_of("mixtral"), GPU)
     text = "; ".join(choice.notes)
-    assert (("draw other dropout" in text), ("LoRA of rank 65" in text)) == (dropout, rank == 65)
+    assert ("LoRA of rank 65" in text) == (rank == 65)
+    assert "are kept" not in text, "dropout is recomputed as everything else is"
 
 
 def test_the_same_computation_without_a_gpu() -> None:

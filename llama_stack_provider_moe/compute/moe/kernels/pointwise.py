@@ -51,7 +51,7 @@ def _gate_and_up(inner, at_s, at_i, here, width, CLAMPED: tl.constexpr):
     return tl.load(place, here, 0.0).to(tl.float32), tl.load(place + width, here, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _gated(
     inner, out, keys, rows, width, alpha, limit, scale,
     CLAMPED: tl.constexpr, DROPS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -71,7 +71,7 @@ def _gated(
     tl.store(out + at_s[:, None] * width + at_i[None, :], made.to(out.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _gated_backward(
     inner, d_made, weight, d_inner, made, d_weight, keys, rows, width, alpha, limit, scale,
     CLAMPED: tl.constexpr, DROPS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -119,7 +119,7 @@ def _gated_backward(
     tl.store(d_weight + at_s, dots, is_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("all_rows",))
 def _weighted_sum(
     rows, places, weights, out, all_rows, width,
     CHOICES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -37,8 +37,11 @@ import triton.language as tl
 
 from llama_stack_provider_moe.compute.moe.kernels.pointwise import kept
 
+# Numbers that differ from step to step: Triton would compile a kernel again for those that 16 divides, between steps.
+VARYING = ("total", "tiles_o", "tiles_i")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def times(
     rows, weight, first, second, bias, out, low, index, keys, table, total, outputs, inputs, rank, tiles_o,
     rows_s, rows_i, weight_e, weight_o, weight_i, first_e, first_r, first_i, second_e, second_o, second_r,
@@ -133,7 +136,7 @@ def times(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def outer(
     left, right, out, left_index, right_index, keys, ends, total, outputs, inputs, tiles_o, tiles_i,
     left_s, left_o, right_s, right_i,

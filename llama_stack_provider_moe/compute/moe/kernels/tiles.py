@@ -113,6 +113,8 @@ def for_products(
     if dtype == torch.float32:  # without tensor cores: 128 x 128 would spill
         return (Tiles(min(64, tall), wide, 32),)
     depth = 64
+    if wide <= 64:  # a thin product, such as LoRA's first: bound by reading its rows once, whatever the tile
+        return tuple(dict.fromkeys((Tiles(tall, wide, depth, 4, 4), Tiles(max(16, tall // 2), wide, depth, 4, 4))))
     if turned and tall <= 32:  # with four warps they spill
         return tuple(Tiles(tall, wide, depth, 8, 4, tma) for tma in ((False, True) if described else (False,)))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
