@@ -38,7 +38,11 @@ OURS: Literal["moe_torch"] = "moe_torch"
 OURS_PARTIAL: Literal["moe_torch_partial"] = "moe_torch_partial"
 TRITON: Literal["moe_triton"] = "moe_triton"
 TRITON_PARTIAL: Literal["moe_triton_partial"] = "moe_triton_partial"
-ALL_OURS = (OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL)
+QUACK: Literal["moe_quack"] = "moe_quack"
+QUACK_PARTIAL: Literal["moe_quack_partial"] = "moe_quack_partial"
+PARTIAL = (OURS_PARTIAL, TRITON_PARTIAL, QUACK_PARTIAL)
+COMPILED = (TRITON, TRITON_PARTIAL, QUACK, QUACK_PARTIAL)  # on a GPU, where their kernels may fail
+ALL_OURS = (OURS, OURS_PARTIAL, *COMPILED)
 _CODES = "_expert_codes"
 _OnRows = Callable[["ExpertsModule", Tensor, Tensor, Sorted, Kernels], Tensor]
 
@@ -245,7 +249,7 @@ def _loop_experts(
     """Experts with the usual arguments; in LongCat, choices from E on return the token itself."""
     kernels = kernels_of(implementation)
     if not isinstance(experts, LongcatFlashExperts):
-        some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)
+        some_have_fewer = implementation in PARTIAL
         out_TD: Tensor = run_experts(
             experts, hidden_TD, index_TK, weights_TK, some_have_fewer=some_have_fewer, kernels=kernels
         )
@@ -302,9 +306,13 @@ def kernels_of(implementation: str) -> Kernels:
         from llama_stack_provider_moe.compute.moe.kernels import grouped  # Triton is not installed everywhere
 
         kernels = grouped
+    elif implementation in (QUACK, QUACK_PARTIAL):
+        from llama_stack_provider_moe.compute.moe.kernels import quack
+
+        kernels = quack
     else:
         kernels = reference
-    some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)
+    some_have_fewer = implementation in PARTIAL
     if implementation not in ALL_EXPERTS_FUNCTIONS:
         forward = partial(run_experts, some_have_fewer=some_have_fewer, kernels=kernels)
         ALL_EXPERTS_FUNCTIONS.register(implementation, forward)

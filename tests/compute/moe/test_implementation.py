@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from llama_stack_provider_moe.compute.moe import implementation
-from llama_stack_provider_moe.compute.moe.backend import OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL, kernels_of
+from llama_stack_provider_moe.compute.moe.backend import (
+    OURS,
+    OURS_PARTIAL,
+    QUACK,
+    QUACK_PARTIAL,
+    TRITON,
+    TRITON_PARTIAL,
+    kernels_of,
+)
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import (
     Decision,
@@ -25,7 +33,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, TrainingSpec
 from tests.support import tiny_models
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
-from llama_stack_provider_moe.compute.moe.kernels import tiles
+from llama_stack_provider_moe.compute.moe.kernels import quack, tiles
 
 TILES = (
     tiles.Choice("times", (32, "a shape"), tiles.Tiles(32, 16, 16)),
@@ -117,6 +125,59 @@ def test_a_job_uses_the_tiles_that_its_trial_chose(gpu: None, monkeypatch: pytes
     for rows, expected in ((16, 32), (32, 32), (64, 128), (128, 128), (1024, 128)):
         found = tiles.best("times", (rows, "a shape"), candidates, GPU, None)  # type: ignore[arg-type]
         assert found.rows == expected, rows
+
+
+@pytest.fixture
+def quack_ms(gpu: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
+    """The times of a trial, by kernels; quack-kernels are installed."""
+    ms: dict[str, float | None] = {"torch": 3.0, "triton": 2.0, "quack": 1.0}
+
+    def found(form: TrialLayer) -> Trials:
+        other = ms[form.kernels]
+        why = "" if other else "failed"
+        return Trials(
+            Trial(ms["torch"]), Trial(other, why), form.tokens, () if form.kernels == "quack" else TILES, form.kernels
+        )
+
+    monkeypatch.setattr(implementation, "run_trial", found)
+    monkeypatch.setattr(quack, "installed", lambda: "0.6.5")
+    return ms
+
+
+@pytest.mark.parametrize(("triton", "quacks", "expected"), [
+    (2.0, 1.0, QUACK), (1.0, 2.0, TRITON), (None, 2.0, QUACK), (2.0, None, TRITON), (4.0, 5.0, OURS), (None, None, OURS),
+])  # fmt: skip
+def test_auto_compares_quack_kernels_where_they_are_installed(
+    triton: float | None, quacks: float | None, expected: str, quack_ms: dict[str, float | None]
+) -> None:
+    quack_ms |= {"triton": triton, "quack": quacks}
+    model, layout = model_of("mixtral")
+    choice = chosen(job(), model.bfloat16(), layout, GPU)
+    assert choice.implementation == expected
+    assert ["triton" in choice.notes[0], "quack" in choice.notes[1]] == [True, True]
+
+
+def test_quack_kernels_by_name(quack_ms: dict[str, float | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job(moe={"experts_backend": "quack", "moe_load_balancing": "expert_choice"})
+    model, layout = model_of("mixtral")
+    with pytest.raises(ModelError, match=r"'quack' is not valid here: they compute in bf16 and fp16, not in float32"):
+        chosen(spec, model, layout, GPU)
+    model.bfloat16()
+    quack_ms |= {"quack": 9.0}
+    assert chosen(spec, model, layout, GPU).implementation == QUACK_PARTIAL, "however slow"
+    quack_ms |= {"quack": None}
+    with pytest.raises(ModelError, match=r"'quack' is not valid here: .* quack failed; expected 'auto' or 'torch'"):
+        chosen(spec, model, layout, GPU)
+    with pytest.raises(ModelError, match=r"'quack' is not valid here; it needs a CUDA GPU"):
+        check(spec, QUACK_PARTIAL, CPU)
+    check(spec, QUACK_PARTIAL, GPU)
+    assert available(QUACK, "cpu") == OURS
+    monkeypatch.setattr(quack, "installed", lambda: None)
+    with pytest.raises(
+        ModelError, match=r"'quack' is not valid here: quack-kernels is not installed \(extra 'quack'\)"
+    ):
+        chosen(spec, model, layout, GPU)
+    assert len(chosen(job(), model, layout, GPU).notes) == 1, "auto does not speak of what nobody installed"
 
 
 def test_the_notes_of_the_settings_are_not_repeated() -> None:

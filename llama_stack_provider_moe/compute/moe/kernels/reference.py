@@ -124,6 +124,21 @@ def product(
     """
     rows_SI = _gathered(rows_SI, index_S)
     out_SO = times_weights(rows_SI, weight, groups, flip=flip)
+    return with_bias_and_lora(rows_SI, out_SO, groups, first_ERI, second_EOR, bias_EO, flip=flip, drop=drop)
+
+
+def with_bias_and_lora(
+    rows_SI: Tensor,
+    out_SO: Tensor,
+    groups: Groups,
+    first_ERI: Tensor | None,
+    second_EOR: Tensor | None,
+    bias_EO: Tensor | None,
+    *,
+    flip: bool,
+    drop: Drop | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Add to `out_SO`, the product with the weights, all else that `product` has; arguments and results are its own."""
     if bias_EO is not None:
         out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
     if first_ERI is None or second_EOR is None:
@@ -256,27 +271,27 @@ def _can_group(rows: Tensor) -> bool:
 def _grouped(rows_SK: Tensor, matrices_EKN: Tensor, groups: Groups) -> Tensor:
     """`F.grouped_mm`, which needs strides that are multiples of 16 bytes."""
     outputs = matrices_EKN.shape[2]
-    out = F.grouped_mm(_filled(rows_SK, 1), _filled(_filled(matrices_EKN, 1), 2), offs=groups.ends_E)[:, :outputs]
-    return _without_strays(out, groups)
+    out = F.grouped_mm(filled(rows_SK, 1), filled(filled(matrices_EKN, 1), 2), offs=groups.ends_E)[:, :outputs]
+    return without_strays(out, groups)
 
 
 def _grouped_outer(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
     shape = left_SO.shape[1], right_SI.shape[1]
     if groups.partial:
-        left_SO, right_SI = _without_strays(left_SO, groups), _without_strays(right_SI, groups)
-    out = F.grouped_mm(_filled(left_SO, 1).T, _filled(right_SI, 1), offs=groups.ends_E)
+        left_SO, right_SI = without_strays(left_SO, groups), without_strays(right_SI, groups)
+    out = F.grouped_mm(filled(left_SO, 1).T, filled(right_SI, 1), offs=groups.ends_E)
     return out[:, : shape[0], : shape[1]]
 
 
-def _without_strays(rows: Tensor, groups: Groups) -> Tensor:
-    # grouped_mm does not write the rows after the last end.
+def without_strays(rows: Tensor, groups: Groups) -> Tensor:
+    """Zeros in the rows after the last end, which grouped products don't write."""
     if not groups.partial:
         return rows
     places = torch.arange(rows.shape[0], device=rows.device)
     return rows.masked_fill((places >= groups.ends_E[-1]).unsqueeze(1), 0)
 
 
-def _filled(matrix: Tensor, axis: int) -> Tensor:
+def filled(matrix: Tensor, axis: int) -> Tensor:
     """Pad with zeros to a multiple of `ALIGNED` along `axis`."""
     missing = -matrix.shape[axis] % ALIGNED
     if not missing:

@@ -115,8 +115,10 @@ def for_products(
     depth = 64
     if wide <= 64:  # a thin product, such as LoRA's first: bound by reading its rows once, whatever the tile
         return tuple(dict.fromkeys((Tiles(tall, wide, depth, 4, 4), Tiles(max(16, tall // 2), wide, depth, 4, 4))))
-    if turned and tall <= 32:  # with four warps they spill
-        return tuple(Tiles(tall, wide, depth, 8, 4, tma) for tma in ((False, True) if described else (False,)))
+    if turned and (tall <= 32 or rank > 32):  # with four warps they spill, with 16 rows in four stages, too
+        found = [Tiles(tall, wide, depth, 8, 3)]
+        found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
+        return tuple(found + ([Tiles(tall, wide, depth, 8, 3 if tall == 16 else 4, True)] if described else []))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
     if (roomy and not turned) or tall * wide < 128 * 128:
