@@ -1,6 +1,7 @@
 """The trial of kernels with a fault in their product: `python -m tests.support.faulty_trial FAULT`.
 
-quack-kernels' GEMM, which needs a GPU, is its documented arithmetic here. Start it as `kernel_trial` is started, with TRITON_INTERPRET=1 where there is no GPU.
+quack-kernels' GEMM, which needs a GPU, is its documented arithmetic here. Start it as `kernel_trial` is started, with
+TRITON_INTERPRET=1 where there is no GPU.
 """
 
 import os

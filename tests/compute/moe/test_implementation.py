@@ -145,7 +145,8 @@ def quack_ms(gpu: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, float | No
 
 
 @pytest.mark.parametrize(("triton", "quacks", "expected"), [
-    (2.0, 1.0, QUACK), (1.0, 2.0, TRITON), (None, 2.0, QUACK), (2.0, None, TRITON), (4.0, 5.0, OURS), (None, None, OURS),
+    (2.0, 1.0, QUACK), (1.0, 2.0, TRITON), (None, 2.0, QUACK), (2.0, None, TRITON), (4.0, 5.0, OURS),
+    (None, None, OURS),
 ])  # fmt: skip
 def test_auto_compares_quack_kernels_where_they_are_installed(
     triton: float | None, quacks: float | None, expected: str, quack_ms: dict[str, float | None]

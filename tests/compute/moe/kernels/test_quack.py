@@ -72,8 +72,10 @@ def swiglu(inner_SJ: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_layers_gradients_are_the_references(share: float, trains: bool) -> None:
     """With LoRA, biases and dropout; frozen weights have no product of their own gradient."""
-    shapes = {"hidden": (19, 72), "weights": (19, 2), "up": (3, 160, 72), "up bias": (3, 160), "up a": (3, 4, 72),
-              "up b": (3, 160, 4), "down": (3, 72, 80), "down bias": (3, 72), "down a": (3, 4, 80), "down b": (3, 72, 4)}  # fmt: skip
+    shapes = {
+        "hidden": (19, 72), "weights": (19, 2), "up": (3, 160, 72), "up bias": (3, 160), "up a": (3, 4, 72),
+        "up b": (3, 160, 4), "down": (3, 72, 80), "down bias": (3, 72), "down a": (3, 4, 80), "down b": (3, 72, 4),
+    }  # fmt: skip
     leaves = {name: made(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
     index_TK = torch.randint(0, 3, (19, 2), generator=torch.Generator().manual_seed(1))
     found = []
