@@ -37,7 +37,10 @@ from benchmarks.machine import RESULTS, gpu, machine, versions
 
 NOTES = Path(__file__).parent / "NOTES.md"
 BEGIN, END = "<!-- arithmetic: by --arithmetic -->\n", "<!-- end of arithmetic -->"
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "trl", "pydantic", "matplotlib")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "quack-kernels", "trl", "pydantic",
+    "matplotlib",
+)  # fmt: skip
 FIRST = 5  # cases before the first end-to-end runs
 Result = dict[str, Any]
 Unit = tuple[str, Callable[[], None]]  # what it is called when it is left out, and the work

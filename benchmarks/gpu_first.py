@@ -31,7 +31,7 @@ from benchmarks.gpu.kernels_alone import KERNELS
 from benchmarks.machine import RESULTS, gpu, machine, versions
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "quack-kernels", "bitsandbytes")
 ENDING_S = 10.0  # from a child's last line to its end
 SILENT_S = 90.0  # a child that prints nothing for so long hangs
 KERNELS_SHARE, LAYERS_SHARE = 0.4, 0.75  # of the minutes, at whose end the next part begins
