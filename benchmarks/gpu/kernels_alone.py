@@ -1,18 +1,22 @@
 """One Triton kernel with every candidate of its tiles, against double precision, in a process of its own.
 
-    python -m benchmarks.gpu.kernels_alone KERNEL [--from N] [--device cpu]
+    python -m benchmarks.gpu.kernels_alone KERNEL [--from N] [--device cpu] [--ahead]
 
 It prints one line of JSON when it begins a candidate and one when it has ended: what follows a `begins` without an end
-is the candidate that took the process down. On a CPU Triton must interpret (TRITON_INTERPRET=1), with small sizes.
+is the candidate that took the process down. With `--ahead` it compiles the candidates into Triton's cache and runs
+none, so that several processes do at once what takes most of the time. On a CPU Triton must interpret
+(TRITON_INTERPRET=1), with small sizes.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
 from llama_stack_provider_moe.compute.moe.kernels import grouped, pointwise, reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import worst_error
@@ -163,13 +167,49 @@ def run(kernel: str, first: int, device: torch.device, tell: Callable[[dict[str,
             continue
         name = "its only form" if tiles is None else repr(tiles)
         tell({"begins": number, "candidate": name})
-        spills = _force(tiles)
-        found = compute(grouped, *tensors)
-        errors = [worst_error(one, true) for one, true in zip(found, truth, strict=True)]
-        right = all(error <= NO_WORSE * other + FLOOR for error, other in zip(errors, twin, strict=True))
-        ms = _ms(lambda: compute(grouped, *tensors), device) if right else None
-        tell({"ends": number, "candidate": name, "right": right, "worst_errors": errors, "twins": twin, "ms": ms,
-              "spills": max(spills, default=0)})  # fmt: skip
+        ended: dict[str, Any] = {"ends": number, "candidate": name, "right": False}
+        try:
+            spills = _force(tiles)
+            found = compute(grouped, *tensors)
+            errors = [worst_error(one, true) for one, true in zip(found, truth, strict=True)]
+            right = all(error <= NO_WORSE * other + FLOOR for error, other in zip(errors, twin, strict=True))
+            ms = _ms(lambda: compute(grouped, *tensors), device) if right else None
+        # Too large for the device, or this Triton can't compile it; the next candidate needs no new process.
+        except (TritonError, RuntimeError) as error:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises after an illegal access, which ends this process
+            tell(ended | {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+            continue
+        tell(ended | {"right": right, "worst_errors": errors, "twins": twin, "ms": ms,
+                      "spills": max(spills, default=0)})  # fmt: skip
+
+
+def ahead(kernel: str, device: torch.device, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Compile every candidate of `kernel`; errors appear when it runs."""
+    compute, tensors = Subject(device, torch.bfloat16).of(kernel)
+    for module, names in ((grouped, ("times", "outer")), (pointwise, ("_gated", "_gated_backward", "_weighted_sum"))):
+        for name in names:
+            setattr(module, name, OnlyCompiled(getattr(module, name)))
+    for tiles in _candidates(lambda: compute(grouped, *tensors)):
+        _force(tiles)
+        with suppress(TritonError, RuntimeError):
+            compute(grouped, *tensors)
+        tell({"compiled": kernel, "candidate": repr(tiles)})
+
+
+class OnlyCompiled:
+    """A Triton kernel that a launch compiles, and does not run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """What is called in place of the launch."""
+
+        def compile_only(*arguments: Any, **options: Any) -> None:
+            self._kernel.warmup(*arguments, grid=grid, **options)
+
+        return compile_only
 
 
 def _candidates(work: Callable[[], object]) -> tuple[Tiles | None, ...]:
@@ -224,10 +264,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--from", dest="first", type=int, default=0, help="number of the first candidate (default: 0)")
+    parser.add_argument("--ahead", action="store_true", help="compile the candidates and run none")
     parser.add_argument("--device", default="cuda", help="torch's name of the device (default: cuda)")
     arguments = parser.parse_args()
-    run(arguments.kernel, arguments.first, torch.device(arguments.device),
-        lambda line: print(json.dumps(line), flush=True))  # fmt: skip
+
+    def tell(line: dict[str, Any]) -> None:
+        print(json.dumps(line), flush=True)
+
+    if arguments.ahead:
+        ahead(arguments.kernel, torch.device(arguments.device), tell)
+    else:
+        run(arguments.kernel, arguments.first, torch.device(arguments.device), tell)
 
 
 if __name__ == "__main__":
