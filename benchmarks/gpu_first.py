@@ -147,9 +147,10 @@ def alone(
     """Candidates of a kernel from number `first` on, until the child or the time ends; the number to go on with."""
     command = [sys.executable, "-m", "benchmarks.gpu.kernels_alone", kernel, "--from", str(first)]
     command += ["--device", "cpu"] if arguments.interpret else []
+    silent_s = (10 if arguments.interpret else 1) * SILENT_S  # a CPU may be busy with other work
     begun: dict[str, Any] | None = None
     with started(command, arguments) as child:
-        for line in lines(child, SILENT_S):
+        for line in lines(child, silent_s):
             if "begins" in line:
                 begun = line
             else:
@@ -161,10 +162,10 @@ def alone(
                 write(result, arguments.out)
                 if time.monotonic() > end:
                     return int(line["ends"]) + 1
-        hung = not ended(child, min(ENDING_S, SILENT_S))
+        hung = not ended(child, min(ENDING_S, silent_s))
     if begun is None and child.returncode == 0:
         return None
-    how = f"silent for {SILENT_S:g} s" if hung else f"exit code {child.returncode}"
+    how = f"silent for {silent_s:g} s" if hung else f"exit code {child.returncode}"
     said = child.last_line
     what = "before its first candidate" if begun is None else begun["candidate"]
     result["faults"].append(f"{kernel}, {what}: {how}; {said}")
@@ -215,7 +216,7 @@ def one_table(
     for each in without:
         command += ["--without", each]
     with started(command, arguments, told=False) as child:
-        how = watched(child, out, end + SILENT_S)
+        how = watched(child, out, end + SILENT_S, (10 if arguments.interpret else 1) * TABLE_SILENT_S)
     fault = how or ("" if child.returncode == 0 else f"exit code {child.returncode}; {child.last_line}")
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))
@@ -231,7 +232,7 @@ def one_table(
     return fault or None
 
 
-def watched(child: "Child", out: Path, end: float) -> str:
+def watched(child: "Child", out: Path, end: float, silent_s: float) -> str:
     """Wait for a table; why it is not waited for any longer, or an empty text."""
     seen, changed = -1.0, time.monotonic()
     while child.process.poll() is None:
@@ -240,8 +241,8 @@ def watched(child: "Child", out: Path, end: float) -> str:
                 seen, changed = written, time.monotonic()
         if time.monotonic() > end:
             return "it did not end in time"
-        if time.monotonic() - changed > TABLE_SILENT_S:
-            return f"no case in {TABLE_SILENT_S:g} s"
+        if time.monotonic() - changed > silent_s:
+            return f"no case in {silent_s:g} s"
         time.sleep(0.2)
     return ""
 

@@ -64,7 +64,7 @@ def test_a_candidate_that_takes_its_process_down_is_named_and_the_next_one_runs(
         return started([sys.executable, "-c", CHILD, *command[3:]], arguments, told=told)
 
     monkeypatch.setattr(gpu_first, "started", faulty)
-    monkeypatch.setattr(gpu_first, "SILENT_S", 3.0)
+    monkeypatch.setattr(gpu_first, "SILENT_S", 0.3)
     monkeypatch.setattr(gpu_first, "table", lambda *_: None)
     code, found = run(monkeypatch, tmp_path / "found.json", "--interpret", "--only", "gradient of B", "--minutes", "60")
     assert code == 1
@@ -115,7 +115,7 @@ def test_a_table_that_triton_ends_runs_again_without_it(
 
     monkeypatch.setattr(gpu_first, "started", child)
     monkeypatch.setattr(gpu_first, "kernels", lambda *_: None)
-    monkeypatch.setattr(gpu_first, "TABLE_SILENT_S", 2.0)
+    monkeypatch.setattr(gpu_first, "TABLE_SILENT_S", 0.2)
     code, found = run(monkeypatch, tmp_path / "found.json", "--interpret", "--minutes", "60")
     assert found["layers"]["layers"] == ["one"], "what a run had before it ended"
     assert [each.partition("; it")[0] for each in found["faults"]][:1] == ([told] if told else [])

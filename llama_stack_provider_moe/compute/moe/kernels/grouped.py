@@ -185,7 +185,9 @@ def one_pass(
         mask.out is not None,
     )  # fmt: skip
     described = weight_described and has_descriptors(rows_SI.device)
-    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, weight_turned, separate)
+    found = for_products(
+        per_expert, outputs, rank, rows_SI.dtype, described, weight_turned, separate or mask.out is not None
+    )
     results = (out_SO,) if low_SR is None or first_ERI is None else (out_SO, low_SR)
     call = Call(
         run, results, lambda: _twin(rows_SI, weight_EOI, groups, lora, bias_EO, index_S, mask),
