@@ -122,10 +122,11 @@ bench: $(VENV)/.dev demo
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.experts_gpu
 
-# The first thing to run on a GPU; some 7 minutes. MODE=--interpret or MODE=--compile: without one.
+# The first thing to run on a GPU; some 7 minutes. MODE=--interpret or MODE=--compile: without one. It installs nothing,
+# for such a machine may have no network: torch, triton, transformers and peft must be in .venv, or in $(PYTHON).
 MODE ?=
-gpu-first: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.gpu_first $(MODE) $(if $(MODE),--out build/gpu_first.json)
+gpu-first:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu_first $(MODE) $(if $(MODE),--out build/gpu_first.json)
 
 kernels-report: $(VENV)/.dev
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.support.triton_cases compile table

@@ -21,6 +21,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,10 @@ from benchmarks.machine import RESULTS, gpu, machine, versions
 
 NOTES = Path(__file__).parent / "NOTES.md"
 BEGIN, END = "<!-- arithmetic: by --arithmetic -->\n", "<!-- end of arithmetic -->"
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "trl", "pydantic", "matplotlib")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "quack-kernels", "trl", "pydantic",
+    "matplotlib",
+)  # fmt: skip
 FIRST = 5  # cases before the first end-to-end runs
 Result = dict[str, Any]
 Unit = tuple[str, Callable[[], None]]  # what it is called when it is left out, and the work
@@ -85,6 +89,10 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, default=30, help="repetitions of each measurement (default: 30)")
     parser.add_argument("--only", default="", metavar="TEXT", help="run only cases and runs whose name contains TEXT")
+    parser.add_argument(
+        "--without", action="append", default=[], choices=list(VARIANTS), help="leave out this implementation"
+    )
+    parser.add_argument("--loop", action="store_true", help="end to end by a plain loop, also where trl is installed")
     parser.add_argument("--smoke", action="store_true", help="run tiny shapes in fp32 on the CPU")
     parser.add_argument("--arithmetic", action="store_true", help="write the tables of NOTES.md without measuring")
     parser.add_argument("--out", type=Path, help="result file; the chart is written beside it")
@@ -104,7 +112,8 @@ def empty(arguments: argparse.Namespace) -> Result:
     """The result file before anything was measured."""
     options = [f"--minutes {arguments.minutes:g}", f"--repetitions {arguments.repetitions}"]
     options += [f"--only '{arguments.only}'"] if arguments.only else []
-    options += ["--smoke"] if arguments.smoke else []
+    options += [f"--without {each}" for each in arguments.without]
+    options += ["--loop"] * arguments.loop + ["--smoke"] * arguments.smoke
     skipped = {
         name: "installed here, but run in an environment of its own" if find_spec(name) else f"not installed; {why}"
         for name, why in PEERS.items()
@@ -137,7 +146,8 @@ def planned(arguments: argparse.Namespace, result: Result) -> list[Unit]:
         torch.device("cpu") if smoke else torch.device("cuda", 0), arguments.repetitions, 0.05 if smoke else 4.0
     )
     dtype = torch.float32 if smoke else torch.bfloat16
-    bench = Bench(clock, dtype, interpreted)
+    variants = tuple(each for each in VARIANTS if each not in arguments.without)
+    bench = Bench(clock, dtype, interpreted, variants)
     steps = models.Steps(clock, dtype, interpreted, **({"counted": 2, "preload": 1} if smoke else {}))
 
     def layer(case: Case) -> Unit:
@@ -154,7 +164,9 @@ def planned(arguments: argparse.Namespace, result: Result) -> list[Unit]:
         result["ceilings"] = ceilings(clock, 64 if smoke else 8192, dtype)
 
     cases = [layer(case) for case in (tiny(TINY) if smoke else in_order())]
-    runs = [step(run) for run in (models.tiny_runs() if smoke else models.runs())]
+    found = models.tiny_runs() if smoke else models.runs()
+    found = [replace(run, way="loop") for run in found] if arguments.loop else found
+    runs = [step(run) for run in dict.fromkeys(found) if run.backend not in arguments.without]
     units = [("ceilings", limits), *cases[:FIRST], *runs, *cases[FIRST:]]
     return [unit for unit in units if arguments.only in unit[0] or unit[0] == "ceilings"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from llama_stack_provider_moe.compute.moe.kernels import grouped, tiles
+from llama_stack_provider_moe.compute.moe.kernels import ragged, tiles
 from llama_stack_provider_moe.compute.moe.kernels.tiles import Tiles, for_outers, for_products
 from tests.support.triton_cases import DTYPES, compiled, variants
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (90, 100, 80)  # the most likely first
 RANKS = (16, 64)
 ROWS = (128, 64, 32, 16)  # per expert: tiles differ up to 128
 SIDES = (4096, 16)  # of outer products: a weight's, and a rank's
@@ -35,19 +35,30 @@ def candidates(arch: int, dtype: str) -> Iterator[Compiled]:
 def _all(arch: int, dtype: str) -> Iterator[Compiled]:
     plain = {kind: (kernel, constants) for kind, kernel, constants, _ in variants(arch, dtype)}
     for (kind, (kernel, constants)), rank, rows in product(plain.items(), RANKS, ROWS):
-        if kernel is not grouped._times or kind.endswith("TMA"):
+        if kernel is not ragged.times or kind.endswith("TMA"):
             continue
-        thin = rank if constants["HAS_LORA"] else 0
-        turned = constants["WEIGHT_TURNED"]
-        for each in for_products(rows, 4096, thin, DTYPES[dtype], arch >= 90, turned, arch >= 100):
-            sizes = _sizes(each) | {"BLOCK_R": rank} | _described(each, constants)
-            yield f"{kind}: r{rank} {_spelled(each)}", kernel, constants | sizes, _options(each)
-    kernel, constants = plain["outer"]
-    for outputs, inputs in product(SIDES, SIDES):
-        for each in for_outers(outputs, inputs, DTYPES[dtype]):
-            yield f"outer: {_spelled(each)}", kernel, constants | _sizes(each), _options(each)
+        has_lora, turned = constants["HAS_LORA"] or constants["GIVEN"], constants["WEIGHT_TURNED"]
+        outputs = rank if constants["MASK_IN"] else 4096  # the thin product's outputs are the rank
+        for each in for_products(
+            rows,
+            outputs,
+            rank if has_lora else 0,
+            DTYPES[dtype],
+            arch >= 90,
+            turned,
+            arch >= 100 or constants["MASK_OUT"],
+        ):
+            sizes = _sizes(each) | {"BLOCK_R": rank if has_lora else 16} | _described(each, constants)
+            named = f"r{rank} {_spelled(each)}" if has_lora else _spelled(each)
+            yield f"{kind}: {named}", kernel, constants | sizes, _options(each)
+    for kind, (kernel, constants) in plain.items():
+        if kernel is not ragged.outer:
+            continue
+        for outputs, inputs in product(SIDES[1:] if constants["DROPS"] else SIDES, SIDES):
+            for each in for_outers(outputs, inputs, DTYPES[dtype]):
+                yield f"{kind}: {_spelled(each)}", kernel, constants | _sizes(each), _options(each)
     for kind, kernel, constants, options in variants(arch, dtype):
-        if kernel not in (grouped._times, grouped._outer):
+        if kernel not in (ragged.times, ragged.outer):
             yield kind, kernel, constants, options
 
 

@@ -1,21 +1,26 @@
 """One Triton kernel with every candidate of its tiles, against double precision, in a process of its own.
 
-    python -m benchmarks.gpu.kernels_alone KERNEL [--from N] [--device cpu]
+    python -m benchmarks.gpu.kernels_alone KERNEL [--from N] [--device cpu] [--ahead]
 
 It prints one line of JSON when it begins a candidate and one when it has ended: what follows a `begins` without an end
-is the candidate that took the process down. On a CPU Triton must interpret (TRITON_INTERPRET=1), with small sizes.
+is the candidate that took the process down. With `--ahead` it compiles the candidates into Triton's cache and runs
+none, so that several processes do at once what takes most of the time. On a CPU Triton must interpret
+(TRITON_INTERPRET=1), with small sizes.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
 from llama_stack_provider_moe.compute.moe.kernels import grouped, pointwise, reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import worst_error
+from llama_stack_provider_moe.compute.moe.kernels.drop import UP, Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, sort_by_expert
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
 from llama_stack_provider_moe.compute.moe.kernels.tiles import INTERPRETED, Call, Tiles
@@ -39,6 +44,7 @@ class Subject:
         self.groups = Groups(torch.tensor(sizes, device=device).cumsum(0).int())
         self.rows, self.experts = sum(sizes), len(sizes)
         self.index = torch.randint(0, self.rows // 2, (self.rows,), device=device, generator=self.random)
+        self.drop = Drop(0.1, 11, UP, torch.arange(self.rows, device=device), exact=True)
 
     def made(self, *shape: int) -> Tensor:
         """Numbers of unit variance over the last dimension."""
@@ -58,6 +64,12 @@ class Subject:
             "gradient of A": (self._outer, (self.made(self.rows, self.rank), rows)),
             "gradient of B": (self._outer, (d_rows, self.made(self.rows, self.rank))),
             "gradient of W": (self._outer, (d_rows, rows)),
+            "thin, dropout": (self._thin, (rows, lora[0])),
+            "forward, dropout": (self._given, (rows, weight, self.made(self.rows, self.rank), lora[1])),
+            "gradient of rows, dropout": (self._turned_dropping, (d_rows, weight, *lora)),
+            "gradient of A, dropout": (self._outer_dropping, (self.made(self.rows, self.rank), rows)),
+            "gate, dropout": (self._gate_dropping, (d_rows,)),
+            "gate backward, dropout": (self._gate_backward_dropping, (d_rows, self.made(self.rows, self.outputs // 2))),
             "gate": (self._gate, (d_rows,)),
             "gate backward": (self._gate_backward, (d_rows, self.made(self.rows, self.outputs // 2))),
             "sum of rows": (self._sum, (rows,)),
@@ -72,16 +84,39 @@ class Subject:
     def _turned(self, kernels: Any, d_rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Results:
         return _whole(kernels.product(d_rows, weight, self.groups, b.mT, a.mT, flip=True))
 
+    def _turned_dropping(self, kernels: Any, d_rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Results:
+        return _whole(kernels.product(d_rows, weight, self.groups, b.mT, a.mT, flip=True, drop=self.drop))
+
+    def _thin(self, kernels: Any, rows: Tensor, a: Tensor) -> Results:
+        if kernels is grouped:
+            return (grouped.one_pass(rows, a, self.groups, index_S=self.index, mask=grouped.Mask(self.drop)),)
+        return (reference.times_weights(self.drop.of(rows[self.index]), a, self.groups),)
+
+    def _given(self, kernels: Any, rows: Tensor, weight: Tensor, low: Tensor, b: Tensor) -> Results:
+        if kernels is grouped:
+            return (grouped.one_pass(rows, weight, self.groups, grouped.InPass(None, b, low), None, self.index),)
+        whole = reference.times_weights(rows[self.index], weight, self.groups)
+        return (reference.times_weights(low, b, self.groups, onto=whole),)
+
     def _outer(self, kernels: Any, left: Tensor, right: Tensor) -> Results:
         return (kernels.rows_by_rows(left, right, self.groups),)
 
-    def _gate(self, kernels: Any, inner: Tensor) -> Results:
-        return (_pointwise(kernels).gated(inner, _SILU),)
+    def _outer_dropping(self, kernels: Any, left: Tensor, right: Tensor) -> Results:
+        return (kernels.rows_by_rows(left, right, self.groups, drop=self.drop),)
 
-    def _gate_backward(self, kernels: Any, inner: Tensor, d_made: Tensor) -> Results:
+    def _gate(self, kernels: Any, inner: Tensor, drop: Drop | None = None) -> Results:
+        return (_pointwise(kernels).gated(inner, _SILU, drop),)
+
+    def _gate_dropping(self, kernels: Any, inner: Tensor) -> Results:
+        return self._gate(kernels, inner, self.drop)
+
+    def _gate_backward(self, kernels: Any, inner: Tensor, d_made: Tensor, drop: Drop | None = None) -> Results:
         weight = torch.ones(self.rows, device=self.device, dtype=inner.dtype)
-        found: Results = _pointwise(kernels).gated_backward(inner, _SILU, d_made, weight)
+        found: Results = _pointwise(kernels).gated_backward(inner, _SILU, d_made, weight, drop)
         return found
+
+    def _gate_backward_dropping(self, kernels: Any, inner: Tensor, d_made: Tensor) -> Results:
+        return self._gate_backward(kernels, inner, d_made, self.drop)
 
     def _sum(self, kernels: Any, rows: Tensor) -> Results:
         tokens = self.rows // 2
@@ -92,7 +127,8 @@ class Subject:
 
 KERNELS = (
     "forward", "forward, bias", "gradient of rows", "gradient of A", "gradient of B", "gradient of W", "gate",
-    "gate backward", "sum of rows",
+    "gate backward", "sum of rows", "thin, dropout", "forward, dropout", "gradient of rows, dropout",
+    "gradient of A, dropout", "gate, dropout", "gate backward, dropout",
 )  # fmt: skip
 
 
@@ -131,13 +167,49 @@ def run(kernel: str, first: int, device: torch.device, tell: Callable[[dict[str,
             continue
         name = "its only form" if tiles is None else repr(tiles)
         tell({"begins": number, "candidate": name})
-        spills = _force(tiles)
-        found = compute(grouped, *tensors)
-        errors = [worst_error(one, true) for one, true in zip(found, truth, strict=True)]
-        right = all(error <= NO_WORSE * other + FLOOR for error, other in zip(errors, twin, strict=True))
-        ms = _ms(lambda: compute(grouped, *tensors), device) if right else None
-        tell({"ends": number, "candidate": name, "right": right, "worst_errors": errors, "twins": twin, "ms": ms,
-              "spills": max(spills, default=0)})  # fmt: skip
+        ended: dict[str, Any] = {"ends": number, "candidate": name, "right": False}
+        try:
+            spills = _force(tiles)
+            found = compute(grouped, *tensors)
+            errors = [worst_error(one, true) for one, true in zip(found, truth, strict=True)]
+            right = all(error <= NO_WORSE * other + FLOOR for error, other in zip(errors, twin, strict=True))
+            ms = _ms(lambda: compute(grouped, *tensors), device) if right else None
+        # Too large for the device, or this Triton can't compile it; the next candidate needs no new process.
+        except (TritonError, RuntimeError) as error:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises after an illegal access, which ends this process
+            tell(ended | {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+            continue
+        tell(ended | {"right": right, "worst_errors": errors, "twins": twin, "ms": ms,
+                      "spills": max(spills, default=0)})  # fmt: skip
+
+
+def ahead(kernel: str, device: torch.device, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Compile every candidate of `kernel`; errors appear when it runs."""
+    compute, tensors = Subject(device, torch.bfloat16).of(kernel)
+    for module, names in ((grouped, ("times", "outer")), (pointwise, ("_gated", "_gated_backward", "_weighted_sum"))):
+        for name in names:
+            setattr(module, name, OnlyCompiled(getattr(module, name)))
+    for tiles in _candidates(lambda: compute(grouped, *tensors)):
+        _force(tiles)
+        with suppress(TritonError, RuntimeError):
+            compute(grouped, *tensors)
+        tell({"compiled": kernel, "candidate": repr(tiles)})
+
+
+class OnlyCompiled:
+    """A Triton kernel that a launch compiles, and does not run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """What is called in place of the launch."""
+
+        def compile_only(*arguments: Any, **options: Any) -> None:
+            self._kernel.warmup(*arguments, grid=grid, **options)
+
+        return compile_only
 
 
 def _candidates(work: Callable[[], object]) -> tuple[Tiles | None, ...]:
@@ -192,10 +264,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--from", dest="first", type=int, default=0, help="number of the first candidate (default: 0)")
+    parser.add_argument("--ahead", action="store_true", help="compile the candidates and run none")
     parser.add_argument("--device", default="cuda", help="torch's name of the device (default: cuda)")
     arguments = parser.parse_args()
-    run(arguments.kernel, arguments.first, torch.device(arguments.device),
-        lambda line: print(json.dumps(line), flush=True))  # fmt: skip
+
+    def tell(line: dict[str, Any]) -> None:
+        print(json.dumps(line), flush=True)
+
+    if arguments.ahead:
+        ahead(arguments.kernel, torch.device(arguments.device), tell)
+    else:
+        run(arguments.kernel, arguments.first, torch.device(arguments.device), tell)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu.shapes import Mode, Shape, config_values
-from llama_stack_provider_moe.compute.moe.backend import OURS, TRITON, kernels_of, replace_loops
+from llama_stack_provider_moe.compute.moe.backend import OURS, QUACK, TRITON, kernels_of, replace_loops
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.kernels import quack
 from llama_stack_provider_moe.compute.moe.layout import DOWN, GATE_UP
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
-Variant = Literal["eager", "grouped_mm", "liger", "torch", "triton"]
+Variant = Literal["eager", "grouped_mm", "liger", "torch", "quack", "triton"]
 Routing = Literal["balanced", "Zipf", "one-hot"]
 VARIANTS: dict[Variant, str] = {
     "eager": "transformers' loop over experts (Llama 4: its bmm of every expert with every token); LoRA by PEFT",
@@ -27,9 +28,10 @@ VARIANTS: dict[Variant, str] = {
     "has the decoded weights in 16 bits, for PEFT has no 4-bit experts",
     "liger": "liger_kernel's LigerFusedMoEFunction",
     "torch": "ours, moe_torch: LoRA beside the weights, products by F.grouped_mm",
+    "quack": "ours, moe_quack: the same with the grouped GEMM of quack-kernels",
     "triton": "ours, moe_triton",
 }
-OURS_OF = {"torch": OURS, "triton": TRITON}
+OURS_OF = {"torch": OURS, "quack": QUACK, "triton": TRITON}
 PEERS = {
     "unsloth": "AGPL kernels and pins of its own: an environment of its own",
     "axolotl": "its ScatterMoE-LoRA: pins of its own, an environment of its own",
@@ -82,6 +84,10 @@ def why_not(variant: Variant, shape: Shape, mode: Mode, device: torch.device, in
         return "triton is not installed"
     if variant == "triton" and device.type != "cuda" and not interpreted:
         return "no CUDA device; TRITON_INTERPRET=1 interprets it"
+    if variant == "quack" and quack.installed() is None:
+        return "quack-kernels is not installed"
+    if variant == "quack" and device.type != "cuda":
+        return "no CUDA device"
     if variant != "liger":
         return None
     if mode != "full":

@@ -9,7 +9,7 @@ from benchmarks.gpu.shapes import Pass
 
 Found = dict[str, Any]
 OURS = "triton"
-BASELINES = ("eager", "grouped_mm", "liger", "torch")
+BASELINES = ("eager", "grouped_mm", "liger", "torch", "quack")
 BOTH: Pass = "forward+backward"
 TARGET_CASE = "Qwen3-30B-A3B, LoRA r=16, 8192 tokens, balanced"
 TARGET_DEVICE = "H200"

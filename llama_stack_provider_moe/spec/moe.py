@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from llama_stack_provider_moe.spec.blocks import Block
 
 LoadBalancing = Literal["switch", "gshard", "expert_choice", "aux_free"]
-ExpertsBackend = Literal["auto", "torch", "triton", "peft"]
+ExpertsBackend = Literal["auto", "torch", "triton", "quack", "peft"]
 # The routers' biases, beside an adapter or a model that was trained with `aux_free`.
 ROUTER_BIAS_FILE = "router_bias.safetensors"
 BIAS_RATE = 0.001  # DeepSeek-V3's (arXiv 2412.19437, section 4.2)
@@ -27,10 +27,11 @@ class Moe(Block):
     experts_backend: ExpertsBackend = Field(
         default="auto",
         description="Code that computes the experts. torch: ours, with LoRA beside the weights; triton: ours, in "
-        "Triton on a GPU (interpreted and compiled in tests, not yet run on one); peft: transformers' "
-        "grouped products, with LoRA merged in by PEFT; auto: torch on a CPU; on a GPU the faster of "
-        "torch and triton in a trial of one layer in a child process, in which both must agree; a failed trial "
-        "means torch, and so does a kernel that fails in training.",
+        "Triton on a GPU (interpreted and compiled in tests, not yet run on one); quack: ours, with the grouped "
+        "products of quack-kernels on a GPU (extra `quack`; not yet run on one); peft: transformers' "
+        "grouped products, with LoRA merged in by PEFT; auto: torch on a CPU; on a GPU the fastest of "
+        "torch, triton and, if it is installed, quack in a trial of one layer in a child process, in which they must "
+        "agree; a failed trial means torch, and so does a kernel that fails in training.",
     )
     router_aux_loss_coef: float | None = Field(
         default=None,
@@ -83,13 +84,13 @@ class Moe(Block):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Moe":
-        if not self.enable_moe_optimizations and self.experts_backend in ("torch", "triton"):
+        if not self.enable_moe_optimizations and self.experts_backend in ("torch", "triton", "quack"):
             raise ValueError(f"experts_backend: {self.experts_backend!r} is not valid with enable_moe_optimizations "
                              "false")  # fmt: skip
         ours = self.enable_moe_optimizations and self.experts_backend != "peft"
         if self.moe_load_balancing == "expert_choice" and not ours:
             raise ValueError("moe_load_balancing: 'expert_choice' needs our code for experts: experts_backend "
-                             "'auto', 'torch' or 'triton', and enable_moe_optimizations true")  # fmt: skip
+                             "'auto', 'torch', 'triton' or 'quack', and enable_moe_optimizations true")  # fmt: skip
         if self.train_router_only and self.train_router is False:
             raise ValueError("train_router: false is not valid with train_router_only true; leave one of them out")
         if self.router_bias_rate != BIAS_RATE and self.moe_load_balancing != "aux_free":

@@ -54,7 +54,7 @@ ROOMS: dict[str, Room] = {
     "control.server": _room(12, "pydantic fastapi starlette opentelemetry httpx"),
     "control.guard": _room(13, "pydantic fastapi starlette opentelemetry"),
     "control.cli": _room(12, "pydantic httpx rich typer click yaml"),
-    "compute.moe.kernels": _room(20, "torch triton"),
+    "compute.moe.kernels": _room(20, "torch triton quack"),
     "compute.moe": _room(21, _MODEL + "bitsandbytes triton tqdm"),
     "compute.runtime": _room(21, "torch transformers psutil"),
     "compute.distributed": _room(22, "torch transformers"),

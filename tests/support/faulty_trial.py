@@ -1,6 +1,7 @@
-"""The trial of kernels with a fault in Triton's product: `python -m tests.support.faulty_trial FAULT`.
+"""The trial of kernels with a fault in their product: `python -m tests.support.faulty_trial FAULT`.
 
-Start it as `kernel_trial` is started, with TRITON_INTERPRET=1 where there is no GPU.
+quack-kernels' GEMM, which needs a GPU, is its documented arithmetic here. Start it as `kernel_trial` is started, with
+TRITON_INTERPRET=1 where there is no GPU.
 """
 
 import os
@@ -13,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe import kernel_trial
-from llama_stack_provider_moe.compute.moe.kernels import grouped
+from llama_stack_provider_moe.compute.moe.kernels import grouped, quack
+from tests.support import quack_gemm
 
-_product = grouped.product
+_triton, _quack = grouped.product, quack.product
 
 
 class OddError(BaseException):
@@ -38,13 +40,18 @@ FAULTS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def product(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`grouped.product`, then the fault."""
-    out, low = _product(*arguments, **options)
-    FAULTS[sys.argv[1]](out)
-    return out, low
+def faulty(product: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A product of kernels, then the fault."""
+
+    def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        out, low = product(*arguments, **options)
+        FAULTS[sys.argv[1]](out)
+        return out, low
+
+    return wrong
 
 
 if __name__ == "__main__":
-    grouped.product = product
+    grouped.product, quack.product = faulty(_triton), faulty(_quack)
+    quack.gemm = lambda: quack_gemm.gemm  # type: ignore[assignment]
     kernel_trial.main()

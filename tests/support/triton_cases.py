@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_stack_provider_moe.compute.moe.kernels import grouped, pointwise, reference
+from llama_stack_provider_moe.compute.moe.kernels import grouped, pointwise, ragged, reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import INNER, UP, Drop, Dropout
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
 from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DROPPING = ("some", "rows of none", "no size is a tile's", "rank 100", "several tiles")
 HALVED = ("some", "no size is a tile's", "several tiles")  # in fp16 not all, because its code is bf16's
 # name -> rows of each expert, rows of none, outputs, inputs, rank
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
@@ -59,7 +61,9 @@ def poison() -> None:
     torch.Tensor.new_empty = poisoned  # type: ignore[method-assign,assignment]
 
 
-def learnt(kernels: Any, dtype: torch.dtype, shape: str, bias: bool, lora: bool) -> dict[str, Tensor]:
+def learnt(
+    kernels: Any, dtype: torch.dtype, shape: str, bias: bool, lora: bool, dropout: float = 0.0
+) -> dict[str, Tensor]:
     """The output and all gradients, in double precision for comparison."""
     sizes, strays, outputs, inputs, rank = SHAPES[shape]
     groups = Groups(torch.tensor(sizes).cumsum(0).int(), partial=strays > 0)
@@ -72,7 +76,8 @@ def learnt(kernels: Any, dtype: torch.dtype, shape: str, bias: bool, lora: bool)
     leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
     out = grouped_linear(
         leaves["rows"], leaves["weight"], groups, leaves["bias"] if bias else None,
-        Lora(leaves["a"], leaves["b"]) if lora else None, kernels,
+        Lora(leaves["a"], leaves["b"], dropout) if lora else None, kernels,
+        Drop(dropout, 5, UP, torch.arange(rows)) if dropout else None,
     )  # fmt: skip
     upstream = made(5, rows, outputs).to(dtype)
     upstream[sum(sizes) :] = 0  # as `combine` returns it
@@ -84,23 +89,47 @@ def learnt(kernels: Any, dtype: torch.dtype, shape: str, bias: bool, lora: bool)
 def interpret() -> None:
     poison()
     describe = grouped._can_describe
-    for (name, dtype), shape, (bias, lora) in itertools.product(
-        DTYPES.items(), SHAPES, ((False, True), (True, False), (True, True))
+    for (name, dtype), shape, how in itertools.product(
+        DTYPES.items(), SHAPES, ((False, True), (True, False), (True, True), (False, True, 0.3))
     ):
         twice = shape in ("some", "rows of none")
-        if (bias, lora) != (False, True) and not twice:
+        if how in ((True, False), (True, True)) and not twice:
+            continue
+        if len(how) > 2 and shape not in DROPPING:
             continue
         if name == "fp16" and shape not in HALVED:
             continue
-        ours = learnt(grouped, dtype, shape, bias, lora)
-        again = learnt(grouped, dtype, shape, bias, lora) if twice else ours
-        twin = learnt(reference, dtype, shape, bias, lora)
-        truth = learnt(reference, torch.float64, shape, bias, lora)
+        ours = learnt(grouped, dtype, shape, *how)
+        again = learnt(grouped, dtype, shape, *how) if twice else ours
+        twin = learnt(reference, dtype, shape, *how)
+        truth = learnt(reference, torch.float64, shape, *how)
         grouped._can_describe = lambda tensor: False
-        plain = learnt(grouped, dtype, shape, bias, lora)
+        plain = learnt(grouped, dtype, shape, *how)
         grouped._can_describe = describe
-        case = f"{shape}{', bias' if bias else ''}{', LoRA' if lora else ''}"
+        bias, lora, *dropout = how
+        case = f"{shape}{', bias' if bias else ''}{', LoRA' if lora else ''}{', dropout' if dropout else ''}"
         report(case, name, [ours, again], [ours, plain], twin, truth)
+    masks()
+
+
+def masks() -> None:
+    """The kernels' masks are the formula's, bit by bit: of ones nothing but the mask is left."""
+    ones = Activation(lambda inner: inner.chunk(2, -1)[1], "silu")
+    for share, seed, columns in ((0.5, 0, 300), (0.1, 2**61 + 12345, 77), (0.999, 3, 64), (1e-6, 4, 520)):
+        drop = Drop(share, seed, INNER, torch.randperm(50) * 2**20)
+        inner = torch.cat([torch.full((50, columns), 30.0), torch.ones(50, columns)], dim=1)  # silu(30) is 30
+        found = pointwise.gated(inner, ones, drop) / (30 * drop.scale)
+        groups = Groups(torch.tensor([20, 50], dtype=torch.int32))
+        eyes = torch.eye(columns).expand(2, -1, -1).contiguous()
+        zeros = torch.zeros(2, columns, columns)
+        rows = torch.ones(50, columns)
+        forward, low = grouped.product(rows, zeros, groups, eyes, eyes, drop=drop)
+        backward, _ = grouped.product(rows, zeros, groups, eyes, eyes, flip=True, drop=drop)
+        assert low is not None
+        kept = drop.keep(columns).float()
+        same = all(torch.equal(each, kept) for each in (found.round(decimals=4), forward, low, backward))
+        dropped = float((kept == 0).float().mean())
+        print(json.dumps({"case": f"mask {share:g}", "same": same, "dropped": dropped}), flush=True)
 
 
 def report(
@@ -134,7 +163,9 @@ def clamped(inner_SJ: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * 1.7)
 
 
-def layer_learnt(kernels: Any, dtype: torch.dtype, gate: str, partial: bool, tokens: int) -> dict[str, Tensor]:
+def layer_learnt(
+    kernels: Any, dtype: torch.dtype, gate: str, partial: bool, tokens: int, dropout: float = 0.0
+) -> dict[str, Tensor]:
     """As `learnt`, for a whole layer with LoRA and biases: 3 experts, 2 choices."""
     shapes = {
         "hidden": (tokens, 48), "weights": (tokens, 2), "up": (3, 72, 48), "up bias": (3, 72), "up a": (3, 5, 48),
@@ -150,11 +181,12 @@ def layer_learnt(kernels: Any, dtype: torch.dtype, gate: str, partial: bool, tok
     ends = torch.bincount(index_TK.flatten(), minlength=4)[:3].cumsum(0).int()
     found = Sorted(order, places.view_as(index_TK), Groups(ends, partial))
     up, down = (
-        Projection(leaves[name], leaves[f"{name} bias"], Lora(leaves[f"{name} a"], leaves[f"{name} b"]))
+        Projection(leaves[name], leaves[f"{name} bias"], Lora(leaves[f"{name} a"], leaves[f"{name} b"], dropout))
         for name in ("up", "down")
     )
     weights_TK = leaves["weights"] * (index_TK < 3)
-    out = expert_layer(leaves["hidden"], weights_TK, up, down, GATES[gate], found, kernels)
+    dropping = Dropout(7, dropout / 2) if dropout else None
+    out = expert_layer(leaves["hidden"], weights_TK, up, down, GATES[gate], found, kernels, dropping)
     out.backward(made(20, tokens, 48).to(out.dtype))
     found_too = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"out": out.detach(), **found_too}
@@ -162,16 +194,18 @@ def layer_learnt(kernels: Any, dtype: torch.dtype, gate: str, partial: bool, tok
 
 def layers() -> None:
     poison()
-    for (name, dtype), (gate, partial, tokens) in itertools.product(
+    for (name, dtype), how in itertools.product(
         DTYPES.items(),
-        (("silu", False, 30), ("silu", True, 11), ("silu", False, 1), ("clamped", False, 30), ("other", False, 9)),
-    ):
+        (("silu", False, 30), ("silu", True, 11), ("silu", False, 1), ("clamped", False, 30), ("other", False, 9),
+         ("silu", True, 30, 0.3), ("clamped", False, 9, 0.3), ("other", False, 9, 0.3)),
+    ):  # fmt: skip
+        gate, partial, tokens, *dropout = how
         if (name == "fp16" and (gate, tokens) != ("silu", 30)) or (name == "bf16" and tokens != 30):
             continue
-        ours, again = (layer_learnt(grouped, dtype, gate, partial, tokens) for _ in range(2))
-        twin = layer_learnt(reference, dtype, gate, partial, tokens)
-        truth = layer_learnt(reference, torch.float64, gate, partial, tokens)
-        case = f"{gate}, {tokens} tokens{', some of none' if partial else ''}"
+        ours, again = (layer_learnt(grouped, dtype, *how) for _ in range(2))
+        twin = layer_learnt(reference, dtype, *how)
+        truth = layer_learnt(reference, torch.float64, *how)
+        case = f"{gate}, {tokens} tokens{', some of none' if partial else ''}{', dropout' if dropout else ''}"
         report(case, name, [ours, again], [ours], twin, truth)
 
 
@@ -231,13 +265,17 @@ def compile_all() -> None:
                 print(json.dumps(found), flush=True)
 
 
+UNMASKED = {"GIVEN": False, "MASK_IN": False, "MASK_OUT": False, "LIMIT": 0}
+LIMIT = {"LIMIT": round(0.05 * 2**31)}
+
+
 def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """(what it is, kernel, constants, options): the first candidate of `tiles`, and on Hopper those by descriptors."""
     depth = 32 if name == "fp32" else 64
     plain: dict[str, Any] = {
         "BLOCK_S": 128, "BLOCK_O": 128, "BLOCK_I": depth, "BLOCK_R": 16, "LANES": 8, "HAS_LORA": True,
         "HAS_BIAS": False, "HAS_INDEX": False, "ROWS_DESCRIBED": False, "WEIGHT_DESCRIBED": False,
-        "WEIGHT_TURNED": False, "WIDEN": False, "SEPARATE": arch >= 100,
+        "WEIGHT_TURNED": False, "WIDEN": False, "SEPARATE": arch >= 100, **UNMASKED,
         "rows_i": 1, "weight_i": 1, "first_i": 1, "second_r": 1,
     }  # fmt: skip
     turned = {"WEIGHT_TURNED": True, "weight_o": 1, "first_r": 1, "second_o": 1}
@@ -245,23 +283,32 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     eight = {"num_warps": 8, "num_stages": 3}
     if name == "fp32":
         plain, backward = plain | {"BLOCK_S": 64}, backward | {"BLOCK_S": 64}
-    yield "times, LoRA, gathered", grouped._times, plain | {"HAS_INDEX": True}, eight
-    yield "times, LoRA, turned", grouped._times, backward, eight
-    yield "times, bias", grouped._times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
+    yield "times, LoRA, gathered", ragged.times, plain | {"HAS_INDEX": True}, eight
+    yield "times, LoRA, turned", ragged.times, backward, eight
+    yield "times, bias", ragged.times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
+    given = plain | {"HAS_LORA": False, "GIVEN": True}
+    yield "times, LoRA, dropout", ragged.times, given | {"HAS_INDEX": True}, eight
+    yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT, eight
+    thin = plain | {"HAS_LORA": False, "MASK_IN": True, "HAS_INDEX": True, "BLOCK_O": 16} | LIMIT
+    yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 4}
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}
         wide = {"BLOCK_O": 256} if name == "bf16" and arch == 90 else {}
-        yield "times, LoRA, gathered, TMA", grouped._times, plain | described | {"HAS_INDEX": True} | wide, eight
-        yield "times, LoRA, TMA", grouped._times, plain | described | {"ROWS_DESCRIBED": True} | wide, eight
-        yield "times, LoRA, turned, TMA", grouped._times, backward | described | {"ROWS_DESCRIBED": True}, eight
+        yield "times, LoRA, gathered, TMA", ragged.times, plain | described | {"HAS_INDEX": True} | wide, eight
+        yield "times, LoRA, TMA", ragged.times, plain | described | {"ROWS_DESCRIBED": True} | wide, eight
+        yield "times, LoRA, turned, TMA", ragged.times, backward | described | {"ROWS_DESCRIBED": True}, eight
     outer = {"BLOCK_S": depth, "BLOCK_O": 128, "BLOCK_I": 128, "LEFT_INDEX": False, "RIGHT_INDEX": True,
-             "WIDEN": False, "left_o": 1, "right_i": 1}  # fmt: skip
-    yield "outer", grouped._outer, outer, eight
-    gate = {"CLAMPED": False, "BLOCK_S": 4, "BLOCK_I": 256}
+             "WIDEN": False, "DROPS": False, "LIMIT": 0, "left_o": 1, "right_i": 1}  # fmt: skip
+    yield "outer", ragged.outer, outer, eight
+    yield "outer, dropout", ragged.outer, outer | {"BLOCK_O": 16, "DROPS": True} | LIMIT, eight
+    gate = {"CLAMPED": False, "DROPS": False, "LIMIT": 0, "BLOCK_S": 4, "BLOCK_I": 256}
     four = {"num_warps": 4, "num_stages": 3}
     for kind, is_clamped in (("silu", False), ("clamped", True)):
         yield f"gate, {kind}", pointwise._gated, gate | {"CLAMPED": is_clamped}, four
         yield f"gate backward, {kind}", pointwise._gated_backward, gate | {"CLAMPED": is_clamped}, four
+    dropping = gate | {"DROPS": True} | LIMIT
+    yield "gate, silu, dropout", pointwise._gated, dropping, four
+    yield "gate backward, silu, dropout", pointwise._gated_backward, dropping, four
     yield "sum of rows", pointwise._weighted_sum, {"CHOICES": 8, "HAS_WEIGHTS": True, "BLOCK_D": 1024}, four
 
 
@@ -299,11 +346,11 @@ def _type(argument: str, name: str, constants: dict[str, Any]) -> str:
         sides = [constants["BLOCK_O"], constants["BLOCK_I"]]
         sides = sides[::-1] if constants["WEIGHT_TURNED"] else sides
         return f"tensordesc<{name}[1, {sides[0]}, {sides[1]}]>"
-    if argument in ("table", "ends", "index", "left_index", "right_index"):
-        return "*i32" if argument in ("table", "ends") else "*i64"
+    if argument in ("table", "ends", "keys", "index", "left_index", "right_index"):
+        return "*i32" if argument in ("table", "ends", "keys") else "*i64"
     if argument == "places":
         return "*i64"
-    if argument in ("alpha", "limit"):
+    if argument in ("alpha", "limit", "scale"):
         return "fp32"
     if argument in ("weights", "d_weight") or (argument == "weight" and "CLAMPED" in constants):
         return "*fp32"

@@ -18,11 +18,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
+from llama_stack_provider_moe.compute.moe.dropout import OWN_NAME, share_of
 from llama_stack_provider_moe.compute.moe.exchange import Shard, exchange_tokens, shard_of
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import Dropout, draw_seed
 from llama_stack_provider_moe.compute.moe.kernels.groups import Sorted, sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
-from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora, grouped_linear
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer, kept_rows
+from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
@@ -36,7 +38,11 @@ OURS: Literal["moe_torch"] = "moe_torch"
 OURS_PARTIAL: Literal["moe_torch_partial"] = "moe_torch_partial"
 TRITON: Literal["moe_triton"] = "moe_triton"
 TRITON_PARTIAL: Literal["moe_triton_partial"] = "moe_triton_partial"
-ALL_OURS = (OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL)
+QUACK: Literal["moe_quack"] = "moe_quack"
+QUACK_PARTIAL: Literal["moe_quack_partial"] = "moe_quack_partial"
+PARTIAL = (OURS_PARTIAL, TRITON_PARTIAL, QUACK_PARTIAL)
+COMPILED = (TRITON, TRITON_PARTIAL, QUACK, QUACK_PARTIAL)  # on a GPU, where their kernels may fail
+ALL_OURS = (OURS, OURS_PARTIAL, *COMPILED)
 _CODES = "_expert_codes"
 _OnRows = Callable[["ExpertsModule", Tensor, Tensor, Sorted, Kernels], Tensor]
 
@@ -95,10 +101,12 @@ def _on_rows(
 ) -> Tensor:
     """Run sorted tokens through the experts that the module's parameters hold."""
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not has_dropout(experts, up, down):
-        return expert_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+    layer = (hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels)
+    dropout = dropout_of(experts, up, down)
+    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not is_random(experts):
+        return expert_layer(*layer, dropout).to(hidden_TD.dtype)
     norm = None if can_recompute(experts) else experts.post_expert_norm
-    return kept_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels, norm).to(hidden_TD.dtype)
+    return kept_layer(*layer, norm, dropout).to(hidden_TD.dtype)
 
 
 def _on_shard(
@@ -158,10 +166,17 @@ def can_recompute(experts: "ExpertsModule") -> bool:
     return not getattr(experts, "has_post_expert_norm", False)
 
 
-def has_dropout(experts: nn.Module, up: Projection, down: Projection) -> bool:
-    """Whether dropout acts in this forward; recomputing it in backward would draw another mask."""
-    inside = experts.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in experts.modules())
-    return inside or any(each.lora is not None and each.lora.dropout > 0 for each in (up, down))
+def dropout_of(experts: nn.Module, up: Projection, down: Projection) -> Dropout | None:
+    """The dropout of this forward, with a new seed; None: nothing is dropped."""
+    inner = share_of(experts)
+    shares = (inner, *(0.0 if each.lora is None else each.lora.dropout for each in (up, down)))
+    return Dropout(draw_seed(), inner) if any(shares) else None
+
+
+def is_random(experts: nn.Module) -> bool:
+    """Whether the activation draws dropout of the model's own: recomputing it in backward would draw another mask."""
+    own = (each for name, each in experts.named_modules() if name != OWN_NAME)
+    return experts.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in own)
 
 
 def activation_of(experts: "ExpertsModule") -> Activation:
@@ -185,10 +200,6 @@ def _kind(act_fn: object) -> Literal["silu", "other"]:
 def _gate_first(experts: "ExpertsModule", inner_SJ: Tensor) -> Tensor:
     gate_SI, up_SI = inner_SJ.chunk(2, dim=-1)
     return up_SI * experts.act_fn(gate_SI)
-
-
-def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
-    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels)
 
 
 def _projection(experts: nn.Module, name: str, transposed: bool, bias: Tensor | None = None) -> Projection:
@@ -238,7 +249,7 @@ def _loop_experts(
     """Experts with the usual arguments; in LongCat, choices from E on return the token itself."""
     kernels = kernels_of(implementation)
     if not isinstance(experts, LongcatFlashExperts):
-        some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)
+        some_have_fewer = implementation in PARTIAL
         out_TD: Tensor = run_experts(
             experts, hidden_TD, index_TK, weights_TK, some_have_fewer=some_have_fewer, kernels=kernels
         )
@@ -268,13 +279,14 @@ def _llama4_on_rows(
     experts: "ExpertsModule", hidden_TD: Tensor, weights_TK: Tensor, found: Sorted, kernels: Kernels
 ) -> Tensor:
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not has_dropout(experts, up, down):
+    activation, dropout, ones_TK = activation_of(experts), dropout_of(experts, up, down), torch.ones_like(weights_TK)
+    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not is_random(experts):
         weighted_TD = hidden_TD * weights_TK
-        ones_TK = torch.ones_like(weights_TK)
-        return expert_layer(weighted_TD, ones_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+        out_TD = expert_layer(weighted_TD, ones_TK, up, down, activation, found, kernels, dropout)
+        return out_TD.to(hidden_TD.dtype)
     rows_SD = dispatch(hidden_TD, found) * found.of_rows(weights_TK).unsqueeze(-1)
-    out_SD = _times(down, activation_of(experts).function(_times(up, rows_SD, found, kernels)), found, kernels)
-    return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)
+    out_SD = kept_rows(rows_SD, up, down, activation, found, kernels, dropout)
+    return combine(out_SD, ones_TK, found).to(hidden_TD.dtype)
 
 
 def _llama4_block(block: Llama4TextMoe, top_k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,9 +306,13 @@ def kernels_of(implementation: str) -> Kernels:
         from llama_stack_provider_moe.compute.moe.kernels import grouped  # Triton is not installed everywhere
 
         kernels = grouped
+    elif implementation in (QUACK, QUACK_PARTIAL):
+        from llama_stack_provider_moe.compute.moe.kernels import quack
+
+        kernels = quack
     else:
         kernels = reference
-    some_have_fewer = implementation in (OURS_PARTIAL, TRITON_PARTIAL)
+    some_have_fewer = implementation in PARTIAL
     if implementation not in ALL_EXPERTS_FUNCTIONS:
         forward = partial(run_experts, some_have_fewer=some_have_fewer, kernels=kernels)
         ALL_EXPERTS_FUNCTIONS.register(implementation, forward)

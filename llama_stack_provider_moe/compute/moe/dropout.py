@@ -3,6 +3,9 @@
 An expert computes `down(act(gate) * up)`. Dropout drops or scales single elements, so dropping elements of `act(gate)`
 before the product is the same as dropping elements of the product: it is enough to add dropout after the activation.
 Shared experts and dense layers do not change.
+
+Our own implementations drop by a formula that backward repeats (`kernels.drop`); for them this only keeps the share on
+the module. In transformers' implementations dropout becomes part of the activation.
 """
 
 from collections.abc import Callable
@@ -19,15 +22,32 @@ if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.moe.layout import ExpertsModule
 
 
-def add_expert_dropout(model: nn.Module, layout: ExpertLayout, p: float) -> None:
+OWN_NAME = "expert_dropout"
+
+
+def share_of(experts: nn.Module) -> float:
+    """The share of inner activations that our implementations drop in this forward."""
+    own = dict(experts.named_children()).get(OWN_NAME)
+    return own.p if isinstance(own, nn.Dropout) and own.training else 0.0
+
+
+def add_expert_dropout(model: nn.Module, layout: ExpertLayout, p: float, *, ours: bool = False) -> None:
     """Drop elements of the experts' inner activations with probability `p`, in training mode only.
 
-    This works for the eager and the grouped implementation, which share the activation.
+    Args:
+        model: the model.
+        layout: where its experts are.
+        p: dropped share.
+        ours: the experts are computed by one of `backend.ALL_OURS`; else by transformers' eager or grouped
+            implementation, which share the activation.
 
     Raises:
         LayoutError: the experts of a layer have no activation under the name that their family uses.
     """
     for layer, experts in layout.experts(model).items():
+        if ours:
+            experts.expert_dropout = nn.Dropout(p).train(experts.training)
+            continue
         if layout.own_gate:
             _after_own_gate(experts, p)
             continue

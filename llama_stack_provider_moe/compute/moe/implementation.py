@@ -5,6 +5,7 @@ device can't do, before the weights are quantised. `choose` decides on the loade
 on a GPU it times the kernels on a layer. `install` puts the implementation on the model.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,17 +20,22 @@ from llama_stack_provider_moe.compute.moe.backend import (
     ALL_OURS,
     OURS,
     OURS_PARTIAL,
+    PARTIAL,
+    QUACK,
+    QUACK_PARTIAL,
     TRITON,
     TRITON_PARTIAL,
     activation_of,
     can_recompute,
     kernels_of,
+    projections,
     recomputes,
     replace_loops,
 )
 from llama_stack_provider_moe.compute.moe.exceptions import KNOWN_LOOPS
 from llama_stack_provider_moe.compute.moe.kernel_choice import form_of, rank_on_experts, run_trial
-from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernel_trial import Compared
+from llama_stack_provider_moe.compute.moe.kernels import quack, reference
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config, without_adapters
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import Moe, TrainingSpec
@@ -39,8 +45,14 @@ if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.moe.layout import ExpertsModule
 
 ExpertsImplementation = Literal[
-    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "grouped_mm", "eager", "unsloth"
-]
+    "moe_torch", "moe_torch_partial", "moe_triton", "moe_triton_partial", "moe_quack", "moe_quack_partial",
+    "grouped_mm", "eager", "unsloth",
+]  # fmt: skip
+# (all tokens have as many experts, some have fewer)
+_NAMED: dict[Compared, tuple[ExpertsImplementation, ExpertsImplementation]] = {
+    "triton": (TRITON, TRITON_PARTIAL), "quack": (QUACK, QUACK_PARTIAL),
+}  # fmt: skip
+_CALLED: dict[Compared, str] = {"triton": "Triton's kernels", "quack": "quack-kernels"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,8 @@ def by_settings(moe: Moe, layout: ExpertLayout) -> ImplementationChoice:
             "eager", (f"{layout.family} has no grouped implementation of its experts in transformers",)
         )
     some_have_fewer = moe.moe_load_balancing == "expert_choice"
-    if moe.experts_backend == "triton":
-        return ImplementationChoice(TRITON_PARTIAL if some_have_fewer else TRITON)
+    if moe.experts_backend in ("triton", "quack"):
+        return ImplementationChoice(_NAMED[moe.experts_backend][some_have_fewer])
     return ImplementationChoice(OURS_PARTIAL if some_have_fewer else OURS)
 
 
@@ -84,13 +96,14 @@ def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, devi
     """Refuse an implementation that this device or the job's adapter rules out; None: a dense model.
 
     Raises:
-        ModelError: Triton without a GPU, or quantised experts that our kernels don't compute.
+        ModelError: kernels for GPUs without one, or quantised experts that our kernels don't compute.
     """
-    if implementation in (TRITON, TRITON_PARTIAL) and not runs_triton(device):
-        raise ModelError(
-            "moe.experts_backend: 'triton' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected 'auto' or "
-            "'torch'"
-        )
+    for name, named in _NAMED.items():
+        if implementation in named and not (runs_triton(device) if name == "triton" else device.type == "cuda"):
+            raise ModelError(
+                f"moe.experts_backend: '{name}' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected "
+                "'auto' or 'torch'"
+            )
     quantized = spec.adapter is not None and spec.adapter.quantize_base
     if quantized and implementation is not None and implementation not in ALL_OURS:
         raise ModelError(
@@ -118,11 +131,11 @@ def choose(
         decided: rank 0's decision for every process, because kernels are timed and clocks differ; only rank 0 decides.
 
     Raises:
-        ModelError: the job asks for Triton's kernels, and they failed the trial.
+        ModelError: the job asks for kernels that failed the trial.
     """
     choice = replace(by_settings(moe, layout), notes=())
     experts = next(iter(layout.experts(model).values()))
-    named = choice.implementation in (TRITON, TRITON_PARTIAL)
+    named = next((name for name, both in _NAMED.items() if choice.implementation in both), None)
     if runs_triton(device) and (named or (moe.experts_backend == "auto" and choice.implementation in ALL_OURS)):
         decision = decided(partial(_tried, spec, layout, experts, device, choice, named))
         if decision.refusal:
@@ -134,12 +147,8 @@ def choose(
             tiles.install(decision.tiles)
     if choice.implementation not in ALL_OURS:
         return choice
-    adapter = spec.adapter
-    limits = limitations(
-        experts, choice.implementation, device,
-        dropout=moe.expert_dropout > 0 or (adapter is not None and adapter.dropout > 0),
-        rank=0 if adapter is None else rank_on_experts(adapter),
-    )  # fmt: skip
+    rank = 0 if spec.adapter is None else rank_on_experts(spec.adapter)
+    limits = limitations(experts, choice.implementation, device, rank=rank)
     return replace(choice, notes=(*choice.notes, *limits))
 
 
@@ -154,40 +163,54 @@ def _tried(
     experts: "ExpertsModule",
     device: torch.device,
     choice: ImplementationChoice,
-    named: bool,
+    named: Compared | None,
 ) -> Decision:
-    """Torch's kernels or Triton's, whichever is faster on a layer like the model's; if `named`, Triton's, checked."""
-    if (lacking := _lacks(device)) is not None:
-        refusal = f"moe.experts_backend: 'triton' is not valid here: {lacking}; expected 'auto' or 'torch'"
-        notes = (f"Triton's kernels were not tried: {lacking}",)
-        return Decision(replace(choice, notes=notes), refusal=refusal if named else "")
-    reason = _no_trial(spec, experts, named)
-    if reason is not None:
-        return Decision(replace(choice, notes=(f"Triton's kernels were not tried: {reason}",)))
+    """Torch's kernels or others, whichever are fastest on a layer like the model's; if `named`, those, checked."""
     tokens = spec.training.batch_size * spec.options.max_length
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the child needs memory of the same device
-    trials = run_trial(form_of(spec, experts, layout, device, tokens))
-    if named:
-        if trials.triton.ms is None:
-            return Decision(choice, refusal=f"moe.experts_backend: 'triton' is not valid here: {trials.text()}; "
+    fastest, notes = Decision(choice), list[str]()
+    best_ms = math.inf
+    for name in (named,) if named else _compared():
+        why = _lacks(name, device, experts)
+        if why is not None and named:
+            refusal = f"moe.experts_backend: '{name}' is not valid here: {why}; expected 'auto' or 'torch'"
+            return Decision(choice, refusal=refusal)
+        if (why := why or _no_trial(spec, experts, named is not None)) is not None:
+            notes.append(f"{_CALLED[name]} were not tried: {why}")
+            continue
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the child needs memory of the same device
+        trials = run_trial(replace(form_of(spec, experts, layout, device, tokens), kernels=name))
+        notes.append(trials.text())
+        ms = trials.other.ms
+        if named and ms is None:
+            return Decision(choice, refusal=f"moe.experts_backend: '{name}' is not valid here: {trials.text()}; "
                             "expected 'auto' or 'torch'")  # fmt: skip
-        return Decision(replace(choice, notes=(trials.text(),)), trials.tiles)
-    if not trials.prefer_triton:
-        return Decision(replace(choice, notes=(trials.text(),)))
-    implementation = TRITON_PARTIAL if choice.implementation == OURS_PARTIAL else TRITON
-    return Decision(ImplementationChoice(implementation, (trials.text(),)), trials.tiles)
+        if named or (trials.prefer_other and ms is not None and ms < best_ms):
+            best_ms = ms or math.inf
+            implementation = _NAMED[name][choice.implementation in PARTIAL]
+            fastest = Decision(ImplementationChoice(implementation), trials.tiles)
+    return replace(fastest, choice=replace(fastest.choice, notes=tuple(notes)))
 
 
-def _lacks(device: torch.device) -> str | None:
-    """What Triton's kernels need and this machine lacks; None: nothing."""
+def _compared() -> tuple[Compared, ...]:
+    """What `auto` compares with torch's kernels: quack-kernels only where somebody installed it."""
+    return ("triton", "quack") if quack.installed() else ("triton",)
+
+
+def _lacks(name: Compared, device: torch.device, experts: "ExpertsModule") -> str | None:
+    """What the kernels need and this machine or model lacks; None: nothing."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "they need sm_80 or newer"
-    return None if find_spec("triton") is not None else "triton is not installed"
+    if name == "triton":
+        return None if find_spec("triton") is not None else "triton is not installed"
+    if quack.installed() is None:
+        return "quack-kernels is not installed (extra 'quack')"
+    dtype = projections(experts)[0].weight.dtype
+    return None if dtype in quack.DTYPES else f"they compute in bf16 and fp16, not in {str(dtype).split('.')[-1]}"
 
 
 def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", named: bool) -> str | None:
-    """Why Triton's kernels are not tried for this job; None where they are."""
+    """Why no kernels are tried for this job; None where they are."""
     if spec.resources.strategy == "ep":
         return "each process holds different experts (resources.strategy ep)"
     if spec.options.deterministic and not named:
@@ -198,7 +221,7 @@ def _no_trial(spec: TrainingSpec, experts: "ExpertsModule", named: bool) -> str 
 
 
 def limitations(
-    experts: "ExpertsModule", implementation: ExpertsImplementation, device: torch.device, *, dropout: bool, rank: int
+    experts: "ExpertsModule", implementation: ExpertsImplementation, device: torch.device, *, rank: int
 ) -> list[str]:
     """What the kernels of one of `ALL_OURS` can't do at full speed here, and what happens instead.
 
@@ -206,13 +229,12 @@ def limitations(
         experts: the experts of one layer.
         implementation: one of `ALL_OURS`.
         device: the model's device.
-        dropout: whether there is dropout on the experts or on their LoRA.
         rank: rank of LoRA on experts; 0: no LoRA.
     """
     kernels = kernels_of(implementation)
     notes = []
     if kernels is not reference:
-        if activation_of(experts).kind == "other":
+        if activation_of(experts).kind == "other" and kernels is not quack:
             notes.append(f"torch computes the activation of {type(experts).__name__}: no kernel has its formula")
         if rank > kernels.WIDEST_RANK:
             notes.append(
@@ -221,8 +243,6 @@ def limitations(
             )
     if recomputes(kernels, device) and not can_recompute(experts):
         notes.append("all activations of experts are kept: they have a norm after the down projection")
-    elif recomputes(kernels, device) and dropout:
-        notes.append("all activations of experts are kept: recomputing them would draw other dropout")
     return notes
 
 
@@ -247,8 +267,10 @@ def install(model: nn.Module, layout: ExpertLayout, implementation: ExpertsImple
 
 
 def available(implementation: ExpertsImplementation, device: str) -> ExpertsImplementation:
-    """The same computation by kernels that run on this kind of device; Triton's need a GPU."""
+    """The same computation by kernels that run on this kind of device; Triton's and quack-kernels' need a GPU."""
     if device == "cuda":
         return implementation
-    on_a_cpu: dict[str, ExpertsImplementation] = {TRITON: OURS, TRITON_PARTIAL: OURS_PARTIAL}
+    on_a_cpu: dict[str, ExpertsImplementation] = {
+        TRITON: OURS, TRITON_PARTIAL: OURS_PARTIAL, QUACK: OURS, QUACK_PARTIAL: OURS_PARTIAL
+    }  # fmt: skip
     return on_a_cpu.get(implementation, implementation)

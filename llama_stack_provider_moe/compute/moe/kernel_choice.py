@@ -2,7 +2,8 @@
 
 A table of which kernels win where would hold for one GPU, driver and Triton version only. So the trial runs a layer of
 the job's own form, with random numbers and the job's LoRA and dropout: forward and backward by torch's products and by
-our Triton kernels. A kernel whose output or gradients differ from torch's is rejected, however fast.
+our Triton kernels, and in a trial of its own by quack-kernels' products, if installed. A kernel whose output or
+gradients differ from torch's is rejected, however fast.
 
 It runs in a process of its own (`kernel_trial`), because a faulty kernel may do worse than raise: it may hang, and an
 illegal access makes all later work of its process fail. Whatever happens there, the job runs with torch's kernels and
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llama_stack_provider_moe.compute.moe.backend import activation_of, code_of, projections
-from llama_stack_provider_moe.compute.moe.kernel_trial import TORCH, TRITON, Line, TrialLayer
+from llama_stack_provider_moe.compute.moe.kernel_trial import TORCH, Compared, Line, TrialLayer
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec import Adapter, TrainingSpec
@@ -63,23 +64,32 @@ class Trial:
 
 @dataclass(frozen=True)
 class Trials:
-    """What came of both kernels, and the tiles that were chosen for Triton's (see `tiles.install`)."""
+    """What came of torch's kernels and the others.
+
+    Attributes:
+        torch: of torch's.
+        other: of those that were compared with them.
+        tokens: tokens of the timed layer.
+        tiles: the tiles that were chosen for Triton's (see `tiles.install`).
+        name: which the others are.
+    """
 
     torch: Trial
-    triton: Trial
+    other: Trial
     tokens: int
     tiles: "tuple[Choice, ...]" = field(default=(), compare=False)
+    name: Compared = "triton"
 
     @property
-    def prefer_triton(self) -> bool:
-        """Whether Triton's kernels are right, and faster."""
-        return self.triton.ms is not None and self.torch.ms is not None and self.triton.ms < self.torch.ms
+    def prefer_other(self) -> bool:
+        """Whether the others are right, and faster."""
+        return self.other.ms is not None and self.torch.ms is not None and self.other.ms < self.torch.ms
 
     def text(self) -> str:
         """One line for the start of a job's log."""
         parts = [
             f"{name} {each.reason}" if each.ms is None else f"{name} {each.ms:.3g} ms"
-            for name, each in ((TORCH, self.torch), (TRITON, self.triton))
+            for name, each in ((TORCH, self.torch), (self.name, self.other))
             if each.ms is not None or each.reason
         ]
         return f"one layer forward and backward, {self.tokens:,} tokens: {', '.join(parts)}"
@@ -174,9 +184,9 @@ def run_trial(form: TrialLayer, command: Sequence[str] = COMMAND, limits: Limits
         last = said.read().decode(errors="replace").strip().splitlines()
     if stopped or not done:
         why = stopped or _ending(child.returncode, last)
-        found[TRITON] = Trial(None, f"failed in a trial of its own process, {at}: {why}; it is not used")
+        found[form.kernels] = Trial(None, f"failed in a trial of its own process, {at}: {why}; it is not used")
         tiles = []
-    return Trials(found.get(TORCH, Trial(None)), found[TRITON], tokens, _choices(tiles))
+    return Trials(found.get(TORCH, Trial(None)), found[form.kernels], tokens, _choices(tiles), form.kernels)
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The trial of kernels in a process of its own: `python -m llama_stack_provider_moe.compute.moe.kernel_trial`.
 
 It reads a `TrialLayer` (JSON) from standard input, makes one layer of that form with random numbers, and runs it
-forward and backward with torch's kernels and with Triton's, which chooses all tiles on the way. It writes its findings
+forward and backward with torch's kernels and with those of another backend; Triton's choose all tiles on the way. It
+writes its findings
 to standard output, one JSON object a line (`Line`). Whatever a kernel does here (raise, hang, read memory that is not
 its own) ends this process and not the job: `kernel_choice` starts it and reads what it has written.
 
@@ -27,19 +28,21 @@ from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import disagreement
+from llama_stack_provider_moe.compute.moe.kernels.drop import Dropout
 from llama_stack_provider_moe.compute.moe.kernels.groups import sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, ActivationKind, Stored
 from llama_stack_provider_moe.ground import liveness
 
-TORCH, TRITON = "torch", "triton"
+TORCH, TRITON, QUACK = "torch", "triton", "quack"
+Compared = Literal["triton", "quack"]
 REPETITIONS = 10
 TUNING_S = 240.0  # after this time no further size is tuned; a step of such a size uses the nearest one's tiles
-SMALLEST_ROWS = 16  # per expert, of the smallest size that is tuned
+SMALLEST_ROWS, LARGEST_ROWS = 16, 1024  # per expert, of the sizes that are tuned (`tiles.LARGEST_BUCKET`)
 SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 Line = dict[str, Any]
-Run = Callable[[Kernels], list[Tensor]]
+Run = Callable[..., list[Tensor]]  # (kernels, exact=: dropout by the same formula in all of them; see `drop.Drop`)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class TrialLayer:
         alpha: of the activation.
         limit: of the activation.
         deterministic: tiles are not timed; see `tiles`.
+        kernels: what is compared with torch's kernels.
     """
 
     tokens: int
@@ -91,6 +95,7 @@ class TrialLayer:
     alpha: float = 0.0
     limit: float = 0.0
     deterministic: bool = False
+    kernels: Compared = "triton"
 
 
 class Layer:
@@ -141,14 +146,13 @@ class Layer:
         upstream_TD = self.random(tokens, form.hidden)
         scores_TE = torch.rand(tokens, form.experts, device=self.device, generator=self._random)
         index_TK = scores_TE.topk(form.top_k).indices
-        dropped = form.lora_dropout > 0 or form.expert_dropout > 0
+        drops = form.lora_dropout > 0 or form.expert_dropout > 0
         wanted = [hidden_TD, weights_TK, *self.leaves]
 
-        def run(kernels: Kernels) -> list[Tensor]:
+        def run(kernels: Kernels, *, exact: bool = False) -> list[Tensor]:
             found = sort_by_expert(index_TK, form.experts, self.dtype)
-            torch.manual_seed(0)  # the same dropout
-            layer = kept_layer if dropped else expert_layer
-            out = layer(hidden_TD, weights_TK, self.up, self.down, self.activation, found, kernels)
+            dropout = Dropout(0, form.expert_dropout, exact) if drops else None
+            out = expert_layer(hidden_TD, weights_TK, self.up, self.down, self.activation, found, kernels, dropout)
             return [out.detach(), *torch.autograd.grad(out, wanted, upstream_TD.to(out.dtype))]
 
         return run
@@ -161,10 +165,7 @@ def _activation(form: TrialLayer) -> Activation:
         "clamped": partial(_clamped, form.alpha, form.limit),
         "other": _geglu if gated else F.gelu,  # any: torch computes it, whatever it is
     }
-    function = functions[form.activation]
-    if not form.expert_dropout:
-        return Activation(function, form.activation, form.alpha, form.limit)
-    return Activation(lambda inner_SJ: F.dropout(function(inner_SJ), form.expert_dropout))
+    return Activation(functions[form.activation], form.activation, form.alpha, form.limit)
 
 
 def _swiglu(inner_SJ: Tensor) -> Tensor:
@@ -197,38 +198,52 @@ def sizes(form: TrialLayer, largest: int) -> list[int]:
 
 
 def run_trial(form: TrialLayer, tell: Callable[[Line], None]) -> None:
-    """Run the layer with both kernels, compare them at every size, and tell times and tiles.
+    """Run the layer with both kinds of kernels, compare them at every size, and tell times and tiles.
 
     Args:
         form: the layer.
         tell: gets each line.
     """
-    from llama_stack_provider_moe.compute.moe.kernels import grouped, tiles  # not installed everywhere
-
+    kernels = _kernels(form.kernels)
     if form.device.startswith("cuda"):
         torch.cuda.set_device(form.device)  # Triton launches on the current device
     torch.use_deterministic_algorithms(form.deterministic)
     layer = Layer(form)
     until = time.monotonic() + TUNING_S
-    # Interpreted, no size differs in its tiles, and a layer takes seconds.
-    largest, repetitions = (SMALLEST_ROWS, 1) if tiles.INTERPRETED else (tiles.LARGEST_BUCKET, REPETITIONS)
+    # On a CPU no size differs in its tiles, and interpreted a layer takes seconds.
+    largest, repetitions = (LARGEST_ROWS, REPETITIONS) if form.device.startswith("cuda") else (SMALLEST_ROWS, 1)
     each_size = sizes(form, largest)
     with liveness.stage("trying kernels", len(each_size), "batch sizes") as counter:
         for number, tokens in enumerate(each_size):
             if number and time.monotonic() > until:
                 break
             run = layer.on(tokens)
-            expected = run(reference)
+            expected = run(reference, exact=True)
             if not number:
                 tell({"trial": TORCH, "ms": timed(lambda: run(reference), repetitions), "tokens": tokens})  # noqa: B023
-            why = disagreement(run(grouped), expected)
+            why = disagreement(run(kernels, exact=True), expected)
             if why is not None:
-                tell({"trial": TRITON, "reason": f"{why} with {tokens:,} tokens"})
+                tell({"trial": form.kernels, "reason": f"{why} with {tokens:,} tokens"})
                 return
             if not number:
-                tell({"trial": TRITON, "ms": timed(lambda: run(grouped), repetitions), "tokens": tokens})  # noqa: B023
+                ms = timed(lambda: run(kernels), repetitions)  # noqa: B023
+                tell({"trial": form.kernels, "ms": ms, "tokens": tokens})
             counter.advance()
-    tell({"tiles": [[each.kernel, list(each.asked), asdict(each.tiles)] for each in tiles.chosen()]})
+    if form.kernels == TRITON:
+        from llama_stack_provider_moe.compute.moe.kernels import tiles
+
+        tell({"tiles": [[each.kernel, list(each.asked), asdict(each.tiles)] for each in tiles.chosen()]})
+
+
+def _kernels(name: Compared) -> Kernels:
+    """The kernels of that name; neither is installed everywhere."""
+    if name == QUACK:
+        from llama_stack_provider_moe.compute.moe.kernels import quack
+
+        return quack
+    from llama_stack_provider_moe.compute.moe.kernels import grouped
+
+    return grouped
 
 
 def timed(run: Callable[[], object], repetitions: int) -> float:

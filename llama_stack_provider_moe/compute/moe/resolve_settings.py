@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedConfig
 
+from llama_stack_provider_moe.compute.moe.backend import ALL_OURS
 from llama_stack_provider_moe.compute.moe.dropout import add_expert_dropout
 from llama_stack_provider_moe.compute.moe.exceptions import KNOWN_LOOPS
 from llama_stack_provider_moe.compute.moe.implementation import (
@@ -191,7 +192,7 @@ def apply_moe(model: nn.Module, layout: ExpertLayout | None, resolved: ResolvedM
     if resolved.experts_implementation is not None:
         install(model, layout, resolved.experts_implementation)
     if resolved.expert_dropout:
-        add_expert_dropout(model, layout, resolved.expert_dropout)
+        add_expert_dropout(model, layout, resolved.expert_dropout, ours=resolved.experts_implementation in ALL_OURS)
     return shipped
 
 

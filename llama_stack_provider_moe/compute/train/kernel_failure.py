@@ -1,4 +1,4 @@
-"""What becomes of a run when one of our Triton kernels fails in the middle of it: torch's kernels take over.
+"""What becomes of a run when a compiled kernel of experts fails in the middle of it: torch's kernels take over.
 
 An illegal access makes all later work of its process fail, so the run goes on in another process: this one saves the
 last step if it still can, and ends with `HandedOver`; the next start reads `experts.json` and resumes.
@@ -11,18 +11,19 @@ from subprocess import CalledProcessError
 import torch
 
 from llama_stack_provider_moe.compute.models.prepare import Base
-from llama_stack_provider_moe.compute.moe.backend import TRITON, TRITON_PARTIAL
+from llama_stack_provider_moe.compute.moe.backend import COMPILED
 from llama_stack_provider_moe.compute.runtime.context import AnySession, HandedOver
 from llama_stack_provider_moe.compute.runtime.peers import is_of_a_lost_peer
 from llama_stack_provider_moe.compute.train.saver import Saver
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 
 _REASON_LIMIT = 300  # characters
+_COMPILERS = ("triton", "quack", "cutlass", "tvm_ffi")
 
 
 @contextmanager
 def kernels_may_fail(session: AnySession, base: Base, trainer: RecordingTrainer, saver: Saver) -> Iterator[None]:
-    """Turn the failure of a kernel inside the block into `HandedOver`, if Triton's kernels compute the experts.
+    """Turn the failure of a kernel inside the block into `HandedOver`, if compiled kernels compute the experts.
 
     Errors of a device arrive late, so one of any kernel counts. If it was not ours, it fails again with torch's, and
     then the job fails with it.
@@ -39,7 +40,7 @@ def kernels_may_fail(session: AnySession, base: Base, trainer: RecordingTrainer,
     try:
         yield
     except Exception as error:
-        if base.resolved.experts_implementation not in (TRITON, TRITON_PARTIAL) or not is_of_a_kernel(error):
+        if base.resolved.experts_implementation not in COMPILED or not is_of_a_kernel(error):
             raise
         step = trainer.state.global_step
         what = str(error).strip().splitlines() or [""]
@@ -49,15 +50,15 @@ def kernels_may_fail(session: AnySession, base: Base, trainer: RecordingTrainer,
 
 
 def is_of_a_kernel(error: Exception) -> bool:
-    """Whether an error can be a kernel's: of the device, of Triton, or of the C compiler that builds launchers."""
+    """Whether an error can be a kernel's: of the device, a compiler, or the C compiler that builds launchers."""
     if isinstance(error, torch.OutOfMemoryError) or is_of_a_lost_peer(error):
         return False
     if isinstance(error, (torch.AcceleratorError, CalledProcessError)):
         return True
-    # By name: Triton is not installed everywhere, and it raises its drivers' errors as plain RuntimeErrors.
-    of_triton = any(each.__module__.partition(".")[0] == "triton" for each in type(error).__mro__)
+    # By name: they are not installed everywhere, and Triton raises its drivers' errors as plain RuntimeErrors.
+    of_a_compiler = any(each.__module__.partition(".")[0] in _COMPILERS for each in type(error).__mro__)
     of_a_driver = isinstance(error, RuntimeError) and any(name in str(error) for name in ("Triton Error", "CUDA error"))
-    return of_triton or of_a_driver
+    return of_a_compiler or of_a_driver
 
 
 def _save(session: AnySession, device: torch.device, trainer: RecordingTrainer, saver: Saver) -> str:

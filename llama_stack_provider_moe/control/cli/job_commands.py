@@ -145,7 +145,7 @@ def resume(
         typer.Option(
             metavar="BACKEND",
             help="Code that computes the experts from now on, in place of the job's moe.experts_backend: auto, torch, "
-            "triton or peft.",
+            "triton, quack or peft.",
         ),
     ] = None,
     url: Url = DEFAULT_URL,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llama_stack_provider_moe.compute.moe import backend
 from llama_stack_provider_moe.compute.moe.adapters import add_lora
 from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.moe.dropout import add_expert_dropout
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.train.fit import CHECKPOINTING
@@ -211,6 +212,33 @@ def test_dropout_of_experts_lora(family: str) -> None:
     assert (first - second).abs().max() > 1e-4
     with dropping.disable_adapter():
         assert torch.equal(answer(dropping), answer(dropping))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text", "gpt_oss"])
+def test_a_layer_that_recomputes_has_the_dropout_of_one_that_keeps(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU against as on a CPU, and checkpointed: the same output and gradients from the same random state."""
+    found = []
+    for recomputing, checkpointed in ((False, False), (True, False), (False, True), (True, True)):
+        model = adapted(family, OURS, dropout=0.3).float()
+        layout = find_layout(model.get_base_model())
+        assert layout is not None
+        add_expert_dropout(model.get_base_model(), layout, 0.2, ours=True)
+        model.train()
+        if checkpointed:
+            getattr(model.get_base_model(), f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+            model.enable_input_require_grads()
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "recomputes", lambda kernels, device, again=recomputing: again)
+            torch.manual_seed(3)
+            found.append(learnt(model))
+    (logits, gradients), *others = found
+    for other_logits, other_gradients in others:
+        torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(4)
+    assert (learnt(model)[0] - logits).abs().max() > 1e-3, "another state, another mask"
 
 
 def test_lora_of_two_experts_is_computed_beside_them_too() -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from llama_stack_provider_moe.compute.moe import implementation
-from llama_stack_provider_moe.compute.moe.backend import OURS, OURS_PARTIAL, TRITON, TRITON_PARTIAL, kernels_of
+from llama_stack_provider_moe.compute.moe.backend import (
+    OURS,
+    OURS_PARTIAL,
+    QUACK,
+    QUACK_PARTIAL,
+    TRITON,
+    TRITON_PARTIAL,
+    kernels_of,
+)
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import (
     Decision,
@@ -25,7 +33,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, TrainingSpec
 from tests.support import tiny_models
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
-from llama_stack_provider_moe.compute.moe.kernels import tiles
+from llama_stack_provider_moe.compute.moe.kernels import quack, tiles
 
 TILES = (
     tiles.Choice("times", (32, "a shape"), tiles.Tiles(32, 16, 16)),
@@ -119,6 +127,60 @@ def test_a_job_uses_the_tiles_that_its_trial_chose(gpu: None, monkeypatch: pytes
         assert found.rows == expected, rows
 
 
+@pytest.fixture
+def quack_ms(gpu: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
+    """The times of a trial, by kernels; quack-kernels are installed."""
+    ms: dict[str, float | None] = {"torch": 3.0, "triton": 2.0, "quack": 1.0}
+
+    def found(form: TrialLayer) -> Trials:
+        other = ms[form.kernels]
+        why = "" if other else "failed"
+        return Trials(
+            Trial(ms["torch"]), Trial(other, why), form.tokens, () if form.kernels == "quack" else TILES, form.kernels
+        )
+
+    monkeypatch.setattr(implementation, "run_trial", found)
+    monkeypatch.setattr(quack, "installed", lambda: "0.6.5")
+    return ms
+
+
+@pytest.mark.parametrize(("triton", "quacks", "expected"), [
+    (2.0, 1.0, QUACK), (1.0, 2.0, TRITON), (None, 2.0, QUACK), (2.0, None, TRITON), (4.0, 5.0, OURS),
+    (None, None, OURS),
+])  # fmt: skip
+def test_auto_compares_quack_kernels_where_they_are_installed(
+    triton: float | None, quacks: float | None, expected: str, quack_ms: dict[str, float | None]
+) -> None:
+    quack_ms |= {"triton": triton, "quack": quacks}
+    model, layout = model_of("mixtral")
+    choice = chosen(job(), model.bfloat16(), layout, GPU)
+    assert choice.implementation == expected
+    assert ["triton" in choice.notes[0], "quack" in choice.notes[1]] == [True, True]
+
+
+def test_quack_kernels_by_name(quack_ms: dict[str, float | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job(moe={"experts_backend": "quack", "moe_load_balancing": "expert_choice"})
+    model, layout = model_of("mixtral")
+    with pytest.raises(ModelError, match=r"'quack' is not valid here: they compute in bf16 and fp16, not in float32"):
+        chosen(spec, model, layout, GPU)
+    model.bfloat16()
+    quack_ms |= {"quack": 9.0}
+    assert chosen(spec, model, layout, GPU).implementation == QUACK_PARTIAL, "however slow"
+    quack_ms |= {"quack": None}
+    with pytest.raises(ModelError, match=r"'quack' is not valid here: .* quack failed; expected 'auto' or 'torch'"):
+        chosen(spec, model, layout, GPU)
+    with pytest.raises(ModelError, match=r"'quack' is not valid here; it needs a CUDA GPU"):
+        check(spec, QUACK_PARTIAL, CPU)
+    check(spec, QUACK_PARTIAL, GPU)
+    assert available(QUACK, "cpu") == OURS
+    monkeypatch.setattr(quack, "installed", lambda: None)
+    with pytest.raises(
+        ModelError, match=r"'quack' is not valid here: quack-kernels is not installed \(extra 'quack'\)"
+    ):
+        chosen(spec, model, layout, GPU)
+    assert len(chosen(job(), model, layout, GPU).notes) == 1, "auto does not speak of what nobody installed"
+
+
 def test_the_notes_of_the_settings_are_not_repeated() -> None:
     spec = job(moe={"experts_backend": "peft"})
     model, layout = model_of("llama4_text")
@@ -206,31 +268,31 @@ def test_quantised_experts_need_our_kernels() -> None:
 def test_limitations_of_the_kernels_are_reported() -> None:
     model, layout = model_of("mixtral")
     experts: Any = next(iter(layout.experts(model).values()))
-    assert limitations(experts, OURS, CPU, dropout=True, rank=256) == []
-    assert limitations(experts, TRITON, CPU, dropout=False, rank=64) == []
-    assert limitations(experts, TRITON, CPU, dropout=True, rank=65) == [
-        "LoRA of rank 65 takes products of its own: one pass with the base holds at most rank 64",
-        "all activations of experts are kept: recomputing them would draw other dropout",
+    assert limitations(experts, OURS, CPU, rank=256) == []
+    assert limitations(experts, TRITON, CPU, rank=64) == []
+    assert limitations(experts, TRITON, CPU, rank=65) == [
+        "LoRA of rank 65 takes products of its own: one pass with the base holds at most rank 64"
     ]
     experts.act_fn = torch.nn.GELU()
-    assert limitations(experts, TRITON, CPU, dropout=False, rank=0) == [
+    assert limitations(experts, TRITON, CPU, rank=0) == [
         "torch computes the activation of MixtralExperts: no kernel has its formula"
     ]
     assert kernels_of(TRITON) is not kernels_of(OURS)
 
 
-@pytest.mark.parametrize(("blocks", "dropout", "rank"), [
-    ({}, False, 0), ({"moe": {"expert_dropout": 0.1}}, True, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, True, 65),
-    ({"adapter": {"rank": 65}}, False, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, False, 0),
+@pytest.mark.parametrize(("blocks", "rank"), [
+    ({}, 0), ({"moe": {"expert_dropout": 0.1}}, 0), ({"adapter": {"rank": 65, "dropout": 0.1}}, 65),
+    ({"adapter": {"rank": 65}}, 65), ({"adapter": {"rank": 65, "plan": "trunk"}}, 0),
 ])  # fmt: skip
 def test_what_of_a_job_concerns_the_kernels(
-    blocks: dict[str, Any], dropout: bool, rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+    blocks: dict[str, Any], rank: int, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials(monkeypatch, 2.0, 1.0)
     blocks = blocks | {"moe": {"experts_backend": "triton", **blocks.get("moe", {})}}
     choice = chosen(job(**blocks), *model_of("mixtral"), GPU)
     text = "; ".join(choice.notes)
-    assert (("draw other dropout" in text), ("LoRA of rank 65" in text)) == (dropout, rank == 65)
+    assert ("LoRA of rank 65" in text) == (rank == 65)
+    assert "are kept" not in text, "dropout is recomputed as everything else is"
 
 
 def test_the_same_computation_without_a_gpu() -> None:

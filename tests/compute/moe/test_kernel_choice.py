@@ -50,8 +50,8 @@ def test_correct_kernels_pass_in_every_form_of_layer(changes: dict[str, Any]) ->
     """Interpreted, Triton takes longer, so torch is kept; no tiles are timed."""
     trials = run_trial(replace(SMALL, **changes), child("none"))
     assert trials.torch.ms is not None
-    assert trials.triton.ms is not None, trials.text()
-    assert not trials.prefer_triton
+    assert trials.other.ms is not None, trials.text()
+    assert not trials.prefer_other
     assert trials.text().startswith("one layer forward and backward, 16 tokens: torch ")
 
 
@@ -66,11 +66,32 @@ def test_correct_kernels_pass_in_every_form_of_layer(changes: dict[str, Any]) ->
 def test_a_fault_ends_the_trial_and_not_this_process(fault: str, reason: str) -> None:
     trials = run_trial(SMALL, child(fault))
     assert trials.torch.ms is not None
-    assert trials.triton.ms is None
-    assert reason in trials.triton.reason
+    assert trials.other.ms is None
+    assert reason in trials.other.reason
     assert trials.tiles == ()
-    assert not trials.prefer_triton
-    assert f"triton {trials.triton.reason}" in trials.text()
+    assert not trials.prefer_other
+    assert f"triton {trials.other.reason}" in trials.text()
+
+
+@pytest.mark.parametrize(("fault", "reason"), [
+    ("none", ""), ("raises", "the kernel has had enough (exit code 1); it is not used"),
+    ("has a wrong tile", "of the norm in a block of (16, 32) with 16 tokens"),
+])  # fmt: skip
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_quack_kernels_have_the_same_trial(fault: str, reason: str, dropout: float) -> None:
+    form = replace(SMALL, dtype="bfloat16", kernels="quack", lora_dropout=dropout, expert_dropout=dropout / 2)
+    trials = run_trial(form, child(fault))
+    assert trials.torch.ms is not None
+    assert (trials.other.ms is None) == bool(reason), trials.text()
+    assert reason in trials.other.reason
+    assert trials.tiles == ()
+    assert ", quack " in trials.text()
+
+
+def test_quack_kernels_that_are_not_there_fail_their_trial() -> None:
+    trials = run_trial(replace(SMALL, dtype="bfloat16", kernels="quack"))
+    assert trials.other.ms is None
+    assert "No module named 'quack' (exit code 1); it is not used" in trials.other.reason
 
 
 @pytest.mark.parametrize(("limits", "reason"), [
@@ -79,14 +100,14 @@ def test_a_fault_ends_the_trial_and_not_this_process(fault: str, reason: str) ->
 ])  # fmt: skip
 def test_a_trial_that_hangs_is_ended(limits: Limits, reason: str) -> None:
     trials = run_trial(SMALL, child("hangs"), limits)
-    assert trials.triton.ms is None
-    assert trials.triton.reason.endswith(reason)
+    assert trials.other.ms is None
+    assert trials.other.reason.endswith(reason)
 
 
 def test_a_child_that_never_starts_is_a_failed_trial() -> None:
     trials = run_trial(SMALL, (sys.executable, "-c", "raise SystemExit('no torch here')"))
     assert trials.torch.ms is None
-    assert not trials.prefer_triton
+    assert not trials.prefer_other
     assert trials.text() == (
         "one layer forward and backward, 16 tokens: triton failed in a trial of its own process, at its start: no "
         "torch here (exit code 1); it is not used"
@@ -95,10 +116,10 @@ def test_a_child_that_never_starts_is_a_failed_trial() -> None:
 
 def test_the_fastest_kernel_wins() -> None:
     trials = Trials(Trial(2.5), Trial(1.25), 8192)
-    assert trials.prefer_triton
+    assert trials.prefer_other
     assert trials.text() == "one layer forward and backward, 8,192 tokens: torch 2.5 ms, triton 1.25 ms"
-    assert not Trials(Trial(1.25), Trial(2.5), 1).prefer_triton
-    assert not Trials(Trial(1.25), Trial(None, "failed"), 1).prefer_triton
+    assert not Trials(Trial(1.25), Trial(2.5), 1).prefer_other
+    assert not Trials(Trial(1.25), Trial(None, "failed"), 1).prefer_other
 
 
 @pytest.mark.parametrize(("family", "bits"), [

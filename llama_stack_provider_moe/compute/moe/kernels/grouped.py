@@ -1,43 +1,23 @@
-"""The ragged products as Triton kernels: base and LoRA in one pass, and the sums of outer products.
+"""The ragged products by our Triton kernels (`ragged`): what they are called with, and the tiles of each call.
 
-Two kernels serve forward and backward. `_times` computes rows W_e^T + (rows F_e^T) G_e^T: with F = A and G = B this is
-the forward, with W, B and A transposed it is the gradient of the rows. The thin product rows F_e^T shares the loop over
-the inputs, and G_e is applied at its end, so rows are read once (kernels.md calls it the fused split). `_outer` sums
-left_O right_I^T over each expert's rows: the gradients of A and B, and of W if it trains.
-
-Arithmetic, for S rows, I inputs, O outputs, rank R, E experts, b bytes per number:
-
-| | FLOPs | minimum bytes |
-|---|---|---|
-| forward | 2 S (I O + R I + R O) | b (S I + S O + S R + E (I O + R I + R O)) |
-| gradient of rows | the same | the same |
-| gradients of A, B | 2 S R (I + O) | b (S I + S O + 2 S R + E R (I + O)) |
-| gradient of W | 2 S I O | b (S I + S O + E I O) |
-
-For Qwen3-30B's gate_up (S 65,536 = 8,192 tokens x 8, I 2,048, O 1,536, R 16, E 128) the forward is 0.42 TFLOP and
-1.3 GB in bf16: bound by arithmetic on any Hopper GPU. Each tile of `BLOCK_O` outputs recomputes the thin product,
-R / BLOCK_O of its work (1/8 at 16 and 128).
-
-Rows may be tokens that are gathered while they are loaded (`index_S`), which avoids an (S, I) copy: S I b bytes written
-and read again. Ordered rows and the weights are loaded through tensor descriptors (TMA) if the device has them and they
-were faster (`tiles`).
-
-A table computed on the device (`schedule`) gives the expert of each tile of rows, so nothing waits for the host. Its
-length is an upper bound, S / BLOCK_S + E tiles; tiles past the end return at once.
+Twin of `reference`, behind the same signatures.
 """
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups
-from llama_stack_provider_moe.compute.moe.kernels.pointwise import gated, gated_backward, weighted_sum
+from llama_stack_provider_moe.compute.moe.kernels.pointwise import gated, gated_backward, masked, weighted_sum
+from llama_stack_provider_moe.compute.moe.kernels.ragged import outer, times
 from llama_stack_provider_moe.compute.moe.kernels.reference import Stored
 from llama_stack_provider_moe.compute.moe.kernels.tiles import (
     INTERPRETED,
@@ -75,125 +55,6 @@ def schedule(groups: Groups, rows: int, block: int) -> Tensor:
     return torch.stack([expert, torch.minimum(first, ends_E[expert]), ends_E[expert]], dim=1).int()
 
 
-@triton.jit
-def _times(
-    rows, weight, first, second, bias, out, low, index, table, total, outputs, inputs, rank, tiles_o,
-    rows_s, rows_i, weight_e, weight_o, weight_i, first_e, first_r, first_i, second_e, second_o, second_r,
-    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    LANES: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDEX: tl.constexpr,
-    ROWS_DESCRIBED: tl.constexpr, WEIGHT_DESCRIBED: tl.constexpr, WEIGHT_TURNED: tl.constexpr, WIDEN: tl.constexpr,
-    SEPARATE: tl.constexpr,
-):  # fmt: skip
-    """Persistent over (row tile, output tile); `LANES` row tiles at a time go through all output tiles.
-
-    If described, `rows` and `weight` are tensor descriptors of (S, I) and (E, O, I), or (E, I, O) if turned.
-    """
-    tiles_s = total // tiles_o
-    for job in range(tl.program_id(0), total, tl.num_programs(0)):
-        lane = job // (LANES * tiles_o)
-        lanes = tl.minimum(tiles_s - lane * LANES, LANES)
-        tile = lane * LANES + (job % (LANES * tiles_o)) % lanes
-        tile_o = (job % (LANES * tiles_o)) // lanes
-        expert_32 = tl.load(table + tile * 3)
-        expert = expert_32.to(tl.int64)
-        row_first = tl.load(table + tile * 3 + 1)
-        row_end = tl.load(table + tile * 3 + 2)
-        if row_first < row_end:
-            at_s = (row_first + tl.arange(0, BLOCK_S)).to(tl.int64)
-            at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-            at_r = tl.arange(0, BLOCK_R)
-            is_s, is_o, is_r = at_s < row_end, at_o < outputs, at_r < rank
-            from_s = at_s
-            if HAS_INDEX:
-                from_s = tl.load(index + at_s, is_s, 0).to(tl.int64)
-            acc = tl.zeros((BLOCK_S, BLOCK_O), tl.float32)
-            thin = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
-            for start in range(0, inputs, BLOCK_I):
-                at_i = start + tl.arange(0, BLOCK_I)
-                is_i = at_i < inputs
-                if ROWS_DESCRIBED:
-                    x = rows.load([row_first, start])  # may include rows of the next expert, which are not stored
-                else:
-                    x = tl.load(
-                        rows + from_s[:, None] * rows_s + at_i[None, :] * rows_i, is_s[:, None] & is_i[None, :], 0.0
-                    )
-                if WEIGHT_DESCRIBED:
-                    if WEIGHT_TURNED:
-                        w = weight.load([expert_32, start, tile_o * BLOCK_O]).reshape(BLOCK_I, BLOCK_O)
-                    else:
-                        w = weight.load([expert_32, tile_o * BLOCK_O, start]).reshape(BLOCK_O, BLOCK_I).T
-                else:
-                    w = tl.load(
-                        weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i,
-                        is_o[None, :] & is_i[:, None], 0.0,
-                    )  # fmt: skip
-                if WIDEN:
-                    x, w = x.to(tl.float32), w.to(tl.float32)
-                acc = tl.dot(x, w, acc, input_precision="ieee")
-                if HAS_LORA:
-                    from_f = first + expert * first_e + at_r[None, :] * first_r + at_i[:, None] * first_i
-                    f = tl.load(from_f, is_r[None, :] & is_i[:, None], 0.0)
-                    if WIDEN:
-                        f = f.to(tl.float32)
-                    thin = tl.dot(x, f, thin, input_precision="ieee")
-            if HAS_LORA:
-                narrow = thin.to(low.dtype.element_ty)
-                if tile_o == 0:
-                    tl.store(low + at_s[:, None] * rank + at_r[None, :], narrow, is_s[:, None] & is_r[None, :])
-                from_g = second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r
-                g = tl.load(from_g, is_o[None, :] & is_r[:, None], 0.0)
-                if WIDEN:
-                    narrow, g = narrow.to(tl.float32), g.to(tl.float32)
-                if SEPARATE:
-                    # Without the mask, whose rows are not stored, Triton would chain this dot, too.
-                    acc += tl.where(is_s[:, None], tl.dot(narrow, g, input_precision="ieee"), 0.0)
-                else:
-                    acc = tl.dot(narrow, g, acc, input_precision="ieee")
-            if HAS_BIAS:
-                acc += tl.load(bias + expert * outputs + at_o, is_o, 0.0).to(tl.float32)[None, :]
-            tl.store(
-                out + at_s[:, None] * outputs + at_o[None, :], acc.to(out.dtype.element_ty),
-                is_s[:, None] & is_o[None, :],
-            )  # fmt: skip
-
-
-@triton.jit
-def _outer(
-    left, right, out, left_index, right_index, ends, total, outputs, inputs, tiles_o, tiles_i,
-    left_s, left_o, right_s, right_i,
-    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-    LEFT_INDEX: tl.constexpr, RIGHT_INDEX: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Persistent over (expert, output tile, input tile); the loop runs over the expert's rows."""
-    for job in range(tl.program_id(0), total, tl.num_programs(0)):
-        expert = job // (tiles_o * tiles_i)
-        tile_o = job % (tiles_o * tiles_i) // tiles_i
-        tile_i = job % tiles_i
-        row_end = tl.load(ends + expert)
-        row_first = tl.load(ends + expert - 1, expert > 0, 0)
-        at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-        at_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-        is_o, is_i = at_o < outputs, at_i < inputs
-        acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-        for start in range(row_first, row_end, BLOCK_S):
-            at_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
-            is_s = at_s < row_end
-            left_at, right_at = at_s, at_s
-            if LEFT_INDEX:
-                left_at = tl.load(left_index + at_s, is_s, 0).to(tl.int64)
-            if RIGHT_INDEX:
-                right_at = tl.load(right_index + at_s, is_s, 0).to(tl.int64)
-            lhs = tl.load(left + left_at[None, :] * left_s + at_o[:, None] * left_o, is_s[None, :] & is_o[:, None], 0.0)
-            rhs = tl.load(
-                right + right_at[:, None] * right_s + at_i[None, :] * right_i, is_s[:, None] & is_i[None, :], 0.0
-            )
-            if WIDEN:
-                lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
-            acc = tl.dot(lhs, rhs, acc, input_precision="ieee")
-        place = out + (expert.to(tl.int64) * outputs + at_o[:, None]) * inputs + at_i[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), is_o[:, None] & is_i[None, :])
-
-
 def product(
     rows_SI: Tensor,
     weight: Tensor | Stored,
@@ -204,6 +65,7 @@ def product(
     *,
     flip: bool = False,
     index_S: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T; twin of `reference.product`.
 
@@ -212,7 +74,18 @@ def product(
     A weight in another form is decoded whole, into memory that is freed afterwards.
     """
     matrices = weight if isinstance(weight, Tensor) else weight.whole()
-    return _product(rows_SI, matrices.mT if flip else matrices, groups, first_ERI, second_EOR, bias_EO, index_S)
+    mask = Mask(None if flip else drop, drop if flip else None)
+    return _product(rows_SI, matrices.mT if flip else matrices, groups, first_ERI, second_EOR, bias_EO, index_S, mask)
+
+
+class Mask(NamedTuple):
+    """Dropout on the thin product's rows, or on what LoRA adds."""
+
+    into: Drop | None = None
+    out: Drop | None = None
+
+
+NO_MASK = Mask()
 
 
 def _product(
@@ -223,30 +96,60 @@ def _product(
     second_EOR: Tensor | None = None,
     bias_EO: Tensor | None = None,
     index_S: Tensor | None = None,
+    mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor | None]:
     """Accepts views with any strides, so the gradient of the rows is the same call with W, F and G transposed."""
-    asked_rank = rank = 0 if first_ERI is None else first_ERI.shape[1]
+    if first_ERI is None or second_EOR is None:
+        return one_pass(rows_SI, weight_EOI, groups, bias_EO=bias_EO, index_S=index_S), None
+    rank = first_ERI.shape[1]
     if rank > WIDEST_RANK:
-        assert first_ERI is not None
-        assert second_EOR is not None
-        low_SR, _ = _product(rows_SI, first_ERI, groups, index_S=index_S)
-        out_SO, _ = _product(rows_SI, weight_EOI, groups, bias_EO=bias_EO, index_S=index_S)
-        return out_SO.add_(_product(low_SR, second_EOR, groups)[0]), low_SR
+        low_SR = one_pass(rows_SI, first_ERI, groups, index_S=index_S, mask=Mask(mask.into))
+        out_SO = one_pass(rows_SI, weight_EOI, groups, bias_EO=bias_EO, index_S=index_S)
+        return out_SO.add_(one_pass(low_SR, second_EOR, groups, mask=Mask(None, mask.out))), low_SR
     if rank % RANK_STEP:
-        rank = asked_rank + -asked_rank % RANK_STEP
-        first_ERI, second_EOR = _filled(first_ERI, 1, rank), _filled(second_EOR, 2, rank)
+        first_ERI, second_EOR = _filled(first_ERI, 1), _filled(second_EOR, 2)
+    rows = rows_SI.shape[0] if index_S is None else index_S.shape[0]
+    if mask.into is None:
+        low_SR = _room(rows_SI, rows, first_ERI.shape[1], groups)
+        lora = InPass(first_ERI, second_EOR, low_SR)
+    else:
+        low_SR = one_pass(rows_SI, first_ERI, groups, index_S=index_S, mask=Mask(mask.into))
+        lora = InPass(None, second_EOR, low_SR)
+    out_SO = one_pass(rows_SI, weight_EOI, groups, lora, bias_EO, index_S, Mask(None, mask.out))
+    return out_SO, low_SR[:, :rank]
+
+
+class InPass(NamedTuple):
+    """LoRA in one pass with the base: factors, and the thin product, which is written, or read if there is no first."""
+
+    first_ERI: Tensor | None
+    second_EOR: Tensor
+    low_SR: Tensor
+
+
+def one_pass(
+    rows_SI: Tensor,
+    weight_EOI: Tensor,
+    groups: Groups,
+    lora: InPass | None = None,
+    bias_EO: Tensor | None = None,
+    index_S: Tensor | None = None,
+    mask: Mask = NO_MASK,
+) -> Tensor:
+    """One launch of `times`."""
     experts, outputs, inputs = weight_EOI.shape
     rows = rows_SI.shape[0] if index_S is None else index_S.shape[0]
-    make = rows_SI.new_zeros if groups.partial else rows_SI.new_empty
-    out_SO = make(rows, outputs)
-    low_SR = make(rows, rank) if rank else None
+    out_SO = _room(rows_SI, rows, outputs, groups)
     if not rows:
-        return out_SO, None if low_SR is None else low_SR[:, :asked_rank]
+        return out_SO
+    first_ERI, second_EOR, low_SR = (None, None, None) if lora is None else lora
+    rank = 0 if low_SR is None else low_SR.shape[1]
     first = weight_EOI if first_ERI is None else first_ERI  # not read
     second = weight_EOI if second_EOR is None else second_EOR
     weight_described, rows_described = _can_describe(weight_EOI), index_S is None and _can_describe(rows_SI)
     weight_turned = weight_EOI.stride(2) != 1
     separate = _chaining_fails(rows_SI.device)
+    drop = mask.into or mask.out
 
     def run(tiles: Tiles) -> CompiledKernel | None:
         if (rows, tiles.rows) not in groups.schedules:
@@ -258,37 +161,66 @@ def _product(
         rows_too = tiles.descriptors and rows_described
         matrices = weight_EOI.mT if weight_turned else weight_EOI
         sides = (tiles.inputs, tiles.outputs) if weight_turned else (tiles.outputs, tiles.inputs)
-        compiled: CompiledKernel | None = _times[(_programs(rows_SI, total),)](
+        compiled: CompiledKernel | None = times[(_programs(rows_SI, total),)](
             TensorDescriptor.from_tensor(rows_SI, [tiles.rows, tiles.inputs]) if rows_too else rows_SI,
             TensorDescriptor.from_tensor(matrices, [1, *sides]) if described else weight_EOI,
             first, second, out_SO if bias_EO is None else bias_EO, out_SO,
             out_SO if low_SR is None else low_SR, table if index_S is None else index_S,
-            table, total, outputs, inputs, rank, tiles_o,
+            table if drop is None else drop.keys_S2, table, total, outputs, inputs, rank, tiles_o,
             *rows_SI.stride(), *weight_EOI.stride(), *first.stride(), *second.stride(),
             BLOCK_S=tiles.rows, BLOCK_O=tiles.outputs, BLOCK_I=tiles.inputs,
-            BLOCK_R=max(16, triton.next_power_of_2(rank)), LANES=_LANES, HAS_LORA=rank > 0,
+            BLOCK_R=max(16, triton.next_power_of_2(rank)), LANES=_LANES, HAS_LORA=first_ERI is not None,
             HAS_BIAS=bias_EO is not None, HAS_INDEX=index_S is not None, ROWS_DESCRIBED=rows_too,
             WEIGHT_DESCRIBED=described, WEIGHT_TURNED=weight_turned,
             WIDEN=INTERPRETED and rows_SI.dtype == torch.bfloat16, SEPARATE=separate,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            GIVEN=rank > 0 and first_ERI is None, MASK_IN=mask.into is not None, MASK_OUT=mask.out is not None,
+            LIMIT=0 if drop is None else drop.limit, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return compiled
-
-    def twin() -> tuple[Tensor, ...]:
-        found = reference.product(rows_SI, weight_EOI, groups, first_ERI, second_EOR, bias_EO, index_S=index_S)
-        return tuple(each for each in found if each is not None)
 
     per_expert = rows_bucket(rows, experts)
     asked = (
         per_expert, experts, outputs, inputs, rank, str(rows_SI.dtype), bias_EO is not None, index_S is not None,
-        weight_turned, weight_described, rows_described,
+        weight_turned, weight_described, rows_described, first_ERI is not None, mask.into is not None,
+        mask.out is not None,
     )  # fmt: skip
     described = weight_described and has_descriptors(rows_SI.device)
-    found = for_products(per_expert, outputs, rank, rows_SI.dtype, described, weight_turned, separate)
-    results = (out_SO,) if low_SR is None else (out_SO, low_SR)
-    call = Call(run, results, twin, (lambda: int(groups.ends_E[-1])) if groups.partial else None)
+    found = for_products(
+        per_expert, outputs, rank, rows_SI.dtype, described, weight_turned, separate or mask.out is not None
+    )
+    results = (out_SO,) if low_SR is None or first_ERI is None else (out_SO, low_SR)
+    call = Call(
+        run, results, lambda: _twin(rows_SI, weight_EOI, groups, lora, bias_EO, index_S, mask),
+        (lambda: int(groups.ends_E[-1])) if groups.partial else None,
+    )  # fmt: skip
     run(best("times", asked, found, rows_SI.device, call))
-    return out_SO, None if low_SR is None else low_SR[:, :asked_rank]
+    return out_SO
+
+
+def _twin(
+    rows_SI: Tensor,
+    weight_EOI: Tensor,
+    groups: Groups,
+    lora: InPass | None,
+    bias_EO: Tensor | None,
+    index_S: Tensor | None,
+    mask: Mask,
+) -> tuple[Tensor, ...]:
+    """What `one_pass` writes, in plain torch."""
+    into, out = (None if each is None else replace(each, exact=True) for each in mask)
+    if lora is not None and lora.first_ERI is not None:
+        # With `flip` masks are on what LoRA adds, which is the same product of the transposed weight.
+        found = reference.product(
+            rows_SI, weight_EOI.mT, groups, lora.first_ERI, lora.second_EOR, bias_EO, flip=True, index_S=index_S,
+            drop=out,
+        )  # fmt: skip
+        return tuple(each for each in found if each is not None)
+    rows_SI = rows_SI if index_S is None else rows_SI[index_S]
+    whole, _ = reference.product(rows_SI if into is None else into.of(rows_SI), weight_EOI, groups, bias_EO=bias_EO)
+    if lora is None:
+        return (whole if out is None else out.of(whole),)
+    added = reference.times_weights(lora.low_SR, lora.second_EOR, groups)
+    return (whole.add_(added if out is None else out.of(added)),)
 
 
 def rows_by_rows(
@@ -298,6 +230,7 @@ def rows_by_rows(
     *,
     left_index_S: Tensor | None = None,
     right_index_S: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> Tensor:
     """For each expert the sum over its rows of left_O right_I^T, (E, O, I); twin of `reference.rows_by_rows`.
 
@@ -309,35 +242,42 @@ def rows_by_rows(
     def run(tiles: Tiles) -> CompiledKernel | None:
         tiles_o, tiles_i = triton.cdiv(outputs, tiles.outputs), triton.cdiv(inputs, tiles.inputs)
         total = experts * tiles_o * tiles_i
-        compiled: CompiledKernel | None = _outer[(_programs(left_SO, total),)](
+        compiled: CompiledKernel | None = outer[(_programs(left_SO, total),)](
             left_SO, right_SI, out_EOI, groups.ends_E if left_index_S is None else left_index_S,
-            groups.ends_E if right_index_S is None else right_index_S, groups.ends_E,
+            groups.ends_E if right_index_S is None else right_index_S,
+            groups.ends_E if drop is None else drop.keys_S2, groups.ends_E,
             total, outputs, inputs, tiles_o, tiles_i, *left_SO.stride(), *right_SI.stride(),
             BLOCK_S=tiles.rows, BLOCK_O=tiles.outputs, BLOCK_I=tiles.inputs,
             LEFT_INDEX=left_index_S is not None, RIGHT_INDEX=right_index_S is not None,
-            WIDEN=INTERPRETED and left_SO.dtype == torch.bfloat16, num_warps=tiles.warps, num_stages=tiles.stages,
+            WIDEN=INTERPRETED and left_SO.dtype == torch.bfloat16, **masked(drop),
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return compiled
 
     def twin() -> tuple[Tensor, ...]:
         indices = {"left_index_S": left_index_S, "right_index_S": right_index_S}
-        return (reference.rows_by_rows(left_SO, right_SI, groups, **indices),)
+        exact = None if drop is None else replace(drop, exact=True)
+        return (reference.rows_by_rows(left_SO, right_SI, groups, **indices, drop=exact),)
 
     index = left_index_S if right_index_S is None else right_index_S
     rows = left_SO.shape[0] if index is None else index.shape[0]
     asked = (
         rows_bucket(rows, experts), experts, outputs, inputs, str(left_SO.dtype),
-        left_index_S is not None, right_index_S is not None,
+        left_index_S is not None, right_index_S is not None, drop is not None,
     )  # fmt: skip
     call = Call(run, (out_EOI,), twin)
     run(best("outer", asked, for_outers(outputs, inputs, left_SO.dtype), left_SO.device, call))
     return out_EOI
 
 
-def _filled(factor: Tensor | None, axis: int, rank: int) -> Tensor:
-    """A factor of LoRA with zeros up to `rank`: with rows of 16 numbers its loads are aligned."""
-    assert factor is not None
-    missing = rank - factor.shape[axis]
+def _room(rows: Tensor, count: int, width: int, groups: Groups) -> Tensor:
+    """Memory for results; zeros if some rows belong to no expert, for those are not written."""
+    return (rows.new_zeros if groups.partial else rows.new_empty)(count, width)
+
+
+def _filled(factor: Tensor, axis: int) -> Tensor:
+    """A factor of LoRA with zeros up to a multiple of `RANK_STEP`: with rows of 16 numbers its loads are aligned."""
+    missing = -factor.shape[axis] % RANK_STEP
     return torch.nn.functional.pad(factor, [0, 0] * (2 - axis) + [0, missing]).contiguous()
 
 

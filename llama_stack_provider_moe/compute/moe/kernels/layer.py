@@ -7,6 +7,7 @@ Qwen3-30B-A3B with 8,192 tokens in bf16 that is 0.23 GB instead of 1.21 per laye
 
 - the products gather the rows of x themselves (`index_S`);
 - g is recomputed from U x, in one pointwise pass together with its gradient;
+- dropout's masks are recomputed from a seed (`drop`);
 - the gradient of w does not need the rows of D g: <D g, d> = <g, D^T d> (+ <bias, d>), and backward computes D^T d
   anyway, as in SonicMoE (Guo et al. 2025, arXiv 2512.14080).
 
@@ -19,10 +20,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import DOWN, INNER, UP, Drop, Dropout
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
 from llama_stack_provider_moe.compute.moe.kernels.linear import Kernels, Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored, experts_of_rows
+
+
+class _Drops(NamedTuple):
+    """What is dropped of LoRA's input on each projection, and of the activation between them."""
+
+    up: Drop | None = None
+    inner: Drop | None = None
+    down: Drop | None = None
 
 
 class Projection(NamedTuple):
@@ -41,32 +52,32 @@ def expert_layer(
     activation: Activation,
     found: Sorted,
     kernels: Kernels,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """The layer of the module's docstring, in the weights' dtype; autocast has no effect inside.
 
     Args:
         hidden_TD: tokens.
         weights_TK: weight of each choice.
-        up: up projection (E, J, D); its LoRA and that of `down` have no dropout.
+        up: up projection (E, J, D).
         down: down projection (E, D, I).
         activation: the function between them.
         found: tokens sorted by expert.
         kernels: kernels that compute the products.
+        dropout: its seed, and its share of the inner activation; None if nothing is dropped, of LoRA's input neither.
 
     Returns:
         (T, D), in the wider dtype of the projections' weights and `weights_TK`.
     """
     tensors: list[Tensor | None] = []
     for each in (up, down):
-        assert each.lora is None or not each.lora.dropout, "backward would draw another dropout mask"
-        a, b = (None, None) if each.lora is None else (each.lora.a_ERI, each.lora.b_EOR)
         tensors.append(each.weight if isinstance(each.weight, Tensor) else None)
         tensors.append(each.bias_EO)
-        # As in `grouped_linear`: PEFT stores B with the experts innermost.
-        tensors.extend(None if factor is None else factor.to(each.weight.dtype).contiguous() for factor in (a, b))
+        tensors.extend((None, None) if each.lora is None else each.lora.factors(each.weight.dtype))
     stored = tuple(None if isinstance(each.weight, Tensor) else each.weight for each in (up, down))
     hidden_TD = hidden_TD.to(up.weight.dtype)
-    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels)
+    drops = _drops(up, down, found, dropout)
+    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels, drops)
     return out
 
 
@@ -79,29 +90,54 @@ def kept_layer(
     found: Sorted,
     kernels: Kernels,
     norm: Callable[[Tensor], Tensor] | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """The same layer step by step, keeping everything for backward: for dropout, which must not be drawn twice.
+    """The same layer step by step, keeping everything for backward.
 
     Args:
         hidden_TD: tokens.
         weights_TK: weight of each choice.
-        up: up projection (E, J, D); its LoRA and that of `down` may have dropout.
+        up: up projection (E, J, D).
         down: down projection (E, D, I).
-        activation: the function between them; it may have dropout.
+        activation: the function between them; here it may use random numbers.
         found: tokens sorted by expert.
         kernels: kernels that compute the products.
         norm: applied to each expert's output; None: there is none.
+        dropout: as in `expert_layer`.
 
     Returns:
         (T, D), in the wider dtype of the projections' weights and `weights_TK`.
     """
-    inner_SI = activation.function(_times(up, dispatch(hidden_TD, found), found, kernels))
-    out_SD = _times(down, inner_SI, found, kernels)
+    out_SD = kept_rows(dispatch(hidden_TD, found), up, down, activation, found, kernels, dropout)
     return combine(out_SD if norm is None else norm(out_SD), weights_TK, found)
 
 
-def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels) -> Tensor:
-    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels)
+def kept_rows(
+    rows_SD: Tensor,
+    up: Projection,
+    down: Projection,
+    activation: Activation,
+    found: Sorted,
+    kernels: Kernels,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The experts' outputs (S, D) for rows sorted by expert, keeping everything for backward; see `kept_layer`."""
+    drops = _drops(up, down, found, dropout)
+    inner_SI = reference.gated(_times(up, rows_SD, found, kernels, drops.up), activation, drops.inner)
+    return _times(down, inner_SI, found, kernels, drops.down)
+
+
+def _times(projection: Projection, rows_SI: Tensor, found: Sorted, kernels: Kernels, drop: Drop | None) -> Tensor:
+    return grouped_linear(rows_SI, projection.weight, found.groups, projection.bias_EO, projection.lora, kernels, drop)
+
+
+def _drops(up: Projection, down: Projection, found: Sorted, dropout: Dropout | None) -> _Drops:
+    shares = [0.0 if each.lora is None else each.lora.dropout for each in (up, down)]
+    if dropout is None:
+        assert not any(shares), "dropout on LoRA's input needs a seed"
+        return _Drops()
+    asked = ((UP, shares[0]), (INNER, dropout.inner), (DOWN, shares[1]))
+    return _Drops(*(dropout.drop(stream, share, found.order_S) for stream, share in asked))
 
 
 class _Context(Protocol):
@@ -109,6 +145,7 @@ class _Context(Protocol):
     activation: Activation
     found: Sorted
     kernels: Kernels
+    drops: _Drops
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]  # Tensor or None, by position
 
@@ -133,22 +170,24 @@ class _Layer(torch.autograd.Function):
         activation: Activation,
         found: Sorted,
         kernels: Kernels,
+        drops: _Drops,
     ) -> Tensor:
         """(T, D)"""
         with torch.autocast(hidden_TD.device.type, enabled=False):
             inner_SJ, up_low_SR = kernels.product(
-                hidden_TD, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=found.tokens_S
-            )
-            inner_SI = kernels.gated(inner_SJ, activation)
+                hidden_TD, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=found.tokens_S,
+                drop=drops.up,
+            )  # fmt: skip
+            inner_SI = kernels.gated(inner_SJ, activation, drops.inner)
             out_SD, down_low_SR = kernels.product(
-                inner_SI, _either(down, stored[1]), found.groups, down_a, down_b, down_bias
+                inner_SI, _either(down, stored[1]), found.groups, down_a, down_b, down_bias, drop=drops.down
             )
             out_TD = kernels.weighted_sum(out_SD, found, weights_TK)
         ctx.save_for_backward(
             hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR,
             up, up_bias, up_a, up_b, down, down_bias, down_a, down_b,
         )  # fmt: skip
-        ctx.stored, ctx.activation, ctx.found, ctx.kernels = stored, activation, found, kernels
+        ctx.stored, ctx.activation, ctx.found, ctx.kernels, ctx.drops = stored, activation, found, kernels, drops
         return out_TD
 
     @staticmethod
@@ -157,16 +196,19 @@ class _Layer(torch.autograd.Function):
         hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR, *parameters = ctx.saved_tensors
         up, up_bias, up_a, up_b, down, down_bias, down_a, down_b = parameters
         needs_hidden, needs_weights, *needs = ctx.needs_input_grad[:10]
-        found, kernels = ctx.found, ctx.kernels
+        found, kernels, drops = ctx.found, ctx.kernels, ctx.drops
         groups, tokens_S = found.groups, found.tokens_S
         d_out_TD = gradients[0].to(inner_SJ.dtype).contiguous()
         d_hidden = d_weights = None
         with torch.autocast(d_out_TD.device.type, enabled=False):
             d_inner_SI, d_low_SR = kernels.product(
-                d_out_TD, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=tokens_S
-            )
+                d_out_TD, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=tokens_S,
+                drop=drops.down,
+            )  # fmt: skip
             weight_S = found.of_rows(weights_TK)
-            d_inner_SJ, inner_SI, d_weight_S = kernels.gated_backward(inner_SJ, ctx.activation, d_inner_SI, weight_S)
+            d_inner_SJ, inner_SI, d_weight_S = kernels.gated_backward(
+                inner_SJ, ctx.activation, d_inner_SI, weight_S, drops.inner
+            )
             del d_inner_SI
             if needs_weights:
                 if down_bias is not None:
@@ -174,18 +216,19 @@ class _Layer(torch.autograd.Function):
                     d_weight_S = d_weight_S + (d_out_TD @ down_bias.to(d_out_TD.dtype).T)[tokens_S, experts_S]
                 d_weights = found.of_choices(d_weight_S).to(weights_TK.dtype)
             d_down = _gradients(
-                needs[4:], kernels, groups, d_out_TD, tokens_S, inner_SI, None, d_low_SR, down_low_SR, weight_S
-            )
+                needs[4:], kernels, groups, d_out_TD, tokens_S, inner_SI, None, d_low_SR, down_low_SR, weight_S,
+                drops.down,
+            )  # fmt: skip
             del inner_SI
             if needs_hidden:
                 d_rows_SD, d_low_SR = kernels.product(
-                    d_inner_SJ, _either(up, ctx.stored[0]), groups, *_turned(up_a, up_b), flip=True
+                    d_inner_SJ, _either(up, ctx.stored[0]), groups, *_turned(up_a, up_b), flip=True, drop=drops.up
                 )
                 d_hidden = kernels.weighted_sum(d_rows_SD, found)
             elif needs[2]:
                 d_low_SR, _ = kernels.product(d_inner_SJ, up_b.mT, groups)
             d_up = _gradients(
-                needs[:4], kernels, groups, d_inner_SJ, None, hidden_TD, tokens_S, d_low_SR, up_low_SR, None
+                needs[:4], kernels, groups, d_inner_SJ, None, hidden_TD, tokens_S, d_low_SR, up_low_SR, None, drops.up
             )
         d_biases = [
             None if gradient is None else gradient.to(bias.dtype)
@@ -193,7 +236,7 @@ class _Layer(torch.autograd.Function):
         ]
         return (
             d_hidden, d_weights, d_up[0], d_biases[0], *d_up[2:], d_down[0], d_biases[1], *d_down[2:],
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -208,6 +251,7 @@ def _gradients(
     d_low_SR: Tensor | None,
     low_SR: Tensor | None,
     weight_S: Tensor | None,
+    drop: Drop | None,
 ) -> list[Tensor | None]:
     """Gradients of a projection's weight, bias, A and B.
 
@@ -222,6 +266,7 @@ def _gradients(
         d_low_SR: `d_out` times B.
         low_SR: input, before the weights of rows, times A.
         weight_S: weights of rows; None: 1.
+        drop: dropout on LoRA's input.
     """
     found: list[Tensor | None] = [None] * 4
     if needs[0]:
@@ -232,7 +277,7 @@ def _gradients(
         found[1] = sums[:, :, 0]
     if needs[2]:
         assert d_low_SR is not None
-        found[2] = kernels.rows_by_rows(d_low_SR, rows, groups, right_index_S=rows_index_S)
+        found[2] = kernels.rows_by_rows(d_low_SR, rows, groups, right_index_S=rows_index_S, drop=drop)
     if needs[3]:
         assert low_SR is not None
         weighted_SR = low_SR if weight_S is None else low_SR * weight_S.to(low_SR.dtype).unsqueeze(-1)

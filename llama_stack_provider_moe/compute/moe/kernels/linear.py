@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import Drop, scale_of
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, Stored
 
@@ -35,6 +36,7 @@ class Kernels(Protocol):
         *,
         flip: bool = False,
         index_S: Tensor | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `reference.product`."""
         ...
@@ -47,16 +49,22 @@ class Kernels(Protocol):
         *,
         left_index_S: Tensor | None = None,
         right_index_S: Tensor | None = None,
+        drop: Drop | None = None,
     ) -> Tensor:
         """See `reference.rows_by_rows`."""
         ...
 
-    def gated(self, inner_SJ: Tensor, activation: Activation) -> Tensor:
+    def gated(self, inner_SJ: Tensor, activation: Activation, drop: Drop | None = None) -> Tensor:
         """See `reference.gated`."""
         ...
 
     def gated_backward(
-        self, inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor
+        self,
+        inner_SJ: Tensor,
+        activation: Activation,
+        d_inner_SI: Tensor,
+        weight_S: Tensor,
+        drop: Drop | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.gated_backward`."""
         ...
@@ -67,11 +75,17 @@ class Kernels(Protocol):
 
 
 class Lora(NamedTuple):
-    """Factors of the updates B A of all experts; B includes the scale."""
+    """Factors of the updates B A of all experts; B includes the scale. `dropout`: dropped share of the input."""
 
     a_ERI: Tensor
     b_EOR: Tensor
     dropout: float = 0.0
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B as kernels take them; B has the scale of dropout, so that masks need none."""
+        b_EOR = self.b_EOR * scale_of(self.dropout) if self.dropout else self.b_EOR
+        # PEFT stores B with the experts innermost, so every product would copy its matrix.
+        return self.a_ERI.to(dtype).contiguous(), b_EOR.to(dtype).contiguous()
 
 
 def grouped_linear(
@@ -81,6 +95,7 @@ def grouped_linear(
     bias_EO: Tensor | None = None,
     lora: Lora | None = None,
     kernels: Kernels = reference,
+    drop: Drop | None = None,
 ) -> Tensor:
     """x W_e^T + b_e + (drop(x) A_e^T) B_e^T, where e is the expert of each row.
 
@@ -93,18 +108,17 @@ def grouped_linear(
         bias_EO: bias of each expert.
         lora: update of each expert; None: no LoRA.
         kernels: kernels that compute the products.
+        drop: dropout on the input of `lora`, of its share; None if that is 0.
 
     Returns:
         (S, O), in the weight's dtype.
     """
     rows_SI = rows_SI.to(weight.dtype)
-    lora_rows_SI = a_ERI = b_EOR = None
-    if lora is not None:
-        lora_rows_SI = torch.nn.functional.dropout(rows_SI, lora.dropout) if lora.dropout else None
-        # PEFT stores B with the experts innermost, so every product would copy its matrix.
-        a_ERI, b_EOR = lora.a_ERI.to(weight.dtype).contiguous(), lora.b_EOR.to(weight.dtype).contiguous()
+    asked = 0.0 if lora is None else lora.dropout
+    assert asked == (0.0 if drop is None else drop.share), "LoRA's dropout and its mask differ"
+    a_ERI, b_EOR = (None, None) if lora is None else lora.factors(weight.dtype)
     tensor, stored = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-    out: Tensor = _Product.apply(rows_SI, lora_rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups, kernels)
+    out: Tensor = _Product.apply(rows_SI, tensor, bias_EO, a_ERI, b_EOR, stored, groups, kernels, drop)
     return out
 
 
@@ -112,6 +126,7 @@ class _Context(Protocol):
     groups: Groups
     kernels: Kernels
     stored: Stored | None
+    drop: Drop | None
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]  # Tensor or None, by position
 
@@ -125,7 +140,6 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: _Context,
         rows_SI: Tensor,
-        lora_rows_SI: Tensor | None,
         weight_EOI: Tensor | None,
         bias_EO: Tensor | None,
         a_ERI: Tensor | None,
@@ -133,45 +147,35 @@ class _Product(torch.autograd.Function):
         stored: Stored | None,
         groups: Groups,
         kernels: Kernels,
+        drop: Drop | None,
     ) -> Tensor:
         """(S, O)"""
         weight = stored if weight_EOI is None else weight_EOI
         assert weight is not None
         with torch.autocast(rows_SI.device.type, enabled=False):
-            if lora_rows_SI is None:
-                out_SO, low_SR = kernels.product(rows_SI, weight, groups, a_ERI, b_EOR, bias_EO)
-            else:
-                assert a_ERI is not None
-                assert b_EOR is not None
-                out_SO, _ = kernels.product(rows_SI, weight, groups, bias_EO=bias_EO)
-                low_SR, _ = kernels.product(lora_rows_SI, a_ERI, groups)
-                out_SO += kernels.product(low_SR, b_EOR, groups)[0]
-        needs_rows = a_ERI is not None or ctx.needs_input_grad[2]
-        ctx.save_for_backward(rows_SI if needs_rows else None, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR)
-        ctx.stored, ctx.groups, ctx.kernels = stored, groups, kernels
+            out_SO, low_SR = kernels.product(rows_SI, weight, groups, a_ERI, b_EOR, bias_EO, drop=drop)
+        needs_rows = a_ERI is not None or ctx.needs_input_grad[1]
+        ctx.save_for_backward(rows_SI if needs_rows else None, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR)
+        ctx.stored, ctx.groups, ctx.kernels, ctx.drop = stored, groups, kernels, drop
         return out_SO
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that need one, None for all others."""
-        rows_SI, lora_rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR = ctx.saved_tensors
+        rows_SI, weight_EOI, bias_EO, a_ERI, b_EOR, low_SR = ctx.saved_tensors
         groups, kernels = ctx.groups, ctx.kernels
         weight = ctx.stored if weight_EOI is None else weight_EOI
         assert weight is not None
         d_out_SO = gradients[0].to(weight.dtype).contiguous()
-        d_rows = d_lora_rows = d_weight = d_bias = d_a = d_b = None
+        d_rows = d_weight = d_bias = d_a = d_b = None
         d_low_SR: Any = None
-        needs_rows, needs_lora_rows, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_rows, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         with torch.autocast(d_out_SO.device.type, enabled=False):
             turned: Any = (None, None) if a_ERI is None else (b_EOR.mT, a_ERI.mT)
-            if needs_rows and lora_rows_SI is None:
-                d_rows, d_low_SR = kernels.product(d_out_SO, weight, groups, *turned, flip=True)
-            elif needs_rows:
-                d_rows, _ = kernels.product(d_out_SO, weight, groups, flip=True)
-            if d_low_SR is None and a_ERI is not None and (needs_a or needs_lora_rows):
+            if needs_rows:
+                d_rows, d_low_SR = kernels.product(d_out_SO, weight, groups, *turned, flip=True, drop=ctx.drop)
+            elif needs_a:
                 d_low_SR, _ = kernels.product(d_out_SO, turned[0], groups)
-            if needs_lora_rows and lora_rows_SI is not None:
-                d_lora_rows, _ = kernels.product(d_low_SR, turned[1], groups)
             if needs_weight:
                 d_weight = kernels.rows_by_rows(d_out_SO, rows_SI, groups)
             if needs_bias:
@@ -179,5 +183,5 @@ class _Product(torch.autograd.Function):
             if needs_b:
                 d_b = kernels.rows_by_rows(d_out_SO, low_SR, groups)
             if needs_a:
-                d_a = kernels.rows_by_rows(d_low_SR, rows_SI if lora_rows_SI is None else lora_rows_SI, groups)
-        return d_rows, d_lora_rows, d_weight, d_bias, d_a, d_b, None, None, None
+                d_a = kernels.rows_by_rows(d_low_SR, rows_SI, groups, drop=ctx.drop)
+        return d_rows, d_weight, d_bias, d_a, d_b, None, None, None, None

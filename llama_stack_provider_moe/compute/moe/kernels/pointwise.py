@@ -9,7 +9,8 @@ All are bound by memory. For S rows, J = 2 I inputs of the gate, b bytes per num
 | sum of rows | b D (S + T) | 0.30 GB |
 
 As separate passes, torch's silu, product, their two gradients, the weighted output and the dot products read and write
-about 20 b S I. Numbers are fp32 inside. One program handles each row or token, always in the same order.
+about 20 b S I. Dropout's mask is computed from keys of rows (`drop`). Numbers are fp32 inside. One program handles each
+row or token, always in the same order.
 """
 
 import torch
@@ -18,11 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Sorted
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
 
 _ROWS = 4  # per program
 _COLUMNS = 256
+
+
+@triton.jit
+def kept(keys, at_s, is_s, at_i, LIMIT: tl.constexpr):
+    """(S, I), bool: which numbers dropout keeps; twin of `drop.Drop.keep`, with the same bits."""
+    first = tl.load(keys + 2 * at_s, is_s, 0).to(tl.uint32, bitcast=True)
+    second = tl.load(keys + 2 * at_s + 1, is_s, 0).to(tl.uint32, bitcast=True)
+    word = first[:, None] + (at_i.to(tl.uint32) * 0x61C88647)[None, :]
+    word ^= word >> 16
+    word *= 0x21F0AAAD
+    word ^= second[:, None]
+    word ^= word >> 15
+    word *= 0x735A2D97
+    return (word & 0x7FFFFFFF) >= LIMIT
 
 
 @triton.jit
@@ -35,10 +51,10 @@ def _gate_and_up(inner, at_s, at_i, here, width, CLAMPED: tl.constexpr):
     return tl.load(place, here, 0.0).to(tl.float32), tl.load(place + width, here, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _gated(
-    inner, out, rows, width, alpha, limit,
-    CLAMPED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
+    inner, out, keys, rows, width, alpha, limit, scale,
+    CLAMPED: tl.constexpr, DROPS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     at_s = (tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
     at_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -50,13 +66,15 @@ def _gated(
         made = up * gate * tl.sigmoid(gate * alpha)
     else:
         made = up * gate * tl.sigmoid(gate)
+    if DROPS:
+        made = tl.where(kept(keys, at_s, at_s < rows, at_i, LIMIT), made * scale, 0.0)
     tl.store(out + at_s[:, None] * width + at_i[None, :], made.to(out.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _gated_backward(
-    inner, d_made, weight, d_inner, made, d_weight, rows, width, alpha, limit,
-    CLAMPED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
+    inner, d_made, weight, d_inner, made, d_weight, keys, rows, width, alpha, limit, scale,
+    CLAMPED: tl.constexpr, DROPS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     at_s = (tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
     is_s = at_s < rows
@@ -78,7 +96,13 @@ def _gated_backward(
         curve = tl.sigmoid(gate * slope)
         act = gate * curve
         both = up * act
-        dots += tl.sum(d * both, 1)
+        if DROPS:
+            factor = tl.where(kept(keys, at_s, is_s, at_i, LIMIT), scale, 0.0)
+            both *= factor
+            dots += tl.sum(d * both, 1)
+            d *= factor
+        else:
+            dots += tl.sum(d * both, 1)
         d *= weight_s[:, None]
         d_gate = d * up * curve * (1.0 + slope * gate * (1.0 - curve))
         d_up = d * act
@@ -95,7 +119,7 @@ def _gated_backward(
     tl.store(d_weight + at_s, dots, is_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("all_rows",))
 def _weighted_sum(
     rows, places, weights, out, all_rows, width,
     CHOICES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -114,33 +138,41 @@ def _weighted_sum(
     tl.store(out + token * width + at_d, acc.to(out.dtype.element_ty), is_d)
 
 
-def gated(inner_SJ: Tensor, activation: Activation) -> Tensor:
+def masked(drop: Drop | None) -> dict[str, bool | int]:
+    """The constants of a kernel's mask."""
+    return {"DROPS": drop is not None, "LIMIT": 0 if drop is None else drop.limit}
+
+
+def gated(inner_SJ: Tensor, activation: Activation, drop: Drop | None = None) -> Tensor:
     """(S, I): `activation` applied to the up projection's output (S, J); twin of `reference.gated`."""
     if activation.kind == "other":
-        return reference.gated(inner_SJ, activation)
+        return reference.gated(inner_SJ, activation, drop)
     rows, width = inner_SJ.shape[0], inner_SJ.shape[1] // 2
     out_SI = inner_SJ.new_empty(rows, width)
     if rows:
         _gated[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))](
-            inner_SJ, out_SI, rows, width, activation.alpha, activation.limit,
-            CLAMPED=activation.kind == "clamped", BLOCK_S=_ROWS, BLOCK_I=_COLUMNS,
+            inner_SJ, out_SI, inner_SJ if drop is None else drop.keys_S2, rows, width,
+            activation.alpha, activation.limit, 1.0 if drop is None else drop.scale,
+            CLAMPED=activation.kind == "clamped", **masked(drop), BLOCK_S=_ROWS, BLOCK_I=_COLUMNS,
         )  # fmt: skip
     return out_SI
 
 
 def gated_backward(
-    inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor
+    inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor, drop: Drop | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `reference.gated_backward`; takes the same arguments."""
     if activation.kind == "other":
-        return reference.gated_backward(inner_SJ, activation, d_inner_SI, weight_S)
+        return reference.gated_backward(inner_SJ, activation, d_inner_SI, weight_S, drop)
     rows, width = d_inner_SI.shape
     d_inner_SJ, inner_SI = torch.empty_like(inner_SJ), torch.empty_like(d_inner_SI)
     d_weight_S = inner_SJ.new_empty(rows, dtype=torch.float32)
     if rows:
         _gated_backward[(triton.cdiv(rows, _ROWS),)](
-            inner_SJ, d_inner_SI, weight_S.contiguous(), d_inner_SJ, inner_SI, d_weight_S, rows, width,
-            activation.alpha, activation.limit, CLAMPED=activation.kind == "clamped", BLOCK_S=_ROWS, BLOCK_I=_COLUMNS,
+            inner_SJ, d_inner_SI, weight_S.contiguous(), d_inner_SJ, inner_SI, d_weight_S,
+            inner_SJ if drop is None else drop.keys_S2, rows, width,
+            activation.alpha, activation.limit, 1.0 if drop is None else drop.scale,
+            CLAMPED=activation.kind == "clamped", **masked(drop), BLOCK_S=_ROWS, BLOCK_I=_COLUMNS,
         )  # fmt: skip
     return d_inner_SJ, inner_SI, d_weight_S
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_stack_provider_moe.compute.moe.kernels.drop import Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
 
 WIDEST_RANK = sys.maxsize  # largest rank of LoRA in one pass with the base
@@ -103,6 +104,7 @@ def product(
     *,
     flip: bool = False,
     index_S: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x W_e^T + (x F_e^T) G_e^T + b_e, and the thin x F_e^T that a gradient of G needs.
 
@@ -115,18 +117,37 @@ def product(
         bias_EO: b.
         flip: use W_e instead of W_e^T: rows are (S, O), and F and G are (E, R, O) and (E, I, R).
         index_S: index into `rows_SI` for each row; `rows_SI` then holds unsorted tokens, each read several times.
+        drop: dropout, unscaled, on LoRA's side of (S, I): on the x of x F_e^T, or with `flip` on what G adds.
 
     Returns:
         (S, O) and (S, R); with `flip` (S, I) and (S, R).
     """
     rows_SI = _gathered(rows_SI, index_S)
     out_SO = times_weights(rows_SI, weight, groups, flip=flip)
+    return with_bias_and_lora(rows_SI, out_SO, groups, first_ERI, second_EOR, bias_EO, flip=flip, drop=drop)
+
+
+def with_bias_and_lora(
+    rows_SI: Tensor,
+    out_SO: Tensor,
+    groups: Groups,
+    first_ERI: Tensor | None,
+    second_EOR: Tensor | None,
+    bias_EO: Tensor | None,
+    *,
+    flip: bool,
+    drop: Drop | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Add to `out_SO`, the product with the weights, all else that `product` has; arguments and results are its own."""
     if bias_EO is not None:
         out_SO += bias_EO.to(out_SO.dtype)[experts_of_rows(groups, out_SO.shape[0])]
     if first_ERI is None or second_EOR is None:
         return out_SO, None
-    low_SR = times_weights(rows_SI, first_ERI, groups)
-    times_weights(low_SR, second_EOR, groups, onto=out_SO)
+    low_SR = times_weights(rows_SI if drop is None or flip else drop.of(rows_SI), first_ERI, groups)
+    if drop is None or not flip:
+        times_weights(low_SR, second_EOR, groups, onto=out_SO)
+    else:
+        out_SO += drop.of(times_weights(low_SR, second_EOR, groups))
     return out_SO, low_SR
 
 
@@ -137,6 +158,7 @@ def rows_by_rows(
     *,
     left_index_S: Tensor | None = None,
     right_index_S: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> Tensor:
     """For each expert the sum over its rows of left_O right_I^T, as in the gradient of a weight.
 
@@ -146,11 +168,13 @@ def rows_by_rows(
         groups: which rows belong to which expert.
         left_index_S: index into `left_SO` for each row, as in `product`.
         right_index_S: index into `right_SI` for each row.
+        drop: dropout, unscaled, on the right rows.
 
     Returns:
         (E, O, I); zeros for an expert without rows.
     """
     left_SO, right_SI = _gathered(left_SO, left_index_S), _gathered(right_SI, right_index_S)
+    right_SI = right_SI if drop is None else drop.of(right_SI)
     shape = (groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1])
     if _can_group(left_SO):
         return _grouped_outer(left_SO, right_SI, groups)
@@ -180,13 +204,14 @@ def weighted_sum(rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = Non
     return (rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1)
 
 
-def gated(inner_SJ: Tensor, activation: Activation) -> Tensor:
-    """(S, I): `activation` applied to the up projection's output (S, J)."""
-    return activation.function(inner_SJ)
+def gated(inner_SJ: Tensor, activation: Activation, drop: Drop | None = None) -> Tensor:
+    """(S, I): `activation` applied to the up projection's output (S, J), and dropout."""
+    inner_SI = activation.function(inner_SJ)
+    return inner_SI if drop is None else drop.of(inner_SI) * drop.scale
 
 
 def gated_backward(
-    inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor
+    inner_SJ: Tensor, activation: Activation, d_inner_SI: Tensor, weight_S: Tensor, drop: Drop | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `weight * gated(inner)`.
 
@@ -195,6 +220,7 @@ def gated_backward(
         activation: the function between the projections.
         d_inner_SI: gradient of `weight * gated(inner)`.
         weight_S: weight of each row.
+        drop: dropout of `gated`.
 
     Returns:
         Gradient of `inner_SJ`; `weight * gated(inner)`, (S, I), recomputed; gradient of `weight_S`.
@@ -203,8 +229,15 @@ def gated_backward(
         leaf_SJ = inner_SJ.detach().requires_grad_()
         inner_SI = activation.function(leaf_SJ)
     weight_S1 = weight_S.to(inner_SI.dtype).unsqueeze(-1)
+    if drop is not None:  # one mask for both
+        dropped_SI = ~drop.keep(d_inner_SI.shape[1])
+        d_inner_SI = d_inner_SI.masked_fill(dropped_SI, 0) * drop.scale
     (d_inner_SJ,) = torch.autograd.grad(inner_SI, leaf_SJ, d_inner_SI * weight_S1)
     inner_SI = inner_SI.detach()
+    if drop is not None:
+        # The scale is in the gradient already, and <scale g, d> = <g, scale d>.
+        dots_S = _row_dots(inner_SI, d_inner_SI)
+        return d_inner_SJ, inner_SI.masked_fill(dropped_SI, 0) * drop.scale * weight_S1, dots_S
     return d_inner_SJ, inner_SI * weight_S1, _row_dots(inner_SI, d_inner_SI)
 
 
@@ -238,27 +271,27 @@ def _can_group(rows: Tensor) -> bool:
 def _grouped(rows_SK: Tensor, matrices_EKN: Tensor, groups: Groups) -> Tensor:
     """`F.grouped_mm`, which needs strides that are multiples of 16 bytes."""
     outputs = matrices_EKN.shape[2]
-    out = F.grouped_mm(_filled(rows_SK, 1), _filled(_filled(matrices_EKN, 1), 2), offs=groups.ends_E)[:, :outputs]
-    return _without_strays(out, groups)
+    out = F.grouped_mm(filled(rows_SK, 1), filled(filled(matrices_EKN, 1), 2), offs=groups.ends_E)[:, :outputs]
+    return without_strays(out, groups)
 
 
 def _grouped_outer(left_SO: Tensor, right_SI: Tensor, groups: Groups) -> Tensor:
     shape = left_SO.shape[1], right_SI.shape[1]
     if groups.partial:
-        left_SO, right_SI = _without_strays(left_SO, groups), _without_strays(right_SI, groups)
-    out = F.grouped_mm(_filled(left_SO, 1).T, _filled(right_SI, 1), offs=groups.ends_E)
+        left_SO, right_SI = without_strays(left_SO, groups), without_strays(right_SI, groups)
+    out = F.grouped_mm(filled(left_SO, 1).T, filled(right_SI, 1), offs=groups.ends_E)
     return out[:, : shape[0], : shape[1]]
 
 
-def _without_strays(rows: Tensor, groups: Groups) -> Tensor:
-    # grouped_mm does not write the rows after the last end.
+def without_strays(rows: Tensor, groups: Groups) -> Tensor:
+    """Zeros in the rows after the last end, which grouped products don't write."""
     if not groups.partial:
         return rows
     places = torch.arange(rows.shape[0], device=rows.device)
     return rows.masked_fill((places >= groups.ends_E[-1]).unsqueeze(1), 0)
 
 
-def _filled(matrix: Tensor, axis: int) -> Tensor:
+def filled(matrix: Tensor, axis: int) -> Tensor:
     """Pad with zeros to a multiple of `ALIGNED` along `axis`."""
     missing = -matrix.shape[axis] % ALIGNED
     if not missing:

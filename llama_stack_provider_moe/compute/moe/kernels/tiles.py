@@ -92,7 +92,7 @@ def for_products(
     turned: bool = False,
     separate: bool = False,
 ) -> tuple[Tiles, ...]:
-    """Candidates for rows times weights, the safest first.
+    """Candidates for rows times weights, the safest first; few, because compiling one takes 2 to 8 s.
 
     Args:
         rows_per_expert: a tile belongs to one expert, so few rows need small tiles.
@@ -113,12 +113,18 @@ def for_products(
     if dtype == torch.float32:  # without tensor cores: 128 x 128 would spill
         return (Tiles(min(64, tall), wide, 32),)
     depth = 64
-    if turned and tall <= 32:  # with four warps they spill
-        return tuple(Tiles(tall, wide, depth, 8, 4, tma) for tma in ((False, True) if described else (False,)))
+    if wide <= 64:  # a thin product, such as LoRA's first: bound by reading its rows once, whatever the tile
+        return tuple(dict.fromkeys((Tiles(tall, wide, depth, 4, 4), Tiles(max(16, tall // 2), wide, depth, 4, 4))))
+    if turned and (
+        tall <= 32 or rank > 32 or separate
+    ):  # with four warps they spill; so do 16 rows in four stages, 32 in three
+        found = [Tiles(tall, wide, depth, 8, 4 if tall == 32 else 3)]
+        found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
+        return tuple(found + ([Tiles(tall, wide, depth, 8, 3 if tall == 16 else 4, True)] if described else []))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
     if (roomy and not turned) or tall * wide < 128 * 128:
-        found += [Tiles(tall, wide, depth, 4, 4), Tiles(tall, wide, 32, 4, 5)]
+        found.append(Tiles(tall, wide, depth, 4, 4))
     # With few rows a broad tile is computed without wgmma, and spills. Two broad accumulators and a thin one are more
     # than the 512 columns of tensor memory of sm_100.
     fits = roomy and tall > 32 and not (rank and separate)
@@ -128,7 +134,7 @@ def for_products(
         found.append(Tiles(tall // 2, wide, depth, 4, 4))
     if described:
         found.append(Tiles(tall, wide, depth, 8, 4, True))
-        found += [Tiles(tall, broad, depth, 8, stages, True) for broad in broads for stages in (3, 4)]
+        found += [Tiles(tall, broad, depth, 8, 3, True) for broad in broads]
     return tuple(dict.fromkeys(found))
 
 
@@ -140,7 +146,7 @@ def for_outers(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tiles, ..
         return (Tiles(32 if dtype == torch.float32 else 64, high, wide),)
     depth = 32 if dtype == torch.float32 else 64
     warps = 8 if high * wide >= 128 * 128 else 4
-    found = [Tiles(depth, high, wide, warps), Tiles(depth, high, wide, 4, 4), Tiles(32, high, wide, 4, 5)]
+    found = [Tiles(depth, high, wide, warps), Tiles(depth, high, wide, 4, 4)]
     if dtype != torch.float32 and min(high, wide) < 64:  # a thin side: the loop over rows dominates
         found.append(Tiles(128, high, wide, 4, 3))
     return tuple(dict.fromkeys(found))

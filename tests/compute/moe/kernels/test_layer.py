@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import DOWN, INNER, UP, Drop, Dropout
 from llama_stack_provider_moe.compute.moe.kernels.groups import sort_by_expert
-from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer
+from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
 from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
 
-TOKENS, CHOICES, EXPERTS, HIDDEN, INNER, RANK = 7, 2, 3, 6, 4, 2
+TOKENS, CHOICES, EXPERTS, HIDDEN, INNER_SIZE, RANK = 7, 2, 3, 6, 4, 2
 
 
 class Kept:
@@ -42,13 +43,13 @@ def swiglu(inner_SJ: Tensor) -> Tensor:
 def leaves(bias: bool, lora: bool) -> dict[str, Tensor]:
     shapes = {
         "hidden": (TOKENS, HIDDEN), "weights": (TOKENS, CHOICES),
-        "up": (EXPERTS, 2 * INNER, HIDDEN), "down": (EXPERTS, HIDDEN, INNER),
+        "up": (EXPERTS, 2 * INNER_SIZE, HIDDEN), "down": (EXPERTS, HIDDEN, INNER_SIZE),
     }  # fmt: skip
     if bias:
-        shapes |= {"up_bias": (EXPERTS, 2 * INNER), "down_bias": (EXPERTS, HIDDEN)}
+        shapes |= {"up_bias": (EXPERTS, 2 * INNER_SIZE), "down_bias": (EXPERTS, HIDDEN)}
     if lora:
-        shapes |= {"up_a": (EXPERTS, RANK, HIDDEN), "up_b": (EXPERTS, 2 * INNER, RANK)}
-        shapes |= {"down_a": (EXPERTS, RANK, INNER), "down_b": (EXPERTS, HIDDEN, RANK)}
+        shapes |= {"up_a": (EXPERTS, RANK, HIDDEN), "up_b": (EXPERTS, 2 * INNER_SIZE, RANK)}
+        shapes |= {"down_a": (EXPERTS, RANK, INNER_SIZE), "down_b": (EXPERTS, HIDDEN, RANK)}
     return {name: made(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
 
 
@@ -147,4 +148,93 @@ def test_only_the_input_and_the_up_projection_are_kept() -> None:
         shape for place, shape in kept.items() if place not in {t.data_ptr() for t in tensors.values()}
     )
     # Beside what went in: the up projection's output, and LoRA's two thin products.
-    assert activations == [(rows, RANK), (rows, RANK), (rows, 2 * INNER)]
+    assert activations == [(rows, RANK), (rows, RANK), (rows, 2 * INNER_SIZE)]
+
+
+DROPPING = {"up": 0.3, "down": 0.4}
+SEED, SHARE = 11, 0.2
+
+
+def dropping(
+    found: dict[str, Tensor], index_TK: Tensor, keeps: bool, dtype: torch.dtype = torch.float64, partial: bool = False
+) -> Tensor:
+    """The layer with three kinds of dropout, recomputed or step by step."""
+    up, down = (
+        Projection(found[name], found.get(f"{name}_bias"), Lora(found[f"{name}_a"], found[f"{name}_b"], share))
+        for name, share in DROPPING.items()
+    )
+    compute: Any = kept_layer if keeps else expert_layer
+    rows = sort_by_expert(index_TK, EXPERTS, dtype, partial=partial)
+    return compute(  # type: ignore[no-any-return]
+        found["hidden"], found["weights"], up, down, Activation(swiglu), rows, reference, dropout=Dropout(SEED, SHARE)
+    )
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("partial", [False, True])
+def test_gradients_with_dropout_are_the_finite_differences(partial: bool, keeps: bool) -> None:
+    start = leaves(True, True)
+    index_TK = routed(partial)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return dropping(dict(zip(start, tensors, strict=True)), index_TK, keeps, partial=partial)
+
+    torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in start.values()])
+    torch.testing.assert_close(
+        dropping(start, index_TK, True, partial=partial), dropping(start, index_TK, False, partial=partial)
+    )
+
+
+def test_dropout_by_hand() -> None:
+    """One choice after the other, with masks of its id, token * K + k, in three streams."""
+    found, index_TK = leaves(True, True), routed(False)
+    ids = torch.arange(TOKENS * CHOICES)
+    masks = {
+        stream: Drop(share, SEED, stream, ids).keep(size) / (1 - share)
+        for stream, share, size in ((UP, 0.3, HIDDEN), (INNER, SHARE, INNER_SIZE), (DOWN, 0.4, INNER_SIZE))
+    }
+    expected = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for token in range(TOKENS):
+        for choice in range(CHOICES):
+            row, expert = token * CHOICES + choice, int(index_TK[token, choice])
+            x = found["hidden"][token]
+            low = found["up_a"][expert] @ (x * masks[UP][row])
+            inner = found["up"][expert] @ x + found["up_b"][expert] @ low + found["up_bias"][expert]
+            g = swiglu(inner) * masks[INNER][row]
+            low = found["down_a"][expert] @ (g * masks[DOWN][row])
+            out = found["down"][expert] @ g + found["down_b"][expert] @ low + found["down_bias"][expert]
+            expected[token] += found["weights"][token, choice] * out
+    torch.testing.assert_close(dropping(found, index_TK, False), expected)
+
+
+def test_padding_changes_no_mask() -> None:
+    """In bf16 on a CPU each expert's rows are filled up; in double precision there is no padding."""
+    index_TK = routed(False)
+    half = {name: leaf.to(torch.bfloat16) for name, leaf in leaves(True, True).items()}
+    true = {name: leaf.double() for name, leaf in half.items()}
+    expected = dropping(true, index_TK, False)
+    for keeps in (False, True):
+        found = dropping(half, index_TK, keeps, torch.bfloat16).double()
+        assert ((found - expected).norm() / expected.norm()).item() < 0.02
+    other = expert_layer(
+        true["hidden"], true["weights"], projection(true, "up", False), projection(true, "down", False),
+        Activation(swiglu), sort_by_expert(index_TK, EXPERTS, torch.float64), reference,
+    )  # fmt: skip
+    assert ((other - expected).norm() / expected.norm()).item() > 0.2, "the masks matter"
+
+
+def test_with_dropout_no_more_is_kept() -> None:
+    tensors = {name: leaf.requires_grad_() for name, leaf in leaves(True, True).items()}
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def keep(tensor: Tensor) -> Any:
+        if tensor.is_floating_point():
+            kept[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
+        dropping(tensors, routed(False), False)
+    rows = TOKENS * CHOICES
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    activations = [shape for place, shape in kept.items() if place not in places and shape[:1] == (rows,)]
+    assert sorted(activations) == [(rows, RANK), (rows, RANK), (rows, 2 * INNER_SIZE)]

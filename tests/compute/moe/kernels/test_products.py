@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.kernels import groups as groups_module
 from llama_stack_provider_moe.compute.moe.kernels import linear, reference
+from llama_stack_provider_moe.compute.moe.kernels.drop import UP, Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, bucket, sort_by_expert
 from llama_stack_provider_moe.compute.moe.kernels.linear import Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
@@ -235,22 +236,37 @@ def test_dropout_is_on_the_input_of_lora_alone_and_keeps_the_mean() -> None:
     groups, owners = grouped((3, 4, 2))
     rows, weight = made(len(owners), INPUTS), made(3, OUTPUTS, INPUTS, seed=1)
     a, b = made(3, RANK, INPUTS, seed=3), made(3, OUTPUTS, RANK, seed=4)
-    torch.manual_seed(0)
-    runs = torch.stack([grouped_linear(rows, weight, groups, None, Lora(a, b, 0.3)) for _ in range(2000)])
+    ids = torch.arange(len(owners))
+
+    def dropping(rows: Tensor, seed: int, b: Tensor = b) -> Tensor:
+        return grouped_linear(rows, weight, groups, None, Lora(a, b, 0.3), drop=Drop(0.3, seed, UP, ids))
+
+    runs = torch.stack([dropping(rows, seed) for seed in range(2000)])
     assert not torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], dropping(rows, 0))
     expected = grouped_linear(rows, weight, groups, None, Lora(a, b))
     error = (runs.mean(0) - expected).square().mean().sqrt() / (runs.var(0) / 2000).mean().sqrt()
     assert 0.5 < error < 1.6, "off by its standard error"
-    nothing = grouped_linear(rows, weight, groups, None, Lora(a, torch.zeros_like(b), 0.3))
-    assert torch.equal(nothing, grouped_linear(rows, weight, groups))
-    torch.manual_seed(1)
+    assert torch.equal(dropping(rows, 1, torch.zeros_like(b)), grouped_linear(rows, weight, groups))
     leaf = rows.clone().requires_grad_()
-    grouped_linear(leaf, weight, groups, None, Lora(a, b, 0.3)).sum().backward()
-    torch.manual_seed(1)
-    mask = torch.nn.functional.dropout(torch.ones_like(rows), 0.3)
+    dropping(leaf, 1).sum().backward()
+    mask = Drop(0.3, 1, UP, ids).keep(INPUTS) / 0.7
     by_hand = rows.clone().requires_grad_()
     (grouped_linear(by_hand, weight, groups) + grouped_linear(by_hand * mask, (b @ a), groups)).sum().backward()
     torch.testing.assert_close(leaf.grad, by_hand.grad)
+    with pytest.raises(AssertionError, match="LoRA's dropout and its mask differ"):
+        grouped_linear(rows, weight, groups, None, Lora(a, b, 0.3))
+
+
+def test_gradients_with_dropout_are_the_finite_differences() -> None:
+    groups, owners = grouped((3, 0, 4))
+    leaves = (made(7, INPUTS), made(3, OUTPUTS, INPUTS, seed=1), made(3, RANK, INPUTS, seed=3), made(3, OUTPUTS, RANK))
+    drop = Drop(0.4, 2, UP, torch.arange(len(owners)))
+
+    def function(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return grouped_linear(rows, weight, groups, None, Lora(a, b, 0.4), drop=drop)
+
+    torch.autograd.gradcheck(function, tuple(leaf.requires_grad_() for leaf in leaves))
 
 
 def test_autocast_does_not_reach_inside() -> None:

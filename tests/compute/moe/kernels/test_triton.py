@@ -43,17 +43,23 @@ def no_worse(cases: list[dict[str, Any]], floor: dict[str, float]) -> None:
 
 
 def test_interpreted_every_case_is_no_worse_than_its_torch_twin() -> None:
-    """Output and each gradient against fp64; memory that nobody wrote is NaN; the same again at a second run (of two
-    shapes), and without tensor descriptors."""
+    """Output and each gradient against fp64, also with dropout, whose masks are those of the formula bit by bit; memory
+    that nobody wrote is NaN; the same again at a second run (of two shapes), and without tensor descriptors."""
     cases = run("interpret")
-    assert len(cases) == 2 * (12 + 2 * 2) + 3 + 2  # fp32 and bf16 whole, fp16 in part
+    masks = [case for case in cases if case["case"].startswith("mask")]
+    cases = [case for case in cases if case not in masks]
+    assert len(cases) == 2 * (12 + 2 * 2 + 5) + 3 + 2 + 3  # fp32 and bf16 whole, fp16 in part
     no_worse(cases, dict.fromkeys(CUT_OFF, 1e-7))
+    assert len(masks) == 4
+    for case in masks:
+        assert case["same"], case
+        assert abs(case["dropped"] - float(case["case"].split()[1])) < 0.01, case
 
 
 def test_interpreted_layers_are_no_worse_than_their_torch_twins() -> None:
     """Gates, their backward, sums of rows and gathers, in a whole layer with LoRA and biases."""
     cases = run("layers")
-    assert len(cases) == 5 + 2 + 1  # fp32 whole, bf16 and fp16 where there are most tokens
+    assert len(cases) == 5 + 2 + 1 + 3 + 1 + 1  # fp32 whole, bf16 and fp16 where there are most tokens
     no_worse(cases, CUT_OFF)
     assert all(len(case["errors"]) == 11 for case in cases)
 
@@ -69,7 +75,7 @@ def test_interpreted_whole_models_equal_torch() -> None:
 def test_compiled_for_three_generations_without_spills() -> None:
     """Hopper's own ways are in what was compiled for it: wgmma, and TMA where it is asked for."""
     cases = run("compile")
-    assert len(cases) == 3 * 3 * 9 + 2 * 2 * 3
+    assert len(cases) == 3 * 3 * 15 + 2 * 2 * 3
     for case in cases:
         kind, arch, dtype = case["case"].rsplit(", ", 2)
         assert case["registers"] <= 255, case
