@@ -6,9 +6,10 @@ every host. Our additions are optional: the blocks `moe`, `adapter` and `options
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
@@ -39,11 +40,20 @@ class SFTOptions(Options):
     )
 
 
-def _schema(block: type[BaseModel]) -> JsonObject:
-    """The JSON schema of a block without references, because `#/$defs/...` would dangle in a larger document."""
-    schema = block.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    return cast("JsonObject", _inlined(schema, definitions))
+@dataclass(frozen=True)
+class _SchemaOf:
+    """The JSON schema of a block without references, because `#/$defs/...` would dangle in a larger document.
+
+    It is made when a document needs it, because a server makes none at its start.
+    """
+
+    block: type[BaseModel]
+
+    def __get_pydantic_json_schema__(self, core_schema: object, handler: object) -> JsonObject:
+        """Return the schema; pydantic calls this."""
+        schema = self.block.model_json_schema()
+        definitions = schema.pop("$defs", {})
+        return cast("JsonObject", _inlined(schema, definitions))
 
 
 def _inlined(node: object, definitions: Mapping[str, JsonObject]) -> object:
@@ -58,14 +68,14 @@ def _inlined(node: object, definitions: Mapping[str, JsonObject]) -> object:
 
 
 # The document shows the real blocks. They are validated with the complete job, once it has the server's defaults.
-AdapterBlock = Annotated[JsonObject, WithJsonSchema(_schema(Adapter))]
-MoeBlock = Annotated[JsonObject, WithJsonSchema(_schema(Moe))]
-OptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(SFTOptions))]
-DPOOptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(DPOOptions))]
-EvalBlock = Annotated[JsonObject, WithJsonSchema(_schema(SafetyEvaluation))]
-ExportBlock = Annotated[JsonObject, WithJsonSchema(_schema(Exports))]
-NotifyBlock = Annotated[JsonObject, WithJsonSchema(_schema(Notify))]
-ResourcesBlock = Annotated[JsonObject, WithJsonSchema(_schema(Resources))]
+AdapterBlock = Annotated[JsonObject, _SchemaOf(Adapter)]
+MoeBlock = Annotated[JsonObject, _SchemaOf(Moe)]
+OptionsBlock = Annotated[JsonObject, _SchemaOf(SFTOptions)]
+DPOOptionsBlock = Annotated[JsonObject, _SchemaOf(DPOOptions)]
+EvalBlock = Annotated[JsonObject, _SchemaOf(SafetyEvaluation)]
+ExportBlock = Annotated[JsonObject, _SchemaOf(Exports)]
+NotifyBlock = Annotated[JsonObject, _SchemaOf(Notify)]
+ResourcesBlock = Annotated[JsonObject, _SchemaOf(Resources)]
 
 
 class Wire(NoBoolAsNumber):
