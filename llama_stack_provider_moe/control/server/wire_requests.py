@@ -5,12 +5,11 @@ every host. Our additions are optional: the blocks `moe`, `adapter` and `options
 `control.server.api_requests` maps requests to `spec`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from llama_stack_provider_moe.control.server.schemas import SchemaOf
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
 from llama_stack_provider_moe.spec.blocks import NoBoolAsNumber, Resources
@@ -40,42 +39,15 @@ class SFTOptions(Options):
     )
 
 
-@dataclass(frozen=True)
-class _SchemaOf:
-    """The JSON schema of a block without references, because `#/$defs/...` would dangle in a larger document.
-
-    It is made when a document needs it, because a server makes none at its start.
-    """
-
-    block: type[BaseModel]
-
-    def __get_pydantic_json_schema__(self, core_schema: object, handler: object) -> JsonObject:
-        """Return the schema; pydantic calls this."""
-        schema = self.block.model_json_schema()
-        definitions = schema.pop("$defs", {})
-        return cast("JsonObject", _inlined(schema, definitions))
-
-
-def _inlined(node: object, definitions: Mapping[str, JsonObject]) -> object:
-    if isinstance(node, list):
-        return [_inlined(each, definitions) for each in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        referred = definitions[node["$ref"].rpartition("/")[2]]
-        node = {**referred, **{key: value for key, value in node.items() if key != "$ref"}}
-    return {key: _inlined(value, definitions) for key, value in node.items()}
-
-
 # The document shows the real blocks. They are validated with the complete job, once it has the server's defaults.
-AdapterBlock = Annotated[JsonObject, _SchemaOf(Adapter)]
-MoeBlock = Annotated[JsonObject, _SchemaOf(Moe)]
-OptionsBlock = Annotated[JsonObject, _SchemaOf(SFTOptions)]
-DPOOptionsBlock = Annotated[JsonObject, _SchemaOf(DPOOptions)]
-EvalBlock = Annotated[JsonObject, _SchemaOf(SafetyEvaluation)]
-ExportBlock = Annotated[JsonObject, _SchemaOf(Exports)]
-NotifyBlock = Annotated[JsonObject, _SchemaOf(Notify)]
-ResourcesBlock = Annotated[JsonObject, _SchemaOf(Resources)]
+AdapterBlock = Annotated[JsonObject, SchemaOf(Adapter)]
+MoeBlock = Annotated[JsonObject, SchemaOf(Moe)]
+OptionsBlock = Annotated[JsonObject, SchemaOf(SFTOptions)]
+DPOOptionsBlock = Annotated[JsonObject, SchemaOf(DPOOptions)]
+EvalBlock = Annotated[JsonObject, SchemaOf(SafetyEvaluation)]
+ExportBlock = Annotated[JsonObject, SchemaOf(Exports)]
+NotifyBlock = Annotated[JsonObject, SchemaOf(Notify)]
+ResourcesBlock = Annotated[JsonObject, SchemaOf(Resources)]
 
 
 class Wire(NoBoolAsNumber):
