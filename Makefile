@@ -109,6 +109,8 @@ bench: $(VENV)/.dev demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.follow_cost
+	$(BIN)/python -m benchmarks.polling
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.telemetry
 	$(BIN)/python -m benchmarks.bring_data
 	$(BIN)/python -m benchmarks.data_check
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tokenising

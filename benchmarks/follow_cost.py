@@ -27,8 +27,9 @@ from benchmarks.machine import RESULTS, machine, versions
 from llama_stack_provider_moe.control.server import timeline
 from llama_stack_provider_moe.control.server.routes import PREFIX
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.jobdir.events import LayerRouting, Routing, Step, now
+from llama_stack_provider_moe.jobdir.events import Routing, Step, now
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
 from tests.support.dashboard_jobs import Workshop
 from tests.support.host_support import app_of, folder_of, scope_of, serving_in_process, submit
 

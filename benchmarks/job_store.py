@@ -36,8 +36,9 @@ from llama_stack_provider_moe.control.server.callers import ANONYMOUS
 from llama_stack_provider_moe.control.store.opening import open_engine
 from llama_stack_provider_moe.control.store.schema import jobs_table, supervisor_table
 from llama_stack_provider_moe.control.store.store import JobStore
-from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, LayerRouting, Routing, Started, Step, now
+from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, Routing, Started, Step, now
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.host_harness import API, QUICKSTART, run_config, serving

@@ -261,7 +261,8 @@ class MetricSeries(TypedDict):
 
 
 class RoutingSeries(TypedDict):
-    """How the routers of a job used their experts: tables by layer or expert, with one column for each of `steps`."""
+    """How the routers of a job used their experts: by layer with a column for each of `steps`, and the shares of one
+    layer's experts with a column for each of `share_steps`."""
 
     job_uuid: str
     steps: list[int]
@@ -271,6 +272,7 @@ class RoutingSeries(TypedDict):
     dead: list[list[int]]
     largest: list[list[Figure]]
     layer: int | None
+    share_steps: list[int]
     share: list[list[Figure]]
 
 
@@ -279,6 +281,7 @@ class RoutingShares(TypedDict):
 
     job_uuid: str
     steps: list[int]
+    covered: int
     layers: list[int]
     share: list[list[Figure]]
 

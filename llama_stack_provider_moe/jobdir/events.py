@@ -6,7 +6,6 @@ next read.
 """
 
 import json
-import math
 import os
 import re
 import threading
@@ -19,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Discriminator, Field,
 
 from llama_stack_provider_moe.ground.redaction import scrubbed
 from llama_stack_provider_moe.jobdir.attempt import require_current
+from llama_stack_provider_moe.jobdir.routing_figures import LayerFigures, LayerRouting, figures_of, mutual_information
 
 StoppedBy = Literal["time_budget", "early_stopping"]
 
@@ -77,69 +77,59 @@ class Step(_Event):
     eta_s: float | None = None
 
 
-class LayerRouting(BaseModel):
-    """How one layer's router used its experts over one optimiser step's tokens."""
-
-    layer: int
-    share: list[float] = Field(description="Share of the routed tokens (top-k slots) per expert; the sum is 1.")
-    min: float
-    max: float
-    cv: float = Field(description="Coefficient of variation of `share`.")
-    dead: int = Field(description="Number of experts that got no token.")
-    load_entropy: float = Field(description="Entropy of the mean routing probabilities, in nats.")
-    token_entropy: float = Field(description="Mean over tokens of each token's routing entropy, in nats.")
-
-
 class Routing(_Event):
-    """Router health of one optimiser step, with one entry per layer that has experts."""
+    """Router health of one optimiser step.
+
+    Each step has figures of every layer. Some have tables too, with the share of every expert: the first step of a
+    start, those that `moe.routing_every_n_steps` names, and those with a checkpoint, so that the last step has them.
+    """
 
     type: Literal["routing"] = "routing"
     step: int
-    layers: list[LayerRouting]
+    layers: list[LayerRouting] = Field(
+        description="Tables, one per layer that has experts, over the tokens of `steps` steps; empty at other steps."
+    )
     sets: dict[str, list[LayerRouting]] = Field(
         default_factory=dict, description="The same for the tokens of each data set, if a step mixes data sets."
     )
+    steps: int = Field(
+        default=1, ge=1, description="Number of steps that the tables cover: this one and those since the last tables."
+    )
+    by_layer: LayerFigures | None = Field(
+        default=None, description="Figures of this step; null where the tables are of this step alone."
+    )
+    by_set: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="Figures over the layers of each data set in this step; empty where `by_layer` is null.",
+    )
+    mutual_information: float | None = Field(
+        default=None, description="Of data set and expert in this step, in nats; null with less than two data sets."
+    )
+
+    def in_step(self) -> LayerFigures | None:
+        """Return the figures of every layer in this step; None on a dense model."""
+        return self.by_layer or figures_of(self.layers)
 
     def figures(self) -> dict[str, float]:
         """Return worst and mean values over layers, if any: shares of the routed tokens, entropies in nats.
 
         With data sets, `mutual_information` is that of set and expert in nats, the mean over layers.
         """
-        found = _routing_figures(self.layers)
-        if found and len(self.sets) > 1:
-            by_layer = list(zip(*self.sets.values(), strict=True))
-            found["mutual_information"] = sum(map(_information, by_layer)) / len(by_layer)
+        in_step = self.in_step()
+        if in_step is None:
+            return {}
+        found = in_step.over_layers()
+        if self.mutual_information is not None:
+            found["mutual_information"] = self.mutual_information
+        elif len(self.sets) > 1:  # an event of an older version
+            found["mutual_information"] = mutual_information(list(self.sets.values()))
         return found
 
     def figures_by_set(self) -> dict[str, dict[str, float]]:
-        """Return the figures of each data set."""
-        return {name: _routing_figures(layers) for name, layers in self.sets.items()}
-
-
-def _information(sets: Sequence[LayerRouting]) -> float:
-    """Return the mutual information of set and expert in one layer, in nats, with equal weight for each set.
-
-    It is the entropy of the mean share of each expert, less the mean of the sets' entropies (at least 0).
-    """
-    mean = [sum(shares) / len(sets) for shares in zip(*(each.share for each in sets), strict=True)]
-    return _entropy(mean) - sum(_entropy(each.share) for each in sets) / len(sets)
-
-
-def _entropy(shares: Sequence[float]) -> float:
-    return -sum(share * math.log(share) for share in shares if share > 0)
-
-
-def _routing_figures(layers: list[LayerRouting]) -> dict[str, float]:
-    if not layers:
-        return {}
-    return {
-        "min_share": min(layer.min for layer in layers),
-        "max_share": max(layer.max for layer in layers),
-        "max_cv": max(layer.cv for layer in layers),
-        "dead_experts": sum(layer.dead for layer in layers),
-        "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
-        "token_entropy": sum(layer.token_entropy for layer in layers) / len(layers),
-    }
+        """Return the figures of each data set in this step."""
+        if self.by_layer is not None:
+            return self.by_set
+        return {name: found.over_layers() for name, each in self.sets.items() if (found := figures_of(each))}
 
 
 class Evaluation(_Event):

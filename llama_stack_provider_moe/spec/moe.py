@@ -81,6 +81,15 @@ class Moe(Block):
         description="Train all weights of the routers and nothing else; with `adapter` null. For LoRA on routers alone "
         "set `adapter.lora_attn_modules` [], `adapter.apply_lora_to_mlp` false and `train_router` true.",
     )
+    routing_every_n_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Steps from one table of every expert's share in the events to the next; 1: at each step. Every "
+        "step has figures of each layer, and a table covers all steps since the one before. The first step and those "
+        "with a checkpoint have one too. Left out: so often that tables take some 2 KB a step, which is 1 on a small "
+        "model, and 50 with 128 experts in each of 48 layers.",
+    )
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Moe":

@@ -158,9 +158,38 @@ def following() -> list[str]:
     ]  # fmt: skip
 
 
+def polling() -> list[str]:
+    found = newest("polling")
+    assert all(found["hit"].values())
+    assert found["jobs"]["long"]["bytes"] > 1e9
+    short, long = (found["jobs"][name] for name in ("short", "long"))
+    return [f"| Look | {short['steps']:,} steps | {long['steps']:,} steps, {long['bytes'] / 1e9:.2f} GB | Growth |"] + [
+        f"| {shown} | {short['cpu_ms'][name]:.1f} ms | {long['cpu_ms'][name]:.1f} ms | {found['growth'][name]:.1f} |"
+        for shown, name in (("`status`", "status"), ("`metrics` since the last step", "metrics since the last step"))
+    ]
+
+
+def telemetry() -> list[str]:
+    found = newest("telemetry")
+    size, cpu, reads = found["bytes_a_step"], found["cpu_ms_a_step"], found["reads_a_step"]
+    assert size["after"] <= 5000
+    assert reads["after"] == {"median": 1, "most": 2}
+    return [
+        f"{found['layers']} layers of {found['experts']} experts",
+        f"one table in {found['steps_between_tables']} steps",
+        f"| Bytes of events | {size['before']:,} | {size['after']:,} |",
+        f"| Processor time, mean | {cpu['before']['mean']:.1f} ms | {cpu['after']['mean']:.1f} ms |",
+        f"| Reads of the device, median | {reads['before']['median']:.0f} | {reads['after']['median']:.0f} |",
+    ]
+
+
 @pytest.mark.parametrize(
-    "claims", [rows_of_experts, quantized, start, store, memory, merging, ablating, bringing, file_in_s3, following]
-)
+    "claims",
+    [
+        rows_of_experts, quantized, start, store, memory, merging, ablating, bringing, file_in_s3, following, polling,
+        telemetry,
+    ],
+)  # fmt: skip
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:
     missing = [claim for claim in claims() if claim not in PAGE]
     assert not missing

@@ -18,7 +18,6 @@ from llama_stack_provider_moe.jobdir.events import (
     EventLog,
     Failed,
     Finished,
-    LayerRouting,
     Message,
     Progress,
     Routing,
@@ -28,6 +27,7 @@ from llama_stack_provider_moe.jobdir.events import (
     now,
 )
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
+from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
 from tests.support.host_support import folder_of
 
 LAYERS, EXPERTS = 8, 16

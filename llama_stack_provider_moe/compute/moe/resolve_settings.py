@@ -209,6 +209,7 @@ def _resolve_dense(moe: Moe) -> ResolvedMoe:
         "expert_dropout",
         "train_router",
         "train_router_only",
+        "routing_every_n_steps",
     ):
         if value := getattr(moe, field):
             raise _refusal(field, value, "no value (or off): the model is dense and has no experts or routers")

@@ -4,16 +4,15 @@ Shapes: T tokens (batch x sequence, flattened), E experts, K experts per token (
 whatever the dtype of the model.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.routing_sums import ALL, Key, LayerRouting, RoutingSums, Tally, packed
 from llama_stack_provider_moe.compute.moe.scoring import Scoring, probabilities
 
 # Sum over the processes that share a batch, without a gradient; the identity in a job with one process.
@@ -23,20 +22,6 @@ Total = Callable[[Tensor], Tensor]
 def local_sum(tensor: Tensor) -> Tensor:
     """The sum over one process."""
     return tensor
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """How the router of one layer used its experts; shares and entropies (nats) over the tokens that count."""
-
-    layer: int
-    share: list[float]
-    min: float
-    max: float
-    cv: float
-    dead: int
-    load_entropy: float
-    token_entropy: float
 
 
 def switch_loss(
@@ -88,35 +73,8 @@ def router_z_loss(logits_TE: Tensor, attention_mask: Tensor | None = None, total
     return weight_T @ logits_TE.float().logsumexp(dim=-1).square() / total(weight_T.sum())
 
 
-@dataclass
-class _Tally:
-    """Sums over tokens, kept on the device until they are read."""
-
-    counts_E: Tensor
-    probs_E: Tensor
-    entropy: Tensor
-    tokens: Tensor
-
-    def __add__(self, other: "_Tally") -> "_Tally":
-        return _Tally(
-            self.counts_E + other.counts_E,
-            self.probs_E + other.probs_E,
-            self.entropy + other.entropy,
-            self.tokens + other.tokens,
-        )
-
-    def packed(self) -> Tensor:
-        """As one tensor, for a sum over processes."""
-        return torch.cat([self.counts_E, self.probs_E, self.entropy.reshape(1), self.tokens.reshape(1)]).double()
-
-
-def _unpacked(packed: Tensor) -> _Tally:
-    experts = (packed.numel() - 2) // 2
-    return _Tally(packed[:experts], packed[experts : 2 * experts], packed[-2], packed[-1])
-
-
-def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> _Tally:
-    return _Tally(
+def _tally(probs_TE: Tensor, chosen_TK: Tensor, weight_T: Tensor) -> Tally:
+    return Tally(
         counts_E=count_choices(chosen_TK, weight_T, probs_TE.shape[-1]),
         probs_E=weight_T @ probs_TE,
         entropy=weight_T @ torch.special.entr(probs_TE).sum(dim=-1),
@@ -133,26 +91,9 @@ def usage(layer: int, probs_TE: Tensor, chosen_TK: Tensor, attention_mask: Tenso
         chosen_TK: experts chosen.
         attention_mask: (batch, sequence), 0 for padding; None: no padding.
     """
-    return _summary(layer, _tally(probs_TE.float(), chosen_TK, token_weights(attention_mask, probs_TE)))
-
-
-def _summary(layer: int, tally: _Tally) -> LayerRouting:
-    counts = tally.counts_E.tolist()
-    tokens = tally.tokens.item()
-    total = sum(counts)
-    share = [count / total for count in counts]
-    mean = 1 / len(share)
-    variance = sum((part - mean) ** 2 for part in share) / len(share)
-    return LayerRouting(
-        layer=layer,
-        share=share,
-        min=min(share),
-        max=max(share),
-        cv=math.sqrt(variance) / mean,
-        dead=counts.count(0.0),
-        load_entropy=torch.special.entr(tally.probs_E / tokens).sum().item(),
-        token_entropy=tally.entropy.item() / tokens,
-    )
+    tally = _tally(probs_TE.float(), chosen_TK, token_weights(attention_mask, probs_TE))
+    (found,) = RoutingSums.of({(ALL, layer): tally}, [(ALL, layer)], probs_TE.shape[1], probs_TE.device).read().layers
+    return found
 
 
 class RoutingRecorder:
@@ -165,12 +106,12 @@ class RoutingRecorder:
 
     def __init__(self, model: nn.Module, layout: ExpertLayout) -> None:
         self.layout = layout
-        self._tallies: dict[int, _Tally] = {}
+        self._tallies: dict[int, Tally] = {}
         self._logits: dict[int, list[Tensor]] = {}
         self._chosen: dict[int, list[Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
         self._parts: dict[str, Tensor] = {}
-        self._part_tallies: dict[tuple[str, int], _Tally] = {}
+        self._part_tallies: dict[tuple[str, int], Tally] = {}
         self._attention_mask: Tensor | None = None
         self._device = next(model.parameters()).device
         self._open = False
@@ -221,10 +162,10 @@ class RoutingRecorder:
         """
         if not self._tallies:
             raise RuntimeError("no router ran inside a recording")
-        tallies = self._balanced(self._tallies)
-        packed = torch.stack([tally.packed().to(self._device) for tally in tallies]).sum(dim=0)
-        summed = _unpacked(total(packed))  # also summed over layers
-        return float(self.layout.choices * (summed.counts_E * summed.probs_E).sum() / summed.tokens.square())
+        experts = self.layout.choices
+        summed = total(packed(self._balanced(self._tallies), self._device).sum(dim=0))  # also summed over layers
+        counts_E, probs_E, tokens = summed[:experts], summed[experts : 2 * experts], summed[-1]
+        return float(experts * (counts_E * probs_E).sum() / tokens.square())
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -281,12 +222,9 @@ class RoutingRecorder:
 
     def take(self, total: Total = local_sum) -> list[LayerRouting]:
         """Routing of every layer since the last `take`, in order; empty if no token was recorded."""
-        tallies, self._tallies = self._tallies, {}
-        self._logits, self._chosen = {}, {}
-        if total is not local_sum and tallies:
-            summed = total(torch.stack([tallies[layer].packed() for layer in sorted(tallies)]))
-            tallies = {layer: _unpacked(packed) for layer, packed in zip(sorted(tallies), summed, strict=True)}
-        return [_summary(layer, tally) for layer, tally in sorted(tallies.items()) if tally.tokens.item() > 0]
+        tallies = {(ALL, layer): tally for layer, tally in self._tallies.items()}
+        self._tallies, self._logits, self._chosen = {}, {}, {}
+        return self._summed(tallies, (ALL,), total).read().layers
 
     def take_parts(self, names: Sequence[str] = (), total: Total = local_sum) -> dict[str, list[LayerRouting]]:
         """Routing of each part since the last `take_parts`; parts without tokens are left out.
@@ -296,16 +234,26 @@ class RoutingRecorder:
             total: sum over processes.
         """
         tallies, self._part_tallies = self._part_tallies, {}
-        if total is not local_sum and names:
-            keys = [(part, layer) for part in sorted(names) for layer in self.layout.moe_layers]
-            nothing = torch.zeros(2 * self.layout.choices + 2, dtype=torch.float64, device=self._device)
-            mine = [tallies[key].packed() if key in tallies else nothing for key in keys]
-            tallies = {key: _unpacked(packed) for key, packed in zip(keys, total(torch.stack(mine)), strict=True)}
-        found: dict[str, list[LayerRouting]] = {}
-        for (part, layer), tally in sorted(tallies.items()):
-            if tally.tokens.item() > 0:
-                found.setdefault(part, []).append(_summary(layer, tally))
-        return found
+        parts = names if total is not local_sum else {part for part, _ in tallies}
+        return self._summed(tallies, sorted(parts), total).read().parts
+
+    def take_sums(self, names: Sequence[str], total: Total = local_sum) -> RoutingSums:
+        """What `take` and `take_parts` would return, as sums on the device; no process waits for its device.
+
+        Args:
+            names: names of all parts that any process may have seen.
+            total: sum over processes.
+        """
+        tallies = {(ALL, layer): tally for layer, tally in self._tallies.items()} | self._part_tallies
+        unknown = {part for part, _ in self._part_tallies} - {*names}
+        assert not unknown, f"parts {sorted(unknown)} are not among {names}"
+        self._tallies, self._part_tallies, self._logits, self._chosen = {}, {}, {}, {}
+        return self._summed(tallies, (ALL, *sorted(names)), total)
+
+    def _summed(self, tallies: Mapping[Key, Tally], parts: Sequence[str], total: Total) -> RoutingSums:
+        keys = [(part, layer) for part in parts for layer in self.layout.moe_layers]
+        sums = RoutingSums.of(tallies, keys, self.layout.choices, self._device)
+        return RoutingSums(sums.keys, total(sums.packed_KS)) if keys else sums
 
     def close(self) -> None:
         """Remove the hooks from the model."""

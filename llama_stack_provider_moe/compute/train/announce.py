@@ -111,6 +111,15 @@ def _warn_of_warmup(session: AnySession, steps: int) -> None:
         )
 
 
+def _routing_lines(every: object) -> list[str]:
+    """How much the events say of the experts; nothing if no routing is recorded."""
+    assert isinstance(every, int | None)
+    if every is None:
+        return []
+    tables = "at every step" if every == 1 else f"every {every:,} steps, over the steps since the last ones"
+    return [f"routing   figures of each layer at every step; the share of each expert {tables}"]
+
+
 def _named(spec: TrainingSpec) -> str:
     return spec.model if spec.model_from is None else f"{spec.model_from}, {spec.model}"
 
@@ -145,5 +154,6 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) ->
         f"steps     {plan['total_steps']:,}: {number_of(spec.training.n_epochs, 'epoch')} of "
         f"{plan['steps_per_epoch']:,}, {batch} rows each, "
         f"{spec.optimizer.optimizer_type} lr {spec.optimizer.lr:g} {spec.options.lr_scheduler}",
+        *_routing_lines(plan["routing_every_n_steps"]),
     ]
     return "\n".join(lines)

@@ -96,7 +96,7 @@ def fit(
         decisions: those that only this recipe makes, for `resolved.json`.
         shown: lines about them for output.log.
     """
-    steps = announce(prepared, trainer.sequences, decisions)
+    steps = announce(prepared, trainer.sequences, {**decisions, "routing_every_n_steps": trainer.steps_between_tables})
     if shown is not None:
         prepared.session.show(shown)
     return train_and_save(prepared.session, prepared.base, trainer, steps)

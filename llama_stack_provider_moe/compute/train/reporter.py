@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +14,16 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step
-from llama_stack_provider_moe.compute.moe.routing import LayerRouting as Recorded
 from llama_stack_provider_moe.compute.planning.throughput import peak_flops
 from llama_stack_provider_moe.compute.runtime.context import AnySession, Stopped
 from llama_stack_provider_moe.compute.train.prepared import Batch
 from llama_stack_provider_moe.compute.train.resume import Resume, RunState
+from llama_stack_provider_moe.compute.train.routing_events import RoutingEvents
 from llama_stack_provider_moe.compute.train.trackers import OpenTrackers
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.attempt import require_current
-from llama_stack_provider_moe.jobdir.events import Evaluation, LayerRouting, Routing, Step
+from llama_stack_provider_moe.jobdir.events import Evaluation, Routing, Step
 
 if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
@@ -65,6 +64,8 @@ class Reporter(TrainerCallback):
         self._within_epoch = resume is not None and not resume.folder.name.startswith("epoch-")
         self._batches: liveness.Counter | None = None  # of the evaluation that runs
         self._micro_batches: liveness.Counter | None = None  # of the training that runs
+        every = trainer.steps_between_tables
+        self._routing = None if every is None else RoutingEvents(every)
         self.last = dict(before.last)
         self.held_out = dict(before.held_out)
 
@@ -177,11 +178,10 @@ class Reporter(TrainerCallback):
         self._write(step)
         liveness.heard()
         self._session.show(_line(step))
-        recorder, total = self._trainer.recorder, self._trainer.total
-        if recorder is not None:
-            parts = recorder.take_parts(self._trainer.part_names, total)
-            sets = {name: _layers(found) for name, found in parts.items()}
-            self._write(Routing(step=state.global_step, layers=_layers(recorder.take(total)), sets=sets))
+        if self._trainer.recorder is not None and self._routing is not None:
+            sums = self._trainer.recorder.take_sums(self._trainer.part_names, self._trainer.total)
+            is_kept = control.should_save or state.global_step % (state.max_steps // state.num_train_epochs) == 0
+            self._write(self._routing.of_step(sums, state.global_step, is_kept))
 
     def train_loss(self) -> float:
         """Mean over this epoch's steps of the loss without balance terms."""
@@ -239,10 +239,6 @@ class Reporter(TrainerCallback):
                 f"{self.last.get('loss', math.nan):.4g}). Try a lower optimizer.lr, more optimizer.num_warmup_steps, a "
                 "lower options.max_grad_norm, or training.dtype 'fp32'"
             )
-
-
-def _layers(found: list[Recorded]) -> list[LayerRouting]:
-    return [LayerRouting.model_validate(asdict(layer)) for layer in found]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -30,6 +30,7 @@ from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, figur
 from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTrainer
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome
+from llama_stack_provider_moe.compute.train.routing_events import steps_between_tables
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.spec import TrainingSpec
 
@@ -102,8 +103,11 @@ class RecordingTrainer(CheckpointingTrainer):
         # Every recipe divides by the items of a whole step. The classes of some composite models say that their own
         # loss does not, and the trainer would divide by the number of micro-batches too.
         self.model_accepts_loss_kwargs = True
+        self.steps_between_tables: int | None = None  # of every expert's share in the events; None: no routing there
         if base.layout is not None and base.steering is not None:
             self.recorder = RoutingRecorder(self.model, base.layout)
+            asked = self.spec.moe.routing_every_n_steps
+            self.steps_between_tables = steps_between_tables(asked, base.layout, len(self.part_names))
             # TRL computes the aux loss only if its coefficient is not 0; here it is logged with 0 too.
             self.aux_loss_enabled = wants_models_aux_loss
         chosen = OPTIMIZERS[self.spec.optimizer.optimizer_type]

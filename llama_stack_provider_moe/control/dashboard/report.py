@@ -118,7 +118,7 @@ def _maps(routing: Document) -> Iterable[Chart]:
     uneven = heat_map("Unevenness of each layer", steps, routing["cv"], routing["layers"])
     if uneven is not None:
         yield Chart("Unevenness of each layer (variation of the experts' shares)", (), uneven)
-    shares = heat_map("Share of each expert", steps, routing["share"], range(routing["experts"]))
+    shares = heat_map("Share of each expert", routing["share_steps"], routing["share"], range(routing["experts"]))
     if shares is not None:
         yield Chart(f"Share of each expert in layer {routing['layer']}; red: no token", (), shares)
 

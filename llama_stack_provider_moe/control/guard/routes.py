@@ -9,7 +9,7 @@ The responses provider of OGX calls the second (`moderation_endpoint`) and treat
 """
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Body, Header
 from pydantic import WrapValidator
@@ -18,6 +18,7 @@ from llama_stack_provider_moe.control.guard import host, wire
 from llama_stack_provider_moe.control.guard.service import GuardService, Moderated, result_of
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.answers import answers_of
+from llama_stack_provider_moe.control.server.schemas import documented_refusals
 from llama_stack_provider_moe.control.server.wire import Error
 from llama_stack_provider_moe.errors import InvalidInput, NotFound
 from llama_stack_provider_moe.shields.guard import unknown_shield
@@ -36,13 +37,10 @@ else:
 Session = Annotated[
     str | None, Header(alias="X-Moe-Session", max_length=256, description="Name of the session of a trajectory.")
 ]
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": Error, "description": status.phrase}
-    for status in (
+REFUSALS = documented_refusals(Error, (
         HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND,
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE,
-    )
-}  # fmt: skip
+))  # fmt: skip
 
 
 class SafetyService:

@@ -3,7 +3,8 @@
 The file may contain undone steps: a process is lost at step 30, and the next one resumes from the checkpoint of step 20
 with a `resumed` event. Then the new steps from 21 on count, and the old steps 21 to 30 are hidden.
 
-A long job of a large model has a gigabyte of events; this module keeps 24 bytes for each step and each routing table.
+A long job of a large model has a gigabyte of events; this module keeps 24 bytes for each step and each routing event,
+and as many for each table.
 """
 
 import os
@@ -30,6 +31,8 @@ _HEAD = re.compile(
     rb'\s*\{\s*"time"\s*:\s*"[^"]{1,64}"\s*,\s*"type"\s*:\s*"(?:(step|evaluation|routing|resumed)"\s*,\s*"step"\s*:\s*'
     rb'(\d{1,18})\s*[,}]|(saved)")'
 )
+# A `routing` event without tables has only figures of its step.
+_WITHOUT_TABLES = re.compile(rb'\s*"layers"\s*:\s*\[\s*\]')
 
 
 class Place(NamedTuple):
@@ -76,6 +79,11 @@ class Places:
             chosen = (begin + round(index * (count - 1) / (limit - 1)) for index in range(limit))
         return [Place(self._starts[index], self._lengths[index]) for index in chosen]
 
+    def newest(self, count: int) -> list[Place]:
+        """Return the lines of the last steps, the newest first."""
+        first = max(0, len(self._steps) - count)
+        return [Place(self._starts[index], self._lengths[index]) for index in reversed(range(first, len(self._steps)))]
+
     @property
     def size_bytes(self) -> int:
         """Memory of the columns."""
@@ -87,11 +95,12 @@ class EventIndex:
 
     Attributes:
         steps, evaluations, routing: the lines of these events that no resumption has undone.
+        tables: those lines of `routing` that have tables of all experts.
         saved: the artifacts by identifier, oldest first.
     """
 
     def __init__(self) -> None:
-        self.steps, self.evaluations, self.routing = Places(), Places(), Places()
+        self.steps, self.evaluations, self.routing, self.tables = Places(), Places(), Places(), Places()
         self.saved: dict[str, Artifact] = {}
         self._saved_bytes = 0
         self._by_type = {b"step": self.steps, b"evaluation": self.evaluations, b"routing": self.routing}
@@ -117,10 +126,14 @@ class EventIndex:
         if kind is None:
             self._add_saved(line)
         elif kind == b"resumed":
-            for places in self._by_type.values():
+            for places in (*self._by_type.values(), self.tables):
                 places.undo(int(step))
         else:
             self._by_type[kind].add(int(step), Place(start, len(line)))
+        if kind == b"routing":
+            self.tables.undo(int(step) - 1)
+            if not _WITHOUT_TABLES.match(line, head.end()):
+                self.tables.add(int(step), Place(start, len(line)))
 
     def _add_saved(self, line: bytes) -> None:
         try:
@@ -133,7 +146,7 @@ class EventIndex:
     @property
     def size_bytes(self) -> int:
         """About how much memory this needs."""
-        return self._saved_bytes + sum(places.size_bytes for places in self._by_type.values())
+        return self._saved_bytes + sum(places.size_bytes for places in (*self._by_type.values(), self.tables))
 
 
 _remembered = Remembered(EventIndex, MOST_FILES, MOST_BYTES)
@@ -153,6 +166,12 @@ def saved_artifacts(path: Path) -> tuple[Artifact, ...]:
 
 def events_at[E: BaseModel](path: Path, places: Iterable[Place], kind: type[E]) -> Iterator[E]:
     """Yield the events at these places; a line that is not such an event is left out, for instance damage."""
+    for _, event in placed_events(path, places, kind):
+        yield event
+
+
+def placed_events[E: BaseModel](path: Path, places: Iterable[Place], kind: type[E]) -> Iterator[tuple[Place, E]]:
+    """Yield each of `events_at` with its place."""
     try:
         file = open_regular(path)
     except FileNotFoundError:  # the job was deleted meanwhile
@@ -160,6 +179,6 @@ def events_at[E: BaseModel](path: Path, places: Iterable[Place], kind: type[E]) 
     with file:
         for place in places:
             try:
-                yield kind.model_validate_json(os.pread(file.fileno(), place.length, place.start))
+                yield place, kind.model_validate_json(os.pread(file.fileno(), place.length, place.start))
             except ValueError:
                 continue

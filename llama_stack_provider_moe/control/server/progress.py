@@ -230,10 +230,10 @@ def _safety(folder: JobFolder, last: Assessed | None) -> SafetyFigures | None:
 
 def balance(event: Routing) -> dict[str, object] | None:
     """Return `Routing.figures`, with the step and the numbers of layers and experts; None on a dense model."""
-    layers = event.layers
-    if not layers:
+    in_step = event.in_step()
+    if in_step is None:
         return None
-    found: dict[str, object] = {"step": event.step, "layers": len(layers), "experts": len(layers[0].share)}
+    found: dict[str, object] = {"step": event.step, "layers": len(in_step.layer), "experts": in_step.experts}
     found |= _numbers(event.figures())
     by_set = {name: _numbers(figures) for name, figures in event.figures_by_set().items()}
     return {**found, "sets": by_set} if by_set else found

@@ -26,7 +26,7 @@ Errors always have the form `{"error": {"message": ...}}`, see `answers`; OpenAI
 """
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
@@ -54,6 +54,7 @@ from llama_stack_provider_moe.control.server.openai import routes as openai_rout
 from llama_stack_provider_moe.control.server.overview_routes import add_overview
 from llama_stack_provider_moe.control.server.pipeline_routes import add_pipelines
 from llama_stack_provider_moe.control.server.playground_routes import add_playground
+from llama_stack_provider_moe.control.server.schemas import documented_refusals
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
 from llama_stack_provider_moe.errors import InvalidInput
@@ -91,16 +92,12 @@ else:
     ResumeBody = Annotated[wire_requests.Resumption, _AS_IT_CAME, Body()]
     JobBody = Annotated[SkipValidation[JobSpec], Body()]
     ExportBody = Annotated[SkipValidation[Exports], Body()]  # without one, the service refuses it once it has the job
-# Not the host's `standard_responses`: their references are dangling in the document that 0.6.1 serves.
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": wire.Error, "description": status.phrase}
-    for status in (
+REFUSALS = documented_refusals(wire.Error, (
         HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND,
         HTTPStatus.CONFLICT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.TOO_MANY_REQUESTS,
         HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE,
         HTTPStatus.INSUFFICIENT_STORAGE,
-    )
-}  # fmt: skip
+))  # fmt: skip
 JobUuid = Annotated[str | None, Query(description="Name of the job; newer routes have it in the path.")]
 
 

@@ -56,7 +56,9 @@ class RoutingSeries(BaseModel):
     """How the routers of a job used their experts over its steps; without steps that a resumption has undone."""
 
     job_uuid: str
-    steps: list[int] = Field(description="Optimiser steps, in ascending order; the columns of the tables below.")
+    steps: list[int] = Field(
+        description="Optimiser steps, in ascending order; the columns of `cv`, `dead` and `largest`."
+    )
     layers: list[int] = Field(description="Numbers of the layers with experts; the rows of `cv` and `dead`.")
     experts: int = Field(description="Number of experts of a layer; 0 on a dense model.")
     cv: list[list[Figure]] = Field(
@@ -65,13 +67,22 @@ class RoutingSeries(BaseModel):
     dead: list[list[int]] = Field(description="Number of experts that got no token, by layer and step.")
     largest: list[list[Figure]] = Field(description="Share of the most used expert, by layer and step.")
     layer: int | None = Field(description="The layer that `share` is of; null without layers.")
-    share: list[list[Figure]] = Field(description="Share of the layer's tokens, by expert and step.")
+    share_steps: list[int] = Field(
+        description="Steps with a table of all experts, in ascending order; the columns of `share`. See "
+        "`moe.routing_every_n_steps`."
+    )
+    share: list[list[Figure]] = Field(
+        description="Share of the layer's tokens, by expert and step, over the steps since the table before."
+    )
 
 
 class RoutingShares(BaseModel):
     """The mean share of every expert over a job's last steps; lists are empty for a job without routing tables."""
 
     job_uuid: str
-    steps: list[int] = Field(description="Optimiser steps whose mean it is, at most the last 16, in ascending order.")
+    steps: list[int] = Field(
+        description="Steps of the tables whose mean it is, in ascending order: the newest that cover 16 steps together."
+    )
+    covered: int = Field(description="Number of optimiser steps that these tables cover; 0 without any.")
     layers: list[int] = Field(description="Numbers of the layers with experts; the rows of `share`.")
     share: list[list[Figure]] = Field(description="Share of the layer's tokens, by layer and expert.")

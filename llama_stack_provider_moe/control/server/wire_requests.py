@@ -5,11 +5,11 @@ every host. Our additions are optional: the blocks `moe`, `adapter` and `options
 `control.server.api_requests` maps requests to `spec`.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from llama_stack_provider_moe.control.server.schemas import SchemaOf
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.spec import Adapter, CircuitBreaker, DPOOptions, Exports, Moe, Options
 from llama_stack_provider_moe.spec.blocks import NoBoolAsNumber, Resources
@@ -39,33 +39,15 @@ class SFTOptions(Options):
     )
 
 
-def _schema(block: type[BaseModel]) -> JsonObject:
-    """The JSON schema of a block without references, because `#/$defs/...` would dangle in a larger document."""
-    schema = block.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    return cast("JsonObject", _inlined(schema, definitions))
-
-
-def _inlined(node: object, definitions: Mapping[str, JsonObject]) -> object:
-    if isinstance(node, list):
-        return [_inlined(each, definitions) for each in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        referred = definitions[node["$ref"].rpartition("/")[2]]
-        node = {**referred, **{key: value for key, value in node.items() if key != "$ref"}}
-    return {key: _inlined(value, definitions) for key, value in node.items()}
-
-
 # The document shows the real blocks. They are validated with the complete job, once it has the server's defaults.
-AdapterBlock = Annotated[JsonObject, WithJsonSchema(_schema(Adapter))]
-MoeBlock = Annotated[JsonObject, WithJsonSchema(_schema(Moe))]
-OptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(SFTOptions))]
-DPOOptionsBlock = Annotated[JsonObject, WithJsonSchema(_schema(DPOOptions))]
-EvalBlock = Annotated[JsonObject, WithJsonSchema(_schema(SafetyEvaluation))]
-ExportBlock = Annotated[JsonObject, WithJsonSchema(_schema(Exports))]
-NotifyBlock = Annotated[JsonObject, WithJsonSchema(_schema(Notify))]
-ResourcesBlock = Annotated[JsonObject, WithJsonSchema(_schema(Resources))]
+AdapterBlock = Annotated[JsonObject, SchemaOf(Adapter)]
+MoeBlock = Annotated[JsonObject, SchemaOf(Moe)]
+OptionsBlock = Annotated[JsonObject, SchemaOf(SFTOptions)]
+DPOOptionsBlock = Annotated[JsonObject, SchemaOf(DPOOptions)]
+EvalBlock = Annotated[JsonObject, SchemaOf(SafetyEvaluation)]
+ExportBlock = Annotated[JsonObject, SchemaOf(Exports)]
+NotifyBlock = Annotated[JsonObject, SchemaOf(Notify)]
+ResourcesBlock = Annotated[JsonObject, SchemaOf(Resources)]
 
 
 class Wire(NoBoolAsNumber):

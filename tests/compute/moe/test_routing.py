@@ -13,13 +13,13 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.routing import (
-    LayerRouting,
     RoutingRecorder,
     probabilities,
     router_z_loss,
     switch_loss,
     usage,
 )
+from llama_stack_provider_moe.compute.moe.routing_sums import LayerRouting
 from tests.support import tiny_models
 
 LENGTH = 12

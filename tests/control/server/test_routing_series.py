@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.control.server.progress import balance
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.jobdir.events import EventLog, Message, Resumed, Routing
+from llama_stack_provider_moe.jobdir.routing_figures import figures_of
 from tests.support.dashboard_jobs import EXPERTS, LAYERS, routing
 from tests.support.host_support import ask, folder_of, serving_in_process, submit
 
@@ -53,7 +55,7 @@ def series(service: PostTrainingService, **query: Any) -> dict[str, Any]:
 def test_tables_of_layers_and_of_one_layers_experts(service: PostTrainingService, events: Path) -> None:
     made = write(events, 1, 2, 3)
     found = series(service, layer=1)
-    assert found["steps"] == [1, 2, 3]
+    assert found["steps"] == found["share_steps"] == [1, 2, 3]
     assert (found["layers"], found["experts"], found["layer"]) == (list(range(LAYERS)), EXPERTS, 1)
     for column, event in enumerate(made):
         for row, layer in enumerate(event.layers):
@@ -91,6 +93,37 @@ def test_long_series_are_thinned_evenly_to_the_last_step(
         assert max(gaps) - min(gaps) <= 1
 
 
+def without_tables(step: int, steps: int = 1, has_tables: bool = False) -> Routing:
+    """The event of a step with figures of each layer; `steps` that its tables cover, if it has any."""
+    whole = routing(step, random.Random(step), {1: {4}})
+    return whole.model_copy(update={
+        "layers": whole.layers if has_tables else [], "steps": steps, "by_layer": figures_of(whole.layers)
+    })  # fmt: skip
+
+
+def test_every_step_has_figures_and_some_have_tables(service: PostTrainingService, events: Path) -> None:
+    written = [without_tables(step, 3, has_tables=step % 3 == 0) for step in range(1, 9)]
+    write(events, *written)
+    found = series(service, layer=1)
+    assert (found["steps"], found["share_steps"]) == (list(range(1, 9)), [3, 6])
+    assert [len(row) for row in (*found["cv"], *found["dead"], *found["largest"])] == [8] * 3 * LAYERS
+    assert found["dead"][1] == [1] * 8, "also where there is no table"
+    assert [row[1] for row in found["share"]] == written[5].layers[1].share
+    write(events, -4)
+    found = series(service)
+    assert (found["steps"], found["share_steps"]) == ([1, 2, 3, 4], [3]), "undone"
+    write(events, without_tables(3))
+    assert (series(service)["share_steps"], len(series(service)["share"])) == ([], EXPERTS), "repeated without a table"
+
+
+def test_the_status_of_a_step_without_tables_has_the_same_figures(service: PostTrainingService, events: Path) -> None:
+    write(events, without_tables(1), without_tables(2))
+    found = balance(without_tables(2))
+    assert found == {"step": 2, **(balance(routing(2, random.Random(2), {1: {4}})) or {})}
+    assert found["dead_experts"] == 1
+    assert (found["layers"], found["experts"]) == (LAYERS, EXPERTS)
+
+
 def test_texts_that_quote_a_table_and_cut_lines_are_skipped(service: PostTrainingService, events: Path) -> None:
     write(events, 1, Message(text='"type":"routing","step":99'), 2)
     with events.open("ab") as file:
@@ -100,7 +133,8 @@ def test_texts_that_quote_a_table_and_cut_lines_are_skipped(service: PostTrainin
 
 
 def test_a_dense_model_and_a_job_without_events_have_none(service: PostTrainingService, events: Path) -> None:
-    nothing = {"steps": [], "layers": [], "experts": 0, "layer": None, "share": [], "cv": [], "dead": [], "largest": []}
+    nothing = {"steps": [], "layers": [], "experts": 0, "layer": None, "share_steps": [], "share": [], "cv": [],
+               "dead": [], "largest": []}  # fmt: skip
     assert series(service) == {"job_uuid": "j", **nothing}
     write(events, Routing(step=1, layers=[]))
     assert series(service) == {"job_uuid": "j", **nothing}

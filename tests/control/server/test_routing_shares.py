@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llama_stack_provider_moe.control.server import routing_shares
-from llama_stack_provider_moe.jobdir.events import EventLog, LayerRouting, Resumed, Routing
+from llama_stack_provider_moe.jobdir.events import EventLog, Resumed, Routing
+from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
 
 
 def table(step: int, *layers: list[float]) -> Routing:
@@ -60,8 +61,26 @@ def test_a_missing_a_dense_and_a_cut_file(tmp_path: Path) -> None:
     assert routing_shares.shares("j", path).steps == [2]
 
 
-def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = events(tmp_path, *(table(step, [0.5, 0.5]) for step in range(1, 11)))
-    monkeypatch.setattr(routing_shares, "WINDOW_BYTES", 3 * len(path.read_bytes()) // 10)
-    assert routing_shares.shares("j", path).steps[-1] == 10
-    assert len(routing_shares.shares("j", path).steps) in (2, 3)
+def test_only_the_last_tables_of_a_long_file_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = events(tmp_path, *(table(step, [0.5, 0.5]) for step in range(1, 101)))
+    parsed: list[int] = []
+    real = Routing.model_validate_json
+    monkeypatch.setattr(Routing, "model_validate_json", lambda text: parsed.append(1) or real(text))
+    assert routing_shares.shares("j", path).steps == list(range(85, 101))
+    assert len(parsed) == 16
+
+
+def test_a_table_counts_by_the_steps_that_it_covers(tmp_path: Path) -> None:
+    def covering(step: int, steps: int, *layers: list[float]) -> Routing:
+        return table(step, *layers).model_copy(update={"steps": steps})
+
+    path = events(
+        tmp_path, covering(10, 10, [1.0, 0.0]), covering(20, 10, [0.0, 1.0]), Routing(step=21, layers=[]),
+        covering(30, 10, [0.5, 0.5]),
+    )  # fmt: skip
+    found = routing_shares.shares("j", path)
+    assert (found.steps, found.covered, found.share) == ([20, 30], 20, [[0.25, 0.75]]), "two cover 16 steps"
+    path = events(tmp_path, covering(32, 2, [1.0, 0.0]))
+    found = routing_shares.shares("j", path)
+    assert (found.steps, found.covered) == ([20, 30, 32], 22)
+    assert found.share == [pytest.approx([(2 + 5) / 22, (10 + 5) / 22])]

@@ -11,7 +11,8 @@ import pytest
 
 from llama_stack_provider_moe.control.server import timeline
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, LayerRouting, Message, Routing, Started, Step
+from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, Message, Routing, Started, Step
+from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
 from tests.support.host_support import ask, folder_of, serving_in_process, submit
 
 

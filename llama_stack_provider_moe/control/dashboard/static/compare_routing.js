@@ -65,9 +65,9 @@ export async function compareRouting(place, list, isRunning) {
   }
   const [first, ...rest] = measured;
   const comparable = rest.filter((other) => fits(first, other));
-  const counts = measured.map(({ steps }) => steps.length);
+  const counts = measured.map(({ covered }) => covered);
   put(place, head,
-    h("p", { class: "muted" }, `The part of a layer's tokens that goes to other experts than in the other job: 0 is the same, 1 is none in common. It is half the sum of the differences of the experts' shares, over the last ${Math.min(...counts) === Math.max(...counts) ? counts[0] : `${Math.min(...counts)} to ${Math.max(...counts)}`} recorded steps of each job. Other rows in those steps alone make a small difference.`),
+    h("p", { class: "muted" }, `The part of a layer's tokens that goes to other experts than in the other job: 0 is the same, 1 is none in common. It is half the sum of the differences of the experts' shares, over the last ${Math.min(...counts) === Math.max(...counts) ? counts[0] : `${Math.min(...counts)} to ${Math.max(...counts)}`} steps of each job. Other rows in those steps alone make a small difference.`),
     without.length ? note("info", `Without routing figures: ${without.join(", ")}.`) : null,
     pairs(measured),
     comparable.length ? h("details", { open: comparable.length < 4 }, h("summary", {}, `By layer, against ${first.job_uuid}`), byLayer(first, comparable)) : null);

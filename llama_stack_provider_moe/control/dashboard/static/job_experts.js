@@ -48,13 +48,15 @@ export function experts(panel, { path, job }) {
     byExpert.rename(`Share of each expert in layer ${found.layer}`);
     const marks = found.share.map((row) => row.map((share) => (share === 0 ? 1 : null)));
     const any = marks.some((row) => row.some((mark) => mark !== null));
-    byExpert.set({ x: found.steps, y: found.share.map((_, index) => index), z: found.share, marks: any ? marks : null, least: 0, most: largest(found.share) });
+    byExpert.set({ x: found.share_steps, y: found.share.map((_, index) => index), z: found.share, marks: any ? marks : null, least: 0, most: largest(found.share) });
     const last = found.steps.length - 1;
-    const now = found.share.flatMap((row, expert) => (row[last] === 0 ? [expert] : []));
+    const table = found.share_steps.length - 1;
+    const now = found.share.flatMap((row, expert) => (row[table] === 0 ? [expert] : []));
+    const since = found.share_steps[table] === found.steps[last] ? "" : `, in the table of step ${found.share_steps[table]}`;
     const all = found.dead.reduce((sum, row) => sum + row[last], 0);
     const even = figure(1 / Math.max(found.experts, 1));
     put(dead, now.length || all
-      ? note("warn", h("strong", {}, `${all} dead in all layers at step ${found.steps[last]}`), now.length ? `; in layer ${found.layer}: expert ${now.join(", ")}. ` : `; none in layer ${found.layer}. `, "They are red in the map below.")
+      ? note("warn", h("strong", {}, `${all} dead in all layers at step ${found.steps[last]}`), now.length ? `; in layer ${found.layer}: expert ${now.join(", ")}${since}. ` : `; none in layer ${found.layer}${since}. `, "They are red in the map below.")
       : note("good", `No dead expert at step ${found.steps[last]}. With perfect balance each expert has a share of ${even}.`));
   }
 

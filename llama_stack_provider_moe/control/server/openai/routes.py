@@ -19,6 +19,7 @@ from pydantic import WrapValidator
 from llama_stack_provider_moe.control.server import serving
 from llama_stack_provider_moe.control.server.answers import Answers
 from llama_stack_provider_moe.control.server.openai import events, ids, jobs, objects, refusals, requests, results
+from llama_stack_provider_moe.control.server.schemas import documented_refusals
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import InvalidRows
@@ -35,14 +36,11 @@ JobId = Annotated[str, Path(description="Id of the fine-tuning job: `ftjob-` and
 FileId = Annotated[str, Path(description="Id of a result file, from `result_files` of a job.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_ITEMS, description="Largest number in the page.")]
 After = Annotated[str | None, Query(description="Id of the last one of the previous page.")]
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": objects.OpenAIError, "description": status.phrase}
-    for status in (
+REFUSALS = documented_refusals(objects.OpenAIError, (
         HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND,
         HTTPStatus.CONFLICT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.INTERNAL_SERVER_ERROR,
         HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.INSUFFICIENT_STORAGE,
-    )
-}  # fmt: skip
+))  # fmt: skip
 _METADATA_KEY = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 _METADATA: dict[str, Any] = {
     "parameters": [
