@@ -23,8 +23,8 @@ from llama_stack_provider_moe.graders.samples import (
     Sample,
 )
 from llama_stack_provider_moe.graders.templates import Text
-from llama_stack_provider_moe.spec.graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.graders_config import JUDGES, JUDGES_VARIABLE, JudgeConfig
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 
 MOST_BYTES = 1 << 20
 _WAIT_S = 0.5  # before another try

@@ -7,16 +7,8 @@ from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import NotFound
 from llama_stack_provider_moe.graders.judges import judge_named
-from llama_stack_provider_moe.spec.graders import (
-    AnyGrader,
-    LabelModel,
-    Monitor,
-    Multi,
-    PlainGrader,
-    Refusal,
-    RewardModel,
-    ScoreModel,
-)
+from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, PlainGrader, Refusal, RewardModel
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 PROBE = "probe"  # the recipe, and its artifact

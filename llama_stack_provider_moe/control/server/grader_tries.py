@@ -1,8 +1,8 @@
 """Tries of graders, before any training: checks one, or runs it on an answer.
 
 Nothing runs on the event loop. What needs no torch runs in a few threads, and its hostile part in processes with limits
-of time and memory; what loads a model runs in the training interpreter, one at a time. Both have a deadline and a bounded
-queue.
+of time and memory; what loads a model runs in the training interpreter, one at a time. Both have a deadline and a
+bounded queue.
 """
 
 import json
@@ -35,7 +35,8 @@ from llama_stack_provider_moe.graders.opening import check, open_grader
 from llama_stack_provider_moe.graders.panel import Panel
 from llama_stack_provider_moe.graders.request import GradeRequest, answered
 from llama_stack_provider_moe.graders.samples import Sample
-from llama_stack_provider_moe.spec.graders import AnyGrader, LabelModel, ScoreModel, inside
+from llama_stack_provider_moe.spec.graders import AnyGrader, inside
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.rewards import Grading, Reward
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import validated

@@ -86,7 +86,7 @@ def test_a_grader_is_checked(service: PostTrainingService) -> None:
     ("grader", "told"),
     [
         ({**CHECK, "operation": "x"}, "grader.operation: 'x' is not valid; expected 'eq'"),
-        ({"type": "python", "name": "p", "source": "1"}, "grader: type: 'python' is not valid, because this server runs"),
+        ({"type": "python", "name": "p", "source": "1"}, "grader: type: 'python' is not valid, because"),
         ({**JUDGED, "model": "gpt-4o"}, "grader.model: 'gpt-4o' is not valid; expected one of judge"),
         ({"type": "json_schema", "name": "s", "json_schema": {"$ref": "https://example.org/x"}},
          "grader.json_schema.$ref: 'https://example.org/x' is not valid; expected a reference inside this schema"),
