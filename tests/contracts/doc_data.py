@@ -9,14 +9,18 @@ from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.control.config_check import run_yaml
 from llama_stack_provider_moe.control.guard.wire import RunShieldBody
-from llama_stack_provider_moe.control.server import wire, wire_requests
+from llama_stack_provider_moe.control.server import wire, wire_graders, wire_requests
 from llama_stack_provider_moe.control.server.openai.requests import FineTuningRequest
 from llama_stack_provider_moe.errors import RowProblem
+from llama_stack_provider_moe.graders.document import sample_of
 from llama_stack_provider_moe.shields.rules import ToolRulesFile
 from llama_stack_provider_moe.spec import JOB_SPEC, Exports
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
+from llama_stack_provider_moe.spec.graders import GRADER, GRADER_TYPES
+from llama_stack_provider_moe.spec.graders_config import GradersConfig
 from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.pipelines import PipelineSpec
+from llama_stack_provider_moe.spec.rewards import REWARDS, Grading
 from llama_stack_provider_moe.spec.rows import canonical
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.sweeps import SweepSpec
@@ -115,6 +119,22 @@ def _accepted(value: dict[str, Any], keys: set[str]) -> str:
     if "training_file" in keys:
         FineTuningRequest.model_validate(value)
         return "request"
+    if value.get("type") in GRADER_TYPES and "name" in keys:
+        GRADER.validate_python(value)
+        return "grader"
+    if "reward" in keys and keys <= {"reward", "grading"}:
+        REWARDS.validate_python(value["reward"])
+        Grading.model_validate(value.get("grading", {}))
+        return "rewards"
+    if "grader" in keys and "model_sample" in keys:
+        wire_graders.RunGraderRequest.model_validate(value)
+        return "request"
+    if keys == {"judges"}:
+        GradersConfig.model_validate(value)
+        return "judges"
+    if "output_text" in keys:
+        sample_of(value, 1)
+        return "answer"
     if keys == {"error"}:
         wire.Error.model_validate(value)
         return "error"

@@ -74,6 +74,21 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
+from llama_stack_provider_moe.spec.graders import (
+    JsonSchema,
+    Length,
+    Math,
+    Monitor,
+    Multi,
+    Refusal,
+    Regex,
+    Repetition,
+    RewardModel,
+    StringCheck,
+    TextSimilarity,
+    ToolCall,
+)
+from llama_stack_provider_moe.spec.graders_config import GradersConfig, JudgeConfig
 from llama_stack_provider_moe.spec.guard_config import (
     FeedbackConfig,
     GuardConfig,
@@ -82,11 +97,13 @@ from llama_stack_provider_moe.spec.guard_config import (
     ToolGuardParams,
     TrajectoryParams,
 )
+from llama_stack_provider_moe.spec.judged_graders import JudgeMessage, LabelModel, SamplingParams, ScoreModel
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.mixing import Branch, MixOptions
 from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.probe import ProbeData
+from llama_stack_provider_moe.spec.rewards import Grading, Reward
 from llama_stack_provider_moe.spec.scorer_config import ScorerConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
@@ -221,6 +238,29 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
         ExportSpec,
         {"job_uuid", "resources", "export"},
     ),
+    ("Rewards: each of `reward`", "reward.N.", Reward, set()),
+    ("Rewards: `grading`", "grading.", Grading, set()),
+    ("Graders: string_check", "grader.", StringCheck, set()),
+    *(
+        (f"Graders: {get_args(kind.model_fields['type'].annotation)[0]}", "grader.", kind, {"name"})
+        for kind in (
+            TextSimilarity,
+            Regex,
+            JsonSchema,
+            ToolCall,
+            Math,
+            Length,
+            Repetition,
+            Refusal,
+            RewardModel,
+            Monitor,
+            ScoreModel,
+            LabelModel,
+            Multi,
+        )
+    ),
+    ("Graders: each of `input` of a judge", "grader.input.N.", JudgeMessage, set()),
+    ("Graders: `sampling_params`", "grader.sampling_params.", SamplingParams, set()),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
     ("Server: `limits:`", "limits.", LimitsConfig, set()),
@@ -231,6 +271,8 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `serving:` of kind vllm", "serving.", VllmServing, {"answer_s"}),
     ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `notify:`", "notify.", NotifyConfig, set()),
+    ("Server: `graders:`", "graders.", GradersConfig, set()),
+    ("Server: each of `graders.judges:`", "graders.judges.NAME.", JudgeConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),
