@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Discriminator, Field,
 from llama_stack_provider_moe.ground.redaction import scrubbed
 from llama_stack_provider_moe.jobdir.attempt import require_current
 
-StoppedBy = Literal["time_budget", "early_stopping"]
+StoppedBy = Literal["time_budget", "early_stopping", "no_reward_spread"]
 
 # If an earlier start of a job wrote one of these, it says nothing about the current start.
 ENDS = ("failed", "finished", "cancelled")

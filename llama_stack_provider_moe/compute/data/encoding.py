@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 class Encoded(NamedTuple):
     """One row for the trainer, what was cut of it, and its greatest token id."""
 
-    columns: dict[str, list[int]]
+    columns: dict[str, list[int] | str]
     truncated: bool
     greatest_id: int
     system_cut: bool = False

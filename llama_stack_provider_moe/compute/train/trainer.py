@@ -31,6 +31,7 @@ from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTr
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome
 from llama_stack_provider_moe.errors import TrainingError
+from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.spec import TrainingSpec
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -92,8 +93,8 @@ class RecordingTrainer(CheckpointingTrainer):
                 processing_class=base.tokenizer,
                 **extra,
             )
-        if needs_plain_head(model):
-            set_plain_head(model)
+        if needs_plain_head(model, self.head_temperature):
+            set_plain_head(model, self.head_temperature)
         if self.domains is not None:
             self.data_collator = DomainCollator(self.data_collator)
             self.part_names = self.domains.names
@@ -253,7 +254,7 @@ class RecordingTrainer(CheckpointingTrainer):
         share, token_share = batch_sharing.pop_share(inputs), inputs.pop(batch_sharing.TOKEN_SHARE, None)
         self._domain_B = inputs.pop(domains.COLUMN, None)
         self.counts = share is None or share > 0
-        mask = batch_sharing.weights(inputs, share)
+        mask = self.token_mask(inputs, share)
         with batch_sharing.local_metrics(self.accelerator, share):
             if self.recorder is None or self.steering is None:
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -278,6 +279,13 @@ class RecordingTrainer(CheckpointingTrainer):
             part = 1 / self.current_gradient_accumulation_steps
             loss = loss + self._weighted("aux_loss", self.resolved.aux_coef, aux_loss, part)
         return loss
+
+    head_temperature: float = 1.0  # that a recipe's log-probabilities divide logits by
+    ended_by: StoppedBy | None = None  # why a recipe ends the run after this step
+
+    def token_mask(self, inputs: Batch, share: int | None) -> Tensor | None:
+        """A mask (batch, sequence) of the tokens whose routing counts; see `batch_sharing.weights`."""
+        return batch_sharing.weights(inputs, share)
 
     def step_flops(self) -> throughput.StepFlops:
         """Operations of a training step, see `StepFlops`."""
