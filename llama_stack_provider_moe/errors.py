@@ -24,6 +24,7 @@
         ├── DataError                  rows have a valid form, but can't be used as requested
         ├── CheckpointError            a checkpoint is missing, incomplete or from another job
         ├── ForkRefused                a process with other threads was asked to fork
+        ├── GraderFailed               a grader gave no value for too many answers
         └── ExportError                an export failed, or an exported file behaves differently from the model
 
 `status` is the HTTP code that a host answers with; only `control.server.routes` reads it.
@@ -280,6 +281,10 @@ class CheckpointError(TrainingError):
 
 class ForkRefused(TrainingError):
     """A process with other threads was asked to fork, which could make the child hang."""
+
+
+class GraderFailed(TrainingError):
+    """A grader gave no value for too many answers."""
 
 
 class ExportError(TrainingError):

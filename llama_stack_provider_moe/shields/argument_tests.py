@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.shields.closed_schema import matcher, pointer_of
+from llama_stack_provider_moe.shields.closed_schema import pointer_of
 from llama_stack_provider_moe.shields.verdict import Level
 from llama_stack_provider_moe.spec.blocks import Block
+from llama_stack_provider_moe.spec.linear_patterns import matcher
 
 _POINTER = re.compile(r"(/([^~/*]|~[01])+|/\*)+")
 _CONTROL = {chr(code) for code in (*range(32), 127)}

@@ -17,14 +17,12 @@ from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic_core import SchemaError, SchemaValidator, core_schema
-
-from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.shields.possible_schema import impossible
+from llama_stack_provider_moe.spec.linear_patterns import MAX_PATTERN, matcher
 
 MAX_DEPTH = 24
 MAX_SCHEMAS = 2_000
-MAX_PATTERN = 500  # characters
 _CHILD = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
 _IN_PLACE_LISTS = ("allOf", "anyOf", "oneOf")
 _IN_PLACE = ("if", "then", "else", "not")
@@ -51,24 +49,25 @@ class Mismatch(NamedTuple):
     keyword: str
 
 
-class ClosedSchema:
-    """A schema, checked, closed and ready to validate.
+class CheckedSchema:
+    """A schema, checked and ready to validate.
 
     Args:
         schema: as written.
         field: the caller's name for it, for errors.
+        closes: whether an object that says nothing of other keys takes none.
 
     Raises:
         InvalidInput: the schema is not valid, or not one that this class supports; `InvalidBody` if it has several
             problems, all of which are named.
     """
 
-    def __init__(self, schema: Mapping[str, object], field: str) -> None:
+    def __init__(self, schema: Mapping[str, object], field: str, closes: bool) -> None:
         self._count = 0
+        self._closes = closes
         self._problems: dict[str, InvalidInput] = {}
-        if schema.get("type", "object") != "object":
-            self._wrong(f"{field}.type", schema["type"], "'object', because arguments are an object")
-        self.schema = self._closed({"type": "object", **schema}, field, 0, closes=True)
+        self._check_root(schema, field)
+        self.schema = self._closed(self._whole(schema), field, 0, closes=closes)
         assert isinstance(self.schema, dict)
         for where, ref in _refs(self.schema, field):
             if where not in self._problems:
@@ -83,6 +82,12 @@ class ClosedSchema:
             self.mismatches({})
         except RecursionError:
             raise InvalidInput(field, "$ref", "references that do not lead in a circle") from None
+
+    def _check_root(self, schema: Mapping[str, object], field: str) -> None:
+        """Note what is wrong with the whole; any JSON may be described."""
+
+    def _whole(self, schema: Mapping[str, object]) -> dict[str, object]:
+        return dict(schema)
 
     def _wrong(self, field: str, value: object, expected: str) -> None:
         """Note a problem; of one field only the first, because the others follow from it."""
@@ -100,7 +105,7 @@ class ClosedSchema:
         if self._problems:
             raise InvalidBody([str(each) for each in self._problems.values()])
 
-    def mismatches(self, arguments: Mapping[str, object], limit: int = 3) -> list[Mismatch]:
+    def mismatches(self, arguments: object, limit: int = 3) -> list[Mismatch]:
         """Return the first places where the arguments do not match.
 
         Raises:
@@ -141,12 +146,12 @@ class ClosedSchema:
         return made
 
     def _keyword(self, key: str, value: object, field: str, depth: int) -> object:
-        closes = key not in _NOT_CLOSED_BELOW
+        closes = self._closes and key not in _NOT_CLOSED_BELOW
         if key in ("properties", "$defs", "dependentSchemas"):
             if not isinstance(value, dict):
                 self._wrong(field, value, "an object of schemas")
                 return value
-            whole = key == "properties"  # a definition is whole where it is used
+            whole = self._closes and key == "properties"  # a definition is whole where it is used
             return {str(name): self._closed(each, f"{field}.{name}", depth, whole) for name, each in value.items()}
         if key in _CHILD:
             return self._closed(value, field, depth, closes)
@@ -156,7 +161,7 @@ class ClosedSchema:
             if not isinstance(value, list):
                 self._wrong(field, value, "a list of schemas")
                 return value
-            whole = key == "prefixItems"
+            whole = self._closes and key == "prefixItems"
             return [self._closed(each, f"{field}.{number}", depth, whole) for number, each in enumerate(value)]
         if key == "pattern":
             self._collect(matcher, value, field)
@@ -167,38 +172,33 @@ class ClosedSchema:
         return value
 
 
+class ClosedSchema(CheckedSchema):
+    """A schema of a tool's arguments, which are an object; it is closed.
+
+    Args:
+        schema: as written.
+        field: the caller's name for it, for errors.
+
+    Raises:
+        InvalidInput: see `CheckedSchema`.
+    """
+
+    def __init__(self, schema: Mapping[str, object], field: str) -> None:
+        super().__init__(schema, field, closes=True)
+
+    def _check_root(self, schema: Mapping[str, object], field: str) -> None:
+        if schema.get("type", "object") != "object":
+            self._wrong(f"{field}.type", schema["type"], "'object', because arguments are an object")
+
+    def _whole(self, schema: Mapping[str, object]) -> dict[str, object]:
+        return {"type": "object", **schema}
+
+
 def pointer_of(path: object) -> str:
     """Return a JSON Pointer (RFC 6901) of keys and numbers, shortened: a key may be the attacker's."""
     assert hasattr(path, "__iter__")
     text = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
     return text if len(text) <= 200 else text[:199] + "…"
-
-
-def matcher(pattern: object, field: str, whole: bool = False) -> Callable[[str], bool]:
-    """Return a test of a text in linear time.
-
-    Args:
-        pattern: in the syntax of Rust's regex crate: that of Python without look-around and back-references.
-        field: the caller's name for it.
-        whole: whether all of the text must match, rather than some part.
-
-    Raises:
-        InvalidInput: the pattern is not valid, or too long.
-    """
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
-        raise InvalidInput(field, pattern, f"a pattern of at most {MAX_PATTERN} characters")
-    try:
-        found = _compiled(rf"\A(?:{pattern})\z" if whole else pattern)
-    except SchemaError as error:
-        why = str(error).replace("\n", " ")
-        raise InvalidInput(field, pattern, f"a pattern without look-around and back-references ({shorten(why)})") \
-            from None  # fmt: skip
-    return found.isinstance_python
-
-
-@cache
-def _compiled(pattern: str) -> SchemaValidator:
-    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex", strict=True))
 
 
 def _refs(schema: object, field: str) -> Iterator[tuple[str, str]]:

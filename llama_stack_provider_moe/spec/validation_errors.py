@@ -18,6 +18,8 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
 from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
+from llama_stack_provider_moe.spec.graders import GRADER_NAME_PATTERN, GRADER_TYPES, VARIABLE_NAME_PATTERN
+from llama_stack_provider_moe.spec.graders_config import JUDGE_NAME_PATTERN
 from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
@@ -44,6 +46,9 @@ _PATTERNS = {
     LABEL_KEY_PATTERN: "1 to 63 letters, digits, '.', '_', '/' and '-', the first and the last a letter or a digit",
     PROBE_NAME_PATTERN: "1 to 64 letters, digits, '_' and '-', the first a letter or a digit",
     SHIELD_PATTERN: "1 to 128 letters, digits and . _ : / -, the first a letter or a digit",
+    GRADER_NAME_PATTERN: "1 to 64 letters, digits, spaces and . _ -, the first a letter or a digit",
+    VARIABLE_NAME_PATTERN: "1 to 64 letters, digits and '_', the first a letter or '_'",
+    JUDGE_NAME_PATTERN: "1 to 128 letters, digits and . _ / : -, the first a letter or a digit",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
 }
 
@@ -87,6 +92,7 @@ def _problem(
     location = list(error["loc"])
     if location and location[0] in ("body", "query", "header", "path"):
         location.pop(0)
+    location = _without_tags(location)
     if model is None and location and location[0] in RECIPES:
         model = RECIPES[str(location.pop(0))].spec
     path = name(".".join(_cut(str(part)) for part in location)) or "the body"
@@ -111,6 +117,15 @@ def _problem(
             return f"the body: {shorten(error['input'])} is not valid; expected {A_BODY}"
         case _:
             return f"{path}: {shorten(error['input'])} is not valid; expected {expected(error, _PATTERNS)}"
+
+
+def _without_tags(location: list[str | int]) -> list[str | int]:
+    """A path without the types of graders: pydantic puts a union's tag into the path, where nobody wrote it."""
+    return [
+        part
+        for at, part in enumerate(location)
+        if not (part in GRADER_TYPES and (at == 0 or "grader" in location[:at] or "graders" in location[:at]))
+    ]
 
 
 def _cut(key: str) -> str:

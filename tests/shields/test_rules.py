@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
-from llama_stack_provider_moe.shields.closed_schema import ClosedSchema, matcher
+from llama_stack_provider_moe.shields.closed_schema import ClosedSchema
 from llama_stack_provider_moe.shields.examples import failures
 from llama_stack_provider_moe.shields.rules import open_places, read_rules
+from llama_stack_provider_moe.spec.linear_patterns import matcher
 from tests.support.host_harness import RUN_CONFIGS
 
 TOOL: dict[str, Any] = {"parameters": {"properties": {"path": {"type": "string", "maxLength": 9}}}}

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -222,7 +223,13 @@ def load_held(
     return with_original_class(_weights(name, config, dtype, where, sharing_class(config, device, processes)))
 
 
-def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_weights(
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    model_class: type[AutoModelForSequenceClassification] | None = None,
+) -> PreTrainedModel:
     """Load a model. A missing weight is an error: transformers would initialise it at random and only log that.
 
     Args:
@@ -230,8 +237,9 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
         config: the model's config.
         dtype: of the weights.
         device: where the weights go.
+        model_class: of another kind than causal language models; None: of these.
     """
-    return _weights(name, config, dtype, _placement(device))
+    return _weights(name, config, dtype, _placement(device), model_class)
 
 
 class _Loads(Protocol):
@@ -245,7 +253,7 @@ def _weights(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     where: Mapping[str, object],
-    model_class: type[PreTrainedModel] | type[AutoModelForCausalLM] | None = None,
+    model_class: type[PreTrainedModel | AutoModelForCausalLM | AutoModelForSequenceClassification] | None = None,
 ) -> PreTrainedModel:
     if model_class is None:  # a composite model is loaded by the class of the whole, so that it is saved whole
         whole = class_of(config) if config.model_type in types_with_experts() else None

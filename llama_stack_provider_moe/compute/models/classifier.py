@@ -1,0 +1,38 @@
+"""Load a reward model: a sequence classifier of one label, with a chat template and a token to pad with."""
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_stack_provider_moe.compute.models.loader import DTYPES, load_weights, tokenizer_of, trusted
+from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.spec import DType
+
+
+def load_classifier(
+    name: str, dtype: DType, device: torch.device, field: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a reward model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a hub id or a folder.
+        dtype: of the weights.
+        device: where the weights go.
+        field: the caller's name for the model, for errors.
+
+    Raises:
+        ModelError: it can't be loaded, or is no classifier of one label.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{field}: {name!r} can't be loaded: {str(error)[:200]}") from error
+    made_as = (config.architectures or [""])[0]
+    if not made_as.endswith("ForSequenceClassification"):
+        raise ModelError(f"{field}: {name!r} is {made_as or 'of no named architecture'}, not a sequence classifier")
+    if config.num_labels != 1:
+        raise ModelError(f"{field}: {name!r} has {config.num_labels} labels; expected one, whose logit is the reward")
+    tokenizer = tokenizer_of(name, None)
+    # The classifier reads the last token that is no padding, which it finds by this id.
+    config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    model = load_weights(name, config, DTYPES[dtype], device, AutoModelForSequenceClassification)
+    return model.eval(), tokenizer
