@@ -160,7 +160,10 @@ def test_a_grader_that_fails_ends_the_job_with_its_name(workshop: Workshop) -> N
     found = workshop.run("grpo", "qwen3_moe", reward=[grader("string_check", reference="{{item.missing}}",
                                                              operation="eq")])  # fmt: skip
     assert found.exit_code == FAILED
-    assert "grader 'graded' gave no value for" in found.reason
+    assert "no answer to a held-out prompt got a reward" in found.reason
+    early = workshop.run("grpo", "qwen3_moe", reward=[grader("string_check", reference="{{item.missing}}",
+                         operation="eq")], options={"eval_before_training": False})  # fmt: skip
+    assert "grader 'graded' gave no value for 8 of the last 8 answers" in early.reason
 
 
 def test_a_generation_needs_enough_prompts(workshop: Workshop) -> None:
@@ -186,7 +189,7 @@ def test_the_gold_answer_and_columns_reach_graders(workshop: Workshop) -> None:
     rows = prompt_rows(8)
     for number, row in enumerate(rows):
         row["item"] |= {"gold": "e" if number % 2 else "never in an answer"}
-    found = workshop.run("grpo", "qwen3_moe", rows, reward=[
+    found = workshop.run("grpo", "qwen3_moe", rows, rows[:2], reward=[
         grader("string_check", reference="{{item.gold}}", operation="like")], options={"max_length": 64})  # fmt: skip
     assert found.exit_code == COMPLETED, found.reason
     assert json.loads(found.folder.spec.read_text())["reward"][0]["weight"] == 1

@@ -30,6 +30,7 @@ from llama_stack_provider_moe.compute.models.determinism import require_determin
 from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo import rollouts
+from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
 from llama_stack_provider_moe.compute.runtime.context import Session
@@ -209,11 +210,16 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         figures = self._metrics[mode]
         for name, values in list(figures.items()):
-            if all(map(math.isnan, values)) or (mode == "eval" and not name.startswith(_HELD_OUT)):
+            left_out = mode == "eval" and not name.startswith(_HELD_OUT)
+            if left_out or name == "step_time" or all(map(math.isnan, values)):
                 del figures[name]
         if mode == "train":  # TRL has it only in steps that generate
             figures["num_tokens"] = [float(self.state.num_input_tokens_seen - (self._seen_before or 0))]
         super().log(logs, start_time)
+
+    def new_held_out(self) -> HeldOut:
+        """The sums of a new evaluation."""
+        return HeldOutRewards()
 
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
         """Add held-out answers: their loss is their reward, negated; their perplexity is by their own entropy."""

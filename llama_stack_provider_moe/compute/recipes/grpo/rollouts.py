@@ -23,7 +23,8 @@ def write(folder: Path, micro_step: int, rollouts: list[Rollout] | None) -> None
     tensors: dict[str, Tensor] = {}
     absent: list[list[str]] = []
     for number, rollout in enumerate(rollouts or []):
-        tensors |= {f"{number}.{name}": value.contiguous() for name, value in rollout.items() if value is not None}
+        # Copies: some micro-batches are views of one tensor, which a file can't hold twice.
+        tensors |= {f"{number}.{name}": value.clone() for name, value in rollout.items() if value is not None}
         absent.append([name for name, value in rollout.items() if value is None])
     told = {"micro_step": str(micro_step), "absent": json.dumps(absent)}
     save_file(tensors, folder / FILE, metadata=told)
