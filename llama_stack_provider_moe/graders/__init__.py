@@ -11,5 +11,6 @@ bench           keeps such processes, with limits of time and memory
 judges          models at URLs that the operator names
 opening         a grader's spec -> a grader that is ready
 panel           all rewards of a job: values by grader, their sum, and how many may fail
-document        a file of graders and rows of answers -> a report
+document        what graders made of answers, as a report
+request         rewards and answers as one JSON object, for a process with torch
 """

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
 from llama_stack_provider_moe.spec import AblationMeasureSpec, MixSpec, ProbeSpec, RoutingAnalysisSpec, RowKind
@@ -123,6 +124,16 @@ def calibration_rows(path: Path, option: str) -> list[str]:
         InvalidRows: rows are not valid.
     """
     return _lines(path, option, 1, lambda row, number: canonical(row, number, "surgery", "auto", answered=False))
+
+
+def graded_rows(path: Path) -> list[str]:
+    """Return the rows of a file of answers to grade as they are, each as a line of JSON.
+
+    Raises:
+        InvalidInput: the file can't be read, or is empty.
+        InvalidRows: lines are not rows.
+    """
+    return _lines(path, "--data", 1, lambda row, _: cast("Mapping[str, object]", row))
 
 
 def _lines(path: Path, option: str, least: int, form: _Form) -> list[str]:

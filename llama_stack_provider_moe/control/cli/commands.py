@@ -27,6 +27,7 @@ MODULES = {
     "quota": ("quota",),
     "report": ("report",),
     "export": ("export",),
+    "grade": ("grade",),
     "config": ("config",),
     "guard": ("guard",),
     "plan": ("plan",),
