@@ -149,7 +149,8 @@ class DPOOptions(Options):
 class RLOptions(Options):
     """Options of recipes that generate."""
 
-    truncate: Literal["left", "drop", "refuse"] = Field(  # type: ignore[assignment]  # fewer: a cut end is no prompt
+    # Not its end: after a cut end the model would go on with the prompt.
+    truncate: Literal["left", "drop", "refuse"] = Field(
         default="drop",
         description="What to do with a prompt that leaves no room for an answer in `max_length`. left: cut its "
         "beginning; drop: leave the row out; refuse: end the job.",

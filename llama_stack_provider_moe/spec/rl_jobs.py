@@ -37,7 +37,7 @@ class GRPOSpec(TrainingJob):
                              "rl.steps_per_generation)")  # fmt: skip
         if training.max_steps_per_epoch % rl.steps_a_generation:
             raise ValueError(f"training.max_steps_per_epoch: {training.max_steps_per_epoch} is not valid; expected a "
-                             f"multiple of {rl.steps_a_generation}, the steps from one generation to the next")  # fmt: skip
+                             f"multiple of {rl.steps_a_generation}, the steps of one generation")  # fmt: skip
         if rl.max_completion_length >= self.options.max_length:
             raise ValueError(f"rl.max_completion_length: {rl.max_completion_length} is not valid; expected less than "
                              f"options.max_length, {self.options.max_length}, which has the prompt too")  # fmt: skip
@@ -49,7 +49,9 @@ class GRPOSpec(TrainingJob):
         if self.loader == "unsloth":
             raise ValueError("loader: 'unsloth' is not valid with recipe 'grpo'; expected 'hf'")
         if self.resources.ranks > 1:
-            raise ValueError(f"resources: {self.resources.ranks} processes are not valid with recipe 'grpo'; expected 1")
+            raise ValueError(
+                f"resources: {self.resources.ranks} processes are not valid with recipe 'grpo'; expected 1"
+            )
         if self.adapter is not None and self.adapter.dropout > 0:
             raise ValueError(f"adapter.dropout: {self.adapter.dropout:g} is not valid with recipe 'grpo', whose model "
                              "must learn as it generated; expected 0")  # fmt: skip

@@ -64,4 +64,4 @@ class PromptEncoder(Encoder):
             return found
         piece, system_cut = found
         ids = piece.tokens.ids
-        return [Encoded({"prompt_ids": ids, "item": json.dumps(row["item"])}, piece.cut, max(ids), system_cut)]
+        return [Encoded({"prompt_ids": ids}, piece.cut, max(ids), system_cut, {"item": json.dumps(row["item"])})]

@@ -19,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 from llama_stack_provider_moe.compute.data import batch_sharing, domains
 from llama_stack_provider_moe.compute.data.batch_sharing import SharedBatches, SharedRuns
 from llama_stack_provider_moe.compute.data.domains import DomainCollator, DomainSampler, runs_by_domain
+from llama_stack_provider_moe.compute.data.groups import GroupSampler
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler, rows_an_epoch
 from llama_stack_provider_moe.compute.distributed.expert_parallel import clip
 from llama_stack_provider_moe.compute.models.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -225,7 +226,7 @@ class RecordingTrainer(CheckpointingTrainer):
         """Training sequences in a full epoch: fewer than rows if rows are packed, more if domains repeat."""
         return len(self.train_dataset) if self.domains is None else sum(self.domains.epoch)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler | DomainSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler | DomainSampler | GroupSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         spec = self.spec
         if self.domains is not None:

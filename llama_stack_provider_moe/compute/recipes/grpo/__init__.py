@@ -10,11 +10,12 @@ The reference is the model with its adapter off; if all weights train, a frozen 
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -40,9 +41,9 @@ from llama_stack_provider_moe.compute.train.prepared import Batch, Prepared, pre
 from llama_stack_provider_moe.compute.train.reference import load_reference
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.errors import DataError
-from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.graders.panel import Graded, Panel
 from llama_stack_provider_moe.graders.samples import Sample
+from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from llama_stack_provider_moe.spec import GRPOSpec
@@ -64,6 +65,8 @@ class GRPO(RecordingTrainer, GRPOTrainer):
 
     loss_name = "policy_loss"
     spec: GRPOSpec
+    generation_config: GenerationConfig  # TRL's
+    _buffered_inputs: list[rollouts.Rollout] | None  # TRL's
 
     def __init__(
         self, prepared: Prepared[GRPOSpec], args: GRPOConfig, panel: Panel, reference: PreTrainedModel | None
@@ -90,9 +93,10 @@ class GRPO(RecordingTrainer, GRPOTrainer):
             add_fused_lm_head(reference, temperature=rl.temperature)
             if needs_plain_head(reference, rl.temperature):
                 set_plain_head(reference, rl.temperature)
+        sampled = self.generation_config
         self._greedy = GenerationConfig(
-            max_new_tokens=rl.max_completion_length, do_sample=False, pad_token_id=self.generation_config.pad_token_id,
-            bos_token_id=self.generation_config.bos_token_id, eos_token_id=self.eos_token_ids, disable_compile=True,
+            max_new_tokens=rl.max_completion_length, do_sample=False, pad_token_id=sampled.pad_token_id,
+            bos_token_id=sampled.bos_token_id, eos_token_id=self.eos_token_ids, disable_compile=True,
         )  # fmt: skip
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -104,11 +108,9 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         made = self.generations
         return made.count * made.prompts * made.answers * self.spec.rl.n_iterations
 
-    def _get_train_sampler(self, train_dataset: object = None) -> GroupSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = len(self.train_dataset)
-        return GroupSampler(
-            EpochSampler(rows, rows, self.spec.data.shuffle, self.spec.options.seed), self.generations
-        )
+        return GroupSampler(EpochSampler(rows, rows, self.spec.data.shuffle, self.spec.options.seed), self.generations)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -124,6 +126,7 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         if not self.model.training or not isinstance(generation_batch, list):
             return inputs
         steps = self.args.gradient_accumulation_steps
+        assert self._buffered_inputs is not None, "the answers of this step"
         first = self._step % self.args.steps_per_generation // steps * steps
         tokens = [float(_mask(each).sum()) for each in self._buffered_inputs[first : first + steps]]
         share = torch.tensor(float(_mask(inputs).sum()) / sum(tokens), dtype=torch.float64)
@@ -245,8 +248,11 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         self._step, self._buffered_inputs = rollouts.read(folder, self.args.device)
 
 
-def _mask(inputs: Batch) -> Tensor:
-    return torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+def _mask(inputs: Mapping[str, Tensor | None]) -> Tensor:
+    prompt, completion = inputs["prompt_mask"], inputs["completion_mask"]
+    assert prompt is not None
+    assert completion is not None
+    return torch.cat([prompt, completion], dim=1)
 
 
 def _named(name: str) -> object:
