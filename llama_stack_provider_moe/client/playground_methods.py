@@ -13,6 +13,7 @@ import httpx
 from llama_stack_provider_moe.client import calls
 from llama_stack_provider_moe.client.calls import Call
 from llama_stack_provider_moe.client.connection import following
+from llama_stack_provider_moe.client.grader_methods import AsyncGraderMethods, GraderMethods
 from llama_stack_provider_moe.client.patience import POLL_S, Patience
 from llama_stack_provider_moe.client.playground_documents import (
     Piece,
@@ -25,7 +26,7 @@ from llama_stack_provider_moe.client.sse import Event, Parser, events
 from llama_stack_provider_moe.errors import ServerLost, ServerRefused
 
 
-class PlaygroundMethods:
+class PlaygroundMethods(GraderMethods):
     """Part of `Client`."""
 
     _note: Callable[[str], None] | None
@@ -89,7 +90,7 @@ class PlaygroundMethods:
         return self.prompt_answer(job_id, number)
 
 
-class AsyncPlaygroundMethods:
+class AsyncPlaygroundMethods(AsyncGraderMethods):
     """Part of `AsyncClient`; see `PlaygroundMethods`."""
 
     @abstractmethod

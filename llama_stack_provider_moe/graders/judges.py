@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import httpx
-from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.graders.bench import Limits
@@ -24,24 +23,18 @@ from llama_stack_provider_moe.graders.samples import (
     Sample,
 )
 from llama_stack_provider_moe.graders.templates import Text
-from llama_stack_provider_moe.spec.graders import LabelModel, ScoreModel
-from llama_stack_provider_moe.spec.graders_config import JUDGES_VARIABLE, JudgeConfig
+from llama_stack_provider_moe.spec.graders_config import JUDGES, JUDGES_VARIABLE, JudgeConfig
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 
 MOST_BYTES = 1 << 20
 _WAIT_S = 0.5  # before another try
-_JUDGES: TypeAdapter[dict[str, JudgeConfig]] = TypeAdapter(dict[str, JudgeConfig])
 type Judges = Mapping[str, JudgeConfig]
 
 
 def judges_of_environment() -> Judges:
     """Return the judges that the server named for this training process; none outside one."""
     given = os.environ.get(JUDGES_VARIABLE)
-    return _JUDGES.validate_json(given) if given else {}
-
-
-def dumped(judges: Judges) -> str:
-    """Return judges as `judges_of_environment` reads them."""
-    return _JUDGES.dump_json(dict(judges)).decode()
+    return JUDGES.validate_json(given) if given else {}
 
 
 def judge_named(name: str, judges: Judges, field: str) -> JudgeConfig:

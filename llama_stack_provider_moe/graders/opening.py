@@ -20,15 +20,14 @@ from llama_stack_provider_moe.spec.formulas import Formula
 from llama_stack_provider_moe.spec.graders import (
     AnyGrader,
     JsonSchema,
-    LabelModel,
     Math,
     Multi,
     PlainGrader,
     Regex,
-    ScoreModel,
     TextSimilarity,
     inside,
 )
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 
 EXTRA = "llama-stack-provider-moe[graders]"
 type OpenTorch = Callable[[PlainGrader], Grades]

@@ -10,21 +10,21 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, TypeAdapter, field_validator, model_validator
 
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.formulas import MAX_CHARACTERS, Formula
+from llama_stack_provider_moe.spec.grader_base import (
+    GOLD,
+    MOST_GRADERS,
+    OUTPUT_TEXT,
+    UNIT,
+    VARIABLE_NAME_PATTERN,
+    AnyKind,
+    Place,
+    Range,
+)
 from llama_stack_provider_moe.spec.grader_templates import Template
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.linear_patterns import MAX_PATTERN, matcher
 
-GRADER_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
-VARIABLE_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
-OUTPUT_TEXT = "{{sample.output_text}}"
-GOLD = "{{item.gold}}"
-MOST_GRADERS = 16
-# Where a grader runs. here: in the process that asks, in linear time; child: in a process without torch, with limits of
-# time and memory; url: at a model that the operator names; torch: in a process with torch.
-Place = Literal["here", "child", "url", "torch"]
-type Range = tuple[float, float]
-UNIT: Range = (0.0, 1.0)
 _METRICS = ("fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l")
 _NOT_HERE = {
     "cosine": "needs a model of embeddings, which this server does not have",
@@ -32,22 +32,7 @@ _NOT_HERE = {
 }
 
 
-class _Grader(Block):
-    name: str = Field(pattern=GRADER_NAME_PATTERN, description="Name of the grader, which reports show.")
-
-    place: ClassVar[Place] = "here"
-
-    def limits(self) -> Range:
-        """Return the least and the largest value that it gives."""
-        return UNIT
-
-    @property
-    def runs(self) -> Place:
-        """Where this one runs."""
-        return self.place
-
-
-class StringCheck(_Grader):
+class StringCheck(AnyKind):
     """Compares two texts; 1 or 0."""
 
     type: Literal["string_check"] = Field(description="Compares two texts.")
@@ -59,7 +44,7 @@ class StringCheck(_Grader):
     )
 
 
-class TextSimilarity(_Grader):
+class TextSimilarity(AnyKind):
     """How similar two texts are, from 0 to 1."""
 
     place: ClassVar[Place] = "child"
@@ -84,7 +69,7 @@ class TextSimilarity(_Grader):
         return metric
 
 
-class Regex(_Grader):
+class Regex(AnyKind):
     """Whether a pattern matches; 1 or 0."""
 
     place: ClassVar[Place] = "child"
@@ -109,7 +94,7 @@ class Regex(_Grader):
         return pattern
 
 
-class JsonSchema(_Grader):
+class JsonSchema(AnyKind):
     """Whether a text is JSON that a schema describes; 1 or 0."""
 
     place: ClassVar[Place] = "child"
@@ -123,7 +108,7 @@ class JsonSchema(_Grader):
     closed: bool = Field(default=False, description="Whether an object may have no keys beside those it names.")
 
 
-class ToolCall(_Grader):
+class ToolCall(AnyKind):
     """Whether an answer makes the calls that the row expects; 1 or 0, or the share of them."""
 
     type: Literal["tool_call"] = Field(description="Whether an answer makes the tool calls that the row expects.")
@@ -145,7 +130,7 @@ class ToolCall(_Grader):
     )
 
 
-class Math(_Grader):
+class Math(AnyKind):
     """Whether two expressions are equal in mathematics; 1 or 0."""
 
     place: ClassVar[Place] = "child"
@@ -156,7 +141,7 @@ class Math(_Grader):
     precision: int = Field(default=6, ge=0, le=15, description="Decimals to which numbers are rounded.")
 
 
-class Length(_Grader):
+class Length(AnyKind):
     """Whether an answer has a length in a range; 1, or less beside it."""
 
     type: Literal["length"] = Field(description="Whether an answer has a length in a range.")
@@ -182,7 +167,7 @@ class Length(_Grader):
         return self
 
 
-class Repetition(_Grader):
+class Repetition(AnyKind):
     """The share of an answer's n-grams that are not repeated, from 0 to 1."""
 
     type: Literal["repetition"] = Field(description="Share of an answer's n-grams of words that are not repeated.")
@@ -190,7 +175,7 @@ class Repetition(_Grader):
     ngram: int = Field(default=4, ge=1, le=20, description="Words of an n-gram.")
 
 
-class Refusal(_Grader):
+class Refusal(AnyKind):
     """Whether an answer is a refusal, or a real answer; 1 or 0.
 
     An empty answer, one that refuses and then helps, one in another language than its prompt, and one that speaks to
@@ -227,7 +212,7 @@ class Refusal(_Grader):
         return self
 
 
-class RewardModel(_Grader):
+class RewardModel(AnyKind):
     """The score of a sequence classifier for the conversation with the answer."""
 
     place: ClassVar[Place] = "torch"
@@ -245,7 +230,7 @@ class RewardModel(_Grader):
         return UNIT if self.scale == "sigmoid" else (-math.inf, math.inf)
 
 
-class Monitor(_Grader):
+class Monitor(AnyKind):
     """The probability that a probe gives the conversation with the answer, or 1 less it."""
 
     place: ClassVar[Place] = "torch"
@@ -256,77 +241,6 @@ class Monitor(_Grader):
         default="absent", description="What is good. absent: 1 less the probability; present: the probability."
     )
     batch_size: int = Field(default=8, ge=1, le=4096, description="Texts in one pass.")
-
-
-class JudgeMessage(Block):
-    """A message to a model that judges."""
-
-    role: Literal["user", "assistant", "system", "developer"] = Field(description="Who speaks.")
-    content: Template = Field(description="Text; a template.")
-    type: Literal["message"] = Field(default="message", description="Always message.")
-
-
-class SamplingParams(Block):
-    """How a judge writes its answer."""
-
-    max_completions_tokens: int | None = Field(
-        default=None, ge=1, le=100_000, description="Most tokens of its answer; left out: the judge's own limit."
-    )
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        default=None, description="Effort of a reasoning model; left out: its own."
-    )
-    seed: int | None = Field(default=None, ge=0, le=2**31 - 1, description="Seed; left out: none.")
-    temperature: float | None = Field(default=None, ge=0, le=2, description="Temperature; left out: the judge's own.")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus; left out: the judge's own.")
-
-
-class _Judged(_Grader):
-    place: ClassVar[Place] = "url"
-
-    model: str = Field(
-        min_length=1, max_length=256, description="Judge: a name in `graders.judges` of the server's configuration."
-    )
-    input: list[JudgeMessage] = Field(min_length=1, max_length=64, description="Messages to the judge.")
-
-
-class ScoreModel(_Judged):
-    """A number that a model gives."""
-
-    type: Literal["score_model"] = Field(description="Number that a model at a URL gives.")
-    range: tuple[float, float] = Field(
-        default=UNIT, description="Least and largest number; a number outside them is an error."
-    )
-    sampling_params: SamplingParams = Field(default_factory=SamplingParams)
-
-    def limits(self) -> Range:
-        """Return the least and the largest value that it gives."""
-        return self.range
-
-    @field_validator("range")
-    @classmethod
-    def _rises(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if not given[0] < given[1]:
-            raise ValueError(f"{list(given)} is not valid; expected two numbers, the second larger than the first")
-        return given
-
-
-class LabelModel(_Judged):
-    """Whether the label that a model gives is one of those that pass; 1 or 0."""
-
-    type: Literal["label_model"] = Field(description="Whether a model at a URL gives a label that passes.")
-    labels: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
-        min_length=2, max_length=64, description="Labels that the judge may give."
-    )
-    passing_labels: list[str] = Field(min_length=1, max_length=64, description="Labels that give 1; some of `labels`.")
-
-    @model_validator(mode="after")
-    def _passing_are_labels(self) -> Self:
-        strange = [label for label in self.passing_labels if label not in self.labels]
-        if strange:
-            raise ValueError(f"passing_labels: {strange[0]!r} is not valid; expected some of {', '.join(self.labels)}")
-        if len({each.casefold() for each in self.labels}) < len(self.labels):
-            raise ValueError("labels: one is named twice; expected different labels, whatever the case")
-        return self
 
 
 type PlainGrader = (
@@ -350,7 +264,7 @@ _TaggedPlain = Annotated[
 ]  # fmt: skip
 
 
-class Multi(_Grader):
+class Multi(AnyKind):
     """A formula of several graders' values."""
 
     type: Literal["multi"] = Field(description="Formula of several graders' values.")

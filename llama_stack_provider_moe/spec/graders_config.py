@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN, NotifyUrl
@@ -32,6 +32,9 @@ class JudgeConfig(Block):
     @classmethod
     def _plain(cls, url: str) -> str:
         return NotifyUrl(url=url).url
+
+
+JUDGES: TypeAdapter[dict[str, JudgeConfig]] = TypeAdapter(dict[str, JudgeConfig])
 
 
 class GradersConfig(Block):

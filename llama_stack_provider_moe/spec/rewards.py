@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from llama_stack_provider_moe.spec.blocks import Block
-from llama_stack_provider_moe.spec.graders import MOST_GRADERS, VARIABLE_NAME_PATTERN, Grader
+from llama_stack_provider_moe.spec.grader_base import MOST_GRADERS, VARIABLE_NAME_PATTERN
+from llama_stack_provider_moe.spec.graders import Grader
 
 PromptClass = Literal["refuse", "help"]
 PROMPT_CLASSES: tuple[PromptClass, ...] = ("refuse", "help")

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.ground.private import Privacy
 from llama_stack_provider_moe.spec import Block, JobDefaults, server_config_rules
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 from llama_stack_provider_moe.spec.executors_config import MAX_S, ExecutorsConfig
+from llama_stack_provider_moe.spec.graders_config import GradersConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.notify import NotifyConfig
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, ServingConfig
@@ -295,6 +296,7 @@ class ProviderConfig(Block):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
     notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    graders: GradersConfig = Field(default_factory=GradersConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)
@@ -335,6 +337,12 @@ class ProviderConfig(Block):
                 self.serving.models_dir, self.state_dir, self.allowed_roots, self.mirror.folder
             )
         return self
+
+    @property
+    def secrets(self) -> list[str]:
+        """The names of variables of the server that training processes get, and that are secret."""
+        keys = {judge.key_variable for judge in self.graders.judges.values()} - {None, *self.child_secrets}
+        return [*self.child_secrets, *sorted(map(str, keys))]
 
     @property
     def privacy(self) -> Privacy:

@@ -18,7 +18,8 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
 from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
-from llama_stack_provider_moe.spec.graders import GRADER_NAME_PATTERN, GRADER_TYPES, VARIABLE_NAME_PATTERN
+from llama_stack_provider_moe.spec.grader_base import GRADER_NAME_PATTERN, VARIABLE_NAME_PATTERN
+from llama_stack_provider_moe.spec.graders import GRADER_TYPES
 from llama_stack_provider_moe.spec.graders_config import JUDGE_NAME_PATTERN
 from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN

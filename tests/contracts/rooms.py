@@ -65,7 +65,7 @@ ROOMS: dict[str, Room] = {
     "compute.export": _room(25, _MODEL + "pydantic jinja2 httpx huggingface_hub"),
     "compute.analysis": _room(25, _MODEL + "pydantic numpy matplotlib"),
     "compute.planning": _room(25, _MODEL + "pydantic trl"),
-    "compute.grading": _room(28, _MODEL + "pydantic"),
+    "compute.grading": _room(28, _MODEL + "pydantic jinja2"),
     "compute.ablation": _room(26, _MODEL + "pydantic numpy"),
     "compute.probing": _room(27, _MODEL + "pydantic"),
     "compute.mixing": _room(27, _MODEL + "pydantic"),

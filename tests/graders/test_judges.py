@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from llama_stack_provider_moe.graders.bench import Limits
-from llama_stack_provider_moe.graders.judges import Judged, dumped, judges_of_environment
+from llama_stack_provider_moe.graders.judges import Judged, judges_of_environment
 from llama_stack_provider_moe.graders.samples import Outcome, Sample
 from llama_stack_provider_moe.spec.graders import GRADER
-from llama_stack_provider_moe.spec.graders_config import JUDGES_VARIABLE, JudgeConfig
+from llama_stack_provider_moe.spec.graders_config import JUDGES, JUDGES_VARIABLE, JudgeConfig
 
 JUDGE = JudgeConfig(url="http://127.0.0.1:9/v1/chat/completions", model="judge-7b", key_variable="JUDGE_KEY")
 SCORE = {"type": "score_model", "name": "s", "model": "j", "range": [1, 7], "sampling_params": {"temperature": 0},
@@ -103,5 +103,5 @@ def test_a_time_out_is_named() -> None:
 
 def test_judges_reach_a_training_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judges_of_environment() == {}
-    monkeypatch.setenv(JUDGES_VARIABLE, dumped({"j": JUDGE}))
+    monkeypatch.setenv(JUDGES_VARIABLE, JUDGES.dump_json({"j": JUDGE}).decode())
     assert judges_of_environment() == {"j": JUDGE}

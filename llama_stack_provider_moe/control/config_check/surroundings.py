@@ -64,6 +64,12 @@ def check(config: ProviderConfig, environment: Mapping[str, str], thoroughly: bo
         (warnings if thoroughly else here).append(
             f"child_secrets: {', '.join(unset)} is not set; expected environment variables of the server"
         )
+    keyless = [
+        f"graders.judges.{name}.key_variable: {judge.key_variable} is not set; expected the judge's key"
+        for name, judge in config.graders.judges.items()
+        if judge.key_variable is not None and not environment.get(judge.key_variable)
+    ]
+    (warnings if thoroughly else here).extend(keyless)
     (warnings if thoroughly else here).extend(_signing(config, environment))
     if (config.mirror.url or "").startswith("s3:") and importlib.util.find_spec("s3fs") is None:
         warnings.append("mirror.url: s3 needs the package 's3fs' here too, or copies of deleted jobs remain; "

@@ -18,14 +18,21 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _PATTERNS_SHOWN = 12
 _HUB_ID = re.compile(rf"{_NAME}(/{_NAME})?")
 _NAME_LIMIT_BYTES = 255  # the limit of all common file systems
-_HEADS = ("ForCausalLM", "LMHeadModel")
+CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+CLASSIFIER_HEADS = ("ForSequenceClassification",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _INDEX = "model.safetensors.index.json"
 
 
-def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: Callable[[str], None]) -> str:
-    """Return a hub id unchanged, or the absolute path of a folder with a causal language model.
+def resolve_model(
+    model: str,
+    field: str,
+    config: ProviderConfig,
+    may_use_job: Callable[[str], None],
+    heads: tuple[str, ...] = CAUSAL_HEADS,
+) -> str:
+    """Return a hub id unchanged, or the absolute path of a folder with a model.
 
     A name without a leading `/` means a folder in `state_dir/models` if there is one of that name, and otherwise a hub
     id. The training process loads hub ids, because the server may reach no hub, or a different one.
@@ -35,9 +42,10 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
         field: the caller's name for the field.
         config: the server's configuration.
         may_use_job: raises unless the caller may read the artifacts of the job with this id.
+        heads: ends of the names of its class: causal language models, or sequence classifiers.
 
     Raises:
-        InvalidInput: neither a hub id that this server allows nor a folder with a model that this package trains.
+        InvalidInput: neither a hub id that this server allows nor a folder with a model of this kind.
         Forbidden: a folder outside the roots.
         NotFound: no such folder.
     """
@@ -50,7 +58,7 @@ def resolve_model(model: str, field: str, config: ProviderConfig, may_use_job: C
         raise InvalidInput(field, model, "a job's name, a hub id (owner/name), an absolute path, or a folder in "
                            "state_dir/models")  # fmt: skip
     path, root = _readable(Path(model) if model.startswith(("/", "~")) else own, field, model, config, may_use_job)
-    check_model(path, root, field, model)
+    check_model(path, root, field, model, heads)
     return str(path)
 
 
@@ -85,6 +93,27 @@ def resolve_adapter_folder(
     where = given if folder.startswith(("/", "~")) else config.models_dir / given
     path, root = _readable(where, field, folder, config, may_use_job)
     return path, check_adapter(path, root, field, folder)
+
+
+def resolve_folder(folder: str, field: str, config: ProviderConfig, may_use_job: Callable[[str], None]) -> Path:
+    """Return the absolute path of a folder that jobs may read, such as one with a probe.
+
+    Args:
+        folder: the value that the caller wrote; a relative path is a folder in `state_dir/models`.
+        field: the caller's name for the field.
+        config: the server's configuration.
+        may_use_job: raises unless the caller may read the artifacts of the job with this id.
+
+    Raises:
+        InvalidInput: it has something else than files in it.
+        Forbidden: a folder outside the roots.
+        NotFound: no such folder.
+    """
+    where = Path(folder) if folder.startswith(("/", "~")) else config.models_dir / folder
+    path, root = _readable(where, field, folder, config, may_use_job)
+    with _reading(field, folder):
+        _check_files(path, root, field, folder)
+    return path
 
 
 def check_adapter(path: Path, root: Path, field: str, given: str) -> dict[str, object]:
@@ -173,7 +202,7 @@ def resolve_checkpoint_dir(directory: str, job_id: str, field: str, config: Prov
     return str(path)
 
 
-def check_model(folder: Path, root: Path, field: str, model: str) -> None:
+def check_model(folder: Path, root: Path, field: str, model: str, heads: tuple[str, ...] = CAUSAL_HEADS) -> None:
     """Raise unless `folder` has what the training process will load, and all its files are in `root`.
 
     Args:
@@ -181,25 +210,28 @@ def check_model(folder: Path, root: Path, field: str, model: str) -> None:
         root: the folder that all its files must be in, even through links.
         field: the caller's name for the field.
         model: the value that the caller wrote.
+        heads: see `resolve_model`.
 
     Raises:
-        InvalidInput: the folder has no readable causal language model with weights and tokenizer.
+        InvalidInput: the folder has no readable model of this kind with weights and tokenizer.
         Forbidden: a link leads out of `root`.
     """
     with _reading(field, model):
-        _check_model(folder, root, field, model)
+        _check_model(folder, root, field, model, heads)
 
 
-def _check_model(folder: Path, root: Path, field: str, model: str) -> None:
+def _check_model(folder: Path, root: Path, field: str, model: str, heads: tuple[str, ...]) -> None:
     _check_files(folder, root, field, model)
     if (folder / "adapter_config.json").exists():
         raise InvalidInput(field, model, "a whole model; this folder holds an adapter. Name its base here and the "
                            "adapter in adapter.init_from, or export it merged")  # fmt: skip
     config = read_config(folder / "config.json")
-    heads = config.get("architectures") or []
-    if not any(head.endswith(_HEADS) for head in heads) and not isinstance(config.get("text_config"), dict):
-        kind = f"{shorten(config.get('model_type'))} with architectures {shorten(heads)}"
-        raise InvalidInput(field, model, f"a causal language model (...ForCausalLM); config.json says {kind}")
+    made_as = config.get("architectures") or []
+    is_composite = heads == CAUSAL_HEADS and isinstance(config.get("text_config"), dict)
+    if not any(head.endswith(heads) for head in made_as) and not is_composite:
+        kind = f"{shorten(config.get('model_type'))} with architectures {shorten(made_as)}"
+        wanted = "causal language model" if heads == CAUSAL_HEADS else "sequence classifier"
+        raise InvalidInput(field, model, f"a {wanted} (...{heads[0]}); config.json says {kind}")
     _check_weights(folder, field, model)
     if not any((folder / name).exists() for name in _TOKENIZERS):
         raise InvalidInput(field, model, f"a folder with its tokenizer (one of {', '.join(_TOKENIZERS)})")

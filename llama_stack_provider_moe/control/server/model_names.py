@@ -119,7 +119,7 @@ class Names:
         self._note(field, spec.model, f"the adapter {found.name} on its base {base}: the job's adapter starts from it")
         return changes | {"adapter": spec.adapter.model_copy(update={"init_from": str(found.path)})}
 
-    def whole_model(self, value: str, path: str) -> str:
+    def whole_model(self, value: str, path: str, heads: tuple[str, ...] = allowed_paths.CAUSAL_HEADS) -> str:
         """Return a hub id, or the folder of a whole model, for the setting `path` (dotted name in `spec`).
 
         Raises:
@@ -128,15 +128,17 @@ class Names:
         field = self._request.name(path)
         found = self.find(value, path)
         if found is None:
-            return allowed_paths.resolve_model(value, field, self._config, self._may_use)
+            return allowed_paths.resolve_model(value, field, self._config, self._may_use, heads)
         if found.is_adapter:
             raise InvalidInput(field, value, f"a whole model; {found.name} is an adapter ({_merge_first(found)})")
-        self._check_model(found, field, value)
+        self._check_model(found, field, value, heads)
         return str(found.path)
 
-    def _check_model(self, found: JobModel, field: str, value: str) -> None:
+    def _check_model(
+        self, found: JobModel, field: str, value: str, heads: tuple[str, ...] = allowed_paths.CAUSAL_HEADS
+    ) -> None:
         if found.is_there:
-            allowed_paths.check_model(found.path, found.path, field, value)
+            allowed_paths.check_model(found.path, found.path, field, value, heads)
             self._note(field, value, f"{found.name}, in {found.path}")
 
     def completed(self, job_id: str, path: str, recipes: Sequence[str], left: str) -> Job | None:

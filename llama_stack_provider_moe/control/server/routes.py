@@ -48,6 +48,7 @@ from llama_stack_provider_moe.control.server.answers import answers_of
 from llama_stack_provider_moe.control.server.dataset_routes import add_datasets
 from llama_stack_provider_moe.control.server.event_routes import Offset, add_events
 from llama_stack_provider_moe.control.server.files import download
+from llama_stack_provider_moe.control.server.grader_routes import add_graders
 from llama_stack_provider_moe.control.server.job_reports import add_reports
 from llama_stack_provider_moe.control.server.list_routes import add_list
 from llama_stack_provider_moe.control.server.openai import routes as openai_routes
@@ -136,6 +137,7 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     add_sweeps(router, impl)
     add_pipelines(router, impl)
     add_activity(router, impl)
+    add_graders(router, impl)
     _add_quotas(router, impl)
 
     @router.get(

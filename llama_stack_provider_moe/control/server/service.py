@@ -36,6 +36,7 @@ from llama_stack_provider_moe.control.server import (
 )
 from llama_stack_provider_moe.control.server.api_requests import Draft, drafted
 from llama_stack_provider_moe.control.server.creation import Creation
+from llama_stack_provider_moe.control.server.grader_tries import GraderTries
 from llama_stack_provider_moe.control.server.guard import Guard, health
 from llama_stack_provider_moe.control.server.job_rows import RowReader
 from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
@@ -74,6 +75,7 @@ class PostTrainingService:
         offers: models of jobs in the host's inference.
         sweeps: sweeps, whose jobs are ordinary jobs.
         pipelines: pipelines, whose parts are ordinary jobs.
+        graders: tries of graders.
         followers: the clients that follow jobs.
     """
 
@@ -98,6 +100,7 @@ class PostTrainingService:
         )
         self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
         self.pipelines = Pipelines(self._creation, self.audit, self._wake_supervisor)
+        self.graders = GraderTries(config, self.guard, lambda: self.store, lambda: self._whose("read"))
         self.followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:
@@ -130,6 +133,7 @@ class PostTrainingService:
         """Close the store; the supervisor and its jobs continue."""
         self._telemetry.close()
         await asyncio.to_thread(self._templates.close)
+        await asyncio.to_thread(self.graders.close)
         await asyncio.to_thread(self.audit.close)
         await asyncio.to_thread(self.guard.close)
         await asyncio.to_thread(self._keeper.close)

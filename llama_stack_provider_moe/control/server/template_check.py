@@ -181,7 +181,7 @@ class _Child:
     def __init__(self, config: ProviderConfig) -> None:
         allowed = training_environment(os.environ, config)
         environment = {name: value for name, value in allowed.items() if name in PASSED_ON or name.startswith("LC_")}
-        for name in config.child_secrets:
+        for name in config.secrets:
             environment.pop(name, None)
         self.began_s = self._used_s = time.monotonic()
         self.ready = False

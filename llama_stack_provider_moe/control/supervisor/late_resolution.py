@@ -99,7 +99,7 @@ class LateResolution:
             return None
         running.output.seek(0)
         told = running.output.read(1 << 20).decode("utf-8", "replace").strip()
-        told = scrubbed(told, known_secrets(os.environ, self._config.child_secrets))
+        told = scrubbed(told, known_secrets(os.environ, self._config.secrets))
         if code == REFUSED:
             return told
         if code == 0:

@@ -247,7 +247,7 @@ class Supervisor:
     def _outcome(self, job: Job, end: Exit) -> Outcome:
         found = outcome(job, end, self._limits.max_attempts, self._given_up.get(job.id))
         # The reason may quote the last output of a process that died before it could hide secrets.
-        secrets = known_secrets(os.environ, self._config.child_secrets)
+        secrets = known_secrets(os.environ, self._config.secrets)
         return found._replace(reason=None if found.reason is None else scrubbed(found.reason, secrets))
 
     def _launch(self, job: Job) -> bool:

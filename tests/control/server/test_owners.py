@@ -40,7 +40,8 @@ GENERAL = {
     ("get", "/pipelines"), ("post", "/pipelines"), ("post", "/pipelines/validate"),
     ("get", "/pipelines/{pipeline_uuid}"), ("delete", "/pipelines/{pipeline_uuid}"),
     ("post", "/pipelines/{pipeline_uuid}/cancel"), ("post", "/pipelines/{pipeline_uuid}/resume"),
-    ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"),
+    ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"), ("post", "/graders/validate"),
+    ("post", "/graders/run"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 

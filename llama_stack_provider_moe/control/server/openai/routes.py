@@ -4,6 +4,7 @@
     GET  fine_tuning/jobs/{id}; POST .../cancel, pause, resume
     GET  fine_tuning/jobs/{id}/events, checkpoints
     GET  fine_tuning/files/{id}, files/{id}/content           result files
+    POST fine_tuning/alpha/graders/validate, run              tries of graders
 
 Each job of the post-training API that trains is a fine-tuning job, and the other way round.
 """
@@ -18,6 +19,7 @@ from pydantic import WrapValidator
 
 from llama_stack_provider_moe.control.server import serving
 from llama_stack_provider_moe.control.server.answers import Answers
+from llama_stack_provider_moe.control.server.grader_routes import add_graders
 from llama_stack_provider_moe.control.server.openai import events, ids, jobs, objects, refusals, requests, results
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import JobStore
@@ -73,6 +75,7 @@ def create_router(impl: PostTrainingService) -> APIRouter:
     _add_changes(router, impl)
     _add_observation(router, impl)
     _add_files(router, impl)
+    add_graders(router, impl, "/alpha")
     return router
 
 

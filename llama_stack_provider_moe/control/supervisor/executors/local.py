@@ -30,6 +30,7 @@ from llama_stack_provider_moe.control.supervisor.processes import (
 from llama_stack_provider_moe.ground.private import UMASK_VARIABLE
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_VARIABLE, JOB_VARIABLE
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.graders_config import JUDGES, JUDGES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import (
     MIRROR_VARIABLE,
     SECRETS_VARIABLE,
@@ -113,8 +114,8 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def secrets_for_children(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:
-    """Return the variables of `config.child_secrets` that are set."""
-    return {name: environment[name] for name in config.child_secrets if name in environment}
+    """Return the variables of `config.child_secrets`, and with judges' keys, that are set."""
+    return {name: environment[name] for name in config.secrets if name in environment}
 
 
 def child_environment(
@@ -141,7 +142,8 @@ def child_environment(
         TRUST_VARIABLE: json.dumps(config.models.trust_remote_code),
         MIRROR_VARIABLE: config.mirror.url or "",
         SERVING_VARIABLE: "" if config.serving is None else SERVING.dump_json(config.serving).decode(),
-        SECRETS_VARIABLE: json.dumps(config.child_secrets),
+        SECRETS_VARIABLE: json.dumps(config.secrets),
+        JUDGES_VARIABLE: JUDGES.dump_json(config.graders.judges).decode(),
         JOB_VARIABLE: str(folder),
         **({} if attempt is None else {ATTEMPT_VARIABLE: attempt}),
         UMASK_VARIABLE: f"{config.privacy.umask:03o}",

@@ -27,6 +27,7 @@ from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_VARIABLE, JOB_VARIAB
 from llama_stack_provider_moe.jobdir.cluster_run import RUN_FILE, ClusterRun, Wish, read_run
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.executors_config import RayConfig
+from llama_stack_provider_moe.spec.graders_config import JUDGES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import (
     MIRROR_VARIABLE,
     SECRETS_VARIABLE,
@@ -131,7 +132,10 @@ class RayExecutor:
 
     def _new_run(self, child: Child, number: int) -> ClusterRun:
         ours = child_environment(os.environ, self._config, child.folder, attempt=child.attempt)
-        kept = (JOB_VARIABLE, ATTEMPT_VARIABLE, MIRROR_VARIABLE, SECRETS_VARIABLE, SERVING_VARIABLE, TRUST_VARIABLE)
+        kept = (
+            JOB_VARIABLE, ATTEMPT_VARIABLE, MIRROR_VARIABLE, SECRETS_VARIABLE, SERVING_VARIABLE, TRUST_VARIABLE,
+            JUDGES_VARIABLE,
+        )  # fmt: skip
         decided = {name: ours[name] for name in kept}
         return ClusterRun(
             run=str(child.run),
