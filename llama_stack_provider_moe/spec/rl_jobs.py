@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Refusal, RewardModel
 from llama_stack_provider_moe.spec.options import RLOptions
 from llama_stack_provider_moe.spec.rewards import Grading, Rewards
 from llama_stack_provider_moe.spec.rl import RL
@@ -75,6 +76,22 @@ class GRPOSpec(TrainingJob):
         if self.options.turns != "all":
             raise ValueError("options.turns: is for SFT only; GRPO learns from generated answers")
         return self
+
+    def grader_models(self) -> dict[str, str]:
+        """Dotted name of each field of a grader that names a model or a probe -> its value."""
+        found = {}
+        for at, reward in enumerate(self.reward):
+            path = f"reward.{at}.grader"
+            named: dict[str, AnyGrader] = {path: reward.grader}
+            if isinstance(reward.grader, Multi):
+                named |= {f"{path}.graders.{name}": each for name, each in reward.grader.graders.items()}
+            for where, grader in named.items():
+                match grader:
+                    case RewardModel(model=str() as model) | Refusal(model=str() as model):
+                        found[f"{where}.model"] = model
+                    case Monitor(probe=probe):
+                        found[f"{where}.probe"] = probe
+        return found
 
     def row_sources(self) -> list[RowSource]:
         """The prompts, and the held-out ones."""
