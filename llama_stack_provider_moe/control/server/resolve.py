@@ -108,14 +108,13 @@ def resolve_names(
         found |= adapter_start.resolved(begun, names, request)
     start = found.get("adapter")
     names.check_model_from(spec.model_from, [found["model"], start.init_from if isinstance(start, Adapter) else None])
-    if spec.model_from is not None:
-        found["model_from"] = spec.model_from
+    found |= {} if spec.model_from is None else {"model_from": spec.model_from}
     if spec.checkpoint_dir is not None:
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
-    if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
-        teacher = names.whole_model(spec.distill.model, "distill.model")
+    if isinstance(spec, SFTSpec) and spec.distill is not None and (teacher := spec.distill.model) is not None:
+        teacher = names.whole_model(teacher, "distill.model")
         found["distill"] = spec.distill.model_copy(update={"model": teacher})
     if isinstance(spec, GRPOSpec):
         found["reward"] = _rewards(spec, GraderNames(request, config, store, whose))
