@@ -18,7 +18,7 @@ EPSILON: dict[str, float] = {"gspo": 3e-4}
 class RL(Block):
     """How answers are generated, and what is learnt from their rewards."""
 
-    n_generations: int = Field(default=8, ge=2, le=1024, description="Answers to each prompt: the size of a group.")
+    n_generations: int = Field(default=4, ge=2, le=1024, description="Answers to each prompt: the size of a group.")
     steps_per_generation: int = Field(
         default=1,
         ge=1,
