@@ -20,7 +20,7 @@ from llama_stack_provider_moe.ground.redaction import scrubbed
 from llama_stack_provider_moe.jobdir.attempt import require_current
 from llama_stack_provider_moe.jobdir.routing_figures import LayerFigures, LayerRouting, figures_of, mutual_information
 
-StoppedBy = Literal["time_budget", "early_stopping"]
+StoppedBy = Literal["time_budget", "early_stopping", "no_reward_spread"]
 
 # If an earlier start of a job wrote one of these, it says nothing about the current start.
 ENDS = ("failed", "finished", "cancelled")

@@ -101,6 +101,7 @@ class JobFolder:
         self.validation_rows = self.rows("validation")
         self.row_reports = self.data / "report.json"
         self.resolved = root / "resolved.json"
+        self.samples = root / "samples"
         self.events = root / "events.jsonl"
         self.output = root / "output.log"
         self.artifacts = root / "artifacts"

@@ -49,6 +49,7 @@ from llama_stack_provider_moe.spec.options import (
     DPOOptions,
     MLflow,
     Options,
+    RLOptions,
     TensorBoard,
     Trackers,
     Trackio,
@@ -56,6 +57,8 @@ from llama_stack_provider_moe.spec.options import (
 )
 from llama_stack_provider_moe.spec.playground import Playground
 from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
+from llama_stack_provider_moe.spec.rl import RL
+from llama_stack_provider_moe.spec.rl_jobs import GRPOSpec
 from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
 from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
 from llama_stack_provider_moe.spec.surgery_jobs import SurgerySpec
@@ -76,6 +79,7 @@ __all__ = [
     "JOB_ID_PATTERN",
     "JOB_SPEC",
     "PROJECT_PATTERN",
+    "RL",
     "SMOOTHED_LOSSES",
     "AblationMeasureSpec",
     "AblationSpec",
@@ -105,6 +109,7 @@ __all__ = [
     "ExportSpec",
     "Exports",
     "FromAnalysis",
+    "GRPOSpec",
     "Gate",
     "InferenceJob",
     "JobDefaults",
@@ -122,6 +127,7 @@ __all__ = [
     "PlaygroundSpec",
     "Probe",
     "ProbeSpec",
+    "RLOptions",
     "Recipe",
     "RefusalJudge",
     "RepBend",
@@ -156,7 +162,7 @@ Recipe = Literal[
 # API also names `kto_pair`, which TRL does not implement.
 
 
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model

@@ -146,6 +146,17 @@ class DPOOptions(Options):
     )
 
 
+class RLOptions(Options):
+    """Options of recipes that generate."""
+
+    # Not its end: after a cut end the model would go on with the prompt.
+    truncate: Literal["left", "drop", "refuse"] = Field(
+        default="drop",
+        description="What to do with a prompt that leaves no room for an answer in `max_length`. left: cut its "
+        "beginning; drop: leave the row out; refuse: end the job.",
+    )
+
+
 class TensorBoard(Block):
     """Event files in the job's folder: `trackers/tensorboard`."""
 

@@ -15,6 +15,7 @@ PREFIX = "parts."
 REFERENCES = (
     "model", "adapter_folder", "measurements", "branches.*.model", "from_analysis.job", "adapter.init_from",
     "adapter.from_analysis.job", "eval.judge.model", "eval.masked_from_analysis.job", "eval.ablated.measurements",
+    "reward.*.grader.model",
 )  # fmt: skip
 _NOT_PARTS = {
     "export": "a part's own `export` block, which makes its export once it has completed",

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from llama_stack_provider_moe.shields.argument_tests import ArgumentRule
 from llama_stack_provider_moe.shields.rules import Example, ToolRules, ToolRulesFile
 from llama_stack_provider_moe.spec import (
+    RL,
     AblationMeasureSpec,
     AblationSpec,
     Adapter,
@@ -36,6 +37,7 @@ from llama_stack_provider_moe.spec import (
     ExportSpec,
     FromAnalysis,
     Gate,
+    GRPOSpec,
     JobDefaults,
     MixedData,
     MixSpec,
@@ -50,6 +52,7 @@ from llama_stack_provider_moe.spec import (
     RefusalJudge,
     RepBend,
     Resources,
+    RLOptions,
     RoutingAnalysisSpec,
     RulesFrom,
     SafetyEvaluation,
@@ -127,6 +130,10 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("SFT jobs also", "", SFTSpec, {*SFTSpec.model_fields} - {"distill"}),
     ("`distill`", "distill.", Distill, set()),
     ("DPO jobs also", "", DPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
+    ("GRPO jobs also", "", GRPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
+    ("`rl`", "rl.", RL, set()),
+    ("Each of `reward`", "reward.N.", Reward, set()),
+    ("`grading`", "grading.", Grading, set()),
     ("Circuit-breaker jobs also", "", BreakerSpec, {*SFTSpec.model_fields} - {"recipe", "adapter"}),
     ("`circuit_breaker`", "circuit_breaker.", CircuitBreaker, set()),
     ("`circuit_breaker.retain` and `.safe`", "circuit_breaker.retain.", MixedData, set()),
@@ -144,6 +151,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("`moe`", "moe.", Moe, set()),
     ("`options`", "options.", Options, set()),
     ("`options` of DPO jobs also", "options.", DPOOptions, {*Options.model_fields}),
+    ("`options` of GRPO jobs: as above, but", "options.", RLOptions, {*Options.model_fields} - {"truncate"}),
     ("`eval`", "eval.", SafetyEvaluation, set()),
     ("`eval.masked_from_analysis`", "eval.masked_from_analysis.", ExpertsOfAnalysis, set()),
     ("`eval.masked_from`", "eval.masked_from.", RulesFrom, set()),

@@ -30,6 +30,7 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
         "mix": {"method": "btx", "branches": [{"name": "a", "model": "a"}, {"name": "b", "model": "b"}]},
         "surgery": {"surgery": {"action": "prune", "drop": {"all": "1"}}},
         "export": {"of": "a", "export": {"merged": True}},
+        "grpo": {"reward": [{"grader": {"type": "length", "name": "short", "most": 9}}]},
     }
     body: dict[str, Any] = {"recipe": name, "model": "m", "data": {"dataset_id": "a"}} | blocks.get(name, {})
     if name in ("export", "playground", "ablation", "mix"):

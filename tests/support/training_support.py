@@ -64,6 +64,12 @@ def kept_rows(count: int, first: int = 0) -> list[Row]:
     ]
 
 
+def prompt_rows(count: int, first: int = 0) -> list[Any]:
+    """Canonical prompts, each with the columns that graders read."""
+    rows = [[said("user", f"Write {i} words about {WORDS[i % 8]}.")] for i in range(first, first + count)]
+    return [{"messages": messages, "item": {"messages": messages, "number": i}} for i, messages in enumerate(rows)]
+
+
 def domains_of(recipe: str, **first: Any) -> DomainRows:
     """Two domains, `words` (24 rows, 3 of 4 rows of an epoch) and `sums` (5); `first` changes the first one's block."""
     words, sums = (dpo_rows, _other_pairs) if recipe == "dpo" else (sft_rows, kept_rows)
@@ -168,7 +174,7 @@ class Workshop:
         **blocks: Any,
     ) -> JobFolder:
         """The folder of such a job, which has not started."""
-        make = dpo_rows if recipe == "dpo" else sft_rows
+        make = {"dpo": dpo_rows, "grpo": prompt_rows}.get(recipe, sft_rows)
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
         folder.data.mkdir(parents=True, exist_ok=True)
@@ -185,6 +191,9 @@ class Workshop:
         if recipe == "circuit_breaker":
             body["circuit_breaker"] = {"retain": {"dataset_id": "kept", "validation_dataset_id": "kept-held-out"}}
             body["training"]["batch_size"] = 4
+        if recipe == "grpo":  # four groups of two short answers, of which a tiny model gives some the reward
+            body["rl"] = {"n_generations": 2, "max_completion_length": 6}
+            body["reward"] = [{"grader": {"type": "regex", "name": "has e", "pattern": "e"}}]
         for name, block in blocks.items():
             inside = isinstance(block, dict) and isinstance(body.get(name), dict)
             body[name] = {**body[name], **block} if inside else block

@@ -6,7 +6,7 @@ An encoder knows one recipe's rows. It can be pickled, because rows may be encod
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -32,12 +32,17 @@ class Problem(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One row for the trainer, what was cut of it, and its greatest token id."""
+    """One row for the trainer, what was cut of it, its greatest token id, and its columns of text."""
 
     columns: dict[str, list[int]]
     truncated: bool
     greatest_id: int
     system_cut: bool = False
+    texts: Mapping[str, str] = {}
+
+    def column(self, name: str) -> list[int] | str:
+        """The value of a column."""
+        return self.texts[name] if name in self.texts else self.columns[name]
 
 
 class Piece(NamedTuple):

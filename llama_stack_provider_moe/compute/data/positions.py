@@ -89,9 +89,17 @@ def by_config(config: PreTrainedConfig) -> Positions | None:
     return Positions(most, False, source)
 
 
-def tell_long_rows(session: AnySession, model: PreTrainedModel, rows: Rows) -> dict[str, int | None]:
-    """Warn of a job's rows, including held-out ones, that are longer than the model's positions; see `judge`."""
-    return judge(positions_of(model), torch.cat(list(_lengths(rows))), lambda text: session.say(text, "warning"))
+def tell_long_rows(session: AnySession, model: PreTrainedModel, rows: Rows, answer: int = 0) -> dict[str, int | None]:
+    """Warn of a job's rows, including held-out ones, that are longer than the model's positions; see `judge`.
+
+    Args:
+        session: the job's.
+        model: that it trains.
+        rows: its rows.
+        answer: tokens that the model writes after each.
+    """
+    lengths_R = torch.cat(list(_lengths(rows))) + answer
+    return judge(positions_of(model), lengths_R, lambda text: session.say(text, "warning"))
 
 
 def judge(positions: Positions | None, lengths_R: Tensor, warn: Callable[[str], None]) -> dict[str, int | None]:

@@ -16,9 +16,9 @@ def lengths_of(rows: Dataset) -> Tensor:
 
 
 def _of_chunk(chunk: Any, rows: Dataset) -> Tensor:  # pyarrow has no types
-    if "prompt_ids" in rows.column_names:
+    if "chosen_ids" in rows.column_names:
         return _column(chunk, "prompt_ids") + torch.maximum(*(_column(chunk, f"{which}_ids") for which in ANSWERS))
-    return _column(chunk, "input_ids")
+    return _column(chunk, "prompt_ids" if "prompt_ids" in rows.column_names else "input_ids")
 
 
 def _column(chunk: Any, name: str) -> Tensor:

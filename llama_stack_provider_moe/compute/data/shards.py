@@ -185,7 +185,7 @@ def make_shard(recipe: Recipe, task: Task, heard: Callable[[int], None]) -> Shar
                 if part not in writers:
                     writer = ArrowWriter(features=recipe.features, path=str(_unfinished(task, part)))
                     writers[part] = stack.enter_context(writer)
-                writers[part].write_batch({name: [row.columns[name] for row in rows] for name in recipe.features})
+                writers[part].write_batch({name: [row.column(name) for row in rows] for name in recipe.features})
                 made.rows[part] = made.rows.get(part, 0) + len(rows)
             heard(len(chunk))
             if made.misfit is not None:

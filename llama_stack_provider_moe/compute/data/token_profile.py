@@ -32,12 +32,13 @@ from llama_stack_provider_moe.compute.data.encoding import (
     SftEncoder,
 )
 from llama_stack_provider_moe.compute.data.positions import by_config
+from llama_stack_provider_moe.compute.data.prompt_rows import PromptEncoder
 from llama_stack_provider_moe.compute.data.rendering import Rendering
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
 from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.rows import CanonicalRow
 from llama_stack_provider_moe.spec.rows.profiling import Reasons, Tally
@@ -151,6 +152,9 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     if isinstance(spec, BreakerSpec):
         block = spec.circuit_breaker
         return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
+    if isinstance(spec, GRPOSpec):
+        room = spec.options.max_length - spec.rl.max_completion_length
+        return PromptEncoder(tokenizer, rendering, Limit(room, spec.options.truncate))
     assert isinstance(spec, SFTSpec)
     return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input)
 
@@ -219,6 +223,8 @@ def _length(encoded: Encoded) -> int:
     columns = encoded.columns
     if "input_ids" in columns:
         return len(columns["input_ids"])
+    if "chosen_ids" not in columns:
+        return len(columns["prompt_ids"])
     return len(columns["prompt_ids"]) + max(len(columns["chosen_ids"]), len(columns["rejected_ids"]))
 
 
@@ -232,6 +238,8 @@ def _learnt(encoded: Encoded) -> int:
         return sum(label != IGNORED for label in columns["labels"][1:])
     if "said" in columns:
         return sum(columns["said"])
+    if "chosen_said" not in columns:
+        return 0  # what is learnt is not written yet
     return sum(columns["chosen_said"]) + sum(columns["rejected_said"])
 
 
@@ -243,6 +251,8 @@ def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
     elif "said" in columns:
         ids = columns["input_ids"]
         yield ids, [token if said else IGNORED for token, said in zip(ids, columns["said"], strict=True)]
+    elif "chosen_ids" not in columns:
+        yield columns["prompt_ids"], [IGNORED] * len(columns["prompt_ids"])
     else:
         prompt = columns["prompt_ids"]
         for which in ("chosen", "rejected"):

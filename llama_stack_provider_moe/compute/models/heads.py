@@ -42,14 +42,19 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
-def needs_plain_head(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether TRL's head would ignore an adapter, find no backbone, lose gradients, or give other figures."""
+def needs_plain_head(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> bool:
+    """Whether TRL's head would ignore an adapter, find no backbone, lose gradients, or give other figures.
+
+    Args:
+        model: after TRL gave it a head.
+        temperature: that TRL's head divides logits by.
+    """
     base = base_of(model)
     has_adapter = isinstance(base.get_output_embeddings(), BaseTunerLayer)
-    return has_adapter or base.base_model is base or _is_gathered_alone(base) or _differs(base)
+    return has_adapter or base.base_model is base or _is_gathered_alone(base) or _differs(base, temperature)
 
 
-def _differs(base: PreTrainedModel) -> bool:
+def _differs(base: PreTrainedModel, temperature: float) -> bool:
     """Whether TRL's head, if the model has it, gives other figures than the model's own logits for a few tokens."""
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
         return False
@@ -66,7 +71,7 @@ def _differs(base: PreTrainedModel) -> bool:
         finally:
             for module, training in modes.items():
                 module.training = training
-    return _unlike(by_trl_BT, logits_BTV, ids_BT)
+    return _unlike(by_trl_BT, logits_BTV / temperature, ids_BT)
 
 
 def _ids(base: PreTrainedModel) -> Tensor:
@@ -172,8 +177,8 @@ def head_without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         del vars(base)["get_output_embeddings"]
 
 
-def set_plain_head(model: PreTrainedModel | PeftModel) -> None:
-    """Make `model(..., labels=labels, fused_lm_head=True)`, TRL's call, use the model's logits."""
+def set_plain_head(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> None:
+    """Make `model(..., labels=labels, fused_lm_head=True)`, TRL's call, use the model's logits over a temperature."""
     base = base_of(model)
     if _PLAIN in base.__dict__:
         return
@@ -185,7 +190,8 @@ def set_plain_head(model: PreTrainedModel | PeftModel) -> None:
             return inner(*args, **given, **kwargs)
         outputs = inner(*args, **{**kwargs, "use_cache": False})
         aux_loss = outputs.aux_loss if kwargs.get("output_router_logits") else None
-        return token_figures(outputs.logits[:, :-1], labels[:, 1:], aux_loss)
+        logits = outputs.logits[:, :-1]
+        return token_figures(logits if temperature == 1 else logits / temperature, labels[:, 1:], aux_loss)
 
     base.forward = MethodType(forward, base)
     base.__dict__[_PLAIN] = True

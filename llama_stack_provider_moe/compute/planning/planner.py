@@ -36,7 +36,7 @@ from llama_stack_provider_moe.compute.planning.per_process import (
 from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
 
@@ -178,7 +178,7 @@ class Planner:
         if isinstance(spec, DPOSpec):
             ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
         teacher = teacher_memory(spec, self._config)
-        copies = teacher.copies if teacher is not None else spec.recipe == "dpo" and whole and not ahead
+        copies = teacher.copies if teacher is not None else whole and _compares(spec) and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
         has = process_memory(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
@@ -303,6 +303,11 @@ def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
         else "no change that was tried would make it fit"
     )
     return f"the job can't fit on {number_of(plan.processes, 'device')} of {device} each: {'; '.join(reasons)}. {ways}"
+
+
+def _compares(spec: TrainingSpec) -> bool:
+    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
+    return spec.recipe == "dpo" or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
 
 
 def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:

@@ -28,16 +28,12 @@ from llama_stack_provider_moe.compute.methods.reference_ahead import reference_a
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.determinism import require_determinism, without_dropout
 from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
-from llama_stack_provider_moe.compute.models.loader import load_model, load_sharded
-from llama_stack_provider_moe.compute.models.prepare import Base
-from llama_stack_provider_moe.compute.moe.layout import text_config
-from llama_stack_provider_moe.compute.moe.rates import Rates
-from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe
 from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import Batch, Loss, Prepared, prepare
+from llama_stack_provider_moe.compute.train.reference import load_reference
 from llama_stack_provider_moe.compute.train.step_figures import StepFigures
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.ground import liveness
@@ -217,23 +213,6 @@ def run(session: Session[DPOSpec]) -> Manifest:
     decisions = {"loss_type": spec.loss_type, "beta": spec.beta, "reference": kind, "reference_computed_ahead": ahead,
                  "held_in_evaluation_mode": held}  # fmt: skip
     return fit(prepared, trainer, decisions)
-
-
-def load_reference(session: Session[DPOSpec], base: Base) -> PreTrainedModel:
-    """Load a frozen copy of the untrained model, and run its experts as the policy does."""
-    spec, config = session.spec, type(base.model.config).from_pretrained(session.spec.model)
-    by_fsdp = spec.resources.strategy == "fsdp"
-    model = load_sharded(spec, config) if by_fsdp else load_model(spec, config, base.device)
-    if base.experts is not None:
-        model.requires_grad_(False)
-        base.experts.set_aside(model)
-        base.experts.take(model, Rates())
-    apply_moe(model, base.layout, base.resolved)
-    text_config(model).output_router_logits = False  # else TRL would compute an aux loss and drop it
-    without_dropout(model)
-    if base.steering is not None:
-        base.steering.attach(model)
-    return model.requires_grad_(False)
 
 
 @contextmanager

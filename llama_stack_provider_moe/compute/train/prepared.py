@@ -47,15 +47,16 @@ class Prepared[S: TrainingSpec]:
 AnyPrepared = Prepared[TrainingSpec]
 
 
-def prepare[S: TrainingSpec](session: Session[S], base: Base, rows: Rows) -> Prepared[S]:
+def prepare[S: TrainingSpec](session: Session[S], base: Base, rows: Rows, answer: int = 0) -> Prepared[S]:
     """Warn of rows that are too long for the model, let it stop where its rows end, and put the adapter on it.
 
     Args:
         session: the job's.
         base: its loaded model.
         rows: its tokenised rows.
+        answer: largest number of tokens that the model writes after each.
     """
-    long_rows = tell_long_rows(session, base.model, rows)
+    long_rows = tell_long_rows(session, base.model, rows, answer)
     if stops := stop_at(base.model, base.tokenizer, rows.ends):
         session.say(stops)
     model, report, rates = adapt(session, base)

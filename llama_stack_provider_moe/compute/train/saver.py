@@ -22,9 +22,9 @@ from llama_stack_provider_moe.jobdir.folder import Artifact, Metrics
 if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 
-Cause = Literal["autosave", "budget", "stop", "epoch"]
+Cause = Literal["autosave", "budget", "recipe", "stop", "epoch"]
 # If several apply at one step, the last one here counts.
-CLOCKS: tuple[Cause | None, ...] = (None, "autosave", "budget", "stop")
+CLOCKS: tuple[Cause | None, ...] = (None, "autosave", "budget", "recipe", "stop")
 
 
 class NothingLeftToTrain(Exception):
@@ -109,6 +109,8 @@ class Saver(TrainerCallback):
         options = self._session.spec.options
         if self._session.stop.requested:
             return "stop"
+        if self._trainer.ended_by is not None:
+            return "recipe"
         if not self._session.peers.leads:
             return None
         if options.max_hours is not None and self._reporter.train_seconds() >= options.max_hours * 3600:
@@ -131,7 +133,7 @@ class Saver(TrainerCallback):
             publish(written, folder, state.global_step)
         self._session.peers.wait()
         self._saved_s = time.monotonic()
-        if cause in ("epoch", "budget") and self._trainer.eval_dataset is not None:
+        if cause in ("epoch", "budget", "recipe") and self._trainer.eval_dataset is not None:
             self._evaluate_and_record(folder, state)
         else:
             self._record(folder, state, None)
@@ -144,6 +146,8 @@ class Saver(TrainerCallback):
             self._session.say(
                 f"options.max_hours: the job has trained for {self._session.spec.options.max_hours:g} h; stopping"
             )
+        if cause == "recipe":
+            self.stopped_by = self._trainer.ended_by
         if cause == "epoch":
             self._stop_if_no_better(round(state.epoch))
         control.should_training_stop |= self.stopped_by is not None

@@ -6,7 +6,7 @@ held-out figures comparable: over tokens (or pairs), without balance terms, and 
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 from llama_stack_provider_moe.compute.data import batch_sharing, domains
 from llama_stack_provider_moe.compute.data.batch_sharing import SharedBatches, SharedRuns
 from llama_stack_provider_moe.compute.data.domains import DomainCollator, DomainSampler, runs_by_domain
+from llama_stack_provider_moe.compute.data.groups import GroupSampler
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler, rows_an_epoch
 from llama_stack_provider_moe.compute.distributed.expert_parallel import clip
 from llama_stack_provider_moe.compute.models.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -26,12 +27,11 @@ from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, Total, local_sum
 from llama_stack_provider_moe.compute.planning import throughput
-from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, figures_of, held_out_by, masks
-from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTrainer
-from llama_stack_provider_moe.compute.train.held_out import HeldOut
-from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome
+from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, held_out_by, masks
+from llama_stack_provider_moe.compute.train.evaluating import EvaluatingTrainer
+from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss
 from llama_stack_provider_moe.compute.train.routing_events import steps_between_tables
-from llama_stack_provider_moe.errors import TrainingError
+from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.spec import TrainingSpec
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-class RecordingTrainer(CheckpointingTrainer):
+class RecordingTrainer(EvaluatingTrainer):
     """Mixin over a TRL trainer.
 
     Args:
@@ -54,9 +54,6 @@ class RecordingTrainer(CheckpointingTrainer):
 
     data_collator: Any  # transformers'
     _signature_columns: list[str] | None  # transformers': the columns of rows that stay
-
-    router_aux_loss_coef: float  # set by TRL: the coefficient of the aux loss
-    aux_loss_enabled: bool  # set by TRL: whether it asks the model for that loss
 
     def __init__(self, prepared: AnyPrepared, args: TrainingArguments, **extra: object) -> None:
         base, model = prepared.base, prepared.model
@@ -93,8 +90,8 @@ class RecordingTrainer(CheckpointingTrainer):
                 processing_class=base.tokenizer,
                 **extra,
             )
-        if needs_plain_head(model):
-            set_plain_head(model)
+        if needs_plain_head(model, self.head_temperature):
+            set_plain_head(model, self.head_temperature)
         if self.domains is not None:
             self.data_collator = DomainCollator(self.data_collator)
             self.part_names = self.domains.names
@@ -228,7 +225,7 @@ class RecordingTrainer(CheckpointingTrainer):
         """Training sequences in a full epoch: fewer than rows if rows are packed, more if domains repeat."""
         return len(self.train_dataset) if self.domains is None else sum(self.domains.epoch)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler | DomainSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler | DomainSampler | GroupSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         spec = self.spec
         if self.domains is not None:
@@ -257,7 +254,7 @@ class RecordingTrainer(CheckpointingTrainer):
         share, token_share = batch_sharing.pop_share(inputs), inputs.pop(batch_sharing.TOKEN_SHARE, None)
         self._domain_B = inputs.pop(domains.COLUMN, None)
         self.counts = share is None or share > 0
-        mask = batch_sharing.weights(inputs, share)
+        mask = self.token_mask(inputs, share)
         with batch_sharing.local_metrics(self.accelerator, share):
             if self.recorder is None or self.steering is None:
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -282,6 +279,13 @@ class RecordingTrainer(CheckpointingTrainer):
             part = 1 / self.current_gradient_accumulation_steps
             loss = loss + self._weighted("aux_loss", self.resolved.aux_coef, aux_loss, part)
         return loss
+
+    head_temperature: float = 1.0  # that a recipe's log-probabilities divide logits by
+    ended_by: StoppedBy | None = None  # why a recipe ends the run after this step
+
+    def token_mask(self, inputs: Batch, share: int | None) -> Tensor | None:
+        """A mask (batch, sequence) of the tokens whose routing counts; see `batch_sharing.weights`."""
+        return batch_sharing.weights(inputs, share)
 
     def step_flops(self) -> throughput.StepFlops:
         """Operations of a training step, see `StepFlops`."""
@@ -326,10 +330,6 @@ class RecordingTrainer(CheckpointingTrainer):
             return {}
         return masks(self.domains.names, self._domain_B, inputs["attention_mask"])
 
-    def new_held_out(self) -> HeldOut:
-        """The sums of a new evaluation."""
-        return HeldOut()
-
     def _weighted(self, name: str, coefficient: float, term: Tensor, part: float) -> Tensor:
         self.balance_terms[name] = self.balance_terms.get(name, 0.0) + part * term.item()
         return self.peers.size * part * coefficient * term
@@ -341,62 +341,3 @@ class RecordingTrainer(CheckpointingTrainer):
         logs |= dict(zip(self.balance_terms, self.peers.sums(list(self.balance_terms.values())), strict=True))
         self.balance_terms.clear()
         super().log(logs, start_time)
-
-    def evaluate(self, *arguments: object, **keywords: object) -> dict[str, float]:
-        """TRL's figures, and `eval_validation_loss` and `eval_perplexity`, which have no balance terms."""
-        self.held_out, self.held_out_by = self.new_held_out(), held_out_by(self.domains)
-        self.rest()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        # Iterating over a loader draws from the global generator. Without the fork, a run with evaluations would differ
-        # from one without, and from one resumed at the checkpoint before.
-        isolated = nullcontext() if self.recorder is None else self.recorder.isolated()
-        with torch.random.fork_rng(devices=devices), self._without_balance_terms(), isolated:
-            metrics: dict[str, float] = super().evaluate(*arguments, **keywords)
-            metrics |= self._held_out_balance()
-        for name, value in figures_of(self.held_out, self.held_out_by, self.peers).items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {self.state.global_step}: held-out {name} is {value}; the model has diverged"
-                )
-            metrics[f"eval_{name}"] = value
-        return metrics
-
-    logs_balance = True  # whether TRL's `compute_loss` asks the model for its balance loss, also in evaluations
-
-    def _held_out_balance(self) -> dict[str, float]:
-        """The Switch balance loss of all held-out tokens as one batch; a mean over smaller batches would differ."""
-        if self.recorder is None or not self.logs_balance or self.resolved.load_balancing == "gshard":
-            return {}
-        if not (self.aux_loss_enabled or self.resolved.own_aux):
-            return {}
-        return {"eval_aux_loss": self.recorder.switch_loss(self.total)}
-
-    def rest(self) -> None:
-        """End the training steps: passes from here on do not belong to one."""
-        if self.steering is not None:
-            self.steering.rest()
-
-    def prediction_step(self, model: nn.Module, inputs: Batch, *arguments: object, **keywords: object) -> Outcome:
-        """Call TRL's, and add the micro-batch to the held-out sums."""
-        counts = batch_sharing.counts(inputs)
-        outcome: Outcome = super().prediction_step(model, inputs, *arguments, **keywords)
-        if counts:
-            assert outcome[0] is not None, "held-out rows have labels"
-            sums = [self.held_out]
-            if self.domains is not None:
-                sums.append(self.held_out_by[self.domains.names[int(inputs[domains.COLUMN][0])]])
-            for each in sums:
-                self.tally(each, inputs, outcome[0].item())
-        return outcome
-
-    def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
-        """Add a micro-batch with mean loss `loss` to the sums; each recipe knows what it is a mean over."""
-        raise NotImplementedError
-
-    @contextmanager
-    def _without_balance_terms(self) -> Iterator[None]:
-        coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
-        try:
-            yield
-        finally:
-            self.router_aux_loss_coef = coefficient

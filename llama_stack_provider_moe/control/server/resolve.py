@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from llama_stack_provider_moe.control.server import adapter_start, allowed_paths, exports, model_names, reports
 from llama_stack_provider_moe.control.server.api_requests import Draft
+from llama_stack_provider_moe.control.server.grader_names import GraderNames
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.spec import (
@@ -14,6 +15,7 @@ from llama_stack_provider_moe.spec import (
     AblationSpec,
     Adapter,
     EditingSpec,
+    GRPOSpec,
     InferenceJob,
     JobSpec,
     LoadingSpec,
@@ -26,6 +28,7 @@ from llama_stack_provider_moe.spec import (
 )
 from llama_stack_provider_moe.spec.blocks import ExecutorName
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
+from llama_stack_provider_moe.spec.rewards import Reward
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
@@ -105,17 +108,25 @@ def resolve_names(
         found |= adapter_start.resolved(begun, names, request)
     start = found.get("adapter")
     names.check_model_from(spec.model_from, [found["model"], start.init_from if isinstance(start, Adapter) else None])
-    if spec.model_from is not None:
-        found["model_from"] = spec.model_from
+    found |= {} if spec.model_from is None else {"model_from": spec.model_from}
     if spec.checkpoint_dir is not None:
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
-    if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
-        teacher = names.whole_model(spec.distill.model, "distill.model")
+    if isinstance(spec, SFTSpec) and spec.distill is not None and (teacher := spec.distill.model) is not None:
+        teacher = names.whole_model(teacher, "distill.model")
         found["distill"] = spec.distill.model_copy(update={"model": teacher})
+    if isinstance(spec, GRPOSpec):
+        found["reward"] = _rewards(spec, GraderNames(request, config, store, whose))
     found["eval"] = _evaluation(spec.eval, names, request, store)
     return spec.model_copy(update=found)
+
+
+def _rewards(spec: GRPOSpec, graders: GraderNames) -> list[Reward]:
+    return [
+        reward.model_copy(update={"grader": graders.resolved(reward.grader, f"reward.{at}.grader")})
+        for at, reward in enumerate(spec.reward)
+    ]
 
 
 def named_folders(spec: NamingSpec) -> str:
@@ -127,6 +138,8 @@ def named_folders(spec: NamingSpec) -> str:
         found |= {f"branches.{at}.model": spec.branches[at].model for at in spec.kept}
     if isinstance(spec, SFTSpec):
         found["distill.model"] = None if spec.distill is None else spec.distill.model
+    if isinstance(spec, GRPOSpec):
+        found |= spec.grader_models()
     if isinstance(spec, SurgerySpec):
         found["surgery.add.mlp_from"] = spec.surgery.added.mlp_from
     if isinstance(spec, EvaluatedJob):

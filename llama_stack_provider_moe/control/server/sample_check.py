@@ -11,7 +11,15 @@ from llama_stack_provider_moe.control.server.template_check import Kind, Questio
 from llama_stack_provider_moe.control.supervisor.executors.local import training_environment
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem
 from llama_stack_provider_moe.ground.hub_cache import cached_model
-from llama_stack_provider_moe.spec import AnalysisSpec, BreakerSpec, DPOSpec, InferenceJob, JobSpec, LoadingSpec
+from llama_stack_provider_moe.spec import (
+    AnalysisSpec,
+    BreakerSpec,
+    DPOSpec,
+    GRPOSpec,
+    InferenceJob,
+    JobSpec,
+    LoadingSpec,
+)
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -39,6 +47,8 @@ def kind_of(spec: JobSpec, source: RowSource) -> Kind | None:
         return "whole" if source.answered else "prompt"
     if isinstance(spec, AnalysisSpec):
         return "whole"
+    if isinstance(spec, GRPOSpec):
+        return "prompt"
     if isinstance(spec, DPOSpec):
         return "pair"
     if isinstance(spec, BreakerSpec) and source.part in ("train", "validation"):

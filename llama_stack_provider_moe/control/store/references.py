@@ -7,6 +7,7 @@ from typing import NamedTuple
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import (
     AblationSpec,
+    GRPOSpec,
     InferenceJob,
     JobSpec,
     MixSpec,
@@ -91,6 +92,8 @@ def _resolved(spec: JobSpec) -> list[str]:
         found += [spec.branches[at].model for at in spec.kept]
     if isinstance(spec, SFTSpec):
         found.append("" if spec.distill is None else spec.distill.model or "")
+    if isinstance(spec, GRPOSpec):
+        found += spec.grader_models().values()
     if isinstance(spec, SurgerySpec):
         found.append(spec.surgery.added.mlp_from or "")
     if isinstance(spec, EvaluatedJob):

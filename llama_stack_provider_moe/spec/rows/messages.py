@@ -3,6 +3,7 @@
     Conversation  {"messages": [...], "tools"?: [...], "chat_template_kwargs"?: {...}}
     TextRow       {"text": str}                                          continued pre-training: no chat template
     Preference    {"prompt": [...], "chosen": [...], "rejected": [...], "tools"?, "chat_template_kwargs"?}
+    PromptRow     {"messages": [...], "item": {...}, "tools"?, "chat_template_kwargs"?}     GRPO
 
 A message has a role and content, and the keys below where the data had them. Every format becomes messages, so that the
 model's chat template applies to all of them in the same way.
@@ -65,4 +66,13 @@ class Preference(TypedDict):
     chat_template_kwargs: NotRequired[dict[str, object]]
 
 
-CanonicalRow = Conversation | TextRow | Preference
+class PromptRow(TypedDict):
+    """A prompt to generate from. `item` is what graders read: the row's own columns, and `gold`, its own answer."""
+
+    messages: list[Message]
+    item: dict[str, object]
+    tools: NotRequired[list[dict[str, object]]]
+    chat_template_kwargs: NotRequired[dict[str, object]]
+
+
+CanonicalRow = Conversation | TextRow | Preference | PromptRow

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.errors import RowProblem, shorten
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
+from llama_stack_provider_moe.spec.rows.prompts import prompt_of
 from llama_stack_provider_moe.spec.rows.recognition import read
 from llama_stack_provider_moe.spec.rows.report import RowsReport
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source, absent, blank
@@ -59,7 +60,7 @@ def canonical(
             as missing.
         number: the row's number from 1, for the problem's text.
         recipe: `dpo` takes preferences, `sft` and `surgery` conversations and texts, every other recipe
-            conversations.
+            conversations, of which `grpo` keeps all columns.
         row_format: the format that the job states; a row of another format is a problem.
         answered: whether a conversation must end with the assistant's turn.
         columns: the data's name of a column by the format's name.
@@ -76,7 +77,10 @@ def canonical(
             raise BadRow(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
             )
-        not_read = _not_read(present, shadowed, source, name)
+        if recipe == "grpo":  # what the prompt does not read, graders may
+            found, not_read = prompt_of(cast(Conversation, found), present), _for_graders(present, source)
+        else:
+            not_read = _not_read(present, shadowed, source, name)
     except BadRow as problem:
         return RowProblem(number, _by_its_own_name(problem.field, renamed), problem.reason)
     if report is not None:
@@ -129,6 +133,14 @@ def _not_read(row: Columns, shadowed: Columns, source: Source, name: str) -> lis
         if advice is not None and not _says_nothing(column, value):
             raise BadRow(column, f"would change the meaning, but {name} rows have no such column; {advice}")
     return [column for column, _ in found]
+
+
+def _for_graders(row: Columns, source: Source) -> list[str]:
+    found = {column: value for column, value in row.items() if column not in source.read}
+    for column, value in found.items():
+        if MEANT.get(column) is _MEDIA and not _says_nothing(column, value):
+            raise BadRow(column, f"would change the meaning; {_MEDIA}")
+    return []
 
 
 def _says_nothing(column: str, value: object) -> bool:

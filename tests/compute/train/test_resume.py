@@ -65,6 +65,12 @@ CASES: dict[str, dict[str, Any]] = {
                     "distill": {"weight": 0.5}, "adapter": {"rank": 4, "dropout": 0.1}},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
+    # A request to stop comes among the steps that learn from one generation.
+    "grpo-lora": {"recipe": "grpo", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
+                  "rl": {"n_iterations": 2, "steps_per_generation": 2, "beta": 0.1}},
+    "grpo-whole": {"recipe": "grpo", "family": "qwen3_moe", "adapter": None, "optimizer": {"lr": 1e-3},
+                   "training": {"n_epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2},
+                   "moe": {"router_z_loss_coef": 0.001}},
     **{f"circuit-breaker-{family}": {
         "recipe": "circuit_breaker", "family": family, "training": {"n_epochs": 3, "batch_size": 4},
         "optimizer": {"lr": 2e-2}, "adapter": {"rank": 4, "dropout": 0.1, "quantize_base": family == "granitemoe"},

@@ -1,0 +1,334 @@
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300) and the losses derived from it.
+
+For each prompt the model writes a group of answers, and graders reward each. An answer's advantage is its reward less
+the group's mean, divided by the group's standard deviation (or not, `rl.scale_rewards`). The loss of a token is
+-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), where r is the probability of the token now divided by that when
+it was written, plus `rl.beta` times the KL divergence from the model before training.
+
+The reference is the model with its adapter off; if all weights train, a frozen copy.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from llama_stack_provider_moe.compute.data import batch_sharing
+from llama_stack_provider_moe.compute.data.groups import Generations, GroupSampler
+from llama_stack_provider_moe.compute.data.prompt_rows import prompt_rows
+from llama_stack_provider_moe.compute.data.sampling import EpochSampler
+from llama_stack_provider_moe.compute.grading.opening import open_rewards
+from llama_stack_provider_moe.compute.models.backend import backend_of
+from llama_stack_provider_moe.compute.models.determinism import require_determinism, without_dropout
+from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
+from llama_stack_provider_moe.compute.moe.layout import text_config
+from llama_stack_provider_moe.compute.recipes.grpo import rollouts
+from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
+from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
+from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
+from llama_stack_provider_moe.compute.runtime.context import Session
+from llama_stack_provider_moe.compute.train.fit import arguments, fit
+from llama_stack_provider_moe.compute.train.held_out import HeldOut
+from llama_stack_provider_moe.compute.train.prepared import Batch, Prepared, prepare
+from llama_stack_provider_moe.compute.train.reference import load_reference
+from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
+from llama_stack_provider_moe.errors import DataError
+from llama_stack_provider_moe.graders.panel import Graded, Panel
+from llama_stack_provider_moe.graders.samples import Sample
+from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.jobdir.folder import Manifest
+from llama_stack_provider_moe.jobdir.samples import GeneratedSample
+from llama_stack_provider_moe.spec import GRPOSpec
+
+# Beginnings of the names of figures that an evaluation keeps.
+_HELD_OUT = ("reward", "kl", "entropy", "aux_loss", "completions/mean_length", "completions/clipped_ratio")
+Row = dict[str, object]  # of the data set: prompt_ids, item
+
+
+class GRPO(RecordingTrainer, GRPOTrainer):
+    """TRL's trainer, on prompts that are already tokenised, with the job's graders.
+
+    Args:
+        prepared: model and prompts.
+        args: TRL's, with `beta` 0: TRL would load its own reference.
+        panel: the job's graders.
+        reference: a frozen copy of the model; None: the model with its adapter off, or no reference at all.
+    """
+
+    loss_name = "policy_loss"
+    spec: GRPOSpec
+    generation_config: GenerationConfig  # TRL's
+    _buffered_inputs: list[rollouts.Rollout] | None  # TRL's
+
+    def __init__(
+        self, prepared: Prepared[GRPOSpec], args: GRPOConfig, panel: Panel, reference: PreTrainedModel | None
+    ) -> None:
+        session = prepared.session
+        rl = session.spec.rl
+        self.head_temperature = rl.temperature
+        self.panel = panel
+        self.samples = SampleFiles(session.folder.samples, rl.keep_samples)
+        self.spread = Spread(session, rl.no_spread_generations)
+        self.generations = Generations.of(rl, session.spec.training, len(prepared.rows.train), session.peers.size)
+        self._asked: list[list[int]] = []  # the prompts of the generation that is being made
+        self._answers: list[Sample] = []
+        self._seen_before: int | None = None  # tokens of earlier starts
+        self._graded: list[Graded] = []  # its answers' rewards
+        super().__init__(prepared, args, reward_funcs=[_named(name) for name in panel.names])
+        if self.layout is not None:
+            # TRL asks for router logits where it wants a balance loss. By the config, generating would compute one too,
+            # which fails with a cache.
+            text_config(self.model).output_router_logits = False
+        self.beta = rl.beta
+        self.ref_model = reference
+        if reference is not None:
+            add_fused_lm_head(reference, temperature=rl.temperature)
+            if needs_plain_head(reference, rl.temperature):
+                set_plain_head(reference, rl.temperature)
+        sampled = self.generation_config
+        self._greedy = GenerationConfig(
+            max_new_tokens=rl.max_completion_length, do_sample=False, pad_token_id=sampled.pad_token_id,
+            bos_token_id=sampled.bos_token_id, eos_token_id=self.eos_token_ids, disable_compile=True,
+        )  # fmt: skip
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "item"]
+
+    @property
+    def sequences(self) -> int:
+        """Answers that are learnt from in a full epoch, each as often as it is."""
+        made = self.generations
+        return made.count * made.prompts * made.answers * self.spec.rl.n_iterations
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+        rows = len(self.train_dataset)
+        return GroupSampler(EpochSampler(rows, rows, self.spec.data.shuffle, self.spec.options.seed), self.generations)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """Transformers' micro-batches. TRL's loss knows the step's tokens, so that nothing is to divide it again."""
+        if self._seen_before is None:
+            self._seen_before = self.state.num_input_tokens_seen
+        batches, _ = super(RecordingTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, torch.ones((), device=device)
+
+    def _prepare_inputs(self, generation_batch: object) -> Batch:
+        inputs: Batch = super()._prepare_inputs(generation_batch)
+        if not self.model.training or not isinstance(generation_batch, list):
+            return inputs
+        steps = self.args.gradient_accumulation_steps
+        assert self._buffered_inputs is not None, "the answers of this step"
+        first = self._step % self.args.steps_per_generation // steps * steps
+        tokens = [float(_mask(each).sum()) for each in self._buffered_inputs[first : first + steps]]
+        share = torch.tensor(float(_mask(inputs).sum()) / sum(tokens), dtype=torch.float64)
+        self.flops += self.work.of(_mask(inputs).sum(dim=1).tolist())
+        return {**inputs, batch_sharing.TOKEN_SHARE: share}
+
+    def token_mask(self, inputs: Batch, share: int | None) -> Tensor | None:
+        """The tokens of prompts and answers; none of an answer that the overlong filter leaves out."""
+        return _mask(inputs)
+
+    def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Batch:
+        self.rest()  # generating is no part of a training step
+        self._asked = [list(row["prompt_ids"]) for row in inputs]  # type: ignore[call-overload]
+        texts = self.processing_class.batch_decode(self._asked)
+        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, inputs, strict=True)]
+        batch: Batch = super()._generate_and_score_completions(rows)
+        if self.model.training:
+            self._note_generation(texts, batch)
+        return batch
+
+    def _tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[list[int]], None, dict[str, object]]:
+        return self._asked, None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *arguments: object, **keywords: object) -> object:
+        sampled = self.generation_config
+        if not self.model.training:  # the likeliest answers, so that evaluations differ by the model alone
+            self.generation_config = self._greedy
+        try:
+            with self._counting_tokens():
+                return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
+        finally:
+            self.generation_config = sampled
+
+    @contextmanager
+    def _counting_tokens(self) -> Iterator[None]:
+        """Report progress: a generation of many tokens may take longer than the watchdog waits."""
+        with liveness.stage("generating", self.spec.rl.max_completion_length, "tokens of each answer") as counter:
+            hook = self.model.register_forward_pre_hook(lambda *_: counter.advance())
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _calculate_rewards(
+        self, inputs: Sequence[Row], prompts: Sequence[str], completions: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The value of each grader for each answer, (answers, graders); NaN where nothing is to be learnt from it."""
+        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        samples = [
+            Sample(json.loads(str(row["item"])), text, len(each), each[-1] not in ends)
+            for row, text, each in zip(inputs, completions, ids, strict=True)
+        ]
+        with liveness.stage("grading", len(samples), "answers"):
+            self._graded = self.panel.grade(samples)
+        self._answers = samples
+        values = [
+            [float("nan") if graded.total is None or value is None else value for value in graded.values.values()]
+            for graded in self._graded
+        ]
+        found: Tensor = self.accelerator.gather(torch.tensor(values, dtype=torch.float32, device=self.args.device))
+        return found
+
+    def _note_generation(self, texts: Sequence[str], batch: Batch) -> None:
+        step, size = self.state.global_step + 1, self.spec.rl.n_generations
+        advantages = list(self._logs["advantages"])[-len(texts) :]
+        self.samples.keep(step, [
+            GeneratedSample(
+                step=step, group=at // size, prompt=text, completion=sample.output_text, tokens=sample.tokens or 0,
+                truncated=sample.truncated, rewards=dict(graded.values), reward=graded.total, advantage=advantage,
+                failures={name: f"{failure.code}: {failure.message}" for name, failure in graded.failures.items()},
+            )
+            for at, (text, sample, graded, advantage) in enumerate(
+                zip(texts, self._answers, self._graded, advantages, strict=True))
+        ])  # fmt: skip
+        nothing = self._metrics["train"]["frac_reward_zero_std"][-1] == 1 or not batch["completion_mask"].any()
+        if self.spread.is_over(nothing, step):
+            self.ended_by = "no_reward_spread"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Call TRL's, in an evaluation without the figures that say something of groups or of a step alone.
+
+        A mean over nothing, such as the entropy where the overlong filter left all answers out, is no figure.
+        """
+        mode = "train" if self.model.training else "eval"
+        figures = self._metrics[mode]
+        for name, values in list(figures.items()):
+            left_out = mode == "eval" and not name.startswith(_HELD_OUT)
+            if left_out or name == "step_time" or all(map(math.isnan, values)):
+                del figures[name]
+        if mode == "train":  # TRL has it only in steps that generate
+            figures["num_tokens"] = [float(self.state.num_input_tokens_seen - (self._seen_before or 0))]
+        super().log(logs, start_time)
+
+    def new_held_out(self) -> HeldOut:
+        """The sums of a new evaluation."""
+        return HeldOutRewards()
+
+    def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
+        """Add held-out answers: their loss is their reward, negated; their perplexity is by their own entropy."""
+        figures = self._metrics["eval"]
+        rewards = [graded.total for graded in self._graded if graded.total is not None]
+        tokens = sum(sample.tokens or 0 for sample in self._answers)
+        held_out.loss -= sum(rewards)
+        held_out.weight += len(rewards)
+        held_out.nll += figures["entropy"][-1] * tokens
+        held_out.tokens += tokens
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        super()._save_checkpoint(model, trial)
+        step = self.state.global_step
+        goes_on = step % self.spec.rl.steps_a_generation != 0
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        micro_step = step * self.args.gradient_accumulation_steps
+        rollouts.write(folder, micro_step, self._buffered_inputs if goes_on else None)
+
+    def restore(self, model: nn.Module, folder: Path) -> None:
+        """Read a checkpoint's weights, and the answers that the next steps learn from."""
+        super().restore(model, folder)
+        self._step, self._buffered_inputs = rollouts.read(folder, self.args.device)
+
+
+def _mask(inputs: Mapping[str, Tensor | None]) -> Tensor:
+    prompt, completion = inputs["prompt_mask"], inputs["completion_mask"]
+    assert prompt is not None
+    assert completion is not None
+    return torch.cat([prompt, completion], dim=1)
+
+
+def _named(name: str) -> object:
+    """What TRL takes for a reward function: it reads its name, and `GRPO._calculate_rewards` gives the values."""
+
+    def reward(**_: object) -> list[float]:
+        raise AssertionError("the graders give the rewards")
+
+    reward.__name__ = name
+    return reward
+
+
+def run(session: Session[GRPOSpec]) -> Manifest:
+    """Load the model and the graders, tokenise the prompts, add the adapter, train, and save."""
+    spec = session.spec
+    rl = spec.rl
+    base = backend_of(spec).load(session)
+    without_dropout(base.model)
+    rows = prompt_rows(session, base.tokenizer, base.vocabulary)
+    prepared = prepare(session, base, rows, answer=rl.max_completion_length)
+    held = require_determinism(session, prepared.model)
+    made = Generations.of(rl, spec.training, len(rows.train), session.peers.size)
+    if not made.count:
+        raise DataError(f"dataset {spec.data.dataset_id!r}: has {len(rows.train)} prompts to train on; expected at "
+                        f"least {made.prompts}, those of one generation")  # fmt: skip
+    whole = spec.adapter is None and rl.beta > 0
+    reference = load_reference(session, base) if whole else None
+    low, high = rl.epsilons
+    with open_rewards(spec.reward, spec.grading, spec.training.dtype, base.device) as panel:
+        trainer = GRPO(
+            prepared,
+            GRPOConfig(
+                **arguments(prepared),
+                router_aux_loss_coef=base.resolved.models_aux_coef,
+                beta=0.0,
+                loss_type="grpo" if rl.loss == "gspo" else rl.loss,
+                importance_sampling_level="sequence" if rl.loss == "gspo" else "token",
+                epsilon=low,
+                epsilon_high=high,
+                num_generations=rl.n_generations,
+                num_generations_eval=1,
+                steps_per_generation=rl.steps_per_generation * spec.training.gradient_accumulation_steps,
+                num_iterations=rl.n_iterations,
+                temperature=rl.temperature,
+                top_p=rl.top_p,
+                max_completion_length=rl.max_completion_length,
+                mask_truncated_completions=rl.mask_truncated,
+                scale_rewards=rl.scale,
+                multi_objective_aggregation="sum_then_normalize" if rl.combine == "sum" else "normalize_then_sum",
+                reward_weights=panel.weights,
+                disable_dropout=False,  # done above
+                remove_unused_columns=False,
+                log_completions=False,  # answers are the user's data: `samples` keeps them
+                use_vllm=False,
+            ),
+            panel,
+            reference,
+        )
+        kind = None if not rl.beta else "a second copy" if whole else "the adapter off"
+        decisions = {
+            "rl": {**rl.model_dump(), "epsilon": low, "epsilon_high": high, "scale_rewards": rl.scale},
+            "reference": kind, "graders": panel.names, "prompts_a_generation": made.prompts,
+            "generations_per_epoch": made.count, "held_in_evaluation_mode": held,
+        }  # fmt: skip
+        return fit(prepared, trainer, decisions, _shown(spec, made, panel, kind))
+
+
+def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | None) -> str:
+    rl = spec.rl
+    low, high = rl.epsilons
+    weights = ", ".join(f"{name} x {weight:g}" for name, weight in zip(panel.names, panel.weights, strict=True))
+    left_out = f"; up to {made.prompts - 1} prompts of an epoch are left out" if made.prompts > 1 else ""
+    return "\n".join([
+        f"rewards   {weights}",
+        f"generates {made.count:,} times an epoch, {made.prompts} prompts with {made.answers} answers each of at most "
+        f"{rl.max_completion_length} tokens, temperature {rl.temperature:g}, top-p {rl.top_p:g}{left_out}",
+        f"learns    loss {rl.loss}, ratios within -{low:g} and +{high:g}, advantages over {rl.scale}, "
+        f"{rl.n_iterations} time(s) from each answer; reference: {reference or 'none, beta 0'}",
+    ])  # fmt: skip

@@ -1,0 +1,101 @@
+"""The jobs that learn from rewards: GRPO."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Refusal, RewardModel
+from llama_stack_provider_moe.spec.options import RLOptions
+from llama_stack_provider_moe.spec.rewards import Grading, Rewards
+from llama_stack_provider_moe.spec.rl import RL
+from llama_stack_provider_moe.spec.row_sources import RowSource
+from llama_stack_provider_moe.spec.training_jobs import TrainingJob
+
+_WHY_BALANCING = {
+    "expert_choice": "whose experts choose among the tokens of a batch, so that a model would generate with one router "
+    "and learn with another",
+    "aux_free": "which moves the routers' biases between generating an answer and learning from it",
+}
+
+
+class GRPOSpec(TrainingJob):
+    """Group relative policy optimisation (arXiv 2402.03300), with rewards by graders."""
+
+    recipe: Literal["grpo"] = Field(description="Reinforcement learning: answers of the model, rewarded by graders.")
+    rl: RL = Field(default_factory=RL)
+    reward: Rewards = Field(description="Graders and their weights, whose sum is the reward.")
+    grading: Grading = Field(default_factory=Grading)
+    options: RLOptions = Field(default_factory=RLOptions)
+
+    @model_validator(mode="after")
+    def _generation_is_whole(self) -> "GRPOSpec":
+        rl, training = self.rl, self.training
+        step = training.batch_size * training.gradient_accumulation_steps * self.resources.ranks
+        answers = step * rl.steps_per_generation
+        if answers % rl.n_generations:
+            raise ValueError(f"rl.n_generations: {rl.n_generations} is not valid; expected a divisor of {answers}, the "
+                             "answers of a generation (training.batch_size x gradient_accumulation_steps x processes x "
+                             "rl.steps_per_generation)")  # fmt: skip
+        if training.max_steps_per_epoch % rl.steps_a_generation:
+            raise ValueError(f"training.max_steps_per_epoch: {training.max_steps_per_epoch} is not valid; expected a "
+                             f"multiple of {rl.steps_a_generation}, the steps of one generation")  # fmt: skip
+        if rl.max_completion_length >= self.options.max_length:
+            raise ValueError(f"rl.max_completion_length: {rl.max_completion_length} is not valid; expected less than "
+                             f"options.max_length, {self.options.max_length}, which has the prompt too")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _no_setting_is_without_effect(self) -> "GRPOSpec":
+        rl, moe = self.rl, self.moe
+        if self.loader == "unsloth":
+            raise ValueError("loader: 'unsloth' is not valid with recipe 'grpo'; expected 'hf'")
+        if self.resources.ranks > 1:
+            raise ValueError(
+                f"resources: {self.resources.ranks} processes are not valid with recipe 'grpo'; expected 1"
+            )
+        if self.adapter is not None and self.adapter.dropout > 0:
+            raise ValueError(f"adapter.dropout: {self.adapter.dropout:g} is not valid with recipe 'grpo', whose model "
+                             "must learn as it generated; expected 0")  # fmt: skip
+        for name in ("expert_dropout", "router_jitter"):
+            if getattr(moe, name) > 0:
+                raise ValueError(f"moe.{name}: is for SFT only; a model that generates must learn as it generated")
+        if moe.moe_load_balancing in _WHY_BALANCING:
+            raise ValueError(f"moe.moe_load_balancing: {moe.moe_load_balancing!r} is not valid with recipe 'grpo', "
+                             f"{_WHY_BALANCING[moe.moe_load_balancing]}; expected 'switch' or 'gshard'")  # fmt: skip
+        if self.data.packed or self.data.train_on_input:
+            raise ValueError("data: packed and train_on_input are for SFT only; GRPO learns from generated answers")
+        if self.data.domains is not None or self.data.domain_column is not None:
+            raise ValueError("data.domains: are for SFT and DPO; graders know a prompt by its columns")
+        if rl.epsilon is not None and rl.loss in ("sapo", "cispo"):
+            raise ValueError(f"rl.epsilon: has no effect with loss {rl.loss!r}")
+        if rl.epsilon_high is not None and rl.loss == "sapo":
+            raise ValueError("rl.epsilon_high: has no effect with loss 'sapo'")
+        if rl.scale_rewards is not None and rl.combine == "normalize":
+            raise ValueError("rl.scale_rewards: has no effect with rl.combine 'normalize', which divides each reward "
+                             "by its own deviation")  # fmt: skip
+        if self.options.turns != "all":
+            raise ValueError("options.turns: is for SFT only; GRPO learns from generated answers")
+        return self
+
+    def grader_models(self) -> dict[str, str]:
+        """Dotted name of each field of a grader that names a model or a probe -> its value."""
+        found = {}
+        for at, reward in enumerate(self.reward):
+            path = f"reward.{at}.grader"
+            named: dict[str, AnyGrader] = {path: reward.grader}
+            if isinstance(reward.grader, Multi):
+                named |= {f"{path}.graders.{name}": each for name, each in reward.grader.graders.items()}
+            for where, grader in named.items():
+                match grader:
+                    case RewardModel(model=str() as model) | Refusal(model=str() as model):
+                        found[f"{where}.model"] = model
+                    case Monitor(probe=probe):
+                        found[f"{where}.probe"] = probe
+        return found
+
+    def row_sources(self) -> list[RowSource]:
+        """The prompts, and the held-out ones."""
+        return [
+            source._replace(answered=False) if source.part in ("train", "validation") else source
+            for source in super().row_sources()
+        ]

@@ -1,0 +1,217 @@
+"""Laws of the GRPO recipe, on tiny models."""
+
+import json
+import random
+from itertools import batched
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.graders.panel import Panel
+from llama_stack_provider_moe.jobdir.samples import GeneratedSample
+from tests.support.training_support import Run, Workshop, prompt_rows, workshop
+
+__all__ = ["workshop"]
+
+
+def samples(run: Run) -> dict[int, list[GeneratedSample]]:
+    """Step -> the answers that it learns from first."""
+    files = sorted(run.folder.samples.glob("*.jsonl"))
+    return {
+        int(file.stem): [GeneratedSample.model_validate_json(line) for line in file.read_text().splitlines()]
+        for file in files
+    }
+
+
+def grader(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"grader": {"type": kind, "name": "graded", **fields}}
+
+
+HAS_E = grader("regex", pattern="e")
+
+
+@pytest.fixture(scope="module")
+def run(workshop: Workshop) -> Run:
+    return workshop.run(
+        "grpo", "qwen3_moe", training={"batch_size": 16}, rl={"n_generations": 4, "beta": 0.1}, reward=[HAS_E]
+    )
+
+
+def test_advantages_are_rewards_less_their_groups_mean_over_its_deviation(run: Run) -> None:
+    """Eq. 3 of arXiv 2402.03300, with the deviation of a sample, and 1e-4 against division by 0."""
+    assert run.exit_code == COMPLETED, run.reason
+    found = samples(run)
+    assert sorted(found) == [1, 2, 3, 4]
+    spread = 0
+    for answers in found.values():
+        for group in batched(answers, 4):
+            assert len({each.prompt for each in group}) == 1
+            rewards = [each.reward for each in group]
+            assert rewards == [float("e" in each.completion) for each in group]
+            wanted = [(each - mean(rewards)) / (stdev(rewards) + 1e-4) for each in rewards]
+            assert [each.advantage for each in group] == pytest.approx(wanted, abs=1e-5)
+            spread += len(set(rewards)) > 1
+    assert spread > 4
+    assert run.steps("reward")[0] == pytest.approx(mean(each.reward or 0 for each in found[1]))
+
+
+LOSSES = {
+    "dapo": lambda answers: -sum(a.advantage * a.tokens for a in answers) / sum(a.tokens for a in answers),
+    "grpo": lambda answers: -mean(a.advantage for a in answers),
+    "dr_grpo": lambda answers: -sum(a.advantage * a.tokens for a in answers) / (len(answers) * 6),
+    "gspo": lambda answers: -mean(a.advantage for a in answers),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_of_a_first_pass_is_the_papers_with_a_ratio_of_1(workshop: Workshop, loss: str) -> None:
+    """The loss is that of the samples, whatever the micro-batches: those of a step count by their tokens or answers."""
+    found = workshop.run(
+        "grpo", "granitemoe", training={"batch_size": 4, "gradient_accumulation_steps": 2},
+        rl={"n_generations": 4, "loss": loss}, reward=[grader("regex", pattern="e|t")],
+    )  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    for step, answers in samples(found).items():
+        assert found.steps("policy_loss")[step - 1] == pytest.approx(LOSSES[loss](answers), abs=2e-5)
+    if loss == "dr_grpo":
+        answers = samples(found)[1]
+        assert all(abs(a.advantage - ((a.reward or 0) - mean(b.reward or 0 for b in answers if b.group == a.group)))
+                   < 1e-6 for a in answers)  # fmt: skip
+
+
+def test_kl_and_the_adapter(run: Run, workshop: Workshop) -> None:
+    """The reference is the base: the divergence is 0 before the first step, and then not."""
+    assert run.steps("kl")[0] == 0 < run.steps("kl")[-1]
+    base = AutoModelForCausalLM.from_pretrained(workshop.model("qwen3_moe")).eval()
+    ids = torch.arange(20)[None] + 40
+    before = base(ids).logits
+    tuned = PeftModel.from_pretrained(base, run.folder.adapter).eval()
+    assert (tuned(ids).logits - before).abs().max() > 1e-3
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(ids).logits, before)
+    assert run.resolved["reference"] == "the adapter off"
+
+
+def test_the_balance_loss_is_beside_the_policy_loss(run: Run) -> None:
+    for step in run.events("step"):
+        wanted = step.metrics["policy_loss"] + 0.001 * step.metrics["aux_loss"]
+        assert step.metrics["loss"] == pytest.approx(wanted, abs=1e-5)
+    assert [event.step for event in run.events("routing")] == [1, 2, 3, 4]
+
+
+def test_held_out_prompts_are_answered_greedily_and_their_loss_is_their_reward(run: Run) -> None:
+    before, after = run.events("evaluation")
+    assert before.metrics["validation_loss"] == -before.metrics["reward"]
+    assert {"reward", "kl", "entropy", "completions/mean_length"} <= after.metrics.keys()
+    assert not any(name.startswith(("clip_ratio", "frac_")) for name in after.metrics)
+
+
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [
+        ("granitemoe", False), ("mixtral", True), ("phimoe", False), ("llama4_text", False), ("deepseek_v3", True),
+        ("gpt_oss", False), ("glm4_moe", True), ("qwen3_5_moe", False), ("lfm2_moe", False), ("granitemoehybrid", True),
+    ],
+)  # fmt: skip
+def test_families_learn_from_what_they_wrote(workshop: Workshop, family: str, whole: bool) -> None:
+    """Where nothing has changed between two passes over the same answers, no ratio is clipped."""
+    found = workshop.run(
+        "grpo", family, prompt_rows(8), optimizer={"lr": 1e-12}, rl={"n_iterations": 2, "loss": "gspo"},
+        reward=[HAS_E], options={"eval_before_training": False}, **({"adapter": None} if whole else {}),
+    )  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    assert max(found.steps("clip_ratio/region_mean")) == 0
+    assert max(found.steps("grad_norm")) > 1e-4
+    if not whole:
+        assert any("experts" in name for name in found.adapter()) or family in ("lfm2_moe",)
+
+
+def rises(workshop: Workshop, **more: Any) -> list[float]:
+    found = workshop.run(
+        "grpo", "qwen3_moe", prompt_rows(64), adapter=None, optimizer={"lr": 3e-3}, reward=[HAS_E],
+        training={"batch_size": 32, "n_epochs": 4}, rl={"n_generations": 8, "max_completion_length": 4},
+        options={"eval_before_training": False}, **more,
+    )  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    return found.steps("reward")
+
+
+def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt = rises(workshop)
+    assert mean(learnt[-8:]) > mean(learnt[:4]) + 0.3
+    grade, order = Panel.grade, random.Random(0)
+
+    def shuffled(self: Panel, given: Any, limits_failures: bool = True) -> Any:
+        found = grade(self, given, limits_failures)
+        return order.sample(found, len(found))
+
+    monkeypatch.setattr(Panel, "grade", shuffled)
+    control = rises(workshop)
+    assert abs(mean(control[-8:]) - mean(control[:4])) < 0.2
+
+
+def test_a_reward_without_spread_ends_the_job_with_its_checkpoint(workshop: Workshop) -> None:
+    found = workshop.run(
+        "grpo", "qwen3_moe", training={"n_epochs": 5}, rl={"no_spread_generations": 4},
+        reward=[grader("regex", pattern="never in an answer")],
+    )  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    assert found.manifest.stopped_by == "no_reward_spread"
+    assert len(found.events("step")) == 4
+    said = [event.text for event in found.events("message") if "equal within each group" in event.text]
+    assert len(said) == 2
+    assert "stops after 4" in said[0]
+    assert found.manifest.artifacts[0].step == 4
+
+
+def test_answers_that_all_reach_the_limit_are_no_spread_either(workshop: Workshop) -> None:
+    found = workshop.run(
+        "grpo", "qwen3_moe", training={"n_epochs": 5},
+        rl={"no_spread_generations": 2, "mask_truncated": True, "max_completion_length": 2}, reward=[HAS_E],
+    )  # fmt: skip
+    assert found.manifest.stopped_by == "no_reward_spread", found.reason
+
+
+def test_a_grader_that_fails_ends_the_job_with_its_name(workshop: Workshop) -> None:
+    found = workshop.run("grpo", "qwen3_moe", reward=[grader("string_check", reference="{{item.missing}}",
+                                                             operation="eq")])  # fmt: skip
+    assert found.exit_code == FAILED
+    assert "no answer to a held-out prompt got a reward" in found.reason
+    early = workshop.run("grpo", "qwen3_moe", reward=[grader("string_check", reference="{{item.missing}}",
+                         operation="eq")], options={"eval_before_training": False})  # fmt: skip
+    assert "grader 'graded' gave no value for 8 of the last 8 answers" in early.reason
+
+
+def test_a_generation_needs_enough_prompts(workshop: Workshop) -> None:
+    found = workshop.run("grpo", "qwen3_moe", prompt_rows(3), training={"batch_size": 8})
+    assert "has 3 prompts to train on; expected at least 4" in found.reason
+
+
+def test_old_answers_are_deleted(workshop: Workshop) -> None:
+    found = workshop.run("grpo", "qwen3_moe", rl={"keep_samples": 16})
+    assert sorted(samples(found)) == [3, 4]
+    none = workshop.run("grpo", "qwen3_moe", rl={"keep_samples": 0})
+    assert not none.folder.samples.exists()
+
+
+def test_a_temperature_divides_the_logits_of_both_passes(workshop: Workshop) -> None:
+    """With a second pass over the same answers and a rate of 0, ratios are 1 whatever the temperature."""
+    found = workshop.run("grpo", "mixtral", optimizer={"lr": 1e-12}, rl={"temperature": 0.5, "n_iterations": 2})
+    assert found.exit_code == COMPLETED, found.reason
+    assert max(found.steps("clip_ratio/region_mean")) == 0
+
+
+def test_the_gold_answer_and_columns_reach_graders(workshop: Workshop) -> None:
+    rows = prompt_rows(8)
+    for number, row in enumerate(rows):
+        row["item"] |= {"gold": "e" if number % 2 else "never in an answer"}
+    found = workshop.run("grpo", "qwen3_moe", rows, rows[:2], reward=[
+        grader("string_check", reference="{{item.gold}}", operation="like")], options={"max_length": 64})  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    assert json.loads(found.folder.spec.read_text())["reward"][0]["weight"] == 1
+    assert {each.reward for answers in samples(found).values() for each in answers} == {0, 1}
