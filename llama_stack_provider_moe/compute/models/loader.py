@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -222,7 +223,13 @@ def load_held(
     return with_original_class(_weights(name, config, dtype, where, sharing_class(config, device, processes)))
 
 
-def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_weights(
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> PreTrainedModel:
     """Load a model. A missing weight is an error: transformers would initialise it at random and only log that.
 
     Args:
@@ -230,8 +237,9 @@ def load_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, device
         config: the model's config.
         dtype: of the weights.
         device: where the weights go.
+        more: further arguments of transformers' `from_pretrained`.
     """
-    return _weights(name, config, dtype, _placement(device))
+    return _weights(name, config, dtype, {**_placement(device), **more})
 
 
 class _Loads(Protocol):

@@ -345,7 +345,9 @@ def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         yield [{"adapter": Adapter().model_dump(mode="json")}]
         yield [{"adapter": {**Adapter().model_dump(mode="json"), "quantize_base": True}}]
     elif not spec.adapter.quantize_base:
-        yield [{"adapter.quantize_base": True}]
+        yield [{"adapter.quantize_base": True}, {"adapter.quantize_base": True, "adapter.quantize_scales": True}]
+    elif spec.adapter.quantize_bits == 4 and not spec.adapter.quantize_scales:
+        yield [{"adapter.quantize_scales": True}]
     if on_gpus:
         more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
         if more:
