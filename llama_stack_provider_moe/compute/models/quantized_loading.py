@@ -102,7 +102,7 @@ def read_quantized(
 class _CodesConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, coding: Coding) -> None:
         self.quant_method = METHOD
-        self.coding = coding
+        self.bits, self.nested = coding.bits, coding.nested  # transformers writes the config as JSON
 
 
 @register_quantizer(METHOD)  # type: ignore[untyped-decorator]
@@ -116,7 +116,7 @@ class _CodesQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: _CodesConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
-        self.coding = quantization_config.coding
+        self.coding = Coding(quantization_config.bits, quantization_config.nested)
         self.layout: ExpertLayout | None = None
         self.codes: dict[str, Code] = {}
         self._wanted: dict[str, Quantizable] = {}
