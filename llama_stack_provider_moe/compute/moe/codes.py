@@ -56,6 +56,15 @@ def bytes_of(shape: tuple[int, ...], coding: Coding) -> int:
     return total
 
 
+def parts_of(matrices: int, numbers: int, bits: Bits) -> int:
+    """The number of parts of a code of so many matrices of so many numbers; a GPU decodes each in one launch.
+
+    >>> parts_of(128, 1536 * 2048, 4), parts_of(16, 16384 * 5120, 4)
+    (1, 2)
+    """
+    return len(list(_parts(matrices, numbers, bits)))
+
+
 def _parts(matrices: int, numbers: int, bits: Bits) -> Iterator[tuple[int, int]]:
     """The first matrix of each part, and the first that no longer belongs to it."""
     # A block across two matrices would tie their scales together and could not be split.
@@ -153,9 +162,10 @@ def _encode(matrices_NOI: Tensor, coding: Coding) -> _Part:
     packed = torch.empty(-(-total * bits // 8), dtype=torch.uint8, device=device)
     scales_B = torch.empty(-(-total // BLOCKS[bits]), dtype=torch.float32, device=device)
     place, values = 0, torch.empty(0)
-    for some_NOI in matrices_NOI.split(max(1, _ENCODED_AT_ONCE // max(1, math.prod(matrices_NOI.shape[1:])))):
+    at_once = max(1, _ENCODED_AT_ONCE // max(1, math.prod(matrices_NOI.shape[1:])))
+    for some_NOI in torch.split(matrices_NOI, at_once):
         # A transposed weight is copied here.
-        for piece in some_NOI.contiguous().flatten().split(_ENCODED_AT_ONCE):
+        for piece in torch.split(some_NOI.contiguous().flatten(), _ENCODED_AT_ONCE):
             numbers, state = (
                 codec.quantize_4bit(piece, blocksize=BLOCKS[4], quant_type="nf4")
                 if bits == 4

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.backend import keep_code
-from llama_stack_provider_moe.compute.moe.codes import Code, Coding, bytes_of
+from llama_stack_provider_moe.compute.moe.codes import Code, Coding, bytes_of, parts_of
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
@@ -54,7 +54,7 @@ class MetaModel:
 
     Attributes:
         weight_bytes: of the base in its stored form, embeddings and head included.
-        largest_expert_weight: bytes in 16 bits of the largest fused weight; 0: there is none.
+        decoded: bytes in 16 bits that decoding a fused weight takes at most; 0: there is none.
     """
 
     model: PreTrainedModel | PeftModel
@@ -62,7 +62,7 @@ class MetaModel:
     resolved: ResolvedMoe
     report: AdapterReport
     weight_bytes: int
-    largest_expert_weight: int
+    decoded: int
 
 
 def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
@@ -175,8 +175,12 @@ def adapt(model: PreTrainedModel, adapter: Adapter | None, moe: Moe, bits: Bits 
         resolved,
         report,
         weight_bytes=sum(held.values()) + sum(code.nbytes for code in codes),
-        largest_expert_weight=max((weight.numel() * 2 for weight in fused), default=0),
+        decoded=max((weight.numel() * 2 * (2 if _has_parts(weight, bits) else 1) for weight in fused), default=0),
     )
+
+
+def _has_parts(weight: Tensor, bits: Bits) -> bool:
+    return bits < 16 and parts_of(weight.shape[0], weight.shape[1] * weight.shape[2], 4 if bits == 4 else 8) > 1
 
 
 def _quantize(model: nn.Module, layout: ExpertLayout | None, coding: Coding) -> list[BlankCode]:
