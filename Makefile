@@ -105,6 +105,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.server_start
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_experts
 	$(BIN)/python -m benchmarks.quantized_base
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading_memory
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
 	$(BIN)/python -m benchmarks.job_store

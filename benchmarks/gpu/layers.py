@@ -184,9 +184,10 @@ class Layer:
                 parameter.normal_(0, std, generator=random)
 
     def _encode(self, device: torch.device, keep: bool) -> None:
+        from llama_stack_provider_moe.compute.moe.codes import Coding
         from llama_stack_provider_moe.compute.moe.quantize import dequantize, quantize
 
-        quantize(self.model, self.layout, 4, device)
+        quantize(self.model, self.layout, Coding(4), device)
         if not keep:
             dequantize(self.model, self.layout)
 

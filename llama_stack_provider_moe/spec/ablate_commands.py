@@ -13,6 +13,7 @@ from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.local_commands import named_files, settings_of
 from llama_stack_provider_moe.spec.routing import WholeRowOptions
 
+_SCALES = str(MeasureTraining.model_fields["quantize_scales"].description)
 _BITS = str(MeasureTraining.model_fields["quantize_bits"].description)
 
 
@@ -26,6 +27,7 @@ class MeasureCommand(JsonCommandLine):
     )  # fmt: skip
     adapter: str | None = option(None, "LoRA adapter on the model: a folder or name of a job.", "FOLDER")
     quantize_bits: int | None = option(None, _BITS, "4|8")
+    quantize_scales: bool = option(False, _SCALES)
     out: str = option("measured", "Folder for measurements.safetensors, and for routing.json and its charts.", "FOLDER")
 
 
@@ -73,7 +75,11 @@ def measure_job(command: MeasureCommand) -> tuple[AblationMeasureSpec, dict[str,
         "adapter_folder": command.adapter,
         "data": {"sets": sets},
         "measure": {name: getattr(command, name) for name in Measure.model_fields},
-        "training": {**training, "quantize_bits": command.quantize_bits},
+        "training": {
+            **training,
+            "quantize_bits": command.quantize_bits,
+            "quantize_scales": command.quantize_scales,
+        },
         "options": {name: getattr(command, name) for name in WholeRowOptions.model_fields},
     }
     try:

@@ -60,6 +60,15 @@ class MeasureTraining(AnalysisTraining):
     quantize_bits: Literal[4, 8] | None = Field(
         default=None, description="Quantise the model to so many bits while it is measured; left out: not quantised."
     )
+    quantize_scales: bool = Field(
+        default=False, description="Quantise the scales of 4 bits too, as `adapter.quantize_scales` does in training."
+    )
+
+    @model_validator(mode="after")
+    def _scales_are_of_four_bits(self) -> "MeasureTraining":
+        if self.quantize_scales and self.quantize_bits != 4:
+            raise ValueError("quantize_scales: true is used only with quantize_bits 4")
+        return self
 
 
 def _as_text(layer: object) -> object:

@@ -188,6 +188,11 @@ class Adapter(Block):
         default=4,
         description="Bits of each weight with `quantize_base`: 4 (NF4) or 8 (dynamic), in blocks with one scale each.",
     )
+    quantize_scales: bool = Field(
+        default=False,
+        description="Quantise the scales of a base in 4 bits to 8 bits (double quantisation): 4.127 bits a weight in "
+        "all instead of 4.5.",
+    )
 
     @field_validator("layers")
     @classmethod
@@ -219,6 +224,8 @@ class Adapter(Block):
                 raise ValueError(f"{name}: {verb} used by plan 'per_expert' only, and plan is {self.plan!r}")
         if self.quantize_bits != 4 and not self.quantize_base:
             raise ValueError("quantize_bits: is used only with quantize_base true")
+        if self.quantize_scales and not (self.quantize_base and self.quantize_bits == 4):
+            raise ValueError("quantize_scales: true is used only with quantize_base true and quantize_bits 4")
         if self.quantize_base and self.use_dora:
             raise ValueError("use_dora: true is not valid with quantize_base true, because DoRA reads the weights")
         return self

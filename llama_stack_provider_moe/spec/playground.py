@@ -49,6 +49,16 @@ class PlaygroundTraining(Block):
         description="Bits of each weight of the base: 4 (NF4), 8, or 0, not quantised. Left out: as the base was while "
         "the adapter's job trained it; 0 without such a job.",
     )
+    quantize_scales: bool = Field(
+        default=False,
+        description="Quantise the scales of 4 bits too. As in the adapter's job where `quantize_bits` is left out.",
+    )
+
+    @model_validator(mode="after")
+    def _scales_are_of_four_bits(self) -> "PlaygroundTraining":
+        if self.quantize_scales and self.quantize_bits != 4:
+            raise ValueError("quantize_scales: true is used only with quantize_bits 4")
+        return self
 
 
 class PlaygroundOptions(Block):

@@ -58,6 +58,9 @@ def _against_adapter(adapter: Adapter) -> dict[str, bool]:
         "adapter.use_dora true": adapter.use_dora,
         "adapter.apply_lora_to_output true, which it turns into a whole new head": adapter.apply_lora_to_output,
         "adapter.quantize_bits 8": adapter.quantize_bits != 4,
+        "adapter.quantize_scales true, because it always quantises the scales of 4 bits itself": (
+            adapter.quantize_scales
+        ),
     }
 
 

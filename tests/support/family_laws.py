@@ -18,6 +18,7 @@ from llama_stack_provider_moe.compute.models.determinism import without_dropout
 from llama_stack_provider_moe.compute.models.heads import differs_after_backbone, needs_plain_head, set_plain_head
 from llama_stack_provider_moe.compute.moe.adapters import add_lora, injected, train_whole
 from llama_stack_provider_moe.compute.moe.balance import balance_loss
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.layout import outside_text, text_config
 from llama_stack_provider_moe.compute.moe.masking import masked_experts
 from llama_stack_provider_moe.compute.moe.model_types import class_of
@@ -263,7 +264,7 @@ def quantized(subject: Subject, bits: Literal[4, 8]) -> None:
     for decoded in (False, True):
         model = subject.model()
         resolved = resolve_moe(Moe(), layout, full=False)
-        quantize(model, layout, bits, torch.device("cpu"))
+        quantize(model, layout, Coding(bits), torch.device("cpu"))
         if decoded:
             dequantize(model, layout)
         apply_moe(model, layout, resolved)

@@ -101,6 +101,7 @@ def _provenance(
         span=spec.measure.span,
         dtype=spec.training.dtype,
         quantize_bits=spec.training.quantize_bits,
+        quantize_scales=spec.training.quantize_scales,
         chat_template=hashlib.sha256(str(subject.tokenizer.chat_template).encode()).hexdigest(),
         sets={
             name: MeasuredSet(source=spec.data.sets[name], rows=len(sets[name]), sha256=sha256(rows[name]))

@@ -46,6 +46,7 @@ class Provenance(Block):
     span: int = Field(default=1, description="Tokens that are averaged, the last of them at `position`.")
     dtype: DType
     quantize_bits: int | None
+    quantize_scales: bool = Field(default=False, description="Whether the scales of the bits were quantised too.")
     chat_template: str = Field(description="SHA-256 of the chat template that rendered the prompts.")
     sets: dict[str, MeasuredSet]
     router_norms: dict[int, str | None] = Field(

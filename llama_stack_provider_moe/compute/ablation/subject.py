@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.models.adapted import load_base, with_adapter
+from llama_stack_provider_moe.compute.models.adapted import coding_asked, load_base, with_adapter
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.spec import AblationMeasureSpec
 
@@ -32,7 +32,7 @@ def load_subject(spec: AblationMeasureSpec) -> Subject:
         ModelError: the model can't be loaded or quantised.
         AdapterError: the adapter does not fit it.
     """
-    model, tokenizer, layout, quantized = load_base(spec, spec.training.quantize_bits)
+    model, tokenizer, layout, quantized = load_base(spec, coding_asked(spec.training))
     if spec.adapter_folder is None:
         return Subject(model.eval(), tokenizer, layout)
     return Subject(

@@ -35,13 +35,14 @@ from llama_stack_provider_moe.compute.export.load_figures import LoadCheck, Merg
 from llama_stack_provider_moe.compute.export.model_card import Source
 from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, ask, digest, read_probe
 from llama_stack_provider_moe.compute.export.servers import family_of, read_kind, statements
-from llama_stack_provider_moe.compute.models.loader import load_plain
+from llama_stack_provider_moe.compute.models.loader import DTYPES, load_plain, model_config
+from llama_stack_provider_moe.compute.models.quantized_loading import read_quantized
 from llama_stack_provider_moe.compute.models.rope import extend_for
 from llama_stack_provider_moe.compute.moe.backend import ALL_OURS
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import ExpertsImplementation, available
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.moe.quantize import quantize
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
@@ -99,7 +100,7 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
     """
     source = find_source(Path(given))
     probe = _probe(source.adapter)
-    dtype, bits = probe.arithmetic.dtype, probe.arithmetic.quantize_bits
+    dtype, coding = probe.arithmetic.dtype, _coding(probe.arithmetic)
     name = _base(source, base)
     model, layout, tensors = _load(name, source.adapter, dtype)
     biases = _restore(source.adapter, model, layout, probe)
@@ -107,22 +108,22 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
     plain = ask(model, probe)
     with model.disable_adapter():
         effect = gap(plain, ask(model, probe))
-    here = _here(probe.arithmetic, bits=None)
+    here = _here(probe.arithmetic, None)
     _as_trained(model, layout, here.experts_implementation)
     again = sixteen = ask(model, probe, dtype)
-    if bits is not None:
+    if coding is not None:
         del model
-        model, layout, _ = _load(name, source.adapter, dtype, bits)
+        model, layout, _ = _load(name, source.adapter, dtype, coding)
         _restore(source.adapter, model, layout, probe)
         _as_trained(model, layout, here.experts_implementation)
-        again, here = ask(model, probe, dtype), here.model_copy(update={"quantize_bits": bits})
+        again, here = ask(model, probe, dtype), _here(probe.arithmetic, coding)
     recorded = probe.values()
     found = LoadCheck(
         kind="adapter", positions=probe.positions, arithmetic=probe.arithmetic, here=here,
         as_trained=gap(again, recorded), as_trained_tolerance=_as_trained_tolerance(probe.arithmetic, here),
-        plain=gap(plain, recorded if bits is None else sixteen), plain_tolerance=PLAIN[dtype],
-        plain_against="recorded" if bits is None else "16-bit adapter model",
-        rounding_of_base=None if bits is None else gap(sixteen, recorded),
+        plain=gap(plain, recorded if coding is None else sixteen), plain_tolerance=PLAIN[dtype],
+        plain_against="recorded" if coding is None else "16-bit adapter model",
+        rounding_of_base=None if coding is None else gap(sixteen, recorded),
         effect=effect, tensors=tensors, router_biases=biases, servers=servers,
     )  # fmt: skip
     return judged(found, str(source.adapter))
@@ -141,7 +142,7 @@ def check_model(folder: str | Path) -> LoadCheck:
     model = load_plain(str(folder), dtype, _device())
     layout = find_layout(model)
     plain = ask(model, probe)
-    here = _here(probe.arithmetic, bits=None)
+    here = _here(probe.arithmetic, None)
     _as_trained(model, layout, here.experts_implementation)
     recorded = probe.values()
     found = LoadCheck(
@@ -232,7 +233,7 @@ def _base(source: Source, base: str | None) -> str:
 
 
 def _load(
-    name: str, adapter: Path, dtype: DType, bits: int | None = None
+    name: str, adapter: Path, dtype: DType, coding: Coding | None = None
 ) -> tuple[PeftModel, ExpertLayout | None, int]:
     """Load base and adapter; also return the number of adapter tensors, all of which are equal in model and file.
 
@@ -240,17 +241,18 @@ def _load(
         name: folder or hub id of the base.
         adapter: the adapter's folder.
         dtype: dtype of the base.
-        bits: 4 or 8 to quantise the base; None: not quantised.
+        coding: of the base; None: not quantised.
 
     Raises:
         AdapterError: a tensor has no place in the model, or the file lacks a tensor that the adapter's config needs.
     """
     device = _device()
-    base: PreTrainedModel = load_plain(name, dtype, device if bits is None else torch.device("cpu"))
+    if coding is None:
+        base = load_plain(name, dtype, device)
+        layout = find_layout(base)
+    else:
+        base, layout, _ = read_quantized(name, model_config(name), DTYPES[dtype], device, coding)
     extend_for(base, adapter)
-    layout = find_layout(base)
-    if bits is not None:
-        quantize(base, layout, 4 if bits == 4 else 8, device)
     with warnings.catch_warnings():
         # peft 0.21 looks for parameters' names among modules, and only warns about missing ones; both are checked here.
         warnings.simplefilter("ignore")
@@ -300,14 +302,25 @@ def _device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _here(trained: Arithmetic, bits: int | None) -> Arithmetic:
+def _coding(trained: Arithmetic) -> Coding | None:
+    if trained.quantize_bits is None:
+        return None
+    return Coding(4 if trained.quantize_bits == 4 else 8, trained.quantize_scales)
+
+
+def _here(trained: Arithmetic, coding: Coding | None) -> Arithmetic:
     """The job's arithmetic, as far as this machine supports it."""
     implementation, device = trained.experts_implementation, _device().type
     if implementation is not None:
         implementation = available(implementation, device)
     return trained.model_copy(
-        update={"device": device, "experts_implementation": implementation, "quantize_bits": bits}
-    )  # fmt: skip
+        update={
+            "device": device,
+            "experts_implementation": implementation,
+            "quantize_bits": None if coding is None else coding.bits,
+            "quantize_scales": coding is not None and coding.nested,
+        }
+    )
 
 
 def _as_trained_tolerance(trained: Arithmetic, here: Arithmetic) -> float:

@@ -100,7 +100,8 @@ def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Gap:
 def _words(arithmetic: Arithmetic) -> str:
     parts = [arithmetic.dtype, arithmetic.device]
     if arithmetic.quantize_bits is not None:
-        parts.append(f"{arithmetic.quantize_bits}-bit base")
+        scales = " with 8-bit scales" if arithmetic.quantize_scales else ""
+        parts.append(f"{arithmetic.quantize_bits}-bit base{scales}")
     if arithmetic.experts_implementation is not None:
         parts.append(f"experts {arithmetic.experts_implementation}")
     return ", ".join(parts)

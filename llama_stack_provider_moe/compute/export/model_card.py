@@ -146,12 +146,17 @@ def _training(source: Source) -> Iterator[tuple[str, str]]:
         yield (
             "Precision",
             settings["training"]["dtype"]
-            + (f", base quantised to {adapter['quantize_bits']} bits" if adapter and adapter["quantize_base"] else ""),
+            + (f", base quantised to {_coding(adapter)}" if adapter and adapter["quantize_base"] else ""),
         )
     moe = plan.get("moe")
     names = {each.name for each in fields(ResolvedMoe)} - {"notes"}
     if isinstance(moe, dict) and names <= set(moe):  # else another version's
         yield "Routing in training", plain(ResolvedMoe(**{name: moe[name] for name in names}).text(), ";()'")
+
+
+def _coding(adapter: Mapping[str, object]) -> str:
+    scales = ", its scales to 8" if adapter["quantize_scales"] else ""
+    return f"{adapter['quantize_bits']} bits{scales}"
 
 
 def _figures(source: Source) -> Iterator[tuple[str, str]]:

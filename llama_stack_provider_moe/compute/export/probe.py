@@ -56,6 +56,7 @@ class Arithmetic(Block):
     dtype: DType
     device: str = Field(description="Kind of device: cpu or cuda.")
     quantize_bits: int | None = Field(description="Bits of the frozen base; None: not quantised.")
+    quantize_scales: bool = Field(default=False, description="Whether the scales of the base are quantised too.")
     experts_implementation: ExpertsImplementation | None = Field(
         description="Implementation of the experts; None: a dense model."
     )

@@ -11,15 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.models.loader import load, pick_device
+from llama_stack_provider_moe.compute.models.quantized_loading import load_quantized
 from llama_stack_provider_moe.compute.models.rope import as_shipped, extend_for
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.moe.quantize import Bits, QuantizeReport, quantize
+from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import AblationMeasureSpec, Moe, PlaygroundSpec, RoutingAnalysisSpec
+from llama_stack_provider_moe.spec.ablation import MeasureTraining
+from llama_stack_provider_moe.spec.playground import PlaygroundTraining
 
 LoadedSpec = AblationMeasureSpec | PlaygroundSpec | RoutingAnalysisSpec
 
@@ -66,8 +70,8 @@ def load_adapted(spec: RoutingAnalysisSpec | PlaygroundSpec, template_needed: bo
     Raises:
         ModelError: the adapter does not fit the model, or either can't be loaded or quantised.
     """
-    asked = spec.training.quantize_bits if isinstance(spec, PlaygroundSpec) else None
-    model, tokenizer, layout, quantized = load_base(spec, asked or None, template_needed)
+    coding = coding_asked(spec.training) if isinstance(spec, PlaygroundSpec) else None
+    model, tokenizer, layout, quantized = load_base(spec, coding, template_needed)
     if spec.adapter_folder is None:
         return Adapted(model.eval(), tokenizer, layout, {}, quantized)
     biases = {} if layout is None else {layer: bias.clone() for layer, bias in layout.biases(model).items()}
@@ -76,20 +80,20 @@ def load_adapted(spec: RoutingAnalysisSpec | PlaygroundSpec, template_needed: bo
 
 
 def load_base(
-    spec: LoadedSpec, bits: Bits | None, template_needed: bool = True
+    spec: LoadedSpec, coding: Coding | None, template_needed: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ExpertLayout | None, QuantizeReport | None]:
-    """Load the model of a job that trains nothing, without its adapter, quantised to so many bits if there are any.
+    """Load the model of a job that trains nothing, without its adapter, quantised if there is a coding.
 
     Raises:
         ModelError: it can't be loaded, or has no weight to quantise.
     """
     device = pick_device(spec.training.dtype)
-    model, tokenizer = load(spec, device if bits is None else torch.device("cpu"), template_needed)
-    layout, report = find_layout(model), None
-    if bits is not None:
-        report = quantize(model, layout, bits, device, "training.quantize_bits")
-        # Only this package's code computes quantised experts.
-        apply_moe(model, layout, resolve_moe(Moe(), layout, full=False))
+    if coding is None:
+        model, tokenizer = load(spec, device, template_needed)
+        return model, tokenizer, find_layout(model), None
+    (model, layout, report), tokenizer = load_quantized(spec, device, coding, "training.quantize_bits", template_needed)
+    # Only this package's code computes quantised experts.
+    apply_moe(model, layout, resolve_moe(Moe(), layout, full=False))
     return model, tokenizer, layout, report
 
 
@@ -117,6 +121,11 @@ def with_adapter(
     if is_quantized:
         split_lora(adapted)
     return adapted
+
+
+def coding_asked(training: PlaygroundTraining | MeasureTraining) -> Coding | None:
+    """The coding that a job that trains nothing asks for; None: the model stays as it is."""
+    return Coding(training.quantize_bits, training.quantize_scales) if training.quantize_bits else None
 
 
 def _copy(source: dict[int, Tensor], target: dict[int, Tensor]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -229,6 +230,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     model_class: type[AutoModelForSequenceClassification] | None = None,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load a model. A missing weight is an error: transformers would initialise it at random and only log that.
 
@@ -238,8 +240,9 @@ def load_weights(
         dtype: of the weights.
         device: where the weights go.
         model_class: of another kind than causal language models; None: of these.
+        more: further arguments of transformers' `from_pretrained`.
     """
-    return _weights(name, config, dtype, _placement(device), model_class)
+    return _weights(name, config, dtype, {**_placement(device), **more}, model_class)
 
 
 class _Loads(Protocol):

@@ -13,12 +13,13 @@ from llama_stack_provider_moe.compute.distributed.expert_parallel import share_e
 from llama_stack_provider_moe.compute.models.adapter_start import start_from
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
+from llama_stack_provider_moe.compute.models.quantized_loading import coding_of, load_quantized
 from llama_stack_provider_moe.compute.models.rope import extend, extension
 from llama_stack_provider_moe.compute.moe import implementation
 from llama_stack_provider_moe.compute.moe.adapters import Adapted, AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config
-from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, quantize, spare_ddp
+from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, spare_ddp
 from llama_stack_provider_moe.compute.moe.rates import Rates
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, ShippedConfig, apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
@@ -68,12 +69,15 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     spec = session.spec
     repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype, session.peers.local_rank)
-    bits = spec.adapter.quantize_bits if spec.adapter is not None and spec.adapter.quantize_base else None
-    # A model that is to be quantised goes to the device in parts, each quantised as it arrives.
-    model, tokenizer = load(spec, device if bits is None else torch.device("cpu"), has_conversations(session))
+    coding, quantized = coding_of(spec.adapter), None
+    if coding is None:
+        model, tokenizer = load(spec, device, has_conversations(session))
+        layout = find_layout(model)
+    else:
+        read, tokenizer = load_quantized(spec, device, coding, "adapter.quantize_base", has_conversations(session))
+        model, layout, quantized = read
     if isinstance(spec, SFTSpec) and spec.options.rope_scaling is not None:
         extend(model, extension(text_config(model), spec.options.rope_scaling))
-    layout = find_layout(model)
     experts = None
     if spec.resources.strategy == "ep":
         assert layout is not None, "its weights would not have been read"
@@ -82,7 +86,6 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     moe, notes = moe_now(session)
     resolved = resolve_moe(moe, layout, full=spec.adapter is None, models_loss=models_loss, shared=shared)
     implementation.check(spec, resolved.experts_implementation, device)
-    quantized = None if bits is None else quantize(model, layout, bits, device)
     if layout is not None:
         choice = implementation.choose(spec, moe, model, layout, device, session.peers.decided)
         resolved = resolved.with_experts(replace(choice, notes=(*notes, *choice.notes)))

@@ -124,6 +124,7 @@ def form_of(
         lora_dropout=adapter.dropout if adapter is not None and rank else 0.0,
         expert_dropout=spec.moe.expert_dropout,
         bits=adapter.quantize_bits if adapter is not None and quantized else None,
+        nested=adapter is not None and quantized and adapter.quantize_scales,
         transposed=layout.transposed, biased=up.bias_EO is not None,
         activation=activation.kind, alpha=activation.alpha, limit=activation.limit,
         deterministic=spec.options.deterministic,

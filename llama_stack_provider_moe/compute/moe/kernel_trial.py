@@ -65,6 +65,7 @@ class TrialLayer:
         lora_dropout: share of LoRA's input that is dropped.
         expert_dropout: share of the inner activations that is dropped.
         bits: the weights are quantised; None: they are not.
+        nested: their scales are quantised too.
         transposed: the weights are stored as (E, in, out).
         biased: both projections have biases.
         activation: formula between the projections, see `Activation`.
@@ -89,6 +90,7 @@ class TrialLayer:
     lora_dropout: float = 0.0
     expert_dropout: float = 0.0
     bits: Literal[4, 8] | None = None
+    nested: bool = False
     transposed: bool = False
     biased: bool = False
     activation: ActivationKind = "silu"
@@ -125,9 +127,9 @@ class Layer:
         weight: Tensor | Stored = matrices
         if form.bits is not None:
             # Its libraries take seconds to import.
-            from llama_stack_provider_moe.compute.moe.quantize import Code
+            from llama_stack_provider_moe.compute.moe.codes import Code, Coding
 
-            weight = Code(matrices, form.bits)
+            weight = Code(matrices, Coding(form.bits, form.nested))
         bias = self.random(experts, outputs, scale=0.1) if form.biased else None
         if bias is not None and form.trains:
             self.leaves.append(bias.requires_grad_())

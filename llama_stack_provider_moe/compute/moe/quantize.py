@@ -1,7 +1,7 @@
 """A frozen base in 4 or 8 bits: the experts, which other tools skip, and the linear layers beside them.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the base is stored as NF4 (or 8-bit dynamic) numbers in blocks with one
-scale each, decoded for each product and again in backward, and never kept decoded. bitsandbytes provides the codec.
+scale each, decoded for each product and again in backward, and never kept decoded (`codes`).
 
 transformers 5.23 quantises linear layers, and its experts are not linear layers: `load_in_4bit` skips them silently.
 Here each fused parameter is replaced by a code, and by a placeholder of the same shape that is all NaN and takes no
@@ -9,88 +9,23 @@ memory: whatever reads the weight without its code makes the first loss NaN.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import NamedTuple, Protocol
 
-import bitsandbytes.functional as codec
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_stack_provider_moe.compute.moe.backend import code_of, drop_codes, keep_code
+from llama_stack_provider_moe.compute.moe.codes import Bits, Code, Coding
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, join, without_adapters
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
 
-Bits = Literal[4, 8]
-BLOCKS: dict[Bits, int] = {4: 64, 8: 256}  # numbers that share a scale; the codec's usual sizes
-_MOST_NUMBERS = 2**30  # per code; the codec's kernels count in 32 bits
 _ATTENTION = "self_attn"  # not linear attention, whose fused kernels read the weights directly
 _DENSE_MLP = "mlp"
-
-
-class Code:
-    """Matrices (E, O, I) in `bits` per number with one scale per block; a `Stored` for the ragged products.
-
-    One code holds as many experts as possible, so that a GPU decodes them in one launch.
-    """
-
-    def __init__(self, weight_EOI: Tensor, bits: Bits) -> None:
-        self.dtype, self.shape = weight_EOI.dtype, tuple(weight_EOI.shape)
-        self._bits: Bits = bits
-        self._numbers = math.prod(self.shape[1:])
-        # A block across two experts would tie their scales together and could not be split.
-        blocks, rest = divmod(self._numbers, BLOCKS[bits])
-        self._blocks = blocks
-        self._together = 1 if rest else max(1, _MOST_NUMBERS // self._numbers)
-        self._parts = [
-            _encode(weight_EOI[first : first + self._together].contiguous(), bits)
-            for first in range(0, self.shape[0], self._together)
-        ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of numbers and scales."""
-        return sum(packed.nbytes + state.absmax.nbytes for packed, state in self._parts)
-
-    def expert(self, number: int) -> Tensor:
-        """(O, I), decoded."""
-        part, place = divmod(number, self._together)
-        packed, state = self._parts[part]
-        if self._together > 1:
-            flat = packed.flatten()
-            size = self._numbers * self._bits // 8
-            packed = flat[place * size : (place + 1) * size].unsqueeze(-1)
-            state = QuantState(
-                state.absmax[place * self._blocks : (place + 1) * self._blocks],
-                (self._numbers,), state.code, state.blocksize, state.quant_type, state.dtype,
-            )  # fmt: skip
-        return self._decode(packed, state).view(self.shape[1:])
-
-    def whole(self) -> Tensor:
-        """(E, O, I), decoded."""
-        decoded = [self._decode(packed, state) for packed, state in self._parts]
-        return (decoded[0] if len(decoded) == 1 else torch.cat(decoded)).view(self.shape)
-
-    def _decode(self, packed: Tensor, state: QuantState) -> Tensor:
-        decode = codec.dequantize_4bit if self._bits == 4 else codec.dequantize_blockwise
-        numbers: Tensor = decode(packed, state)
-        return numbers.flatten()
-
-
-def _encode(matrix: Tensor, bits: Bits) -> tuple[Tensor, QuantState]:
-    # Flat: on a CPU bitsandbytes 0.50 decodes a matrix row by row, and silently wrong if the row length is not a
-    # multiple of the block size.
-    matrix = matrix.flatten()
-    encoded: tuple[Tensor, QuantState] = (
-        codec.quantize_4bit(matrix, blocksize=BLOCKS[4], quant_type="nf4")
-        if bits == 4
-        else codec.quantize_blockwise(matrix, blocksize=BLOCKS[8])
-    )
-    return encoded
 
 
 class CodedLinear(nn.Linear):
@@ -134,20 +69,28 @@ class _CodedProduct(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was quantised: counts of matrices, and bytes of all weights and buffers of the model."""
+    """What was quantised: counts of matrices, and bytes of all weights and buffers of the model.
+
+    Attributes:
+        nested: the scales are quantised too.
+        bits_a_weight: of what is quantised, with its scales; None: not known.
+    """
 
     bits: Bits
+    nested: bool
     experts: int
     linear_layers: int
     bytes_before: int
     bytes_after: int
+    bits_a_weight: float | None = None
 
     def text(self) -> str:
         """The report as one line for the start of a job's log."""
-        kind = "NF4" if self.bits == 4 else "8-bit"
+        each = "" if self.bits_a_weight is None else f" at {self.bits_a_weight:.3f} bits a weight"
         return (
-            f"{kind}: {self.experts:,} expert matrices and {self.linear_layers:,} linear layers; the model takes "
-            f"{self.bytes_after / 2**20:,.1f} MiB, {self.bytes_before / 2**20:,.1f} MiB before"
+            f"{Coding(self.bits, self.nested).text()}: {self.experts:,} expert matrices and {self.linear_layers:,} "
+            f"linear layers{each}; the model takes {self.bytes_after / 2**20:,.1f} MiB, "
+            f"{self.bytes_before / 2**20:,.1f} MiB before"
         )
 
     def as_json(self) -> dict[str, object]:
@@ -155,50 +98,97 @@ class QuantizeReport:
         return asdict(self)
 
 
+class Quantizable(NamedTuple):
+    """A weight that gets quantised: parameter `name` of `module`.
+
+    Attributes:
+        transposed: it is stored as (E, I, O).
+        parent: of a linear layer; None: the weight is that of experts.
+        child: name of the linear layer in `parent`.
+    """
+
+    module: nn.Module
+    name: str
+    transposed: bool = False
+    parent: nn.Module | None = None
+    child: str = ""
+
+    def encoded(self, weight: Tensor, coding: Coding) -> Code:
+        """The code of the weight."""
+        if self.parent is not None:
+            return Code(weight.unsqueeze(0), coding)
+        return Code(weight.transpose(1, 2) if self.transposed else weight, coding)
+
+
+def quantizable(model: nn.Module, layout: ExpertLayout | None) -> dict[str, Quantizable]:
+    """All weights that get quantised, by their full names: those of experts, then those of linear layers.
+
+    Args:
+        model: the model, perhaps on the meta device.
+        layout: where its experts are; None: a dense model, linear layers only.
+    """
+    found = {} if layout is None else {
+        layout.path(layer, f"{layout.experts_path}.{name}"): Quantizable(module, name, layout.transposed)
+        for layer, module in layout.experts(model).items() for name in (layout.gate_up, layout.down)
+    }  # fmt: skip
+    names = {id(module): name for name, module in model.named_modules()}
+    for parent, child, linear in linear_layers(model, layout):
+        found[f"{names[id(linear)]}.weight"] = Quantizable(linear, "weight", False, parent, child)
+    return found
+
+
 def quantize(
     model: nn.Module,
     layout: ExpertLayout | None,
-    bits: Bits,
+    coding: Coding,
     device: torch.device,
     field: str = "adapter.quantize_base",
+    codes: Mapping[str, Code] | None = None,
 ) -> QuantizeReport:
-    """Quantise a model that was loaded on the CPU and move it to `device`.
+    """Quantise a loaded model and move it to `device`.
 
     At most one fused parameter at a time is on the device in its original dtype; all other weights follow at the end.
 
     Args:
-        model: the model, on the CPU.
+        model: the model; weights that have no code yet may be on the CPU.
         layout: where its experts are; None: a dense model, linear layers only.
-        bits: 4 (NF4) or 8.
+        coding: bits of the codes and of their scales.
         device: where the model goes.
         field: the setting that asks for it, for errors.
+        codes: those that were made while the weights were read, by the full names of the weights.
 
     Raises:
         ModelError: a weight that should be quantised is not.
     """
-    before = resident_bytes(model)
-    experts = 0
-    if layout is not None:
-        modules = layout.experts(model).values()
-        for module in liveness.counted("quantising experts", modules, len(modules), "layers"):
-            for name in (layout.gate_up, layout.down):
-                liveness.alive()
-                weight = module.get_parameter(name).detach().to(device)
-                code = Code(weight.transpose(1, 2) if layout.transposed else weight, bits)
-                keep_code(module, name, code)
-                setattr(module, name, placeholder(weight))
-                experts += code.shape[0]
-                del weight
-    linear = 0
-    plain = linear_layers(model, layout)
-    for parent, name, layer in liveness.counted("quantising linear layers", plain, len(plain), "layers"):
-        code = Code(layer.weight.detach().to(device).unsqueeze(0), bits)
-        setattr(parent, name, CodedLinear(layer, code))
-        linear += 1
+    weights = quantizable(model, layout)
+    of_experts = {name: each for name, each in weights.items() if each.parent is None}
+    of_linear = {name: each for name, each in weights.items() if each.parent is not None}
+    made: list[Code] = []
+
+    def code_for(name: str, each: Quantizable) -> Code:
+        read = (codes or {}).get(name)
+        if read is None:
+            read = each.encoded(each.module.get_parameter(each.name).detach().to(device), coding)
+        made.append(read)
+        return read
+
+    for name, each in liveness.counted("quantising experts", of_experts.items(), len(of_experts), "weights"):
+        keep_code(each.module, each.name, code_for(name, each))
+        setattr(each.module, each.name, placeholder(each.module.get_parameter(each.name)))
+    experts = sum(code.shape[0] for code in made)
+    for name, each in liveness.counted("quantising linear layers", of_linear.items(), len(of_linear), "layers"):
+        assert isinstance(each.module, nn.Linear)
+        setattr(each.parent, each.child, CodedLinear(each.module, code_for(name, each)))
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
-    report = QuantizeReport(bits, experts, linear, before, resident_bytes(model))
+    after, coded = resident_bytes(model), sum(code.nbytes for code in made)
+    numbers = sum(math.prod(code.shape) for code in made)
+    holes = sum(code.dtype.itemsize for code in made)  # a placeholder has one number
+    before = after - coded - holes + sum(math.prod(code.shape) * code.dtype.itemsize for code in made)
+    report = QuantizeReport(
+        coding.bits, coding.nested, experts, len(of_linear), before, after, 8 * coded / max(1, numbers)
+    )
     _check(model, layout, report, field)
     return report
 
@@ -239,7 +229,8 @@ def spare_ddp(model: nn.Module) -> None:
 
 
 def _is_placeholder(parameter: Tensor) -> bool:
-    return parameter.numel() > 1 and not any(parameter.stride())
+    # All numbers are one, so that no more needs to be looked at.
+    return parameter.numel() > 1 and not any(parameter.stride()) and bool(parameter.flatten()[0].isnan())
 
 
 def _codes(base: nn.Module) -> Iterator[Code]:
@@ -284,10 +275,10 @@ def _check(model: nn.Module, layout: ExpertLayout | None, report: QuantizeReport
         module.get_parameter(name).shape[0] for module in layout.experts(model).values()
         for name in (layout.gate_up, layout.down)
     )  # fmt: skip
-    left = [] if layout is None else [
-        layout.path(layer, f"{layout.experts_path}.{name}")
-        for layer, module in layout.experts(model).items() for name in (layout.gate_up, layout.down)
-        if code_of(module, name) is None or not module.get_parameter(name).isnan().all()
+    left = [
+        name for name, each in quantizable(model, layout).items()
+        if each.parent is not None  # a linear layer that is still plain
+        or code_of(each.module, each.name) is None or not _is_placeholder(each.module.get_parameter(each.name))
     ]  # fmt: skip
     if report.experts != wanted or left:
         raise ModelError(f"{field}: {report.experts} of {wanted} expert matrices are quantised; these are not: {left}")

@@ -2,7 +2,8 @@
 
 The step is divided into terms, and the answer states each of them:
 
-    weights       the base in its stored form: 2 bytes a number in bf16; in NF4 half a byte, plus 4 bytes a block of 64
+    weights       the base in its stored form: 2 bytes a number in bf16; in NF4 half a byte, plus 4 bytes a block of 64,
+                  or with nested scales 1 byte a block and 4 for 256 blocks
     adapter       4 P, for P trainable parameters in fp32
     optimizer     8 P: AdamW's two moments, in fp32 as the parameters are; from the second step on
     gradients     4 P at the end of backward; before that, those of the layers that backward has passed. If all weights
@@ -13,7 +14,8 @@ The step is divided into terms, and the answer states each of them:
     routers       4 bytes an expert and token for the logits, and as many for their softmax in the auxiliary loss
     working       everything else at the peak: the layer that runs (its forward again, with checkpointing), masks and
                   positions, or the output head with its tiles of logits
-    decoded       4 bits, on a GPU: one fused weight of the experts, decoded as a list of matrices and joined
+    decoded       4 bits, on a GPU: one fused weight of the experts, decoded; twice if its code has several parts, which
+                  are decoded and joined
     buckets       several processes: the buffers that average gradients, in addition to the gradients
     gathered      several processes: weights, gradients or tokens of others, while a layer or the head runs
 
@@ -164,7 +166,7 @@ def step_of(
         bits: of the base.
         device: that trains.
     """
-    decoded = 2 * adapted.largest_expert_weight if bits < 16 and device == "cuda" else 0
+    decoded = adapted.decoded if bits < 16 and device == "cuda" else 0
     return StepMoments(recipe, run, targets, _router_bytes(adapted, batch, recipe), decoded, in_place=device == "cuda")
 
 

@@ -13,27 +13,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.backend import keep_code
+from llama_stack_provider_moe.compute.moe.codes import Code, Coding, bytes_of, parts_of
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.model_types import blank_model, is_composite, types_with_experts
-from llama_stack_provider_moe.compute.moe.quantize import BLOCKS, Code, CodedLinear, linear_layers, placeholder
+from llama_stack_provider_moe.compute.moe.quantize import CodedLinear, placeholder, quantizable
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, apply_moe, resolve_moe
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.ground.small_files import read_config as read_model_config
 from llama_stack_provider_moe.spec import Adapter, Moe
 
 Bits = Literal[16, 8, 4]
-_SCALE_BYTES = 4  # fp32, one a block
 
 
 class BlankCode(Code):
     """Quantised matrices with a shape and a number of bytes, but no numbers."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, bits: Literal[8, 4]) -> None:
-        experts, numbers = shape[0], shape[1] * shape[2]
-        self.shape, self.dtype = shape, dtype
-        self._nbytes = experts * (-(-numbers * bits // 8) + _SCALE_BYTES * -(-numbers // BLOCKS[bits]))
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, coding: Coding) -> None:
+        self.shape, self.dtype, self.coding = shape, dtype, coding
+        self._nbytes = bytes_of(shape, coding)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +54,7 @@ class MetaModel:
 
     Attributes:
         weight_bytes: of the base in its stored form, embeddings and head included.
-        largest_expert_weight: bytes in 16 bits of the largest fused weight; 0: there is none.
+        decoded: bytes in 16 bits that decoding a fused weight takes at most; 0: there is none.
     """
 
     model: PreTrainedModel | PeftModel
@@ -63,7 +62,7 @@ class MetaModel:
     resolved: ResolvedMoe
     report: AdapterReport
     weight_bytes: int
-    largest_expert_weight: int
+    decoded: int
 
 
 def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
@@ -153,7 +152,8 @@ def adapt(model: PreTrainedModel, adapter: Adapter | None, moe: Moe, bits: Bits 
     """
     layout = find_layout(model)
     resolved = resolve_moe(moe, layout, full=adapter is None)
-    codes = [] if bits == 16 else _quantize(model, layout, bits)
+    nested = bits == 4 and adapter is not None and adapter.quantize_scales
+    codes = [] if bits == 16 else _quantize(model, layout, Coding(bits, nested))
     apply_moe(model, layout, resolved)
     tensors = [*model.parameters(), *model.buffers()]
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -175,24 +175,27 @@ def adapt(model: PreTrainedModel, adapter: Adapter | None, moe: Moe, bits: Bits 
         resolved,
         report,
         weight_bytes=sum(held.values()) + sum(code.nbytes for code in codes),
-        largest_expert_weight=max((weight.numel() * 2 for weight in fused), default=0),
+        decoded=max((weight.numel() * 2 * (2 if _has_parts(weight, bits) else 1) for weight in fused), default=0),
     )
 
 
-def _quantize(model: nn.Module, layout: ExpertLayout | None, bits: Literal[8, 4]) -> list[BlankCode]:
+def _has_parts(weight: Tensor, bits: Bits) -> bool:
+    return bits < 16 and parts_of(weight.shape[0], weight.shape[1] * weight.shape[2], 4 if bits == 4 else 8) > 1
+
+
+def _quantize(model: nn.Module, layout: ExpertLayout | None, coding: Coding) -> list[BlankCode]:
     """Do what `compute.moe.quantize` does to the same weights, without numbers."""
     codes = []
-    for module in layout.experts(model).values() if layout is not None else ():
-        assert layout is not None
-        for name in (layout.gate_up, layout.down):
-            weight = module.get_parameter(name)
-            code = BlankCode(tuple((weight.mT if layout.transposed else weight).shape), weight.dtype, bits)
-            keep_code(module, name, code)
-            setattr(module, name, placeholder(weight))
-            codes.append(code)
-    for parent, name, linear in linear_layers(model, layout):
-        code = BlankCode((1, *linear.weight.shape), linear.weight.dtype, bits)
-        setattr(parent, name, CodedLinear(linear, code))
+    for each in quantizable(model, layout).values():
+        weight = each.module.get_parameter(each.name)
+        if each.parent is None:
+            code = BlankCode(tuple((weight.mT if each.transposed else weight).shape), weight.dtype, coding)
+            keep_code(each.module, each.name, code)
+            setattr(each.module, each.name, placeholder(weight))
+        else:
+            assert isinstance(each.module, nn.Linear)
+            code = BlankCode((1, *weight.shape), weight.dtype, coding)
+            setattr(each.parent, each.child, CodedLinear(each.module, code))
         codes.append(code)
     if not codes:
         raise ModelError("adapter.quantize_base: true is not valid for this model: nothing in it can be quantised")

@@ -21,8 +21,9 @@ from typing import Literal
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.moe.backend import code_of
+from llama_stack_provider_moe.compute.moe.codes import Code
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_config, without_adapters
-from llama_stack_provider_moe.compute.moe.quantize import Code, CodedLinear
+from llama_stack_provider_moe.compute.moe.quantize import CodedLinear
 from llama_stack_provider_moe.compute.planning.dry_run import DryRun
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
 

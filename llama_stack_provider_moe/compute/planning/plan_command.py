@@ -65,7 +65,8 @@ def planned(body: object, memory_bytes: int, config: str | None = None, rows: in
 
 
 def _adapter(adapter: Adapter) -> str:
-    base = f", base in {adapter.quantize_bits} bits" if adapter.quantize_base else ""
+    scales = " with 8-bit scales" if adapter.quantize_scales else ""
+    base = f", base in {adapter.quantize_bits} bits{scales}" if adapter.quantize_base else ""
     return f"LoRA r={adapter.rank}, plan {adapter.plan or 'by the model'}{base}"
 
 

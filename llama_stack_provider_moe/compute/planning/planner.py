@@ -23,6 +23,7 @@ from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
 from llama_stack_provider_moe.compute.moe.sharding import undividable
 from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
+from llama_stack_provider_moe.compute.planning.loading import LoadingMemory, loading_memory
 from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
 from llama_stack_provider_moe.compute.planning.per_process import (
@@ -109,6 +110,7 @@ class MemoryPlan:
     Attributes:
         asked: `resources.strategy` of the job.
         chosen: None: no strategy is possible on this device.
+        loading: what is needed while a quantised base is read; None: the base is not quantised.
     """
 
     asked: str
@@ -116,6 +118,7 @@ class MemoryPlan:
     processes: int
     options: tuple[Option, ...]
     chosen: Option | None
+    loading: LoadingMemory | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -132,6 +135,7 @@ class MemoryPlan:
             "device": self.machine.device,
             "device_bytes": self.machine.memory_bytes,
             "usable_bytes": self.machine.usable_bytes,
+            "loading": None if self.loading is None else asdict(self.loading),
             "options": [{**asdict(option), "peak_bytes": option.peak_bytes} for option in self.options],
         }
 
@@ -142,6 +146,7 @@ class _Rehearsed:
     weights: tuple[Weight, ...]
     step: StepMoments
     bits: Bits
+    loading: LoadingMemory | None
 
 
 class Planner:
@@ -168,7 +173,8 @@ class Planner:
         fitting = [option for option in open_to if option.verdict == "fits"]
         tight = sorted((option for option in open_to if option.verdict == "tight"), key=lambda each: each.peak_bytes)
         chosen = next(iter([*fitting, *tight]), None)
-        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen)
+        loading = self._rehearsed(spec).loading
+        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading)
 
     def estimate(self, spec: TrainingSpec, way: Way) -> tuple[MemoryEstimate, int]:
         """The peak of one device under a strategy, and the part of it that does not depend on the batch."""
@@ -279,10 +285,11 @@ class Planner:
         bits: Bits = 16 if adapter is None or not adapter.quantize_base else adapter.quantize_bits
         adapted = adapt(model, adapter, spec.moe, bits)
         weights, device = weights_of(adapted), self.machine.device
+        loading = loading_memory(adapted, device) if bits < 16 else None
         distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
         run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
-        return _Rehearsed(adapted, weights, step, bits)
+        return _Rehearsed(adapted, weights, step, bits, loading)
 
 
 def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
@@ -350,7 +357,9 @@ def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         yield [{"adapter": Adapter().model_dump(mode="json")}]
         yield [{"adapter": {**Adapter().model_dump(mode="json"), "quantize_base": True}}]
     elif not spec.adapter.quantize_base:
-        yield [{"adapter.quantize_base": True}]
+        yield [{"adapter.quantize_base": True}, {"adapter.quantize_base": True, "adapter.quantize_scales": True}]
+    elif spec.adapter.quantize_bits == 4 and not spec.adapter.quantize_scales:
+        yield [{"adapter.quantize_scales": True}]
     if on_gpus:
         more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
         if more:

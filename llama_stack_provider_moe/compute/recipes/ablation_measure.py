@@ -22,6 +22,7 @@ def run(session: Session[AblationMeasureSpec]) -> Manifest:
         "device": str(subject.model.device),
         "dtype": spec.training.dtype,
         "quantize_bits": spec.training.quantize_bits,
+        "quantize_scales": spec.training.quantize_scales,
         "layout": None if subject.layout is None else subject.layout.as_json(),
         "adapter_folder": spec.adapter_folder,
         "sets": spec.data.sets,

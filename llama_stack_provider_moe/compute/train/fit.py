@@ -210,6 +210,7 @@ def _probe(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
         dtype=session.spec.training.dtype,
         device=base.device.type,
         quantize_bits=None if base.quantized is None else base.quantized.bits,
+        quantize_scales=base.quantized is not None and base.quantized.nested,
         experts_implementation=base.resolved.experts_implementation,
     )
     biases = None  # a whole model has them in its weights

@@ -81,6 +81,8 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
         f"{chosen.strategy}{by_itself}: {estimate.peak_bytes / 1e9:.2f} of {memory_bytes / 1e9:.1f} GB per process "
         f"expected at the peak, {estimate.moment} ({terms})"
     )
+    if plan.loading is not None:
+        text += f"; {plan.loading.host_bytes / 1e9:.2f} GB of main memory at most while the base is read"
     warnings = []
     if plan.verdict == "tight":
         warnings.append(

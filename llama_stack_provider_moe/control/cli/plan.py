@@ -61,6 +61,9 @@ def shown(document: PlanDocument) -> RenderableType:
         ("machine", f"{_count(found['processes'], what)} of "
                     f"{size(found['device_bytes'])}, of which {size(found['usable_bytes'])} can be used"),
     ]  # fmt: skip
+    if (loading := found["loading"]) is not None:
+        on_device = f", {size(loading['device_bytes'])} of the GPU" if loading["device_bytes"] else ""
+        facts.append(("loading", f"{size(loading['host_bytes'])} of main memory at most{on_device}, for each process"))
     facts.append(("training", timed(document["time"])))
     grid = Table.grid(padding=(0, 2))
     for name, value in facts:

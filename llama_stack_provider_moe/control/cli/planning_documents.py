@@ -95,6 +95,13 @@ class Option(TypedDict):
     estimate: Estimate | None
 
 
+class Loading(TypedDict):
+    """What is needed at most while a quantised base is read."""
+
+    host_bytes: int
+    device_bytes: int
+
+
 class Plan(TypedDict):
     """What fits on the machine."""
 
@@ -105,6 +112,7 @@ class Plan(TypedDict):
     asked: str
     strategy: str
     verdict: str
+    loading: Loading | None
     options: list[Option]
 
 

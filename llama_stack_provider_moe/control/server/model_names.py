@@ -329,7 +329,8 @@ def as_trained(spec: InferenceJob, source: exports.MakingSpec | None) -> dict[st
     adapter = source.adapter if isinstance(source, TrainingSpec) else None
     if adapter is None or not adapter.quantize_base:
         return {}
-    return {"training": spec.training.model_copy(update={"quantize_bits": adapter.quantize_bits})}
+    as_there = {"quantize_bits": adapter.quantize_bits, "quantize_scales": adapter.quantize_scales}
+    return {"training": spec.training.model_copy(update=as_there)}
 
 
 def _best(job: Job, kinds: Mapping[str, str], field: str, best: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llama_stack_provider_moe.compute.moe.adapters import add_lora
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import quantize, spare_ddp
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
@@ -27,7 +28,7 @@ def made(family: str, bits: int | None) -> Any:
     layout = find_layout(model)
     resolved = resolve_moe(Moe(train_router=True), layout, full=False)
     if bits is not None:
-        quantize(model, layout, 4 if bits == 4 else 8, torch.device("cpu"))
+        quantize(model, layout, Coding(4 if bits == 4 else 8), torch.device("cpu"))
     apply_moe(model, layout, resolved)
     torch.manual_seed(0)
     adapted = add_lora(model, Adapter(rank=2), layout, resolved).model

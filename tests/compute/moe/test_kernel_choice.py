@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.kernel_choice import (
     Limits,
@@ -131,7 +132,7 @@ def test_the_trials_layer_has_the_form_of_the_models(family: str, bits: Any) -> 
     layout = find_layout(model)
     assert layout is not None
     if bits is not None:
-        quantize(model, layout, bits, CPU)
+        quantize(model, layout, Coding(bits), CPU)
     experts: Any = next(iter(layout.experts(model).values()))
     adapter = {"rank": 4, "dropout": 0.1, "quantize_base": bits is not None}
     form = form_of(job(adapter=adapter), experts, layout, CPU, 19)

@@ -211,11 +211,12 @@ def test_terms_of_the_estimate() -> None:
 
 
 def test_blank_codes_have_the_size_of_real_ones() -> None:
+    from llama_stack_provider_moe.compute.moe.codes import Coding
     from llama_stack_provider_moe.compute.moe.derive import find_layout
     from llama_stack_provider_moe.compute.moe.quantize import quantize, resident_bytes
 
     real = tiny_models.model("granitemoe").to(torch.bfloat16)
-    quantize(real, find_layout(real), 4, torch.device("cpu"))
+    quantize(real, find_layout(real), Coding(4), torch.device("cpu"))
     counted = blank(tiny_models.config("granitemoe"), Adapter(rank=4), Moe(), 4).weight_bytes
     assert counted == pytest.approx(resident_bytes(real), rel=0.01)
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_stack_provider_moe.compute.moe.adapters import add_lora
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import quantize
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
@@ -35,7 +36,7 @@ def mixtral(rank: int | None, bits: int | None = None) -> Any:
     layout = find_layout(model)
     resolved = resolve_moe(Moe(), layout, full=rank is None)
     if bits is not None:
-        quantize(model, layout, 4, torch.device("cpu"))
+        quantize(model, layout, Coding(4), torch.device("cpu"))
     apply_moe(model, layout, resolved)
     adapted = model if rank is None else add_lora(model, Adapter(rank=rank), layout, resolved).model
     return adapted, layout

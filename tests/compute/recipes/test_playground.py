@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from llama_stack_provider_moe.compute.models.loader import load_plain
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import Bits, dequantize, quantize
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
@@ -156,7 +157,7 @@ def test_a_quantised_base_answers_as_its_decoded_weights_do(
     folder = playground(workshop, trained, training={"dtype": "fp32", "quantize_bits": bits})
     model = load_plain(str(workshop.model("granitemoe")), "fp32", torch.device("cpu"))
     layout = find_layout(model)
-    quantize(model, layout, bits, torch.device("cpu"))
+    quantize(model, layout, Coding(bits), torch.device("cpu"))
     dequantize(model, layout)
     model.save_pretrained(tmp_path)
     tiny_models.tokenizer().save_pretrained(tmp_path)

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.compute.evaluation import judges
 from llama_stack_provider_moe.compute.evaluation.lm_eval_tasks import run_tasks
 from llama_stack_provider_moe.compute.export import hub, ollama
 from llama_stack_provider_moe.compute.moe import downloads
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import dequantize
 from llama_stack_provider_moe.compute.recipes import dpo
@@ -307,7 +308,7 @@ def test_a_quantised_base_is_decoded_layer_by_layer(told: list[Work]) -> None:
 
     model: PreTrainedModel = tiny_models.model("granitemoe")
     layout = find_layout(model)
-    quantize(model, layout, 4, torch.device("cpu"))
+    quantize(model, layout, Coding(4), torch.device("cpu"))
     told.clear()
     dequantize(model, layout)
     assert {work.unit for work in told} == {"layers", "linear layers"}

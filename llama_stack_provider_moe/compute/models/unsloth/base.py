@@ -121,7 +121,8 @@ def quantized(spec: TrainingSpec, model: PreTrainedModel, layout: ExpertLayout |
         )
     before = sum(_whole_bytes(parameter, DTYPES[spec.training.dtype]) for parameter in model.parameters())
     after = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return QuantizeReport(4, len(experts), coded, before, after)
+    nested = any(module.weight.quant_state.nested for module in model.modules() if isinstance(module, Linear4bit))
+    return QuantizeReport(4, nested, len(experts), coded, before, after)
 
 
 def adapt(spec: TrainingSpec, model: PreTrainedModel, layout: ExpertLayout | None, resolved: ResolvedMoe) -> Adapted:
