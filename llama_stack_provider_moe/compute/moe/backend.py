@@ -95,8 +95,11 @@ def _on_rows(
 ) -> Tensor:
     """Run sorted tokens through the experts that the module's parameters hold."""
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not has_dropout(experts, up, down):
-        return expert_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+    if can_recompute(experts) and not has_dropout(experts, up, down):
+        keep_rows = not recomputes(kernels, hidden_TD.device)
+        activation = activation_of(experts)
+        out_TD = expert_layer(hidden_TD, weights_TK, up, down, activation, found, kernels, keep_rows=keep_rows)
+        return out_TD.to(hidden_TD.dtype)
     norm = None if can_recompute(experts) else experts.post_expert_norm
     return kept_layer(hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels, norm).to(hidden_TD.dtype)
 
@@ -268,10 +271,13 @@ def _llama4_on_rows(
     experts: "ExpertsModule", hidden_TD: Tensor, weights_TK: Tensor, found: Sorted, kernels: Kernels
 ) -> Tensor:
     up, down = projections(experts)
-    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not has_dropout(experts, up, down):
+    if weights_TK.shape[1] == 1 and not has_dropout(experts, up, down):
         weighted_TD = hidden_TD * weights_TK
         ones_TK = torch.ones_like(weights_TK)
-        return expert_layer(weighted_TD, ones_TK, up, down, activation_of(experts), found, kernels).to(hidden_TD.dtype)
+        keep_rows = not recomputes(kernels, hidden_TD.device)
+        activation = activation_of(experts)
+        out_TD = expert_layer(weighted_TD, ones_TK, up, down, activation, found, kernels, keep_rows=keep_rows)
+        return out_TD.to(hidden_TD.dtype)
     rows_SD = dispatch(hidden_TD, found) * found.of_rows(weights_TK).unsqueeze(-1)
     out_SD = _times(down, activation_of(experts).function(_times(up, rows_SD, found, kernels)), found, kernels)
     return combine(out_SD, torch.ones_like(weights_TK), found).to(hidden_TD.dtype)

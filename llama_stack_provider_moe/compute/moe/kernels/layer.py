@@ -41,6 +41,8 @@ def expert_layer(
     activation: Activation,
     found: Sorted,
     kernels: Kernels,
+    *,
+    keep_rows: bool = False,
 ) -> Tensor:
     """The layer of the module's docstring, in the weights' dtype; autocast has no effect inside.
 
@@ -52,6 +54,7 @@ def expert_layer(
         activation: the function between them.
         found: tokens sorted by expert.
         kernels: kernels that compute the products.
+        keep_rows: keep the rows of x for backward instead of x, and copy rows once for all products that read them.
 
     Returns:
         (T, D), in the wider dtype of the projections' weights and `weights_TK`.
@@ -66,7 +69,7 @@ def expert_layer(
         tensors.extend(None if factor is None else factor.to(each.weight.dtype).contiguous() for factor in (a, b))
     stored = tuple(None if isinstance(each.weight, Tensor) else each.weight for each in (up, down))
     hidden_TD = hidden_TD.to(up.weight.dtype)
-    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels)
+    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels, keep_rows)
     return out
 
 
@@ -109,6 +112,7 @@ class _Context(Protocol):
     activation: Activation
     found: Sorted
     kernels: Kernels
+    keep_rows: bool
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]  # Tensor or None, by position
 
@@ -133,37 +137,42 @@ class _Layer(torch.autograd.Function):
         activation: Activation,
         found: Sorted,
         kernels: Kernels,
+        keep_rows: bool,
     ) -> Tensor:
         """(T, D)"""
+        rows, index_S = (hidden_TD.index_select(0, found.tokens_S), None) if keep_rows else (hidden_TD, found.tokens_S)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             inner_SJ, up_low_SR = kernels.product(
-                hidden_TD, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=found.tokens_S
+                rows, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=index_S
             )
             inner_SI = kernels.gated(inner_SJ, activation)
             out_SD, down_low_SR = kernels.product(
                 inner_SI, _either(down, stored[1]), found.groups, down_a, down_b, down_bias
             )
             out_TD = kernels.weighted_sum(out_SD, found, weights_TK)
+        reads_rows = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         ctx.save_for_backward(
-            hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR,
+            rows if reads_rows else None, weights_TK, inner_SJ, up_low_SR, down_low_SR,
             up, up_bias, up_a, up_b, down, down_bias, down_a, down_b,
         )  # fmt: skip
         ctx.stored, ctx.activation, ctx.found, ctx.kernels = stored, activation, found, kernels
+        ctx.keep_rows = keep_rows
         return out_TD
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that need one, None for all others."""
-        hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR, *parameters = ctx.saved_tensors
+        rows, weights_TK, inner_SJ, up_low_SR, down_low_SR, *parameters = ctx.saved_tensors
         up, up_bias, up_a, up_b, down, down_bias, down_a, down_b = parameters
         needs_hidden, needs_weights, *needs = ctx.needs_input_grad[:10]
         found, kernels = ctx.found, ctx.kernels
         groups, tokens_S = found.groups, found.tokens_S
         d_out_TD = gradients[0].to(inner_SJ.dtype).contiguous()
+        d_out, index_S = (d_out_TD.index_select(0, tokens_S), None) if ctx.keep_rows else (d_out_TD, tokens_S)
         d_hidden = d_weights = None
         with torch.autocast(d_out_TD.device.type, enabled=False):
             d_inner_SI, d_low_SR = kernels.product(
-                d_out_TD, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=tokens_S
+                d_out, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=index_S
             )
             weight_S = found.of_rows(weights_TK)
             d_inner_SJ, inner_SI, d_weight_S = kernels.gated_backward(inner_SJ, ctx.activation, d_inner_SI, weight_S)
@@ -174,7 +183,7 @@ class _Layer(torch.autograd.Function):
                     d_weight_S = d_weight_S + (d_out_TD @ down_bias.to(d_out_TD.dtype).T)[tokens_S, experts_S]
                 d_weights = found.of_choices(d_weight_S).to(weights_TK.dtype)
             d_down = _gradients(
-                needs[4:], kernels, groups, d_out_TD, tokens_S, inner_SI, None, d_low_SR, down_low_SR, weight_S
+                needs[4:], kernels, groups, d_out, index_S, inner_SI, None, d_low_SR, down_low_SR, weight_S
             )
             del inner_SI
             if needs_hidden:
@@ -185,7 +194,7 @@ class _Layer(torch.autograd.Function):
             elif needs[2]:
                 d_low_SR, _ = kernels.product(d_inner_SJ, up_b.mT, groups)
             d_up = _gradients(
-                needs[:4], kernels, groups, d_inner_SJ, None, hidden_TD, tokens_S, d_low_SR, up_low_SR, None
+                needs[:4], kernels, groups, d_inner_SJ, None, rows, index_S, d_low_SR, up_low_SR, None
             )
         d_biases = [
             None if gradient is None else gradient.to(bias.dtype)
@@ -193,7 +202,7 @@ class _Layer(torch.autograd.Function):
         ]
         return (
             d_hidden, d_weights, d_up[0], d_biases[0], *d_up[2:], d_down[0], d_biases[1], *d_down[2:],
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
