@@ -107,6 +107,7 @@ bench: $(VENV)/.dev demo
 	$(BIN)/python -m benchmarks.quantized_base
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_against_trl
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.follow_cost
 	$(BIN)/python -m benchmarks.bring_data

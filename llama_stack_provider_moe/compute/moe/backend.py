@@ -147,10 +147,10 @@ def is_dispatched(experts: nn.Module) -> bool:
 
 
 def recomputes(kernels: Kernels, device: torch.device) -> bool:
-    """Whether a layer keeps only what `kernels.layer` needs and recomputes the rest in backward.
+    """Whether a layer gathers its rows again in backward instead of keeping them (`keep_rows` of `expert_layer`).
 
-    On a GPU memory is the bottleneck. On a CPU torch's products copy the gathered rows three times, and the kept
-    activations are small anyway: the layer would take 1.2 to 1.6 times as long for a third to a half of the memory.
+    On a GPU memory is the bottleneck, and the kernels gather rows while they multiply. On a CPU each product would
+    first copy them, and the kept rows are small.
     """
     return kernels is not reference or device.type != "cpu"
 

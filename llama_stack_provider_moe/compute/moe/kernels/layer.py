@@ -5,7 +5,7 @@ the gate and e = e(t, k). A plain implementation with S = T K rows keeps x (T, D
 g (S, I) and the rows of D g (S, D). This one keeps x, U x and the thin products of LoRA (S, R): for the shape of
 Qwen3-30B-A3B with 8,192 tokens in bf16 that is 0.23 GB instead of 1.21 per layer. The rest is recomputed or not needed:
 
-- the products gather the rows of x themselves (`index_S`);
+- the products gather the rows of x themselves (`index_S`), or, on a CPU, the rows are kept instead of x (`keep_rows`);
 - g is recomputed from U x, in one pointwise pass together with its gradient;
 - the gradient of w does not need the rows of D g: <D g, d> = <g, D^T d> (+ <bias, d>), and backward computes D^T d
   anyway, as in SonicMoE (Guo et al. 2025, arXiv 2512.14080).
@@ -193,9 +193,7 @@ class _Layer(torch.autograd.Function):
                 d_hidden = kernels.weighted_sum(d_rows_SD, found)
             elif needs[2]:
                 d_low_SR, _ = kernels.product(d_inner_SJ, up_b.mT, groups)
-            d_up = _gradients(
-                needs[:4], kernels, groups, d_inner_SJ, None, rows, index_S, d_low_SR, up_low_SR, None
-            )
+            d_up = _gradients(needs[:4], kernels, groups, d_inner_SJ, None, rows, index_S, d_low_SR, up_low_SR, None)
         d_biases = [
             None if gradient is None else gradient.to(bias.dtype)
             for gradient, bias in ((d_up[1], up_bias), (d_down[1], down_bias))
