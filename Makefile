@@ -108,6 +108,7 @@ bench: $(VENV)/.dev demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading_memory
 	$(BIN)/python -m benchmarks.breaker_memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_start
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.job_against_trl
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.follow_cost
 	$(BIN)/python -m benchmarks.polling

@@ -1,12 +1,14 @@
 """LoRA on experts on a CPU: ours against PEFT's `target_parameters`, forward and backward, time and peak memory.
 
-One experts module of three mid-size shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of
-rank 16, ours (beside the weights) against PEFT's (merged into them) over transformers' `grouped_mm` and over its eager
-loop; and fully trained, ours against `grouped_mm`. Each variant has its own process, as a job has: oneDNN keeps the
-code that it compiles for a process, so variants that share a process would influence one another. Each repetition draws
-a number of tokens and a routing, as each training step does, and gives them to all variants, one after the other; the
-order alternates. Memory is the rise of the process's resident set during a step. Before any measurement, each variant's
-output and gradients are compared with those of the eager loop in fp32. Run
+One experts module of four mid-size shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of
+rank 16, ours (beside the weights) against PEFT's (W + s B A in one `baddbmm` since 0.21.2) over transformers'
+`grouped_mm` and over its eager loop; and fully trained, ours against `grouped_mm`. Each variant has its own process, as
+a job has: oneDNN keeps the code that it compiles for a process, so variants that share a process would influence one
+another. Each repetition draws a number of tokens and a routing, as each training step does, and gives them to all
+variants, one after the other; the order alternates. Time is the processor's, of one thread, because other programs may
+use the cores. Memory is the rise of the process's resident set during a step, in other processes, whose allocator gives
+large blocks back at once. Before any measurement, each variant's output and gradients are compared with those of the
+eager loop in fp32. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
@@ -34,6 +36,8 @@ from llama_stack_provider_moe.compute.moe.backend import OURS
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
 RANK = 16
+MALLOC = "MALLOC_MMAP_THRESHOLD_"
+MEMORY_STEPS = 3
 TOKENS = {"256 tokens": (192, 320), "1024 tokens": (768, 1280)}  # of a step, drawn anew
 
 
@@ -48,6 +52,7 @@ class Shape:
 
 
 SHAPES = {
+    "H512 I256 E32 top-8": Shape(512, 256, 32, 8),
     "H512 I1024 E16 top-2": Shape(512, 1024, 16, 2),
     "H768 I512 E32 top-4": Shape(768, 512, 32, 4),
     "H1024 I512 E32 top-8 (Granite-3.0-1b-a400m)": Shape(1024, 512, 32, 8),
@@ -107,13 +112,13 @@ def drawn(shape: Shape, tokens_of: str, draws: torch.Generator, dtype: torch.dty
 
 
 def one_step(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
-    """Seconds of one forward and backward, and bytes by which the resident set rose."""
+    """Processor seconds of one forward and backward, and bytes by which the resident set rose."""
     layer.zero_grad(set_to_none=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    began = time.perf_counter()
+    began = time.process_time()
     layer(*inputs).float().square().mean().backward()
-    return time.perf_counter() - began, status("VmHWM") - before
+    return time.process_time() - began, status("VmHWM") - before
 
 
 def status(field: str) -> int:
@@ -153,7 +158,7 @@ def run_variant(name: str, shape: Shape, tokens_of: str, dtype: torch.dtype, thr
 
 def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
     """(seconds, bytes) a step, by variant, after two steps that are not counted."""
-    # A process each, begun anew; large blocks go back to the system at once, so that the resident set tells them.
+    # A process each, begun anew.
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -177,10 +182,14 @@ def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dic
     return figures
 
 
-def summary(figures: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
-    """Ratios first, then what they are made of."""
-    seconds = {name: [second for second, _ in each] for name, each in figures.items()}
-    peaks = {name: statistics.median(peak for _, peak in each) for name, each in figures.items()}
+def measured(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+    """Time and memory of a case. Ratios first, then what they are made of."""
+    timed = measure(shape, tokens_of, dtype, steps)
+    os.environ[MALLOC] = str(256 * 1024)  # read by the processes that are begun next
+    weighed = measure(shape, tokens_of, dtype, MEMORY_STEPS)
+    del os.environ[MALLOC]
+    seconds = {name: [second for second, _ in each] for name, each in timed.items()}
+    peaks = {name: statistics.median(peak for _, peak in each) for name, each in weighed.items()}
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     return {
         "times_as_fast": {title: round(medians[base] / medians[ours], 2) for title, (base, ours) in RATIOS.items()},
@@ -199,14 +208,13 @@ def main() -> None:
         "--out", type=Path, default=RESULTS / f"cpu_experts_{datetime.now(UTC):%Y-%m-%d}.json", help="result file"
     )
     arguments = parser.parse_args()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)  # read by the processes that are begun below
     shapes: dict[str, Any] = {}
     for title, shape in SHAPES.items():
         shapes[title] = {"relative_difference_to_eager_fp32": check(shape)}
         for tokens_of in TOKENS:
             for dtype in (torch.bfloat16, torch.float32):
                 name = f"{str(dtype).removeprefix('torch.')}, {tokens_of}"
-                found = shapes[title][name] = summary(measure(shape, tokens_of, dtype, arguments.steps))
+                found = shapes[title][name] = measured(shape, tokens_of, dtype, arguments.steps)
                 print(title, name, found["times_as_fast"], found["times_the_memory"], flush=True)
     result = {
         "what": f"experts forward and backward, LoRA r={RANK} or full, new row counts at each step",

@@ -57,6 +57,16 @@ def start() -> list[str]:
             f"{found['cold']['first_step_s'][1]:.0f} s without it"]  # fmt: skip
 
 
+def against_trl() -> list[str]:
+    cases = newest("job_against_trl")["cases"]
+    assert list(cases) == ["tiny dense", "small MoE", "SmolLM2-135M"]
+    return [
+        f"| {name} | {each['times_as_fast']['whole']:.2f} | {each['times_as_fast']['steps']:.2f} | "
+        f"{each['times_the_time']['before']:.2f} | {each['times_the_time']['after']:.2f} |"
+        for name, each in cases.items()
+    ]
+
+
 def store() -> list[str]:
     found = newest("job_store")
     assert all(each["many_clients"]["errors"] == 0 for each in found["databases"].values())
@@ -186,8 +196,8 @@ def telemetry() -> list[str]:
 @pytest.mark.parametrize(
     "claims",
     [
-        rows_of_experts, quantized, start, store, memory, merging, ablating, bringing, file_in_s3, following, polling,
-        telemetry,
+        rows_of_experts, quantized, start, against_trl, store, memory, merging, ablating, bringing, file_in_s3,
+        following, polling, telemetry,
     ],
 )  # fmt: skip
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:

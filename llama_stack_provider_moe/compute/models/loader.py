@@ -29,7 +29,7 @@ from llama_stack_provider_moe.compute.distributed.expert_parallel import sharing
 from llama_stack_provider_moe.compute.models.chat_templates import set_template
 from llama_stack_provider_moe.compute.moe.downloads import DownloadBar
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers
-from llama_stack_provider_moe.compute.moe.model_types import class_of, is_composite, types_with_experts
+from llama_stack_provider_moe.compute.moe.model_types import class_of, has_experts, is_composite
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts, watch_layers
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.ground import liveness
@@ -259,7 +259,7 @@ def _weights(
     model_class: type[PreTrainedModel | AutoModelForCausalLM | AutoModelForSequenceClassification] | None = None,
 ) -> PreTrainedModel:
     if model_class is None:  # a composite model is loaded by the class of the whole, so that it is saved whole
-        whole = class_of(config) if config.model_type in types_with_experts() else None
+        whole = class_of(config) if has_experts(config.model_type) else None
         model_class = whole or AutoModelForCausalLM
     try:
         with liveness.stage("opening the model", unit="files"), transformers_counts():
@@ -340,7 +340,7 @@ def model_config(model: str) -> PreTrainedConfig:
     is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         not config.architectures or made_as in causal
     )
-    if config.model_type in types_with_experts():
+    if has_experts(config.model_type):
         known = class_of(config)
         is_causal = known is not None and (not config.architectures or made_as == known.__name__)
     has_own_code = trusted(model) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})

@@ -103,8 +103,9 @@ def _on_rows(
     up, down = projections(experts)
     layer = (hidden_TD, weights_TK, up, down, activation_of(experts), found, kernels)
     dropout = dropout_of(experts, up, down)
-    if recomputes(kernels, hidden_TD.device) and can_recompute(experts) and not is_random(experts):
-        return expert_layer(*layer, dropout).to(hidden_TD.dtype)
+    if can_recompute(experts) and not is_random(experts):
+        keep_rows = not recomputes(kernels, hidden_TD.device)
+        return expert_layer(*layer, dropout, keep_rows=keep_rows).to(hidden_TD.dtype)
     norm = None if can_recompute(experts) else experts.post_expert_norm
     return kept_layer(*layer, norm, dropout).to(hidden_TD.dtype)
 
@@ -152,10 +153,10 @@ def is_dispatched(experts: nn.Module) -> bool:
 
 
 def recomputes(kernels: Kernels, device: torch.device) -> bool:
-    """Whether a layer keeps only what `kernels.layer` needs and recomputes the rest in backward.
+    """Whether a layer gathers its rows again in backward instead of keeping them (`keep_rows` of `expert_layer`).
 
-    On a GPU memory is the bottleneck. On a CPU torch's products copy the gathered rows three times, and the kept
-    activations are small anyway: the layer would take 1.2 to 1.6 times as long for a third to a half of the memory.
+    On a GPU memory is the bottleneck, and the kernels gather rows while they multiply. On a CPU each product would
+    first copy them, and the kept rows are small.
     """
     return kernels is not reference or device.type != "cpu"
 
@@ -280,9 +281,10 @@ def _llama4_on_rows(
 ) -> Tensor:
     up, down = projections(experts)
     activation, dropout, ones_TK = activation_of(experts), dropout_of(experts, up, down), torch.ones_like(weights_TK)
-    if recomputes(kernels, hidden_TD.device) and weights_TK.shape[1] == 1 and not is_random(experts):
-        weighted_TD = hidden_TD * weights_TK
-        out_TD = expert_layer(weighted_TD, ones_TK, up, down, activation, found, kernels, dropout)
+    if weights_TK.shape[1] == 1 and not is_random(experts):
+        weighted_TD, keep_rows = hidden_TD * weights_TK, not recomputes(kernels, hidden_TD.device)
+        layer = (weighted_TD, ones_TK, up, down, activation, found, kernels, dropout)
+        out_TD = expert_layer(*layer, keep_rows=keep_rows)
         return out_TD.to(hidden_TD.dtype)
     rows_SD = dispatch(hidden_TD, found) * found.of_rows(weights_TK).unsqueeze(-1)
     out_SD = kept_rows(rows_SD, up, down, activation, found, kernels, dropout)

@@ -32,12 +32,16 @@ _WHOLE = (
 @cache
 def types_with_experts() -> dict[str, str]:
     """Model type -> name of the class of the whole model, which writes text, in alphabetical order."""
-    found: dict[str, str] = {}
-    for model_type in sorted(CONFIG_MAPPING_NAMES):
-        whole = whole_class(model_type)
-        if whole is not None and _EXPERTS.search(_source(model_type)):
-            found[model_type] = whole
-    return found
+    found = {model_type: whole_class(model_type) for model_type in sorted(CONFIG_MAPPING_NAMES)}
+    return {model_type: whole for model_type, whole in found.items() if whole is not None and has_experts(model_type)}
+
+
+@cache
+def has_experts(model_type: str) -> bool:
+    """Whether it is one of `types_with_experts`; reads the source of this type alone."""
+    if model_type not in CONFIG_MAPPING_NAMES or whole_class(model_type) is None:
+        return False
+    return _EXPERTS.search(_source(model_type)) is not None
 
 
 def whole_class(model_type: str) -> str | None:
@@ -61,7 +65,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def is_composite(config: PreTrainedConfig) -> bool:
     """Whether a model has other parts beside its language model, and that one has experts."""
-    return config.get_text_config() is not config and config.model_type in types_with_experts()
+    return config.get_text_config() is not config and has_experts(config.model_type)
 
 
 def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -15,14 +15,27 @@ from transformers.core_model_loading import WeightRenaming
 from llama_stack_provider_moe.errors import AdapterError
 
 _PREFIX = "base_model.model."
+_KNOWN = "_names_in_adapter_file"
 
 
 def names_in_file(model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
     """Name of each tensor of the adapter, as PEFT's modules have it -> its name in the file.
 
+    They follow from the model's structure, so they are found once for each model: a job checks them before it trains,
+    and each checkpoint needs them.
+
     Raises:
         AdapterError: PEFT would not find some of them under any name.
     """
+    known: dict[tuple[str, ...], dict[str, str]] = vars(model).setdefault(_KNOWN, {})
+    structure = (adapter_name, *model.state_dict())
+    if structure not in known:
+        known.clear()
+        known[structure] = _names(model, adapter_name)
+    return dict(known[structure])
+
+
+def _names(model: PeftModel, adapter_name: str) -> dict[str, str]:
     # PEFT chooses by name alone, so it gets no weights: of sharded ones it would gather all, which needs every process.
     nothing = dict.fromkeys(model.state_dict(), torch.empty(1, 1, device="cpu"))
     own = list(get_peft_model_state_dict(model, nothing, adapter_name=adapter_name, save_embedding_layers=False))

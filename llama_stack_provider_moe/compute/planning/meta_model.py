@@ -17,7 +17,7 @@ from llama_stack_provider_moe.compute.moe.codes import Code, Coding, bytes_of, p
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.moe.model_types import blank_model, is_composite, types_with_experts
+from llama_stack_provider_moe.compute.moe.model_types import blank_model, has_experts, is_composite
 from llama_stack_provider_moe.compute.moe.quantize import CodedLinear, placeholder, quantizable
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, apply_moe, resolve_moe
 from llama_stack_provider_moe.errors import ModelError, shorten
@@ -99,7 +99,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
             "model only",
         )
         config = text_config
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in types_with_experts():
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_experts(config.model_type):
         raise ModelError(f"model: {name!r} (model_type {config.model_type!r}) is not a causal language model")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model: {name!r} is quantised; expected the unquantised weights")

@@ -6,7 +6,9 @@ reason and a list of what would fit (`compute.planning.planner`). If only the es
 a warning.
 
 Two kinds of jobs are not estimated: small models on a CPU, where a step takes less time than the estimate, and models
-that Unsloth runs, because its kernels keep other tensors than ours.
+that Unsloth runs, because its kernels keep other tensors than ours. A model is small for its job if weights, gradients
+and optimiser take an eighth of the memory at most; with an adapter, if the weights take a sixteenth and a micro-batch
+is short, so that activations are not what fills the memory.
 """
 
 import math
@@ -23,8 +25,10 @@ from llama_stack_provider_moe.compute.runtime.context import AnySession, Forecas
 from llama_stack_provider_moe.errors import MoeError, TrainingError, shorten
 from llama_stack_provider_moe.spec import TrainingSpec
 
-# Share of a CPU's memory. Weights stored in bf16 take eight times their files in fp32 with gradients and moments.
+# Shares of a CPU's memory. Weights stored in bf16 take eight times their files in fp32 with gradients and moments, and
+# twice their files where an adapter trains.
 SMALL = 1 / 64
+SMALL_ADAPTED, SHORT_TOKENS = 1 / 32, 2048  # tokens of a micro-batch
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -55,8 +59,7 @@ def decided(session: AnySession) -> AnySession:
 def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
     asked = spec.resources.strategy
     unplanned = "ddp" if asked == "auto" else asked
-    small = device == "cpu" and _weights_on_disk(spec.model) <= SMALL * memory_bytes
-    if small or not backend_of(spec).has_memory_estimate:
+    if (device == "cpu" and _is_small(spec, memory_bytes)) or not backend_of(spec).has_memory_estimate:
         return _Decided(unplanned, None)
     # These imports take time, and most jobs on a CPU return above.
     from llama_stack_provider_moe.compute.planning.meta_model import read_config
@@ -108,6 +111,12 @@ def _machine_bytes() -> int:
     except OSError:
         return there
     return there if limit == "max" else min(there, int(limit))
+
+
+def _is_small(spec: TrainingSpec, memory_bytes: int) -> bool:
+    is_short = spec.training.batch_size * spec.options.max_length <= SHORT_TOKENS
+    share = SMALL_ADAPTED if spec.adapter is not None and is_short else SMALL
+    return _weights_on_disk(spec.model) <= share * memory_bytes
 
 
 def _weights_on_disk(model: str) -> float:

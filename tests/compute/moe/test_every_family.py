@@ -7,15 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from llama_stack_provider_moe.compute.moe import model_types
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.exceptions import REFUSED
-from llama_stack_provider_moe.compute.moe.model_types import types_with_experts
+from llama_stack_provider_moe.compute.moe.model_types import has_experts, types_with_experts
 from llama_stack_provider_moe.errors import LayoutError, MoeError
 from tests.support.family_laws import LAWS
 from tests.support.family_results import FAILS, FILE, NOT_MADE, text
 from tests.support.family_subject import Subject
 
 MADE = [each for each in types_with_experts() if each not in NOT_MADE and each not in REFUSED]
+
+
+def test_what_one_type_has_is_told_by_its_own_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job asks for its model's type alone, and reads one file of several hundred."""
+    read: list[str] = []
+    source = model_types._source
+    monkeypatch.setattr(model_types, "_source", lambda model_type: read.append(model_type) or source(model_type))
+    has_experts.cache_clear()
+    found = {each: has_experts(each) for each in ("llama", "mixtral", "no such type")}
+    assert found == {"llama": False, "mixtral": True, "no such type": False}
+    assert read == ["llama", "mixtral"]
 
 
 # One family after the other: its laws share its model.

@@ -53,6 +53,23 @@ def test_elsewhere_the_names_are_those_of_the_modules() -> None:
     assert all(own == name for own, name in names_in_file(model).items())
 
 
+def test_the_names_are_found_once_for_each_structure_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job asks for them before training and at each checkpoint."""
+    model, _ = Subject("laguna").adapted(Moe(), Adapter(rank=2, alpha=4, plan="all_experts"))
+    names = names_in_file(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_names, "_lost", None)  # can't be called
+        again = names_in_file(model)
+        assert again == names
+        again.clear()  # the caller's own
+        assert names_in_file(model) == names
+    model.register_buffer("new", torch.zeros(1))
+    asked: list[str] = []
+    monkeypatch.setattr(saved_names, "_lost", lambda *_: asked.append("again") or [])
+    names_in_file(model)
+    assert asked
+
+
 def test_an_adapter_that_peft_would_not_find_under_any_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = Subject("laguna").adapted(Moe())
     names_in_file(model)

@@ -214,6 +214,21 @@ def test_a_small_job_on_a_cpu_is_not_estimated(workshop: Workshop) -> None:
     assert told.warnings[0].startswith("memory could not be estimated (ModelError: model: the config of")
 
 
+@pytest.mark.parametrize(
+    ("adapter", "max_length", "largest"), [(None, 256, 1 / 64), ({}, 256, 1 / 32), ({}, 257, 1 / 64)]
+)
+def test_what_is_small_depends_on_what_trains_and_on_the_batch(
+    adapter: dict[str, Any] | None, max_length: int, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most an eighth of the memory for weights, gradients and moments; under an adapter a sixteenth for weights."""
+    spec = changed(job(adapter=adapter), {"training.batch_size": 8, "options.max_length": max_length})
+    memory = 64 * 10**9
+    for files, is_estimated in ((largest * memory, False), (largest * memory + 1, True)):
+        monkeypatch.setattr(strategy, "_weights_on_disk", lambda model, files=files: files)
+        decided = strategy._decide(spec, "cpu", memory)  # no such model: an estimate ends with a warning
+        assert bool(decided.warnings) is is_estimated
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     CONFIG.save_pretrained(tmp_path)
     template = tmp_path / "job.json"

@@ -6,6 +6,7 @@ expert differs from step to step, so nearly every product has a new shape: as me
 one of a few counts (`bucket`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +37,15 @@ class Groups:
         ends: list[int] = self.ends_E.tolist()
         pairs = zip([0, *ends[:-1]], ends, strict=True)
         return [(expert, begin, end) for expert, (begin, end) in enumerate(pairs) if end > begin]
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """Views of the rows of each expert in `spans`.
+
+        >>> [part.tolist() for part in Groups(torch.tensor([1, 1, 3])).parts(torch.tensor([5, 6, 7]))]
+        [[5], [6, 7]]
+        """
+        sizes = [end - begin for _, begin, end in self.spans]
+        return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ the gate and e = e(t, k). A plain implementation with S = T K rows keeps x (T, D
 g (S, I) and the rows of D g (S, D). This one keeps x, U x and the thin products of LoRA (S, R): for the shape of
 Qwen3-30B-A3B with 8,192 tokens in bf16 that is 0.23 GB instead of 1.21 per layer. The rest is recomputed or not needed:
 
-- the products gather the rows of x themselves (`index_S`);
+- the products gather the rows of x themselves (`index_S`), or, on a CPU, the rows are kept instead of x (`keep_rows`);
 - g is recomputed from U x, in one pointwise pass together with its gradient;
 - dropout's masks are recomputed from a seed (`drop`);
 - the gradient of w does not need the rows of D g: <D g, d> = <g, D^T d> (+ <bias, d>), and backward computes D^T d
@@ -53,6 +53,8 @@ def expert_layer(
     found: Sorted,
     kernels: Kernels,
     dropout: Dropout | None = None,
+    *,
+    keep_rows: bool = False,
 ) -> Tensor:
     """The layer of the module's docstring, in the weights' dtype; autocast has no effect inside.
 
@@ -65,6 +67,7 @@ def expert_layer(
         found: tokens sorted by expert.
         kernels: kernels that compute the products.
         dropout: its seed, and its share of the inner activation; None if nothing is dropped, of LoRA's input neither.
+        keep_rows: keep the rows of x for backward instead of x, and copy rows once for all products that read them.
 
     Returns:
         (T, D), in the wider dtype of the projections' weights and `weights_TK`.
@@ -77,7 +80,7 @@ def expert_layer(
     stored = tuple(None if isinstance(each.weight, Tensor) else each.weight for each in (up, down))
     hidden_TD = hidden_TD.to(up.weight.dtype)
     drops = _drops(up, down, found, dropout)
-    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels, drops)
+    out: Tensor = _Layer.apply(hidden_TD, weights_TK, *tensors, stored, activation, found, kernels, drops, keep_rows)
     return out
 
 
@@ -146,6 +149,7 @@ class _Context(Protocol):
     found: Sorted
     kernels: Kernels
     drops: _Drops
+    keep_rows: bool
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]  # Tensor or None, by position
 
@@ -171,38 +175,42 @@ class _Layer(torch.autograd.Function):
         found: Sorted,
         kernels: Kernels,
         drops: _Drops,
+        keep_rows: bool,
     ) -> Tensor:
         """(T, D)"""
+        rows, index_S = (hidden_TD.index_select(0, found.tokens_S), None) if keep_rows else (hidden_TD, found.tokens_S)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             inner_SJ, up_low_SR = kernels.product(
-                hidden_TD, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=found.tokens_S,
-                drop=drops.up,
-            )  # fmt: skip
+                rows, _either(up, stored[0]), found.groups, up_a, up_b, up_bias, index_S=index_S, drop=drops.up
+            )
             inner_SI = kernels.gated(inner_SJ, activation, drops.inner)
             out_SD, down_low_SR = kernels.product(
                 inner_SI, _either(down, stored[1]), found.groups, down_a, down_b, down_bias, drop=drops.down
             )
             out_TD = kernels.weighted_sum(out_SD, found, weights_TK)
+        reads_rows = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         ctx.save_for_backward(
-            hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR,
+            rows if reads_rows else None, weights_TK, inner_SJ, up_low_SR, down_low_SR,
             up, up_bias, up_a, up_b, down, down_bias, down_a, down_b,
         )  # fmt: skip
-        ctx.stored, ctx.activation, ctx.found, ctx.kernels, ctx.drops = stored, activation, found, kernels, drops
+        ctx.stored, ctx.activation, ctx.found, ctx.kernels = stored, activation, found, kernels
+        ctx.drops, ctx.keep_rows = drops, keep_rows
         return out_TD
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs that need one, None for all others."""
-        hidden_TD, weights_TK, inner_SJ, up_low_SR, down_low_SR, *parameters = ctx.saved_tensors
+        rows, weights_TK, inner_SJ, up_low_SR, down_low_SR, *parameters = ctx.saved_tensors
         up, up_bias, up_a, up_b, down, down_bias, down_a, down_b = parameters
         needs_hidden, needs_weights, *needs = ctx.needs_input_grad[:10]
         found, kernels, drops = ctx.found, ctx.kernels, ctx.drops
         groups, tokens_S = found.groups, found.tokens_S
         d_out_TD = gradients[0].to(inner_SJ.dtype).contiguous()
+        d_out, index_S = (d_out_TD.index_select(0, tokens_S), None) if ctx.keep_rows else (d_out_TD, tokens_S)
         d_hidden = d_weights = None
         with torch.autocast(d_out_TD.device.type, enabled=False):
             d_inner_SI, d_low_SR = kernels.product(
-                d_out_TD, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=tokens_S,
+                d_out, _either(down, ctx.stored[1]), groups, *_turned(down_a, down_b), flip=True, index_S=index_S,
                 drop=drops.down,
             )  # fmt: skip
             weight_S = found.of_rows(weights_TK)
@@ -216,7 +224,7 @@ class _Layer(torch.autograd.Function):
                     d_weight_S = d_weight_S + (d_out_TD @ down_bias.to(d_out_TD.dtype).T)[tokens_S, experts_S]
                 d_weights = found.of_choices(d_weight_S).to(weights_TK.dtype)
             d_down = _gradients(
-                needs[4:], kernels, groups, d_out_TD, tokens_S, inner_SI, None, d_low_SR, down_low_SR, weight_S,
+                needs[4:], kernels, groups, d_out, index_S, inner_SI, None, d_low_SR, down_low_SR, weight_S,
                 drops.down,
             )  # fmt: skip
             del inner_SI
@@ -228,7 +236,7 @@ class _Layer(torch.autograd.Function):
             elif needs[2]:
                 d_low_SR, _ = kernels.product(d_inner_SJ, up_b.mT, groups)
             d_up = _gradients(
-                needs[:4], kernels, groups, d_inner_SJ, None, hidden_TD, tokens_S, d_low_SR, up_low_SR, None, drops.up
+                needs[:4], kernels, groups, d_inner_SJ, None, rows, index_S, d_low_SR, up_low_SR, None, drops.up
             )
         d_biases = [
             None if gradient is None else gradient.to(bias.dtype)
@@ -236,7 +244,7 @@ class _Layer(torch.autograd.Function):
         ]
         return (
             d_hidden, d_weights, d_up[0], d_biases[0], *d_up[2:], d_down[0], d_biases[1], *d_down[2:],
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

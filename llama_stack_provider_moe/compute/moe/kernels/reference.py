@@ -13,6 +13,7 @@ from llama_stack_provider_moe.compute.moe.kernels.drop import Drop
 from llama_stack_provider_moe.compute.moe.kernels.groups import Groups, Sorted
 
 WIDEST_RANK = sys.maxsize  # largest rank of LoRA in one pass with the base
+_ONE_PASS = (torch.float32, torch.float64)  # sums of other dtypes are rounded more than once there
 ALIGNED = 8  # elements: `F.grouped_mm` needs strides of 16 bytes
 
 ActivationKind = Literal["silu", "clamped", "other"]
@@ -78,19 +79,13 @@ def times_weights(
         matrices = weight if isinstance(weight, Tensor) else weight.whole()
         out = _grouped(rows_SI, matrices if flip else matrices.transpose(1, 2), groups)
         return out if onto is None else onto.add_(out)
-    out_SO = onto
-    for expert, begin, end in groups.spans:
-        matrix = weight[expert] if isinstance(weight, Tensor) else weight.expert(expert)
-        matrix = matrix if flip else matrix.T
-        if out_SO is None:
-            out_SO = _room(rows_SI, matrix.shape[1], groups)
+    matrix_of = _matrices(weight, flip)
+    out_SO = _room(rows_SI, weight.shape[2 if flip else 1], groups) if onto is None else onto
+    for (expert, _, _), rows, out in zip(groups.spans, groups.parts(rows_SI), groups.parts(out_SO), strict=True):
         if onto is None:
-            torch.mm(rows_SI[begin:end], matrix, out=out_SO[begin:end])
+            torch.mm(rows, matrix_of(expert), out=out)
         else:
-            out_SO[begin:end].addmm_(rows_SI[begin:end], matrix)
-    if out_SO is None:  # no rows at all
-        matrix = weight[0] if isinstance(weight, Tensor) else weight.expert(0)
-        out_SO = _room(rows_SI, matrix.shape[1 if flip else 0], groups)
+            out.addmm_(rows, matrix_of(expert))
     return out_SO
 
 
@@ -123,6 +118,9 @@ def product(
         (S, O) and (S, R); with `flip` (S, I) and (S, R).
     """
     rows_SI = _gathered(rows_SI, index_S)
+    has_lora = first_ERI is not None and second_EOR is not None
+    if has_lora and bias_EO is None and drop is None and not _can_group(rows_SI):
+        return _both(rows_SI, weight, groups, first_ERI, second_EOR, flip)
     out_SO = times_weights(rows_SI, weight, groups, flip=flip)
     return with_bias_and_lora(rows_SI, out_SO, groups, first_ERI, second_EOR, bias_EO, flip=flip, drop=drop)
 
@@ -148,6 +146,21 @@ def with_bias_and_lora(
         times_weights(low_SR, second_EOR, groups, onto=out_SO)
     else:
         out_SO += drop.of(times_weights(low_SR, second_EOR, groups))
+    return out_SO, low_SR
+
+
+def _both(
+    rows_SI: Tensor, weight: Tensor | Stored, groups: Groups, first_ERI: Tensor, second_EOR: Tensor, flip: bool
+) -> tuple[Tensor, Tensor]:
+    """`product`, one expert after the other: its rows are still in the processor's cache for the thin products."""
+    out_SO = _room(rows_SI, weight.shape[2 if flip else 1], groups)
+    low_SR = _room(rows_SI, first_ERI.shape[1], groups)
+    matrix_of, first_of, second_of = _matrices(weight, flip), _matrices(first_ERI), _matrices(second_EOR)
+    parts = (groups.parts(each) for each in (rows_SI, out_SO, low_SR))
+    for (expert, _, _), rows, out, low in zip(groups.spans, *parts, strict=True):
+        torch.mm(rows, matrix_of(expert), out=out)
+        torch.mm(rows, first_of(expert), out=low)
+        out.addmm_(low, second_of(expert))
     return out_SO, low_SR
 
 
@@ -178,13 +191,11 @@ def rows_by_rows(
     shape = (groups.ends_E.shape[0], left_SO.shape[1], right_SI.shape[1])
     if _can_group(left_SO):
         return _grouped_outer(left_SO, right_SI, groups)
-    out_EOI = left_SO.new_empty(shape)
-    left_out = set(range(shape[0]))
-    for expert, begin, end in groups.spans:
-        torch.mm(left_SO[begin:end].T, right_SI[begin:end], out=out_EOI[expert])
-        left_out.remove(expert)
-    for expert in left_out:
-        out_EOI[expert].zero_()
+    every = len(groups.spans) == shape[0]
+    out_EOI = (left_SO.new_empty if every else left_SO.new_zeros)(shape)
+    outs = out_EOI.unbind()
+    for (expert, _, _), left, right in zip(groups.spans, groups.parts(left_SO), groups.parts(right_SI), strict=True):
+        torch.mm(left.T, right, out=outs[expert])
     return out_EOI
 
 
@@ -200,13 +211,19 @@ def weighted_sum(rows_SD: Tensor, found: Sorted, weights_TK: Tensor | None = Non
 
     The result has the wider dtype of rows and weights.
     """
+    if _sums_in_one_pass(rows_SD, found, weights_TK):
+        return F.embedding_bag(found.places_TK, rows_SD, mode="sum", per_sample_weights=weights_TK)
     rows_TKD = found.of_choices(rows_SD)
     return (rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)).sum(dim=1)
 
 
 def gated(inner_SJ: Tensor, activation: Activation, drop: Drop | None = None) -> Tensor:
     """(S, I): `activation` applied to the up projection's output (S, J), and dropout."""
-    inner_SI = activation.function(inner_SJ)
+    if activation.kind == "silu" and not inner_SJ.requires_grad:
+        gate_SI, up_SI = inner_SJ.chunk(2, dim=-1)
+        inner_SI = F.silu(gate_SI).mul_(up_SI)
+    else:
+        inner_SI = activation.function(inner_SJ)
     return inner_SI if drop is None else drop.of(inner_SI) * drop.scale
 
 
@@ -225,6 +242,8 @@ def gated_backward(
     Returns:
         Gradient of `inner_SJ`; `weight * gated(inner)`, (S, I), recomputed; gradient of `weight_S`.
     """
+    if activation.kind == "silu" and drop is None:
+        return _silu_backward(inner_SJ, d_inner_SI, weight_S)
     with torch.enable_grad():
         leaf_SJ = inner_SJ.detach().requires_grad_()
         inner_SI = activation.function(leaf_SJ)
@@ -241,6 +260,21 @@ def gated_backward(
     return d_inner_SJ, inner_SI * weight_S1, _row_dots(inner_SI, d_inner_SI)
 
 
+def _silu_backward(inner_SJ: Tensor, d_inner_SI: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_backward` of silu(gate) * up, each number read and written as few times as torch allows."""
+    weight_S1 = weight_S.to(inner_SJ.dtype).unsqueeze(-1)
+    d_inner_SJ = torch.empty_like(inner_SJ)
+    (gate_SI, up_SI), (d_gate_SI, d_up_SI) = inner_SJ.chunk(2, dim=-1), d_inner_SJ.chunk(2, dim=-1)
+    silu_SI = F.silu(gate_SI)
+    made_SI = silu_SI * up_SI
+    dots_S = _row_dots(made_SI, d_inner_SI)
+    weighted_SI = d_inner_SI * weight_S1
+    torch.mul(weighted_SI, silu_SI, out=d_up_SI)
+    weighted_SI.mul_(up_SI)
+    torch.ops.aten.silu_backward.grad_input(weighted_SI, gate_SI, grad_input=d_gate_SI)
+    return d_inner_SJ, made_SI.mul_(weight_S1), dots_S
+
+
 def _row_dots(left: Tensor, right: Tensor) -> Tensor:
     """(S,): for each row the sum of the products, in fp32 or wider."""
     wide = torch.promote_types(left.dtype, torch.float32)
@@ -249,7 +283,24 @@ def _row_dots(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _gathered(rows: Tensor, index_S: Tensor | None) -> Tensor:
-    return rows if index_S is None else rows[index_S]
+    return rows if index_S is None else rows.index_select(0, index_S)
+
+
+def _matrices(weight: Tensor | Stored, flip: bool = False) -> Callable[[int], Tensor]:
+    """From an expert to W_e^T, or with `flip` to W_e."""
+    if isinstance(weight, Tensor):
+        return (weight if flip else weight.mT).unbind().__getitem__
+    return weight.expert if flip else lambda expert: weight.expert(expert).T
+
+
+def _sums_in_one_pass(rows: Tensor, found: Sorted, weights: Tensor | None) -> bool:
+    """Whether torch gathers, weights and adds rows in one pass, without a copy of each: on a CPU, in one dtype."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype in _ONE_PASS
+        and not found.some_without_row
+        and (weights is None or weights.dtype == rows.dtype)
+    )
 
 
 def experts_of_rows(groups: Groups, rows: int) -> Tensor:

@@ -1,5 +1,6 @@
 """A whole expert layer that recomputes what it does not keep, against the steps that keep everything."""
 
+from functools import partial as partial_of
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from llama_stack_provider_moe.compute.moe.kernels.groups import sort_by_expert
 from llama_stack_provider_moe.compute.moe.kernels.layer import Projection, expert_layer, kept_layer
 from llama_stack_provider_moe.compute.moe.kernels.linear import Lora, grouped_linear
 from llama_stack_provider_moe.compute.moe.kernels.permute import combine, dispatch
-from llama_stack_provider_moe.compute.moe.kernels.reference import Activation
+from llama_stack_provider_moe.compute.moe.kernels.reference import Activation, ActivationKind
 
 TOKENS, CHOICES, EXPERTS, HIDDEN, INNER_SIZE, RANK = 7, 2, 3, 6, 4, 2
 
@@ -62,10 +63,19 @@ def routed(partial: bool) -> Tensor:
     return torch.randint(0, EXPERTS + partial, (TOKENS, CHOICES), generator=torch.Generator().manual_seed(3))
 
 
-def forgetful(found: dict[str, Tensor], index_TK: Tensor, stored: bool, dtype: torch.dtype, partial: bool) -> Tensor:
+def forgetful(
+    found: dict[str, Tensor],
+    index_TK: Tensor,
+    stored: bool,
+    dtype: torch.dtype,
+    partial: bool,
+    keep_rows: bool = False,
+    kind: ActivationKind = "other",
+) -> Tensor:
     return expert_layer(
         found["hidden"], found["weights"], projection(found, "up", stored), projection(found, "down", stored),
-        Activation(swiglu), sort_by_expert(index_TK, EXPERTS, dtype, partial=partial), reference,
+        Activation(swiglu, kind), sort_by_expert(index_TK, EXPERTS, dtype, partial=partial), reference,
+        keep_rows=keep_rows,
     )  # fmt: skip
 
 
@@ -81,7 +91,10 @@ def keeping(found: dict[str, Tensor], index_TK: Tensor, dtype: torch.dtype, part
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("partial", [False, True])
-def test_gradients_are_the_finite_differences(partial: bool, stored: bool, bias: bool, lora: bool) -> None:
+@pytest.mark.parametrize(("keep_rows", "kind"), [(False, "other"), (True, "silu")])
+def test_gradients_are_the_finite_differences(
+    keep_rows: bool, kind: ActivationKind, partial: bool, stored: bool, bias: bool, lora: bool
+) -> None:
     """In double precision, of everything that can have one; also where some choices are of no expert."""
     start = leaves(bias, lora)
     index_TK = routed(partial)
@@ -89,11 +102,13 @@ def test_gradients_are_the_finite_differences(partial: bool, stored: bool, bias:
     names = [name for name in start if name not in fixed]
 
     def function(*tensors: Tensor) -> Tensor:
-        return forgetful(dict(zip(names, tensors, strict=True)) | fixed, index_TK, stored, torch.float64, partial)
+        given = dict(zip(names, tensors, strict=True)) | fixed
+        return forgetful(given, index_TK, stored, torch.float64, partial, keep_rows, kind)
 
     torch.autograd.gradcheck(function, [start[name].requires_grad_() for name in names])
     torch.testing.assert_close(
-        forgetful(start, index_TK, stored, torch.float64, partial), keeping(start, index_TK, torch.float64, partial)
+        forgetful(start, index_TK, stored, torch.float64, partial, keep_rows, kind),
+        keeping(start, index_TK, torch.float64, partial),
     )
 
 
@@ -102,17 +117,18 @@ def test_each_gradient_alone(wanted: str) -> None:
     """Nothing that is made for one gradient is missed by another; what was not asked for gets none."""
     index_TK = routed(False)
     found = []
-    for way in ("forgetful", "keeping"):
+    for way in ("forgetful", "rows kept", "keeping"):
         tensors = leaves(True, True)
         tensors[wanted].requires_grad_()
-        if way == "forgetful":
-            out = forgetful(tensors, index_TK, False, torch.float64, False)
+        if way != "keeping":
+            out = forgetful(tensors, index_TK, False, torch.float64, False, way == "rows kept")
         else:
             out = keeping(tensors, index_TK, torch.float64, False)
         out.square().sum().backward()
         assert [name for name, leaf in tensors.items() if leaf.grad is not None] == [wanted]
         found.append(tensors[wanted].grad)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -133,7 +149,8 @@ def test_padding_rows_have_no_effect(partial: bool) -> None:
         assert ((mine - theirs).norm() / theirs.norm()).item() < 0.03, name
 
 
-def test_only_the_input_and_the_up_projection_are_kept() -> None:
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_only_the_input_and_the_up_projection_are_kept(keep_rows: bool) -> None:
     tensors = {name: leaf.requires_grad_() for name, leaf in leaves(True, True).items()}
     kept: dict[int, tuple[int, ...]] = {}
 
@@ -142,13 +159,25 @@ def test_only_the_input_and_the_up_projection_are_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
-        forgetful(tensors, routed(False), False, torch.float64, False)
+        forgetful(tensors, routed(False), False, torch.float64, False, keep_rows)
     rows = TOKENS * CHOICES
     activations = sorted(
         shape for place, shape in kept.items() if place not in {t.data_ptr() for t in tensors.values()}
     )
-    # Beside what went in: the up projection's output, and LoRA's two thin products.
-    assert activations == [(rows, RANK), (rows, RANK), (rows, 2 * INNER_SIZE)]
+    # Beside what went in: the up projection's output, and LoRA's two thin products; the rows of the input, if asked.
+    of_input = [(rows, HIDDEN)] if keep_rows else []
+    assert activations == [(rows, RANK), (rows, RANK), *of_input, (rows, 2 * INNER_SIZE)]
+
+
+def test_rows_are_not_kept_where_no_gradient_reads_them() -> None:
+    tensors = leaves(False, False)
+    tensors["hidden"].requires_grad_()
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: kept.append(tuple(each.shape)) or each, lambda each: each
+    ):
+        forgetful(tensors, routed(False), False, torch.float64, False, True)
+    assert (TOKENS * CHOICES, HIDDEN) not in kept
 
 
 DROPPING = {"up": 0.3, "down": 0.4}
@@ -156,23 +185,24 @@ SEED, SHARE = 11, 0.2
 
 
 def dropping(
-    found: dict[str, Tensor], index_TK: Tensor, keeps: bool, dtype: torch.dtype = torch.float64, partial: bool = False
+    found: dict[str, Tensor], index_TK: Tensor, keeps: bool | None, dtype: torch.dtype = torch.float64,
+    partial: bool = False,
 ) -> Tensor:
-    """The layer with three kinds of dropout, recomputed or step by step."""
+    """The layer with three kinds of dropout, recomputed, step by step, or (None) recomputed from kept rows."""
     up, down = (
         Projection(found[name], found.get(f"{name}_bias"), Lora(found[f"{name}_a"], found[f"{name}_b"], share))
         for name, share in DROPPING.items()
     )
-    compute: Any = kept_layer if keeps else expert_layer
+    compute: Any = {True: kept_layer, False: expert_layer, None: partial_of(expert_layer, keep_rows=True)}[keeps]
     rows = sort_by_expert(index_TK, EXPERTS, dtype, partial=partial)
     return compute(  # type: ignore[no-any-return]
         found["hidden"], found["weights"], up, down, Activation(swiglu), rows, reference, dropout=Dropout(SEED, SHARE)
     )
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("keeps", [False, True, None])
 @pytest.mark.parametrize("partial", [False, True])
-def test_gradients_with_dropout_are_the_finite_differences(partial: bool, keeps: bool) -> None:
+def test_gradients_with_dropout_are_the_finite_differences(partial: bool, keeps: bool | None) -> None:
     start = leaves(True, True)
     index_TK = routed(partial)
 
@@ -181,7 +211,7 @@ def test_gradients_with_dropout_are_the_finite_differences(partial: bool, keeps:
 
     torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in start.values()])
     torch.testing.assert_close(
-        dropping(start, index_TK, True, partial=partial), dropping(start, index_TK, False, partial=partial)
+        dropping(start, index_TK, keeps, partial=partial), dropping(start, index_TK, False, partial=partial)
     )
 
 

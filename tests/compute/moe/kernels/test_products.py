@@ -40,7 +40,7 @@ class Kept:
     """A `Stored` that simply keeps its weights, and counts how often one was decoded."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.dtype, self._weight, self.decoded = weight.dtype, weight, 0
+        self.dtype, self.shape, self._weight, self.decoded = weight.dtype, tuple(weight.shape), weight, 0
 
     def expert(self, number: int) -> Tensor:
         self.decoded += 1
