@@ -1,5 +1,6 @@
 """Limits and order of all tests, and fixtures of the jobs room; a file with other needs has its own of that name."""
 
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """What is there before a file's tests stays: the libraries' objects, a million with torch and TRL.
+
+    A full collection would look at each of them, and one training run asks for several.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries report as leaked what is still there when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,15 @@
 """Shared by the tests of `control.server`: a service without a server, and its routes in this process."""
 
 import asyncio
+import functools
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 import httpx
@@ -70,6 +71,8 @@ def serving_in_process(
     asyncio.run(made.initialize())
     yield made
     asyncio.run(made.shutdown())
+    if (application := _applications.pop(made, None)) is not None:
+        _free_applications.append(application)
 
 
 @contextmanager
@@ -89,15 +92,71 @@ def folder_of(service: PostTrainingService, job_id: str) -> JobFolder:
     return JobFolder(service.config.jobs_dir / job_id)
 
 
-@lru_cache(maxsize=4)
 def app_of(service: PostTrainingService) -> FastAPI:
-    """The routes of `service` without a host; made only once, because it takes a second."""
-    app, router = FastAPI(), create_router(service)
-    app.router.routes.extend(router.routes)  # `include_router` would build each of them again
-    app.state.routes = frozenset(
-        (method, route.path) for route in router.routes if isinstance(route, Route) for method in route.methods or ()
-    )
-    return app
+    """The routes of `service` without a host; the same for all calls until the service's end."""
+    if service not in _applications:
+        made = next((each for each in _free_applications if each.suits(service)), None)
+        if made is None:
+            made = Application(service)
+        else:
+            _free_applications.remove(made)
+            made.service = weakref.ref(service)
+        _applications[service] = made
+    return _applications[service].app
+
+
+class Application:
+    """The routes, which take a second of processor time to make, and the service that answers them now.
+
+    Whatever the routes keep of a service when they are made is looked up again each time they use it. What they read
+    of its configuration then is in `read`: they suit a service with the same values.
+    """
+
+    def __init__(self, service: PostTrainingService) -> None:
+        self.service = weakref.ref(service)
+        self.read: dict[str, object] = {}
+        self.is_made = False
+        self.app, router = FastAPI(), create_router(cast(PostTrainingService, _Part(self, ())))
+        self.app.router.routes.extend(router.routes)  # `include_router` would build each of them again
+        self.app.state.routes = frozenset(
+            (method, route.path)
+            for route in router.routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+        )
+        self.is_made = True
+
+    def suits(self, service: PostTrainingService) -> bool:
+        """Whether these routes are those of `service`."""
+        return all(getattr(service.config, name) == value for name, value in self.read.items())
+
+
+class _Part:
+    """A part of an application's service: that of the service which the application has now."""
+
+    def __init__(self, application: Application, names: tuple[str, ...]) -> None:
+        self._application = application
+        self._names = names
+
+    def __getattr__(self, name: str) -> Any:
+        now = self._now()
+        if self._application.is_made:
+            return getattr(now, name)
+        if self._names == ("config",):
+            return self._application.read.setdefault(name, getattr(now, name))
+        return _Part(self._application, (*self._names, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._now()(*args, **kwargs)
+
+    def _now(self) -> Any:
+        found = self._application.service()
+        assert found is not None, "the service of these routes is gone"
+        return functools.reduce(getattr, self._names, cast(Any, found))
+
+
+_applications: "weakref.WeakKeyDictionary[PostTrainingService, Application]" = weakref.WeakKeyDictionary()
+_free_applications: list[Application] = []
 
 
 def ask(service: PostTrainingService, method: str, path: str, **request: Any) -> httpx.Response:

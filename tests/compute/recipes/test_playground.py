@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.quantize import Bits, dequantize, quantize
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.compute.recipes import playground as recipe
-from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED, Inbox
+from llama_stack_provider_moe.compute.recipes.playground.inbox import RESTARTED
 from llama_stack_provider_moe.compute.recipes.playground.writing import Writing
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED, train
 from llama_stack_provider_moe.jobdir import events
@@ -36,7 +35,7 @@ from llama_stack_provider_moe.jobdir.prompts import (
     pieces_from,
 )
 from llama_stack_provider_moe.spec import JOB_SPEC
-from llama_stack_provider_moe.spec.playground import KEPT_PROMPTS, MIN_TEMPERATURE, ROUTED_TOKENS, PromptRequest
+from llama_stack_provider_moe.spec.playground import MIN_TEMPERATURE, ROUTED_TOKENS, PromptRequest
 from tests.support import tiny_models
 from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
 
@@ -362,59 +361,6 @@ def test_what_a_lost_process_left_half_answered_ends_with_an_error(workshop: Wor
     files.closed.touch()
     run(folder)
     assert answer(folder, number) == [Begun(side="on", prompt_tokens=3), Ended(error=RESTARTED)]
-
-
-def test_a_prompt_of_the_last_moment_is_answered(tmp_path: Path) -> None:
-    """The server looks for `closed` after it has written a prompt; here the process finds the prompt."""
-    inbox = Inbox(tmp_path / "prompts")
-    inbox.reopen()
-    assert inbox.close()
-    assert inbox.files.closed.exists()
-    inbox.reopen()
-    assert not inbox.files.closed.exists()
-    number = inbox.files.add(PromptRequest(prompt="a"), 0o600)
-    assert not inbox.close()
-    assert not inbox.files.closed.exists()
-    assert inbox.next() == number
-
-
-def test_old_answers_are_removed(tmp_path: Path) -> None:
-    files = PromptFiles(tmp_path)
-    for number in range(1, KEPT_PROMPTS + 4):
-        assert files.add(PromptRequest(prompt="a"), 0o600) == number
-        if number != 2:
-            log = AnswerLog(files.answer(number))
-            log.append(Ended())
-            log.close()
-    files.forget_old()
-    kept = files.numbers()
-    assert kept[:2] == [2, 4], "one that waits stays"
-    assert len(kept) == KEPT_PROMPTS + 1
-    assert files.add(PromptRequest(prompt="a"), 0o600) == KEPT_PROMPTS + 4
-
-
-def test_a_number_is_never_used_again(tmp_path: Path) -> None:
-    """Not after a prompt was withdrawn, not by two servers at once, and few marks stay."""
-    files = PromptFiles(tmp_path)
-    asked = PromptRequest(prompt="a")
-    assert [files.add(asked, 0o600) for _ in range(2)] == [1, 2]
-    for number in (2, 1):
-        files.withdraw(number)
-    assert files.add(asked, 0o600) == 3
-
-    def send_and_withdraw(_: int) -> list[int]:
-        got = []
-        for _ in range(20):
-            got.append(files.add(asked, 0o600))
-            files.withdraw(got[-1])
-        return got
-
-    with ThreadPoolExecutor(8) as pool:
-        numbers = [number for got in pool.map(send_and_withdraw, range(8)) for number in got]
-    assert len(set(numbers)) == len(numbers) == 160
-    highest = files.add(asked, 0o600)
-    assert highest > max(numbers)
-    assert [path.name for path in tmp_path.glob("*.taken")] == [f"{highest:06d}.taken"]
 
 
 def test_few_tokens_have_their_experts_written_down(workshop: Workshop) -> None:

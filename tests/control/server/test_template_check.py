@@ -1,10 +1,6 @@
 """A sample of a job's rows is rendered at submission: what is refused, and what the process that renders may cost."""
 
 import asyncio
-import os
-import signal
-import stat
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +15,6 @@ import pytest
 from llama_stack_provider_moe.control.cli import screen
 from llama_stack_provider_moe.control.server import compat, template_check
 from llama_stack_provider_moe.control.server.routes import PREFIX
-from llama_stack_provider_moe.control.server.row_sample import FIRST, LIMIT_BYTES, SPREAD, RowSample, SampledRow
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows
 from tests.compute.data.test_template_check import ENDLESS, USER_FIRST, saved
@@ -83,11 +78,6 @@ def accepted(service: PostTrainingService, asked: dict[str, Any]) -> list[str]:
 def child(service: PostTrainingService) -> psutil.Process:
     """The process that the service has started."""
     return psutil.Process(service._templates.pid)
-
-
-def processes() -> set[int]:
-    """Those that this process has started and that run."""
-    return {each.pid for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE}
 
 
 @pytest.mark.usefixtures("patient")
@@ -236,48 +226,6 @@ def test_an_idle_process_is_replaced_before_it_ends_itself(
     assert child(service).pid != first
 
 
-@pytest.mark.parametrize(
-    ("script", "why"),
-    [
-        ("echo hello", "its process ended or gave no answer that can be read (ValidationError)"),
-        ("exit 3", "its process ended or gave no answer that can be read (EOFError)"),
-        ("""echo '{"unavailable": "no trl"}'""", "no trl"),
-        ("""echo '{"ready": true}'; exec sleep 60""", "the chat template gave no answer within 0.5 s"),
-        ("exec sleep 60", "the process that renders rows is still starting"),
-        ("exec head -c 9999999 /dev/zero", "its process ended or gave no answer that can be read (ValueError)"),
-        (None, "its process ended or gave no answer that can be read (FileNotFoundError)"),
-    ],
-)
-def test_a_broken_environment_costs_a_note(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, why: str
-) -> None:
-    monkeypatch.setattr(template_check, "LIMIT_S", 0.5 if script is not None and "sleep" in script else 300.0)
-    python, before = tmp_path / "python", processes()
-    python.write_text(f"#!/bin/sh\n{script}\n")
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    with serving_in_process(tmp_path, datasets(), training_python=str(python)) as service:
-        with_models(service)
-        if script is None:
-            python.unlink()
-        assert accepted(service, body(dataset_id="greets")) == [NOT_CHECKED + why]
-    assert processes() <= before
-
-
-@pytest.mark.usefixtures("patient")
-def test_secrets_are_not_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "https_proxy", "LC_SECRET")
-    for name in secrets:
-        monkeypatch.setenv(name, "very-secret")
-    given: dict[str, Any] = {"child_secrets": ["WANDB_API_KEY", "LC_SECRET"], "child_env": {"MINE": "very-secret"}}
-    with serving_in_process(tmp_path, datasets(), **given) as service:
-        with_models(service)
-        assert accepted(service, body("free")) == []
-        environment = child(service).environ()
-    assert "very-secret" not in environment.values()
-    assert environment["HF_HUB_OFFLINE"] == "1"
-    assert "HF_TOKEN" not in environment
-
-
 @pytest.mark.usefixtures("patient")
 def test_nothing_of_the_rows_is_logged(
     service: PostTrainingService, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
@@ -287,36 +235,6 @@ def test_nothing_of_the_rows_is_logged(
     assert accepted(service, body("free")) == []
     out, err = capfd.readouterr()
     assert "berth" not in caplog.text + out + err
-
-
-@pytest.mark.usefixtures("patient")
-def test_the_server_s_end_ends_it(tmp_path: Path) -> None:
-    """Idle, and in an endless template."""
-    with serving_in_process(tmp_path / "idle", datasets()) as service:
-        with_models(service)
-        assert accepted(service, body("free")) == []
-        idle = child(service)
-    assert not idle.is_running()
-    told: list[str] = []
-    with serving_in_process(tmp_path / "busy", datasets()) as service:
-        with_models(service)
-        assert accepted(service, body("free")) == []
-        busy, began = child(service), time.monotonic()
-        question = template_check.Question(
-            model=str(service.config.models_dir / "endless"), name="endless", chat_template=None, rendering={},
-            parts={"train": {"kind": "learnt", "rows": [SampledRow(1, GOOD, 9)]}},
-        )  # fmt: skip
-        checker = service._templates
-        waiting = threading.Thread(target=lambda: told.append(str(asyncio.run(checker.check(question)).unavailable)))
-        waiting.start()
-        worked = busy.cpu_times().user + 0.3
-        wait_for(lambda: busy.cpu_times().user > worked)
-    waiting.join()
-    assert told == ["its process ended or gave no answer that can be read (EOFError)"]
-    assert not busy.is_running()
-    assert time.monotonic() - began < 90, "the template itself may take 300 s"
-    assert asyncio.run(checker.check(question)).unavailable, "a closed one starts no process"
-    assert checker.pid is None
 
 
 @pytest.mark.usefixtures("patient")
@@ -346,43 +264,6 @@ def test_jobs_of_the_other_loader_are_looked_at(tmp_path: Path) -> None:
     assert screen.problems(str(caught.value))[1:] == [f"row 5: messages: {REFUSED}"], "a line each on a screen"
 
 
-def test_a_process_that_never_starts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 600\n")
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(template_check, "LIMIT_S", 0.5)
-    with serving_in_process(tmp_path, datasets(), training_python=str(python)) as service:
-        with_models(service)
-        assert accepted(service, body()) == [NOT_CHECKED + "the process that renders rows is still starting"]
-        first = child(service)
-        assert first.is_running(), "it may need longer, and is not started again and again"
-        monkeypatch.setattr(template_check, "START_LIMIT_S", 0.1)
-        assert accepted(service, body()) == [NOT_CHECKED + "the process that renders rows did not start within 0.1 s"]
-        assert not first.is_running()
-
-
-def test_it_ends_when_its_server_is_killed(tmp_path: Path) -> None:
-    """By SIGKILL, in an endless template."""
-    folder = saved(tmp_path / "endless", ENDLESS)
-    code = f"""
-import asyncio, threading
-from llama_stack_provider_moe.control.server import template_check as it
-from llama_stack_provider_moe.spec.server_config import ProviderConfig
-it.LIMIT_S = 300.0
-checker = it.TemplateChecker(ProviderConfig(state_dir={str(tmp_path)!r}))
-rows = [it.SampledRow(1, {GOOD!r}, 9)]
-asyncio.run(checker.check(it.Question(model={str(folder)!r}, name="endless", chat_template=None, rendering={{}},
-    parts={{"train": {{"kind": "learnt", "rows": rows}}}})))
-"""
-    with subprocess.Popen([sys.executable, "-c", code]) as server:
-        found = wait_for(lambda: psutil.Process(server.pid).children())[0]
-        # Its imports take some seconds of processor time; then only the template does.
-        wait_for(lambda: found.cpu_times().user > 1 and found.num_threads() >= 2)
-        os.kill(server.pid, signal.SIGKILL)
-    gone, left = psutil.wait_procs([found], 120)
-    assert (len(gone), left) == (1, [])
-
-
 @pytest.mark.usefixtures("patient")
 def test_many_jobs_at_a_time_are_all_checked(service: PostTrainingService) -> None:
     async def submit() -> list[Any]:
@@ -400,29 +281,3 @@ def test_the_answer_over_http_names_the_row(service: PostTrainingService) -> Non
         answer = httpx.post(f"{url}{PREFIX}/jobs/validate", json=body(dataset_id="greets"), timeout=120)
     assert answer.status_code == 400
     assert "row 5: messages: " in answer.json()["error"]["message"]
-
-
-def test_a_sample_is_the_beginning_and_a_spread() -> None:
-    sample, again = RowSample(), RowSample()
-    for number in range(1, 100_001):
-        for each in (sample, again):
-            each.offer(number, GOOD, 100)
-    numbers = [each.number for each in sample.rows()]
-    assert numbers[:FIRST] == list(range(1, FIRST + 1))
-    assert len(numbers) == FIRST + SPREAD
-    assert numbers == sorted(set(numbers)) == [each.number for each in again.rows()]
-    spread = numbers[FIRST:]
-    assert 30_000 < sum(spread) / SPREAD < 70_000
-    assert max(spread) > 80_000
-
-
-def test_a_sample_is_of_conversations_and_small() -> None:
-    sample = RowSample()
-    sample.offer(1, {"text": "plain"}, 10)
-    sample.offer(2, GOOD, LIMIT_BYTES)
-    assert sample.rows() == []
-    for number in range(3, 1000):
-        sample.offer(number, GOOD, 20_000)
-    kept = sample.rows()
-    assert 10 <= len(kept) <= LIMIT_BYTES // 20_000
-    assert any(each.number > FIRST + 3 for each in kept), "long rows at the beginning leave room for the others"
