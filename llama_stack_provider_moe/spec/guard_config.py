@@ -104,7 +104,14 @@ class SessionsConfig(Block):
         default=100_000,
         ge=1,
         le=10_000_000,
-        description="Number of sessions that are kept; the least recently used end.",
+        description="Number of sessions that are kept. For a new one, the user with the most sessions loses the least "
+        "recently used of them.",
+    )
+    most_of_owner: int = Field(
+        default=100_000,
+        ge=1,
+        le=10_000_000,
+        description="Number of sessions that are kept of one user; the least recently used of theirs end.",
     )
     ttl_s: float = Field(
         default=86_400.0, gt=0, le=86400 * 365, description="Seconds without a turn after which a session ends."
