@@ -74,8 +74,8 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
+from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig, FeedbackFolder
 from llama_stack_provider_moe.spec.guard_config import (
-    FeedbackConfig,
     GuardConfig,
     RepMonitorParams,
     SessionsConfig,
@@ -231,6 +231,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `serving:` of kind vllm", "serving.", VllmServing, {"answer_s"}),
     ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `notify:`", "notify.", NotifyConfig, set()),
+    ("Server: `feedback:`", "feedback.", FeedbackFolder, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),

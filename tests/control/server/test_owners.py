@@ -41,6 +41,7 @@ GENERAL = {
     ("get", "/pipelines/{pipeline_uuid}"), ("delete", "/pipelines/{pipeline_uuid}"),
     ("post", "/pipelines/{pipeline_uuid}/cancel"), ("post", "/pipelines/{pipeline_uuid}/resume"),
     ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"),
+    ("get", "/feedback"), ("post", "/feedback"), ("delete", "/feedback"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 
