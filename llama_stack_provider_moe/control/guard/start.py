@@ -29,7 +29,7 @@ def started(config: GuardConfig) -> SafetyProvider | SafetyService:
     with plain_guard_errors(config):
         scorer = _scorer(config)
         service = GuardService(config, scorer, end_scorer=(lambda: None) if scorer is None else scorer.close)
-        _keep_what_is_read(config)
+        keep_what_is_read(config)
         if scorer is not None:
             scorer.start()
     if not host.has_safety():
@@ -38,8 +38,8 @@ def started(config: GuardConfig) -> SafetyProvider | SafetyService:
     return SafetyProvider(service)
 
 
-def _keep_what_is_read(config: GuardConfig) -> None:
-    """Have the jobs of the probes and of their models kept while this configuration names them."""
+def keep_what_is_read(config: GuardConfig) -> None:
+    """Have the jobs of the probes, and of the models that they read, kept while this configuration names them."""
     paths: dict[str, list[Path]] = {}
     for name, folder in config.probes.items():
         base = read_card(folder, f"probes.{name}").base

@@ -30,6 +30,7 @@ from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.mirror import Mirror, read_places
 from llama_stack_provider_moe.jobdir.reading import why_unreadable
+from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 # Time between two searches for jobs that ended long ago.
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 _supervisor_log = logging.getLogger("llama_stack_provider_moe.supervisor")
 
 _AT_A_TIME = 100
+_OF_PROBE = "the model that its probe reads is gone"
 
 
 class Removed(NamedTuple):
@@ -77,8 +79,8 @@ def must_be_unread(job: Job, config: ProviderConfig) -> None:
     found = readers.of(must_be_here(job, config))
     if found:
         raise Conflict(
-            f"job {job.id!r} is read by {', '.join(map(str, found))}; take it out of their configuration and start that "
-            "server again first, or force its deletion, which takes away files that they need"
+            f"job {job.id!r} is read by {', '.join(map(str, found))}; take it out of their configuration and start "
+            "that server again first, or force its deletion, which takes away files that they need"
         )
 
 
@@ -201,12 +203,14 @@ def _remove_copies(moved: Path) -> bool:
 def broken_by(removed: Removed) -> list[str]:
     """Describe for the user what jobs that needed the deleted files can no longer do."""
     lost = {
-        "completed": "the model that its adapter was trained on, or its probe reads, is gone",
+        "completed": "the model that its adapter was trained on is gone",
         "failed": "it can't be resumed",
         "cancelled": "it can't be resumed",
     }
     return [
-        f"job {job.id!r} ({job.state.value}): {lost.get(job.state.value, 'it will fail')}"
+        f"job {job.id!r} ({job.state.value}): "
+        + (_OF_PROBE if job.recipe == "probe" and job.state is JobState.COMPLETED
+           else lost.get(job.state.value, "it will fail"))
         for job in removed.broken
         if job.owner == removed.job.owner
     ] + [
