@@ -67,7 +67,8 @@ hosts: $(HOSTS:%=.cache/hosts/%/.made)
 test-hosts: $(VENV)/.dev hosts
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -p tests.support.host_results tests/system/test_hosts.py \
-		tests/system/test_hosts_life.py tests/system/test_openai_hosts.py --durations 15
+		tests/system/test_hosts_life.py tests/system/test_openai_hosts.py tests/system/test_guard_hosts.py \
+		--durations 15
 
 # What takes many minutes, such as 600 forks of the forkserver.
 test-slow: $(VENV)/.dev

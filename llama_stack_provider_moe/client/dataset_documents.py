@@ -66,3 +66,17 @@ class DeletedDataset(TypedDict):
     name: str
     versions: list[str]
     bytes: int
+
+
+class KeptFeedback(TypedDict):
+    """The caller's flagged conversations: different ones, and those that end with an answer."""
+
+    rows: int
+    answered: int
+    bytes: int
+
+
+class ErasedFeedback(TypedDict):
+    """What was deleted of them."""
+
+    bytes: int

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from llama_stack_provider_moe.client import pipeline_calls
 from llama_stack_provider_moe.client.calls import Call
+from llama_stack_provider_moe.client.feedback_methods import AsyncFeedbackMethods, FeedbackMethods
 from llama_stack_provider_moe.client.pipeline_documents import (
     CreatedPipeline,
     DeletedPipeline,
@@ -16,7 +17,7 @@ from llama_stack_provider_moe.client.pipeline_documents import (
 )
 
 
-class PipelineMethods:
+class PipelineMethods(FeedbackMethods):
     """Part of `Client`."""
 
     @abstractmethod
@@ -51,7 +52,7 @@ class PipelineMethods:
         return self._send(pipeline_calls.delete(pipeline_id, force))
 
 
-class AsyncPipelineMethods:
+class AsyncPipelineMethods(AsyncFeedbackMethods):
     """Part of `AsyncClient`; see `PipelineMethods`."""
 
     @abstractmethod

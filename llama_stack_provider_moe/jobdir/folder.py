@@ -29,6 +29,7 @@ jobs/<job_uuid>/
   exports.json           states of an export job's steps (`export_steps`)       written by the training process
   served.json            a model that an export put on an inference server      written by the training process
   prompts/               prompts to a playground and their answers (`jobdir.prompts`)
+  readers/               shields that read its files (`jobdir.readers`)         written by servers with shields
   work/                  temporary files of an export job's steps               written by the training process
   mirror.json            where copies of checkpoints and artifacts are          written by the training process
   manifest.json          what the job leaves; written last and atomically       written by the training process

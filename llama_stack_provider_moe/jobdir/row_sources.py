@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobdir.reading import read_with
 
-SourceKind = Literal["data", "host data set", "host file"]
+SourceKind = Literal["data", "host data set", "host file", "flagged conversations"]
 SOURCES_FILE = "sources.json"
 _VERSION_DIGITS = 12
 
@@ -16,7 +16,9 @@ _VERSION_DIGITS = 12
 class DataSource(BaseModel):
     """The data set that one part of a job's rows was copied from."""
 
-    kind: SourceKind | str = Field(description="`data`: the owner's upload; `host data set`; `host file`.")
+    kind: SourceKind | str = Field(
+        description="`data`: the owner's upload; `host data set`; `host file`; `flagged conversations` of shields."
+    )
     id: str = Field(description="Its name, or its id on the host.")
     version: str | None = Field(description="SHA-256 of the version that was copied; null for the host's.")
     rows: int = Field(description="Number of rows that were copied.")

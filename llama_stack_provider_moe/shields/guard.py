@@ -80,7 +80,7 @@ class Guard:
         self.config = config
         self._scorer = scorer
         self._in_thread = in_thread
-        self.sessions = Sessions(config.sessions.most, config.sessions.ttl_s, clock)
+        self.sessions = Sessions(config.sessions.most, config.sessions.ttl_s, clock, config.sessions.most_of_owner)
         self._tool_guards: dict[str, ToolGuard] = {}
         problems: list[str] = []
         for name, path in config.rules.items():

@@ -21,7 +21,7 @@ class MeasureCommand(JsonCommandLine):
     """`moe-train ablate measure`; MEASURE_COMMAND adds the settings of a job."""
 
     model: str = positional("Model: a folder, name of a job, or hub id.", "MODEL")
-    set: list[str] = option(
+    rows: list[str] = option(
         [], "File (JSON Lines or CSV) of prompts that show the concept, target=FILE, and of others, baseline=FILE.",
         "NAME=FILE",
     )  # fmt: skip
@@ -67,7 +67,7 @@ def measure_job(command: MeasureCommand) -> tuple[AblationMeasureSpec, dict[str,
     Raises:
         InvalidInput: a value is not valid.
     """
-    sets = named_files(command.set)
+    sets = named_files(command.rows)
     training: dict[str, Any] = {name: getattr(command, name) for name in AnalysisTraining.model_fields}
     body = {
         "recipe": "ablation_measure",

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, TypeAdapter, field_validator, model_v
 
 from llama_stack_provider_moe.spec import server_config_rules
 from llama_stack_provider_moe.spec.blocks import Block
+from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig
 from llama_stack_provider_moe.spec.options import PROJECT_PATTERN
 from llama_stack_provider_moe.spec.scorer_config import MOST_PROBES, PROBE_NAME_PATTERN, ScorerConfig
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN
@@ -104,31 +105,18 @@ class SessionsConfig(Block):
         default=100_000,
         ge=1,
         le=10_000_000,
-        description="Number of sessions that are kept; the least recently used end.",
+        description="Number of sessions that are kept. For a new one, the user with the most sessions loses the least "
+        "recently used of them.",
+    )
+    most_of_owner: int = Field(
+        default=100_000,
+        ge=1,
+        le=10_000_000,
+        description="Number of sessions that are kept of one user; the least recently used of theirs end.",
     )
     ttl_s: float = Field(
         default=86_400.0, gt=0, le=86400 * 365, description="Seconds without a turn after which a session ends."
     )
-
-
-class FeedbackConfig(Block):
-    """Flagged conversations, kept as rows of a data set for training."""
-
-    consent: Literal[True] = Field(
-        description="That users have agreed that flagged conversations are stored and trained on; expected true."
-    )
-    folder: Path = Field(
-        description="Folder for the rows: flagged.jsonl and answered.jsonl, which the server's user alone may read."
-    )
-    max_bytes: int = Field(
-        default=256 << 20,
-        ge=1 << 20,
-        le=1 << 40,
-        description="Most bytes of both files; later conversations are lost, which is counted.",
-    )
-
-    _blank = field_validator("folder", mode="before")(staticmethod(server_config_rules.not_blank))
-    _folder = field_validator("folder", mode="after")(staticmethod(server_config_rules.exclusive_folder))
 
 
 class GuardConfig(Block):

@@ -140,7 +140,7 @@ class RoutingCommand(JsonCommandLine):
     """`moe-train analyze routing`; ROUTING_COMMAND adds the settings of a job."""
 
     model: str = positional("Model: a folder, name of a job, or hub id.", "MODEL")
-    set: list[str] = option([], "Name and file (JSON Lines or CSV) of a set of rows. Give two or more.", "NAME=FILE")
+    rows: list[str] = option([], "Name and file (JSON Lines or CSV) of a set of rows. Give two or more.", "NAME=FILE")
     adapter: str | None = option(None, "LoRA adapter on the model: a folder or name of a job.", "FOLDER")
     out: str = option("routing", "Folder for routing.json and the charts.", "FOLDER")
 
@@ -219,7 +219,7 @@ def routing_job(command: RoutingCommand) -> tuple[RoutingAnalysisSpec, dict[str,
     Raises:
         InvalidInput: a value is not valid.
     """
-    sets = named_files(command.set)
+    sets = named_files(command.rows)
     body = {
         "recipe": "routing_analysis",
         "model": command.model,
@@ -236,7 +236,7 @@ def routing_job(command: RoutingCommand) -> tuple[RoutingAnalysisSpec, dict[str,
 
 
 def named_files(given: list[str]) -> dict[str, str]:
-    """Name -> file of each `--set NAME=FILE`.
+    """Name -> file of each `--rows NAME=FILE`.
 
     Raises:
         InvalidInput: one has another form, or a name occurs twice.
@@ -245,7 +245,7 @@ def named_files(given: list[str]) -> dict[str, str]:
     for each in given:
         name, equals, path = each.partition("=")
         if not equals or name in sets:
-            raise InvalidInput("--set", each, "NAME=FILE, each name once")
+            raise InvalidInput("--rows", each, "NAME=FILE, each name once")
         sets[name] = path
     return sets
 

@@ -55,7 +55,7 @@ def routing_rows(path: Path, spec: RoutingAnalysisSpec) -> list[str]:
         InvalidRows: rows are not valid.
     """
     answered = spec.analysis.tokens == "response"
-    return _lines(path, "--set", 2, lambda row, number: conversation(row, number, spec.data.format, answered))
+    return _lines(path, "--rows", 2, lambda row, number: conversation(row, number, spec.data.format, answered))
 
 
 def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
@@ -65,7 +65,7 @@ def measured_rows(path: Path, spec: AblationMeasureSpec) -> list[str]:
         InvalidInput: the file can't be read, or has too few rows.
         InvalidRows: rows are not valid.
     """
-    return _lines(path, "--set", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
+    return _lines(path, "--rows", LEAST_ROWS, lambda row, number: conversation(row, number, spec.data.format, False))
 
 
 def probe_rows(path: Path, name: str, spec: ProbeSpec) -> list[str]:
@@ -81,9 +81,9 @@ def probe_rows(path: Path, name: str, spec: ProbeSpec) -> list[str]:
         InvalidRows: rows are not valid.
     """
     (source,) = (each for each in spec.row_sources() if each.part == f"set-{name}")
-    rows = _lines(path, "--set", 1, lambda row, number: conversation(row, number, source.format, False))
+    rows = _lines(path, "--rows", 1, lambda row, number: conversation(row, number, source.format, False))
     if len(rows) < source.least:
-        raise InvalidInput("--set", f"{name}={path}", f"{as_typed(source.why_least)}; this file has {len(rows)}")
+        raise InvalidInput("--rows", f"{name}={path}", f"{as_typed(source.why_least)}; this file has {len(rows)}")
     return rows
 
 

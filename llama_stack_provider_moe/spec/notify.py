@@ -12,6 +12,7 @@ from llama_stack_provider_moe.spec.destinations import check_url
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 
 SWEEP_ENDED = "moe.sweep.ended"
+PIPELINE_ENDED = "moe.pipeline.ended"
 # OpenAI's names.
 NotifyEvent = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 EVERY_EVENT: tuple[NotifyEvent, ...] = (
@@ -61,6 +62,10 @@ class Notify(NotifyUrl):
 
 class SweepNotify(NotifyUrl):
     """Whom to tell when all jobs of the sweep have ended, by one signed webhook."""
+
+
+class PipelineNotify(NotifyUrl):
+    """Whom to tell when all jobs of the pipeline have ended, by one signed webhook."""
 
 
 class NotifyConfig(Block):

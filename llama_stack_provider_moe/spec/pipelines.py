@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block
 from llama_stack_provider_moe.spec.labels import MAX_LABELS, Labels
+from llama_stack_provider_moe.spec.notify import PipelineNotify
 
 MOST_PARTS = 64
 PREFIX = "parts."
@@ -61,6 +62,11 @@ class PipelineSpec(Block):
         default={},
         max_length=MAX_LABELS,
         description="Labels of every job of the pipeline, beside those that a part's job states itself.",
+    )
+    notify: PipelineNotify | None = Field(
+        default=None,
+        description="Whom to tell once, when all its jobs have ended; `notify` of a part's job is about that job. "
+        "Left out: nobody.",
     )
     parts: list[PipelinePart] = Field(
         min_length=1,

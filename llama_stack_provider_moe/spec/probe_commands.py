@@ -18,7 +18,7 @@ class FitCommand(JsonCommandLine):
     """`moe-train probe fit`; FIT_COMMAND adds the settings of a job."""
 
     model: str = positional("Model: a folder, name of a job, or hub id.", "MODEL")
-    set: list[str] = option(
+    rows: list[str] = option(
         [], "File (JSON Lines or CSV) of prompts that show the concept, target=FILE, and of others, baseline=FILE; for "
         "the report also of other wording, test_target=FILE and test_baseline=FILE.",
         "NAME=FILE",
@@ -49,7 +49,7 @@ def fit_job(command: FitCommand) -> tuple[ProbeSpec, dict[str, Path]]:
     Raises:
         InvalidInput: a value is not valid.
     """
-    sets = named_files(command.set)
+    sets = named_files(command.rows)
     body = {
         "recipe": "probe",
         "model": command.model,
@@ -72,4 +72,4 @@ def as_typed(message: str) -> str:
         field = FIT_COMMAND.model_fields.get(found[2])
         return found[0] if field is None else written(found[2], field)
 
-    return _SETTING.sub(option_of, message).replace("data.sets.", "--set ").replace("data.sets", "--set")
+    return _SETTING.sub(option_of, message).replace("data.sets.", "--rows ").replace("data.sets", "--rows")

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.ground.private import Privacy
 from llama_stack_provider_moe.spec import Block, JobDefaults, server_config_rules
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
 from llama_stack_provider_moe.spec.executors_config import MAX_S, ExecutorsConfig
+from llama_stack_provider_moe.spec.feedback_config import FeedbackFolder
 from llama_stack_provider_moe.spec.graders_config import GradersConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.notify import NotifyConfig
@@ -296,6 +297,10 @@ class ProviderConfig(Block):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
     notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    feedback: FeedbackFolder | None = Field(
+        default=None,
+        description="Flagged conversations that shields keep: their users' jobs may read them. Left out: none do.",
+    )
     graders: GradersConfig = Field(default_factory=GradersConfig)
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)

@@ -77,6 +77,7 @@ from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
+from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig, FeedbackFolder
 from llama_stack_provider_moe.spec.graders import (
     JsonSchema,
     Length,
@@ -93,7 +94,6 @@ from llama_stack_provider_moe.spec.graders import (
 )
 from llama_stack_provider_moe.spec.graders_config import GradersConfig, JudgeConfig
 from llama_stack_provider_moe.spec.guard_config import (
-    FeedbackConfig,
     GuardConfig,
     RepMonitorParams,
     SessionsConfig,
@@ -279,6 +279,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `serving:` of kind vllm", "serving.", VllmServing, {"answer_s"}),
     ("Server: `mirror:`", "mirror.", MirrorConfig, set()),
     ("Server: `notify:`", "notify.", NotifyConfig, set()),
+    ("Server: `feedback:`", "feedback.", FeedbackFolder, set()),
     ("Server: `graders:`", "graders.", GradersConfig, set()),
     ("Server: each of `graders.judges:`", "graders.judges.NAME.", JudgeConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),

@@ -21,7 +21,9 @@ def test_a_job_that_refuses_long_rows_says_so() -> None:
 
 def test_an_error_of_a_job_names_options() -> None:
     told = "data.sets.baseline: 3 rows for probe.false_positive_rate 0.01, more than options.max_length; probe.json"
-    assert as_typed(told) == "--set baseline: 3 rows for --false-positive-rate 0.01, more than --max-length; probe.json"
+    assert (
+        as_typed(told) == "--rows baseline: 3 rows for --false-positive-rate 0.01, more than --max-length; probe.json"
+    )
 
 
 def test_a_bad_row_is_told_the_forms_that_are_taken(tmp_path: Path) -> None:

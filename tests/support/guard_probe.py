@@ -37,7 +37,7 @@ def fitted(folder: Path) -> TinyProbe:
     for name, texts in (("target", target), ("baseline", baseline)):
         random.Random(1).shuffle(texts)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in texts))
-    sets = [word for name in ("target", "baseline") for word in ("--set", f"{name}={folder / name}.jsonl")]
+    sets = [word for name in ("target", "baseline") for word in ("--rows", f"{name}={folder / name}.jsonl")]
     _run("fit_command", str(folder / "model"), *sets, "--false-positive-rate", "0.05", "--out", str(folder / "probe"))
     scores = {}
     for name, texts in (("target", target), ("baseline", baseline)):

@@ -23,6 +23,7 @@ FILES = {
     "test_hosts": "Jobs that train, owners, tenants and the access policy",
     "test_hosts_life": "Files, restarts and open streams",
     "test_openai_hosts": "OpenAI's fine-tuning API",
+    "test_guard_hosts": "Shields",
 }
 PACKAGES = ("ogx", "ogx-api", "llama-stack", "llama-stack-api", "fastapi", "mcp", "openai", "pydantic", "uvicorn")
 VERSIONS = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ import pytest
 import yaml
 from llama_stack_client import BadRequestError, LlamaStackClient
 
-from llama_stack_provider_moe.control.cli.hosts import HostName
+from llama_stack_provider_moe.control.cli.hosts import HOSTS, HostName
 from tests.support.authority import authority
 from tests.support.chat_server import MODEL, Chat, chatting
 from tests.support.cli_support import moe_train
 from tests.support.free_ports import free_port
 from tests.support.guard_probe import TinyProbe, fitted
-from tests.support.host_harness import RUN_CONFIGS, Server, merged, serving
+from tests.support.host_harness import API, RUN_CONFIGS, Server, hub_cache, serving
 from tests.support.other_hosts import ALL, HostUnderTest, required
 
 pytestmark = pytest.mark.e2e
@@ -79,16 +80,35 @@ def config_of(host: HostUnderTest, folder: Path, endpoint: str, chat: Chat) -> P
     ours["state_dir"] = str(folder / "guard")
     ours["rules"]["default"] = str(RUN_CONFIGS / "shields" / "tools.yaml")
     if is_ogx:
-        content["external_apis_dir"] = str(RUN_CONFIGS / "external_apis_guarded")
         ours["shields"]["session"] = SESSION
         content["providers"]["responses"][0]["config"]["moderation_headers"] = {"Authorization": "Bearer alice"}
     else:
         del content["registered_resources"]["models"]
         (session,) = [each for each in content["registered_resources"]["shields"] if each["shield_id"] == "session"]
         session["params"] = SESSION
+    ours["feedback"] = {"consent": True, "folder": str(folder / "flagged")}
     changed = folder / path.name
-    changed.write_text(yaml.safe_dump(merged(content, {}), sort_keys=False), encoding="utf-8")
+    changed.write_text(yaml.safe_dump(_with_training(content, host, folder), sort_keys=False), encoding="utf-8")
     return changed
+
+
+def _with_training(content: dict[str, Any], host: HostUnderTest, folder: Path) -> dict[str, Any]:
+    """The same server with the provider that trains, as the run config for the host has it."""
+    about = HOSTS[host.name]
+    plain = yaml.safe_load((RUN_CONFIGS / f"{about.server}.yaml").read_text(encoding="utf-8"))
+    providers = {**plain["providers"], **content["providers"]}
+    trains = providers["post_training"][0]["config"]
+    trains |= {"state_dir": str(folder / "moe"), "feedback": {"consent": True, "folder": str(folder / "flagged")},
+               "supervisor": {"start": False}}  # fmt: skip
+    trains["child_env"] = {**trains.get("child_env", {}), "HF_HUB_CACHE": str(hub_cache(folder / "hub", "owner/name"))}
+    apis = folder / "apis"
+    apis.mkdir()
+    for each in ("external_apis", "external_apis_guarded") if about.is_external else ():
+        for file in (RUN_CONFIGS / each).iterdir():
+            if each != "external_apis_guarded" or host.name is HostName.OGX:
+                shutil.copy(file, apis)
+    more = {"external_apis_dir": str(apis)} if about.is_external else {}
+    return {**content, "apis": sorted({*plain["apis"], *content["apis"]}), "providers": providers, **more}
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda host: host.name)
@@ -275,6 +295,34 @@ def test_responses_stop_at_a_shield(running: Running) -> None:
         ask(running.probe.plain)
 
 
+def test_each_user_trains_on_what_was_flagged_of_them(running: Running) -> None:
+    """A data set and a job of the conversations that shields flagged; another user finds nothing of them."""
+    calls = calling("read_file", {"path": "/etc/secret-of-alice"})
+    assert running.flags("tools", calls, "alice") is not None
+    api = f"{running.server.url}{API}"
+    job = {"recipe": "sft", "model": "owner/name", "data": {"dataset_id": "feedback:answered"},
+           "options": {"validation_split": 0}}  # fmt: skip
+    with httpx.Client(base_url=api, headers={"Authorization": "Bearer alice"}, timeout=120) as alice:
+        until = time.monotonic() + LIMIT_S
+        while not alice.get("/feedback").json()["answered"]:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        made = alice.post("/feedback", json={"name": "bad-calls", "only": "answered", "shield": "tools"})
+        assert made.status_code == 200, made.text
+        rows = alice.get("/datasets/bad-calls/rows").json()["rows"]
+        said = [row["messages"][-1]["tool_calls"][0]["function"]["arguments"] for row in rows]
+        assert '{"path": "/etc/secret-of-alice"}' in said
+        created = alice.post("/jobs", json=job)
+        assert created.status_code == 200, created.text
+        source = alice.get(f"/jobs/{created.json()['job_uuid']}").json()["sources"]["train"]
+        assert (source["kind"], source["rows"]) == ("flagged conversations", alice.get("/feedback").json()["answered"])
+    with httpx.Client(base_url=api, headers={"Authorization": "Bearer bob"}, timeout=120) as bob:
+        assert bob.post("/feedback", json={"name": "x", "only": "answered"}).status_code == 404
+        assert bob.post("/feedback", json={"name": "x", "everybody": True}).status_code == 403
+        assert bob.get("/datasets/bad-calls").status_code == 404
+        assert bob.post("/jobs", json=job).status_code == 400
+
+
 def test_a_scorer_that_is_gone_blocks_and_comes_back(running: Running) -> None:
     children = psutil.Process(running.server.process.pid).children(recursive=True)
     scorers = [each for each in children if "compute.probing.scorer" in " ".join(each.cmdline())]
@@ -296,13 +344,19 @@ def test_the_start_says_what_was_configured(running: Running) -> None:
     assert running.probe.flagged not in log, "nothing of a conversation is in the log"
 
 
-def test_a_wrong_configuration_ends_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ALL, ids=lambda host: host.name)
+def test_a_wrong_configuration_ends_the_start(host: HostUnderTest, tmp_path: Path) -> None:
     """Without a choice of `on_failure`, and with a probe that is none."""
-    content = yaml.safe_load((RUN_CONFIGS / "guarded.yaml").read_text(encoding="utf-8"))
+    required(host)
+    name = "ogx_guarded.yaml" if host.name is HostName.OGX else "guarded.yaml"
+    content = yaml.safe_load((RUN_CONFIGS / name).read_text(encoding="utf-8"))
+    if host.name is HostName.OGX:
+        content["external_apis_dir"] = str(RUN_CONFIGS / "external_apis_guarded")
     del content["providers"]["safety"][0]["config"]["on_failure"]
-    path = tmp_path / "guarded.yaml"
+    path = tmp_path / name
     path.write_text(yaml.safe_dump(content))
-    start = serving(path, tmp_path / "state", "/v1/safety/health", {"MOE_PROBE": str(tmp_path)})
+    env = {"MOE_PROBE": str(tmp_path)}
+    start = serving(path, tmp_path / "state", "/v1/safety/health", env, command=host.command)
     with pytest.raises(AssertionError, match="on_failure: is missing") as ended, start:
         pass
     assert "Traceback" not in str(ended.value)

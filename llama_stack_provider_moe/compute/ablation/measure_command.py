@@ -1,6 +1,6 @@
 """A measurement without a server: the code of `moe-train ablate measure`.
 
-$ moe-train ablate measure MODEL --set target=FILE --set baseline=FILE [--adapter FOLDER] ...
+$ moe-train ablate measure MODEL --rows target=FILE --rows baseline=FILE [--adapter FOLDER] ...
 """
 
 import sys

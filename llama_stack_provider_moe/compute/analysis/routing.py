@@ -1,6 +1,6 @@
 """A routing analysis without a server: the code of `moe-train analyze routing`.
 
-$ moe-train analyze routing MODEL --set a=FILE --set b=FILE [--adapter FOLDER] ...
+$ moe-train analyze routing MODEL --rows a=FILE --rows b=FILE [--adapter FOLDER] ...
 """
 
 import sys

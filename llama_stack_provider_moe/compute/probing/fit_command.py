@@ -1,6 +1,6 @@
 """A probe without a server: the code of `moe-train probe fit`.
 
-$ moe-train probe fit MODEL --set target=FILE --set baseline=FILE [--adapter FOLDER] ...
+$ moe-train probe fit MODEL --rows target=FILE --rows baseline=FILE [--adapter FOLDER] ...
 """
 
 import sys

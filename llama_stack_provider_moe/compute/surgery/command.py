@@ -25,13 +25,10 @@ def run(command: SurgeryCommand) -> int:
     folder = model_folder(local_names.whole_model(command.model, "MODEL"), "MODEL")
     try:
         prepared = prepare(folder, _with_donor(settings.surgery), field=OF_COMMAND)
+        decision = _decided(prepared, settings)
+        report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), _say)
     except (ModelError, LayoutError) as error:  # MODEL is not one for this command: a mistake, as other values are
         raise InvalidBody([as_typed(str(error))]) from None
-    decision = _decided(prepared, settings)
-    try:
-        report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), _say)
-    except ModelError as error:
-        raise ModelError(as_typed(str(error))) from None
     print(report.model_dump_json() if command.as_json else text(report))
     return 0
 

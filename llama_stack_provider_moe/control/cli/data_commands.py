@@ -1,4 +1,4 @@
-"""`moe-train data`: bring rows to the server, and list, show and delete the data sets that it keeps."""
+"""`moe-train data`: bring rows to the server, list, show and delete its data sets, and make one of flagged rows."""
 
 from typing import Annotated
 
@@ -106,6 +106,43 @@ def rm(
     def act(server: Client, screen: Screen) -> Exit:
         whole, at, version = name.partition("@")
         return answer(screen, server.delete_dataset(whole, version if at else None), show_data.deleted)
+
+    run(Where(url, key), as_json, act)
+
+
+@app.command()
+def flagged(
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Name of the data set to make; left out: only count.")
+    ] = None,
+    answered: Annotated[
+        bool,
+        typer.Option("--answered", help="Only those that end with an answer, for recipes that learn answers."),
+    ] = False,
+    shield: Annotated[
+        str | None, typer.Option("--shield", metavar="SHIELD", help="Only what this shield flagged; default: any.")
+    ] = None,
+    everybody: Annotated[
+        bool, typer.Option("--everybody", help="Those of every user, for administrators; default: your own.")
+    ] = False,
+    erase: Annotated[bool, typer.Option("--erase", help="Delete your own; data sets and jobs keep copies.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Count your conversations that shields flagged, make a data set of them, or delete them."""
+
+    def act(server: Client, screen: Screen) -> Exit:
+        if name is None and (answered or shield is not None or everybody):
+            raise InvalidInput.missing("--name", "the name of the data set to make")
+        if erase and name is not None:
+            raise InvalidInput("--erase", name, "either --erase or --name")
+        if erase:
+            return answer(screen, server.erase_feedback(), show_data.erased)
+        if name is None:
+            return answer(screen, server.feedback(), show_data.flagged)
+        made = server.push_feedback(name, "answered" if answered else "all", shield, everybody)
+        return answer(screen, made, show_data.pushed)
 
     run(Where(url, key), as_json, act)
 

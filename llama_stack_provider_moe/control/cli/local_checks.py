@@ -79,7 +79,7 @@ def routing(command: RoutingCommand) -> None:
     model, adapter = _model_and_adapter(command.model, command.adapter)
     spec, files = routing_job(command)
     for path in files.values():
-        _readable(path, "--set")
+        _readable(path, "--rows")
     _without_report(command.out, REPORT_FILE)
     _contents(model, adapter)
     for path in files.values():
@@ -91,7 +91,7 @@ def measure(command: MeasureCommand) -> None:
     model, adapter = _model_and_adapter(command.model, command.adapter)
     spec, files = measure_job(command)
     for path in files.values():
-        _readable(path, "--set")
+        _readable(path, "--rows")
     _without_report(command.out, MEASUREMENTS_FILE)
     _contents(model, adapter)
     for path in files.values():
@@ -103,7 +103,7 @@ def fit_probe(command: FitCommand) -> None:
     model, adapter = _model_and_adapter(command.model, command.adapter)
     spec, files = fit_job(command)
     for path in files.values():
-        _readable(path, "--set")
+        _readable(path, "--rows")
     _without_report(command.out, CARD_FILE)
     _contents(model, adapter)
     for name, path in files.items():

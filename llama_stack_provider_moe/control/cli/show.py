@@ -324,7 +324,8 @@ def _data_sets(detail: Job) -> str:
 
 def _source(source: DataSource) -> str:
     version = source["version"]
-    return f"{source['id']} ({source['kind']})" if version is None else f"{source['id']}@{version[:12]} (uploaded)"
+    kind = "uploaded" if source["kind"] == "data" else source["kind"]
+    return f"{source['id']} ({kind})" if version is None else f"{source['id']}@{version[:12]} ({kind})"
 
 
 def _tries(detail: Job) -> str:

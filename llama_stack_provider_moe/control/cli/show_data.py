@@ -2,7 +2,14 @@
 
 from rich.console import Group, RenderableType
 
-from llama_stack_provider_moe.client.dataset_documents import Dataset, DatasetList, DeletedDataset, PushedDataset
+from llama_stack_provider_moe.client.dataset_documents import (
+    Dataset,
+    DatasetList,
+    DeletedDataset,
+    ErasedFeedback,
+    KeptFeedback,
+    PushedDataset,
+)
 from llama_stack_provider_moe.control.cli.screen import table, text
 from llama_stack_provider_moe.control.cli.show import moment, size
 
@@ -55,6 +62,22 @@ def deleted(document: DeletedDataset) -> RenderableType:
     count = len(document["versions"])
     what = f"version {document['versions'][0][:VERSION_DIGITS]}" if count == 1 else f"{count} versions"
     return f"data set {document['name']}: {what} deleted, {size(document['bytes'])}; jobs keep their copies of the rows"
+
+
+def flagged(document: KeptFeedback) -> RenderableType:
+    """Say how many conversations shields have flagged, and how a job names them."""
+    if not document["rows"]:
+        return "none of your conversations is kept as flagged"
+    return Group(
+        text(f"{document['rows']:,} of your conversations were flagged, {document['answered']:,} of them end with an "
+             f"answer; {size(document['bytes'])}"),
+        text("in a job: data.dataset_id: feedback:all, or feedback:answered; as a data set: --name NAME"),
+    )  # fmt: skip
+
+
+def erased(document: ErasedFeedback) -> RenderableType:
+    """Say what was deleted."""
+    return f"flagged conversations: {size(document['bytes'])} deleted; data sets and jobs keep their copies"
 
 
 def _column(name: str, count: int, rows: int) -> str:

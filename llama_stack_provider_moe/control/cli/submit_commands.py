@@ -11,6 +11,7 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.control.cli.template import read_template
+from llama_stack_provider_moe.errors import InvalidInput
 
 File = Annotated[
     str,
@@ -43,6 +44,9 @@ def submit(
     ] = None,
     note: Annotated[str | None, typer.Option(metavar="TEXT", help="Note about the job.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Wait until the job has ended.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only have the server check the job and its rows; create nothing.")
+    ] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -52,6 +56,10 @@ def submit(
     def act(server: Client, screen: Screen) -> Exit:
         body = read_template(file, changes or [])
         label.put_into(body, labels or [], note)
+        if dry_run:
+            if follow:
+                raise InvalidInput("--follow", "--dry-run", "one of them: a dry run creates no job to follow")
+            return answer(screen, server.validate(body), show.validated)
         with hint(f"to see whether the job was created: {typed(server, 'ls')}"):
             created = server.submit(body)
         job_id = str(created.get("job_uuid"))
@@ -76,7 +84,7 @@ def submit(
 def validate(
     file: File, changes: Changes = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
 ) -> None:
-    """Check a job file and its rows as `submit` does, but create nothing."""
+    """Check a job file and its rows as `submit` does, but create nothing; the same as `submit --dry-run`."""
 
     def act(server: Client, screen: Screen) -> Exit:
         return answer(screen, server.validate(read_template(file, changes or [])), show.validated)

@@ -1,20 +1,19 @@
 """Flagged conversations -> rows that a later job trains on, where the operator's configuration says that users agreed.
 
-`flagged.jsonl` has every conversation, for probes and ablation measurements; `answered.jsonl` those that end with an
-answer of the assistant, for the circuit breaker and other recipes that learn answers. Both are rows as a job takes
-them: `moe-train data push FILE --name NAME`.
+Each user has a file of their own (`control.store.feedback_files`). The post-training provider makes data sets of them.
 """
 
 import json
 import logging
+import time
 from collections.abc import Callable
-from pathlib import Path
+from datetime import UTC, datetime
 
-from llama_stack_provider_moe.ground.private import Privacy
+from llama_stack_provider_moe.control.store import feedback_files
 from llama_stack_provider_moe.shields.messages import Conversation, Message
-from llama_stack_provider_moe.spec.guard_config import FeedbackConfig
+from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig
 
-FLAGGED, ANSWERED = "flagged.jsonl", "answered.jsonl"
+LOOK_S = 10.0  # how often the size of all files is looked at; in between, what this process appends is added
 log = logging.getLogger(__name__)
 
 
@@ -29,34 +28,41 @@ class Feedback:
     def __init__(self, config: FeedbackConfig, note: Callable[[str], None]) -> None:
         self._config = config
         self._note = note
-        self._told = False
+        self._told: set[str] = set()
+        self._used_bytes = 0
+        self._looked_at: float | None = None
 
-    def keep(self, conversation: Conversation) -> None:
-        """Append a conversation; runs in a thread. A full disk or a folder that is gone loses the row, and says so."""
-        line = json.dumps({"messages": [_row(each) for each in conversation]}, ensure_ascii=False).encode() + b"\n"
-        names = [FLAGGED, ANSWERED] if conversation[-1].role == "assistant" else [FLAGGED]
+    def keep(self, owner: str, shield_id: str, conversation: Conversation) -> None:
+        """Append a conversation to its owner's file; runs in a thread.
+
+        What does not fit is lost, and so is what a full disk or a folder that is gone does not take: it is counted.
+        """
+        row = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "shield": shield_id,
+               "messages": [_row(each) for each in conversation]}  # fmt: skip
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        folder = self._config.folder
         try:
-            Privacy().make_folder(self._config.folder)
-            paths = [self._config.folder / name for name in names]
-            if self._used() + len(line) * len(paths) > self._config.max_bytes:
-                self._lose("full", f"feedback.max_bytes is reached in {self._config.folder}")
-                return
-            for path in paths:
-                with Privacy().appended(path) as file:
-                    file.write(line)  # one write: several server processes may share the folder
+            if self._used() + len(line) > self._config.max_bytes:
+                self._lose("full", f"feedback.max_bytes is reached in {folder}")
+            elif feedback_files.append(folder, owner, line, self._config.max_bytes_of_owner) == "full":
+                self._lose("full", f"feedback.max_bytes_of_owner is reached in {folder}")
+            else:
+                self._used_bytes += len(line)
+                self._note("kept")
         except OSError as error:
-            self._lose("failed", f"feedback.folder {self._config.folder}: {error.strerror}")
-            return
-        self._note("kept")
+            self._lose("failed", f"feedback.folder {folder}: {error.strerror}")
 
     def _used(self) -> int:
-        files: list[Path] = [self._config.folder / name for name in (FLAGGED, ANSWERED)]
-        return sum(file.stat().st_size for file in files if file.exists())
+        now = time.monotonic()
+        if self._looked_at is None or now - self._looked_at > LOOK_S:
+            self._looked_at = now
+            self._used_bytes = feedback_files.used_bytes(self._config.folder)
+        return self._used_bytes
 
     def _lose(self, outcome: str, why: str) -> None:
         self._note(outcome)
-        if not self._told:  # once: an attacker must not fill the log as well
-            self._told = True
+        if why not in self._told:  # once: an attacker must not fill the log as well
+            self._told.add(why)
             log.warning("%s; flagged conversations are lost from now on", why)
 
 

@@ -164,10 +164,10 @@ class GuardService:
             chosen = "allowed" if verdict.violation is None else "blocked"
             log.warning(f"shield {shield_id!r} ({params.type}) has no score ({verdict.failed}); {chosen}")
         if verdict.violation is not None:
-            self._flagged(shield_id, verdict, conversation)
+            self._flagged(shield_id, verdict, conversation, who)
         return verdict
 
-    def _flagged(self, shield_id: str, verdict: Verdict, conversation: Conversation) -> None:
+    def _flagged(self, shield_id: str, verdict: Verdict, conversation: Conversation, who: Who) -> None:
         assert verdict.violation is not None
         rule = verdict.violation.metadata.get("rule")
         log.info(f"shield {shield_id!r}: {verdict.violation.level}, rule {rule!r}")
@@ -176,7 +176,7 @@ class GuardService:
             log.info(f"shield {shield_id!r}: conversation {shown}")
         if self._feedback is not None and verdict.failed is None:
             try:
-                self._writer.submit(partial(self._feedback.keep, conversation))
+                self._writer.submit(partial(self._feedback.keep, who.owner, shield_id, conversation))
             except Unavailable:
                 self.telemetry.feedback("failed")
 

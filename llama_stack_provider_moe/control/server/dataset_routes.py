@@ -6,18 +6,25 @@
     GET    datasets/{name}/profile    what a job would make of it
     GET    datasets/{name}/rows       its rows, in pages
     DELETE datasets/{name}     one, or one version of it
+    GET, POST, DELETE feedback        conversations that shields flagged: their number; a data set of them; delete them
 
 Each caller sees only their own; a name that another owner uses is free.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Body, Header, Path, Query, Request
+from pydantic import WrapValidator
 
 from llama_stack_provider_moe.control.server import callers, uploads, wire_datasets
 from llama_stack_provider_moe.control.server.answers import streaming_answers_of
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.spec.validation_errors import validated
 
+if TYPE_CHECKING:
+    FeedbackBody = object
+else:  # a thread validates it; the document has the real type
+    FeedbackBody = Annotated[wire_datasets.FeedbackBody, WrapValidator(lambda body, _: body), Body()]
 MAX_DATASETS = 1000
 MAX_ROWS = 200
 ProfiledRecipe = Literal["sft", "dpo", "circuit_breaker"]
@@ -43,6 +50,7 @@ def add_datasets(router: APIRouter, impl: PostTrainingService) -> None:
         return await impl.datasets.list(callers.owner(), limit, after)
 
     _add_upload(router, impl)
+    _add_feedback(router, impl)
 
     @router.get("/datasets/{name}", summary="Get an uploaded data set and its versions, the current one first.")
     async def dataset(
@@ -104,3 +112,19 @@ def _add_upload(router: APIRouter, impl: PostTrainingService) -> None:
         # The other routes hold a body in memory, and limit it to `max_body_bytes`.
         route_class_override=streaming_answers_of(impl),
     )  # fmt: skip
+
+
+def _add_feedback(router: APIRouter, impl: PostTrainingService) -> None:
+    @router.get("/feedback", summary="Get the number of the caller's conversations that shields flagged.")
+    async def feedback() -> wire_datasets.KeptFeedback:
+        return await impl.datasets.flagged.kept(callers.owner())
+
+    @router.post("/feedback", summary="Make conversations that shields flagged the current version of a data set.")
+    async def make(body: FeedbackBody, request: Request) -> wire_datasets.PushedDataset:
+        size_bytes = len(await request.body())
+        asked = await impl.guard.bodies.run(size_bytes, validated, wire_datasets.FeedbackBody, body)
+        return await impl.datasets.put_flagged(callers.owner(), impl.whose("read"), asked)
+
+    @router.delete("/feedback", summary="Delete the caller's conversations that shields flagged; data sets stay.")
+    async def erase() -> wire_datasets.ErasedFeedback:
+        return await impl.datasets.erase_flagged(callers.owner())

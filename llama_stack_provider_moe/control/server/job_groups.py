@@ -99,6 +99,8 @@ def _must_be_deletable(store: JobStore, config: ProviderConfig, group: str, jobs
         raise Conflict(f"{group} has jobs that wait or run ({', '.join(waiting[:3])}); cancel it before you delete it")
     for job in (*jobs, *exports):
         removal.must_be_here(job, config)
+        if not force:
+            removal.must_be_unread(job, config)
     needing = [] if force else store.dependents(*(job.id for job in jobs))
     if needing:
         again = any(job.state in (JobState.FAILED, JobState.CANCELLED) for job in needing)

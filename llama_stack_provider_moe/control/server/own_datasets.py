@@ -6,6 +6,7 @@ A job's `dataset_id` is one of
     NAME@3fa8c1      the version of the caller's data set whose SHA-256 begins so
     data:NAME        the caller's, never the host's
     host:ID          the host's, never the caller's
+    feedback:all     the caller's flagged conversations (`flagged`); feedback:answered: those that end with an answer
 """
 
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from llama_stack_provider_moe.control.server import compat
+from llama_stack_provider_moe.control.server.flagged import PREFIX, Flagged, FlaggedRows
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.quotas import Quotas
@@ -24,6 +26,8 @@ from llama_stack_provider_moe.control.server.wire_datasets import (
     DatasetRows,
     DatasetVersionInfo,
     DeletedDataset,
+    ErasedFeedback,
+    FeedbackBody,
     ListDatasetsResponse,
     PushedDataset,
 )
@@ -50,17 +54,21 @@ class Found(NamedTuple):
         host_kind: what the host has under that id.
         version: the version of the caller's own.
         path: the file with the version's rows.
+        flagged: the caller's flagged conversations.
     """
 
     host_id: str | None
     host_kind: SourceKind = "host data set"
     version: DatasetVersion | None = None
     path: Path | None = None
+    flagged: FlaggedRows | None = None
 
     def pages(
         self, deps: compat.Deps, dataset_id: str, rows_per_page: int, field: str, admit: Callable[[str], None]
     ) -> AsyncIterator[list[object]]:
         """Yield the rows in pages; arguments and errors are those of `compat.dataset_pages`."""
+        if self.flagged is not None:
+            return self.flagged.pages(rows_per_page)
         if self.path is not None:
             return _pages(self.path, dataset_id, rows_per_page)
         return compat.dataset_pages(deps, self.host_id or dataset_id, rows_per_page, field, admit)
@@ -71,6 +79,8 @@ class Found(NamedTuple):
         Args:
             field: the caller's name for the field.
         """
+        if self.flagged is not None:
+            return [f"{field}: your flagged conversations as they are now, version {self.flagged.sha256[:12]}"]
         if self.version is None:
             return []
         found = self.version
@@ -82,6 +92,8 @@ class Found(NamedTuple):
         Args:
             rows: number of rows that were copied.
         """
+        if self.flagged is not None:
+            return DataSource(kind=self.host_kind, id=str(self.host_id), version=self.flagged.sha256, rows=rows)
         if self.version is not None:
             return DataSource(kind="data", id=self.version.name, version=self.version.sha256, rows=rows)
         return DataSource(kind=self.host_kind, id=str(self.host_id), version=None, rows=rows)
@@ -96,6 +108,9 @@ class OwnDatasets:
         table: returns the store's data sets, once the store is open.
         quotas: the limits of owners.
         audit: writes down uploads and deletions.
+
+    Attributes:
+        flagged: conversations that shields flagged.
     """
 
     def __init__(
@@ -112,6 +127,7 @@ class OwnDatasets:
         self._quotas = quotas
         self._audit = audit
         self._uploads = Uploads(config, guard, quotas.left_for_datasets)
+        self.flagged = Flagged(config.feedback)
 
     async def put(
         self, owner: str, name: str, form: Form, body: AsyncIterator[bytes], sha256: str | None
@@ -123,6 +139,23 @@ class OwnDatasets:
             owner, "upload dataset", dataset=name, version=stored.sha256, rows=stored.rows, bytes=stored.bytes
         )
         return stored
+
+    async def put_flagged(self, owner: str, whose: str | None, asked: FeedbackBody) -> PushedDataset:
+        """Store flagged conversations as a version of a data set; the same ones again are the same version.
+
+        Args:
+            owner: the caller.
+            whose: the owner whose jobs the caller may read; None for every owner's.
+            asked: which, and the name of the data set.
+        """
+        body = await self.flagged.body(owner, whose, asked)
+        return await self.put(owner, asked.name, Form("jsonl", False), body, None)
+
+    async def erase_flagged(self, owner: str) -> ErasedFeedback:
+        """Delete what is kept of an owner's flagged conversations."""
+        gone = await self.flagged.erase(owner)
+        self._audit.note(owner, "erase feedback", bytes=gone.bytes)
+        return gone
 
     async def list(self, owner: str, limit: int, after: str | None) -> ListDatasetsResponse:
         """Return a page of an owner's data sets, by name; `after` is the last name of the previous page."""
@@ -178,6 +211,9 @@ class OwnDatasets:
             NotFound: the caller has no such data set or version. Whether the host has one shows when it is read.
             InvalidInput: the name fits a data set of the caller's and one of the host's, or several versions.
         """
+        if dataset_id.startswith(PREFIX):
+            rows = self.flagged.rows(owner, dataset_id, field)
+            return Found(dataset_id, "flagged conversations", flagged=rows)
         if dataset_id.startswith(HOSTS):
             host_id = dataset_id.removeprefix(HOSTS)
             return Found(host_id, compat.rows_kind(deps, host_id))

@@ -9,6 +9,7 @@ Private folders, and who owns them:
     <checkpoint_dir>/<id>           the owner of the job whose spec.json names that `checkpoint_dir`
     all else in state_dir           the server (store, logs, staged rows), except `models`, which every job may read
     the folder of a file:// mirror  the server, because it has copies of every owner's jobs
+    feedback.folder                 the server, because it has flagged conversations of every owner
 """
 
 import os
@@ -53,9 +54,7 @@ def job_folders(path: Path, config: ProviderConfig) -> list[Owned]:
 
 def is_private(path: Path, config: ProviderConfig) -> bool:
     """Return whether `path` (real) belongs to a job, the server or a mirror, so that no allowed root opens it."""
-    if job_folders(path, config) or (
-        config.mirror.folder is not None and _below(path, config.mirror.folder) is not None
-    ):
+    if job_folders(path, config) or any(_below(path, each) is not None for each in _elsewhere(config)):
         return True
     in_a_server_folder = _below(path, config.state_dir) is not None or _below(path, config.jobs_dir) is not None
     return in_a_server_folder and _below(path, config.models_dir) is None
@@ -176,8 +175,14 @@ def _holds_private(path: Path, config: ProviderConfig) -> bool:
         real = real_path(path)
     except (OSError, ValueError, RuntimeError):
         return False
-    folders = [config.state_dir, config.jobs_dir, *([config.mirror.folder] if config.mirror.folder else [])]
+    folders = [config.state_dir, config.jobs_dir, *_elsewhere(config)]
     return real.is_dir() and any(_below(real_path(each), real) is not None for each in folders)
+
+
+def _elsewhere(config: ProviderConfig) -> list[Path]:
+    """The folders outside the state folder that hold what belongs to several owners."""
+    feedback = None if config.feedback is None else config.feedback.folder
+    return [each for each in (config.mirror.folder, feedback) if each is not None]
 
 
 def _checkpoint_folders(path: Path, config: ProviderConfig) -> Iterator[Path]:

@@ -69,7 +69,7 @@ class Pipelines:
 
     async def create(self, body: object, size_bytes: int) -> SubmittedPipeline:
         """Create a pipeline with all its parts, or nothing."""
-        pipeline_id, planned = await self._checked(body, size_bytes)
+        asked, pipeline_id, planned = await self._checked(body, size_bytes)
         owner = callers.owner()
         await self._guard.must_have_room(NOT_ACCEPTED)
         await self._guard.run(self._creation.quotas.must_have_left, owner, len(planned))
@@ -80,7 +80,9 @@ class Pipelines:
                 await self._guard.run(self._config.privacy.make_folder, folder / "data")
                 await self._read_rows(each, JobFolder(folder))
                 folders.append(folder)
-            jobs = await self._guard.run(self._commit, pipeline_id, owner, planned, folders)
+            notify = None if asked.notify is None else asked.notify.model_dump_json()
+            new = NewPipeline(pipeline_id, owner, [], notify)
+            jobs = await self._guard.run(self._commit, new, planned, folders)
         self._audit.note(owner, "submit", pipeline=pipeline_id, jobs=len(jobs))
         await self._creation.accepted(jobs)
         log.info("pipeline %s: %d parts are scheduled", pipeline_id, len(jobs))
@@ -90,7 +92,7 @@ class Pipelines:
 
     async def validate(self, body: object, size_bytes: int) -> ValidatedPipeline:
         """Run all the checks of `create` without creating anything."""
-        _, planned = await self._checked(body, size_bytes)
+        _, _, planned = await self._checked(body, size_bytes)
         found = {}
         for each in planned:
             rows = await self._read_rows(each, None)
@@ -100,9 +102,11 @@ class Pipelines:
             )
         return ValidatedPipeline(parts=found)
 
-    async def _checked(self, body: object, size_bytes: int) -> tuple[str, list[_Planned]]:
+    async def _checked(self, body: object, size_bytes: int) -> tuple[PipelineSpec, str, list[_Planned]]:
         """Check the job of every part but its rows; an error names the part."""
         asked = await self._guard.bodies.run(size_bytes, validated, PipelineSpec, body)
+        if asked.notify is not None:
+            self._creation.must_be_told(asked.notify.url, "notify.url")
         get = self._creation.store().pipelines.get
         free = partial(job_groups.free_id, asked.pipeline_uuid, "pipeline", lambda name: get(name, None))
         pipeline_id = await self._guard.run(free)
@@ -117,7 +121,7 @@ class Pipelines:
                 raise job_groups.reworded(error, partial(asked.located, at, pipeline_id)) from error
             found.append(_Planned(part.name, request, spec))
             siblings[str(spec.job_uuid)] = spec
-        return pipeline_id, found
+        return asked, pipeline_id, found
 
     async def _read_rows(self, part: _Planned, folder: JobFolder | None) -> JobRows:
         try:
@@ -125,13 +129,14 @@ class Pipelines:
         except (MoeError, ValueError) as error:
             raise job_groups.about(error, f"part {part.name!r}") from error
 
-    def _commit(self, pipeline_id: str, owner: str, planned: list[_Planned], folders: list[Path]) -> list[Job]:
+    def _commit(self, new: NewPipeline, planned: list[_Planned], folders: list[Path]) -> list[Job]:
+        owner = new.owner
         parts = [
-            (self._creation.written(each.request, each.spec, owner, folder)._replace(pipeline=pipeline_id), each.name)
+            (self._creation.written(each.request, each.spec, owner, folder)._replace(pipeline=new.id), each.name)
             for each, folder in zip(planned, folders, strict=True)
         ]
         store = self._creation.store()
-        group = intake.NewGroup.of_pipeline(store, NewPipeline(pipeline_id, owner, parts))
+        group = intake.NewGroup.of_pipeline(store, new._replace(parts=parts))
         with intake.committing(self._config):
             for job, _ in parts:  # or the folder of a job that took the name meanwhile would be set aside
                 self._creation.must_be_free(job.id)

@@ -96,7 +96,7 @@ class PostTrainingService:
         self._rows = RowReader(config, deps, self.guard, self.datasets, self._templates)
         names = job_names.JobNames(config, self.guard, deps)
         self._creation = Creation(
-            config, self.guard, names, self._rows, self.quotas, lambda: self.store, self._whose, self._accepted
+            config, self.guard, names, self._rows, self.quotas, lambda: self.store, self.whose, self._accepted
         )
         self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
         self.pipelines = Pipelines(self._creation, self.audit, self._wake_supervisor)
@@ -209,11 +209,11 @@ class PostTrainingService:
 
     async def seen[Answer](self, view: Callable[[JobStore, str | None], Answer]) -> Answer:
         """Return a view of the store, given the owner whose jobs the caller may read; None for every owner's."""
-        return await self.guard.run(view, self.store, self._whose("read"))
+        return await self.guard.run(view, self.store, self.whose("read"))
 
     async def changed[Answer](self, change: Callable[[JobStore, str | None], Answer]) -> Answer:
         """Return what a change of the store returns, given the owner whose jobs the caller may change."""
-        return await self.guard.run(change, self.store, self._whose("update"))
+        return await self.guard.run(change, self.store, self.whose("update"))
 
     async def status(self, job_id: str) -> wire.PostTrainingJobStatusResponse:
         """Return the status of a job."""
@@ -237,7 +237,7 @@ class PostTrainingService:
     async def export(self, job_id: str, body: object, size_bytes: int = 0) -> submissions.SubmittedJob:
         """Create a job that exports the model of `job_id`, from the body of an `export` block."""
         # Check access first, so that errors of the body reveal nothing to others.
-        await self.guard.run(self.store.get, job_id, self._whose("update"))
+        await self.guard.run(self.store.get, job_id, self.whose("update"))
         whole = {"recipe": exports.RECIPE, "of": job_id, "export": body}
         return await self._create(Draft(whole, {"of": "the job", "export": ""}), size_bytes)
 
@@ -261,7 +261,7 @@ class PostTrainingService:
 
     async def follow(self, job_id: str, tail: int, offset: int | None) -> AsyncIterator[bytes]:
         """Return the output of a job as server-sent events; see `stream`."""
-        whose = self._whose("read")
+        whose = self.whose("read")
 
         def look(start: int | None) -> stream.OutputPage:
             job = self.store.get(job_id, whose)  # read the state before the output, so that no line is missed
@@ -287,7 +287,7 @@ class PostTrainingService:
 
     async def cancel(self, job_id: str) -> None:
         """Request the cancellation of a job; a second request changes nothing."""
-        job = await self.guard.run(self.store.request_cancel, job_id, self._whose("update"))
+        job = await self.guard.run(self.store.request_cancel, job_id, self.whose("update"))
         self.audit.note(callers.owner(), "cancel", job=job_id)
         if not job.state.ended:
             await self._wake_supervisor()
@@ -303,11 +303,11 @@ class PostTrainingService:
         asked = None
         if body is not None:
             # Check access first, so that errors of the body reveal nothing to others.
-            await self.guard.run(self.store.get, job_id, self._whose("update"))
+            await self.guard.run(self.store.get, job_id, self.whose("update"))
             asked = await self.guard.bodies.run(size_bytes, validated, wire_requests.Resumption, body)
         backend = None if asked is None or asked.moe is None else asked.moe.experts_backend
         resumed = await self.guard.run(
-            job_changes.resume, self.store, self.config, job_id, self._whose("update"), backend
+            job_changes.resume, self.store, self.config, job_id, self.whose("update"), backend
         )
         self.audit.note(callers.owner(), "resume", job=job_id)
         await self._wake_supervisor()
@@ -321,7 +321,7 @@ class PostTrainingService:
             job_id: the job.
             force: delete the job even if other jobs need its files.
         """
-        whose = self._whose("delete")
+        whose = self.whose("delete")
         deleted = await self.guard.run(job_changes.delete, self.store, self.config, job_id, whose, force)
         await self.offers.withdrawn(deleted.withdrawn)
         gone = {"exports": " ".join(deleted.exports) or None, "withdrawn": deleted.withdrawn}
@@ -352,10 +352,10 @@ class PostTrainingService:
         """Count a request that was answered with an error."""
         self._telemetry.refused(method, route, status)
 
-    def _whose(self, action: compat.Action) -> str | None:
-        """Whose jobs the caller may use, see `callers.whose`."""
+    def whose(self, action: compat.Action) -> str | None:
+        """Return whose jobs the caller may use, see `callers.whose`."""
         return callers.whose(self._policy, action)
 
     async def _about[Answer](self, job_id: str, view: Callable[[Job], Answer]) -> Answer:
-        whose = self._whose("read")
+        whose = self.whose("read")
         return await self.guard.run(lambda: view(self.store.get(job_id, whose)))

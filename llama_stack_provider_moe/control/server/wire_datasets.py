@@ -2,8 +2,9 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from llama_stack_provider_moe.control.store.feedback_files import Only
 from llama_stack_provider_moe.spec.data_profile import DataProfile
 
 
@@ -82,3 +83,38 @@ class DatasetProfile(BaseModel):
     sha256: str = Field(description="SHA-256 of the version.")
     is_ready: bool = Field(description="False while the profile is being made; ask again.")
     profile: DataProfile | None = Field(description="The figures of `moe-train data check`; null until it is ready.")
+
+
+class FeedbackBody(BaseModel):
+    """Which flagged conversations become a version of a data set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Name of the data set.")
+    only: Only = Field(
+        default="all",
+        description="all: every conversation that shields flagged, for a probe or a measurement; answered: those that "
+        "end with an answer, for recipes that learn answers.",
+    )
+    shield: str | None = Field(
+        default=None, max_length=128, description="Only what this shield flagged; left out: any shield."
+    )
+    everybody: bool = Field(
+        default=False,
+        description="Those of every user (with tenants, of the caller's tenant); only for administrators. False: the "
+        "caller's own.",
+    )
+
+
+class KeptFeedback(BaseModel):
+    """The caller's flagged conversations."""
+
+    rows: int = Field(description="Number of different conversations.")
+    answered: int = Field(description="Number of those that end with an answer.")
+    bytes: int = Field(description="Size of what is kept.")
+
+
+class ErasedFeedback(BaseModel):
+    """What was deleted of the caller's flagged conversations."""
+
+    bytes: int = Field(description="Size of what was deleted. Data sets and jobs keep their copies of the rows.")

@@ -32,7 +32,7 @@ from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 type Action = Literal[
     "submit", "export", "cancel", "resume", "delete", "label", "prompt", "download", "upload dataset",
-    "delete dataset", "webhook given up",
+    "delete dataset", "erase feedback", "webhook given up",
 ]  # fmt: skip
 WAITING = 10_000  # records
 COMPLAINT_S = 60.0

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 
-from llama_stack_provider_moe.control.store import lease, limits, outbox, parent_jobs, queue, transitions, trial_rows
+from llama_stack_provider_moe.control.store import (
+    lease,
+    limits,
+    outbox,
+    parent_jobs,
+    pipeline_ends,
+    queue,
+    transitions,
+    trial_rows,
+)
 from llama_stack_provider_moe.control.store.job_row import ARTIFACTS, Job, as_job
 from llama_stack_provider_moe.control.store.lease import LiveSupervisor, holder
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
@@ -189,6 +198,8 @@ class Moves:
                 job = transitions.write(connection, row, changes, fence)
                 if export is not None and turn is not None:
                     parent_jobs.insert_job(connection, export, turn)
+                if new_state in ENDED:
+                    pipeline_ends.tell(connection, row.pipeline, job_id)
                 return job
         except IntegrityError:
             raise Conflict(f"job {job_id!r} could not end: the name of its export was just taken") from None

@@ -6,8 +6,6 @@ too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import Engine, insert, update
@@ -18,6 +16,7 @@ from llama_stack_provider_moe.control.store import (
     limits,
     parent_jobs,
     part_rows,
+    pipeline_ends,
     queue,
     transitions,
     wait_rows,
@@ -25,7 +24,8 @@ from llama_stack_provider_moe.control.store import (
 from llama_stack_provider_moe.control.store.job_row import Job, as_job
 from llama_stack_provider_moe.control.store.parent_jobs import NewJob
 from llama_stack_provider_moe.control.store.part_rows import Part
-from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, parts_table, pipelines_table
+from llama_stack_provider_moe.control.store.pipeline_ends import PipelineState, as_pipeline
+from llama_stack_provider_moe.control.store.schema import jobs_table, parts_table, pipelines_table
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
@@ -36,16 +36,6 @@ _RESUMED_FROM = (JobState.FAILED, JobState.CANCELLED)
 _J, _L = jobs_table.c, pipelines_table.c
 
 
-@dataclass(frozen=True)
-class PipelineRow:
-    """A pipeline as the store knows it."""
-
-    id: str
-    owner: str
-    created_at: datetime
-    cancel_requested_at: datetime | None
-
-
 class NewPipeline(NamedTuple):
     """A pipeline to be inserted.
 
@@ -53,37 +43,13 @@ class NewPipeline(NamedTuple):
         id: Unique among the pipelines of all owners.
         owner: The only user who will see it.
         parts: Its parts, by name; each waits only for parts before it.
+        notify: JSON of whom to tell of its end; None: nobody.
     """
 
     id: str
     owner: str
     parts: Sequence[tuple[NewJob, str]]
-
-
-class PipelineState(NamedTuple):
-    """A pipeline, and the states of its jobs: its parts and their exports.
-
-    Attributes:
-        pipeline: Its row.
-        counts: Number of its jobs in each state.
-        lost: Names of parts whose jobs were deleted before they had completed.
-    """
-
-    pipeline: PipelineRow
-    counts: group_rows.Counts
-    lost: Sequence[str] = ()
-
-    @property
-    def state(self) -> JobState:
-        """State of the pipeline: completed if all its jobs completed, and none was deleted before it had."""
-        unfinished = group_rows.unfinished(self.counts)
-        if unfinished is not None:
-            return unfinished
-        if self.pipeline.cancel_requested_at is not None and (self.counts.get(JobState.CANCELLED) or self.lost):
-            return JobState.CANCELLED
-        order = (JobState.UNREADABLE, JobState.FAILED, JobState.CANCELLED, JobState.COMPLETED)
-        found = next((state for state in order if self.counts.get(state)), JobState.UNREADABLE)
-        return JobState.FAILED if found is JobState.COMPLETED and self.lost else found
+    notify: str | None = None
 
 
 class PipelineDetail(NamedTuple):
@@ -127,7 +93,7 @@ class PipelineTable:
                 turn = queue.next_turn(connection)
                 limits.must_have_left(connection, new.owner, owner_limits, len(new.parts))
                 connection.execute(insert(pipelines_table).values(
-                    turn=turn, id=new.id, owner=new.owner, created_at=now(),
+                    turn=turn, id=new.id, owner=new.owner, created_at=now(), notify=new.notify,
                 ))  # fmt: skip
                 jobs = []
                 for number, (job, name) in enumerate(new.parts):
@@ -151,12 +117,12 @@ class PipelineTable:
             rows = group_rows.page(connection, pipelines_table, owner, limit, after, "pipeline")
             ids = [row.id for row in rows]
             counts, lost = group_rows.counts(connection, _J.pipeline, ids), part_rows.lost(connection, ids)
-            return [PipelineState(_as_pipeline(row), counts.get(row.id, {}), lost.get(row.id, ())) for row in rows]
+            return [PipelineState(as_pipeline(row), counts.get(row.id, {}), lost.get(row.id, ())) for row in rows]
 
     def get(self, pipeline_id: str, owner: str | None) -> PipelineDetail:
         """Return a pipeline with its jobs; raise `NotFound` if the owner has none of that name."""
         with self._reading.begin() as connection:
-            pipeline = _as_pipeline(group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline"))
+            pipeline = as_pipeline(group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline"))
             parts = part_rows.of_pipeline(connection, pipeline_id)
             jobs = {row.id: as_job(row) for row in group_rows.jobs_of(connection, _J.pipeline, pipeline_id)}
             waits = wait_rows.of_jobs(connection, list(jobs))
@@ -175,9 +141,11 @@ class PipelineTable:
             row = group_rows.find(connection, pipelines_table, pipeline_id, owner, "pipeline")
             jobs = group_rows.jobs_of(connection, _J.pipeline, pipeline_id, lock=True)
             lost = part_rows.lost(connection, [pipeline_id]).get(pipeline_id, ())
-            state = PipelineState(_as_pipeline(row), group_rows.counted(jobs), lost).state
+            state = PipelineState(as_pipeline(row), group_rows.counted(jobs), lost).state
             group_rows.must_be_cancellable("pipeline", pipeline_id, state)
             group_rows.cancel(connection, pipelines_table, row, jobs, now(), CANCELLED_WAITING)
+            if not state.ended:
+                pipeline_ends.tell(connection, pipeline_id, jobs[-1].id)
         return self.get(pipeline_id, owner)
 
     def resume(self, pipeline_id: str, owner: str | None, owner_limits: LimitsConfig) -> Jobs:
@@ -213,7 +181,3 @@ class PipelineTable:
             mine = update(pipelines_table).where(_L.turn == row.turn)
             connection.execute(mine.values(cancel_requested_at=None))
             return jobs
-
-
-def _as_pipeline(row: TableRow) -> PipelineRow:
-    return PipelineRow(row.id, row.owner, row.created_at, row.cancel_requested_at)

@@ -11,6 +11,7 @@ from llama_stack_provider_moe.spec import (
     InferenceJob,
     JobSpec,
     MixSpec,
+    ProbeSpec,
     SFTSpec,
     SurgerySpec,
     TrainingSpec,
@@ -33,7 +34,8 @@ class Uses(NamedTuple):
 def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
     """Return the jobs whose files a job needs.
 
-    An adapter is useless without the model that it was trained on, so that model is always needed. Everything else (a
+    An adapter is useless without the model that it was trained on, and a probe without the model whose states it reads
+    (and the adapter on it), so those are always needed. Everything else (a
     judge, branches, an adapter to analyse, the base of an export, measurements) is needed until the job has completed.
     Experts from an analysis (`from_analysis`, `masked_from_analysis`) are already part of the spec, and the parent of
     an export is in its row.
@@ -52,8 +54,11 @@ def uses_of(spec: JobSpec, jobs_dir: Path) -> Uses:
         named.add(spec.measurements)
     if isinstance(spec, EvaluatedJob) and spec.eval is not None and spec.eval.ablated is not None:
         named.add(spec.eval.ablated.measurements)
-    is_adapter = isinstance(spec, TrainingSpec) and spec.adapter is not None
-    always = set(_jobs([spec.model], jobs_dir)) if is_adapter else set()
+    always: set[str] = set()
+    if isinstance(spec, TrainingSpec) and spec.adapter is not None:
+        always = set(_jobs([spec.model], jobs_dir))
+    elif isinstance(spec, ProbeSpec):
+        always = set(named)
     return Uses(tuple(sorted(always)), tuple(sorted(named - always)))
 
 

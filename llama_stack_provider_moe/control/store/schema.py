@@ -25,7 +25,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 # Placeholder for a time that can't be read; no job is that old.
 UNREADABLE_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -245,6 +245,7 @@ pipelines_table = Table(
     Column("owner", String(256), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("cancel_requested_at", UtcDateTime),
+    Column("notify", Text),  # JSON: where its end is reported, see `pipeline_ends`
     Index("moe_pipelines_owner_turn", "owner", "turn"),
 )
 

@@ -17,6 +17,7 @@ STORE_FILE = "store-id"
 # Names that a server, a supervisor or a job creates in a state folder. `models` is missing because users fill it.
 OURS = (
     "jobs", "staging", "deleted", "set-aside", "checkpoints", "datasets",
+    "flagged",  # where the guide puts what shields flagged
     STORE_FILE, "jobs.db", "jobs.db-wal", "jobs.db-shm", "jobs.db-reserve",
     "telemetry.lock", "audit",
     "supervisor.starting", "supervisor.log", "supervisor.log.1", "forkserver.log", "forkserver.log.1",

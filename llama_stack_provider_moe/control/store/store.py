@@ -10,7 +10,16 @@ from datetime import datetime
 from sqlalchemy import PoolProxiedConnection, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from llama_stack_provider_moe.control.store import labels, limits, outbox, parent_jobs, queue, transitions, wait_rows
+from llama_stack_provider_moe.control.store import (
+    labels,
+    limits,
+    outbox,
+    parent_jobs,
+    pipeline_ends,
+    queue,
+    transitions,
+    wait_rows,
+)
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable
 from llama_stack_provider_moe.control.store.job_counts import JobCounts, count_jobs
 from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB, JobFilter
@@ -220,7 +229,10 @@ class JobStore(Moves):
                     "ended_at": moment,
                     "reason": _CANCELLED_AGAIN if row.attempts else CANCELLED_WAITING,
                 }
-            return change(connection, row, changes)
+            job = change(connection, row, changes)
+            if state is JobState.SCHEDULED:
+                pipeline_ends.tell(connection, row.pipeline, job_id)
+            return job
 
     def use_of(self, owner: str) -> limits.Use:
         """Return what an owner uses of the server now."""

@@ -24,11 +24,13 @@ from llama_stack_provider_moe.control.store.store import Job, Jobs, JobStore
 from llama_stack_provider_moe.control.supervisor import withdrawal
 from llama_stack_provider_moe.control.supervisor.watchdog import WallClock
 from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.jobdir import readers
 from llama_stack_provider_moe.jobdir.attempt import read_attempt
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.mirror import Mirror, read_places
 from llama_stack_provider_moe.jobdir.reading import why_unreadable
+from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 # Time between two searches for jobs that ended long ago.
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 _supervisor_log = logging.getLogger("llama_stack_provider_moe.supervisor")
 
 _AT_A_TIME = 100
+_OF_PROBE = "the model that its probe reads is gone"
 
 
 class Removed(NamedTuple):
@@ -49,11 +52,13 @@ class Removed(NamedTuple):
         job: The deleted job as it was.
         exports: Its exports, which were deleted with it.
         broken: Jobs that needed their files.
+        readers: Who else read their files.
     """
 
     job: Job
     exports: Jobs
     broken: Jobs
+    readers: list[str]
 
 
 def deleted_dir(config: ProviderConfig) -> Path:
@@ -67,6 +72,16 @@ def must_be_here(job: Job, config: ProviderConfig) -> Path:
     if folder.parent != config.jobs_dir:
         raise Conflict(f"job {job.id!r} keeps its files in {folder}, which is not under this server's state_dir")
     return folder
+
+
+def must_be_unread(job: Job, config: ProviderConfig) -> None:
+    """Raise `Conflict` if shields of a server read files of a job."""
+    found = readers.of(must_be_here(job, config))
+    if found:
+        raise Conflict(
+            f"job {job.id!r} is read by {', '.join(map(str, found))}; take it out of their configuration and start "
+            "that server again first, or force its deletion, which takes away files that they need"
+        )
 
 
 def remove(
@@ -84,7 +99,7 @@ def remove(
         config: The configuration whose state folder contains the job's folder.
         job_id: Id of the job.
         owner: Owner of the job; None for any owner.
-        force: Delete them even if other jobs need their files.
+        force: Delete them even if other jobs need their files, or shields read them.
         ended_before: Delete them only if all of them ended before this time.
 
     Raises:
@@ -96,9 +111,14 @@ def remove(
     deleted = deleted_dir(config)
     family: Jobs = []
     broken: Jobs = []
+    read_by: list[str] = []
 
     def move_away(job: Job) -> None:
         folder = must_be_here(job, config)
+        if force:
+            read_by.extend(map(str, readers.of(folder)))
+        else:
+            must_be_unread(job, config)
         if ended_before is not None and (job.ended_at is None or job.ended_at >= ended_before):
             raise Conflict(f"job {job.id!r} was resumed meanwhile and has ended again")
         deleted.mkdir(mode=0o700, exist_ok=True)
@@ -115,7 +135,7 @@ def remove(
             raise
         removed = family
     sweep(store, config)
-    return Removed(removed[0], removed[1:], broken)
+    return Removed(removed[0], removed[1:], broken, list(dict.fromkeys(read_by)))
 
 
 def sweep(store: JobStore, config: ProviderConfig) -> None:
@@ -188,13 +208,15 @@ def broken_by(removed: Removed) -> list[str]:
         "cancelled": "it can't be resumed",
     }
     return [
-        f"job {job.id!r} ({job.state.value}): {lost.get(job.state.value, 'it will fail')}"
+        f"job {job.id!r} ({job.state.value}): "
+        + (_OF_PROBE if job.recipe == "probe" and job.state is JobState.COMPLETED
+           else lost.get(job.state.value, "it will fail"))
         for job in removed.broken
         if job.owner == removed.job.owner
     ] + [
         f"{count} job(s) of other owners" for count in [sum(job.owner != removed.job.owner for job in removed.broken)]
         if count
-    ]  # fmt: skip
+    ] + [f"{reader}: they can't score once they start again" for reader in removed.readers]  # fmt: skip
 
 
 class Retention:
@@ -237,6 +259,12 @@ class Retention:
         moment = now() - timedelta(days=self._days)
         removed = []
         for job in self._store.ended_before(moment, _AT_A_TIME):
+            if read_by := readers.of(Path(job.folder)):
+                if job.id not in self._reported:
+                    self._reported.add(job.id)
+                    _supervisor_log.info("job %s is older than %g days, but kept for %s", job.id, self._days,
+                                         ", ".join(map(str, read_by)))  # fmt: skip
+                continue
             try:
                 done = remove(self._store, self._config, job.id, None, ended_before=moment)
             except (NotFound, Conflict):  # deleted, resumed or used meanwhile; or it belongs to another server

@@ -245,7 +245,7 @@ def test_the_command_writes_measurements_routing_and_report(tmp_path: Path, caps
     for name, subjects in (("target", "the garden in spring"), ("baseline", "two and three")):
         rows = [{"prompt": f"Tell me {number} facts of {subjects}"} for number in range(6)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    words = [str(folder_of("mixtral")), "--set", f"target={tmp_path / 'target.jsonl'}", "--set",
+    words = [str(folder_of("mixtral")), "--rows", f"target={tmp_path / 'target.jsonl'}", "--rows",
              f"baseline={tmp_path / 'baseline.jsonl'}", "--dtype", "fp32", "--out", str(tmp_path / "out")]  # fmt: skip
     assert measure_main(words) == 0, capsys.readouterr().err
     shown = capsys.readouterr()

@@ -257,7 +257,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def typed(model: Path, files: dict[str, Path], out: Path, *more: str) -> list[str]:
-    sets = [word for name, path in files.items() for word in ("--set", f"{name}={path}")]
+    sets = [word for name, path in files.items() for word in ("--rows", f"{name}={path}")]
     return [
         str(model),
         *sets,
@@ -305,10 +305,10 @@ def test_prompt_and_response_are_parts_of_all(files: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize(
     ("words", "told", "code"),
     [
-        (["--set", "c"], "--set: 'c' is not valid; expected NAME=FILE", 2),
-        (["--set", "b=x"], "--set: 'b=x' is not valid; expected NAME=FILE, each name once", 2),
-        (["--set", "c d=x"], "data.sets: 'c d' is not valid as a name", 2),
-        (["--set", "c=/no/file"], "--set: '/no/file' is not valid; expected a file of rows", 2),
+        (["--rows", "c"], "--rows: 'c' is not valid; expected NAME=FILE", 2),
+        (["--rows", "b=x"], "--rows: 'b=x' is not valid; expected NAME=FILE, each name once", 2),
+        (["--rows", "c d=x"], "data.sets: 'c d' is not valid as a name", 2),
+        (["--rows", "c=/no/file"], "--rows: '/no/file' is not valid; expected a file of rows", 2),
         (["--tokens", "response"], "row 1: completion: is missing beside 'prompt'", 2),
         (["--confidence", "1"], "analysis.confidence: '1' is not valid; expected < 1", 2),
         (["--adapter", "/no/folder"], "adapter_folder: '/no/folder' is not an adapter of this model", 1),

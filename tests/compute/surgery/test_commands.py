@@ -1,10 +1,12 @@
 """`moe-train experts prune`, `merge`, `add` and `split`, as their processes run them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llama_stack_provider_moe.compute.surgery import add_command, merge_command, prune_command, split_command
 from llama_stack_provider_moe.control.cli import local_checks
@@ -62,6 +64,21 @@ def test_a_dense_model_is_refused_as_other_mistakes_are(tmp_path: Path, capsys: 
     dense = str(tiny_models.build("llama", tmp_path / "dense"))
     assert prune_command.main([dense, "--drop", "1", "--out", str(tmp_path / "out")]) == 2
     assert "experts prune: MODEL: 'llama' is a dense model; expected one with experts" in capsys.readouterr().err
+
+
+def test_a_model_whose_files_lack_a_tensor_is_refused_as_one_that_is_dense(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the plan of the new files shows it, after the model was found fit."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, file)
+    assert split_command.main([str(damaged), "--factor", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "experts split: MODEL: its files have no tensor for" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_split_writes_twins(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

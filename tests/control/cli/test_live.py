@@ -122,6 +122,14 @@ def test_validate_creates_nothing(server: host_harness.Server, template: Path) -
     document = moe_train("validate", str(template), *changes, "--json").document
     assert document["spec"]["training"]["n_epochs"] == 3
     assert json.loads(told.out.partition("\n")[2]) == document["spec"]
+    dry = ["submit", str(template), *changes, "--dry-run"]
+    assert moe_train(*dry).out == told.out
+    assert moe_train(*dry, "--label", "team=a", "--note", "first").code == Exit.OK
+    assert moe_train(*dry, "--label", "te am=a").code == Exit.REFUSED
+    assert "--follow: '--dry-run' is not valid" in moe_train(*dry, "--follow").err
+    for command in (["validate"], ["submit", "--dry-run"]):
+        wrong = moe_train(*command, str(template), "--set", "optimizer.lr=-1")
+        assert (wrong.code, "optimizer.lr: -1 is not valid" in wrong.err) == (Exit.REFUSED, True)
     assert moe_train("ls", "--json").document == before
 
 

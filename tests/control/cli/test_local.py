@@ -115,9 +115,9 @@ def test_both_sides_know_the_same_options(name: str) -> None:
                 "ablate_gate_scale": "0.25",
             },
         ),
-        (ROUTING_COMMAND, {"model": "m", "set": ["a=x", "b=y"], "tokens": "prompt", "out": "-odd"}),
+        (ROUTING_COMMAND, {"model": "m", "rows": ["a=x", "b=y"], "tokens": "prompt", "out": "-odd"}),
         (MergeCommand, {"base": "a", "adapter": "b", "out": "c", "dtype": "bf16", "as_json": True}),
-        (MEASURE_COMMAND, {"model": "m", "set": ["target=x", "baseline=y"], "quantize_bits": "4", "position": "-2"}),
+        (MEASURE_COMMAND, {"model": "m", "rows": ["target=x", "baseline=y"], "quantize_bits": "4", "position": "-2"}),
         (ApplyCommand, {"plan": "p.yaml", "out": "o", "dry_run": True}),
     ],
 )
@@ -154,10 +154,10 @@ def test_several_mistakes_are_all_named() -> None:
         (["export", "gguf", "{model}", "{file}", "--type", "q8_0"], "OUT: "),
         (["export", "check", "nosuch"], "JOBFOLDER|ADAPTER: 'nosuch'"),
         (["export", "check", "{empty}", "--merged", "/nosuch"], "--merged: '/nosuch'"),
-        (["analyze", "routing", "{model}", "--set", "a={file}"], "1 set(s) can't be compared"),
-        (["analyze", "routing", "{model}", "--set", "a={file}", "--set", "b=nosuch"], "--set: 'nosuch'"),
-        (["analyze", "routing", "{model}", "--set", "a={file}", "--set", "b={file}", "--top", "x"], "analysis.top"),
-        (["analyze", "routing", "../m", "--set", "a={file}", "--set", "b={file}"], "MODEL: '../m'"),
+        (["analyze", "routing", "{model}", "--rows", "a={file}"], "1 set(s) can't be compared"),
+        (["analyze", "routing", "{model}", "--rows", "a={file}", "--rows", "b=nosuch"], "--rows: 'nosuch'"),
+        (["analyze", "routing", "{model}", "--rows", "a={file}", "--rows", "b={file}", "--top", "x"], "analysis.top"),
+        (["analyze", "routing", "../m", "--rows", "a={file}", "--rows", "b={file}"], "MODEL: '../m'"),
         (["upcycle", "{model}", "OUT", "--experts", "2", "--top-k", "3"], "--top-k: 3 is not valid; expected 1 to 2"),
         (["upcycle", "{model}", "OUT"], "SOURCE: '{model}' is not valid; expected a folder with model.safetensors"),
         (["upcycle", "{torn}", "OUT"], "a model with a readable config.json; it is not JSON"),
@@ -280,7 +280,7 @@ def test_a_probe_is_checked_without_torch(tmp_path: Path) -> None:
         assert (done.code, done.out) == (Exit.REFUSED, "")
         return done.err
 
-    fit = ("fit", "model", "--set", "target=many", "--set")
+    fit = ("fit", "model", "--rows", "target=many", "--rows")
     few = refusal(*fit, "baseline=few")
     assert "at least 300 rows, because a third of them sets the threshold for --false-positive-rate 0.01" in few
     assert "--layers: 'x' is not valid; expected numbers and ranges from 0 to 9999" in refusal(

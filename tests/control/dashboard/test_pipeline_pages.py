@@ -23,7 +23,7 @@ def small(world: World) -> Iterator[str]:
         api.post("/pipelines", json={"pipeline_uuid": "small", "parts": parts}).raise_for_status()
         yield "small"
         if api.get("/pipelines/small").status_code == 200:
-            api.post("/pipelines/small/cancel").raise_for_status()
+            api.post("/pipelines/small/cancel")  # refused if it has ended
             api.delete("/pipelines/small").raise_for_status()
 
 
@@ -68,6 +68,25 @@ def test_a_pipeline_is_resumed_cancelled_and_deleted(visitor: Visitor, world: Wo
     expect(page.locator("#content")).to_contain_text("No pipelines yet.")
     with world.http() as api:
         assert api.get(f"/pipelines/{small}").status_code == 404
+
+
+def test_a_lost_part_is_shown_and_nothing_is_to_resume(visitor: Visitor, world: World, small: str) -> None:
+    store = world.service.store
+    store.move("small-first", JobState.FAILED, reason="the disk was full")
+    store.move("small-second", JobState.FAILED, reason="job 'small-first', which it waits for, failed")
+    with world.http() as api:
+        api.delete("/jobs/small-second").raise_for_status()
+    page = visitor.open(f"/pipelines/{small}")
+    expect(page.locator("#facts")).to_contain_text("2 parts")
+    expect(page.locator("#facts")).to_contain_text("1 lost")
+    rows = page.get_by_role("region", name="Parts of this pipeline").get_by_role("row")
+    expect(rows).to_have_count(3)
+    expect(rows.nth(2)).to_contain_text("second")
+    expect(rows.nth(2)).to_contain_text("its job was deleted before it had completed")
+    expect(page.get_by_role("button", name="Resume")).to_have_count(0)
+    expect(page.get_by_role("button", name="Delete")).to_have_count(1)
+    visitor.must_fit()
+    visitor.must_be_accessible()
 
 
 def test_a_pipeline_that_does_not_exist(visitor: Visitor) -> None:

@@ -15,6 +15,8 @@ from fastapi import FastAPI
 
 from llama_stack_provider_moe.control.guard.routes import SafetyService, create_router
 from llama_stack_provider_moe.control.guard.service import GuardService
+from llama_stack_provider_moe.control.server import callers
+from llama_stack_provider_moe.control.store import feedback_files
 from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.rows import canonical
 from tests.control.server.test_telemetry import Exporter
@@ -254,38 +256,66 @@ def test_a_failure_is_counted_with_what_was_chosen() -> None:
         exporter.provider.shutdown()
 
 
-def test_flagged_conversations_become_rows_with_consent(tmp_path: Path) -> None:
+def wait_for(exporter: Exporter, outcome: str, count: int) -> None:
+    until = time.monotonic() + 20
+    while exporter.collect().get(("moe.guard.feedback", outcome)) != count:
+        assert time.monotonic() < until, exporter.collect()
+        time.sleep(0.01)
+
+
+ANSWERED = [*COOK, {"role": "assistant", "content": "How nice"}]
+
+
+def test_flagged_conversations_become_rows_of_their_owner_with_consent(tmp_path: Path) -> None:
     exporter = Exporter()
-    feedback = {"consent": True, "folder": str(tmp_path / "flagged")}
-    with serving(exporter, feedback=feedback) as service:
+    folder = tmp_path / "flagged"
+    with serving(exporter, feedback={"consent": True, "folder": str(folder)}) as service:
         run_shield(service, "tools", HI)
+        for name in ("ann", "bob"):
+            with caller(name):
+                run_shield(service, "cooking", [*COOK, {"role": "user", "content": name}])
         run_shield(service, "cooking", COOK)
-        answered = [*COOK, {"role": "assistant", "content": "How nice"}]
-        run_shield(service, "cooking", answered)
-        until = time.monotonic() + 20
-        while exporter.collect().get(("moe.guard.feedback", "kept")) != 2 and time.monotonic() < until:
-            time.sleep(0.01)
+        run_shield(service, "tools", BAD_CALL)
+        run_shield(service, "cooking", ANSWERED)
+        run_shield(service, "session", ANSWERED, metadata={"session_id": "s"})
+        wait_for(exporter, "kept", 6)
     exporter.provider.shutdown()
-    rows = [json.loads(line) for line in (tmp_path / "flagged" / "flagged.jsonl").read_text().splitlines()]
-    assert [each["messages"] for each in rows] == [COOK, answered]
-    (row,) = (tmp_path / "flagged" / "answered.jsonl").read_text().splitlines()
-    assert canonical(json.loads(row), 1, "circuit_breaker", "auto") == {"messages": answered}
-    assert [oct(path.stat().st_mode)[-3:] for path in sorted((tmp_path / "flagged").iterdir())] == ["600", "600"]
+    with caller("ann"):
+        ann = callers.owner()
+    assert kept(folder, ann) == [[*COOK, {"role": "user", "content": "ann"}]]
+    found = kept(folder, "anonymous")
+    assert [found[0], found[2]] == [COOK, ANSWERED], "equal conversations count once, whichever shields flagged them"
+    assert len(found) == 3
+    assert found[1][1]["tool_calls"][0]["function"] == {"name": "rm", "arguments": "{}"}
+    assert kept(folder, "anonymous", "answered") == found[1:]
+    assert kept(folder, "anonymous", shield="tools") == [found[1]]
+    assert len(kept(folder, None)) == 5
+    for row in found[1:]:
+        assert canonical({"messages": row}, 1, "circuit_breaker", "auto")["messages"]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [oct(path.stat().st_mode)[-3:] for path in files] == ["600"] * 3
+    assert oct((folder / "owners").stat().st_mode)[-3:] == "700"
 
 
-def test_feedback_ends_at_its_limit(tmp_path: Path) -> None:
+def kept(folder: Path, owner: str | None, only: feedback_files.Only = "all", shield: str | None = None) -> list[Any]:
+    lines = b"".join(feedback_files.pieces(folder, owner, only, shield)).splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def test_feedback_ends_at_its_limits_and_no_owner_takes_the_room_of_another(tmp_path: Path) -> None:
     exporter = Exporter()
-    feedback = {"consent": True, "folder": str(tmp_path), "max_bytes": 1 << 20}
+    long = [{"role": "user", "content": "cook " + "x" * (600 << 10)}]
+    feedback = {"consent": True, "folder": str(tmp_path), "max_bytes": 3 << 20, "max_bytes_of_owner": 2 << 20}
     with serving(exporter, feedback=feedback) as service:
-        long = [{"role": "user", "content": "cook " + "x" * (600 << 10)}]
-        for _ in range(3):
-            run_shield(service, "cooking", long)
-        until = time.monotonic() + 20
-        while exporter.collect().get(("moe.guard.feedback", "full")) != 2 and time.monotonic() < until:
-            time.sleep(0.01)
-        assert exporter.collect()["moe.guard.feedback", "kept"] == 1
+        for name, (kept_rows, full) in (("eve", (3, 2)), ("ann", (5, 2)), ("bob", (5, 4))):
+            with caller(name):
+                for _ in range(5 if name == "eve" else 2):
+                    run_shield(service, "cooking", long)
+                    time.sleep(0.05)
+            wait_for(exporter, "kept", kept_rows)
+            wait_for(exporter, "full", full)
     exporter.provider.shutdown()
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1 << 20
+    assert feedback_files.used_bytes(tmp_path) < 3 << 20
 
 
 @pytest.mark.parametrize("is_asked_for", [False, True])

@@ -42,6 +42,7 @@ GENERAL = {
     ("post", "/pipelines/{pipeline_uuid}/cancel"), ("post", "/pipelines/{pipeline_uuid}/resume"),
     ("delete", "/sweeps/{sweep_uuid}"), ("post", "/sweeps/{sweep_uuid}/cancel"), ("post", "/graders/validate"),
     ("post", "/graders/run"),
+    ("get", "/feedback"), ("post", "/feedback"), ("delete", "/feedback"),
 }  # fmt: skip
 CHANGES = {"post", "delete", "put", "patch"}
 

@@ -1,5 +1,6 @@
 """Laws of pipelines in the store: all parts or none, a state that follows from them, resumed without what completed."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -202,3 +203,83 @@ def test_a_pipeline_that_has_ended_is_not_cancelled(store: JobStore) -> None:
     with pytest.raises(Conflict, match="pipeline 'p' has ended: it is completed; there is nothing to cancel"):
         store.pipelines.request_cancel("p", "ann")
     assert store.pipelines.get("p", "ann").found.pipeline.cancel_requested_at is None
+
+
+HOOK = '{"url": "https://hooks.example.com/moe"}'
+
+
+def told(store: JobStore) -> list[tuple[str, Any]]:
+    """The job that each message about the pipeline is listed with, and what it tells."""
+    found = []
+    for job in store.list(None):
+        for message in store.outbox.of(job.id):
+            assert (message.url, message.event) == ("https://hooks.example.com/moe", "moe.pipeline.ended")
+            found.append((job.id, json.loads(message.body)["data"]))
+    return found
+
+
+def test_one_message_tells_of_the_end_of_a_whole_pipeline(store: JobStore) -> None:
+    """After its last job, exports included; and again if it is resumed."""
+    store.pipelines.add(new_pipeline()._replace(notify=HOOK), NO_LIMITS)
+    for expected in (["p-a", "p-b"], ["p-mix"], ["p-last"]):
+        settle(store)
+        assert claimed(store) == expected
+        for job_id in expected:
+            assert told(store) == []
+            end(store, job_id, export=export_of(job_id) if job_id == "p-last" else None)
+    assert told(store) == [], "the export of the last part is part of it"
+    assert claimed(store) == ["export-p-last"]
+    end(store, "export-p-last", JobState.FAILED)
+    parts = {name: {"job_uuid": f"p-{name}", "status": "completed"} for name in WAITS}
+    failed = {"pipeline_uuid": "p", "status": "failed", "jobs": {"completed": 4, "failed": 1}, "parts": parts,
+              "lost": []}  # fmt: skip
+    assert told(store) == [("export-p-last", failed)]
+    assert store.has_work(), "the supervisor stays until it is delivered"
+    store.pipelines.resume("p", "ann", NO_LIMITS)
+    assert claimed(store) == ["export-p-last"]
+    end(store, "export-p-last")
+    done = {**failed, "status": "completed", "jobs": {"completed": 5}}
+    assert told(store) == [("export-p-last", failed), ("export-p-last", done)]
+
+
+def test_a_pipeline_whose_part_fails_is_told_of_once_the_parts_behind_it_have_failed_too(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline()._replace(notify=HOOK), NO_LIMITS)
+    claimed(store)
+    end(store, "p-a")
+    end(store, "p-b", JobState.FAILED)
+    assert told(store) == []
+    settle(store)
+    ((_, data),) = told(store)
+    assert (data["status"], data["jobs"], data["parts"]["mix"]["status"]) == (
+        "failed", {"completed": 1, "failed": 3}, "failed",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_pipeline_that_is_cancelled_before_it_began_is_told_of_once(store: JobStore, one_by_one: bool) -> None:
+    store.pipelines.add(new_pipeline()._replace(notify=HOOK), NO_LIMITS)
+    if one_by_one:
+        for name in WAITS:
+            assert told(store) == []
+            store.request_cancel(f"p-{name}", None)
+    else:
+        store.pipelines.request_cancel("p", "ann")
+        store.pipelines.request_cancel("p", "ann")
+    ((job_id, data),) = told(store)
+    assert (job_id, data["status"], data["jobs"]) == ("p-last", "cancelled", {"cancelled": 4})
+
+
+def test_a_running_pipeline_that_is_cancelled_is_told_of_when_its_last_job_has_stopped(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline()._replace(notify=HOOK), NO_LIMITS)
+    claimed(store)
+    store.pipelines.request_cancel("p", "ann")
+    end(store, "p-a", JobState.CANCELLED)
+    assert told(store) == []
+    end(store, "p-b", JobState.CANCELLED)
+    assert [data["status"] for _, data in told(store)] == ["cancelled"]
+
+
+def test_a_damaged_notify_keeps_no_job_from_its_end(store: JobStore) -> None:
+    store.pipelines.add(new_pipeline()._replace(notify="{"), NO_LIMITS)
+    store.pipelines.request_cancel("p", "ann")
+    assert (state_of(store), told(store)) == (JobState.CANCELLED, [])

@@ -1,6 +1,7 @@
 """Laws for jobs that need other jobs' files: those files are deleted only if that is forced."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.control.guard import start
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.references import Uses, uses_of
 from llama_stack_provider_moe.control.store.store import JobStore, NewJob
@@ -16,12 +18,15 @@ from llama_stack_provider_moe.errors import Conflict, NotFound
 from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import JOB_SPEC, SFTSpec
+from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.control.server.test_allowed_paths import model_at
 from tests.control.server.test_model_names import leave
 from tests.support.cli_support import moe_train
 from tests.support.host_support import ask, folder_of, over_http, serving_in_process, submit
 from tests.support.jobs_support import tiny_config
+from tests.support.probe_cards import BODY as CARD
+from tests.support.probe_cards import write_card
 
 SFT: dict[str, Any] = {"recipe": "sft", "model": "owner/name", "data": {"dataset_id": "good"}}
 ADAPTER = {"adapter": {"rank": 2}}
@@ -179,6 +184,17 @@ def test_an_export_needs_its_base_until_it_is_done(tmp_path: Path) -> None:
     assert uses_of(spec, tmp_path) == Uses((), ("base",))
 
 
+def test_a_probe_needs_its_base_for_as_long_as_it_exists(tmp_path: Path) -> None:
+    (tmp_path / "adapted").mkdir()
+    (tmp_path / "adapted" / "spec.json").write_text(json.dumps(SFT | {"model": f"{tmp_path}/base/artifacts/merged"}))
+    spec = JOB_SPEC.validate_python({
+        "recipe": "probe", "model": f"{tmp_path}/other/artifacts/model",
+        "data": {"sets": {"target": "good", "baseline": "good"}},
+        "adapter_folder": f"{tmp_path}/adapted/artifacts/adapter",
+    })  # fmt: skip
+    assert uses_of(spec, tmp_path) == Uses(("adapted", "base", "other"), ())
+
+
 # The service.
 
 
@@ -309,3 +325,75 @@ def test_a_job_whose_sources_are_there_is_resumed(service: PostTrainingService) 
     _, later = built_on(service)
     service.store.request_cancel(later, None)
     assert ask(service, "POST", f"/jobs/{later}/resume").status_code == 200
+
+
+def shields(tmp_path: Path, **probes: Path) -> None:
+    """Start shields with these probes, as far as jobs are concerned."""
+    config = GuardConfig.model_validate({
+        "on_failure": "block", "state_dir": str(tmp_path / "guard"), "probes": {n: str(p) for n, p in probes.items()}
+    })  # fmt: skip
+    start.keep_what_is_read(config)
+
+
+def test_a_job_whose_files_shields_read_is_kept_until_they_let_go_or_it_is_forced(
+    service: PostTrainingService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, fitted = submit(service, job_uuid="base", **ADAPTER), submit(service, job_uuid="fitted", **ADAPTER)
+    model = model_at(folder_of(service, base).root / "artifacts" / "merged")
+    probe = folder_of(service, fitted).probe
+    write_card(probe, base=CARD["base"] | {"model": str(model)})
+    outside = tmp_path / "elsewhere"
+    write_card(outside)
+    for job_id in (base, fitted):
+        end(service.store, job_id)
+    shields(tmp_path, refused=probe, other=outside)
+    for job_id in (base, fitted):
+        answer = ask(service, "DELETE", f"/jobs/{job_id}")
+        assert answer.status_code == 409, answer.text
+        told = answer.json()["error"]["message"]
+        assert told.startswith(f"job {job_id!r} is read by shields of a server (probe 'refused'); take it out of")
+        assert str(tmp_path) not in told, "paths of the server are not for its users"
+        assert folder_of(service, job_id).root.is_dir()
+    retention = Retention(service.store, service.config.model_copy(
+        update={"supervisor": service.config.supervisor.model_copy(update={"retention_days": 1e-9})}
+    ))  # fmt: skip
+    with caplog.at_level("INFO"):
+        assert retention.remove_older() == retention.remove_older() == []
+    assert [record.getMessage() for record in caplog.records if "kept for shields" in record.getMessage()] == [
+        f"job {each} is older than 1e-09 days, but kept for shields of a server (probe 'refused')"
+        for each in (base, fitted)
+    ]
+    shields(tmp_path, other=outside)
+    assert ask(service, "DELETE", f"/jobs/{base}").status_code == 200
+    shields(tmp_path, refused=probe)
+    forced = ask(service, "DELETE", f"/jobs/{fitted}?force=true")
+    assert (forced.status_code, forced.json()["broken"]) == (
+        200, ["shields of a server (probe 'refused'): they can't score once they start again"],
+    )  # fmt: skip
+
+
+def test_a_group_with_a_job_that_shields_read_is_not_deleted_in_part(
+    service: PostTrainingService, tmp_path: Path
+) -> None:
+    parts = [{"name": name, "job": {**SFT, **ADAPTER}} for name in ("one", "two")]
+    assert ask(service, "POST", "/pipelines", json={"pipeline_uuid": "p", "parts": parts}).status_code == 200
+    for name in ("p-one", "p-two"):
+        end(service.store, name)
+    write_card(folder_of(service, "p-one").probe)
+    shields(tmp_path, refused=folder_of(service, "p-one").probe)
+    assert ask(service, "DELETE", "/pipelines/p").status_code == 409
+    assert folder_of(service, "p-two").root.is_dir()
+    assert ask(service, "DELETE", "/pipelines/p?force=true").status_code == 200
+
+
+def test_shields_whose_state_folder_is_gone_read_nothing(service: PostTrainingService, tmp_path: Path) -> None:
+    fitted = submit(service, job_uuid="fitted", **ADAPTER)
+    end(service.store, fitted)
+    write_card(folder_of(service, fitted).probe)
+    shields(tmp_path, refused=folder_of(service, fitted).probe)
+    (entry,) = (folder_of(service, fitted).root / "readers").iterdir()
+    entry.write_text("damaged")
+    assert "is read by somebody" in ask(service, "DELETE", f"/jobs/{fitted}").json()["error"]["message"]
+    shields(tmp_path, refused=folder_of(service, fitted).probe)
+    shutil.rmtree(tmp_path / "guard")
+    assert ask(service, "DELETE", f"/jobs/{fitted}").status_code == 200

@@ -26,10 +26,10 @@ async function resume() {
 
 function showHead() {
   const ended = pipeline.jobs.failed || pipeline.jobs.cancelled;
-  put(byId("facts"), pill(pipeline.status), h("span", {}, `${pipeline.parts.length} parts`), h("span", {}, `created ${moment(pipeline.created_at)}`));
+  put(byId("facts"), pill(pipeline.status), h("span", {}, `${pipeline.parts.length + pipeline.lost.length} parts`), pipeline.lost.length ? h("span", {}, `${pipeline.lost.length} lost`) : null, h("span", {}, `created ${moment(pipeline.created_at)}`));
   put(byId("actions"),
     h("a", { class: "button", href: `${BASE}?pipeline=${part(id)}` }, "In the list of jobs"),
-    ended && !goesOn() ? actButton("Resume", resume) : null,
+    ended && !goesOn() && !pipeline.lost.length ? actButton("Resume", resume) : null,
     goesOn() && !pipeline.cancel_requested_at ? actButton("Cancel", () => cancelGroup("pipeline", id, load), "danger") : null,
     goesOn() ? null : actButton("Delete", () => deleteGroup("pipeline", id, pipeline.parts.length), "danger"));
 }
@@ -47,6 +47,10 @@ function row(each) {
     each.reason ? h("span", { class: "sub wrap" }, each.reason) : ""];
 }
 
+// A part whose job was deleted before it had completed.
+const lostRow = (name) => [h("strong", {}, name), "–", "–", "deleted", "", "", "–",
+  h("span", { class: "sub wrap" }, "its job was deleted before it had completed, so the pipeline can't be resumed")];
+
 async function load() {
   try {
     pipeline = await get(path);
@@ -60,7 +64,7 @@ async function load() {
   drawn = key;
   problem(null);
   showHead();
-  put(byId("content"), table("Parts of this pipeline", ["Part", "Job", "Recipe", "State", "Now", "Exports", "Starts", "Why"], pipeline.parts.map(row), { classes: "card" }));
+  put(byId("content"), table("Parts of this pipeline", ["Part", "Job", "Recipe", "State", "Now", "Exports", "Starts", "Why"], [...pipeline.parts.map(row), ...pipeline.lost.map(lostRow)], { classes: "card" }));
 }
 
 load();

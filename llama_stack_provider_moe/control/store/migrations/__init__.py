@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import Connection
 
-from llama_stack_provider_moe.control.store.migrations import to_2, to_3, to_4, to_5, to_6, to_7, to_8, to_9
+from llama_stack_provider_moe.control.store.migrations import to_2, to_3, to_4, to_5, to_6, to_7, to_8, to_9, to_10
 
 # version -> the step that leads to it from the previous version
 STEPS: dict[int, Callable[[Operations], None]] = {
@@ -23,6 +23,7 @@ STEPS: dict[int, Callable[[Operations], None]] = {
     7: to_7.upgrade,
     8: to_8.upgrade,
     9: to_9.upgrade,
+    10: to_10.upgrade,
 }
 
 

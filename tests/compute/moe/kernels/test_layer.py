@@ -185,7 +185,10 @@ SEED, SHARE = 11, 0.2
 
 
 def dropping(
-    found: dict[str, Tensor], index_TK: Tensor, keeps: bool | None, dtype: torch.dtype = torch.float64,
+    found: dict[str, Tensor],
+    index_TK: Tensor,
+    keeps: bool | None,
+    dtype: torch.dtype = torch.float64,
     partial: bool = False,
 ) -> Tensor:
     """The layer with three kinds of dropout, recomputed, step by step, or (None) recomputed from kept rows."""
