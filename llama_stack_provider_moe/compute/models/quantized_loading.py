@@ -91,21 +91,21 @@ def read_quantized(
         field: the setting that asks for it, for errors.
     """
     with _files_are_read():
-        model = load_weights(name, config, dtype, device, {"quantization_config": _CodesConfig(coding)})
+        model = load_weights(name, config, dtype, device, more={"quantization_config": _CodesConfig(coding)})
     quantizer: _CodesQuantizer = model.hf_quantizer
     _forget(model, quantizer)
     report = quantize(model, quantizer.layout, coding, device, field, quantizer.codes)
     return Quantized(model.eval(), quantizer.layout, report)
 
 
-@register_quantization_config(METHOD)  # type: ignore[untyped-decorator]
+@register_quantization_config(METHOD)
 class _CodesConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, coding: Coding) -> None:
         self.quant_method = METHOD
         self.bits, self.nested = coding.bits, coding.nested  # transformers writes the config as JSON
 
 
-@register_quantizer(METHOD)  # type: ignore[untyped-decorator]
+@register_quantizer(METHOD)
 class _CodesQuantizer(HfQuantizer):  # type: ignore[misc]
     """Makes the codes while transformers reads the weights.
 

@@ -13,7 +13,8 @@ from llama_stack_provider_moe.control.server.wire_pipelines import (
     PipelineLine,
 )
 from llama_stack_provider_moe.control.store import part_rows
-from llama_stack_provider_moe.control.store.pipeline_rows import PipelineDetail, PipelineState
+from llama_stack_provider_moe.control.store.pipeline_ends import PipelineState
+from llama_stack_provider_moe.control.store.pipeline_rows import PipelineDetail
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import Forbidden
 from llama_stack_provider_moe.jobdir.state import JobState

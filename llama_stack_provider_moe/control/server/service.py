@@ -100,7 +100,7 @@ class PostTrainingService:
         )
         self.sweeps = Sweeps(self._creation, self.audit, self._wake_supervisor)
         self.pipelines = Pipelines(self._creation, self.audit, self._wake_supervisor)
-        self.graders = GraderTries(config, self.guard, lambda: self.store, lambda: self._whose("read"))
+        self.graders = GraderTries(config, self.guard, lambda: self.store, lambda: self.whose("read"))
         self.followers = stream.Followers(self.guard.run, self.guard.failures)
 
     async def initialize(self) -> None:

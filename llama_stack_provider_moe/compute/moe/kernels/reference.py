@@ -118,8 +118,8 @@ def product(
         (S, O) and (S, R); with `flip` (S, I) and (S, R).
     """
     rows_SI = _gathered(rows_SI, index_S)
-    has_lora = first_ERI is not None and second_EOR is not None
-    if has_lora and bias_EO is None and drop is None and not _can_group(rows_SI):
+    alone = bias_EO is None and drop is None and not _can_group(rows_SI)
+    if alone and first_ERI is not None and second_EOR is not None:
         return _both(rows_SI, weight, groups, first_ERI, second_EOR, flip)
     out_SO = times_weights(rows_SI, weight, groups, flip=flip)
     return with_bias_and_lora(rows_SI, out_SO, groups, first_ERI, second_EOR, bias_EO, flip=flip, drop=drop)
