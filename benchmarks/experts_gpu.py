@@ -165,8 +165,9 @@ def planned(arguments: argparse.Namespace, result: Result) -> list[Unit]:
 
     cases = [layer(case) for case in (tiny(TINY) if smoke else in_order())]
     found = models.tiny_runs() if smoke else models.runs()
+    found = [run for run in found if run.way == "loop" or not arguments.loop or not smoke]  # tiny runs have both ways
     found = [replace(run, way="loop") for run in found] if arguments.loop else found
-    runs = [step(run) for run in dict.fromkeys(found) if run.backend not in arguments.without]
+    runs = [step(run) for run in found if run.backend not in arguments.without]
     units = [("ceilings", limits), *cases[:FIRST], *runs, *cases[FIRST:]]
     return [unit for unit in units if arguments.only in unit[0] or unit[0] == "ceilings"]
 

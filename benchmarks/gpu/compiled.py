@@ -39,15 +39,8 @@ def _all(arch: int, dtype: str) -> Iterator[Compiled]:
             continue
         has_lora, turned = constants["HAS_LORA"] or constants["GIVEN"], constants["WEIGHT_TURNED"]
         outputs = rank if constants["MASK_IN"] else 4096  # the thin product's outputs are the rank
-        for each in for_products(
-            rows,
-            outputs,
-            rank if has_lora else 0,
-            DTYPES[dtype],
-            arch >= 90,
-            turned,
-            arch >= 100 or constants["MASK_OUT"],
-        ):
+        separate = arch >= 100 or constants["MASK_OUT"]
+        for each in for_products(rows, outputs, rank if has_lora else 0, DTYPES[dtype], arch >= 90, turned, separate):
             sizes = _sizes(each) | {"BLOCK_R": rank if has_lora else 16} | _described(each, constants)
             named = f"r{rank} {_spelled(each)}" if has_lora else _spelled(each)
             yield f"{kind}: {named}", kernel, constants | sizes, _options(each)

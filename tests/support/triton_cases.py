@@ -286,11 +286,13 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     yield "times, LoRA, gathered", ragged.times, plain | {"HAS_INDEX": True}, eight
     yield "times, LoRA, turned", ragged.times, backward, eight
     yield "times, bias", ragged.times, plain | {"HAS_LORA": False, "HAS_BIAS": True}, eight
+    dropping = name == "bf16"
     given = plain | {"HAS_LORA": False, "GIVEN": True}
-    yield "times, LoRA, dropout", ragged.times, given | {"HAS_INDEX": True}, eight
-    yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT, eight
     thin = plain | {"HAS_LORA": False, "MASK_IN": True, "HAS_INDEX": True, "BLOCK_O": 16} | LIMIT
-    yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 4}
+    if dropping:
+        yield "times, LoRA, dropout", ragged.times, given | {"HAS_INDEX": True}, eight
+        yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT, eight
+        yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 4}
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}
         wide = {"BLOCK_O": 256} if name == "bf16" and arch == 90 else {}
@@ -300,15 +302,17 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     outer = {"BLOCK_S": depth, "BLOCK_O": 128, "BLOCK_I": 128, "LEFT_INDEX": False, "RIGHT_INDEX": True,
              "WIDEN": False, "DROPS": False, "LIMIT": 0, "left_o": 1, "right_i": 1}  # fmt: skip
     yield "outer", ragged.outer, outer, eight
-    yield "outer, dropout", ragged.outer, outer | {"BLOCK_O": 16, "DROPS": True} | LIMIT, eight
+    if dropping:
+        yield "outer, dropout", ragged.outer, outer | {"BLOCK_O": 16, "DROPS": True} | LIMIT, eight
     gate = {"CLAMPED": False, "DROPS": False, "LIMIT": 0, "BLOCK_S": 4, "BLOCK_I": 256}
     four = {"num_warps": 4, "num_stages": 3}
     for kind, is_clamped in (("silu", False), ("clamped", True)):
         yield f"gate, {kind}", pointwise._gated, gate | {"CLAMPED": is_clamped}, four
         yield f"gate backward, {kind}", pointwise._gated_backward, gate | {"CLAMPED": is_clamped}, four
-    dropping = gate | {"DROPS": True} | LIMIT
-    yield "gate, silu, dropout", pointwise._gated, dropping, four
-    yield "gate backward, silu, dropout", pointwise._gated_backward, dropping, four
+    if dropping:
+        gate |= {"DROPS": True} | LIMIT
+        yield "gate, silu, dropout", pointwise._gated, gate, four
+        yield "gate backward, silu, dropout", pointwise._gated_backward, gate, four
     yield "sum of rows", pointwise._weighted_sum, {"CHOICES": 8, "HAS_WEIGHTS": True, "BLOCK_D": 1024}, four
 
 
@@ -324,7 +328,7 @@ def compiled(kernel: Any, arch: int, name: str, constants: dict[str, Any], optio
         for index, argument in enumerate(kernel.arg_names)
         if signature[argument] not in ("constexpr", "fp32")
         and not signature[argument].startswith("tensordesc")
-        and argument not in ("total", "tiles_o", "tiles_i")
+        and argument not in {each.name for each in kernel.params if each.do_not_specialize}
     }
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),

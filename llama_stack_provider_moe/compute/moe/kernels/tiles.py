@@ -115,9 +115,9 @@ def for_products(
     depth = 64
     if wide <= 64:  # a thin product, such as LoRA's first: bound by reading its rows once, whatever the tile
         return tuple(dict.fromkeys((Tiles(tall, wide, depth, 4, 4), Tiles(max(16, tall // 2), wide, depth, 4, 4))))
-    if turned and (
-        tall <= 32 or rank > 32 or separate
-    ):  # with four warps they spill; so do 16 rows in four stages, 32 in three
+    # With four warps these spill; so do 16 rows in four stages, and 32 in three.
+    if turned and (tall <= 32 or rank > 32 or separate):
+        wide = min(wide, 64) if separate and tall <= 32 else wide  # two accumulators of few rows spill, too
         found = [Tiles(tall, wide, depth, 8, 4 if tall == 32 else 3)]
         found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
         return tuple(found + ([Tiles(tall, wide, depth, 8, 3 if tall == 16 else 4, True)] if described else []))

@@ -75,7 +75,7 @@ def test_interpreted_whole_models_equal_torch() -> None:
 def test_compiled_for_three_generations_without_spills() -> None:
     """Hopper's own ways are in what was compiled for it: wgmma, and TMA where it is asked for."""
     cases = run("compile")
-    assert len(cases) == 3 * 3 * 15 + 2 * 2 * 3
+    assert len(cases) == 3 * 3 * 9 + 2 * 2 * 3 + 3 * 6
     for case in cases:
         kind, arch, dtype = case["case"].rsplit(", ", 2)
         assert case["registers"] <= 255, case
@@ -84,9 +84,9 @@ def test_compiled_for_three_generations_without_spills() -> None:
         assert case["local_bytes"] == 0, case
         assert case["shared_bytes"] <= 160 * 1024, case
         assert (case["tma"] > 0) is kind.endswith("TMA"), case
-        assert (case["wgmma"] > 0) is (arch == "sm_90" and dtype != "fp32" and kind.startswith(("times", "outer"))), (
-            case
-        )
+        # wgmma takes 64 rows at least, and the rank of A's gradient is 16.
+        large = kind.startswith(("times", "outer")) and kind != "outer, dropout"
+        assert (case["wgmma"] > 0) is (arch == "sm_90" and dtype != "fp32" and large), case
 
 
 def test_a_choice_of_tiles_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
