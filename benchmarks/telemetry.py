@@ -29,6 +29,7 @@ from llama_stack_provider_moe.compute.moe.routing_sums import ALL, RoutingSums
 from llama_stack_provider_moe.compute.train.routing_events import RoutingEvents, steps_between_tables
 from llama_stack_provider_moe.jobdir.events import EventLog, Routing, Step
 from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
+from llama_stack_provider_moe.spec import Moe
 from tests.support import tiny_models
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 48, 128, 8, 512
@@ -100,7 +101,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     ))  # fmt: skip
     assert layout is not None
     assert {part for part, _ in first.keys} == {ALL}
-    every = steps_between_tables(None, layout, 0)
+    every = steps_between_tables(Moe(), layout, 0)
     events = RoutingEvents(every)
     after: Event = lambda sums, step: events.of_step(sums, step, is_kept=step == steps)  # noqa: E731
     ways: dict[str, Event] = {"before": before, "after": after}

@@ -131,8 +131,7 @@ class AsyncClient(AsyncSweepMethods, AsyncPlaygroundMethods):
         return await self._send(calls.metrics(job_id, names, since_step, limit))
 
     async def routing(self, job_id: str, layer: int | None = None, limit: int = 200) -> RoutingSeries:
-        """Return how a job's routers used their experts: {steps, layers, experts, cv, dead, largest, layer,
-        share_steps, share}.
+        """Return how routers used experts: {steps, layers, experts, cv, dead, largest, layer, share_steps, share}.
 
         Args:
             job_id: name of the job.

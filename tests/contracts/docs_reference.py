@@ -23,6 +23,7 @@ from llama_stack_provider_moe import errors
 from llama_stack_provider_moe.control.cli.commands import EPILOG, app_of
 from llama_stack_provider_moe.control.cli.help_words import word_of
 from llama_stack_provider_moe.jobdir import events, folder
+from llama_stack_provider_moe.jobdir.routing_figures import LayerFigures, LayerRouting
 from tests.contracts import http_reference, matrices
 from tests.contracts.reference import allowed, default, fields
 
@@ -150,7 +151,7 @@ def events_and_files() -> list[str]:
         own = {name: field for name, field in model.model_fields.items() if name not in ("time", "type")}
         if own:
             lines += table(["Field", "Type", "Meaning"], [_event_field(*each) for each in own.items()])
-    records: list[type[BaseModel]] = [folder.Artifact, events.LayerRouting, folder.Manifest, folder.Metrics]
+    records: list[type[BaseModel]] = [folder.Artifact, LayerFigures, LayerRouting, folder.Manifest, folder.Metrics]
     lines += ["", "## Other records"]
     for model in records:
         rows = [_event_field(*each) for each in model.model_fields.items()]

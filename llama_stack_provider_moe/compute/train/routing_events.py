@@ -11,22 +11,23 @@ from llama_stack_provider_moe.compute.moe.routing_sums import LayerRouting as Re
 from llama_stack_provider_moe.compute.moe.routing_sums import RoutingSums
 from llama_stack_provider_moe.jobdir.events import Routing
 from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting, figures_of
+from llama_stack_provider_moe.spec import Moe
 
 TABLE_BYTES_A_STEP = 2000  # on average, unless the job says how often it wants tables
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 SHARE_BYTES, LAYER_BYTES = 11, 110  # of one expert's share in a table, and of what stands beside the shares
 
 
-def steps_between_tables(asked: int | None, layout: ExpertLayout, parts: int) -> int:
+def steps_between_tables(moe: Moe, layout: ExpertLayout, parts: int) -> int:
     """Return the number of steps from one table to the next: 1, 2, 5, 10, 20, ... if the job does not say.
 
     Args:
-        asked: `moe.routing_every_n_steps`.
+        moe: the job's block.
         layout: of the model.
         parts: number of data sets that have tables of their own.
     """
-    if asked is not None:
-        return asked
+    if moe.routing_every_n_steps is not None:
+        return moe.routing_every_n_steps
     tables = (1 + parts) * len(layout.moe_layers)
     least = tables * (layout.choices * SHARE_BYTES + LAYER_BYTES) / TABLE_BYTES_A_STEP
     return next(step for step in _STEPS if step >= least or step == _STEPS[-1])

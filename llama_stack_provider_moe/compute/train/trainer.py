@@ -103,10 +103,8 @@ class RecordingTrainer(EvaluatingTrainer):
         self.steps_between_tables: int | None = None  # of every expert's share in the events; None: no routing there
         if base.layout is not None and base.steering is not None:
             self.recorder = RoutingRecorder(self.model, base.layout)
-            asked = self.spec.moe.routing_every_n_steps
-            self.steps_between_tables = steps_between_tables(asked, base.layout, len(self.part_names))
-            # TRL computes the aux loss only if its coefficient is not 0; here it is logged with 0 too.
-            self.aux_loss_enabled = wants_models_aux_loss
+            self.steps_between_tables = steps_between_tables(self.spec.moe, base.layout, len(self.part_names))
+            self.aux_loss_enabled = wants_models_aux_loss  # TRL's is true only for a coefficient above 0
         chosen = OPTIMIZERS[self.spec.optimizer.optimizer_type]
         fused = (
             self.args.device.type == "cuda" and not self.spec.resources.cpu_offload

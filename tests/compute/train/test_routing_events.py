@@ -14,6 +14,7 @@ from llama_stack_provider_moe.compute.train.routing_events import RoutingEvents,
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.events import EventLog, Routing, Step
 from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting, mutual_information
+from llama_stack_provider_moe.spec import Moe
 from tests.support import tiny_models
 from tests.support.training_support import Workshop, workshop
 
@@ -144,7 +145,7 @@ def test_a_step_reads_the_device_once(reads: list[str]) -> None:
 def test_a_step_takes_5_kb_at_48_layers_of_128_experts(tmp_path: Path) -> None:
     layout = find_layout(tiny_models.model("qwen3_moe", num_hidden_layers=48, num_experts=128, num_experts_per_tok=8))
     assert layout is not None
-    every = steps_between_tables(None, layout, 0)
+    every = steps_between_tables(Moe(), layout, 0)
     assert every == 50
     events, made = RoutingEvents(every), [sums(48, 128, seed) for seed in range(3)]
     found: list[Routing | Step] = []
@@ -158,11 +159,11 @@ def test_a_step_takes_5_kb_at_48_layers_of_128_experts(tmp_path: Path) -> None:
 def test_how_often_tables_come_by_default() -> None:
     small = find_layout(tiny_models.model("mixtral"))
     assert small is not None
-    assert (steps_between_tables(None, small, 0), steps_between_tables(None, small, 3)) == (1, 1)
-    assert steps_between_tables(7, small, 0) == 7
+    assert (steps_between_tables(Moe(), small, 0), steps_between_tables(Moe(), small, 3)) == (1, 1)
+    assert steps_between_tables(Moe(routing_every_n_steps=7), small, 0) == 7
 
 
-def test_a_job_writes_tables_as_often_as_it_was_told(workshop: Workshop) -> None:
+def test_a_job_writes_tables_as_often_as_it_was_told(workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
     training = {"n_epochs": 1, "batch_size": 2, "gradient_accumulation_steps": 1}
     run = workshop.run("sft", "granitemoe", moe={"routing_every_n_steps": 3}, training=training)
     assert run.exit_code == COMPLETED, run.reason
@@ -173,4 +174,4 @@ def test_a_job_writes_tables_as_often_as_it_was_told(workshop: Workshop) -> None
     assert all(event.figures()["token_entropy"] > 0 for event in events)
     (plan,) = run.events("plan")
     assert plan.plan["routing_every_n_steps"] == 3
-    assert "the share of each expert every 3 steps" in run.folder.output.read_text()
+    assert "the share of each expert every 3 steps" in capfd.readouterr().out
