@@ -131,7 +131,7 @@ class _Child:
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(memory_mb)], stdin=other, stdout=subprocess.DEVNULL,
+                [sys.executable, "-m", MODULE, str(memory_mb)], stdin=other.fileno(), stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
             )  # fmt: skip
         self._is_new = True
