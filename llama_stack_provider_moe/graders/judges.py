@@ -135,10 +135,12 @@ class Judged:
             },
         }  # fmt: skip
         if isinstance(self._grader, ScoreModel):
-            given = self._grader.sampling_params.model_dump(exclude_none=True)
-            if "max_completions_tokens" in given:
-                given["max_completion_tokens"] = given.pop("max_completions_tokens")
-            body |= given
+            given = self._grader.sampling_params
+            chosen = {
+                "max_completion_tokens": given.max_completions_tokens, "reasoning_effort": given.reasoning_effort,
+                "seed": given.seed, "temperature": given.temperature, "top_p": given.top_p,
+            }  # fmt: skip
+            body |= {name: value for name, value in chosen.items() if value is not None}
         return body
 
     def _said(self, messages: list[dict[str, str]]) -> _Said:

@@ -1,0 +1,61 @@
+"""`moe-train grade` without torch: the table, the JSON, and what is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli_support import Done, moe_train
+
+SHORT = {"type": "length", "name": "short", "most": 3}
+SAME = {"type": "string_check", "name": "same", "reference": "{{item.gold}}", "operation": "eq"}
+
+
+def grade(folder: Path, graders: Any, *rows: dict[str, Any], options: tuple[str, ...] = ()) -> Done:
+    file, data = folder / "graders.json", folder / "rows.jsonl"
+    file.write_text(json.dumps(graders))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return moe_train("grade", str(file), "--data", str(data), *options)
+
+
+def test_a_table_and_a_warning(tmp_path: Path) -> None:
+    done = grade(tmp_path, SHORT, {"output_text": "a b"}, {"output_text": "a"})
+    assert done.code == 0
+    assert done.out.splitlines()[1].split()[:6] == ["short", "length", "1", "all", "2", "1"]
+    assert "every answer got the same" in done.out
+
+
+def test_json_has_every_row_and_a_failure_is_exit_code_1(tmp_path: Path) -> None:
+    reward = {"reward": [{"grader": SAME, "weight": 2}, {"grader": SHORT}]}
+    rows = ({"output_text": "x", "gold": "x"}, {"output_text": "y"})
+    done = grade(tmp_path, reward, *rows, options=("--json",))
+    assert done.code == 1
+    first, second = done.document["results"]
+    assert first["total"] == 3
+    assert second["total"] is None
+    assert second["failures"]["same"]["code"] == "unknown_name"
+    assert done.document["graders"][0]["failed"] == {"unknown_name": 1}
+
+
+def test_the_last_turn_or_a_column_is_the_answer(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b c d"}], "mine": "a"}
+    assert grade(tmp_path, SHORT, row, options=("--json",)).document["results"][0]["total"] == 0
+    assert grade(tmp_path, SHORT, row, options=("--json", "--answer", "mine")).document["results"][0]["total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("graders", "row", "told"),
+    [
+        ({**SHORT, "colour": 1}, {"output_text": "x"}, "reward.0.grader.colour: unknown key"),
+        ([{"grader": SHORT}, {"grader": SHORT}], {"output_text": "x"}, "'short' is named twice"),
+        (SHORT, {"prompt": "x"}, "row 1: output_text: None is not valid; expected the answer, as text"),
+        ({"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "x"}]},
+         {"output_text": "x"}, "reward.0.grader.model: 'm' is not valid; expected no judge"),
+        ({"type": "python", "name": "p"}, {"output_text": "x"}, "'python' is not valid"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, graders: Any, row: dict[str, Any], told: str) -> None:
+    done = grade(tmp_path, graders, row)
+    assert done.code == 2
+    assert told in done.err
