@@ -12,7 +12,7 @@ from llama_stack_provider_moe.compute.ablation.charts import draw
 from llama_stack_provider_moe.compute.ablation.measurements import read
 from llama_stack_provider_moe.compute.ablation.report import DIRECTIONS_FILE, DirectionsReport
 from llama_stack_provider_moe.compute.analysis.plots import MISSING, installed
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.compute.data.local_sets import new_folder, say
 from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.spec.ablate_commands import AnalyzeCommand
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
@@ -34,15 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: AnalyzeCommand) -> int:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     path = Path(command.measurements)
     if path.is_dir():
         path = path / MEASUREMENTS_FILE
-    folder = path.parent if command.out is None else Path(command.out)
-    if (folder / DIRECTIONS_FILE).exists():
-        raise InvalidInput("--out", str(folder), f"a folder without {DIRECTIONS_FILE}")
+    out = path.parent if command.out is None else Path(command.out)
+    folder = new_folder(str(out), DIRECTIONS_FILE)
     report = analyze(read(path, "FILE"))
     written = write_report(report, folder, say, command.charts)
     names = ", ".join(map(str, written))

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.compute.ablation.apply import apply, dry_run
 from llama_stack_provider_moe.compute.ablation.apply_report import text
 from llama_stack_provider_moe.compute.ablation.lora import write_adapter
 from llama_stack_provider_moe.compute.ablation.measurements import read
+from llama_stack_provider_moe.compute.data.local_sets import say
 from llama_stack_provider_moe.errors import InvalidBody
 from llama_stack_provider_moe.ground.small_files import read_small
 from llama_stack_provider_moe.jobdir import local_names
@@ -30,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: ApplyCommand) -> int:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     try:
         plan = AblationSpec.model_validate_json(read_small(Path(command.plan)))
     except ValidationError as error:

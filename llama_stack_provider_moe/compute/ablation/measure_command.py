@@ -4,16 +4,14 @@ $ moe-train ablate measure MODEL --rows target=FILE --rows baseline=FILE [--adap
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.ablation.analyze import analyze, text
 from llama_stack_provider_moe.compute.ablation.measure import measured, write_measurements
 from llama_stack_provider_moe.compute.ablation.subject import load_subject
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.compute.data import local_sets
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.ablate_commands import MEASURE_COMMAND, MeasureCommand, measure_job
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
@@ -28,24 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: MeasureCommand) -> int:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    def progress(done: int, total: int) -> None:
-        end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-        print(f"{done} of {total} passes of rows", file=sys.stderr, end=end, flush=True)
-
     command.model, command.adapter = local_names.on_base(command.model, command.adapter)
     spec, files = measure_job(command)
-    out = Path(command.out)
-    if (out / MEASUREMENTS_FILE).exists():
-        raise InvalidInput("--out", command.out, f"a folder without {MEASUREMENTS_FILE}")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {name: Path(folder) / f"{name}.jsonl" for name in files}
-        for name, path in files.items():
-            rows[name].write_text("".join(measured_rows(path, spec)), encoding="utf-8")
-        found, routing = measured(spec, rows, load_subject(spec), say, progress)
-    path = write_measurements(found, routing, out, say)
+    out = local_sets.new_folder(command.out, MEASUREMENTS_FILE)
+    with local_sets.as_rows(files, lambda path, _: measured_rows(path, spec)) as rows:
+        subject, progress = load_subject(spec), local_sets.progress_of("passes of rows")
+        found, routing = measured(spec, rows, subject, local_sets.say, progress)
+    path = write_measurements(found, routing, out, local_sets.say)
     report = analyze(found)
     print(report.model_dump_json() if command.as_json else f"{text(report)}\nwritten to {path}")
     return 0

@@ -4,14 +4,12 @@ $ moe-train analyze routing MODEL --rows a=FILE --rows b=FILE [--adapter FOLDER]
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.analysis.routing_run import analyse, load_routed, text, write_report
-from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.compute.data import local_sets
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.command_words import answered
 from llama_stack_provider_moe.spec.local_commands import ROUTING_COMMAND, RoutingCommand, routing_job
@@ -26,24 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: RoutingCommand) -> int:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    def progress(done: int, total: int) -> None:
-        end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-        print(f"{done} of {total} rows", file=sys.stderr, end=end, flush=True)
-
     command.model, command.adapter = local_names.on_base(command.model, command.adapter)
     spec, files = routing_job(command)
-    out = Path(command.out)
-    if (out / REPORT_FILE).exists():
-        raise InvalidInput("--out", command.out, "a folder without a report")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {name: Path(folder) / f"{name}.jsonl" for name in files}
-        for name, path in files.items():
-            rows[name].write_text("".join(routing_rows(path, spec)), encoding="utf-8")
-        report = analyse(spec, rows, load_routed(spec), say, progress)
-    write_report(report, out, say)
+    out = local_sets.new_folder(command.out, REPORT_FILE)
+    with local_sets.as_rows(files, lambda path, _: routing_rows(path, spec)) as rows:
+        report = analyse(spec, rows, load_routed(spec), local_sets.say, local_sets.progress_of("rows"))
+    write_report(report, out, local_sets.say)
     print(report.model_dump_json() if command.as_json else f"{text(report)}\nwritten to {out / REPORT_FILE}")
     return 0
 

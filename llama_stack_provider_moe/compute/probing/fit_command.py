@@ -4,12 +4,11 @@ $ moe-train probe fit MODEL --rows target=FILE --rows baseline=FILE [--adapter F
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers.utils import logging
 
+from llama_stack_provider_moe.compute.data import local_sets
 from llama_stack_provider_moe.compute.probing.artifact import write_probe
 from llama_stack_provider_moe.compute.probing.fit import fit_probe
 from llama_stack_provider_moe.compute.probing.report import text
@@ -28,24 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: FitCommand) -> int:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    def progress(done: int, total: int) -> None:
-        end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-        print(f"{done} of {total} texts", file=sys.stderr, end=end, flush=True)
-
     command.model, command.adapter = local_names.on_base(command.model, command.adapter)
     spec, files = fit_job(command)
-    out = Path(command.out)
-    if (out / CARD_FILE).exists():
-        raise InvalidInput("--out", command.out, f"a folder without {CARD_FILE}")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {name: Path(folder) / f"{name}.jsonl" for name in files}
-        for name, path in files.items():
-            rows[name].write_text("".join(probe_rows(path, name, spec)), encoding="utf-8")
+    out = local_sets.new_folder(command.out, CARD_FILE)
+    with local_sets.as_rows(files, lambda path, name: probe_rows(path, name, spec)) as rows:
         try:
-            fitted, _ = fit_probe(spec, rows, say, progress)
+            fitted, _ = fit_probe(spec, rows, local_sets.say, local_sets.progress_of("texts"))
         except InvalidInput as error:
             raise InvalidBody([as_typed(str(error))]) from None
         except DataError as error:

@@ -1,11 +1,11 @@
 """Surgery without a server: what `moe-train experts prune`, `merge`, `add` and `split` have in common."""
 
-import sys
 import tempfile
 from pathlib import Path
 
 from transformers.utils import logging
 
+from llama_stack_provider_moe.compute.data.local_sets import progress_of, say
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.surgery.actions import choose, prepare
 from llama_stack_provider_moe.compute.surgery.prepared import OF_COMMAND, Decision, Prepared, make
@@ -26,7 +26,7 @@ def run(command: SurgeryCommand) -> int:
     try:
         prepared = prepare(folder, _with_donor(settings.surgery), field=OF_COMMAND)
         decision = _decided(prepared, settings)
-        report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), _say)
+        report = make(prepared, decision, command.model, None if command.dry_run else Path(command.out), say)
     except (ModelError, LayoutError) as error:  # MODEL is not one for this command: a mistake, as other values are
         raise InvalidBody([as_typed(str(error))]) from None
     print(report.model_dump_json() if command.as_json else text(report))
@@ -51,14 +51,5 @@ def _decided(prepared: Prepared, settings: SurgerySettings) -> Decision:
             if given is not None:
                 files[given] = Path(beside) / f"{option.strip('-')}.jsonl"
                 files[given].write_text("".join(calibration_rows(Path(given), option)), encoding="utf-8")
-        rows = load_rows(str(prepared.before.folder), files, settings.training, settings.options, _say)
-        return choose(prepared, rows, _progress)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _progress(done: int, total: int) -> None:
-    end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-    print(f"{done} of {total} passes of rows", file=sys.stderr, end=end, flush=True)
+        rows = load_rows(str(prepared.before.folder), files, settings.training, settings.options, say)
+        return choose(prepared, rows, progress_of("passes of rows"))

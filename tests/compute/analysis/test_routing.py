@@ -288,7 +288,7 @@ def test_files_become_a_report(
     assert {name: each.rows for name, each in report.sets.items()} == {"a": 6, "b": 6}
     assert (tmp_path / "out" / "difference.png").exists() is charts
     assert routing.main(typed(model, files, tmp_path / "out")) == 2
-    assert "expected a folder without a report" in capsys.readouterr().err
+    assert "expected a folder without routing.json" in capsys.readouterr().err
 
 
 def test_prompt_and_response_are_parts_of_all(files: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
