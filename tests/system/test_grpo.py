@@ -71,7 +71,9 @@ def test_a_killed_job_resumes_and_completes(server: Server) -> None:
     assert list(scan(folder.events, events.Resumed))
     assert steps[-1].step == steps[-1].max_steps
     assert {"rewards/letter/mean", "rewards/json/mean", "reward", "kl", "policy_loss"} <= steps[-2].metrics.keys()
-    assert [artifact["kind"] for artifact in ended["artifacts"]].count("adapter") == 1
+    manifest = folder.read_manifest()
+    assert manifest is not None
+    assert [artifact.kind for artifact in manifest.artifacts].count("adapter") == 1
     assert len(list(folder.samples.glob("*.jsonl"))) > 4
 
 
