@@ -16,7 +16,7 @@ from llama_stack_provider_moe.control.supervisor.executors.local import training
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.hub_cache import home_folder, is_cached, offline_variable
 from llama_stack_provider_moe.ground.redaction import without_passwords
-from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, SFTSpec
+from llama_stack_provider_moe.spec import GRPOSpec, JobSpec, LoadingSpec, SFTSpec
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -45,6 +45,8 @@ async def check(request: Draft, spec: JobSpec, config: ProviderConfig, guard: Gu
         named["eval.judge.model"] = spec.eval.judge.model
     if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
         named["distill.model"] = spec.distill.model
+    if isinstance(spec, GRPOSpec):
+        named |= spec.grader_models()
     for path, model in named.items():
         if os.path.isabs(model) or model in request.waits.names:
             continue
