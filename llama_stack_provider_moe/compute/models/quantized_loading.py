@@ -98,14 +98,14 @@ def read_quantized(
     return Quantized(model.eval(), quantizer.layout, report)
 
 
-@register_quantization_config(METHOD)  # type: ignore[untyped-decorator]
+@register_quantization_config(METHOD)
 class _CodesConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, coding: Coding) -> None:
         self.quant_method = METHOD
         self.bits, self.nested = coding.bits, coding.nested  # transformers writes the config as JSON
 
 
-@register_quantizer(METHOD)  # type: ignore[untyped-decorator]
+@register_quantizer(METHOD)
 class _CodesQuantizer(HfQuantizer):  # type: ignore[misc]
     """Makes the codes while transformers reads the weights.
 

@@ -50,6 +50,7 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "head": {"family": "llama", "adapter": {"apply_lora_to_output": True}},
     "4-bit base": {"family": "granitemoe", "adapter": {"quantize_base": True}},
+    "4-bit base, 8-bit scales": {"family": "mixtral", "adapter": {"quantize_base": True, "quantize_scales": True}},
     "bf16": {"family": "mixtral", "training": {"dtype": "bf16"}},
     "dpo": {"recipe": "dpo", "family": "granitemoe"},
     "circuit breaker": {"recipe": "circuit_breaker", "family": "mixtral"},

@@ -102,6 +102,15 @@ def test_the_base_is_quantised_as_the_adapters_job_trained_it(
     assert spec.training.quantize_bits == bits
 
 
+def test_the_scales_are_quantised_as_the_adapters_job_trained_on_them(service: PostTrainingService) -> None:
+    job_id = trained(service, adapter={"rank": 2, "quantize_base": True, "quantize_scales": True})
+    spec = folder_of(service, start(service, training={}, playground={"replace": True}, model=job_id)).read_spec()
+    assert isinstance(spec, playgrounds.PlaygroundSpec)
+    assert (spec.training.quantize_bits, spec.training.quantize_scales) == (4, True)
+    with pytest.raises(ValueError, match="quantize_scales: true is used only with quantize_bits 4"):
+        playgrounds.PlaygroundTraining(quantize_bits=8, quantize_scales=True)
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
