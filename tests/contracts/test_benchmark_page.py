@@ -51,6 +51,13 @@ def quantized() -> list[str]:
     return [f"{found['bytes']['8 bits']['bytes_before'] / 1e6:.0f} MB", *sizes, *worse]
 
 
+def loading() -> list[str]:
+    found = newest("loading_memory")["found"]
+    peaks = [f"{each['peak'] / 1e6:,.0f} MB" for each in found.values()]
+    whole = f"{found['4 bits']['bytes_before'] / 1e6:,.0f} MB in bf16"
+    return [whole, f"took {peaks[0]}", f"takes {peaks[1]}, with 8-bit scales {peaks[2]}, and {peaks[3]} in 8 bits"]
+
+
 def start() -> list[str]:
     found = newest("job_start")["min_median_max"]
     return [f"{found['warm']['first_step_s'][1]:.1f} s from the forkserver",
@@ -196,7 +203,7 @@ def telemetry() -> list[str]:
 @pytest.mark.parametrize(
     "claims",
     [
-        rows_of_experts, quantized, start, against_trl, store, memory, merging, ablating, bringing, file_in_s3,
+        rows_of_experts, quantized, loading, start, against_trl, store, memory, merging, ablating, bringing, file_in_s3,
         following, polling, telemetry,
     ],
 )  # fmt: skip

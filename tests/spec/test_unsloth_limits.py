@@ -44,6 +44,7 @@ RULES = {"plan": "per_expert", "rules": [{"experts": {"0": 4}}]}
         ({"adapter": {"use_dora": True}}, "adapter.use_dora true"),
         ({"adapter": {"apply_lora_to_output": True}}, "adapter.apply_lora_to_output true"),
         ({"adapter": {"quantize_base": True, "quantize_bits": 8}}, "adapter.quantize_bits 8"),
+        ({"adapter": {"quantize_base": True, "quantize_scales": True}}, "adapter.quantize_scales true"),
         ({"resources": {"gpus": 2}}, "resources of more than one process"),
         ({"resources": {"gpus": 2, "strategy": "fsdp"}}, "resources of more than one process"),
         ({"resources": {"gpus": 0}}, "resources.gpus 0"),

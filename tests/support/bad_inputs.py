@@ -200,6 +200,8 @@ _METHOD_CASES = [
     Bad("unknown loss", DPO, {"algorithm_config.loss_type": "simpo"}, 400, "loss_type: 'simpo' is not valid; expected "
         "'sigmoid'"),
     Bad("bits of no base", SFT, {"adapter": {"quantize_bits": 8}}, 400, "quantize_bits: is used only with"),
+    Bad("scales of 16 bits", JOBS, {"adapter": {"quantize_scales": True}}, 400,
+        "quantize_scales: true is used only with quantize_base true and quantize_bits 4"),
     Bad("three bits", JOBS, {"adapter": {"quantize_base": True, "quantize_bits": 3}}, 400, "adapter.quantize_bits: 3 "
         "is not valid; expected 4 or 8"),
     Bad("plan without rules", JOBS, {"adapter": {"plan": "per_expert"}}, 400, "adapter: rules: plan 'per_expert' "),

@@ -36,6 +36,7 @@ class Case:
     batch: int = 4
     length: int = 128
     bits: Literal[16, 4] = 16
+    nested: bool = False  # the scales of 4 bits are quantised too
     checkpointing: bool = False
     strategy: Literal["ddp", "fsdp"] | None = None  # of two processes; None: one
     accumulation: int = 1
@@ -82,7 +83,9 @@ def _blocks(case: Case) -> dict[str, Any]:
     return {
         "training": {"batch_size": case.batch, "dtype": "bf16", "gradient_accumulation_steps": case.accumulation},
         "efficiency": {"enable_activation_checkpointing": case.checkpointing},
-        "adapter": None if case.adapter is None else {**case.adapter, "quantize_base": case.bits == 4},
+        "adapter": None
+        if case.adapter is None
+        else {**case.adapter, "quantize_base": case.bits == 4, "quantize_scales": case.nested},
         "options": {"max_length": case.length, "validation_split": 0.0},
         "resources": {} if case.strategy is None else {"gpus": 0, "processes": 2, "strategy": case.strategy},
     }

@@ -341,6 +341,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"lr_multipliers": {"head": 1}}, "Input should be 'attention'"),
     ({"expert_modules": []}, "at least 1 item"),
     ({"quantize_bits": 8}, "is used only with quantize_base true"),
+    ({"quantize_scales": True}, "quantize_scales: true is used only with quantize_base true and quantize_bits 4"),
+    ({"quantize_base": True, "quantize_bits": 8, "quantize_scales": True}, "quantize_scales: true is used only with"),
     ({"quantize_base": True, "use_dora": True, "apply_lora_to_mlp": False}, "not valid with quantize_base true"),
 ]  # fmt: skip
 

@@ -122,6 +122,8 @@ def test_memory_of_settings(roomy: Planner) -> None:
     codes = {bits: roomy.estimate(job(adapter={"quantize_base": True, "quantize_bits": bits}), "ddp")[0].terms.weights
              for bits in (8, 4)}  # fmt: skip
     assert codes[4] < codes[8] < roomy.estimate(lora, "ddp")[0].terms.weights
+    nested = job(adapter={"quantize_base": True, "quantize_scales": True})
+    assert roomy.estimate(nested, "ddp")[0].terms.weights < codes[4]
     refused = {option.strategy: option.refused for option in roomy.plan(job(adapter={"quantize_base": True})).options}
     assert refused["ddp"] is None
     assert "adapter.quantize_base true" in str(refused["fsdp"]), "as the door says it"

@@ -134,17 +134,19 @@ def merged_logits(run: Run) -> Tensor:
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base(workshop: Workshop, recipe: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "nested"), [(4, False), (4, True), (8, False)])
+def test_a_quantised_base(workshop: Workshop, recipe: str, bits: int, nested: bool) -> None:
     """It learns, reports its memory, and merges to the same weights as plain PEFT with the decoded base."""
     run = finished(
         workshop.run(
-            recipe, "qwen3_moe", adapter={"rank": 4, "quantize_base": True, "quantize_bits": bits},
+            recipe, "qwen3_moe",
+            adapter={"rank": 4, "quantize_base": True, "quantize_bits": bits, "quantize_scales": nested},
             options={"save_merged": True}, moe={"train_router": True},
         )
     )  # fmt: skip
     told = run.resolved["quantized"]
-    assert (told["bits"], told["experts"]) == (bits, 2 * 4 * 2)
+    assert (told["bits"], told["nested"], told["experts"]) == (bits, nested, 2 * 4 * 2)
+    assert told["bits_a_weight"] == pytest.approx({4: 4.5, 8: 8.125}[bits] - (0.373 if nested else 0), rel=0.05)
     assert told["bytes_after"] < told["bytes_before"]
     base = workshop.model("qwen3_moe")
     with torch.no_grad():

@@ -64,7 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft-distill": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                     "distill": {"weight": 0.5}, "adapter": {"rank": 4, "dropout": 0.1}},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
-                  "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
+                  "moe": {"moe_load_balancing": "expert_choice"},
+                  "adapter": {"rank": 4, "quantize_base": True, "quantize_scales": True}},
     # A request to stop comes among the steps that learn from one generation.
     "grpo-lora": {"recipe": "grpo", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "rl": {"n_iterations": 2, "steps_per_generation": 2, "beta": 0.1}},

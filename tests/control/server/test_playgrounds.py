@@ -16,7 +16,7 @@ from llama_stack_provider_moe.jobdir.folder import Artifact, write_atomic
 from llama_stack_provider_moe.jobdir.prompts import Answered, AnswerLog, Begun, Ended, LoadedModel, PromptFiles, Text
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
-from llama_stack_provider_moe.spec.playground import MAX_WAITING
+from llama_stack_provider_moe.spec.playground import MAX_WAITING, PlaygroundTraining
 from tests.support.host_support import ask, caller, folder_of, serving_in_process, submit
 
 PLAYGROUND = {"recipe": "playground", "model": "owner/name"}
@@ -100,6 +100,15 @@ def test_the_base_is_quantised_as_the_adapters_job_trained_it(
     spec = folder_of(service, start(service, training=asked, playground={"replace": True}, **names)).read_spec()
     assert isinstance(spec, playgrounds.PlaygroundSpec)
     assert spec.training.quantize_bits == bits
+
+
+def test_the_scales_are_quantised_as_the_adapters_job_trained_on_them(service: PostTrainingService) -> None:
+    job_id = trained(service, adapter={"rank": 2, "quantize_base": True, "quantize_scales": True})
+    spec = folder_of(service, start(service, training={}, playground={"replace": True}, model=job_id)).read_spec()
+    assert isinstance(spec, playgrounds.PlaygroundSpec)
+    assert (spec.training.quantize_bits, spec.training.quantize_scales) == (4, True)
+    with pytest.raises(ValueError, match="quantize_scales: true is used only with quantize_bits 4"):
+        PlaygroundTraining(quantize_bits=8, quantize_scales=True)
 
 
 @pytest.mark.parametrize(
