@@ -58,6 +58,7 @@ def _against_adapter(adapter: Adapter) -> dict[str, bool]:
         "adapter.use_dora true": adapter.use_dora,
         "adapter.apply_lora_to_output true, which it turns into a whole new head": adapter.apply_lora_to_output,
         "adapter.quantize_bits 8": adapter.quantize_bits != 4,
+        "adapter.dtype 'bf16'; it adds LoRA in fp32": adapter.dtype != "fp32",
     }
 
 

@@ -39,6 +39,7 @@ class Case:
     checkpointing: bool = False
     strategy: Literal["ddp", "fsdp"] | None = None  # of two processes; None: one
     accumulation: int = 1
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def _blocks(case: Case) -> dict[str, Any]:
     return {
         "training": {"batch_size": case.batch, "dtype": "bf16", "gradient_accumulation_steps": case.accumulation},
         "efficiency": {"enable_activation_checkpointing": case.checkpointing},
+        "optimizer": case.optimizer,
         "adapter": None if case.adapter is None else {**case.adapter, "quantize_base": case.bits == 4},
         "options": {"max_length": case.length, "validation_split": 0.0},
         "resources": {} if case.strategy is None else {"gpus": 0, "processes": 2, "strategy": case.strategy},
@@ -174,7 +176,9 @@ class _Watch:
         gc.collect()
         model, optimizer = self._trainer.model, self._trainer.optimizer
         states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
-        self._static = _resident(model) + sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+        # By storage: the codes of bitsandbytes are one tensor in all weights' states.
+        kept = {value.data_ptr(): value.nbytes for value in states if isinstance(value, torch.Tensor)}
+        self._static = _resident(model) + sum(kept.values())
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profiler.__enter__()
 

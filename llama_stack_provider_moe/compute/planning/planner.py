@@ -47,7 +47,6 @@ Verdict = Literal["fits", "tight", "too large", "refused"]
 USABLE: dict[Device, float] = {"cuda": 0.9, "cpu": 1.0}
 # In the order in which `auto` tries them: the one that moves the fewest bytes in a step first.
 WAYS: tuple[Way, ...] = ("ddp", "fsdp", "ep")
-MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}  # tensors that torch's optimiser keeps for each weight
 
 
 @dataclass(frozen=True)
@@ -181,12 +180,12 @@ class Planner:
         copies = teacher.copies if teacher is not None else spec.recipe == "dpo" and whole and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
-        has = process_memory(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
+        has = process_memory(made.weights, way, processes, spec.optimizer, int(copies), wide)
         if teacher is not None:
             has = replace(has, weights=has.weights + teacher.weights)
         if spec.resources.cpu_offload:  # the device holds only the gathered layers
             buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
-            has = replace(has, weights=buffers, gradients=0, optimizer=0, largest=0)
+            has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))
         tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
         step = replace(
             made.step,
@@ -346,6 +345,10 @@ def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         yield [{"adapter": {**Adapter().model_dump(mode="json"), "quantize_base": True}}]
     elif not spec.adapter.quantize_base:
         yield [{"adapter.quantize_base": True}]
+    if spec.optimizer.optimizer_type in ("adam", "adamw"):
+        coded: Fields = {"optimizer.optimizer_type": "adamw_8bit"}
+        narrow = spec.adapter is not None and spec.training.dtype == "bf16"
+        yield [coded, {**coded, "adapter.dtype": "bf16"}] if narrow else [coded]
     if on_gpus:
         more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
         if more:

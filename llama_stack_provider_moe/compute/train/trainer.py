@@ -26,18 +26,13 @@ from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, Total, local_sum
 from llama_stack_provider_moe.compute.planning import throughput
+from llama_stack_provider_moe.compute.train import optimizers
 from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, figures_of, held_out_by, masks
 from llama_stack_provider_moe.compute.train.checkpointing import CheckpointingTrainer
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss, Outcome
 from llama_stack_provider_moe.errors import TrainingError
 from llama_stack_provider_moe.spec import TrainingSpec
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 
 
 class RecordingTrainer(CheckpointingTrainer):
@@ -106,11 +101,10 @@ class RecordingTrainer(CheckpointingTrainer):
             self.recorder = RoutingRecorder(self.model, base.layout)
             # TRL computes the aux loss only if its coefficient is not 0; here it is logged with 0 too.
             self.aux_loss_enabled = wants_models_aux_loss
-        chosen = OPTIMIZERS[self.spec.optimizer.optimizer_type]
-        fused = (
-            self.args.device.type == "cuda" and not self.spec.resources.cpu_offload
-        )  # the optimiser steps on the GPU
-        self.optimizer_cls_and_kwargs = (chosen, {"lr": self.spec.optimizer.lr, "fused": fused})
+        chosen = self.spec.optimizer
+        fused = self.args.device.type == "cuda" and not self.spec.resources.cpu_offload  # it steps on the GPU
+        keywords = optimizers.arguments_of(chosen, self.model, self.spec.options.seed, fused)
+        self.optimizer_cls_and_kwargs = (optimizers.class_of(chosen), keywords)
         self.work = self.step_flops()
         self.flops = 0.0  # of this process, since the last `take_flops`
         joined = (self.args.process_index, self.args.world_size)
@@ -151,11 +145,19 @@ class RecordingTrainer(CheckpointingTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made_before:
             return optimizer
-        wanted = OPTIMIZERS[self.spec.optimizer.optimizer_type]
+        wanted = optimizers.class_of(self.spec.optimizer)
         assert type(optimizer) is wanted, f"{type(optimizer).__name__}, expected {wanted.__name__}"
         self.rates.apply(optimizer)
         optimizer.register_step_post_hook(self._after_step)
+        if isinstance(optimizer, optimizers.BoundedAdamW):
+            self._check_state = optimizer.register_step_post_hook(self._has_foreseen_state)
         return optimizer
+
+    def _has_foreseen_state(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Check after the first step that the optimiser keeps what the job's log says."""
+        self._check_state.remove()
+        told, kept = optimizers.foreseen(self.spec.optimizer, self.model), optimizers.found(optimizer)
+        assert kept == told, f"the optimiser keeps {kept}, expected {told}"
 
     def _after_step(self, *_: object) -> None:
         if self.steering is not None and self.recorder is not None:

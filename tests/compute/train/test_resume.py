@@ -63,6 +63,15 @@ CASES: dict[str, dict[str, Any]] = {
                     "domains": domains_of("sft")},
     "sft-distill": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                     "distill": {"weight": 0.5}, "adapter": {"rank": 4, "dropout": 0.1}},
+    # Unequal ranks, whose unused numbers stay zero; steps that are rounded at random, and embeddings in 32 bits.
+    "sft-8-bit-moments": {"recipe": "sft", "family": "mixtral",
+                          "training": {"n_epochs": 3, "batch_size": 4, "dtype": "bf16"},
+                          "optimizer": {"optimizer_type": "adamw_8bit", "min_8bit_size": 64},
+                          "adapter": {"plan": "per_expert", "rank": 4, "dropout": 0.1, "dtype": "bf16",
+                                      "rules": [{"experts": {"0": 4, "1-2": 2}}]}},
+    "sft-8-bit-moments-whole": {"recipe": "sft", "family": "qwen3_moe", "adapter": None,
+                                "training": {"n_epochs": 3, "batch_size": 4, "dtype": "bf16"},
+                                "optimizer": {"lr": 1e-3, "optimizer_type": "adamw_8bit"}},
     "sft-4-bit": {"recipe": "sft", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "moe": {"moe_load_balancing": "expert_choice"}, "adapter": {"rank": 4, "quantize_base": True}},
     **{f"circuit-breaker-{family}": {
