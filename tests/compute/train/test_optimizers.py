@@ -1,14 +1,17 @@
 """bitsandbytes' optimisers with our bounds, LoRA in bf16, and what a job says and refuses of both."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import nn
 
+from llama_stack_provider_moe.compute.export.merge import merge
 from llama_stack_provider_moe.compute.train import optimizers
 from llama_stack_provider_moe.compute.train.optimizers import BoundedAdamW, foreseen, found, longest_step, rounded
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
@@ -173,8 +176,19 @@ def test_a_job_trains_lora_on_experts_in_8_and_16_bits(workshop: Workshop) -> No
     told = small.resolved["optimizer"]
     assert told["coded"] > told["whole"], told
     assert any("rounded at random" in note for note in small.resolved["adapter"]["notes"])
-    # The file is read again as it was written, and merges.
-    assert all(torch.isfinite(tensor).all() for tensor in small.adapter().values())
+
+
+def test_lora_in_bf16_merges_in_the_job_as_on_disk(workshop: Workshop, tmp_path: Path) -> None:
+    run = workshop.run("sft", "granitemoe", **BF16, options={"save_merged": True})
+    assert run.exit_code == COMPLETED, run.reason
+    merge(workshop.model("granitemoe"), run.folder.root, tmp_path / "merged", dtype="bf16")
+    here, there = (
+        load_file(folder / "model.safetensors") for folder in (run.folder.artifacts / "merged", tmp_path / "merged")
+    )
+    assert here.keys() == there.keys()
+    assert {tensor.dtype for name, tensor in here.items() if tensor.dim() > 1} == {torch.bfloat16}
+    for name, tensor in here.items():
+        torch.testing.assert_close(tensor.float(), there[name].float(), rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize(
