@@ -194,6 +194,13 @@ class Adapter(Block):
         "all instead of 4.5.",
     )
 
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Data type of LoRA's weights and gradients. bf16 halves both. It needs training.dtype bf16 and an "
+        "optimiser of bitsandbytes (`optimizer.optimizer_type`), which steps in fp32 and rounds each number up or "
+        "down at random, so that small steps are not lost.",
+    )
+
     @field_validator("layers")
     @classmethod
     def _ascending(cls, layers: str | None) -> str | None:

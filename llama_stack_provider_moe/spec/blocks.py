@@ -14,6 +14,11 @@ RowFormat = Literal[
 ]  # fmt: skip
 ExecutorName = Literal["local", "ray"]
 Strategy = Literal["auto", "ddp", "fsdp", "ep"]
+OptimizerType = Literal["adam", "adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+OF_BITSANDBYTES: tuple[OptimizerType, ...] = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+IN_8_BITS: tuple[OptimizerType, ...] = ("adamw_8bit", "paged_adamw_8bit")
+PAGED: tuple[OptimizerType, ...] = ("paged_adamw", "paged_adamw_8bit")
+MIN_8BIT_SIZE = 4096  # bitsandbytes' default
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 MAX_STEPS = 10**9
 NUMBERS_PATTERN = r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$"
@@ -142,16 +147,28 @@ class Training(Block):
         description="Micro-batches of each process in one evaluation; 0: all held-out rows are used.",
     )
     dtype: DType = Field(
-        default="bf16", description="Data type of the model's parameters and of autocast; adapters stay in fp32."
+        default="bf16",
+        description="Data type of the model's parameters and of autocast; LoRA's is `adapter.dtype`.",
     )
 
 
 class Optimizer(Block):
     """The optimiser and its learning rate."""
 
-    optimizer_type: Literal["adam", "adamw", "sgd"] = Field(
+    optimizer_type: OptimizerType = Field(
         default="adamw",
-        description="Optimiser: torch.optim.Adam, AdamW (decoupled weight decay) or SGD (without momentum).",
+        description="Optimiser. adam, adamw (decoupled weight decay), sgd (without momentum): torch.optim's, with "
+        "moments in the data type of the weights. adamw_8bit: bitsandbytes' AdamW with moments of one byte a number, "
+        "and one scale for 256 numbers (arXiv 2110.02861). paged_adamw, paged_adamw_8bit: the same in 32 or 8 bits, "
+        "in memory that CUDA moves to the machine when the GPU is full; GPUs only. All three in fp32 arithmetic, "
+        "and bf16 weights are rounded at random after each step.",
+    )
+    min_8bit_size: int = Field(
+        default=MIN_8BIT_SIZE,
+        ge=1,
+        le=2**31 - 1,
+        description="Numbers below which a weight's moments stay in 32 bits; those of embeddings always do. Only for "
+        "adamw_8bit and paged_adamw_8bit.",
     )
     lr: float = Field(default=1e-4, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, le=10, description="Weight decay; 0: none.")
@@ -161,6 +178,12 @@ class Optimizer(Block):
         le=MAX_STEPS,
         description="Optimiser steps over which the learning rate rises from 0 to `lr`; 0: no warm-up.",
     )
+
+    @model_validator(mode="after")
+    def _size_is_for_8_bits(self) -> "Optimizer":
+        if self.min_8bit_size != MIN_8BIT_SIZE and self.optimizer_type not in IN_8_BITS:
+            raise ValueError(f"min_8bit_size: is used only with optimizer_type {' or '.join(map(repr, IN_8_BITS))}")
+        return self
 
 
 class Efficiency(Block):

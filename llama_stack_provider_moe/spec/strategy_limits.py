@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 from llama_stack_provider_moe.spec.options import DPOOptions
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def refuse_beside_sharding(job: "TrainingJob") -> None:
         return
     against = {
         "adapter.quantize_base true, whose codes can't be divided": adapter is not None and adapter.quantize_base,
+        f"optimizer.optimizer_type {job.optimizer.optimizer_type!r}, whose state can't be divided": (
+            job.optimizer.optimizer_type in OF_BITSANDBYTES
+        ),
         "adapter.use_dora true, which reads the whole weights of the base": adapter is not None and adapter.use_dora,
         "options.save_merged true; merge on disk instead (moe-train export merge)": job.options.save_merged,
         "a precomputed reference (options.precompute_ref_log_probs, or aux_free), for which TRL reads all weights": (

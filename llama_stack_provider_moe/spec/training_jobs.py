@@ -19,6 +19,7 @@ from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.exports import Exports
 from llama_stack_provider_moe.spec.moe import Moe
 from llama_stack_provider_moe.spec.notify import Notify
+from llama_stack_provider_moe.spec.optimizer_limits import refuse_beside_optimizer
 from llama_stack_provider_moe.spec.options import (
     DPOOptions,
     Options,
@@ -80,6 +81,7 @@ class TrainingJob(EvaluatedJob):
     def _weights_are_trainable(self) -> "TrainingJob":
         refuse_beside_sharding(self)
         refuse_beside_unsloth(self)
+        refuse_beside_optimizer(self)
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' is not valid without an adapter (updates of fp16 weights "
                              "underflow); expected 'bf16' or 'fp32', or an adapter")  # fmt: skip

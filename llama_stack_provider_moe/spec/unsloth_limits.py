@@ -61,6 +61,7 @@ def _against_adapter(adapter: Adapter) -> dict[str, bool]:
         "adapter.quantize_scales true, because it always quantises the scales of 4 bits itself": (
             adapter.quantize_scales
         ),
+        "adapter.dtype 'bf16'; it adds LoRA in fp32": adapter.dtype != "fp32",
     }
 
 

@@ -71,7 +71,7 @@ ROOMS: dict[str, Room] = {
     "compute.mixing": _room(27, _MODEL + "pydantic"),
     "compute.surgery": _room(27, _MODEL + "pydantic"),
     "compute.evaluation": _room(27, _MODEL + "pydantic numpy jinja2 httpx lm_eval"),
-    "compute.train": _room(28, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb"),
+    "compute.train": _room(28, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb bitsandbytes"),
     "compute.recipes": _room(29, _MODEL + "pydantic trl datasets"),
     "compute.worker": _room(30, "torch transformers datasets ray"),
     "provider": _room(40),

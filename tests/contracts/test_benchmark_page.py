@@ -93,6 +93,13 @@ def memory() -> list[str]:
     return [span(found["ratio_least_and_most"], 3), span(found["ratio_on_top_least_and_most"], 3), "ten cases"]
 
 
+def saving_memory() -> list[str]:
+    found = newest("memory_settings")
+    assert all(abs(case["ratio"] - 1) < 0.15 for case in found["found"])
+    peaks = [f"{case['measured'] / 1e6:.0f}" for case in found["found"][:3]]
+    return [span(found["ratio_least_and_most"], 3), f"{peaks[0]}, {peaks[1]} and {peaks[2]} MB"]
+
+
 def merging() -> list[str]:
     found = newest("merge")
     copies = sorted(found["copy_seconds"])
@@ -203,8 +210,8 @@ def telemetry() -> list[str]:
 @pytest.mark.parametrize(
     "claims",
     [
-        rows_of_experts, quantized, loading, start, against_trl, store, memory, merging, ablating, bringing, file_in_s3,
-        following, polling, telemetry,
+        rows_of_experts, quantized, loading, start, against_trl, store, memory, saving_memory, merging, ablating,
+        bringing, file_in_s3, following, polling, telemetry,
     ],
 )  # fmt: skip
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:

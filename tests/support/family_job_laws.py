@@ -26,7 +26,7 @@ from llama_stack_provider_moe.compute.planning.memory import Batch, rehearse, st
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel, blank, read_config
 from llama_stack_provider_moe.compute.planning.per_process import process_memory, weights_of
 from llama_stack_provider_moe.compute.train import checkpoints
-from llama_stack_provider_moe.spec import Adapter, Moe
+from llama_stack_provider_moe.spec import Adapter, Moe, Optimizer
 from tests.support import tiny_models
 from tests.support.every_family import tiny_config
 from tests.support.family_subject import ALPHA, CLOSE, IDS, RANK, Subject, answer, loss_of, off_by
@@ -148,7 +148,7 @@ def memory_planned(subject: Subject, folder: Path) -> None:
     """From the config alone, a plan has the bytes of the modules, and runs every layer of a step without weights."""
     adapted = _blank(subject, folder)
     weights = weights_of(adapted)
-    static = process_memory(weights, "ddp", 1, moments=2)
+    static = process_memory(weights, "ddp", 1, Optimizer())
     loaded = subject.kind.from_pretrained(subject.files.base, dtype=torch.bfloat16)
     tensors = [*loaded.parameters(), *loaded.buffers()]
     stored = {each.data_ptr(): each.nbytes for each in tensors}

@@ -40,6 +40,7 @@ class Case:
     checkpointing: bool = False
     strategy: Literal["ddp", "fsdp"] | None = None  # of two processes; None: one
     accumulation: int = 1
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _blocks(case: Case) -> dict[str, Any]:
     return {
         "training": {"batch_size": case.batch, "dtype": "bf16", "gradient_accumulation_steps": case.accumulation},
         "efficiency": {"enable_activation_checkpointing": case.checkpointing},
+        "optimizer": case.optimizer,
         "adapter": None
         if case.adapter is None
         else {**case.adapter, "quantize_base": case.bits == 4, "quantize_scales": case.nested},
@@ -177,7 +179,9 @@ class _Watch:
         gc.collect()
         model, optimizer = self._trainer.model, self._trainer.optimizer
         states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
-        self._static = _resident(model) + sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+        # By storage: the codes of bitsandbytes are one tensor in all weights' states.
+        kept = {value.data_ptr(): value.nbytes for value in states if isinstance(value, torch.Tensor)}
+        self._static = _resident(model) + sum(kept.values())
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profiler.__enter__()
 

@@ -146,6 +146,7 @@ def _training(source: Source) -> Iterator[tuple[str, str]]:
         yield (
             "Precision",
             settings["training"]["dtype"]
+            + (", LoRA in bf16" if adapter and adapter["dtype"] == "bf16" else "")
             + (f", base quantised to {_coding(adapter)}" if adapter and adapter["quantize_base"] else ""),
         )
     moe = plan.get("moe")

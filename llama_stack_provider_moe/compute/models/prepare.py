@@ -30,6 +30,7 @@ from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.experts_backend import read_override
 from llama_stack_provider_moe.spec import Moe, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,11 @@ def make_trainable(session: AnySession, base: Base) -> tuple[PreTrainedModel | P
         if base.quantized is not None:
             spare_ddp(adapted.model)
         return adapted.model, _report_with_start(spec, base, adapted), adapted.rates
-    if spec.training.dtype == "bf16" and not keeps_fp32(spec):
+    rounds_at_random = spec.optimizer.optimizer_type in OF_BITSANDBYTES
+    if spec.training.dtype == "bf16" and not keeps_fp32(spec) and not rounds_at_random:
         session.say(
             "all weights train in bf16: a step that changes a weight by less than 1/256 of its value is lost in "
-            "rounding; training.dtype 'fp32' keeps it",
+            "rounding; training.dtype 'fp32' keeps it, and optimizer.optimizer_type 'adamw_8bit' does on average",
             "warning",
         )
     return base.model, train_whole(base.model, base.layout, base.resolved), Rates()

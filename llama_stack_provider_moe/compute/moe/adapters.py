@@ -29,6 +29,7 @@ from llama_stack_provider_moe.spec import Adapter
 ADAPTER_NAME = "default"
 EXPERT_RANKS = "expert_ranks"  # key in an adapter's file: one rank per expert for each padded tensor
 _RANKS = "_expert_ranks"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def add_lora(
 ) -> Adapted:
     """Add LoRA to everything the job asks for, and check that it is there and that nothing else trains.
 
-    The adapter's weights are fp32, whatever the dtype of the model.
+    The adapter's weights have the dtype that the job names, whatever the dtype of the model.
 
     Args:
         model: the base model; it is changed in place.
@@ -122,9 +123,13 @@ def add_lora(
         warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
         peft_model = put(model, config)
     found = injected(peft_model)
+    for weight in (weight for layer in found.values() for _, weight in _weights(layer)):
+        weight.data = weight.data.to(_DTYPES[adapter.dtype])
     _zero_unused_ranks(found, settings)
     report = _check(peft_model, found, adapter, targets, settings)
     notes = list(report.notes)
+    if adapter.dtype == "bf16":
+        notes.append("LoRA's weights and gradients are bf16; each step is in fp32, and rounded at random")
     if ours and split_lora(peft_model, adapter.dropout):
         notes.append("LoRA on experts is computed beside their weights, not folded into them")
     if adapter.dropout and targets.parameters:
@@ -261,8 +266,9 @@ def _check(
     if len(training) > len(ours):
         others = [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in ours]
         raise AdapterError(f"adapter: these would train beside LoRA: {', '.join(others)}")
-    if coarse := sorted({name for name, its in weights.items() for p in its if p.dtype != torch.float32}):
-        raise AdapterError(f"adapter: LoRA of these targets is not fp32: {', '.join(coarse)}")
+    dtype = _DTYPES[adapter.dtype]
+    if other := sorted({name for name, its in weights.items() for p in its if p.dtype != dtype}):
+        raise AdapterError(f"adapter: LoRA of these targets is not {adapter.dtype}: {', '.join(other)}")
     for name, layer in found.items():
         _check_scale(name, layer, settings[name], adapter.use_rslora)
     by_group: Counter[str] = Counter()

@@ -5,7 +5,8 @@ The step is divided into terms, and the answer states each of them:
     weights       the base in its stored form: 2 bytes a number in bf16; in NF4 half a byte, plus 4 bytes a block of 64,
                   or with nested scales 1 byte a block and 4 for 256 blocks
     adapter       4 P, for P trainable parameters in fp32
-    optimizer     8 P: AdamW's two moments, in fp32 as the parameters are; from the second step on
+    optimizer     8 P: AdamW's two moments, in fp32 as the parameters are; from the second step on. Other optimisers:
+                  `optimizer_memory`
     gradients     4 P at the end of backward; before that, those of the layers that backward has passed. If all weights
                   train, P counts them, and their gradients and moments have their own dtype
     activations   what autograd keeps of the decoder layers: the sum of `Footprint.kept`, or with checkpointing the
@@ -42,7 +43,7 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
 )
 from llama_stack_provider_moe.compute.planning.teacher import TeacherMemory
-from llama_stack_provider_moe.spec import TrainingRecipe
+from llama_stack_provider_moe.spec import Optimizer, TrainingRecipe
 
 HALF, SINGLE = 2, 4  # bytes of a number
 # TRL 1.16 computes logits in tiles of this many tokens and vocabulary entries, whatever the size of the vocabulary.
@@ -78,6 +79,7 @@ class MemoryEstimate:
     Attributes:
         moment: of the step, at which the peak is.
         terms: that the peak consists of.
+        machine_bytes: that lie in the machine's memory in place of the device's.
     """
 
     recipe: TrainingRecipe
@@ -86,6 +88,7 @@ class MemoryEstimate:
     peak_bytes: int
     moment: str
     terms: Terms
+    machine_bytes: int = 0
 
     @property
     def static_bytes(self) -> int:
@@ -113,7 +116,7 @@ def estimate(
         targets: decoder blocks, counted from 0, whose outputs circuit breakers compare.
         device: that trains; it decides which kernels run.
     """
-    static = process_memory(weights_of(adapted), "ddp", 1, moments=2)
+    static = process_memory(weights_of(adapted), "ddp", 1, Optimizer())
     rehearsal = Rehearsal(adapted.model, device)
     found = []
     for recipe in get_args(TrainingRecipe):
@@ -216,7 +219,7 @@ class StepMoments:
         targets: decoder blocks whose outputs circuit breakers compare.
         routers: bytes of router logits.
         decoded: bytes of a 4-bit base that are decoded at once.
-        in_place: the optimiser's step makes no tensor as large as a weight.
+        in_place: the optimiser's step runs on a GPU.
         accumulates: gradients of earlier micro-batches exist.
         transient: bytes that the strategy needs.
         reference: one of DPO's passes is that of the reference.
@@ -236,16 +239,15 @@ class StepMoments:
 
     def peak(self, held: ProcessMemory, bits: Bits, checkpointing: bool) -> MemoryEstimate:
         """The moment that takes the most, in addition to what is needed all the time."""
-        # AdamW's step on a CPU makes two tensors as large as the current weight; on a GPU it is one kernel.
-        scratch = 0 if self.in_place else 2 * held.largest
-        found = list(self.moments(checkpointing, scratch))
+        on_gpu, on_cpu = held.step
+        found = list(self.moments(checkpointing, on_gpu if self.in_place else on_cpu))
         if self.accumulates:
             found = [(where, replace(terms, gradients=held.gradients)) for where, terms in found]
         moment, terms = max(found, key=lambda each: each[1].total)
         terms = replace(
             terms, weights=held.weights, adapter=held.adapter, optimizer=held.optimizer, buckets=held.buckets
         )
-        return MemoryEstimate(self.recipe, bits, checkpointing, terms.total, moment, terms)
+        return MemoryEstimate(self.recipe, bits, checkpointing, terms.total, moment, terms, held.lent)
 
     def moments(self, checkpointing: bool, scratch: int) -> Iterator[tuple[str, Terms]]:
         """(name, terms) of all moments at which the peak may be."""

@@ -26,6 +26,8 @@ from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_con
 from llama_stack_provider_moe.compute.moe.quantize import CodedLinear
 from llama_stack_provider_moe.compute.planning.dry_run import DryRun
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
+from llama_stack_provider_moe.compute.planning.optimizer_memory import is_paged, state_bytes, step_bytes
+from llama_stack_provider_moe.spec import Optimizer
 
 Way = Literal["ddp", "fsdp", "ep"]
 Kind = Literal["expert", "layer", "embedding", "head", "buffer"]
@@ -40,6 +42,8 @@ class Weight:
         rows: size of its first dimension.
         bytes: of the whole weight.
         added: by an adapter.
+        numbers: in it; 0: not counted, because it does not train.
+        looked_up: it is an embedding's, also where the head shares it.
     """
 
     kind: Kind
@@ -48,6 +52,8 @@ class Weight:
     bytes: int
     trains: bool
     added: bool
+    numbers: int = 0
+    looked_up: bool = False
 
     def of_one(self, way: Way, processes: int, wide: bool = False) -> int:
         """Bytes that one of several processes holds.
@@ -90,7 +96,11 @@ def _weights(adapted: MetaModel, in_layer: re.Pattern[str]) -> Iterator[Weight]:
             rows = (
                 weight.shape[0] if weight.ndim and storage.nbytes() >= weight.nbytes else 0
             )  # otherwise it is a placeholder
-            yield Weight(*kind(name, weight), rows, storage.nbytes(), weight.requires_grad, "lora_" in name)
+            trains = weight.requires_grad
+            yield Weight(
+                *kind(name, weight), rows, storage.nbytes(), trains, "lora_" in name,
+                weight.numel() if trains else 0, id(weight) == looked_up,
+            )  # fmt: skip
     for _, buffer in base.named_buffers():
         storage = buffer.untyped_storage()
         if storage._cdata not in seen:
@@ -113,7 +123,9 @@ class ProcessMemory:
 
     Attributes:
         weights: the base, and its frozen copy if it also serves as the reference.
-        largest: of the trainable weights, in their stored form.
+        optimizer: what a GPU can't lend to the machine of the optimiser's state.
+        step: that the optimiser's step takes on a GPU, and on a CPU.
+        lent: of the optimiser's state that CUDA may keep in the machine's memory.
     """
 
     weights: int
@@ -121,7 +133,8 @@ class ProcessMemory:
     gradients: int
     optimizer: int
     buckets: int
-    largest: int
+    step: tuple[int, int]
+    lent: int = 0
 
     @property
     def certain(self) -> int:
@@ -130,7 +143,12 @@ class ProcessMemory:
 
 
 def process_memory(
-    weights: Iterable[Weight], way: Way, processes: int, moments: int, references: int = 0, wide: bool = False
+    weights: Iterable[Weight],
+    way: Way,
+    processes: int,
+    optimizer: Optimizer,
+    references: int = 0,
+    wide: bool = False,
 ) -> ProcessMemory:
     """What one process holds.
 
@@ -138,7 +156,7 @@ def process_memory(
         weights: of the model.
         way: the strategy.
         processes: that train together.
-        moments: tensors of its size that the optimiser keeps for each trainable weight.
+        optimizer: the job's.
         references: frozen copies of the base.
         wide: weights that are divided by rows take twice their bytes; references do not.
     """
@@ -147,15 +165,25 @@ def process_memory(
     copy = sum(weight.of_one(way, processes) for weight, _ in each if not weight.added)
     trained = [(weight, size) for weight, size in each if weight.trains]
     gradients = sum(size for _, size in trained)
+    states = [
+        (is_paged(optimizer, weight.numbers), state_bytes(optimizer, weight.numbers, size, weight.looked_up))
+        for weight, size in trained
+    ]
     averaged = (size for weight, size in trained if _in_buckets(weight, way))
     return ProcessMemory(
         weights=base + copy * references,
         adapter=sum(size for weight, size in each if weight.added),
         gradients=gradients,
-        optimizer=moments * gradients,
+        optimizer=sum(size for paged, size in states if not paged),
         buckets=sum(averaged) if processes > 1 else 0,
-        largest=max((size for _, size in trained), default=0),
+        step=(_step(trained, optimizer, on_gpu=True), _step(trained, optimizer, on_gpu=False)),
+        lent=sum(size for paged, size in states if paged),
     )
+
+
+def _step(trained: list[tuple[Weight, int]], optimizer: Optimizer, on_gpu: bool) -> int:
+    steps = (step_bytes(optimizer, weight.numbers, size, weight.looked_up, on_gpu) for weight, size in trained)
+    return max(steps, default=0)
 
 
 def _in_buckets(weight: Weight, way: Way) -> bool:

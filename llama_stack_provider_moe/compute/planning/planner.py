@@ -48,7 +48,6 @@ Verdict = Literal["fits", "tight", "too large", "refused"]
 USABLE: dict[Device, float] = {"cuda": 0.9, "cpu": 1.0}
 # In the order in which `auto` tries them: the one that moves the fewest bytes in a step first.
 WAYS: tuple[Way, ...] = ("ddp", "fsdp", "ep")
-MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}  # tensors that torch's optimiser keeps for each weight
 
 
 @dataclass(frozen=True)
@@ -187,12 +186,12 @@ class Planner:
         copies = teacher.copies if teacher is not None else whole and _compares(spec) and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
-        has = process_memory(made.weights, way, processes, MOMENTS[spec.optimizer.optimizer_type], int(copies), wide)
+        has = process_memory(made.weights, way, processes, spec.optimizer, int(copies), wide)
         if teacher is not None:
             has = replace(has, weights=has.weights + teacher.weights)
         if spec.resources.cpu_offload:  # the device holds only the gathered layers
             buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
-            has = replace(has, weights=buffers, gradients=0, optimizer=0, largest=0)
+            has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))
         tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
         step = replace(
             made.step,
@@ -360,6 +359,10 @@ def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         yield [{"adapter.quantize_base": True}, {"adapter.quantize_base": True, "adapter.quantize_scales": True}]
     elif spec.adapter.quantize_bits == 4 and not spec.adapter.quantize_scales:
         yield [{"adapter.quantize_scales": True}]
+    if spec.optimizer.optimizer_type in ("adam", "adamw"):
+        coded: Fields = {"optimizer.optimizer_type": "adamw_8bit"}
+        narrow = spec.adapter is not None and spec.training.dtype == "bf16"
+        yield [coded, {**coded, "adapter.dtype": "bf16"}] if narrow else [coded]
     if on_gpus:
         more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
         if more:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from pydantic import TypeAdapter
+from torch import nn
 
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, rows_an_epoch, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32
@@ -11,6 +12,7 @@ from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.models.rope import extension_of, plan_of
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport
 from llama_stack_provider_moe.compute.runtime.context import AnySession
+from llama_stack_provider_moe.compute.train.optimizers import foreseen
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
 from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.jobdir.events import Plan as PlanEvent
@@ -18,6 +20,7 @@ from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.jobdir.row_reports import report_lines
 from llama_stack_provider_moe.jobdir.row_sources import source_lines
 from llama_stack_provider_moe.spec import TrainingSpec
+from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 
 Plan = dict[str, object]
 _JSON: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -50,6 +53,7 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
         "layout": None if base.layout is None else base.layout.as_json(),
         "moe": asdict(base.resolved),
         "adapter": report.as_json(),
+        "optimizer": asdict(foreseen(spec.optimizer, prepared.model)),
         "quantized": None if base.quantized is None else base.quantized.as_json(),
         "train_rows": len(rows.train),
         "train_sequences": sequences,
@@ -67,7 +71,7 @@ def announce(prepared: AnyPrepared, sequences: int, decisions: Mapping[str, obje
     if session.peers.leads:
         write_atomic(session.folder.resolved, _JSON.dump_json(plan, indent=2).decode())
     session.events.append(PlanEvent(plan=_JSON.dump_python(plan, mode="json")))
-    session.show(_text(session, base, report, plan))
+    session.show(_text(session, base, report, plan, prepared.model))
     _warn_of_warmup(session, steps_in_all)
     return steps_in_all
 
@@ -131,7 +135,7 @@ def _sharing(session: AnySession) -> str:
     return f"{what:<10}sharded over {session.peers.size} processes (FSDP2){dtypes}{where}"
 
 
-def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) -> str:
+def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan, prepared_model: nn.Module) -> str:
     spec = session.spec
     packed = f" packed into {plan['train_sequences']:,} sequences" if spec.data.packed else ""
     batch = rows_a_step(spec.training, session.peers.size)
@@ -146,6 +150,11 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan) ->
         *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
         *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
+        *(
+            [f"optimiser {spec.optimizer.optimizer_type}: {foreseen(spec.optimizer, prepared_model).text()}"]
+            if spec.optimizer.optimizer_type in OF_BITSANDBYTES
+            else []
+        ),
         *(f"data      {line}" for line in source_lines(session.folder)),
         *(f"rows      {line}" for line in report_lines(session.folder)),
         f"rows      {plan['train_rows']:,} to train on{packed}, {plan['validation_rows']:,} held out, "

@@ -22,6 +22,7 @@ import torch
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import pick_device
 from llama_stack_provider_moe.compute.runtime.context import AnySession, Forecast
+from llama_stack_provider_moe.compute.train.optimizers import require_device
 from llama_stack_provider_moe.errors import MoeError, TrainingError, shorten
 from llama_stack_provider_moe.spec import TrainingSpec
 
@@ -45,6 +46,7 @@ def decided(session: AnySession) -> AnySession:
         TrainingError: no strategy that the job allows fits.
     """
     device = pick_device(session.spec.training.dtype, session.peers.local_rank)
+    require_device(session.spec.optimizer, device.type)
     # The smallest of all processes.
     memory = -int(session.peers.maximum(-_memory_bytes(device, session.peers.local_size)))
     found = session.peers.agreed(_decide(session.spec, device.type, memory) if session.peers.leads else None)

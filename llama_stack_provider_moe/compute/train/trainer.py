@@ -27,18 +27,13 @@ from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, Total, local_sum
 from llama_stack_provider_moe.compute.planning import throughput
+from llama_stack_provider_moe.compute.train import optimizers
 from llama_stack_provider_moe.compute.train.by_domain import DomainLosses, held_out_by, masks
 from llama_stack_provider_moe.compute.train.evaluating import EvaluatingTrainer
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, Loss
 from llama_stack_provider_moe.compute.train.routing_events import steps_between_tables
 from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.spec import TrainingSpec
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 
 
 class RecordingTrainer(EvaluatingTrainer):
@@ -105,11 +100,10 @@ class RecordingTrainer(EvaluatingTrainer):
             self.recorder = RoutingRecorder(self.model, base.layout)
             self.steps_between_tables = steps_between_tables(self.spec.moe, base.layout, len(self.part_names))
             self.aux_loss_enabled = wants_models_aux_loss  # TRL's is true only for a coefficient above 0
-        chosen = OPTIMIZERS[self.spec.optimizer.optimizer_type]
-        fused = (
-            self.args.device.type == "cuda" and not self.spec.resources.cpu_offload
-        )  # the optimiser steps on the GPU
-        self.optimizer_cls_and_kwargs = (chosen, {"lr": self.spec.optimizer.lr, "fused": fused})
+        chosen = self.spec.optimizer
+        fused = self.args.device.type == "cuda" and not self.spec.resources.cpu_offload  # it steps on the GPU
+        keywords = optimizers.arguments_of(chosen, self.model, self.spec.options.seed, fused)
+        self.optimizer_cls_and_kwargs = (optimizers.class_of(chosen), keywords)
         self.work = self.step_flops()
         self.flops = 0.0  # of this process, since the last `take_flops`
         joined = (self.args.process_index, self.args.world_size)
@@ -150,11 +144,19 @@ class RecordingTrainer(EvaluatingTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made_before:
             return optimizer
-        wanted = OPTIMIZERS[self.spec.optimizer.optimizer_type]
+        wanted = optimizers.class_of(self.spec.optimizer)
         assert type(optimizer) is wanted, f"{type(optimizer).__name__}, expected {wanted.__name__}"
         self.rates.apply(optimizer)
         optimizer.register_step_post_hook(self._after_step)
+        if isinstance(optimizer, optimizers.BoundedAdamW):
+            self._check_state = optimizer.register_step_post_hook(self._has_foreseen_state)
         return optimizer
+
+    def _has_foreseen_state(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Check after the first step that the optimiser keeps what the job's log says."""
+        self._check_state.remove()
+        told, kept = optimizers.foreseen(self.spec.optimizer, self.model), optimizers.found(optimizer)
+        assert kept == told, f"the optimiser keeps {kept}, expected {told}"
 
     def _after_step(self, *_: object) -> None:
         if self.steering is not None and self.recorder is not None:

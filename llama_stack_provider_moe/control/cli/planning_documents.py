@@ -40,6 +40,7 @@ class Estimate(TypedDict):
     peak_bytes: int
     terms: Terms
     moment: str
+    machine_bytes: int
 
 
 class Card(TypedDict):

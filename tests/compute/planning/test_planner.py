@@ -18,7 +18,7 @@ from llama_stack_provider_moe.compute.train import strategy
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.cli.plan import bytes_of, timed
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, Optimizer, TrainingSpec
 from tests.support import tiny_models
 from tests.support.cli_support import moe_train
 from tests.support.every_family import tiny_config
@@ -64,13 +64,13 @@ def test_one_of_n_processes_holds_its_share(adapter: Adapter | None) -> None:
     """One of n holds an n-th of the base under FSDP, an n-th of the experts under EP, and else everything."""
     adapted = blank(CONFIG, adapter, Moe())
     weights = weights_of(adapted)
-    alone = process_memory(weights, "ddp", 1, moments=2)
+    alone = process_memory(weights, "ddp", 1, Optimizer())
     assert alone.weights == adapted.weight_bytes
     size = 2 if adapter is None else 4
     assert alone.gradients == adapted.report.trainable_parameters * size == alone.optimizer // 2
     buffers = sum(weight.bytes for weight in weights if weight.kind == "buffer")
     for processes in (2, 4):
-        several = {way: process_memory(weights, way, processes, 2) for way in ("ddp", "fsdp", "ep")}
+        several = {way: process_memory(weights, way, processes, Optimizer()) for way in ("ddp", "fsdp", "ep")}
         assert several["ddp"] == replace(alone, buckets=alone.gradients)
         assert (several["fsdp"].weights - buffers) * processes == alone.weights - buffers
         assert several["fsdp"].adapter == alone.adapter
@@ -85,9 +85,9 @@ def test_one_of_n_processes_holds_its_share(adapter: Adapter | None) -> None:
 
 def test_rows_that_do_not_divide_are_filled_up() -> None:
     weights = weights_of(blank(CONFIG, Adapter(rank=4), Moe()))
-    fifth = process_memory(weights, "fsdp", 5, 2).weights
+    fifth = process_memory(weights, "fsdp", 5, Optimizer()).weights
     assert fifth == sum(weight.of_one("fsdp", 5) for weight in weights if not weight.added)
-    assert 5 * fifth > process_memory(weights, "ddp", 1, 2).weights
+    assert 5 * fifth > process_memory(weights, "ddp", 1, Optimizer()).weights
 
 
 def test_memory_grows_with_the_batch_and_falls_with_processes(roomy: Planner) -> None:
@@ -132,6 +132,31 @@ def test_memory_of_settings(roomy: Planner) -> None:
     longcat = Planner(tiny_config("longcat_flash"), Machine("cuda", 80 * 10**9))
     (ep,) = [option for option in longcat.plan(job(resources={"gpus": 2})).options if option.strategy == "ep"]
     assert "LongcatFlashExperts is a stack of 6 matrices for 4 experts" in str(ep.refused)
+
+
+def test_memory_of_the_optimisers_of_bitsandbytes(roomy: Planner) -> None:
+    """Moments of 2 bytes and a scale for 256, in 32 bits for embeddings and small weights; paged ones are elsewhere."""
+
+    def planned(kind: str, **blocks: Any) -> Any:
+        return roomy.estimate(job(resources={"gpus": 1}, optimizer={"optimizer_type": kind}, **blocks), "ddp")[0]
+
+    plain, coded, paged = (planned(kind) for kind in ("adamw", "adamw_8bit", "paged_adamw_8bit"))
+    assert coded.terms.optimizer < 0.4 * plain.terms.optimizer, "a few weights are below 4,096 numbers"
+    assert coded.machine_bytes == plain.machine_bytes == 0
+    assert paged.terms.optimizer + paged.machine_bytes == coded.terms.optimizer
+    wide = [planned("adamw_8bit", adapter={"dtype": dtype}).terms for dtype in ("fp32", "bf16")]
+    assert wide[1].adapter * 2 == wide[0].adapter == plain.terms.adapter
+    assert wide[1].optimizer == wide[0].optimizer
+    whole = planned("adamw_8bit", adapter=None).terms
+    config = text_config(blank(CONFIG, None, Moe()).model)
+    looked_up = config.vocab_size * config.hidden_size
+    assert whole.optimizer > 8 * looked_up + 2 * (whole.weights // 2 - looked_up)
+    several = {
+        each.strategy: str(each.refused) for each in roomy.plan(job(optimizer={"optimizer_type": "adamw_8bit"})).options
+    }
+    assert "whose state can't be divided" in several["fsdp"]
+    assert "whose state can't be divided" in several["ep"]
+    assert several["ddp"] == "None"
 
 
 def test_auto_is_the_first_that_fits(roomy: Planner) -> None:
