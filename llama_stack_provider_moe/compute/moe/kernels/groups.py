@@ -45,7 +45,7 @@ class Groups:
         [[5], [6, 7]]
         """
         sizes = [end - begin for _, begin, end in self.spans]
-        return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
+        return rows.split_with_sizes([*sizes, rows.shape[0] - sum(sizes)])[:-1]
 
 
 @dataclass(frozen=True)
