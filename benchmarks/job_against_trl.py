@@ -210,18 +210,21 @@ def main() -> None:
     arguments = parser.parse_args()
     before = os.getloadavg()
     cases = {name: case for name, case in CASES.items() if arguments.only in (None, name)}
-    result = {
+    found: dict[str, Any] = {}
+    result: dict[str, Any] = {
         "what": "an SFT job with LoRA on a CPU in fp32, one thread, whole processes; ours and a plain script with TRL",
         "command": f"python -m benchmarks.job_against_trl --runs {arguments.runs}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cases": {name: measure(name, case, arguments.runs) for name, case in cases.items()},
+        "cases": found,
         "machine": machine(),
-        "load_average": {"before": before, "after": os.getloadavg()},
+        "load_average": {"before": before},
         "versions": versions(*PACKAGES),
     }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for name, each in result["cases"].items():
-        print(name, each["times_as_fast"], each["times_the_time"])
+    for name, case in cases.items():
+        found[name] = measure(name, case, arguments.runs)
+        result["load_average"]["after"] = os.getloadavg()
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # a run may be cut off
+        print(name, found[name]["times_as_fast"], found[name]["times_the_time"], flush=True)
 
 
 if __name__ == "__main__":
