@@ -41,6 +41,27 @@ from llama_stack_provider_moe.compute.moe.kernels.pointwise import kept
 VARYING = ("total", "tiles_o", "tiles_i")
 
 
+@triton.jit
+def _tiles(job, tiles_s, tiles_o, LANES: tl.constexpr):
+    """The row tile and the output tile of a job: `LANES` row tiles at a time go through all output tiles."""
+    lane = job // (LANES * tiles_o)
+    lanes = tl.minimum(tiles_s - lane * LANES, LANES)
+    within = job % (LANES * tiles_o)
+    return lane * LANES + within % lanes, within // lanes
+
+
+@triton.jit
+def _narrow(thin, from_low, is_there, is_first, GIVEN: tl.constexpr):
+    """The thin product of a tile of rows: as it was given, or as it was computed, which the first output tile keeps."""
+    if GIVEN:
+        narrow = tl.load(from_low, is_there, 0.0)
+    else:
+        narrow = thin.to(from_low.dtype.element_ty)
+        if is_first:
+            tl.store(from_low, narrow, is_there)
+    return narrow
+
+
 @triton.jit(do_not_specialize=VARYING)
 def times(
     rows, weight, first, second, bias, out, low, index, keys, table, total, outputs, inputs, rank, tiles_o,
@@ -58,10 +79,7 @@ def times(
     """
     tiles_s = total // tiles_o
     for job in range(tl.program_id(0), total, tl.num_programs(0)):
-        lane = job // (LANES * tiles_o)
-        lanes = tl.minimum(tiles_s - lane * LANES, LANES)
-        tile = lane * LANES + (job % (LANES * tiles_o)) % lanes
-        tile_o = (job % (LANES * tiles_o)) // lanes
+        tile, tile_o = _tiles(job, tiles_s, tiles_o, LANES)
         expert_32 = tl.load(table + tile * 3)
         expert = expert_32.to(tl.int64)
         row_first = tl.load(table + tile * 3 + 1)
@@ -82,19 +100,16 @@ def times(
                 if ROWS_DESCRIBED:
                     x = rows.load([row_first, start])  # may include rows of the next expert, which are not stored
                 else:
-                    x = tl.load(
-                        rows + from_s[:, None] * rows_s + at_i[None, :] * rows_i, is_s[:, None] & is_i[None, :], 0.0
-                    )
+                    from_x = rows + from_s[:, None] * rows_s + at_i[None, :] * rows_i
+                    x = tl.load(from_x, is_s[:, None] & is_i[None, :], 0.0)
                 if WEIGHT_DESCRIBED:
                     if WEIGHT_TURNED:
                         w = weight.load([expert_32, start, tile_o * BLOCK_O]).reshape(BLOCK_I, BLOCK_O)
                     else:
                         w = weight.load([expert_32, tile_o * BLOCK_O, start]).reshape(BLOCK_O, BLOCK_I).T
                 else:
-                    w = tl.load(
-                        weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i,
-                        is_o[None, :] & is_i[:, None], 0.0,
-                    )  # fmt: skip
+                    from_w = weight + expert * weight_e + at_o[None, :] * weight_o + at_i[:, None] * weight_i
+                    w = tl.load(from_w, is_o[None, :] & is_i[:, None], 0.0)
                 if MASK_IN:
                     x = tl.where(kept(keys, at_s, is_s, at_i, LIMIT), x, tl.zeros_like(x))
                 if WIDEN:
@@ -108,12 +123,7 @@ def times(
                     thin = tl.dot(x, f, thin, input_precision="ieee")
             if HAS_LORA or GIVEN:
                 from_low = low + at_s[:, None] * rank + at_r[None, :]
-                if GIVEN:
-                    narrow = tl.load(from_low, is_s[:, None] & is_r[None, :], 0.0)
-                else:
-                    narrow = thin.to(low.dtype.element_ty)
-                    if tile_o == 0:
-                        tl.store(from_low, narrow, is_s[:, None] & is_r[None, :])
+                narrow = _narrow(thin, from_low, is_s[:, None] & is_r[None, :], tile_o == 0, GIVEN)
                 from_g = second + expert * second_e + at_o[None, :] * second_o + at_r[:, None] * second_r
                 g = tl.load(from_g, is_o[None, :] & is_r[:, None], 0.0)
                 if WIDEN:
@@ -130,10 +140,8 @@ def times(
                 acc = tl.where(kept(keys, at_s, is_s, at_o, LIMIT), acc, 0.0)
             if HAS_BIAS:
                 acc += tl.load(bias + expert * outputs + at_o, is_o, 0.0).to(tl.float32)[None, :]
-            tl.store(
-                out + at_s[:, None] * outputs + at_o[None, :], acc.to(out.dtype.element_ty),
-                is_s[:, None] & is_o[None, :],
-            )  # fmt: skip
+            to_out = out + at_s[:, None] * outputs + at_o[None, :]
+            tl.store(to_out, acc.to(out.dtype.element_ty), is_s[:, None] & is_o[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
