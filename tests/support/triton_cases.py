@@ -291,7 +291,8 @@ def variants(arch: int, name: str) -> Iterator[tuple[str, Any, dict[str, Any], d
     thin = plain | {"HAS_LORA": False, "MASK_IN": True, "HAS_INDEX": True, "BLOCK_O": 16} | LIMIT
     if dropping:
         yield "times, LoRA, dropout", ragged.times, given | {"HAS_INDEX": True}, eight
-        yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT, eight
+        rows = {"BLOCK_S": 64} if arch == 80 else {}
+        yield "times, LoRA, dropout, turned", ragged.times, backward | {"MASK_OUT": True} | LIMIT | rows, eight
         yield "times, thin, dropout", ragged.times, thin, {"num_warps": 4, "num_stages": 4}
     if arch >= 90 and name != "fp32":
         described = {"WEIGHT_DESCRIBED": True}

@@ -120,6 +120,8 @@ def for_products(
         wide = min(wide, 64) if separate and tall <= 32 else wide  # two accumulators of few rows spill, too
         found = [Tiles(tall, wide, depth, 8, 4 if tall == 32 else 3)]
         found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
+        if separate and not described:
+            found.reverse()  # 128 rows with two accumulators spill on sm_80
         return tuple(found + ([Tiles(tall, wide, depth, 8, 3 if tall == 16 else 4, True)] if described else []))
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
