@@ -56,7 +56,8 @@ def test_own_routes_change_nothing_and_others_are_used(family: str) -> None:
     replay.force(others)
     with recorder.recording(None), replay.observing(len(IDS)) as chosen:
         model(input_ids=IDS, labels=IDS).loss.backward()
-    assert torch.equal(chosen[0][:, :, 0], own[:, :, 0])  # the first router sees what it saw before
+    seen = slice(1) if family == "phimoe" else slice(None)  # its second choice is among what the forced first leaves
+    assert torch.equal(chosen[0][:, :, 0, seen], own[:, :, 0, seen])  # the first router sees what it saw before
     for at, layer in enumerate(replay.layers):
         assert torch.equal(recorder.chosen_in(layer).reshape(2, 12, -1), others[:, :, at].long())
         gradient = layout.routers(model)[layer].get_parameter(layout.router_weight).grad
@@ -70,7 +71,7 @@ def test_a_checkpointed_layer_runs_again_with_the_same_routes() -> None:
     model, _, replay = made("qwen3_moe")
     replay.force(routes_of(model, replay).roll(1, dims=1))
     _, wanted = learnt(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable()
     model.train()
     _, found = learnt(model)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
