@@ -26,7 +26,9 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
         spec: the job. A base in 8 or 4 bits counts as in 16, because the products are the same.
     """
     if spec.adapter is not None and spec.adapter.quantize_base:
-        spec = changed(spec, {"adapter.quantize_base": False})
+        # With all that is valid only beside it.
+        spec = changed(spec, {"adapter.quantize_base": False, "adapter.quantize_bits": 4,
+                              "adapter.quantize_scales": False, "efficiency.offload_experts": False})  # fmt: skip
     adapted = planner.adapted(spec)
     distils = isinstance(spec, SFTSpec) and spec.distill is not None  # by another model: as if it were as large
     penalised = isinstance(spec, GRPOSpec) and spec.rl.beta > 0
