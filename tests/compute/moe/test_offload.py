@@ -87,13 +87,15 @@ def test_results_are_equal_and_two_layers_are_resident(
             made.train()
             getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
             made.enable_input_require_grads()
-        found.append(learnt(made))
+        loss, gradients = learnt(made)
+        found.append((loss, {name: each.clone() for name, each in gradients.items()}))  # the next pass adds to them
         if watched is not None:
             layers = [place for place, _ in enumerate(layout.moe_layers)]  # type: ignore[union-attr]
             assert watched.most == min(2, len(layers))
             assert watched.read == [*layers, *layers[-2::-1]]
             # Once a direction, but for the two that are still there when the direction turns.
             assert watched.fetched == [*layers, *layers[-3::-1]]
+            made.zero_grad()
             second = learnt(made)  # begins where the first ended, with the first two layers still there
             assert watched.fetched == [*layers, *layers[-3::-1], *layers[2:], *layers[-3::-1]]
             assert all(torch.equal(each, found[-1][1][name]) for name, each in second[1].items())
