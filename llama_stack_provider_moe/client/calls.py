@@ -33,6 +33,7 @@ from llama_stack_provider_moe.client.sweep_documents import (
     Activity,
     CreatedSweep,
     DeletedSweep,
+    GeneratedSamples,
     JobLabels,
     Sweep,
     SweepLine,
@@ -194,6 +195,11 @@ def routing(job_id: str, layer: int | None, limit: int) -> Call[RoutingSeries]:
 def routing_shares(job_id: str) -> Call[RoutingShares]:
     """Ask for the share of every expert over a job's last steps."""
     return Call(RoutingShares, "GET", job_path(job_id, "/routing/shares"))
+
+
+def samples(job_id: str, step: int | None, limit: int) -> Call[GeneratedSamples]:
+    """Ask for answers that a job generated."""
+    return Call(GeneratedSamples, "GET", job_path(job_id, "/samples"), {"step": step, "limit": limit})
 
 
 def cancel(job_id: str) -> Call[object]:

@@ -120,3 +120,26 @@ class Activity(TypedDict):
     running: list[RunningJob]
     waiting: list[WaitingJob]
     more_waiting: int
+
+
+class GeneratedSample(TypedDict):
+    """An answer that a job generated, and its rewards by grader; null: a grader has none for it."""
+
+    step: int
+    group: int
+    prompt: str
+    completion: str
+    tokens: int
+    truncated: bool
+    rewards: dict[str, float | None]
+    failures: dict[str, str]
+    reward: float | None
+    advantage: float
+
+
+class GeneratedSamples(TypedDict):
+    """Answers that a job generated; `steps` are those whose answers it still has."""
+
+    job_uuid: str
+    steps: list[int]
+    data: list[GeneratedSample]

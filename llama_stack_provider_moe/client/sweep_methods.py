@@ -11,6 +11,7 @@ from llama_stack_provider_moe.client.sweep_documents import (
     Activity,
     CreatedSweep,
     DeletedSweep,
+    GeneratedSamples,
     JobLabels,
     Sweep,
     SweepLine,
@@ -58,6 +59,10 @@ class SweepMethods(PipelineMethods):
         """Return the share of every expert over a job's last steps, by layer: {steps, layers, share}."""
         return self._send(calls.routing_shares(job_id))
 
+    def samples(self, job_id: str, step: int | None = None, limit: int = 50) -> GeneratedSamples:
+        """Return answers that a GRPO job generated, with their rewards, the newest first or those of a step."""
+        return self._send(calls.samples(job_id, step, limit))
+
     def activity(self) -> Activity:
         """Return what runs on which device, and what waits: {devices, running, waiting}."""
         return self._send(calls.activity())
@@ -96,6 +101,10 @@ class AsyncSweepMethods(AsyncPipelineMethods):
     async def routing_shares(self, job_id: str) -> RoutingShares:
         """Return the share of every expert over a job's last steps, by layer: {steps, layers, share}."""
         return await self._send(calls.routing_shares(job_id))
+
+    async def samples(self, job_id: str, step: int | None = None, limit: int = 50) -> GeneratedSamples:
+        """Return answers that a GRPO job generated; see `Client.samples`."""
+        return await self._send(calls.samples(job_id, step, limit))
 
     async def activity(self) -> Activity:
         """Return what runs on which device, and what waits: {devices, running, waiting}."""

@@ -1,8 +1,11 @@
-"""Answers that a job generated, as its folder has them: `samples/STEP.jsonl`."""
+"""Answers that a job generated, as its folder has them: `samples/STEP.jsonl`, one line for each."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FOLDER = "samples"
+MOST_CHARACTERS = 20_000  # of a text that is read back
 
 
 class GeneratedSample(BaseModel):
@@ -20,3 +23,37 @@ class GeneratedSample(BaseModel):
     failures: dict[str, str] = Field(default_factory=dict, description="Reason by grader that gave no value.")
     reward: float | None = Field(description="Weighted sum; null: a grader gave no value, so nothing is learnt.")
     advantage: float = Field(description="What the answer's tokens are weighted by in the loss.")
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps whose answers a job's folder still has, in ascending order."""
+    return sorted(int(path.stem) for path in folder.glob("*.jsonl") if path.stem.isdecimal())
+
+
+def read(folder: Path, step: int, limit: int) -> list[GeneratedSample]:
+    """Return the answers that a step learns from first; prompts and answers are cut at `MOST_CHARACTERS`.
+
+    Args:
+        folder: the job's folder of answers.
+        step: one of `steps`. Its file may be deleted at any time; then there are none.
+        limit: largest number of answers.
+    """
+    found: list[GeneratedSample] = []
+    try:
+        with (folder / f"{step:09d}.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                if len(found) == limit:
+                    break
+                found.append(_cut(GeneratedSample.model_validate_json(line)))
+    except (FileNotFoundError, ValidationError):  # it was just deleted, or the disk was full
+        return found
+    return found
+
+
+def _cut(sample: GeneratedSample) -> GeneratedSample:
+    update = {
+        name: f"{text[:MOST_CHARACTERS]} [... {len(text) - MOST_CHARACTERS:,} characters more]"
+        for name in ("prompt", "completion")
+        if len(text := getattr(sample, name)) > MOST_CHARACTERS
+    }
+    return sample.model_copy(update=update) if update else sample

@@ -81,6 +81,13 @@ class RL(Block):
         description="Overlong filter: learn nothing from answers that reach `max_completion_length` (arXiv "
         "2503.14476).",
     )
+    routing_replay: Literal["off", "rollout", "policy"] = Field(
+        default="off",
+        description="Experts that training uses for each token of an answer. off: those that routers choose in each "
+        "pass; rollout: those chosen while the answer was generated (R3, arXiv 2510.11370); policy: those of the old "
+        "policy's pass over the answer, in all steps that learn from it (R2, arXiv 2507.18071). Their weights are by "
+        "the logits of the training pass.",
+    )
     no_spread_generations: int = Field(
         default=20,
         ge=1,

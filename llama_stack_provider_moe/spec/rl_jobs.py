@@ -73,6 +73,9 @@ class GRPOSpec(TrainingJob):
         if rl.scale_rewards is not None and rl.combine == "normalize":
             raise ValueError("rl.scale_rewards: has no effect with rl.combine 'normalize', which divides each reward "
                              "by its own deviation")  # fmt: skip
+        if rl.routing_replay == "policy" and rl.steps_a_generation == 1:
+            raise ValueError("rl.routing_replay: 'policy' has no effect where one step learns from each generation; "
+                             "expected rl.n_iterations or rl.steps_per_generation above 1, or 'rollout'")  # fmt: skip
         if self.options.turns != "all":
             raise ValueError("options.turns: is for SFT only; GRPO learns from generated answers")
         return self

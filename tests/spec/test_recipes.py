@@ -46,3 +46,12 @@ def test_a_recipe_has_a_module_with_run(name: str) -> None:
     assert found.origin is not None
     tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
     assert "run" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_replay_of_the_old_policys_routes_needs_steps_that_share_a_generation() -> None:
+    reward = [{"grader": {"type": "length", "name": "short", "most": 9}}]
+    body: dict[str, Any] = {"recipe": "grpo", "model": "m", "data": {"dataset_id": "a"}, "reward": reward}
+    with pytest.raises(ValueError, match="routing_replay: 'policy' has no effect where one step learns"):
+        JOB_SPEC.validate_python(body | {"rl": {"routing_replay": "policy"}})
+    for rl in ({"routing_replay": "policy", "n_iterations": 2}, {"routing_replay": "rollout"}):
+        assert JOB_SPEC.validate_python(body | {"rl": rl}).rl.routing_replay == rl["routing_replay"]

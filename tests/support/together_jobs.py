@@ -11,7 +11,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("granitemoe", {"data": {"dataset_id": "words"}, "optimizer": {"lr": 5e-3},
                            "moe": {"train_router": True, "router_aux_loss_coef": 0.1}}),
     "dpo": ("mixtral", {"data": {"dataset_id": "pairs"}, "optimizer": {"lr": 5e-3}}),
-    "circuit_breaker": ("mixtral", {"data": {"dataset_id": "words"}, "optimizer": {"optimizer_type": "sgd", "lr": 0.2},
+    "circuit_breaker": ("mixtral", {"data": {"dataset_id": "words"}, "optimizer": {"optimizer_type": "sgd", "lr": 0.05},
                                     "circuit_breaker": {"retain": {"dataset_id": "kept"}, "target_layers": "1"}}),
 }  # fmt: skip
 PAIRS = list(product(RECIPES, STRATEGIES))

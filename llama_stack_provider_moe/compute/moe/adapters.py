@@ -123,8 +123,9 @@ def add_lora(
         warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
         peft_model = put(model, config)
     found = injected(peft_model)
-    for weight in (weight for layer in found.values() for _, weight in _weights(layer)):
-        weight.data = weight.data.to(_DTYPES[adapter.dtype])
+    if adapter.dtype != "fp32":  # which PEFT has made it
+        for weight in (weight for layer in found.values() for _, weight in _weights(layer)):
+            weight.data = weight.data.to(_DTYPES[adapter.dtype])
     _zero_unused_ranks(found, settings)
     report = _check(peft_model, found, adapter, targets, settings)
     notes = list(report.notes)

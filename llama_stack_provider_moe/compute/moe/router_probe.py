@@ -69,18 +69,16 @@ def probe(router: nn.Module, block: nn.Module, hidden: int, logits_at: int | Non
         LayoutError: the router can't be called, or its output is not understood.
     """
     with torch.device("cpu"):  # not the one on which the caller may be building a model
-        return _probe(router, _Trial(router, block, hidden), logits_at)
+        return _probe(router, Trial(router, block, hidden), logits_at)
 
 
-def _probe(router: nn.Module, trial: "_Trial", logits_at: int | None) -> RouterFacts:
+def _probe(router: nn.Module, trial: "Trial", logits_at: int | None) -> RouterFacts:
     outputs = trial.run()
     at, logits_TW = _logits(router, outputs, logits_at)
     width = logits_TW.shape[1]
     found = _chosen(outputs, width)
-    if found is not None:
-        chosen_at, chosen_TK, weights_TK = found
-    else:
-        chosen_at, chosen_TK, weights_TK = len(outputs), *_by_weights(router, outputs, at, width)
+    chosen_at = len(outputs) if found is None else found[0]
+    chosen_TK, weights_TK = chosen_of(router, outputs, at, width)
     by_token = trial.takes_ids and bool((chosen_TK == trial.other_tokens(chosen_at)).all())
     return RouterFacts(
         width=width,
@@ -95,7 +93,7 @@ def _probe(router: nn.Module, trial: "_Trial", logits_at: int | None) -> RouterF
     )
 
 
-class _Trial:
+class Trial:
     """A copy of a router with random weights, and the other arguments of its forward."""
 
     def __init__(self, router: nn.Module, block: nn.Module, hidden: int) -> None:
@@ -259,7 +257,7 @@ def _weighing(logits_TW: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Weigh
     return "chosen"
 
 
-def _scoring_of_two(trial: _Trial, logits_at: int, width: int, chosen_TK: Tensor) -> Scoring | None:
+def _scoring_of_two(trial: Trial, logits_at: int, width: int, chosen_TK: Tensor) -> Scoring | None:
     """The formula where a token has one expert, whose weight may be normalised to 1: that of two experts shows it."""
     if chosen_TK.shape[1] > 1:
         return None
@@ -293,6 +291,19 @@ class _TopTwo(TorchFunctionMode):
             elif given.get("k") == 1:
                 given["k"] = 2
         return func(*args, **given)
+
+
+def chosen_of(router: nn.Module, outputs: list[Tensor], logits_at: int, width: int) -> tuple[Tensor, Tensor]:
+    """(T, K) of the experts in the outputs of a trial, and of their weights."""
+    found = _chosen(outputs, width)
+    return _by_weights(router, outputs, logits_at, width) if found is None else found[1:]
+
+
+def formulas(router: nn.Module, outputs: list[Tensor], logits_at: int, width: int) -> tuple[Scoring | None, Weighing]:
+    """What gives the weights of the chosen experts in the outputs of a trial."""
+    chosen_TK, weights_TK = chosen_of(router, outputs, logits_at, width)
+    logits_TW = outputs[logits_at].reshape(TOKENS, -1).float()
+    return _scoring(logits_TW, chosen_TK, weights_TK), _weighing(logits_TW, chosen_TK, weights_TK)
 
 
 def _of_chosen(score: Callable[[Tensor], Tensor], logits_TW: Tensor, chosen_TK: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ class RoutingSums:
         Args:
             with_shares: also the share of every expert.
         """
+        if not self.keys:
+            return RoutingFigures([])
         experts = self.experts
         counts_KE, probs_KE = self.packed_KS[:, :experts], self.packed_KS[:, experts : 2 * experts]
         entropy_K, tokens_K = self.packed_KS[:, -2], self.packed_KS[:, -1]

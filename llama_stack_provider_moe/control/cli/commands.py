@@ -26,6 +26,7 @@ MODULES = {
     "data_commands": ("data",),
     "quota": ("quota",),
     "report": ("report",),
+    "samples": ("samples",),
     "export": ("export",),
     "grade": ("grade",),
     "config": ("config",),

@@ -55,6 +55,7 @@ from llama_stack_provider_moe.control.server.openai import routes as openai_rout
 from llama_stack_provider_moe.control.server.overview_routes import add_overview
 from llama_stack_provider_moe.control.server.pipeline_routes import add_pipelines
 from llama_stack_provider_moe.control.server.playground_routes import add_playground
+from llama_stack_provider_moe.control.server.sample_routes import add_samples
 from llama_stack_provider_moe.control.server.schemas import documented_refusals
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.server.sweep_routes import add_sweeps
@@ -128,6 +129,7 @@ def _routes(impl: PostTrainingService, prefix: str) -> APIRouter:
     add_events(router, impl)
     add_reports(router, impl)
     add_overview(router, impl)
+    add_samples(router, impl)
     add_playground(router, impl)
     _add_old_family(router, impl)
     add_datasets(router, impl)

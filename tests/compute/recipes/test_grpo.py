@@ -215,3 +215,19 @@ def test_the_gold_answer_and_columns_reach_graders(workshop: Workshop) -> None:
     assert found.exit_code == COMPLETED, found.reason
     assert json.loads(found.folder.spec.read_text())["reward"][0]["weight"] == 1
     assert {each.reward for answers in samples(found).values() for each in answers} == {0, 1}
+
+
+@pytest.mark.parametrize(("replay", "whole"), [("rollout", True), ("policy", False)])
+def test_routes_are_replayed_in_all_steps_of_a_generation(workshop: Workshop, replay: str, whole: bool) -> None:
+    """The pass that follows a generation would choose the same experts; later ones, by other weights, some others."""
+    found = workshop.run(
+        "grpo", "qwen3_moe", prompt_rows(8), optimizer={"lr": 3e-2}, reward=[HAS_E], rl={
+            "routing_replay": replay, "n_iterations": 4}, options={"eval_before_training": False},
+        **({"adapter": None} if whole else {}),
+    )  # fmt: skip
+    assert found.exit_code == COMPLETED, found.reason
+    changed = found.steps("routing/changed")
+    assert changed[0] == changed[4] == 0
+    assert max(changed) > 0
+    assert found.resolved["rl"]["routing_replay"] == replay
+    assert not any("routing/changed" in event.metrics for event in found.events("evaluation"))

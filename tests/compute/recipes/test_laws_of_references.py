@@ -9,6 +9,7 @@ import torch
 from llama_stack_provider_moe.compute.moe.rates import Rates
 from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.compute.recipes import dpo
+from llama_stack_provider_moe.compute.train import reference
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec import JOB_SPEC, DPOSpec
 from tests.compute.recipes.test_laws_of_recipes import Maker, make
@@ -92,14 +93,14 @@ def test_a_second_copy_is_shared_as_the_policy_is(make: Maker, monkeypatch: pyte
         return load
 
     for name in ("load_sharded", "load_model"):
-        monkeypatch.setattr(dpo, name, as_if(name))
+        monkeypatch.setattr(reference, name, as_if(name))
     held = Held()
-    reference = dpo.load_reference(replace(made.session, spec=spec), replace(made.base, experts=held))
+    copy = reference.load_reference(replace(made.session, spec=spec), replace(made.base, experts=held))
     ((name, (asked, config, *device)),) = loaded
     assert (name, device) == (("load_sharded", []) if strategy == "fsdp" else ("load_model", [made.base.device]))
     assert asked is spec
     assert config.to_dict() == made.base.model.config.from_pretrained(spec.model).to_dict()
-    assert held.asked == [("set_aside", reference), ("take", (reference, Rates()))]
+    assert held.asked == [("set_aside", copy), ("take", (copy, Rates()))]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_every_step_tells_what_an_engineer_looks_for(granite: Run) -> None:
     for event in routing:
         assert [layer.layer for layer in event.layers] == [0, 1]
         for layer in event.layers:
-            assert sum(layer.share) == pytest.approx(1)
+            assert sum(layer.share) == pytest.approx(1, abs=1e-3)  # four digits
             assert 0 < layer.token_entropy <= layer.load_entropy <= math.log(4) + 1e-5
 
 

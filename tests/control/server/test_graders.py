@@ -190,4 +190,6 @@ def test_a_closed_service_leaves_no_process(tmp_path: Path) -> None:
         assert run(service, MATH, "7", gold="7")["reward"] == 1
         threads = [each for each in threading.enumerate() if each.name.startswith("moe-grade-")]
         assert threads
+    for each in threads:  # they see that their process has ended
+        each.join(10)
     assert not any(each.is_alive() for each in threads)

@@ -55,7 +55,7 @@ def test_a_page_that_leads_its_name_here_reads_and_changes_nothing(service: Post
 
 QUERIES: tuple[tuple[str, str], ...] = (
     ("GET", "/jobs"), ("PATCH", "/jobs/a"), ("GET", "/jobs/a"), ("GET", "/jobs/a/report"),
-    ("GET", "/jobs/a/routing/shares"),
+    ("GET", "/jobs/a/routing/shares"), ("GET", "/jobs/a/samples"),
     ("GET", "/jobs/a/prompts"), ("POST", "/jobs/a/prompts"), ("GET", "/jobs/a/prompts/1"), ("GET", "/sweeps"),
     ("GET", "/sweeps/a"), ("POST", "/sweeps/a/cancel"), ("DELETE", "/sweeps/a"), ("GET", "/activity"),
     ("GET", "/overview"), ("GET", "/datasets"), ("PUT", "/datasets/a"),

@@ -32,6 +32,8 @@ from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo import rollouts
 from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
+from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, ReplayingTrainer, require_routing_replay
+from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
 from llama_stack_provider_moe.compute.runtime.context import Session
@@ -53,7 +55,7 @@ _HELD_OUT = ("reward", "kl", "entropy", "aux_loss", "completions/mean_length", "
 Row = dict[str, object]  # of the data set: prompt_ids, item
 
 
-class GRPO(RecordingTrainer, GRPOTrainer):
+class GRPO(ReplayingTrainer, GRPOTrainer):
     """TRL's trainer, on prompts that are already tokenised, with the job's graders.
 
     Args:
@@ -89,6 +91,8 @@ class GRPO(RecordingTrainer, GRPOTrainer):
             text_config(self.model).output_router_logits = False
         self.beta = rl.beta
         self.ref_model = reference
+        if self.layout is not None and rl.routing_replay != "off":
+            self.routes = Routes(self.model, self.layout, rl.routing_replay)
         if reference is not None:
             add_fused_lm_head(reference, temperature=rl.temperature)
             if needs_plain_head(reference, rl.temperature):
@@ -137,12 +141,12 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         """The tokens of prompts and answers; none of an answer that the overlong filter leaves out."""
         return _mask(inputs)
 
-    def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Batch:
+    def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object]]) -> Batch:
         self.rest()  # generating is no part of a training step
         self._asked = [list(row["prompt_ids"]) for row in inputs]  # type: ignore[call-overload]
         texts = self.processing_class.batch_decode(self._asked)
         rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, inputs, strict=True)]
-        batch: Batch = super()._generate_and_score_completions(rows)
+        batch = super()._generate_and_score_completions(rows)
         if self.model.training:
             self._note_generation(texts, batch)
         return batch
@@ -246,6 +250,7 @@ class GRPO(RecordingTrainer, GRPOTrainer):
         """Read a checkpoint's weights, and the answers that the next steps learn from."""
         super().restore(model, folder)
         self._step, self._buffered_inputs = rollouts.read(folder, self.args.device)
+        self.require_routes(folder / rollouts.FILE, self._buffered_inputs)
 
 
 def _mask(inputs: Mapping[str, Tensor | None]) -> Tensor:
@@ -271,6 +276,7 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     rl = spec.rl
     base = backend_of(spec).load(session)
     without_dropout(base.model)
+    require_routing_replay(spec, base)
     rows = prompt_rows(session, base.tokenizer, base.vocabulary)
     prepared = prepare(session, base, rows, answer=rl.max_completion_length)
     held = require_determinism(session, prepared.model)
@@ -331,4 +337,5 @@ def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | Non
         f"{rl.max_completion_length} tokens, temperature {rl.temperature:g}, top-p {rl.top_p:g}{left_out}",
         f"learns    loss {rl.loss}, ratios within -{low:g} and +{high:g}, advantages over {rl.scale}, "
         f"{rl.n_iterations} time(s) from each answer; reference: {reference or 'none, beta 0'}",
+        f"routes    {SHOWN[rl.routing_replay]}",
     ])  # fmt: skip
