@@ -75,7 +75,7 @@ class ExpertStream:
         self._buffers: tuple[Tensor, ...] = ()
         self._held: list[int | None] = [None] * BUFFERS  # the layer in each buffer
         self._now = -1  # the layer that was reached last
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
         self._pinned: list[Tensor] = []
         # Memory that is freed while it is pinned would stay so under its next owner.
@@ -102,7 +102,7 @@ class ExpertStream:
         Args:
             modules: the experts of each layer, with the names of the quantised parameters.
         """
-        images, made = [], []
+        images, made = list[Tensor](), list[dict[str, Code]]()
         for module, names in liveness.counted("offloading experts", modules, len(modules), "layers"):
             codes: dict[str, Code] = {}
             for name in names:
@@ -196,7 +196,7 @@ def offload_experts(model: nn.Module, layout: ExpertLayout | None, device: torch
 def _pin(image: Tensor) -> None:
     """Pin memory where it is: torch's own pinned memory comes in powers of two, up to twice as much."""
     portable = 1
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), image.nbytes, portable)))
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), image.nbytes, portable)))  # type: ignore[no-untyped-call]
     assert image.is_pinned(), "copies from pageable memory would make the device wait"
 
 
@@ -204,7 +204,7 @@ def _unpin(images: list[Tensor]) -> None:
     if images:
         torch.cuda.synchronize()  # a copy may still read
     for image in images:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(image.data_ptr())))
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(image.data_ptr())))  # type: ignore[no-untyped-call]
 
 
 def _image(codes: dict[str, Code]) -> Tensor:
