@@ -28,7 +28,7 @@ def test_an_sft_job_is_equal_bit_by_bit(family: str, workshop: Workshop, capsys:
     without, offloaded = both(workshop, "sft", family, options={"save_merged": True})
     for name in ("loss", "grad_norm"):
         assert offloaded.steps(name) == without.steps(name)
-    assert offloaded.held_out("validation_loss") == without.held_out("loss")
+    assert offloaded.held_out("validation_loss") == without.held_out("validation_loss")
     adapter = offloaded.adapter()
     assert all(torch.equal(each, adapter[name]) for name, each in without.adapter().items())
     merged = [(run.folder.artifacts / "merged" / "model.safetensors").read_bytes() for run in (without, offloaded)]
