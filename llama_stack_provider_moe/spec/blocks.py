@@ -194,6 +194,11 @@ class Efficiency(Block):
         description="Recompute activations in the backward pass, which saves memory and costs time; always "
         "non-reentrant, because the auxiliary loss would otherwise lose its gradient.",
     )
+    offload_experts: bool = Field(
+        default=False,
+        description="Keep the frozen experts in the machine's memory (pinned if the job has a GPU); the device holds "
+        "those of two layers, the one at work and the next, which is copied meanwhile. Needs `adapter.quantize_base`.",
+    )
 
 
 class Resources(Block):

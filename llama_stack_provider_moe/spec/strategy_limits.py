@@ -28,6 +28,7 @@ def refuse_beside_sharding(job: "TrainingJob") -> None:
     if not job.resources.sharded:
         return
     against = {
+        "efficiency.offload_experts true, whose experts can't be divided": job.efficiency.offload_experts,
         "adapter.quantize_base true, whose codes can't be divided": adapter is not None and adapter.quantize_base,
         f"optimizer.optimizer_type {job.optimizer.optimizer_type!r}, whose state can't be divided": (
             job.optimizer.optimizer_type in OF_BITSANDBYTES
@@ -44,6 +45,29 @@ def refuse_beside_sharding(job: "TrainingJob") -> None:
     problems = [what for what, holds in against.items() if holds]
     if problems:
         raise ValueError(f"resources.strategy: {strategy!r} is not valid with {'; nor with '.join(problems)}")
+
+
+def refuse_beside_offload(job: "TrainingJob") -> None:
+    """Raise if a job offloads experts, but another setting needs them elsewhere.
+
+    Args:
+        job: a job that trains.
+
+    Raises:
+        ValueError: naming each setting.
+    """
+    if not job.efficiency.offload_experts:
+        return
+    against = {
+        "adapter null, which trains the experts": job.adapter is None,
+        "adapter.quantize_base false; expected true: what is offloaded is codes": (
+            job.adapter is not None and not job.adapter.quantize_base
+        ),
+        "loader 'unsloth', which holds the experts itself": job.loader == "unsloth",
+    }
+    problems = [what for what, holds in against.items() if holds]
+    if problems:
+        raise ValueError(f"efficiency.offload_experts: true is not valid with {'; nor with '.join(problems)}")
 
 
 def _reference_ahead(job: "TrainingJob") -> bool:

@@ -26,7 +26,7 @@ from llama_stack_provider_moe.spec.options import (
     Trackers,
 )
 from llama_stack_provider_moe.spec.row_sources import DomainColumn, RowSource
-from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_sharding
+from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_offload, refuse_beside_sharding
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
 
 TrainingRecipe = Literal["sft", "dpo", "circuit_breaker", "grpo"]
@@ -81,6 +81,7 @@ class TrainingJob(EvaluatedJob):
     def _weights_are_trainable(self) -> "TrainingJob":
         refuse_beside_sharding(self)
         refuse_beside_unsloth(self)
+        refuse_beside_offload(self)
         refuse_beside_optimizer(self)
         if self.training.dtype == "fp16" and self.adapter is None:
             raise ValueError("training.dtype: 'fp16' is not valid without an adapter (updates of fp16 weights "

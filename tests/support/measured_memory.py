@@ -41,6 +41,7 @@ class Case:
     strategy: Literal["ddp", "fsdp"] | None = None  # of two processes; None: one
     accumulation: int = 1
     optimizer: dict[str, Any] = field(default_factory=dict)
+    offload: bool = False  # experts in main memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def estimated(case: Case) -> Any:
 def _blocks(case: Case) -> dict[str, Any]:
     return {
         "training": {"batch_size": case.batch, "dtype": "bf16", "gradient_accumulation_steps": case.accumulation},
-        "efficiency": {"enable_activation_checkpointing": case.checkpointing},
+        "efficiency": {"enable_activation_checkpointing": case.checkpointing, "offload_experts": case.offload},
         "optimizer": case.optimizer,
         "adapter": None
         if case.adapter is None

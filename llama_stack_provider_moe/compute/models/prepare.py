@@ -75,7 +75,8 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         model, tokenizer = load(spec, device, has_conversations(session))
         layout = find_layout(model)
     else:
-        read, tokenizer = load_quantized(spec, device, coding, "adapter.quantize_base", has_conversations(session))
+        talks, offload = has_conversations(session), spec.efficiency.offload_experts
+        read, tokenizer = load_quantized(spec, device, coding, "adapter.quantize_base", talks, offload)
         model, layout, quantized = read
     if isinstance(spec, SFTSpec) and spec.options.rope_scaling is not None:
         extend(model, extension(text_config(model), spec.options.rope_scaling))

@@ -11,6 +11,7 @@ closed, and transformers closes files when all weights are loaded.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from llama_stack_provider_moe.compute.models.loader import DTYPES, load_tokenize
 from llama_stack_provider_moe.compute.moe.codes import Code, Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.offload import offload_experts
 from llama_stack_provider_moe.compute.moe.quantize import (
     Quantizable,
     QuantizeReport,
@@ -53,7 +55,12 @@ class Quantized(NamedTuple):
 
 
 def load_quantized(
-    spec: LoadingSpec, device: torch.device, coding: Coding, field: str, template_needed: bool = True
+    spec: LoadingSpec,
+    device: torch.device,
+    coding: Coding,
+    field: str,
+    template_needed: bool = True,
+    offload: bool = False,
 ) -> tuple[Quantized, PreTrainedTokenizerBase]:
     """The job's model, quantised, and its tokenizer.
 
@@ -63,13 +70,14 @@ def load_quantized(
         coding: bits of the codes and of their scales.
         field: the setting that asks for it, for errors.
         template_needed: whether the tokenizer must have a chat template.
+        offload: whether the codes of the experts stay in main memory.
 
     Raises:
         ModelError: the model can't be loaded, or a weight that should be quantised is not.
     """
     config = model_config(spec.model)
     tokenizer = load_tokenizer(spec, template_needed)
-    return read_quantized(spec.model, config, DTYPES[spec.training.dtype], device, coding, field), tokenizer
+    return read_quantized(spec.model, config, DTYPES[spec.training.dtype], device, coding, field, offload), tokenizer
 
 
 def read_quantized(
@@ -79,6 +87,7 @@ def read_quantized(
     device: torch.device,
     coding: Coding,
     field: str = "adapter.quantize_base",
+    offload: bool = False,
 ) -> Quantized:
     """Load a model by hub id or folder; see `load_quantized`.
 
@@ -89,19 +98,24 @@ def read_quantized(
         device: where the model goes.
         coding: bits of the codes and of their scales.
         field: the setting that asks for it, for errors.
+        offload: whether the codes of the experts stay in main memory.
     """
     with _files_are_read():
-        model = load_weights(name, config, dtype, device, more={"quantization_config": _CodesConfig(coding)})
+        model = load_weights(name, config, dtype, device, more={"quantization_config": _CodesConfig(coding, offload)})
     quantizer: _CodesQuantizer = model.hf_quantizer
     _forget(model, quantizer)
     report = quantize(model, quantizer.layout, coding, device, field, quantizer.codes)
+    quantizer.codes.clear()
+    if offload:
+        report = replace(report, offloaded=offload_experts(model, quantizer.layout, device))
     return Quantized(model.eval(), quantizer.layout, report)
 
 
 @register_quantization_config(METHOD)
 class _CodesConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, coding: Coding) -> None:
+    def __init__(self, coding: Coding, offload: bool) -> None:
         self.quant_method = METHOD
+        self.offload = offload
         self.bits, self.nested = coding.bits, coding.nested  # transformers writes the config as JSON
 
 
@@ -117,6 +131,7 @@ class _CodesQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: _CodesConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
         self.coding = Coding(quantization_config.bits, quantization_config.nested)
+        self.offload = quantization_config.offload
         self.layout: ExpertLayout | None = None
         self.codes: dict[str, Code] = {}
         self._wanted: dict[str, Quantizable] = {}
@@ -151,7 +166,8 @@ class _CodesQuantizer(HfQuantizer):  # type: ignore[misc]
         if weight.shape != expected.shape:
             del self._wanted[name]  # so that transformers reports the shape
             return weight
-        self.codes[name] = wanted.encoded(weight, self.coding)
+        code = wanted.encoded(weight, self.coding)
+        self.codes[name] = code.moved(torch.device("cpu")) if self.offload and wanted.parent is None else code
         return placeholder(weight)
 
     def is_serializable(self) -> bool:

@@ -5,8 +5,9 @@ in NF4. With nested scales (double quantisation: Dettmers et al. 2023, arXiv 230
 their mean are 8-bit dynamic numbers themselves, in blocks of 256: 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
 """
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,22 @@ class _Scales:
         outer = 0 if self._outer is None or self._offset is None else self._outer.absmax.nbytes + self._offset.nbytes
         return self._stored_B.nbytes + outer
 
+    @property
+    def large(self) -> list[Tensor]:
+        """The tensors that grow with the number of blocks."""
+        return [self._stored_B] if self._outer is None else [self._stored_B, self._outer.absmax]
+
+    def placed(self, large: Sequence[Tensor], device: torch.device) -> "_Scales":
+        """The same scales with these tensors in place of `large`, and all others on `device`."""
+        made = copy.copy(self)
+        made._stored_B = large[0]
+        if self._outer is not None and self._offset is not None:
+            made._offset = self._offset.to(device)
+            made._outer = QuantState(
+                large[1], code=self._outer.code.to(device), blocksize=NESTED_BLOCK, dtype=torch.float32
+            )
+        return made
+
     def of_blocks(self, first: int, last: int) -> Tensor:
         """In fp32, of the blocks from `first` to before `last`."""
         if self._outer is None or self._offset is None:
@@ -127,6 +144,25 @@ class Code:
     def nbytes(self) -> int:
         """Bytes of numbers and scales."""
         return sum(part.packed.nbytes + part.scales.nbytes for part in self._parts)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that grow with the matrices; beside them a code has tables of some 1 KB."""
+        return [tensor for part in self._parts for tensor in (part.packed, *part.scales.large)]
+
+    def placed(self, tensors: Sequence[Tensor], device: torch.device) -> "Code":
+        """The same code over these tensors, which hold what `tensors()` does; its tables go to `device`."""
+        made, left = copy.copy(self), list(tensors)
+        made._parts = []
+        for part in self._parts:
+            count = len(part.scales.large)
+            packed, large, left = left[0], left[1 : 1 + count], left[1 + count :]
+            made._parts.append(_Part(packed, part.scales.placed(large, device), part.values.to(device)))
+        assert not left
+        return made
+
+    def moved(self, device: torch.device) -> "Code":
+        """The same code on another device."""
+        return self.placed([tensor.to(device) for tensor in self.tensors()], device)
 
     def expert(self, number: int) -> Tensor:
         """(O, I), decoded."""

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llama_stack_provider_moe.compute.moe.backend import code_of, drop_codes, keep_code
 from llama_stack_provider_moe.compute.moe.codes import Bits, Code, Coding
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, join, without_adapters
+from llama_stack_provider_moe.compute.moe.offload import OffloadReport, Streamed
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground import liveness
 
@@ -74,6 +75,7 @@ class QuantizeReport:
     Attributes:
         nested: the scales are quantised too.
         bits_a_weight: of what is quantised, with its scales; None: not known.
+        offloaded: where the experts are; None: on the device, with all else.
     """
 
     bits: Bits
@@ -83,6 +85,7 @@ class QuantizeReport:
     bytes_before: int
     bytes_after: int
     bits_a_weight: float | None = None
+    offloaded: OffloadReport | None = None
 
     def text(self) -> str:
         """The report as one line for the start of a job's log."""
@@ -92,6 +95,10 @@ class QuantizeReport:
             f"linear layers{each}; the model takes {self.bytes_after / 2**20:,.1f} MiB, "
             f"{self.bytes_before / 2**20:,.1f} MiB before"
         )
+
+    def lines(self) -> list[str]:
+        """The report with where the experts are."""
+        return [self.text()] if self.offloaded is None else [self.text(), self.offloaded.text()]
 
     def as_json(self) -> dict[str, object]:
         """The report for `resolved.json`."""
@@ -194,13 +201,18 @@ def quantize(
 
 
 def dequantize(model: nn.Module, layout: ExpertLayout | None) -> None:
-    """Replace the codes of a quantised model by plain weights in their first dtype; a plain model does not change."""
+    """Replace the codes of a quantised model by plain weights in their first dtype; a plain model does not change.
+
+    A model whose experts are offloaded goes to main memory: decoded it would not fit on the device.
+    """
     base = without_adapters(model)
+    streamed = any(isinstance(code, Streamed) for code in _codes(base))
+    device = torch.device("cpu") if streamed else base.get_input_embeddings().weight.device
     modules = (layout.experts(model) if layout is not None else {}).values()
     for module in liveness.counted("decoding the base", modules, len(modules), "layers"):
         for name in (layout.gate_up, layout.down) if layout is not None else ():
-            if isinstance(code := code_of(module, name), Code):
-                weight = code.whole()
+            if isinstance(code := code_of(module, name), Code | Streamed):
+                weight = code.whole().to(device)
                 weight = weight.transpose(1, 2).contiguous() if layout is not None and layout.transposed else weight
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
         drop_codes(module)
@@ -211,15 +223,20 @@ def dequantize(model: nn.Module, layout: ExpertLayout | None) -> None:
         if isinstance(module, CodedLinear)
     ]
     for parent, name, layer in liveness.counted("decoding the base", coded, len(coded), "linear layers"):
-        setattr(parent, name, layer.decoded())
+        setattr(parent, name, layer.decoded().to(device))
+    if streamed:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.to(device)
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, buffers and codes; a placeholder counts as the one number that it holds."""
+    """Bytes of all weights, buffers and codes, on the device and offloaded; a placeholder counts as one number."""
     base = without_adapters(model)
     tensors = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                for tensor in [*base.parameters(), *base.buffers()]}  # fmt: skip
-    return int(sum(tensors.values())) + sum(code.nbytes for code in _codes(base))
+    codes = list(_codes(base))
+    buffers = {code.stream: code.stream.device_bytes for code in codes if isinstance(code, Streamed)}
+    return int(sum(tensors.values())) + sum(code.nbytes for code in codes) + sum(buffers.values())
 
 
 def spare_ddp(model: nn.Module) -> None:
@@ -233,12 +250,12 @@ def _is_placeholder(parameter: Tensor) -> bool:
     return parameter.numel() > 1 and not any(parameter.stride()) and bool(parameter.flatten()[0].isnan())
 
 
-def _codes(base: nn.Module) -> Iterator[Code]:
+def _codes(base: nn.Module) -> Iterator[Code | Streamed]:
     for module in base.modules():
         if isinstance(module, CodedLinear):
             yield module.code
         for name, _ in module.named_parameters(recurse=False):
-            if isinstance(code := code_of(module, name), Code):
+            if isinstance(code := code_of(module, name), Code | Streamed):
                 yield code
 
 

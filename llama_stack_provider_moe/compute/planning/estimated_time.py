@@ -27,8 +27,8 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
     """
     if spec.adapter is not None and spec.adapter.quantize_base:
         # With all that is valid only beside it.
-        plain = {"adapter.quantize_base": False, "adapter.quantize_bits": 4, "adapter.quantize_scales": False}
-        spec = changed(spec, plain)
+        spec = changed(spec, {"adapter.quantize_base": False, "adapter.quantize_bits": 4,
+                              "adapter.quantize_scales": False, "efficiency.offload_experts": False})  # fmt: skip
     adapted = planner.adapted(spec)
     distils = isinstance(spec, SFTSpec) and spec.distill is not None  # by another model: as if it were as large
     penalised = isinstance(spec, GRPOSpec) and spec.rl.beta > 0

@@ -7,11 +7,13 @@ transformers reads one weight of the model at a time; each gets its code before 
                if a file has a tensor for each expert, else once
     encoding   on a CPU 30 bytes for each of the 2**20 numbers that are encoded at once
 
-On a GPU all of this is on the device, and main memory holds one tensor of the files at a time.
+On a GPU all of this is on the device, and main memory holds one tensor of the files at a time. Codes of experts
+that are offloaded go to main memory when they are made.
 """
 
 from dataclasses import dataclass
 
+from llama_stack_provider_moe.compute.moe.offload import BUFFERS
 from llama_stack_provider_moe.compute.moe.on_disk import names_on_disk
 from llama_stack_provider_moe.compute.planning.dry_run import Device
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
@@ -27,12 +29,13 @@ class LoadingMemory:
     device_bytes: int
 
 
-def loading_memory(adapted: MetaModel, device: Device) -> LoadingMemory:
+def loading_memory(adapted: MetaModel, device: Device, offloaded: tuple[int, int] = (0, 0)) -> LoadingMemory:
     """The estimate for a model whose base is quantised.
 
     Args:
         adapted: the model on the meta device; its placeholders have the shapes of the weights.
         device: where the job runs.
+        offloaded: bytes of experts that are offloaded (`per_process.offloaded_bytes`); zeros: none are.
     """
     joined, largest = 0, 0
     layout, model = adapted.layout, adapted.model
@@ -49,5 +52,9 @@ def loading_memory(adapted: MetaModel, device: Device) -> LoadingMemory:
             each = any("{expert}" in part for part in parts)
             joined = max(joined, 2 * size if each or len(parts) > 1 else size)
             largest = max(largest, size // (len(parts) * (weight.shape[0] if each else 1)))
-    reading = adapted.weight_bytes + joined + ENCODING
-    return LoadingMemory(reading, 0) if device == "cpu" else LoadingMemory(largest, reading)
+    scratch, (host, buffers) = joined + ENCODING, offloaded
+    # Once all codes are made, those of a layer at a time are copied into an image; then the buffers are made.
+    layer = buffers // BUFFERS
+    if device == "cpu":
+        return LoadingMemory(adapted.weight_bytes + max(scratch, layer, buffers), 0)
+    return LoadingMemory(host + max(layer, largest), adapted.weight_bytes - host + max(scratch, buffers))

@@ -79,7 +79,8 @@ class MemoryEstimate:
     Attributes:
         moment: of the step, at which the peak is.
         terms: that the peak consists of.
-        machine_bytes: that lie in the machine's memory in place of the device's.
+        machine_bytes: of the optimiser's state that may lie in the machine's memory in place of the device's.
+        offloaded_bytes: of experts that lie there.
     """
 
     recipe: TrainingRecipe
@@ -89,6 +90,7 @@ class MemoryEstimate:
     moment: str
     terms: Terms
     machine_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def static_bytes(self) -> int:
@@ -247,7 +249,7 @@ class StepMoments:
         terms = replace(
             terms, weights=held.weights, adapter=held.adapter, optimizer=held.optimizer, buckets=held.buckets
         )
-        return MemoryEstimate(self.recipe, bits, checkpointing, terms.total, moment, terms, held.lent)
+        return MemoryEstimate(self.recipe, bits, checkpointing, terms.total, moment, terms, held.lent, held.offloaded)
 
     def moments(self, checkpointing: bool, scratch: int) -> Iterator[tuple[str, Terms]]:
         """(name, terms) of all moments at which the peak may be."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from llama_stack_provider_moe.compute.moe.backend import code_of
 from llama_stack_provider_moe.compute.moe.codes import Code
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers, text_config, without_adapters
+from llama_stack_provider_moe.compute.moe.offload import BUFFERS
 from llama_stack_provider_moe.compute.moe.quantize import CodedLinear
 from llama_stack_provider_moe.compute.planning.dry_run import DryRun
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
@@ -44,6 +45,7 @@ class Weight:
         added: by an adapter.
         numbers: in it; 0: not counted, because it does not train.
         looked_up: it is an embedding's, also where the head shares it.
+        coded: it is the code of a layer's experts, which can be offloaded.
     """
 
     kind: Kind
@@ -54,6 +56,7 @@ class Weight:
     added: bool
     numbers: int = 0
     looked_up: bool = False
+    coded: bool = False
 
     def of_one(self, way: Way, processes: int, wide: bool = False) -> int:
         """Bytes that one of several processes holds.
@@ -114,7 +117,7 @@ def _weights(adapted: MetaModel, in_layer: re.Pattern[str]) -> Iterator[Weight]:
     for layer, module in {} if layout is None else layout.experts(adapted.model).items():
         for name, _ in module.named_parameters(recurse=False):
             if isinstance(code := code_of(module, name), Code):
-                yield Weight("expert", layer, 0, code.nbytes, trains=False, added=False)
+                yield Weight("expert", layer, 0, code.nbytes, trains=False, added=False, coded=True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class ProcessMemory:
         optimizer: what a GPU can't lend to the machine of the optimiser's state.
         step: that the optimiser's step takes on a GPU, and on a CPU.
         lent: of the optimiser's state that CUDA may keep in the machine's memory.
+        offloaded: experts' codes in the machine's memory, beside `weights`.
     """
 
     weights: int
@@ -135,6 +139,7 @@ class ProcessMemory:
     buckets: int
     step: tuple[int, int]
     lent: int = 0
+    offloaded: int = 0
 
     @property
     def certain(self) -> int:
@@ -190,6 +195,23 @@ def _in_buckets(weight: Weight, way: Way) -> bool:
     if way == "fsdp":  # transformers 5.23 averages weights that are not divided itself, each gradient in place
         return False
     return way != "ep" or weight.kind != "expert"
+
+
+def offloaded_bytes(weights: Iterable[Weight]) -> tuple[int, int]:
+    """Bytes of experts that are offloaded: in main memory, and of the buffers on the device; (0, 0): none can be."""
+    layers: dict[int | None, int] = {}
+    for weight in weights:
+        if weight.coded:
+            layers[weight.layer] = layers.get(weight.layer, 0) + weight.bytes
+    return sum(layers.values()), min(BUFFERS, len(layers)) * max(layers.values(), default=0)
+
+
+def with_offloaded(held: ProcessMemory, weights: Iterable[Weight], on_gpu: bool) -> ProcessMemory:
+    """What a process holds if its experts are offloaded; on a CPU both places are main memory."""
+    host, device = offloaded_bytes(weights)
+    if not on_gpu:
+        return replace(held, weights=held.weights + device)
+    return replace(held, weights=held.weights - host + device, offloaded=host)
 
 
 @dataclass(frozen=True)

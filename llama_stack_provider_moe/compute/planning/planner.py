@@ -29,10 +29,12 @@ from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel
 from llama_stack_provider_moe.compute.planning.per_process import (
     Way,
     Weight,
+    offloaded_bytes,
     process_memory,
     share_of_run,
     transient_memory,
     weights_of,
+    with_offloaded,
 )
 from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
 from llama_stack_provider_moe.errors import MoeError
@@ -145,7 +147,7 @@ class _Rehearsed:
     weights: tuple[Weight, ...]
     step: StepMoments
     bits: Bits
-    loading: LoadingMemory | None
+    loading: tuple[LoadingMemory, LoadingMemory] | None  # with the experts on the device, and offloaded
 
 
 class Planner:
@@ -172,7 +174,8 @@ class Planner:
         fitting = [option for option in open_to if option.verdict == "fits"]
         tight = sorted((option for option in open_to if option.verdict == "tight"), key=lambda each: each.peak_bytes)
         chosen = next(iter([*fitting, *tight]), None)
-        loading = self._rehearsed(spec).loading
+        both = self._rehearsed(spec).loading
+        loading = None if both is None else both[spec.efficiency.offload_experts]
         return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading)
 
     def estimate(self, spec: TrainingSpec, way: Way) -> tuple[MemoryEstimate, int]:
@@ -192,6 +195,8 @@ class Planner:
         if spec.resources.cpu_offload:  # the device holds only the gathered layers
             buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
             has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))
+        if spec.efficiency.offload_experts:
+            has = with_offloaded(has, made.weights, self.machine.device == "cuda")
         tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
         step = replace(
             made.step,
@@ -251,6 +256,8 @@ class Planner:
             return "; ".join(reason(each) for each in error.errors())
         adapted, processes = self._rehearsed(spec).adapted, spec.resources.ranks
         layout = adapted.layout
+        if layout is None and spec.efficiency.offload_experts:
+            return "the model is dense: it has no experts to offload"
         if way != "ep":
             return None
         if layout is None:
@@ -284,11 +291,12 @@ class Planner:
         bits: Bits = 16 if adapter is None or not adapter.quantize_base else adapter.quantize_bits
         adapted = adapt(model, adapter, spec.moe, bits)
         weights, device = weights_of(adapted), self.machine.device
-        loading = loading_memory(adapted, device) if bits < 16 else None
+        ways = (0, 0), offloaded_bytes(weights)
+        loading = (loading_memory(adapted, device, ways[0]), loading_memory(adapted, device, ways[1]))
         distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
         run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
-        return _Rehearsed(adapted, weights, step, bits, loading)
+        return _Rehearsed(adapted, weights, step, bits, loading if bits < 16 else None)
 
 
 def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
@@ -363,6 +371,10 @@ def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         coded: Fields = {"optimizer.optimizer_type": "adamw_8bit"}
         narrow = spec.adapter is not None and spec.training.dtype == "bf16"
         yield [coded, {**coded, "adapter.dtype": "bf16"}] if narrow else [coded]
+    if on_gpus and spec.adapter is not None and not spec.efficiency.offload_experts:
+        offloaded: Fields = {"efficiency.offload_experts": True}
+        four_bits: Fields = {"adapter.quantize_base": True, **offloaded}
+        yield [offloaded if spec.adapter.quantize_base else four_bits]
     if on_gpus:
         more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
         if more:

@@ -145,7 +145,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan, pr
         f"experts   {'none: a dense model' if base.layout is None else base.layout.text()}",
         f"moe       {base.resolved.text()}",
         *([] if (longer := extension_of(base.model)) is None else [f"context   {longer.text()}"]),
-        *([] if base.quantized is None else [f"base      {base.quantized.text()}"]),
+        *([] if base.quantized is None else [f"base      {line}" for line in base.quantized.lines()]),
         *([_sharing(session)] if spec.resources.strategy == "fsdp" else []),
         *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
         *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),

@@ -86,6 +86,8 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
         f"{chosen.strategy}{by_itself}: {estimate.peak_bytes / 1e9:.2f} of {memory_bytes / 1e9:.1f} GB per process "
         f"expected at the peak, {estimate.moment} ({terms})"
     )
+    if estimate.offloaded_bytes:
+        text += f"; {estimate.offloaded_bytes / 1e9:.2f} GB of experts in the machine's memory"
     if plan.loading is not None:
         text += f"; {plan.loading.host_bytes / 1e9:.2f} GB of main memory at most while the base is read"
     warnings = []

@@ -231,7 +231,8 @@ def _reason(error: Exception) -> str:
         return (
             f"out of memory ({text.splitlines()[0]}). Try a smaller training.batch_size with more "
             "training.gradient_accumulation_steps, a smaller options.max_length, "
-            "efficiency.enable_activation_checkpointing, or an adapter"
+            "efficiency.enable_activation_checkpointing, an adapter, or with adapter.quantize_base also "
+            "efficiency.offload_experts"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error})"

@@ -41,6 +41,7 @@ class Estimate(TypedDict):
     terms: Terms
     moment: str
     machine_bytes: int
+    offloaded_bytes: int
 
 
 class Card(TypedDict):
