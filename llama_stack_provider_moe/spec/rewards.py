@@ -61,8 +61,9 @@ def _together(rewards: list[Reward]) -> list[Reward]:
     classes = {each.prompts for each in rewards} - {None}
     if len(classes) == 1:
         (found,) = classes
-        raise ValueError(f"every reward with `prompts` is for {found!r}, which teaches a model to do the same "
-                         "everywhere; expected also one for the other class")  # fmt: skip
+        (other,) = set(PROMPT_CLASSES) - classes
+        raise ValueError(f"rewards with `prompts` are all for {found!r}; expected also one for {other!r}, else the model "
+                         f"learns to {found} {'everything' if found == 'refuse' else 'with everything'}")  # fmt: skip
     return rewards
 
 

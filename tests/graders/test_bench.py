@@ -128,10 +128,21 @@ def test_a_task_that_is_too_large_is_not_sent(bench: Bench) -> None:
     assert found.code == "too_large"
 
 
-def test_a_reference_that_is_no_result_is_named(bench: Bench) -> None:
-    (found,) = bench.run([math("1", "")])
+NO_RESULTS = ["", "null", "None", "not math at all", "hello", "?", "{}", "-", "$?$", "true", "No solution", "x is good"]
+
+
+@pytest.mark.parametrize("reference", NO_RESULTS)
+def test_a_reference_that_is_no_result_is_named(bench: Bench, reference: str) -> None:
+    (found,) = bench.run([math("1", reference)])
     assert isinstance(found, Failure)
     assert found.code == "bad_reference"
+
+
+@pytest.mark.parametrize(
+    "reference", ["x+1", "(1,2)", "{1,2}", r"\pi", "ab", "sqrt(2)", r"\text{none}", "A", r"\infty", r"\sin x"]
+)
+def test_a_reference_without_signs_of_latex_is_read(bench: Bench, reference: str) -> None:
+    assert bench.run([math(f"It is ${reference}$.", reference)]) == [1.0]
 
 
 def test_a_remote_reference_is_refused_and_nothing_is_fetched() -> None:
