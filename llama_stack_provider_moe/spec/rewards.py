@@ -62,8 +62,9 @@ def _together(rewards: list[Reward]) -> list[Reward]:
     if len(classes) == 1:
         (found,) = classes
         (other,) = set(PROMPT_CLASSES) - classes
-        raise ValueError(f"rewards with `prompts` are all for {found!r}; expected also one for {other!r}, else the model "
-                         f"learns to {found} {'everything' if found == 'refuse' else 'with everything'}")  # fmt: skip
+        learnt = "refuse everything" if found == "refuse" else "help with everything"
+        raise ValueError(f"rewards with `prompts` are all for {found!r}; expected also one for {other!r}, else the "
+                         f"model learns to {learnt}")  # fmt: skip
     return rewards
 
 

@@ -1,6 +1,6 @@
 """The sums of an evaluation of held-out prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_stack_provider_moe.compute.runtime.peers import Peers
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
@@ -15,11 +15,13 @@ class HeldOutRewards(HeldOut):
         last_failure: the last grader of this process that gave no value, and why.
     """
 
-    last_failure: str | None = None
+    last_failure: str | None = field(default=None, init=False)
 
     def over(self, peers: Peers) -> "HeldOutRewards":
         """The sums over all processes."""
-        return HeldOutRewards(*peers.sums([self.loss, self.weight, self.nll, self.tokens]), self.last_failure)
+        found = HeldOutRewards(*peers.sums([self.loss, self.weight, self.nll, self.tokens]))
+        found.last_failure = self.last_failure
+        return found
 
     def figures(self) -> dict[str, float]:
         """`validation_loss` is the mean reward, negated; `perplexity` of the model's own answers, by their entropy.
