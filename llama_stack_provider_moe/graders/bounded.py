@@ -4,6 +4,7 @@ Only `child` runs it, so that a deadline and a limit of memory hold. Each functi
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,6 +14,11 @@ from llama_stack_provider_moe.graders.samples import BadAnswer, as_json
 from llama_stack_provider_moe.shields.closed_schema import CheckedSchema
 from llama_stack_provider_moe.spec.linear_patterns import matcher
 
+_SIGN = re.compile(r"[^\W_]|[\\∞∅]")  # something of a result: a letter, a digit or a command
+_FUNCTIONS = {
+    "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", "log",
+    "exp", "min", "max", "gcd", "lcm", "mod", "abs", "det", "dim", "lim", "frac", "infty", "inf",
+}  # fmt: skip
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -85,10 +91,21 @@ def math(reference: str, text: str, precision: int, limit_s: float) -> float:
 
     seconds = max(1, int(limit_s))
     kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
-    right = parse(reference, kinds, parsing_timeout=seconds) or parse(f"${reference}$", kinds, parsing_timeout=seconds)
+    right = parse(reference, kinds, parsing_timeout=seconds) if _SIGN.search(reference) else []
+    if not right and _is_bare_result(reference):
+        right = parse(f"${reference}$", kinds, parsing_timeout=seconds)
+        if all(isinstance(each, str) for each in right):  # math-verify's copy of the text: it read nothing
+            right = []
     if not right:
         raise BadReference(f"{reference[:80]!r} is no result that math-verify can read")
     return float(verify(right, parse(text, kinds, parsing_timeout=seconds), precision, timeout_seconds=seconds))
+
+
+def _is_bare_result(reference: str) -> bool:
+    """Whether a text may be a formula without `$`: as one, math-verify reads any word as a product of its letters."""
+    without_commands = re.sub(r"\\(text|mathrm|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", reference)
+    words = re.findall(r"[^\W\d_]{3,}", without_commands)
+    return bool(_SIGN.search(reference)) and all(word.lower() in _FUNCTIONS for word in words)
 
 
 def _words(text: str) -> list[str]:

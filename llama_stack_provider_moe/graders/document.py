@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TypedDict
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.graders.panel import Graded
 from llama_stack_provider_moe.graders.samples import Sample
+from llama_stack_provider_moe.spec.graders import inside
+from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.rewards import Reward
 
 ANSWER = "output_text"
@@ -39,7 +41,7 @@ class RowReport(TypedDict):
     parts: dict[str, dict[str, float | None]]
     bad_answer: list[str]
     failures: dict[str, dict[str, str]]
-    tokens: int
+    tokens: int | None  # that judges used; None: no judge was asked
 
 
 class GradeReport(TypedDict):
@@ -69,6 +71,9 @@ def sample_of(row: Mapping[str, object], number: int, answer: str | None = None)
     if calls is not None and not isinstance(calls, list):
         raise InvalidInput(f"row {number}: tool_calls", calls, "a list of tool calls")
     named = ANSWER if answer is None else answer
+    if answer is not None and answer not in row:
+        columns = ", ".join(map(str, list(row)[:16])) or "none"
+        raise InvalidInput("--answer", answer, f"a column of each row; row {number} has {columns}")
     found = row.get(named)
     item = {name: value for name, value in row.items() if name not in (named, "output_tokens", "tool_calls")}
     messages = row.get("messages")
@@ -83,12 +88,17 @@ def sample_of(row: Mapping[str, object], number: int, answer: str | None = None)
 
 def report_of(rewards: Sequence[Reward], graded: Sequence[Graded]) -> GradeReport:
     """Return the document."""
+    judged = {
+        each.grader.name
+        for each in rewards
+        if any(isinstance(one, ScoreModel | LabelModel) for one in inside(each.grader))
+    }
     totals = [each.total for each in graded if each.total is not None]
     return {
         "rows": len(graded),
         "mean_total": math.fsum(totals) / len(totals) if totals else None,
         "graders": [_of_grader(each, graded) for each in rewards],
-        "results": [_of_row(number, each) for number, each in enumerate(graded, start=1)],
+        "results": [_of_row(number, each, judged) for number, each in enumerate(graded, start=1)],
     }
 
 
@@ -108,12 +118,12 @@ def _of_grader(reward: Reward, graded: Sequence[Graded]) -> GraderReport:
     }  # fmt: skip
 
 
-def _of_row(number: int, graded: Graded) -> RowReport:
+def _of_row(number: int, graded: Graded, judged: Set[str]) -> RowReport:
     outcomes = graded.outcomes
     return {
         "row": number, "total": graded.total, "values": dict(graded.values),
         "parts": {name: dict(each.parts) for name, each in outcomes.items() if each.parts},
         "bad_answer": [name for name, each in outcomes.items() if each.bad_answer],
         "failures": {name: {"code": each.code, "message": each.message} for name, each in graded.failures.items()},
-        "tokens": sum(each.tokens for each in outcomes.values()),
+        "tokens": sum(each.tokens for each in outcomes.values()) if judged & outcomes.keys() else None,
     }  # fmt: skip

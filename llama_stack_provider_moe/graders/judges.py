@@ -37,16 +37,25 @@ def judges_of_environment() -> Judges:
     return JUDGES.validate_json(given) if given else {}
 
 
-def judge_named(name: str, judges: Judges, field: str) -> JudgeConfig:
+SERVER = "`graders.judges` of the server's configuration"
+
+
+def judge_named(name: str, judges: Judges, field: str, where: str = SERVER) -> JudgeConfig:
     """Return a judge.
+
+    Args:
+        name: that a grader has for it.
+        judges: that the operator names.
+        field: the caller's name for the name.
+        where: the place that names judges, for errors.
 
     Raises:
         InvalidInput: the operator names none of this name.
     """
     if name in judges:
         return judges[name]
-    named = f"one of {', '.join(judges)}" if judges else "no judge, because this server names none"
-    raise InvalidInput(field, name, f"{named} (`graders.judges` of the server's configuration)")
+    named = f"one of {', '.join(judges)}, which {where} names" if judges else f"a judge that {where} names; it has none"
+    raise InvalidInput(field, name, named)
 
 
 class _Said(NamedTuple):

@@ -8,7 +8,7 @@ from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.graders import bounded
 from llama_stack_provider_moe.graders.bench import Bench, Task
 from llama_stack_provider_moe.graders.here import Here, graded, score_of
-from llama_stack_provider_moe.graders.judges import Judged, Judges, judge_named
+from llama_stack_provider_moe.graders.judges import SERVER, Judged, Judges, judge_named
 from llama_stack_provider_moe.graders.samples import (
     Failure,
     Grades,
@@ -33,13 +33,14 @@ EXTRA = "llama-stack-provider-moe[graders]"
 type OpenTorch = Callable[[PlainGrader], Grades]
 
 
-def check(grader: AnyGrader, judges: Judges, field: str = "grader") -> None:
+def check(grader: AnyGrader, judges: Judges, field: str = "grader", judges_at: str = SERVER) -> None:
     """Check what the spec alone does not: schemas, judges and libraries.
 
     Args:
         grader: the spec.
         judges: that the operator names.
         field: the caller's name for the grader.
+        judges_at: the place that names judges, for errors.
 
     Raises:
         InvalidInput: a schema is not valid, or a judge or a library is missing.
@@ -48,7 +49,7 @@ def check(grader: AnyGrader, judges: Judges, field: str = "grader") -> None:
         if isinstance(each, JsonSchema):
             bounded.checked_schema(each.json_schema, each.closed, f"{field}.json_schema")
         if isinstance(each, ScoreModel | LabelModel):
-            judge_named(each.model, judges, f"{field}.model")
+            judge_named(each.model, judges, f"{field}.model", judges_at)
         for library in _libraries(each):
             if importlib.util.find_spec(library) is None:
                 raise InvalidInput(f"{field}.type", each.type, f"a grader that this environment can run; this one "

@@ -19,10 +19,12 @@ from urllib.parse import urlsplit
 
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.shields.possible_schema import impossible
+from llama_stack_provider_moe.shields.schema_references import References, counted, within
 from llama_stack_provider_moe.spec.linear_patterns import MAX_PATTERN, matcher
 
 MAX_DEPTH = 24
 MAX_SCHEMAS = 2_000
+MOST_PROBLEMS = 100  # named at once: each costs a search for words like it
 _CHILD = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
 _IN_PLACE_LISTS = ("allOf", "anyOf", "oneOf")
 _IN_PLACE = ("if", "then", "else", "not")
@@ -66,22 +68,21 @@ class CheckedSchema:
         self._count = 0
         self._closes = closes
         self._problems: dict[str, InvalidInput] = {}
+        self._made: list[tuple[str, dict[str, object]]] = []  # the schemas in it, each with its field
         self._check_root(schema, field)
         self.schema = self._closed(self._whole(schema), field, 0, closes=closes)
         assert isinstance(self.schema, dict)
-        for where, ref in _refs(self.schema, field):
-            if where not in self._problems:
-                self._collect(_resolved, self.schema, ref, where)
+        references = References(self.schema, self._made)
+        for where, each in self._made:
+            if "$ref" in each and f"{where}.$ref" not in self._problems:
+                self._collect(references.follow, each, f"{where}.$ref")
         kind = _validator()
         for error in kind(kind.META_SCHEMA).iter_errors(self.schema):
             path = ".".join([field, *map(str, error.absolute_path)])
             self._wrong(path, error.instance, f"what draft 2020-12 has there ({error.message[:120]})")
         self._refuse()
+        references.check_work()
         self._validate = kind(self.schema, format_checker=_formats())
-        try:
-            self.mismatches({})
-        except RecursionError:
-            raise InvalidInput(field, "$ref", "references that do not lead in a circle") from None
 
     def _check_root(self, schema: Mapping[str, object], field: str) -> None:
         """Note what is wrong with the whole; any JSON may be described."""
@@ -92,6 +93,8 @@ class CheckedSchema:
     def _wrong(self, field: str, value: object, expected: str) -> None:
         """Note a problem; of one field only the first, because the others follow from it."""
         self._problems.setdefault(field, InvalidInput(field, value, expected))
+        if len(self._problems) >= MOST_PROBLEMS:
+            self._refuse()
 
     def _collect[**P](self, check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         try:
@@ -105,17 +108,24 @@ class CheckedSchema:
         if self._problems:
             raise InvalidBody([str(each) for each in self._problems.values()])
 
-    def mismatches(self, arguments: object, limit: int = 3) -> list[Mismatch]:
+    def mismatches(self, arguments: object, limit: int = 3, most_references: int | None = None) -> list[Mismatch]:
         """Return the first places where the arguments do not match.
 
+        Args:
+            arguments: the value.
+            limit: most places.
+            most_references: most references to follow; None: any number, where something else ends it.
+
         Raises:
-            RecursionError: the schema leads in a circle at these arguments.
+            RecursionError: the arguments are nested too deep for the schema.
+            TooMuchWork: it takes more references.
         """
         found = []
-        for error in self._validate.iter_errors(arguments):
-            found.append(Mismatch(pointer_of(error.absolute_path), str(error.validator)))
-            if len(found) == limit:
-                break
+        with within(most_references):
+            for error in self._validate.iter_errors(arguments):
+                found.append(Mismatch(pointer_of(error.absolute_path), str(error.validator)))
+                if len(found) == limit:
+                    break
         return found
 
     def _closed(self, schema: object, field: str, depth: int, closes: bool) -> Any:
@@ -143,6 +153,7 @@ class CheckedSchema:
         }
         if closes and not {"additionalProperties", "unevaluatedProperties"} & set(schema):
             made["unevaluatedProperties"] = False
+        self._made.append((field, made))
         return made
 
     def _keyword(self, key: str, value: object, field: str, depth: int) -> object:
@@ -167,7 +178,7 @@ class CheckedSchema:
             self._collect(matcher, value, field)
         if key == "format" and not (isinstance(value, str) and value in FORMATS):
             self._wrong(field, value, f"one of {', '.join(FORMATS)}; any other would not be checked")
-        if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+        if key == "$ref" and not (isinstance(value, str) and (value == "#" or value.startswith("#/"))):
             self._wrong(field, value, "a reference inside this schema, such as '#/$defs/path'")
         return value
 
@@ -201,39 +212,6 @@ def pointer_of(path: object) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _refs(schema: object, field: str) -> Iterator[tuple[str, str]]:
-    if isinstance(schema, dict):
-        for key, value in schema.items():
-            if key == "$ref" and isinstance(value, str):
-                yield f"{field}.$ref", value
-            elif key not in ("enum", "const", "default", "examples"):
-                yield from _refs(value, f"{field}.{key}")
-    elif isinstance(schema, list):
-        for number, each in enumerate(schema):
-            yield from _refs(each, f"{field}.{number}")
-
-
-def _resolved(schema: object, ref: str, field: str) -> None:
-    """Follow a reference, which may lead to itself only through a value inside: else validating would not end."""
-    seen = [ref]
-    while True:
-        here = schema
-        for part in seen[-1].removeprefix("#").split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
-                here = here[int(name)]
-            elif isinstance(here, dict) and name in here:
-                here = here[name]
-            else:
-                raise InvalidInput(field, ref, "a reference to a schema that is there")
-        following = here.get("$ref") if isinstance(here, dict) else None
-        if not isinstance(following, str):
-            return
-        if following in seen:
-            raise InvalidInput(field, ref, "a reference that does not lead in a circle")
-        seen.append(following)
-
-
 def _pattern(_: object, pattern: str, instance: object, __: object) -> Iterator[object]:
     from jsonschema.exceptions import ValidationError
 
@@ -246,7 +224,8 @@ def _validator() -> Any:
     """Draft 2020-12 with linear patterns; imported here, because it takes long and many servers have no ToolGuard."""
     from jsonschema import Draft202012Validator, validators
 
-    return validators.extend(Draft202012Validator, {"pattern": _pattern})
+    follow = counted(Draft202012Validator.VALIDATORS["$ref"])
+    return validators.extend(Draft202012Validator, {"pattern": _pattern, "$ref": follow})
 
 
 def _is_uri(text: str) -> bool:

@@ -13,6 +13,7 @@ from llama_stack_provider_moe.shields.argument_tests import is_for
 from llama_stack_provider_moe.shields.lookalikes import skeleton
 from llama_stack_provider_moe.shields.messages import Conversation, ToolCall, last_assistant
 from llama_stack_provider_moe.shields.rules import ToolRules, ToolRulesFile
+from llama_stack_provider_moe.shields.schema_references import MOST_REFERENCES, TooMuchWork
 from llama_stack_provider_moe.shields.verdict import Level, Verdict, Violation, worst
 
 MAX_VALUES = 2 * strict_json.MAX_VALUES  # in the arguments of all calls of a message
@@ -108,9 +109,11 @@ class ToolGuard:
         except strict_json.NotStrict as error:
             return [self._of_tool(number, name, tool, error.code, None)], 0
         try:
-            mismatches = self._rules.schemas[name].mismatches(arguments)
+            mismatches = self._rules.schemas[name].mismatches(arguments, most_references=MOST_REFERENCES)
         except RecursionError:
             return [self._of_tool(number, name, tool, "too_deep", None)], 0
+        except TooMuchWork:
+            return [self._of_tool(number, name, tool, "too_large", None)], 0
         found = [
             self._of_tool(number, name, tool, f"tools.{name}.parameters.{each.keyword}", each.pointer)
             for each in mismatches

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, field_validator
 
 from llama_stack_provider_moe.spec.blocks import Block
-from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN, NotifyUrl
+from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN, plain_url
 
 JUDGE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$"
 # Passes the judges to a training process, as JSON; which URLs it may ask is not for the job's owner to decide.
@@ -31,7 +31,7 @@ class JudgeConfig(Block):
     @field_validator("url", mode="after")
     @classmethod
     def _plain(cls, url: str) -> str:
-        return NotifyUrl(url=url).url
+        return plain_url(url)
 
 
 JUDGES: TypeAdapter[dict[str, JudgeConfig]] = TypeAdapter(dict[str, JudgeConfig])

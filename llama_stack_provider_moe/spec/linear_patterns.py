@@ -5,7 +5,7 @@ from functools import cache
 
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from llama_stack_provider_moe.errors import InvalidInput, shorten
+from llama_stack_provider_moe.errors import InvalidInput
 
 MAX_PATTERN = 500  # characters
 
@@ -26,10 +26,17 @@ def matcher(pattern: object, field: str, whole: bool = False) -> Callable[[str],
     try:
         found = _compiled(rf"\A(?:{pattern})\z" if whole else pattern)
     except SchemaError as error:
-        why = str(error).replace("\n", " ")
-        raise InvalidInput(field, pattern, f"a pattern without look-around and back-references ({shorten(why)})") \
+        raise InvalidInput(field, pattern, f"a pattern without look-around and back-references ({_why(error)})") \
             from None  # fmt: skip
     return found.isinstance_python
+
+
+def _why(error: SchemaError) -> str:
+    """What the regex engine says; the rest of the message is about pydantic, and the pattern again."""
+    said = str(error)
+    if "exceeds size limit" in said:
+        return "it is too large once compiled: repeat less"
+    return said.rpartition("error: ")[2].replace("\n", " ")[:80]
 
 
 @cache

@@ -33,6 +33,20 @@ def origin_of(url: str) -> str | None:
     return f"{parts.scheme}://{parts.hostname.lower()}:{port}"
 
 
+def plain_url(url: str) -> str:
+    """Return a URL.
+
+    Raises:
+        ValueError: it is not of http or https, or has a user or a fragment.
+    """
+    parts = urlsplit(url)
+    with_user = parts.username is not None or parts.password is not None
+    if origin_of(url) is None or with_user or parts.fragment or not url.isascii() or not url.isprintable():
+        raise ValueError(f"{without_passwords(url)!r} is not valid; expected https://HOST[:PORT]/PATH or http, in "
+                         "ASCII, without a user or a fragment")  # fmt: skip
+    return url
+
+
 class NotifyUrl(Block):
     """Whom to tell, by a signed webhook."""
 
@@ -44,12 +58,7 @@ class NotifyUrl(Block):
     @field_validator("url", mode="after")
     @classmethod
     def _plain(cls, url: str) -> str:
-        parts = urlsplit(url)
-        with_user = parts.username is not None or parts.password is not None
-        if origin_of(url) is None or with_user or parts.fragment or not url.isascii() or not url.isprintable():
-            raise ValueError(f"{without_passwords(url)!r} is not valid; expected https://HOST[:PORT]/PATH or http, in "
-                             "ASCII, without a user or a fragment")  # fmt: skip
-        return url
+        return plain_url(url)
 
 
 class Notify(NotifyUrl):

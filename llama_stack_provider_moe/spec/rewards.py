@@ -61,8 +61,10 @@ def _together(rewards: list[Reward]) -> list[Reward]:
     classes = {each.prompts for each in rewards} - {None}
     if len(classes) == 1:
         (found,) = classes
-        raise ValueError(f"every reward with `prompts` is for {found!r}, which teaches a model to do the same "
-                         "everywhere; expected also one for the other class")  # fmt: skip
+        (other,) = set(PROMPT_CLASSES) - classes
+        learnt = "refuse everything" if found == "refuse" else "help with everything"
+        raise ValueError(f"rewards with `prompts` are all for {found!r}; expected also one for {other!r}, else the "
+                         f"model learns to {learnt}")  # fmt: skip
     return rewards
 
 

@@ -78,6 +78,7 @@ from llama_stack_provider_moe.spec.destinations import HubPush
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig, FeedbackFolder
+from llama_stack_provider_moe.spec.grader_base import GRADER_NAME_PATTERN, VARIABLE_NAME_PATTERN
 from llama_stack_provider_moe.spec.graders import (
     JsonSchema,
     Length,
@@ -356,4 +357,9 @@ def allowed(field: FieldInfo) -> str:
         return ", ".join(bounds)
     if annotation is bool:
         return "`true`, `false`"
-    return "`A-Z a-z 0-9 . _ -`" if any(hasattr(rule, "pattern") for rule in field.metadata) else ""
+    patterns = [rule.pattern for rule in field.metadata if hasattr(rule, "pattern")]
+    if GRADER_NAME_PATTERN in patterns:
+        return "1 to 64 of `A-Z a-z 0-9 . _ -` and spaces"
+    if VARIABLE_NAME_PATTERN in patterns:
+        return "1 to 64 of `A-Z a-z 0-9 _`"
+    return "`A-Z a-z 0-9 . _ -`" if patterns else ""

@@ -128,10 +128,21 @@ def test_a_task_that_is_too_large_is_not_sent(bench: Bench) -> None:
     assert found.code == "too_large"
 
 
-def test_a_reference_that_is_no_result_is_named(bench: Bench) -> None:
-    (found,) = bench.run([math("1", "")])
+NO_RESULTS = ["", "null", "None", "not math at all", "hello", "?", "{}", "-", "$?$", "true", "No solution", "x is good"]
+
+
+@pytest.mark.parametrize("reference", NO_RESULTS)
+def test_a_reference_that_is_no_result_is_named(bench: Bench, reference: str) -> None:
+    (found,) = bench.run([math("1", reference)])
     assert isinstance(found, Failure)
     assert found.code == "bad_reference"
+
+
+@pytest.mark.parametrize(
+    "reference", ["x+1", "(1,2)", "{1,2}", r"\pi", "ab", "sqrt(2)", r"\text{none}", "A", r"\infty", r"\sin x"]
+)
+def test_a_reference_without_signs_of_latex_is_read(bench: Bench, reference: str) -> None:
+    assert bench.run([math(f"It is ${reference}$.", reference)]) == [1.0]
 
 
 def test_a_remote_reference_is_refused_and_nothing_is_fetched() -> None:
@@ -142,6 +153,49 @@ def test_a_remote_reference_is_refused_and_nothing_is_fetched() -> None:
         bounded.checked_schema({"$dynamicRef": "https://example.org"}, False, "json_schema")
     with pytest.raises(ValueError, match="circle"):
         bounded.checked_schema({"$ref": "#"}, False, "json_schema")
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    defs: dict[str, Any] = {f"a{at}": {"allOf": [{"$ref": f"#/$defs/a{at + 1}"}] * 2} for at in range(levels)}
+    return {"$ref": "#/$defs/a0", "$defs": {**defs, f"a{levels}": {"type": "object"}}}
+
+
+def test_definitions_that_double_are_refused_at_once() -> None:
+    began = time.monotonic()
+    for levels in (18, 40):
+        with pytest.raises(ValueError, match=r"at most 10,000 schemas to try at one value"):
+            bounded.checked_schema(doubling(levels), False, "json_schema")
+    assert time.monotonic() - began < 5
+    assert bounded.checked_schema(doubling(6), False, "json_schema").mismatches({}) == []
+
+
+def test_a_line_of_definitions_that_look_at_keys_doubles_too() -> None:
+    defs: dict[str, Any] = {
+        f"a{at}": {"allOf": [{"$ref": f"#/$defs/a{at + 1}"}], "unevaluatedProperties": False} for at in range(40)
+    }
+    with pytest.raises(ValueError, match="at most 10,000 schemas"):
+        bounded.checked_schema({"$ref": "#/$defs/a0", "$defs": {**defs, "a40": {}}}, False, "json_schema")
+
+
+def test_a_long_line_of_references_is_refused_by_name() -> None:
+    for levels in (150, 900):
+        defs: dict[str, Any] = {f"a{at}": {"$ref": f"#/$defs/a{at + 1}"} for at in range(levels)}
+        with pytest.raises(ValueError, match="at most 100 schemas inside one another"):
+            bounded.checked_schema({"$ref": "#/$defs/a0", "$defs": {**defs, f"a{levels}": {}}}, False, "json_schema")
+
+
+@pytest.mark.parametrize("ref", ["#/default", "#/allOf", "#/$defs", "#name", "#/$defs/b"])
+def test_a_reference_leads_to_a_checked_schema(ref: str) -> None:
+    of = {"allOf": [{"$ref": ref}], "default": {"patternProperties": {"(a+)+$": {}}}, "$defs": {"a": {}}}
+    with pytest.raises(ValueError, match=r"a reference (to a schema that is there|inside this schema)"):
+        bounded.checked_schema(of, False, "json_schema")
+
+
+def test_a_value_that_doubles_the_work_ends_by_name(bench: Bench) -> None:
+    nested = '{"x": ' * 40 + "1" + "}" * 40
+    (found,) = bench.run([schema({"allOf": [{"properties": {"x": {"$ref": "#"}}}] * 2}, nested)])
+    assert isinstance(found, Failure)
+    assert found.code == "deadline"
 
 
 def test_many_threads_share_a_few_processes(bench: Bench) -> None:

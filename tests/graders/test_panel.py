@@ -91,7 +91,7 @@ def test_failures_that_are_long_past_do_not_count() -> None:
 def test_a_judge_that_the_operator_does_not_name_is_refused() -> None:
     judged = {"type": "score_model", "name": "j", "model": "gpt", "input": [{"role": "user", "content": "x"}]}
     with (
-        pytest.raises(InvalidInput, match="no judge, because this server names none"),
+        pytest.raises(InvalidInput, match=r"a judge that `graders\.judges` of the server's .* names; it has none"),
         panel_of(rewards({"grader": judged}), Grading(), {}),
     ):
         pass

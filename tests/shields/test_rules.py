@@ -177,6 +177,24 @@ def test_texts_without_a_limit_are_found(tmp_path: Path) -> None:
     assert [each.argument for each in open_places(read_rules(written(tmp_path, content)))] == ["a", "d"]
 
 
+def test_a_schema_full_of_unknown_keywords_is_refused_at_once() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        ClosedSchema({f"keyword{number}": 1 for number in range(20_000)}, "schema")
+    assert str(refused.value).count("there is none of this name") <= 100
+
+
+def test_arguments_that_double_the_work_are_too_large(tmp_path: Path) -> None:
+    inner = {"allOf": [{"properties": {"x": {"$ref": "#/$defs/a"}}}] * 2}
+    tool = with_tool(parameters={"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": inner}}, rules=[])
+    arguments: dict[str, Any] = {}
+    for _ in range(25):
+        arguments = {"x": arguments}
+    tool["examples"] = [{"tool": "read", "arguments": arguments, "verdict": "allowed"}]
+    assert failures(read_rules(written(tmp_path, tool))) == [
+        "examples.0: read for anonymous is refused by too_large; expected allowed"
+    ]
+
+
 def pointers(schema: dict[str, Any], arguments: dict[str, Any]) -> list[tuple[str, str]]:
     return [tuple(each) for each in ClosedSchema(schema, "schema").mismatches(arguments)]
 

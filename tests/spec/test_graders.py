@@ -127,7 +127,9 @@ def test_rewards_are_named_once_and_for_both_classes() -> None:
     reward = {"grader": CHECK}
     assert "'same' is named twice" in refused(reward=[reward, reward])
     assert "weight: 0 has no effect" in refused(reward=[{**reward, "weight": 0}])
-    assert "expected also one for the other class" in refused(reward=[{**reward, "prompts": "refuse"}])
+    assert "all for 'refuse'; expected also one for 'help', else the model learns to refuse everything" in refused(
+        reward=[{**reward, "prompts": "refuse"}]
+    )
     other = {"grader": {**CHECK, "name": "other"}, "prompts": "help"}
     assert len(REWARDS.validate_python([{**reward, "prompts": "refuse"}, other])) == 2
 

@@ -22,8 +22,8 @@ from llama_stack_provider_moe.graders.panel import panel_of
 from llama_stack_provider_moe.graders.request import GradeRequest, answered
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.blocks import Block
-from llama_stack_provider_moe.spec.graders import Monitor, Refusal, RewardModel, inside
-from llama_stack_provider_moe.spec.graders_config import GradersConfig
+from llama_stack_provider_moe.spec.graders import Grader, Monitor, Refusal, RewardModel, inside
+from llama_stack_provider_moe.spec.graders_config import GradersConfig, JudgeConfig
 from llama_stack_provider_moe.spec.local_rows import graded_rows
 from llama_stack_provider_moe.spec.rewards import Grading, Reward, Rewards
 from llama_stack_provider_moe.spec.validation_errors import validated
@@ -31,6 +31,10 @@ from llama_stack_provider_moe.spec.validation_errors import validated
 MODULE = "llama_stack_provider_moe.compute.grading.command"
 _ROWS_SHOWN = 8
 _WHAT = "a grader, an object with `reward` (and `grading`) as a job has it, or a list of rewards"
+
+
+class _Lone(Block):
+    grader: Grader
 
 
 class _File(Block):
@@ -66,15 +70,22 @@ def grade(
 
 def _request(file: str, data: Path, column: str | None, judges: Path | None) -> GradeRequest:
     content = read_value(file, _WHAT)
-    if isinstance(content, dict) and "type" in content:
-        content = [{"grader": content}]
-    read = validated(_File, {"reward": content} if isinstance(content, list) else content)
-    named = {} if judges is None else validated(GradersConfig, read_value(str(judges), "an object with judges")).judges
+    alone = isinstance(content, dict) and "type" in content
+    if alone:
+        read = _File(reward=[Reward(grader=validated(_Lone, {"grader": content}).grader)])
+    else:
+        read = validated(_File, {"reward": content} if isinstance(content, list) else content)
+    named = {} if judges is None else _judges(judges)
     for number, reward in enumerate(read.reward):
-        _resolve(reward, f"reward.{number}.grader")
-        check(reward.grader, named, f"reward.{number}.grader")
+        field = "grader" if alone else f"reward.{number}.grader"
+        _resolve(reward, field)
+        check(reward.grader, named, field, "`--judges FILE`" if judges is None else f"--judges {judges}")
     samples = [sample_of(json.loads(line), number, column) for number, line in enumerate(graded_rows(data), start=1)]
     return GradeRequest(reward=read.reward, grading=read.grading, judges=named, answers=answered(samples))
+
+
+def _judges(file: Path) -> dict[str, JudgeConfig]:
+    return validated(GradersConfig, read_value(str(file), "an object with judges", "--judges")).judges
 
 
 def _resolve(reward: Reward, field: str) -> None:

@@ -51,12 +51,13 @@ def read_job_file(file: str, packaged_file: PackagedFile = packaged.job_template
     return body, beside
 
 
-def read_value(file: str, what: str) -> object:
+def read_value(file: str, what: str, name: str = "FILE") -> object:
     """Return the JSON or YAML value in a file.
 
     Args:
         file: a path, or `-` for standard input.
         what: what the file should hold, for errors.
+        name: of the argument or option, for errors.
 
     Raises:
         InvalidInput: the file can't be read, or is neither JSON nor YAML.
@@ -64,15 +65,16 @@ def read_value(file: str, what: str) -> object:
     try:
         data = sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
     except (OSError, ValueError) as error:
-        raise InvalidInput("FILE", file, f"a file that can be read ({error})") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InvalidInput(name, file, f"a file that can be read ({why})") from None
     language = _language(file, data)
     try:
         value = _parsed(data, language)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise InvalidInput("FILE", file, f"{what}, in {language} ({why})") from None
+        raise InvalidInput(name, file, f"{what}, in {language} ({why})") from None
     if value is None:
-        raise InvalidInput("FILE", file, f"{what}; {content_of(value)}")
+        raise InvalidInput(name, file, f"{what}; {content_of(value)}")
     return value
 
 

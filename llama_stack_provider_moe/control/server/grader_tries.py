@@ -164,7 +164,7 @@ def _answer(grader: AnyGrader, row: RowReport, seconds: float) -> GraderRun:
         errors = errors.model_copy(update={flag: True, where: details})
     parts = row["parts"].get(grader.name, {})
     judges = [each.model for each in inside(grader) if isinstance(each, ScoreModel | LabelModel)]
-    used = row["tokens"]
+    used = row["tokens"] or 0
     return GraderRun(
         reward=row["values"][grader.name],
         sub_rewards=parts,

@@ -47,11 +47,15 @@ def test_the_last_turn_or_a_column_is_the_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("graders", "row", "told"),
     [
-        ({**SHORT, "colour": 1}, {"output_text": "x"}, "reward.0.grader.colour: unknown key"),
+        ({**SHORT, "colour": 1}, {"output_text": "x"}, "grader.colour: unknown key"),
         ([{"grader": SHORT}, {"grader": SHORT}], {"output_text": "x"}, "'short' is named twice"),
         (SHORT, {"prompt": "x"}, "row 1: output_text: None is not valid; expected the answer, as text"),
         ({"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "x"}]},
-         {"output_text": "x"}, "reward.0.grader.model: 'm' is not valid; expected no judge"),
+         {"output_text": "x"}, "grader.model: 'm' is not valid; expected a judge that `--judges FILE` names"),
+        ([{"grader": {**SHORT, "colour": 1}}], {"output_text": "x"}, "reward.0.grader.colour: unknown key"),
+        ({"type": "regex", "name": "r", "pattern": "("}, {"output_text": "x"}, "references (unclosed group)"),
+        ({"type": "regex", "name": "r", "pattern": r"(\w{1000}){1000}"}, {"output_text": "x"},
+         "(it is too large once compiled: repeat less)"),
         ({"type": "python", "name": "p"}, {"output_text": "x"}, "'python' is not valid"),
     ],
 )  # fmt: skip
@@ -59,3 +63,22 @@ def test_mistakes_are_named(tmp_path: Path, graders: Any, row: dict[str, Any], t
     done = grade(tmp_path, graders, row)
     assert done.code == 2
     assert told in done.err
+    assert "SchemaError" not in done.err
+
+
+def test_options_are_named_in_their_mistakes(tmp_path: Path) -> None:
+    row = {"prompt": "x", "output_text": "x"}
+    missing = grade(tmp_path, SHORT, row, options=("--answer", "nope"))
+    assert (missing.code, "--answer: 'nope'" in missing.err) == (2, True)
+    assert "row 1 has prompt, output_text" in missing.err
+    none = grade(tmp_path, SHORT, row, options=("--judges", str(tmp_path / "nofile")))
+    assert (none.code, "--judges:" in none.err, "Errno" in none.err) == (2, True, False)
+    judges = tmp_path / "judges.json"
+    judges.write_text(json.dumps({"judges": {"fair": {"url": "ftp://x", "model": "m"}}}))
+    wrong = grade(tmp_path, SHORT, row, options=("--judges", str(judges)))
+    assert "judges.fair.url: 'ftp://x' is not valid" in wrong.err
+
+
+def test_tokens_of_judges_are_null_where_none_was_asked(tmp_path: Path) -> None:
+    done = grade(tmp_path, SHORT, {"output_text": "x"}, options=("--json",))
+    assert done.document["results"][0]["tokens"] is None

@@ -224,7 +224,7 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
             figures["num_tokens"] = [float(self.state.num_input_tokens_seen - (self._seen_before or 0))]
         super().log(logs, start_time)
 
-    def new_held_out(self) -> HeldOut:
+    def new_held_out(self) -> HeldOutRewards:
         """The sums of a new evaluation."""
         return HeldOutRewards()
 
@@ -237,6 +237,10 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         held_out.weight += len(rewards)
         held_out.nll += figures["entropy"][-1] * tokens
         held_out.tokens += tokens
+        for graded in self._graded:
+            for name, failure in graded.failures.items():
+                assert isinstance(held_out, HeldOutRewards)
+                held_out.last_failure = f"grader {name!r} gave no value: {failure.code}: {failure.message}"
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
