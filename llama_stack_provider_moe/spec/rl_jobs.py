@@ -8,6 +8,7 @@ from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Ref
 from llama_stack_provider_moe.spec.options import RLOptions
 from llama_stack_provider_moe.spec.rewards import Grading, Rewards
 from llama_stack_provider_moe.spec.rl import RL
+from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.training_jobs import TrainingJob
 
@@ -95,7 +96,8 @@ class GRPOSpec(TrainingJob):
 
     def row_sources(self) -> list[RowSource]:
         """The prompts, and the held-out ones."""
+        needs = RowNeeds.of(self.reward, self.grading)
         return [
-            source._replace(answered=False) if source.part in ("train", "validation") else source
+            source._replace(answered=False, needs=needs) if source.part in ("train", "validation") else source
             for source in super().row_sources()
         ]

@@ -129,7 +129,7 @@ class RowReader:
             report = await rows.copy_rows(
                 self._deps, source.dataset_id, field, spec.recipe, source.format, out, self._config.max_rows,
                 source.answered, source.kind, admit, source.columns, request.name(source.columns_field), found.pages,
-                sample, None if domains is None else rows.DomainFile(domains, numbers),
+                sample, None if domains is None else rows.DomainFile(domains, numbers), source.needs,
             )  # fmt: skip
         finally:
             for each in (out, numbers):
