@@ -8,6 +8,7 @@ from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Ref
 from llama_stack_provider_moe.spec.options import RLOptions
 from llama_stack_provider_moe.spec.rewards import Grading, Rewards
 from llama_stack_provider_moe.spec.rl import RL
+from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.training_jobs import TrainingJob
 
@@ -98,7 +99,33 @@ class GRPOSpec(TrainingJob):
 
     def row_sources(self) -> list[RowSource]:
         """The prompts, and the held-out ones."""
-        return [
-            source._replace(answered=False) if source.part in ("train", "validation") else source
-            for source in super().row_sources()
-        ]
+        needs = RowNeeds.of(self.reward, self.grading)
+        least, why_least = self._least_prompts()
+        found = []
+        for source in super().row_sources():
+            if source.part in ("train", "validation"):
+                source = source._replace(answered=False, needs=needs)
+            if source.part == "train":
+                source = source._replace(least=least, why_least=why_least)
+            found.append(source)
+        return found
+
+    def _least_prompts(self) -> tuple[int, str]:
+        """Fewest rows of which those that are not held out fill one generation, and why."""
+        rl, training = self.rl, self.training
+        step = training.batch_size * training.gradient_accumulation_steps * self.resources.ranks
+        prompts = step * rl.steps_per_generation // rl.n_generations
+        share = 0.0 if self.data.has_validation_sets else self.options.validation_split
+        least = prompts if share == 0 else max(2, int(prompts / (1 - share)) - 1)
+        while least - held_out_of(least, share) < prompts:
+            least += 1
+        held = held_out_of(least, share)
+        why = f"at least {least:,} rows: {prompts:,} fill one generation (training.batch_size {training.batch_size} x "
+        why += f"gradient_accumulation_steps {training.gradient_accumulation_steps} x rl.steps_per_generation "
+        why += f"{rl.steps_per_generation} / rl.n_generations {rl.n_generations})"
+        return least, why + (f", and {held:,} are held out (options.validation_split {share:g})" if held else "")
+
+
+def held_out_of(rows: int, share: float) -> int:
+    """Number of the rows that `options.validation_split` holds out: at least one of two."""
+    return 0 if share == 0 or rows < 2 else max(1, round(rows * share))

@@ -1,9 +1,12 @@
 """`RowSource`: one data set of a job, as the service copies it into the job's folder."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama_stack_provider_moe.spec.blocks import RowFormat
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.spec.row_needs import RowNeeds
 
 # recipe: rows that the recipe trains on; the other kinds are for an evaluation (`spec.evaluation_rows`).
 RowKind = Literal["recipe", "conversation", "scenario", "judged"]
@@ -41,6 +44,7 @@ class RowSource(NamedTuple):
         kind: of its rows.
         columns: the data's names of columns by the formats' names (`data.columns`).
         domains: the column that names each row's domain (`data.domain_column`).
+        needs: what graders read of each row; None: there are no graders.
     """
 
     field: str
@@ -53,6 +57,7 @@ class RowSource(NamedTuple):
     kind: RowKind = "recipe"
     columns: Mapping[str, str] | None = None
     domains: DomainColumn | None = None
+    needs: "RowNeeds | None" = None
 
     @property
     def columns_field(self) -> str:

@@ -82,6 +82,13 @@ def test_a_killed_job_resumes_and_completes(server: Server) -> None:
     [
         ({"reward": []}, "reward"),
         ({"reward": [{"grader": {"type": "python", "name": "x", "source": "1"}}]}, "runs no code of users"),
+        ({"reward": [{"grader": {"type": "refusal", "name": "no", "expect": "refusal"}, "prompts": "refuse"},
+                     {"grader": {"type": "refusal", "name": "yes", "expect": "answer"}, "prompts": "help"}]},
+         "row 1: class: is missing; expected 'refuse' or 'help' in each row (`grading.class_column`)"),
+        ({"reward": [{"grader": {"type": "math", "name": "right", "reference": "{{item.answer}}"}}]},
+         "row 1: answer: is missing; grader 'right' reads {{item.answer}}"),
+        ({"training": {"batch_size": 256, "gradient_accumulation_steps": 1, "dtype": "fp32"}},
+         "at least 71 rows: 64 fill one generation (training.batch_size 256 x gradient_accumulation_steps 1 x"),
         ({"rl": {"n_generations": 3}}, "rl.n_generations: 3 is not valid; expected a divisor of 8"),
         ({"adapter": {"rank": 4, "dropout": 0.1}}, "adapter.dropout"),
         ({"moe": {"moe_load_balancing": "aux_free"}}, "moe.moe_load_balancing"),

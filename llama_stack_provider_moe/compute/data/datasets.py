@@ -32,7 +32,8 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir import row_domains
 from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
-from llama_stack_provider_moe.spec import Domain, DPOSpec, MixedData, SFTSpec
+from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, SFTSpec
+from llama_stack_provider_moe.spec.rl_jobs import held_out_of
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
 Divide = Callable[[int], Mapping[int, str]]
@@ -169,9 +170,7 @@ def cache_folder(session: AnySession) -> Path:
 
 def held_out(count: int, share: float, seed: int) -> frozenset[int]:
     """The indices of the held-out rows among `count`: the same for the same seed, whatever the other settings."""
-    if share == 0 or count < 2:
-        return frozenset()
-    return frozenset(random.Random(seed).sample(range(count), max(1, round(count * share))))
+    return frozenset(random.Random(seed).sample(range(count), held_out_of(count, share)))
 
 
 @dataclass
@@ -330,10 +329,13 @@ class Maker:
             )
         options, dropped = self.session.spec.options, counts.dropped.count
         if dropped > options.max_dropped * counts.source:
+            more_room = "Raise options.max_length"
+            if isinstance(self.session.spec, GRPOSpec):
+                more_room = "Lower rl.max_completion_length, raise options.max_length"
             raise DataError(
                 f"dataset {dataset_id!r}: {dropped} of {counts.source} rows ({dropped / counts.source:.1%}) would be "
                 f"left out, more than options.max_dropped = {options.max_dropped:g} allows: {counts.dropped.text()}. "
-                "Raise options.max_length or options.max_dropped, shorten these rows, or cut their beginnings with "
+                f"{more_room} or options.max_dropped, shorten these rows, or cut their beginnings with "
                 "options.truncate 'left'"
             )
 

@@ -55,18 +55,27 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest number of tokens of a row, and what to do with a longer one."""
+    """The largest number of tokens of a row, and what to do with a longer one.
+
+    Attributes:
+        length: the largest number of tokens.
+        truncate: what to do with a longer row.
+        told: the largest number, for messages; left out: it is `options.max_length`.
+    """
 
     length: int
     truncate: Truncate = "right"
+    told: str = ""
 
     def too_long(self, count: int) -> Problem | None:
         """The problem of a row of `count` tokens, if the setting asks for one instead of a cut."""
         if count <= self.length or self.truncate in ("right", "left"):
             return None
         if self.truncate == "drop":
-            return Problem(f"longer than options.max_length = {self.length} tokens", droppable=True)
-        return Problem(f"has {count} tokens, more than options.max_length = {self.length}; options.truncate: 'refuse'")
+            told = self.told or f"options.max_length = {self.length} tokens"
+            return Problem(f"longer than {told}", droppable=True)
+        told = self.told or f"options.max_length = {self.length}"
+        return Problem(f"has {count} tokens, more than {told}; options.truncate: 'refuse'")
 
     def fit(self, tokens: Tokens, bos: int | None) -> Piece | Problem:
         """Cut tokens to the length; `bos` stays at the beginning."""

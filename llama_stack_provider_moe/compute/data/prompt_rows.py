@@ -36,14 +36,22 @@ def prompt_rows(session: Session[GRPOSpec], tokenizer: PreTrainedTokenizerBase, 
         DataError: rows can't be rendered, or too many are too long.
     """
     spec = session.spec
-    room = spec.options.max_length - spec.rl.max_completion_length
-    encoder = PromptEncoder(tokenizer, Rendering.of(spec.options), Limit(room, spec.options.truncate))
-    told = f"{room} tokens, which rl.max_completion_length leaves of options.max_length; their beginnings were cut off"
-    maker = Maker(session, cache_folder(session), encoder, FEATURES, vocabulary, told)
+    limit = prompt_limit(spec)
+    encoder = PromptEncoder(tokenizer, Rendering.of(spec.options), limit)
+    cut_at = f"{limit.told}; their beginnings were cut off"
+    maker = Maker(session, cache_folder(session), encoder, FEATURES, vocabulary, cut_at)
     train, validation, domains = maker.all_rows(spec.data)
     ids = train[0]["prompt_ids"]
     show_row(session, encoder, "the first prompt, after which the model writes", Tokens(ids, [False] * len(ids)))
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
+
+
+def prompt_limit(spec: GRPOSpec) -> Limit:
+    """The largest number of tokens of a prompt: what an answer leaves."""
+    most, answer, truncate = spec.options.max_length, spec.rl.max_completion_length, spec.options.truncate
+    room = most - answer
+    told = f"{room} tokens, which rl.max_completion_length {answer} leaves of options.max_length {most}"
+    return Limit(room, truncate, told)
 
 
 class PromptEncoder(Encoder):

@@ -32,7 +32,7 @@ from llama_stack_provider_moe.compute.data.encoding import (
     SftEncoder,
 )
 from llama_stack_provider_moe.compute.data.positions import by_config
-from llama_stack_provider_moe.compute.data.prompt_rows import PromptEncoder
+from llama_stack_provider_moe.compute.data.prompt_rows import PromptEncoder, prompt_limit
 from llama_stack_provider_moe.compute.data.rendering import Rendering
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
@@ -153,8 +153,7 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
         block = spec.circuit_breaker
         return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
     if isinstance(spec, GRPOSpec):
-        room = spec.options.max_length - spec.rl.max_completion_length
-        return PromptEncoder(tokenizer, rendering, Limit(room, spec.options.truncate))
+        return PromptEncoder(tokenizer, rendering, prompt_limit(spec))
     assert isinstance(spec, SFTSpec)
     return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input)
 

@@ -147,9 +147,12 @@ def _of_domain(data: object, domain: str | None) -> object:
 def _profiled(
     screen: Screen, spec: TrainingSpec, file: str, file_format: SourceFormat | None, held_out: str | None, valid: Path
 ) -> DataProfile:
-    how = spec.row_sources()[0].domains
+    source = spec.row_sources()[0]
+    how = source.domains
     domains = None if how is None else RowDomains(how, how.values)
-    profiler = RowsProfiler(spec.recipe, spec.data.format, spec.data.columns, "data.columns", domains)
+    profiler = RowsProfiler(
+        spec.recipe, spec.data.format, spec.data.columns, "data.columns", domains, source.answered, source.needs
+    )
     with valid.open("wb") as out:
         profiler.add_all(_rows(screen, file, file_format), out)
     if held_out is not None:

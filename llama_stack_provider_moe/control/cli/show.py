@@ -28,6 +28,7 @@ from llama_stack_provider_moe.jobdir.state import JobState
 # Names of the metrics of steps and evaluations; the first one found is shown.
 _LOSSES = ("validation_loss", "loss")
 _ACCURACY = "rewards/accuracies"
+_REWARD = "reward"  # of a GRPO job, whose held-out loss is its reward, negated
 # By `resumes` in the answer; older servers leave it out.
 RESUMES = {
     "from_checkpoint": "; it resumes from its last whole checkpoint",
@@ -110,7 +111,11 @@ def artifacts(document: Artifacts) -> RenderableType:
         )
         for each in document["checkpoints"]
     ]  # fmt: skip
-    return table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
+    found = table(("ARTIFACT", "KIND", "EPOCH", "STEP", "SIZE", "HELD-OUT LOSS", "PATH"), rows)
+    losses = [(each["training_metrics"] or {}).get("validation_loss") for each in document["checkpoints"]]
+    if any(isinstance(loss, int | float) and loss < 0 for loss in losses):
+        return Group(found, text("a GRPO job's held-out loss is its mean reward, negated"))
+    return found
 
 
 def artifacts_and_report(document: Artifacts) -> RenderableType:
@@ -237,8 +242,8 @@ def held_out(status: Status) -> str:
     if not both:
         return ""
     first, last = both["first"]["metrics"], both["last"]["metrics"]
-    names = [next((name for name in _LOSSES if name in last), ""), _ACCURACY]
-    changes = [f"{_label(name)} {figure(first.get(name))} -> {figure(last[name])}" for name in names if name in last]
+    names = _shown(last)
+    changes = [f"{_label(name)} {figure(first.get(name))} -> {figure(last[name])}" for name in names]
     return ", ".join(changes)
 
 
@@ -293,13 +298,18 @@ def figure(value: Figure | None) -> str:
 
 
 def _scores(metrics: Metrics) -> list[str]:
-    loss = next((name for name in _LOSSES if name in metrics), None)
-    names = [name for name in (loss, _ACCURACY) if name is not None and name in metrics]
-    return [f"{_label(name)} {figure(metrics[name])}" for name in names]
+    return [f"{_label(name)} {figure(metrics[name])}" for name in _shown(metrics)]
+
+
+def _shown(metrics: Metrics) -> list[str]:
+    loss = next((name for name in _LOSSES if name in metrics), "")
+    if loss == "validation_loss" and _REWARD in metrics:
+        loss = ""
+    return [name for name in (loss, _REWARD, _ACCURACY) if name in metrics]
 
 
 def _label(name: str) -> str:
-    return "reward accuracy" if name == _ACCURACY else "loss"
+    return {_ACCURACY: "reward accuracy", _REWARD: "reward"}.get(name, "loss")
 
 
 def spelled(labels: Mapping[str, str]) -> str:

@@ -133,7 +133,10 @@ def _kept(path: Path) -> DataProfile | None:
 
 
 def _make(config: ProviderConfig, rows: Path, path: Path, spec: TrainingSpec, has_model: bool) -> DataProfile:
-    profiler = RowsProfiler(spec.recipe, spec.data.format, spec.data.columns, "data.columns")
+    source = spec.row_sources()[0]
+    profiler = RowsProfiler(
+        spec.recipe, source.format, source.columns, "data.columns", answered=source.answered, needs=source.needs
+    )
     config.privacy.make_folder(config.state_dir / "staging")
     with tempfile.TemporaryDirectory(dir=config.state_dir / "staging", prefix="profile-") as folder:
         valid = Path(folder) / "rows.jsonl"

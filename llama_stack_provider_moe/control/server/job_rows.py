@@ -129,7 +129,7 @@ class RowReader:
             report = await rows.copy_rows(
                 self._deps, source.dataset_id, field, spec.recipe, source.format, out, self._config.max_rows,
                 source.answered, source.kind, admit, source.columns, request.name(source.columns_field), found.pages,
-                sample, None if domains is None else rows.DomainFile(domains, numbers),
+                sample, None if domains is None else rows.DomainFile(domains, numbers), source.needs,
             )  # fmt: skip
         finally:
             for each in (out, numbers):
@@ -139,7 +139,7 @@ class RowReader:
             path = folder.domains_of_rows(source.part)
             await self._guard.in_state_dir(row_domains.join, _numbers(folder, source.part), domains.values, path)
         if report.rows < source.least:
-            raise InvalidInput(field, source.dataset_id, source.why_least)
+            raise InvalidInput(field, source.dataset_id, f"{source.why_least}; it has {report.rows:,}")
         request.notes.extend(found.notes(field))
         request.notes.extend(f"{field}: {line}" for line in report.unread())
         if domains is not None:

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProble
 from llama_stack_provider_moe.spec import Recipe, RowFormat, RowKind
 from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.row_domains import RowDomains
+from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows import RowsReport, canonical, check_columns, check_found, conversation
 from llama_stack_provider_moe.spec.rows.report import MOST_NAMES
 from llama_stack_provider_moe.spec.rows.values import HALF_A_PAIR
@@ -34,6 +35,7 @@ class RowReading(NamedTuple):
         kind: of the rows.
         columns: the data's names of columns by the formats' names.
         domains: finds the domain of each row in a column; None: there is no such column.
+        needs: what graders read of each row; None: there are no graders.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class RowReading(NamedTuple):
     kind: RowKind = "recipe"
     columns: Mapping[str, str] | None = None
     domains: RowDomains | None = None
+    needs: RowNeeds | None = None
 
 
 class DomainFile(NamedTuple):
@@ -80,6 +83,7 @@ async def copy_rows(
     pages_of: PagesOf = compat.dataset_pages,
     sample: RowSample | None = None,
     domains: DomainFile | None = None,
+    needs: RowNeeds | None = None,
 ) -> RowsReport:
     """Check every row of a data set, and write each in its canonical form as a line of JSON.
 
@@ -99,6 +103,7 @@ async def copy_rows(
         pages_of: reads the data set.
         sample: keeps some of the rows.
         domains: finds the domain of each row in a column; None: there is no such column.
+        needs: what graders read of each row; None: there are no graders.
 
     Returns:
         The number of rows, at least 1, with their formats and columns.
@@ -109,7 +114,8 @@ async def copy_rows(
             that the formats or all rows lack.
         InvalidRows: some rows can't be trained on; the error counts them all.
     """
-    reading = RowReading(recipe, row_format, answered, kind, columns, None if domains is None else domains.found)
+    found = None if domains is None else domains.found
+    reading = RowReading(recipe, row_format, answered, kind, columns, found, needs)
     report = RowsReport()
     if columns:
         check_columns(columns, recipe, row_format, columns_field)
@@ -183,4 +189,6 @@ def _canonical(row: object, number: int, reading: RowReading, report: RowsReport
         return own
     if reading.kind == "conversation":
         return conversation(row, number, reading.format, reading.answered, reading.columns, report)
-    return canonical(row, number, reading.recipe, reading.format, reading.answered, reading.columns, report)
+    return canonical(
+        row, number, reading.recipe, reading.format, reading.answered, reading.columns, report, reading.needs
+    )

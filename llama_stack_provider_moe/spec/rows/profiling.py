@@ -10,6 +10,7 @@ from llama_stack_provider_moe.errors import RowProblem
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.data_profile import Bucket, DataProfile, Lengths, Repeat, RowReason
 from llama_stack_provider_moe.spec.row_domains import RowDomains
+from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows.columns import check_columns, check_found
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Message
 from llama_stack_provider_moe.spec.rows.reading import canonical
@@ -88,6 +89,8 @@ class RowsProfiler:
         columns: the data's names of columns by the formats' names.
         columns_field: the caller's name for `columns`, for error texts.
         domains: finds each row's domain in a column; None: there is no such column.
+        answered: whether a conversation must end with the assistant's turn.
+        needs: what graders read of each row; None: there are no graders.
 
     Raises:
         InvalidInput: `columns` names a column that the formats do not have.
@@ -100,12 +103,15 @@ class RowsProfiler:
         columns: Mapping[str, str] | None,
         columns_field: str,
         domains: RowDomains | None = None,
+        answered: bool = True,
+        needs: RowNeeds | None = None,
     ) -> None:
         if columns:
             check_columns(columns, recipe, row_format, columns_field)
         self._reading = (recipe, row_format, columns)
         self._columns_field = columns_field
         self._domains = domains
+        self._answered, self._needs = answered, needs
         self._held_out_domains: RowDomains | None = None
         self._report = RowsReport()
         self._rows = 0
@@ -192,7 +198,7 @@ class RowsProfiler:
         recipe, row_format, columns = self._reading
         if columns and isinstance(row, Mapping):
             self._seen.update(set(columns.values()).intersection(row))
-        found = canonical(row, number, recipe, row_format, columns=columns, report=report)
+        found = canonical(row, number, recipe, row_format, self._answered, columns, report, self._needs)
         if isinstance(found, RowProblem):
             return found, b""
         try:

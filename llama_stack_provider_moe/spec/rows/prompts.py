@@ -6,10 +6,9 @@ from typing import cast
 from pydantic_core import to_jsonable_python
 
 from llama_stack_provider_moe.errors import shorten
+from llama_stack_provider_moe.spec.row_needs import CALLS, GOLD
 from llama_stack_provider_moe.spec.rows.messages import Conversation, PromptRow
 from llama_stack_provider_moe.spec.rows.values import BadRow
-
-GOLD, CALLS = "gold", "expected_calls"
 
 
 def prompt_of(found: Conversation, row: Mapping[str, object]) -> PromptRow:

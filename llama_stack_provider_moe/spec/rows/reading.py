@@ -10,6 +10,7 @@ from typing import Final, cast
 
 from llama_stack_provider_moe.errors import RowProblem, shorten
 from llama_stack_provider_moe.spec import Recipe, RowFormat
+from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
 from llama_stack_provider_moe.spec.rows.prompts import prompt_of
@@ -52,6 +53,7 @@ def canonical(
     answered: bool = True,
     columns: Mapping[str, str] | None = None,
     report: RowsReport | None = None,
+    needs: RowNeeds | None = None,
 ) -> CanonicalRow | RowProblem:
     """The canonical form of one row, or its first problem.
 
@@ -65,6 +67,7 @@ def canonical(
         answered: whether a conversation must end with the assistant's turn.
         columns: the data's name of a column by the format's name.
         report: counts the row, unless it has a problem.
+        needs: what graders read of a prompt's row.
     """
     if not isinstance(row, Mapping):
         return RowProblem(number, "row", f"is {type(row).__name__}, not an object")
@@ -78,7 +81,11 @@ def canonical(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
             )
         if recipe == "grpo":  # what the prompt does not read, graders may
-            found, not_read = prompt_of(cast(Conversation, found), present), _for_graders(present, source)
+            prompt, not_read = prompt_of(cast(Conversation, found), present), _for_graders(present, source)
+            lacks = None if needs is None else needs.problem(prompt["item"], number)
+            if lacks is not None:
+                return lacks._replace(field=_by_its_own_name(lacks.field, renamed))
+            found = prompt
         else:
             not_read = _not_read(present, shadowed, source, name)
     except BadRow as problem:

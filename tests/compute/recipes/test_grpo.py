@@ -169,6 +169,18 @@ def test_a_reward_without_spread_ends_the_job_with_its_checkpoint(workshop: Work
     assert found.manifest.artifacts[0].step == 4
 
 
+@pytest.mark.parametrize("truncate", ["drop", "refuse"])
+def test_answers_that_leave_prompts_no_room_are_an_error_with_both_settings(workshop: Workshop, truncate: str) -> None:
+    found = workshop.run(
+        "grpo", "qwen3_moe", rl={"max_completion_length": 62}, reward=[HAS_E],
+        options={"max_length": 64, "truncate": truncate},
+    )  # fmt: skip
+    assert found.exit_code == FAILED
+    assert "2 tokens, which rl.max_completion_length 62 leaves of options.max_length 64" in (found.reason or "")
+    advice = "Lower rl.max_completion_length, raise options.max_length or options.max_dropped"
+    assert (advice in (found.reason or "")) == (truncate == "drop")
+
+
 def test_answers_that_all_reach_the_limit_are_no_spread_either(workshop: Workshop) -> None:
     found = workshop.run(
         "grpo", "qwen3_moe", training={"n_epochs": 5},

@@ -1,5 +1,6 @@
 """What `moe-train` does with answers and without one, and what it shows; the server is simulated."""
 
+import io
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from llama_stack_provider_moe.control.cli import act, follow, screen, show, views
 from llama_stack_provider_moe.control.cli.client import SILENCE_S, Client, state_of
@@ -185,6 +187,26 @@ def test_lines_of_a_followed_job(capsys: pytest.CaptureFixture[str], monkeypatch
         "j: completed after 1h30m",
         "held out: loss 0.6937 -> 0.41, reward accuracy 0.5 -> 0.875",
     ]
+
+
+def test_a_job_that_learns_from_rewards_shows_its_reward_held_out() -> None:
+    first = {"step": 0, "epoch": 0.0, "metrics": {"validation_loss": -0.25, "reward": 0.25, "perplexity": 3.0}}
+    last = {"step": 4, "epoch": 1.0, "metrics": {"validation_loss": -0.75, "reward": 0.75, "perplexity": 2.0}}
+    metrics = {"loss": -0.001, "reward": 0.5}
+    status = a_status(step=4, max_steps=4, metrics=metrics, evaluation={"first": first, "last": last})
+    assert show.held_out(status) == "reward 0.25 -> 0.75"
+    assert show.evaluation(status["resources_allocated"]["evaluation"]["last"]) == "held out at step 4: reward 0.75"
+    assert show.figures(status) == ["loss -0.001", "reward 0.5"]
+
+
+@pytest.mark.parametrize("loss", [-0.75, 0.75, None])
+def test_a_negative_held_out_loss_of_an_artifact_is_explained(loss: float | None) -> None:
+    metrics = {"epoch": 1, "train_loss": 0.1, "validation_loss": loss, "perplexity": 2.0}
+    artifact = {"identifier": "a", "kind": "adapter", "epoch": 1, "step": 4, "bytes": 9, "path": "/a",
+                "training_metrics": metrics}  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show.artifacts({"job_uuid": "j", "checkpoints": [artifact]}))  # type: ignore[typeddict-item]
+    assert ("a GRPO job's held-out loss is its mean reward, negated" in console.export_text()) == (loss == -0.75)
 
 
 def test_steps_do_not_flood_a_log(capsys: pytest.CaptureFixture[str]) -> None:

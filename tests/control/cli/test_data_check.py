@@ -215,3 +215,21 @@ def test_no_template_of_ours_is_advised_for_tools(tmp_path: Path, model: str) ->
         assert "the chat template leaves out `tools`" in refused["reason"]
         assert "set options.chat_template" not in refused["reason"]
         assert "use a model with a chat template for tools" in refused["reason"]
+
+
+def test_prompts_of_a_grpo_job_need_what_its_graders_read_and_no_answer(tmp_path: Path) -> None:
+    reward = [{"grader": {"type": "string_check", "name": "same", "reference": "{{item.letter}}", "operation": "like"}}]
+    job = {
+        "recipe": "grpo",
+        "data": {"dataset_id": "any"},
+        "reward": reward,
+        "rl": {"n_generations": 2},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    rows = [{"prompt": f"Word {number}?", "letter": "e"} for number in range(20)]
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    done = moe_train("data", "check", written(good, rows), "--job", str(tmp_path / "job.json"))
+    assert done.code == Exit.OK, done.out + done.err
+    done = moe_train("data", "check", written(bad, [*rows, {"prompt": "x"}]), "--job", str(tmp_path / "job.json"))
+    assert done.code == Exit.FAILED
+    assert "row 21: letter is missing; grader 'same' reads {{item.letter}}" in " ".join(done.out.split())

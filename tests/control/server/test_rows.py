@@ -16,6 +16,7 @@ from llama_stack_api import DatasetNotFoundError
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.rows import ROWS_PER_PAGE, copy_rows
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, NotFound, Unavailable
+from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.rows import RowsReport
 
 ROW = {"prompt": "What is it?", "completion": "An answer."}
@@ -230,3 +231,14 @@ def test_rows_with_tools_keep_them() -> None:
     report = reported(Host(rows=rows_source([{**row, "tools": tools, "parallel_tool_calls": False}])), "rows", out=out)
     assert [*written(out)] == [{**row, "tools": tools, "chat_template_kwargs": {"parallel_tool_calls": False}}]
     assert report.notes == {"tool calls": 1, "tools": 1}
+
+
+def test_rows_without_what_graders_read_are_counted_and_named() -> None:
+    grader = {"type": "math", "name": "right"}
+    body = {"recipe": "grpo", "model": "m", "data": {"dataset_id": "mixed"}, "reward": [{"grader": grader}]}
+    (source,) = JOB_SPEC.validate_python(body).row_sources()
+    rows = [ROW, {"prompt": "only"}, {"prompt": "with", "gold": "1"}, {"prompt": "only too"}]
+    with pytest.raises(InvalidRows, match=r"'mixed'.*row 2: gold: is missing; grader 'right'") as problem:
+        reported(Host(mixed=rows_source(rows)), "mixed", "grpo", answered=source.answered, needs=source.needs)
+    assert "row 4: gold" in str(problem.value)
+    assert "2 problem(s) in 4 row(s)" in str(problem.value)
