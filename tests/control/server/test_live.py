@@ -294,8 +294,7 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
             assert "expected at least 30 rows" in message(answer)
             return
     else:
-        named = {"dpo": "pairs"}  # the other recipes take conversations
-        registered = named.get(body["recipe"], "words")
+        registered = "pairs" if body["recipe"] == "dpo" else "words"
         part = "calibration" if body["recipe"] == "surgery" else "train"
         domains = {f"{part}-{each['name']}": each for each in body["data"].get("domains", ())}
         sets = {
