@@ -45,3 +45,23 @@ def test_the_sets_are_what_the_page_says_and_begin_alike() -> None:
         for word in set(firsts[0]) | set(firsts[1]):
             shares = [each.count(word) / len(each) for each in firsts]
             assert abs(shares[0] - shares[1]) < 0.005, word
+
+
+def test_latency_and_what_callers_get_without_a_scorer() -> None:
+    found = newest("scorer_latency")
+    shape = found["shape"]
+    assert (shape["clients"], shape["seconds"], shape["deadline_s"], shape["queue"]) == (50, 60, 10, 64)
+    assert shape["model"] == "SmolLM2-135M-Instruct"
+    for clients, name in ((50, "clients"), (1, "one_client")):
+        each = found[name]
+        times = " | ".join(f"{each[key]:.{2 if clients > 1 else 3}f} s" for key in ("p50_s", "p99_s", "longest_s"))
+        assert f"| {clients} | {each['scores_per_s']:.0f} | {times} |" in PAGE
+    assert found["clients"]["failures"] == {}, "with 50 clients no request failed"
+    lost = {name: found[name]["failures"] for name in ("overloaded", "killed", "hung")}
+    assert f"{lost['overloaded']['overloaded']['count']} times `overloaded` |" in PAGE
+    longest = {name: max(each["longest_s"] for each in failures.values()) for name, failures in lost.items()}
+    for wait_s in longest.values():
+        assert f"| {wait_s:.3f} s |" in PAGE
+        assert wait_s < shape["deadline_s"] + 0.05
+    assert f"ready again after {found['killed']['ready_again_s']:.1f} s" in PAGE
+    assert f"replaced after {found['hung']['noticed_s']:.1f} s" in PAGE
