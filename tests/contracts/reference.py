@@ -339,7 +339,8 @@ def allowed(field: FieldInfo) -> str:
             value = get_args(value)[0]
         if value not in (float, int):
             return ""
-        groups = f"of {', '.join(f'`{name}`' for name in get_args(key))}" if get_args(key) else "of experts"
+        named = ", ".join(f"`{name}`" for name in get_args(key)) if get_origin(key) is Literal else ""
+        groups = f"of {named}" if named else "of each value" if get_args(key) else "of experts"
         return f"{groups}: > 0" if value is float else f"{groups}: 1 to {MAX_RANK}"
     if any(getattr(rule, "pattern", None) == NUMBERS_PATTERN for rule in field.metadata):
         return "numbers and ranges"

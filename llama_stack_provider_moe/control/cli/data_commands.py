@@ -123,7 +123,8 @@ def flagged(
         str | None, typer.Option("--shield", metavar="SHIELD", help="Only what this shield flagged; default: any.")
     ] = None,
     everybody: Annotated[
-        bool, typer.Option("--everybody", help="Those of every user, for administrators; default: your own.")
+        bool,
+        typer.Option("--everybody", help="Those of every user, for administrators, with --name; default: your own."),
     ] = False,
     erase: Annotated[bool, typer.Option("--erase", help="Delete your own; data sets and jobs keep copies.")] = False,
     url: Url = DEFAULT_URL,
@@ -133,10 +134,13 @@ def flagged(
     """Count your conversations that shields flagged, make a data set of them, or delete them."""
 
     def act(server: Client, screen: Screen) -> Exit:
-        if name is None and (answered or shield is not None or everybody):
+        others = {"--name": name is not None, "--answered": answered, "--shield": shield is not None,
+                  "--everybody": everybody}  # fmt: skip
+        if erase and any(others.values()):
+            raise InvalidInput("--erase", next(other for other, is_given in others.items() if is_given), "--erase "
+                               "alone, which deletes your own conversations")  # fmt: skip
+        if name is None and any(others.values()):
             raise InvalidInput.missing("--name", "the name of the data set to make")
-        if erase and name is not None:
-            raise InvalidInput("--erase", name, "either --erase or --name")
         if erase:
             return answer(screen, server.erase_feedback(), show_data.erased)
         if name is None:

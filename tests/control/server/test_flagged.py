@@ -176,8 +176,9 @@ def test_the_command_line(service: PostTrainingService, folder: Path) -> None:
         assert (done.code, "data set mine, version" in done.out) == (0, True), done.err
         assert moe_train("data", "flagged", "--name", "mine", "--shield", "no", *where).code == 2
         assert "--name: is missing" in moe_train("data", "flagged", "--answered", *where).err
-        assert "either --erase or --name" in " ".join(
-            moe_train("data", "flagged", "--name", "a", "--erase", *where).err.split()
-        )
+        for other in (("--name", "a"), ("--everybody",)):
+            told = moe_train("data", "flagged", *other, "--erase", *where)
+            assert told.code == 2
+            assert "expected --erase alone" in " ".join(told.err.split())
         assert moe_train("data", "flagged", "--erase", "--json", *where).document["bytes"] > 0
         assert moe_train("data", "flagged", "--json", *where).document == {"rows": 0, "answered": 0, "bytes": 0}
