@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("ddp", "fsdp", "ep")
-# recipe -> family, and parts of the body. SGD for the breaker, whose first gradient is only rounding, which Adam would
-# scale to a full step.
+# recipe -> family, and parts of the body. A breaker with a fresh adapter equals its reference, so that its first gradient
+# is only rounding, and whatever it does then is chance: it begins with another job's adapter, for which it waits.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("granitemoe", {"data": {"dataset_id": "words"}, "optimizer": {"lr": 5e-3},
                            "moe": {"train_router": True, "router_aux_loss_coef": 0.1}}),
     "dpo": ("mixtral", {"data": {"dataset_id": "pairs"}, "optimizer": {"lr": 5e-3}}),
-    "circuit_breaker": ("mixtral", {"data": {"dataset_id": "words"}, "optimizer": {"optimizer_type": "sgd", "lr": 0.05},
+    "circuit_breaker": ("mixtral", {"data": {"dataset_id": "words"}, "optimizer": {"lr": 1e-3},
+                                    "adapter": {"rank": 4, "init_from": "dpo-alone"},
                                     "circuit_breaker": {"retain": {"dataset_id": "kept"}, "target_layers": "1"}}),
 }  # fmt: skip
 PAIRS = list(product(RECIPES, STRATEGIES))
