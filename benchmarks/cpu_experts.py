@@ -158,7 +158,7 @@ def run_variant(name: str, shape: Shape, tokens_of: str, dtype: torch.dtype, thr
 
 def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
     """(seconds, bytes) a step, by variant, after two steps that are not counted."""
-    # A process each, begun anew.
+    # Each in a new process.
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("ddp", "fsdp", "ep")
-# recipe -> family, and parts of the body. A breaker with a fresh adapter equals its reference, so that its first gradient
-# is only rounding, and whatever it does then is chance: it begins with another job's adapter, for which it waits.
+# recipe -> family, and parts of the body. A breaker with a fresh adapter equals its reference, so its first gradient is
+# only rounding, and what it does then is chance: it begins with another job's adapter, for which it waits.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("granitemoe", {"data": {"dataset_id": "words"}, "optimizer": {"lr": 5e-3},
                            "moe": {"train_router": True, "router_aux_loss_coef": 0.1}}),

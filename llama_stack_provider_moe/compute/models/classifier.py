@@ -20,7 +20,7 @@ def load_classifier(
         field: the caller's name for the model, for errors.
 
     Raises:
-        ModelError: it can't be loaded, or is no classifier of one label.
+        ModelError: it can't be loaded, or is not a classifier with one label.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trusted(name))
@@ -32,7 +32,7 @@ def load_classifier(
     if config.num_labels != 1:
         raise ModelError(f"{field}: {name!r} has {config.num_labels} labels; expected one, whose logit is the reward")
     tokenizer = tokenizer_of(name, None)
-    # The classifier reads the last token that is no padding, which it finds by this id.
+    # The classifier reads the last token that is not padding, which it finds by this id.
     config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     model = load_weights(name, config, DTYPES[dtype], device, AutoModelForSequenceClassification)
     return model.eval(), tokenizer
