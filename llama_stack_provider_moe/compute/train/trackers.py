@@ -69,9 +69,12 @@ class TrackioTracker(Tracker):
     """https://huggingface.co/docs/trackio, local first."""
 
     def __init__(self, settings: Trackio, folder: Path, session: AnySession, first_step: int) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(folder))  # read when it is imported
+        wanted = Path(os.environ.setdefault("TRACKIO_DIR", str(folder)))  # read once, when trackio is imported
         import trackio
+        from trackio.utils import TRACKIO_DIR
 
+        if wanted != TRACKIO_DIR:
+            raise TrainingError(f"trackio was imported for {TRACKIO_DIR}; expected {wanted}")
         self._run: Any = trackio.init(
             project=settings.project,
             name=session.job_uuid,

@@ -258,10 +258,12 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def be_quiet(folder: JobFolder) -> None:
-    """Set up the libraries before they are imported: no progress bars, and the job's folder for tokenised rows."""
+    """Set up the libraries before they are imported: no progress bars, and the job's folder for what they write."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_DATASETS_CACHE", str(folder.root / "cache"))
+    # Read once, when trackio is imported, and TRL's GRPO imports it before the job's trackers are opened.
+    os.environ.setdefault("TRACKIO_DIR", str(folder.trackers / "trackio"))
 
 
 def flush() -> None:

@@ -1,15 +1,19 @@
 """What each tracker has written at the end, read back with the tracker's own reader."""
 
+import importlib
 import json
+import os
 import sqlite3
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, QUIET, be_quiet
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.support.training_support import Row, Run, Workshop, said, sft_rows, workshop
@@ -26,6 +30,8 @@ def no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trackers set environment variables that would send the next test's figures to this one's folder."""
     for name in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # its folder is fixed when it is imported, and TRL's GRPO imports it
 
 
 def evaluation(workshop: Workshop, rows: list[Row] | None = None, **more: Any) -> dict[str, Any]:
@@ -123,6 +129,36 @@ def test_trackio(workshop: Workshop) -> None:
         written = [(step, json.loads(metrics)) for step, metrics in rows]
     assert same({step: figures["train/ce"] for step, figures in written if "train/ce" in figures}, run)
     assert by_name(written) == approximately(safety(run))
+
+
+def test_trackio_writes_into_the_jobs_folder_though_another_library_imported_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's GRPO does, before the job's trackers are opened."""
+    for name in ("HF_DATASETS_CACHE", *QUIET):
+        monkeypatch.setenv(name, "")  # set back at the end
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    monkeypatch.delenv("TRACKIO_DIR")
+    folder = JobFolder(tmp_path / "job")
+    be_quiet(folder)
+    found = subprocess.run(
+        [sys.executable, "-c", "import trackio; print(trackio.utils.TRACKIO_DIR)"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.split() == [str(folder.trackers / "trackio")]
+
+
+def test_trackio_of_another_folder_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    os.environ["TRACKIO_DIR"] = str(tmp_path / "elsewhere")
+    importlib.import_module("trackio")
+    del os.environ["TRACKIO_DIR"]
+    one_step = {"n_epochs": 1, "max_steps_per_epoch": 1}
+    run = workshop.run("sft", "granitemoe", trackers={"trackio": {}}, training=one_step)
+    assert run.exit_code == FAILED
+    assert run.reason == (
+        f"trackers.trackio: can't be opened: TrainingError: trackio was imported for {tmp_path / 'elsewhere'}; "
+        f"expected {run.folder.trackers / 'trackio'}"
+    )
 
 
 def by_name(written: list[tuple[int, dict[str, float]]]) -> dict[str, dict[int, float]]:
