@@ -36,14 +36,16 @@ class Who(NamedTuple):
     """Who asks.
 
     Attributes:
-        owner: whom sessions belong to.
+        owner: whom sessions belong to, and whose conversations wait for a score.
         principal: the name that rules see.
         session: the caller's name for the conversation; None: it gave none.
+        is_named: whether the host knows who the caller is; those without a name share an owner.
     """
 
     owner: str
     principal: str
     session: str | None
+    is_named: bool = True
 
 
 # Runs a call that may take a second, without holding up the caller's event loop.
@@ -136,10 +138,10 @@ class Guard:
             guard = self._tool_guards[params.rules]
             return await self._in_thread(lambda: guard.verdict(conversation, who.principal))
         if isinstance(params, RepMonitorParams):
-            return await self._probed(params, conversation)
+            return await self._probed(params, conversation, who)
         return await self._trajectory(shield_id, params, conversation, who, lookup)
 
-    async def _probed(self, params: RepMonitorParams, conversation: Conversation) -> Verdict:
+    async def _probed(self, params: RepMonitorParams, conversation: Conversation, who: Who) -> Verdict:
         views = scored_views(params, conversation)
         others = sorted({kind for each in conversation for kind in each.other_parts})
         if others and params.other_parts == "block":
@@ -148,7 +150,8 @@ class Guard:
         try:
             if self._scorer is None:
                 raise ScorerFailed("down", "this server has no scorer")
-            scores = await self._scorer.score(params.probe, views, params.deadline_s) if views else []
+            owner = who.owner if who.is_named else None
+            scores = await self._scorer.score(params.probe, views, params.deadline_s, owner) if views else []
         except ScorerFailed as error:
             # A sender can cause a refusal, so it never lets anything through.
             chosen = "block" if error.reason == "refused" else params.on_failure or self.config.on_failure

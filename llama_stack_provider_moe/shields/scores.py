@@ -67,7 +67,11 @@ class Scorer(Protocol):
     """Scores conversations with fitted probes; holds no event loop."""
 
     async def score(
-        self, probe: str, conversations: Sequence[Sequence[Mapping[str, str]]], deadline_s: float
+        self,
+        probe: str,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        deadline_s: float,
+        owner: str | None = None,
     ) -> list[Score]:
         """Score each conversation, by all the views that the probe's card names, and return the worst of each.
 
@@ -75,6 +79,7 @@ class Scorer(Protocol):
             probe: name of the probe, as configured.
             conversations: each a list of messages with `role` and `content`.
             deadline_s: seconds after which the caller no longer waits.
+            owner: who asks; None: nobody in particular, whose conversations may fill the whole queue.
 
         Raises:
             ScorerFailed: there is no score; its `reason` says why.

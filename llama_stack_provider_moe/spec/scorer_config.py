@@ -23,6 +23,13 @@ class ScorerLimits(Block):
     queue: int = Field(
         default=256, ge=1, le=100_000, description="Conversations that may wait; further ones are not scored."
     )
+    queue_of_owner: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Conversations of one user that may wait, so that nobody fills the queue alone; one request of a "
+        "user who has none waiting may be larger. Left out: half of `queue`, and for callers without a name all of it.",
+    )
     batch_size: int = Field(default=16, ge=1, le=4096, description="Texts in one pass through a model.")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="Processor threads of the scorer; left out: torch decides."

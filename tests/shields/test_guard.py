@@ -115,12 +115,24 @@ class Failing:
         self._reason = reason
 
     async def score(
-        self, probe: str, conversations: Sequence[Sequence[Mapping[str, str]]], deadline_s: float
+        self,
+        probe: str,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        deadline_s: float,
+        owner: str | None = None,
     ) -> list[Score]:
         raise ScorerFailed(self._reason, "no score")
 
     async def health(self) -> ScorerHealth:
         return ScorerHealth("down", "failing", (), 0, 0)
+
+
+def test_the_scorer_learns_whose_conversations_wait_unless_callers_have_no_name() -> None:
+    scorer = WordScorer({})
+    made = guard(scorer)
+    for who in (ANN, BOB, Who("anonymous", "anonymous", "s", is_named=False)):
+        ask(made, "cooking", "hello", who=who)
+    assert scorer.owners == ["ann", "bob", None]
 
 
 def test_a_session_adds_up_what_no_turn_shows() -> None:

@@ -17,12 +17,18 @@ class WordScorer:
     def __init__(self, words: Mapping[str, float]) -> None:
         self._words = words
         self.asked: list[Sequence[Sequence[Mapping[str, str]]]] = []
+        self.owners: list[str | None] = []
 
     async def score(
-        self, probe: str, conversations: Sequence[Sequence[Mapping[str, str]]], deadline_s: float
+        self,
+        probe: str,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        deadline_s: float,
+        owner: str | None = None,
     ) -> list[Score]:
         """Score each conversation."""
         self.asked.append(conversations)
+        self.owners.append(owner)
         return [Score(self._of(each), THRESHOLD, LAYER) for each in conversations]
 
     async def health(self) -> ScorerHealth:

@@ -71,7 +71,8 @@ def who(session: str | None = None) -> Who:
     caller = compat.caller()
     name = ANONYMOUS if caller is None else caller.principal
     principal = name if caller is None or caller.tenant is None else f"{caller.tenant}/{name}"
-    return Who(callers.owner(), principal, session or _session.get() or _session_in_provider_data())
+    return Who(callers.owner(), principal, session or _session.get() or _session_in_provider_data(),
+               is_named=caller is not None)  # fmt: skip
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class ScorerClient:
         self._settings, self._folder = settings, folder
         self.keeper = ScorerKeeper(settings, folder, environment, module)
         self._waiting = 0
+        self._of_owner: Counter[str | None] = Counter()
+        self._most_of_owner = settings.queue_of_owner or max(1, settings.queue // 2)
         self._counting = threading.Lock()  # llama-stack may use several event loops
 
     def start(self) -> None:
@@ -62,13 +65,17 @@ class ScorerClient:
         return self.keeper.health()._replace(waiting=self._waiting)
 
     async def score(
-        self, probe: str, conversations: Sequence[Sequence[Mapping[str, str]]], deadline_s: float
+        self,
+        probe: str,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        deadline_s: float,
+        owner: str | None = None,
     ) -> list[Score]:
         """See `Scorer`."""
         if not conversations:
             return []
         framed = self._framed(probe, conversations, deadline_s)
-        self._enter(len(conversations))
+        self._enter(len(conversations), owner)
         try:
             async with asyncio.timeout(deadline_s):
                 answer = await self._ask(framed)
@@ -80,7 +87,7 @@ class ScorerClient:
         except WireError as error:
             raise ScorerFailed("down", f"the scorer's answer can't be read: {error}") from None
         finally:
-            self._leave(len(conversations))
+            self._leave(len(conversations), owner)
         if answer.failed is not None:
             raise ScorerFailed(answer.failed, answer.message)
         scores = answer.scores or []
@@ -104,16 +111,24 @@ class ScorerClient:
         except ValueError as error:  # a role or a content that is no text, half a surrogate pair, or too many bytes
             raise ScorerFailed("refused", f"the conversations can't be sent: {str(error)[:200]}") from None
 
-    def _enter(self, count: int) -> None:
+    def _enter(self, count: int, owner: str | None) -> None:
         with self._counting:
             if self._waiting + count > self._settings.queue:
                 raise ScorerFailed("overloaded", f"{self._waiting} conversations wait already, and at most "
                                    f"{self._settings.queue} may")  # fmt: skip
+            of_owner = self._of_owner[owner]
+            if owner is not None and of_owner and of_owner + count > self._most_of_owner:
+                raise ScorerFailed("overloaded", f"{of_owner} conversations of this caller wait already, and at most "
+                                   f"{self._most_of_owner} may")  # fmt: skip
             self._waiting += count
+            self._of_owner[owner] += count
 
-    def _leave(self, count: int) -> None:
+    def _leave(self, count: int, owner: str | None) -> None:
         with self._counting:
             self._waiting -= count
+            self._of_owner[owner] -= count
+            if not self._of_owner[owner]:
+                del self._of_owner[owner]
 
     async def _ask(self, framed: bytes) -> Answer:
         with socket_in(self._folder) as path:

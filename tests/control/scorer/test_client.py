@@ -144,6 +144,37 @@ def test_more_than_the_queue_holds_is_overloaded_at_once_and_the_loop_goes_on(ma
     assert asyncio.run(client.score("fine", [CALM] * 4, 20)) == [Score(0.0, 0.5, 3)] * 4, "they no longer count"
 
 
+def test_nobody_fills_the_queue_alone(made: Made) -> None:
+    client = made(queue=8)
+    ready(client)
+
+    async def crowd() -> str:
+        waiting = [asyncio.create_task(client.score("stuck", [CALM, CALM], 1, "ann")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(
+            ScorerFailed, match="4 conversations of this caller wait already, and at most 4 may"
+        ) as caught:
+            await client.score("fine", [CALM], 1, "ann")
+        others = [asyncio.create_task(client.score("stuck", [CALM], 1, owner)) for owner in ("bob", None, None)]
+        await asyncio.sleep(0)
+        assert (await client.health()).waiting == 7
+        await asyncio.wait([*waiting, *others])
+        for task in (*waiting, *others):
+            error = task.exception()
+            assert isinstance(error, ScorerFailed)
+            assert error.reason == "deadline"
+        return caught.value.reason
+
+    assert asyncio.run(crowd()) == "overloaded"
+    assert not client._of_owner, "what no longer waits no longer counts"
+    assert len(asyncio.run(client.score("fine", [CALM] * 8, 20, "ann"))) == 8, "a first request may take more"
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({"queue": 1}, 1), ({"queue": 9}, 4), ({"queue_of_owner": 3}, 3)])
+def test_the_part_of_the_queue_that_one_caller_may_fill(made: Made, settings: dict[str, int], expected: int) -> None:
+    assert made(**settings)._most_of_owner == expected
+
+
 def test_one_that_never_starts_is_down_and_tried_again_later_and_later(made: Made) -> None:
     client = made({"TINY_SCORER_ENDS": "1"})
     wait_for(lambda: client.keeper.health().restarts == 2)
