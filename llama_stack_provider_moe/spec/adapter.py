@@ -222,6 +222,9 @@ class Adapter(Block):
     def _plan_and_its_settings_agree(self) -> "Adapter":
         if self.plan in ("all_experts", "per_expert") and not self.apply_lora_to_mlp:
             raise ValueError(f"plan: {self.plan!r} adapts experts; expected apply_lora_to_mlp true with it")
+        if self.plan in ("all_experts", "per_expert") and self.use_dora:
+            raise ValueError(f"use_dora: true is not valid with plan {self.plan!r}, because PEFT has no DoRA on the "
+                             "parameters that experts are")  # fmt: skip
         if self.plan == "per_expert" and not (self.rules or self.from_analysis or self.init_from):
             raise ValueError("rules: plan 'per_expert' needs at least one, such as {\"layers\": \"0-3\", "
                              "\"experts\": {\"0\": 16}}, or from_analysis, or init_from")  # fmt: skip

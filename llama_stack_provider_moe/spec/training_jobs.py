@@ -106,6 +106,9 @@ class TrainingJob(EvaluatedJob):
             raise ValueError("adapter: an adapter without a target trains nothing; set lora_attn_modules, "
                              "apply_lora_to_mlp or apply_lora_to_output, or moe.train_router true for the routers "
                              "alone")  # fmt: skip
+        if self.adapter.use_dora and self.moe.train_router:
+            raise ValueError("adapter.use_dora: true is not valid with moe.train_router true, because PEFT has no DoRA "
+                             "on the parameters that routers are")  # fmt: skip
         return self
 
     @model_validator(mode="after")

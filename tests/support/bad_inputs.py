@@ -204,6 +204,10 @@ _METHOD_CASES = [
         "quantize_scales: true is used only with quantize_base true and quantize_bits 4"),
     Bad("three bits", JOBS, {"adapter": {"quantize_base": True, "quantize_bits": 3}}, 400, "adapter.quantize_bits: 3 "
         "is not valid; expected 4 or 8"),
+    Bad("DoRA on experts", JOBS, {"adapter": {"plan": "all_experts", "use_dora": True}}, 400,
+        "use_dora: true is not valid with plan 'all_experts'"),
+    Bad("DoRA on routers", JOBS, {"adapter": {"use_dora": True}, "moe": {"train_router": True}}, 400,
+        "adapter.use_dora: true is not valid with moe.train_router true"),
     Bad("plan without rules", JOBS, {"adapter": {"plan": "per_expert"}}, 400, "adapter: rules: plan 'per_expert' "),
     Bad("unknown plan", JOBS, {"adapter": {"plan": "some"}}, 400, "adapter.plan: 'some' is not valid; expected 'trunk"),
     Bad("rule of no expert", JOBS, {"adapter": {"plan": "per_expert", "rules": [{"experts": {"-1": 4}}]}}, 400,

@@ -100,9 +100,10 @@ def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, devi
     """
     for name, named in _NAMED.items():
         if implementation in named and not (runs_triton(device) if name == "triton" else device.type == "cuda"):
+            extra = "" if name == "triton" else " and quack-kernels (extra 'quack')"
             raise ModelError(
-                f"moe.experts_backend: '{name}' is not valid here; it needs a CUDA GPU (sm_80 or newer), expected "
-                "'auto' or 'torch'"
+                f"moe.experts_backend: '{name}' is not valid here; it needs a CUDA GPU (sm_80 or newer){extra}, "
+                "expected 'auto' or 'torch'"
             )
     quantized = spec.adapter is not None and spec.adapter.quantize_base
     if quantized and implementation is not None and implementation not in ALL_OURS:

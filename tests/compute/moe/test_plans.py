@@ -343,6 +343,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"quantize_bits": 8}, "is used only with quantize_base true"),
     ({"quantize_scales": True}, "quantize_scales: true is used only with quantize_base true and quantize_bits 4"),
     ({"quantize_base": True, "quantize_bits": 8, "quantize_scales": True}, "quantize_scales: true is used only with"),
+    ({"plan": "all_experts", "use_dora": True}, "use_dora: true is not valid with plan 'all_experts'"),
     ({"quantize_base": True, "use_dora": True, "apply_lora_to_mlp": False}, "not valid with quantize_base true"),
 ]  # fmt: skip
 
