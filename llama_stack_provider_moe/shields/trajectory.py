@@ -3,9 +3,9 @@
 A conversation may come to its goal in steps none of which is conspicuous. For each session there is the maximum of the
 scores so far, and a sum that decays by half in each half-life: s <- s * 2 ** (-dt / h) + score.
 
-Sessions are kept in memory, by (owner, session); each ends after a time without a turn. Where there is no room for a
-new one, the owner with the most sessions loses the least recently used of them: nobody can push out the sessions of an
-owner who has fewer. A server process has its own, so a server with several workers needs sticky sessions.
+Sessions are kept in memory, by (owner, session); each ends after a time without a turn. When as many are kept
+as may be, a new one replaces the least recently used session of the owner who has the most: nobody can push out the
+sessions of an owner who has fewer. A server process has its own, so a server with several workers needs sticky sessions.
 """
 
 from collections import OrderedDict, defaultdict

@@ -172,7 +172,9 @@ def _written(document: dict[str, object], host: hosts.Host, is_torch_needed: boo
     kept = document["kept"]
     assert isinstance(kept, list)
     files = {name: str(file) for name, file in document.items() if name != "kept"}
-    extras = f"{host.extra},train" if is_torch_needed else host.extra
+    # A server that trains serves the dashboard, whose charts need a package.
+    needed = {"dashboard": "job" in files, host.extra: True, "train": is_torch_needed}
+    extras = ",".join(extra for extra, is_needed in needed.items() if is_needed)
     serve = host.command.format(file=files["server"])
     lines = [
         f"{'kept' if file in kept else 'wrote'} {file}{' (unchanged)' * (file in kept)}" for file in files.values()
