@@ -197,6 +197,7 @@ def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -
         read_run_config(folder / f"{server}.yaml", None, {"MOE_STATE_DIR": str(tmp_path)})
     assert (folder / "constraints.txt").read_bytes() == (ROOT / host.constraints).read_bytes()
     extras = f"{host.extra},train" if runs_jobs or is_guarded else host.extra
+    extras = f"dashboard,{extras}" if runs_jobs else extras
     assert f"[{extras}]' -c {folder / 'constraints.txt'}" in done.out
     assert host.command.format(file=folder / f"{server}.yaml") in done.out
     assert (f"moe-train guard check {folder / 'shields/tools.yaml'}" in done.out) == is_guarded
