@@ -68,7 +68,8 @@ def test_each_module_that_a_command_starts_runs_its_main() -> None:
     assert len(named) > 8
     for name in named:
         text = (package / f"{name.replace('.', '/')}.py").read_text("utf-8")
-        assert 'if __name__ == "__main__":\n    sys.exit(main())' in text, name
+        _, _, last = text.rpartition('\nif __name__ == "__main__":\n')
+        assert last.endswith("    sys.exit(main())\n"), name
 
 
 @pytest.fixture(autouse=True)
