@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,8 @@ def fitted(folder: Path) -> TinyProbe:
 
 
 def _run(command: Callable[[list[str]], int], *words: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as where it is started: libraries' warnings end nothing
         code = command(list(words))
     assert code == 0, out.getvalue()
     return out.getvalue()

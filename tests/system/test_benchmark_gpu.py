@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def smoke(out: Path, *options: str, blocked: tuple[str, ...] = (), **environment
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """In this process, which has imported the libraries; `test_interpreted_triton_on_a_bare_machine` starts one."""
     out = tmp_path_factory.mktemp("smoke") / "found.json"
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as where it is started: libraries' warnings end nothing
         found = command(patch, out, "--repetitions", "3")
     assert "left out: 0 case(s)" in said.getvalue()
     return found
