@@ -1,23 +1,14 @@
-"""Jobs of several processes with a real supervisor in this process, whose forkserver imports the libraries once.
+"""Jobs of several processes with a real supervisor in this process, whose forkserver imports the libraries once."""
 
-The forkserver stays for the next office: to import them again, in each module of tests, would take 30 s of processor
-time.
-"""
-
-import atexit
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, STOPPED
 from llama_stack_provider_moe.control.store.store import Job, JobStore
-from llama_stack_provider_moe.control.supervisor.executors.forkserver import Forkserver, Readiness
-from llama_stack_provider_moe.control.supervisor.executors.local import LocalExecutor, training_environment
+from llama_stack_provider_moe.control.supervisor.executors.local import LocalExecutor
 from llama_stack_provider_moe.control.supervisor.supervisor import Supervisor
 from llama_stack_provider_moe.jobdir.events import read
 from llama_stack_provider_moe.jobdir.folder import JobFolder
@@ -27,7 +18,6 @@ from tests.support.jobs_support import kill_children, new_supervisor
 from tests.support.training_support import Run, Workshop
 
 LIMIT_S = 600.0
-_forkservers: list[Forkserver] = []  # the last one is this process's
 CODES = {JobState.COMPLETED: COMPLETED, JobState.FAILED: FAILED, JobState.CANCELLED: STOPPED}
 
 
@@ -80,23 +70,16 @@ class Office:
         return {0: rank_0, 1: rank_1}
 
 
-def _forkserver() -> Forkserver:
-    """The one of this process, if it can still fork."""
-    if not _forkservers or _forkservers[-1].readiness() not in (Readiness.IMPORTING, Readiness.READY):
-        config = ProviderConfig(state_dir=Path(tempfile.mkdtemp(prefix="moe-forkserver-")))
-        _forkservers.append(Forkserver(config, training_environment(os.environ, config)))
-        atexit.register(_forkservers[-1].close)
-    return _forkservers[-1]
-
-
 @contextmanager
 def office(workshop: Workshop) -> Iterator[Office]:
     """An office for the jobs of a workshop; no process of them is left running."""
     settings = {"cancel_grace_s": 300, "max_concurrent_jobs": 1, "max_attempts": 3}
     config = ProviderConfig.model_validate({"state_dir": workshop.root, "supervisor": settings})
-    store, executor = JobStore(config.url), LocalExecutor(config, start_forkserver=_forkserver)
+    store, executor = JobStore(config.url), LocalExecutor(config)
     try:
         yield Office(store, new_supervisor(store, config, executor))
     finally:
         store.close()
         kill_children(workshop.root / "jobs")
+        if executor.forkserver is not None and executor.forkserver.current is not None:
+            executor.forkserver.current.close()

@@ -2,7 +2,7 @@
 
 Triton decides at its import whether it interprets, so start `python -m tests.support.triton_cases interpret`
 with TRITON_INTERPRET=1, also `layers` and `models`, and `compile` without it. All print one line of JSON for each
-case. `interpret few` and `compile few` leave out what half precision shares with other cases.
+case.
 """
 
 import itertools
@@ -44,8 +44,6 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
     "rank 256": ((9, 4, 12), 0, 48, 33, 256),
     "several tiles": ((70, 3, 40), 0, 150, 80, 20),
 }
-# Where a size is at the edge of a tile, masks decide, which know no dtype: fp32 has all of these shapes.
-FEW = {"fp16": HALVED[:2], "bf16": (*HALVED, "rows of none", "rank 100"), "fp32": tuple(SHAPES)}
 
 
 def made(seed: int, *shape: int) -> Tensor:
@@ -99,7 +97,7 @@ def interpret() -> None:
             continue
         if len(how) > 2 and shape not in DROPPING:
             continue
-        if (name == "fp16" and shape not in HALVED) or (_few() and shape not in FEW[name]):
+        if name == "fp16" and shape not in HALVED:
             continue
         ours = learnt(grouped, dtype, shape, *how)
         again = learnt(grouped, dtype, shape, *how) if twice else ours
@@ -252,18 +250,12 @@ def _error(found: Tensor, true: Tensor) -> float:
     return float(off) if bool(torch.isfinite(off)) else 1e9
 
 
-def _few() -> bool:
-    return sys.argv[2:] == ["few"]
-
-
 def compile_all() -> None:
     """One line of JSON for each kernel, device and dtype; with `table` as a second argument a table."""
     if sys.argv[2:] == ["table"]:
         titles = ("registers", "spilt bytes", "shared bytes", "wgmma", "TMA loads")
         print(f"{'kernel':<44}" + "".join(f"{title:>13}" for title in titles))
     for arch, name in itertools.product((80, 90, 100), ("bf16", "fp16", "fp32")):
-        if _few() and name == "fp16" and arch != 90:
-            continue
         for kind, kernel, constants, options in variants(arch, name):
             found = {"case": f"{kind}, sm_{arch}, {name}", **compiled(kernel, arch, name, constants, options)}
             if sys.argv[2:] == ["table"]:

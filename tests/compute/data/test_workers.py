@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED
 from llama_stack_provider_moe.control.supervisor.processes import in_session
 from llama_stack_provider_moe.jobdir.checkpoint_index import valid_checkpoints
@@ -39,9 +41,8 @@ def assert_nothing_is_left(session: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_batches_are_the_same_whoever_prepares_them(workshop: Workshop) -> None:
-    """`distributed.test_together_more` has the other recipes, in processes that are forked and import nothing."""
-    recipe = "dpo"
+@pytest.mark.parametrize("recipe", ["dpo", "circuit_breaker"])
+def test_batches_are_the_same_whoever_prepares_them(workshop: Workshop, recipe: str) -> None:
     settings: dict[str, Any] = {"training": {"batch_size": 4}}
     alone = workshop.run(recipe, "granitemoe", **settings)
     folder = workshop.job(recipe, "granitemoe", **settings, options={"dataloader_workers": 2})

@@ -30,27 +30,9 @@ def test_what_one_type_has_is_told_by_its_own_source(monkeypatch: pytest.MonkeyP
     assert read == ["llama", "mixtral"]
 
 
-def is_rare(model_type: str, law: str) -> bool:
-    """Whether another case fails with this one.
-
-    A composite computes with its language model, so that alone has only the laws about its own class and files. Codes
-    of 8 bits differ from those of 4 in their arithmetic, which is no family's: a fifth of the families has both.
-    """
-    if (model_type, law) in FAILS:
-        return False
-    if model_type.removesuffix("_text") != model_type and model_type.removesuffix("_text") in MADE:
-        return law not in ("counts", "saved and merged", "whole model")
-    return law == "8 bits" and MADE.index(model_type) % 5 > 0
-
-
 # One family after the other: its laws share its model.
-CASES = [
-    pytest.param(each, law, marks=[pytest.mark.slow] if is_rare(each, law) else [], id=f"{each}-{law}")
-    for each in MADE for law in LAWS
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("model_type", "law"), CASES)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("model_type", MADE)
 @pytest.mark.filterwarnings("ignore")
 def test_law(model_type: str, law: str, tmp_path: Path) -> None:
     subject = Subject(model_type)

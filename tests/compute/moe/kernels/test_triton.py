@@ -20,17 +20,13 @@ NO_WORSE = {"fp32": 1.5, "fp16": 1.5, "bf16": 3.5}
 CUT_OFF = {"fp32": 1e-7, "fp16": 1e-7, "bf16": 3 * 2**-8}
 
 
-# The whole differs from the few by what half precision shares with other cases.
-few_or_all = pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "all"])
-
-
-def run(what: str, *few: str) -> list[dict[str, Any]]:
+def run(what: str) -> list[dict[str, Any]]:
     """The cases' answers, from a process of its own."""
     environment = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"}
     if what != "compile":
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.triton_cases", what, *few],
+        [sys.executable, "-m", "tests.support.triton_cases", what],
         env=environment, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,15 +42,13 @@ def no_worse(cases: list[dict[str, Any]], floor: dict[str, float]) -> None:
             assert ours <= NO_WORSE[case["dtype"]] * twin + floor[case["dtype"]], (case["case"], what, ours, twin)
 
 
-@few_or_all
-def test_interpreted_every_case_is_no_worse_than_its_torch_twin(few: bool) -> None:
+def test_interpreted_every_case_is_no_worse_than_its_torch_twin() -> None:
     """Output and each gradient against fp64, also with dropout, whose masks are those of the formula bit by bit; memory
     that nobody wrote is NaN; the same again at a second run (of two shapes), and without tensor descriptors."""
-    cases = run("interpret", *["few"] * few)
+    cases = run("interpret")
     masks = [case for case in cases if case["case"].startswith("mask")]
     cases = [case for case in cases if case not in masks]
-    whole = 12 + 2 * 2 + 5  # fp32; bf16 too, and fp16 in part
-    assert len(cases) == whole + (5 + 2 * 2 + 5 + 2 + 2 + 2 if few else whole + 3 + 2 + 3)
+    assert len(cases) == 2 * (12 + 2 * 2 + 5) + 3 + 2 + 3  # fp32 and bf16 whole, fp16 in part
     no_worse(cases, dict.fromkeys(CUT_OFF, 1e-7))
     assert len(masks) == 4
     for case in masks:
@@ -78,11 +72,10 @@ def test_interpreted_whole_models_equal_torch() -> None:
         assert case["worst"] < 2e-5, case  # measured: 1.04e-5 with AVX-512
 
 
-@few_or_all
-def test_compiled_for_three_generations_without_spills(few: bool) -> None:
+def test_compiled_for_three_generations_without_spills() -> None:
     """Hopper's own ways are in what was compiled for it: wgmma, and TMA where it is asked for."""
-    cases = run("compile", *["few"] * few)
-    assert len(cases) == 3 * 3 * 9 + 2 * 2 * 3 + 3 * 6 - (2 * 9 + 3 if few else 0)
+    cases = run("compile")
+    assert len(cases) == 3 * 3 * 9 + 2 * 2 * 3 + 3 * 6
     for case in cases:
         kind, arch, dtype = case["case"].rsplit(", ", 2)
         assert case["registers"] <= 255, case
