@@ -40,18 +40,25 @@ FAULTS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def faulty(product: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def faulty(
+    product: Callable[..., tuple[Tensor, Tensor | None]], fault: str
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A product of kernels, then the fault."""
 
     def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         out, low = product(*arguments, **options)
-        FAULTS[sys.argv[1]](out)
+        FAULTS[fault](out)
         return out, low
 
     return wrong
 
 
-if __name__ == "__main__":
-    grouped.product, quack.product = faulty(_triton), faulty(_quack)
+def main(fault: str) -> None:
+    """The trial that standard input describes, with the fault."""
+    grouped.product, quack.product = faulty(_triton, fault), faulty(_quack, fault)
     quack.gemm = lambda: quack_gemm.gemm  # type: ignore[assignment]
     kernel_trial.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

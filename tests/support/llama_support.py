@@ -4,15 +4,21 @@ The converter knows tokenizers by a hash of how they encode a text, so a trained
 toolchain, for its self-test; two ChatML tokens are added to it.
 """
 
+import hashlib
 import os
+import shutil
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llama_stack_provider_moe.compute.export import gguf
 from llama_stack_provider_moe.llama_cpp import Toolchain
 from llama_stack_provider_moe.llama_cpp.install import install
 from tests.support import tiny_models
@@ -56,6 +62,31 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=Tokenizer.from_str(_gpt2()), eos_token="<|im_end|>", pad_token="<|endoftext|>",
         chat_template=tiny_models.CHATML, padding_side="right",
     )  # fmt: skip
+
+
+@contextmanager
+def converting_once(kept: Path) -> Iterator[None]:
+    """The converter, a process that imports torch, runs once for a model's content; later calls get a copy of its file.
+
+    For tests of what comes after it: several exports of one job merge the same weights.
+    """
+    convert = gguf._by_converter
+
+    def once(model: Path, out: Path, options: Sequence[str], *more: Any) -> None:
+        content = hashlib.sha256(repr(options).encode())
+        for path in sorted(model.glob("*.safetensors")) + sorted(model.glob("*.json")):
+            content.update(path.name.encode() + path.read_bytes())
+        file = kept / f"{content.hexdigest()}.gguf"
+        if not file.exists():
+            convert(model, out, options, *more)
+            shutil.copy(out, file)
+        else:
+            shutil.copy(file, out)
+
+    kept.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "_by_converter", once)
+        yield
 
 
 def build(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -1,5 +1,6 @@
 """Bodies of HTTP jobs that should give the same in one process and in two, for each recipe and strategy."""
 
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
                                     "circuit_breaker": {"retain": {"dataset_id": "kept"}, "target_layers": "1"}}),
 }  # fmt: skip
 PAIRS = list(product(RECIPES, STRATEGIES))
+FEW = list(zip(RECIPES, ("ep", "ddp", "fsdp"), strict=True))  # each recipe and each strategy once
 BATCH, STEPS = 8, 3
 
 
@@ -34,7 +36,7 @@ def body(recipe: str, models: Path, strategy: str | None, steps: int = STEPS, **
     }  # fmt: skip
 
 
-def bodies(models: Path) -> list[dict[str, Any]]:
-    """Each recipe in one process, and in two with each strategy."""
+def bodies(models: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> list[dict[str, Any]]:
+    """Each recipe in one process, and in two as the pairs of recipe and strategy say."""
     asked: list[tuple[str, str | None]] = [(recipe, None) for recipe in RECIPES]
-    return [body(recipe, models, strategy) for recipe, strategy in [*asked, *PAIRS]]
+    return [body(recipe, models, strategy) for recipe, strategy in [*asked, *sorted(pairs)]]

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_stack_provider_moe.spec.routing import RoutingReport
 from tests.compute.recipes.test_sft import mean_nll
-from tests.support import safety_jobs, tiny_models, together_jobs
-from tests.support.host_harness import QUICKSTART, Server, run_config, serving
+from tests.support import safety_jobs, together_jobs
+from tests.support.chosen import chosen
+from tests.support.host_harness import Server
+from tests.support.shared_server import Shared
 from tests.system.test_e2e import DPO_ROWS, LIMIT_S, SFT_ROWS, asking
 
 pytestmark = pytest.mark.e2e
@@ -49,6 +50,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
               {"quantized.bits": 4, "quantized.experts": 16}),
 }  # fmt: skip
 RECIPES = ["sft", "dpo"]
+# Each case with one of the recipes, in turn: neither an adapter's plan nor a balance knows which recipe trains it.
+JOBS = [pytest.param(case, recipe, marks=[] if (at + of) % 2 == 0 else [pytest.mark.slow])
+        for at, case in enumerate(CASES) for of, recipe in enumerate(RECIPES)]  # fmt: skip
+# Each recipe and each strategy once; `tests.compute.distributed` has them with each other, without a server.
+TOGETHER = [pytest.param(*pair, marks=[] if pair in together_jobs.FEW else [pytest.mark.slow])
+            for pair in together_jobs.PAIRS]  # fmt: skip
 # Of two blocks both are rerouted at the second, where Llama 4's and GLM-4's experts are.
 BREAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -57,58 +64,54 @@ BREAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-4": ("llama4_text", {"moe": {"router_aux_loss_coef": 0.01}}),
     "glm-4": ("glm4_moe", {"adapter": {"rank": 4, "plan": "per_expert", "rules": [{"experts": {"1": 4}}]}}),
 }
+# One by the API's own route and one on a quantised base; `tests.compute.recipes.test_circuit_breaker` has every family.
+BREAKER_JOBS = [pytest.param(each, marks=[] if each in ("qwen3", "granite-4-bit") else [pytest.mark.slow])
+                for each in BREAKERS]  # fmt: skip
 KEPT_ROWS = [{"prompt": f"Add {i} and {i + 3}.", "completion": f"That makes {2 * i + 3}."} for i in range(16)]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("e2e-experts")
-    provider = {
-        "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "supervisor": {"max_concurrent_jobs": 2, "poll_s": 2},
-    }
-    with serving(run_config(QUICKSTART, folder, provider=provider), folder / "state") as running:
-        for family in {*safety_jobs.FAMILIES, *(family for family, *_ in [*CASES.values(), *BREAKERS.values()])}:
-            tiny_models.build(family, running.state_dir / "models" / family)
-        running.register("words", SFT_ROWS)
-        running.register("pairs", DPO_ROWS)
-        running.register("kept", KEPT_ROWS)
-        for name, rows in safety_jobs.DATA.items():
-            running.register(name, rows)
-        yield running
+def server(shared: Shared) -> Server:
+    for family in {*safety_jobs.FAMILIES, *(family for family, *_ in [*CASES.values(), *BREAKERS.values()])}:
+        shared.model(family)
+    for name, rows in {"words": SFT_ROWS, "pairs": DPO_ROWS, "kept": KEPT_ROWS, **safety_jobs.DATA}.items():
+        shared.rows(name, rows)
+    return shared.server
 
 
 @pytest.fixture(scope="module")
-def jobs(server: Server) -> dict[str, dict[str, Any]]:
-    """Run every case and recipe at once: id -> the whole job after its end."""
+def jobs(server: Server, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """Run the jobs of all cases at once: id -> the whole job after its end."""
     ids = []
     with asking(server) as http:
-        for name, (family, parts, _) in CASES.items():
-            for recipe in RECIPES:
-                body: dict[str, Any] = {
-                    "recipe": recipe,
-                    "job_uuid": f"{name}-{recipe}",
-                    "model": str(server.state_dir / "models" / family),
-                    "data": {"dataset_id": "words" if recipe == "sft" else "pairs"},
-                    "training": {"batch_size": 8},
-                    "optimizer": {"lr": 5e-3},
-                    **{block: value for block, value in parts.items() if block != "options"},
-                    "options": {"max_length": 64, "lr_scheduler": "constant", **parts.get("options", {})},
-                }
-                answer = http.post("/jobs", json=body)
-                assert answer.status_code == 200, answer.text
-                ids.append(body["job_uuid"])
+        for name, recipe in sorted(chosen(request, "case", "recipe")):
+            family, parts, _ = CASES[name]
+            body: dict[str, Any] = {
+                "recipe": recipe,
+                "job_uuid": f"{name}-{recipe}",
+                "model": str(server.state_dir / "models" / family),
+                "data": {"dataset_id": "words" if recipe == "sft" else "pairs"},
+                "training": {"batch_size": 8},
+                "optimizer": {"lr": 5e-3},
+                **{block: value for block, value in parts.items() if block != "options"},
+                "options": {"max_length": 64, "lr_scheduler": "constant", **parts.get("options", {})},
+            }
+            answer = http.post("/jobs", json=body)
+            assert answer.status_code == 200, answer.text
+            ids.append(body["job_uuid"])
         return ended(http, ids)
 
 
 @pytest.fixture(scope="module")
-def breakers(server: Server) -> dict[str, dict[str, Any]]:
+def breakers(server: Server, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """The circuit-breaker jobs, the same way."""
+    names = sorted(name for (name,) in chosen(request, "name"))
     with asking(server) as http:
-        for name, (family, parts) in BREAKERS.items():
+        for name in names:
+            family, parts = BREAKERS[name]
             answer = post_breaker(http, name, str(server.state_dir / "models" / family), parts)
             assert answer.status_code == 200, answer.text
-        return ended(http, [f"breaker-{name}" for name in BREAKERS])
+        return ended(http, [f"breaker-{name}" for name in names])
 
 
 def ended(http: httpx.Client, ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -143,7 +146,7 @@ def post_breaker(http: httpx.Client, name: str, model: str, parts: dict[str, Any
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BREAKERS)
+@pytest.mark.parametrize("name", BREAKER_JOBS)
 def test_circuit_breaker_reroutes(breakers: dict[str, dict[str, Any]], name: str) -> None:
     job = breakers[f"breaker-{name}"]
     assert job["status"] == "completed", job.get("reason")
@@ -293,9 +296,9 @@ def test_a_circuit_breaker_is_cancelled_and_goes_on_to_its_end(server: Server) -
 
 
 @pytest.fixture(scope="module")
-def together(server: Server) -> dict[str, dict[str, Any]]:
+def together(server: Server, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """The whole jobs of `together_jobs`."""
-    bodies = together_jobs.bodies(server.state_dir / "models")
+    bodies = together_jobs.bodies(server.state_dir / "models", chosen(request, "recipe", "strategy"))
     with asking(server) as http:
         for body in bodies:
             answer = http.post("/jobs", json=body)
@@ -308,7 +311,7 @@ def weights(http: httpx.Client, job_id: str) -> dict[str, torch.Tensor]:
     return dict(load(downloaded(http, job_id, "adapter")["adapter_model.safetensors"]))
 
 
-@pytest.mark.parametrize(("recipe", "strategy"), together_jobs.PAIRS)
+@pytest.mark.parametrize(("recipe", "strategy"), TOGETHER)
 def test_two_processes_leave_what_one_leaves(
     together: dict[str, dict[str, Any]], server: Server, recipe: str, strategy: str
 ) -> None:
@@ -348,8 +351,7 @@ def test_a_job_that_loses_a_process_goes_on_and_completes(server: Server) -> Non
     assert series["steps"] == list(range(1, 49))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "recipe"), JOBS)
 def test_job_completes_learns_and_did_what_was_asked(
     jobs: dict[str, dict[str, Any]], server: Server, case: str, recipe: str
 ) -> None:
@@ -367,8 +369,7 @@ def test_job_completes_learns_and_did_what_was_asked(
     assert kinds == {"checkpoint", "adapter"} | ({"merged"} if case == "4-bit" else set())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "recipe"), JOBS)
 # peft 0.21 looks for a pattern's names among modules, and parameters are none; it applies them all the same.
 @pytest.mark.filterwarnings(r"ignore:The following rank_pattern keys did not match:RuntimeWarning")
 def test_plain_peft_loads_the_adapter(jobs: dict[str, dict[str, Any]], server: Server, case: str, recipe: str) -> None:

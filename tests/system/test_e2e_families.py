@@ -5,7 +5,6 @@ are those of base and adapter. What of this does not need a server, `compute.moe
 """
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from transformers import AutoConfig
 from llama_stack_provider_moe.compute.moe.layout import outside_text
 from llama_stack_provider_moe.compute.moe.model_types import class_of
 from tests.support import tiny_models
+from tests.support.chosen import chosen
 from tests.support.family_subject import Subject
-from tests.support.host_harness import QUICKSTART, Server, run_config, serving
+from tests.support.host_harness import Server
+from tests.support.shared_server import Shared
 from tests.system.test_e2e import DPO_ROWS, LIMIT_S, SFT_ROWS, asking
 
 pytestmark = pytest.mark.e2e
@@ -32,36 +33,44 @@ FAMILIES = {
     "deepseek_v32": "dpo",  # latent attention with an indexer, and groups of experts
     "mistral4": "sft",  # latent attention
 }
+# One of each kind of layout; `compute.moe.test_every_family` has the laws of all types.
+FEW = ("nemotron_h", "glm4v_moe", "gemma4")
+FEW_OR_ALL = [pytest.param(family, marks=[] if family in FEW else [pytest.mark.slow]) for family in FAMILIES]
 COMPOSITE = {"glm4v_moe"}
 # The load check starts two processes that import the libraries; in the others the test itself compares the logits.
 LOAD_CHECKED = "gemma4"
 TOKENS = torch.arange(5, 25).unsqueeze(0)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("e2e-families")
-    provider = {
-        "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "supervisor": {"max_concurrent_jobs": 2, "poll_s": 0.5},
-    }
-    with serving(run_config(QUICKSTART, folder, provider=provider), folder / "state") as running:
-        for family in FAMILIES:
-            Subject(family).model().save_pretrained(running.state_dir / "models" / family)
-            tiny_models.tokenizer().save_pretrained(running.state_dir / "models" / family)
-        running.register("words", SFT_ROWS)
-        running.register("pairs", DPO_ROWS)
-        yield running
+def build(family: str, folder: Path) -> None:
+    Subject(family).model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def jobs(server: Server) -> dict[str, dict[str, Any]]:
+def families(request: pytest.FixtureRequest) -> list[str]:
+    """Those of the run."""
+    return sorted(family for (family,) in chosen(request, "family"))
+
+
+@pytest.fixture(scope="module")
+def server(shared: Shared, families: list[str]) -> Server:
+    for family in families:
+        shared.model(family, build)
+    shared.rows("words", SFT_ROWS)
+    shared.rows("pairs", DPO_ROWS)
+    return shared.server
+
+
+@pytest.fixture(scope="module")
+def jobs(server: Server, families: list[str]) -> dict[str, dict[str, Any]]:
     """Every family, all at once: family -> the whole job, once its export has ended too."""
-    ids = list(FAMILIES)
+    ids = families
     found: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + LIMIT_S
     with asking(server) as http:
-        for family, recipe in FAMILIES.items():
+        for family in families:
+            recipe = FAMILIES[family]
             body = {
                 "recipe": recipe, "job_uuid": family, "model": str(server.state_dir / "models" / family),
                 "data": {"dataset_id": "words" if recipe == "sft" else "pairs"},
@@ -89,7 +98,7 @@ def artifact(job: dict[str, Any], name: str) -> Path:
     return Path(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW_OR_ALL)
 def test_job_completes_learns_and_is_exported(jobs: dict[str, dict[str, Any]], family: str) -> None:
     job = jobs[family]
     assert job["status"] == "completed", job.get("reason")
@@ -104,7 +113,7 @@ def test_job_completes_learns_and_is_exported(jobs: dict[str, dict[str, Any]], f
     assert [(step["name"], step["state"]) for step in export["steps"]] == [(step, "completed") for step in steps]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW_OR_ALL)
 @pytest.mark.filterwarnings("ignore")
 def test_the_merged_model_is_a_whole_model_of_its_class(
     jobs: dict[str, dict[str, Any]], server: Server, family: str

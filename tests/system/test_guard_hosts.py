@@ -323,6 +323,11 @@ def test_each_user_trains_on_what_was_flagged_of_them(running: Running) -> None:
         assert bob.post("/jobs", json=job).status_code == 400
 
 
+# The next scorer imports its libraries anew, 30 s of processor time: `make test` sees that on one host.
+@pytest.mark.parametrize(
+    "running", [pytest.param(host, marks=[] if host is ALL[-1] else [pytest.mark.slow]) for host in ALL],
+    ids=lambda host: host.name, indirect=True,
+)  # fmt: skip
 def test_a_scorer_that_is_gone_blocks_and_comes_back(running: Running) -> None:
     children = psutil.Process(running.server.process.pid).children(recursive=True)
     scorers = [each for each in children if "compute.probing.scorer" in " ".join(each.cmdline())]

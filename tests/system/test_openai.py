@@ -16,10 +16,10 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.contracts.doc_blocks import ROOT, blocks_of
-from tests.support import tiny_models
 from tests.support.host_harness import QUICKSTART, Server, run_config, serving, tiny_interpreter
 from tests.support.jobs_support import wait_for
 from tests.support.openai_support import async_client, client, result_file
+from tests.support.shared_server import Shared
 
 pytestmark = pytest.mark.e2e
 
@@ -131,25 +131,15 @@ def test_a_registered_data_set_of_the_host(quick: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def training(shared: Shared) -> Server:
     """A server that trains tiny models."""
-    folder = tmp_path_factory.mktemp("training")
-    config = run_config(
-        QUICKSTART,
-        folder,
-        provider={
-            "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            "supervisor": {"max_concurrent_jobs": 2, "poll_s": 0.5},
-        },
-    )
-    with serving(config, folder / "state") as running:
-        tiny_models.build("granitemoe", running.state_dir / "models" / "tiny")
-        yield running
+    shared.model("granitemoe")
+    return shared.server
 
 
 def test_the_script_of_the_guide_trains_a_model(training: Server, tmp_path: Path) -> None:
     (script,) = (block.text for block in blocks_of(GUIDE) if block.language == "python")
-    model = training.state_dir / "models" / "tiny"
+    model = training.state_dir / "models" / "granitemoe"
     address, granite = "http://127.0.0.1:8321", "ibm-granite/granite-3.0-1b-a400m-instruct"
     for written, here in ((address, training.url), (granite, model)):
         assert script.count(written) == 1
@@ -170,10 +160,10 @@ def test_the_script_of_the_guide_trains_a_model(training: Server, tmp_path: Path
 
 
 def test_dpo_trains_a_model(training: Server) -> None:
-    file = uploaded(training, "pairs", PREFERENCES)
+    file = uploaded(training, "number-pairs", PREFERENCES)
     with client(training.url) as api:
         job = api.fine_tuning.jobs.create(
-            model=str(training.state_dir / "models" / "tiny"), training_file=file, validation_file=file, seed=3,
+            model=str(training.state_dir / "models" / "granitemoe"), training_file=file, validation_file=file, seed=3,
             method={"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 4, "learning_rate_multiplier": 2}}},
             extra_body={"moe": {"adapter": {"rank": 4}, "options": {"max_length": 64}, "resources": {"gpus": 0}}},
         )  # fmt: skip
@@ -189,7 +179,7 @@ def test_dpo_trains_a_model(training: Server) -> None:
         # The result is a model of our own API.
         with training.http() as http:
             body: dict[str, Any] = {"recipe": "sft", "model": job.fine_tuned_model, "adapter": {"rank": 4}}
-            body["data"] = {"dataset_id": uploaded(training, "chats", CHATS)}
+            body["data"] = {"dataset_id": uploaded(training, "number-chats", CHATS)}
             answer = http.post("/jobs/validate", json=body)
             assert answer.status_code == 200, answer.text
             assert answer.json()["spec"]["adapter"]["init_from"].startswith(str(training.state_dir / "jobs"))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -24,13 +25,20 @@ class OwnConfig(LlamaConfig):
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-LOAD = """
-import sys, torch
+# Loads a model in each environment, one after the other: the imports take longer than all of them.
+LOADS = """
+import json, os, sys, torch
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.compute.models.loader import load
-spec = JOB_SPEC.validate_python({"recipe": "sft", "model": sys.argv[1], "data": {"dataset_id": "rows"},
-                                 "training": {"dtype": "fp32"}})
-print(type(load(spec, torch.device("cpu"))[0]).__name__)
+for model, changes in json.loads(sys.argv[1]):
+    os.environ.update(changes)
+    spec = JOB_SPEC.validate_python({"recipe": "sft", "model": model, "data": {"dataset_id": "rows"},
+                                     "training": {"dtype": "fp32"}})
+    try:
+        found = type(load(spec, torch.device("cpu"))[0]).__name__
+    except Exception as refused:
+        found = str(refused)
+    print(json.dumps([found, os.path.exists(os.environ["TELLTALE"])]))
 """
 
 
@@ -53,33 +61,42 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def loaded(hub: Path, model: str, trusted: list[str], telltale: Path) -> subprocess.CompletedProcess[str]:
-    """The result of a training process in an environment as the supervisor sets it."""
-    server = ProviderConfig(state_dir=hub / "state", models=ModelsConfig(trust_remote_code=trusted))
-    environment = child_environment(os.environ, server, hub) | {
-        "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(hub / "modules"), "TELLTALE": str(telltale),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, model], env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+@pytest.fixture(scope="module")
+def loaded(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Case -> the class of the loaded model or why it was not loaded, and whether its code has run.
 
-
-def test_code_of_a_trusted_model_runs(hub: Path, tmp_path: Path) -> None:
-    done = loaded(hub, "acme/own", ["acme/own"], tmp_path / "ran")
-    assert done.stdout.split()[-1:] == ["OwnForCausalLM"], done.stderr[-2000:]
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("as_folder", [False, True], ids=["hub id", "folder"])
-def test_code_of_another_model_does_not_run(hub: Path, tmp_path: Path, as_folder: bool) -> None:
+    In a training process's environment as the supervisor sets it. A model's code runs in the last case alone.
+    """
     folder = hub / "hub" / "models--acme--own" / "snapshots" / COMMIT
     # A folder is not the repository, even with the same content.
-    model, trusted = (str(folder), ["acme/own"]) if as_folder else ("acme/own", ["acme/other"])
-    done = loaded(hub, model, trusted, tmp_path / "ran")
-    assert done.returncode != 0
-    assert "needs Python code from its repository, which this server does not run" in done.stderr
-    assert not (tmp_path / "ran").exists()
+    cases = {"hub id": ("acme/own", "acme/other"), "folder": (str(folder), "acme/own"), "own": ("acme/own", "acme/own")}
+    own = {
+        "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(hub / "modules"),
+        "PYTHONPATH": str(Path(__file__).parents[3]), "TELLTALE": str(tmp_path_factory.mktemp("telltale") / "ran"),
+    }  # fmt: skip
+    told: list[tuple[str, dict[str, str]]] = []
+    for model, trusted in cases.values():
+        server = ProviderConfig(state_dir=hub / "state", models=ModelsConfig(trust_remote_code=[trusted]))
+        environment = child_environment(os.environ, server, hub)
+        told.append((model, {TRUST_VARIABLE: environment[TRUST_VARIABLE]}))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, json.dumps(told)], env=environment | own, capture_output=True, text=True,
+        check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    return dict(zip(cases, answers, strict=True))
+
+
+def test_code_of_a_trusted_model_runs(loaded: dict[str, list[Any]]) -> None:
+    assert loaded["own"] == ["OwnForCausalLM", True]
+
+
+@pytest.mark.parametrize("case", ["hub id", "folder"])
+def test_code_of_another_model_does_not_run(loaded: dict[str, list[Any]], case: str) -> None:
+    why, has_run = loaded[case]
+    assert "needs Python code from its repository, which this server does not run" in why
+    assert not has_run
 
 
 def test_a_job_cannot_trust_for_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
 """Our experts under DistributedDataParallel: two processes with half a batch each get the gradients of one process."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +15,7 @@ from llama_stack_provider_moe.compute.moe.quantize import quantize, spare_ddp
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.support import tiny_models
-from tests.support.free_ports import free_port
+from tests.support.ep_group import in_processes
 
 IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -46,21 +43,13 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, port: int, family: str, bits: int | None, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found = gradients(DistributedDataParallel(made(family, bits)), IDS[2 * rank : 2 * rank + 2])
-        torch.save(found, out / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(("family", "bits"), [("granitemoe", 4), ("llama4_text", None)])
 def test_two_processes_give_the_gradients_of_one(family: str, bits: int | None, tmp_path: Path) -> None:
-    mp.spawn(work, args=(free_port(), family, bits, tmp_path), nprocs=2, join=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    def work(rank: int) -> dict[str, Tensor]:
+        torch.set_num_threads(1)
+        return gradients(DistributedDataParallel(made(family, bits)), IDS[2 * rank : 2 * rank + 2])
+
+    first, second = in_processes(2, work, tmp_path)
     expected = gradients(made(family, bits), IDS)
     assert first.keys() == expected.keys()
     for name, gradient in expected.items():

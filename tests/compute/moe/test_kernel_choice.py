@@ -1,7 +1,9 @@
 """The trial of kernels in a child process: here Triton's are interpreted on the CPU, whole and with faults."""
 
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,15 +24,20 @@ from llama_stack_provider_moe.compute.moe.kernels import reference
 from llama_stack_provider_moe.compute.moe.kernels.agreement import AGREES, disagreement, worst_error
 from llama_stack_provider_moe.compute.moe.quantize import quantize
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
-from tests.support import tiny_models
+from tests.support import tiny_models, warm_trials
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 CPU = torch.device("cpu")
+Child = Callable[[str], tuple[str, ...]]
 SMALL = TrialLayer(16, 32, 32, 64, 2, 2, "float32", "cpu", rank=4)
 
 
-def child(fault: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "tests.support.faulty_trial", fault)
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """The command of a trial with a fault."""
+    address = tmp_path_factory.mktemp("warm") / "socket"
+    with warm_trials.warm(address):
+        yield partial(warm_trials.command, address)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +54,7 @@ def job(**blocks: Any) -> TrainingSpec:
     {"dtype": "bfloat16", "activation": "clamped", "alpha": 1.7, "limit": 7.0, "biased": True, "transposed": True},
     {"rank": 0, "trains": True, "biased": True}, {"lora_dropout": 0.2, "expert_dropout": 0.1},
 ])  # fmt: skip
-def test_correct_kernels_pass_in_every_form_of_layer(changes: dict[str, Any]) -> None:
+def test_correct_kernels_pass_in_every_form_of_layer(child: Child, changes: dict[str, Any]) -> None:
     """Interpreted, Triton takes longer, so torch is kept; no tiles are timed."""
     trials = run_trial(replace(SMALL, **changes), child("none"))
     assert trials.torch.ms is not None
@@ -64,7 +71,7 @@ def test_correct_kernels_pass_in_every_form_of_layer(changes: dict[str, Any]) ->
     ("has a wrong tile", "of the norm in a block of (16, 32) with 16 tokens"),
     ("has a NaN", "is off by nan of the norm in a block of (16, 32) with 16 tokens"),
 ])  # fmt: skip
-def test_a_fault_ends_the_trial_and_not_this_process(fault: str, reason: str) -> None:
+def test_a_fault_ends_the_trial_and_not_this_process(child: Child, fault: str, reason: str) -> None:
     trials = run_trial(SMALL, child(fault))
     assert trials.torch.ms is not None
     assert trials.other.ms is None
@@ -79,7 +86,7 @@ def test_a_fault_ends_the_trial_and_not_this_process(fault: str, reason: str) ->
     ("has a wrong tile", "of the norm in a block of (16, 32) with 16 tokens"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_quack_kernels_have_the_same_trial(fault: str, reason: str, dropout: float) -> None:
+def test_quack_kernels_have_the_same_trial(child: Child, fault: str, reason: str, dropout: float) -> None:
     form = replace(SMALL, dtype="bfloat16", kernels="quack", lora_dropout=dropout, expert_dropout=dropout / 2)
     trials = run_trial(form, child(fault))
     assert trials.torch.ms is not None
@@ -96,10 +103,10 @@ def test_quack_kernels_that_are_not_there_fail_their_trial() -> None:
 
 
 @pytest.mark.parametrize(("limits", "reason"), [
-    (Limits(silence_s=15), "no sign of life for 15 s; it is not used"),
-    (Limits(whole_s=6), "it took more than 6 s; it is not used"),
+    (Limits(silence_s=5), "no sign of life for 5 s; it is not used"),
+    (Limits(whole_s=3), "it took more than 3 s; it is not used"),
 ])  # fmt: skip
-def test_a_trial_that_hangs_is_ended(limits: Limits, reason: str) -> None:
+def test_a_trial_that_hangs_is_ended(child: Child, limits: Limits, reason: str) -> None:
     trials = run_trial(SMALL, child("hangs"), limits)
     assert trials.other.ms is None
     assert trials.other.reason.endswith(reason)

@@ -29,7 +29,7 @@ __all__ = ["workshop"]
 
 @pytest.fixture(scope="module")
 def trained(workshop: Workshop) -> Iterator[Run]:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, llama_support.converting_once(workshop.root / "converted"):
         patch.setenv("MOE_TRAIN_CACHE", str(llama_support.CACHE))
         llama_support.toolchain()
         base = workshop.root / "models" / "known"

@@ -58,6 +58,20 @@ def every_command(group: Any, name: str = "") -> list[tuple[str, Any]]:
 ALL = every_command(typer.main.get_command(commands.app_of()))
 
 
+def test_each_module_that_a_command_starts_runs_its_main() -> None:
+    """A command is `python -m MODULE`: without these lines it would do nothing, and say that all went well."""
+    cli = Path(commands.__file__).parent
+    package = cli.parents[1]
+    named = {
+        name for path in cli.glob("*.py") for name in re.findall(r'"(compute(?:\.\w+)+)"', path.read_text("utf-8"))
+    }
+    assert len(named) > 8
+    for name in named:
+        text = (package / f"{name.replace('.', '/')}.py").read_text("utf-8")
+        _, _, last = text.rpartition('\nif __name__ == "__main__":\n')
+        assert last.endswith("    sys.exit(main())\n"), name
+
+
 @pytest.fixture(autouse=True)
 def no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def started(*_: object, **__: object) -> None:
