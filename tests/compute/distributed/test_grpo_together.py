@@ -26,17 +26,18 @@ HAS_E = {"grader": {"type": "regex", "name": "has e", "pattern": "e|a"}}
 # 9 held-out rows, in runs of 8: one process gets nothing of the last.
 CASES: dict[str, dict[str, Any]] = {
     # A group of 8 answers is divided between the processes, and a step has two micro-batches.
-    "lora": {"training": {"gradient_accumulation_steps": 2}, "rl": {"n_generations": 8, "beta": 0.1, "n_iterations": 2},
+    "lora": {"training": {"gradient_accumulation_steps": 2}, "rl": {"n_generations": 8, "beta": 0.1},
              "moe": {"train_router": True, "router_z_loss_coef": 0.01, "router_aux_loss_coef": 0.1}},
-    "whole": {"adapter": None, "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True},
+    "whole": {"adapter": None,
+              "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True, "n_iterations": 2},
               "reward": [HAS_E, {"grader": {"type": "length", "name": "short", "unit": "tokens", "most": 4}}]},
-    "nothing": {"rl": {"no_spread_generations": 2}, "reward": [
+    "nothing": {"training": {"n_epochs": 2}, "rl": {"no_spread_generations": 2}, "reward": [
         {"grader": {"type": "regex", "name": "never", "pattern": "never in an answer"}}]},
 }  # fmt: skip
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
-    settings = {"rows": prompt_rows(32), **CASES.get(case, {}), **more}
+    settings = {"rows": prompt_rows(8), **CASES.get(case, {}), **more}
     training = {"batch_size": 8 // processes, **settings.pop("training", {})}
     settings = {"reward": [HAS_E], "optimizer": {"optimizer_type": "sgd", "lr": 0.2}, **settings}
     rows, held_out = settings.pop("rows"), prompt_rows(9, first=100)
@@ -65,7 +66,7 @@ def ran(workshop: Workshop) -> Ran:
     folders = {(case, processes): job(workshop, case, processes) for case in CASES for processes in (1, 2)}
     half = [
         {**row, "item": {**row["item"], **({} if (number // 2) % 2 else {"gold": "e"})}}
-        for number, row in enumerate(prompt_rows(32))
+        for number, row in enumerate(prompt_rows(8))
     ]
     grader = {"grader": {"type": "string_check", "name": "gold", "reference": "{{item.gold}}", "operation": "like"}}
     for name, limit in (("fewer", 0.6), ("more", 0.4)):
@@ -104,7 +105,7 @@ def test_nothing_to_learn_and_failed_graders_count_in_both_processes(ran: Ran) -
         assert len(nothing.events("step")) == 2
     fewer, more = ran.runs["fewer", 2], ran.runs["more", 2]
     assert fewer.exit_code == COMPLETED, "a process whose answers all fail has half of the answers"
-    assert sum(bool(each.failures) for _, answers in samples(fewer) for each in answers) == 16
+    assert sum(bool(each.failures) for _, answers in samples(fewer) for each in answers) == 8
     assert more.exit_code == FAILED
     assert more.reason.startswith("grader 'gold' gave no value for 4 of the last 8 answers, more than"), more.reason
 
