@@ -71,7 +71,7 @@ def stages(folder: JobFolder) -> list[str]:
 def is_in(moment: str, folder: JobFolder) -> bool:
     """Whether the job is at a moment of a step after this start's first: it learns from answers once it graded them."""
     found = stages(folder)
-    if "step" not in found:
+    if "step" not in found or "evaluating" in found[len(found) - found[::-1].index("step") :]:
         return False
     if moment == "learning":
         last = max((at for at, each in enumerate(found) if each in ("grading", "step")), default=0)
