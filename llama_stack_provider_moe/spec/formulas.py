@@ -167,7 +167,7 @@ def _bounds_of_call(name: str, ranges: list[Range]) -> Range:
     low, high = ranges[0]
     match name:
         case "min" | "max":
-            chosen = min if name == "min" else max
+            chosen: Callable[..., float] = min if name == "min" else max
             return chosen(each[0] for each in ranges), chosen(each[1] for each in ranges)
         case "abs":
             ends = sorted((abs(low), abs(high)))
@@ -182,7 +182,7 @@ def _bounds_of_call(name: str, ranges: list[Range]) -> Range:
 
 
 def _end(name: str, value: float, outside: float) -> float:
-    """The end of a rising function's range. A library's `exp` and `log` may round the wrong way: some steps outwards."""
+    """The end of a rising function's range. A library's `exp` and `log` may round inwards: some steps outwards."""
     if name == "exp" and not math.isinf(value) and value > 709:
         return math.inf if outside > 0 else math.exp(709)
     if math.isinf(value):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -157,13 +158,13 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         """The tokens of prompts and answers; none of an answer that the overlong filter leaves out."""
         return _mask(inputs)
 
-    def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object]]) -> Batch:
+    def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object] | Ballast]) -> Batch:
         self.rest()  # generating is no part of a training step
         self._is_ballast = isinstance(inputs[0], Ballast)
-        inputs = [row.of if isinstance(row, Ballast) else row for row in inputs]  # type: ignore[misc]
-        self._asked = [list(row["prompt_ids"]) for row in inputs]  # type: ignore[call-overload]
+        given = [cast(Row, row.of) if isinstance(row, Ballast) else row for row in inputs]
+        self._asked = [list(row["prompt_ids"]) for row in given]  # type: ignore[call-overload]
         texts = self.processing_class.batch_decode(self._asked)
-        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, inputs, strict=True)]
+        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, given, strict=True)]
         batch = super()._generate_and_score_completions(rows)
         mask = batch["completion_mask"]
         assert mask is not None
