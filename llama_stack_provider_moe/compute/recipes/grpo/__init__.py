@@ -148,8 +148,8 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         steps = self.args.gradient_accumulation_steps
         assert self._buffered_inputs is not None, "the answers of this step"
         first = self._step % self.args.steps_per_generation // steps * steps
-        tokens = [float(_mask(each).sum()) for each in (inputs, *self._buffered_inputs[first : first + steps])]
-        mine, *others = self.peers.sums(tokens)
+        learnt: list[Mapping[str, Tensor | None]] = [inputs, *self._buffered_inputs[first : first + steps]]
+        mine, *others = self.peers.sums([float(_mask(each).sum()) for each in learnt])
         share = torch.tensor(mine / sum(others), dtype=torch.float64)
         self.flops += self.work.of(_mask(inputs).sum(dim=1).tolist())
         return {**inputs, batch_sharing.TOKEN_SHARE: share}
