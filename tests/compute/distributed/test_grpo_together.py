@@ -1,22 +1,16 @@
-"""GRPO in two processes: the same as in one for the same answers; graded, kept, stopped and resumed together."""
+"""GRPO in two processes: the same as in one for the same answers, which are graded, kept and counted together."""
 
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
-from llama_stack_provider_moe.jobdir.state import JobState
-from tests.support.alike import assert_alike, curve
-from tests.support.together import Office, office
+from tests.support.alike import assert_alike
 from tests.support.training_support import Run, Workshop, prompt_rows, workshop
 
 __all__ = ["workshop"]
@@ -64,20 +58,8 @@ class Ran:
 def ran(workshop: Workshop) -> Ran:
     """All runs with given answers, in forks of one process."""
     folders = {(case, processes): job(workshop, case, processes) for case in CASES for processes in (1, 2)}
-    half = [
-        {**row, "item": {**row["item"], **({} if (number // 2) % 2 else {"gold": "e"})}}
-        for number, row in enumerate(prompt_rows(8))
-    ]
-    grader = {"grader": {"type": "string_check", "name": "gold", "reference": "{{item.gold}}", "operation": "like"}}
-    for name, limit in (("fewer", 0.6), ("more", 0.4)):
-        folders[name, 2] = job(
-            workshop, "half", 2, rows=half, reward=[grader], data={"shuffle": False},
-            grading={"max_failed_share": limit}, options={"eval_before_training": False, "validation_split": 0},
-        )  # fmt: skip
-        spec = folders[name, 2].spec
-        spec.write_text(spec.read_text().replace('"validation_dataset_id":"held-out"', '"validation_dataset_id":null'))
     arguments = [sys.executable, "-m", "tests.support.given_answers", *(str(each.root) for each in folders.values())]
-    subprocess.run(arguments, check=True, timeout=900)
+    subprocess.run(arguments, check=True, timeout=2400)
     return Ran({
         key: Run(folder, int((folder.root / "exit-code").read_text())) for key, folder in folders.items()
     })  # fmt: skip
@@ -98,43 +80,8 @@ def test_two_processes_leave_the_same_as_one(ran: Ran, case: str) -> None:
     assert len({each.reward for _, answers in samples(two) for each in answers}) > 1
 
 
-def test_nothing_to_learn_and_failed_graders_count_in_both_processes(ran: Ran) -> None:
+def test_nothing_to_learn_ends_both_processes(ran: Ran) -> None:
     for processes in (1, 2):
         nothing = ran.runs["nothing", processes]
         assert nothing.manifest.stopped_by == "no_reward_spread", nothing.reason
         assert len(nothing.events("step")) == 2
-    fewer, more = ran.runs["fewer", 2], ran.runs["more", 2]
-    assert fewer.exit_code == COMPLETED, "a process whose answers all fail has half of the answers"
-    assert sum(bool(each.failures) for _, answers in samples(fewer) for each in answers) == 8
-    assert more.exit_code == FAILED
-    assert more.reason.startswith("grader 'gold' gave no value for 4 of the last 8 answers, more than"), more.reason
-
-
-@pytest.fixture(scope="module")
-def desk(workshop: Workshop) -> Iterator[Office]:
-    with office(workshop) as made:
-        yield made
-
-
-def test_a_lost_process_is_named_and_the_job_goes_on_bitwise(workshop: Workshop, desk: Office) -> None:
-    """Each process writes its own answers; checkpoints among the steps of a generation have those of both."""
-    more = {"rl": {"n_iterations": 2}, "training": {"n_epochs": 2}, "options": {"autosave_minutes": 1e-6}}
-    unbroken, folder = (job(workshop, "sampled", 2, **more) for _ in range(2))
-    desk.submit(unbroken)
-    whole = desk.ended(unbroken)
-    assert whole.exit_code == COMPLETED, whole.reason
-    desk.submit(folder)
-    desk.after_steps(folder, 3)
-    os.kill(desk.ranks(folder)[1], signal.SIGKILL)
-    run = desk.ended(folder)
-    known = desk.job(folder)
-    assert (known.state, known.attempts) == (JobState.COMPLETED, 2), known.reason
-    assert "process 1 of 2 was killed by SIGKILL" in folder.output.read_text()
-    assert [event.step > 0 for event in run.events("resumed")] == [True]
-    mine, theirs = run.final(), whole.final()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    assert curve(run) == curve(whole)
-    assert samples(run) == samples(whole)
-    first = samples(whole)[0][1]
-    assert len(first) == 8
-    assert len({each.completion for each in first}) > 4, "processes draw different numbers"
