@@ -1,16 +1,22 @@
-"""GRPO in two processes: the same as in one for the same answers, which are graded, kept and counted together."""
+"""GRPO in two processes: the same as in one for the same answers; graded, kept, stopped and resumed together."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
-from tests.support.alike import assert_alike
+from llama_stack_provider_moe.jobdir.state import JobState
+from tests.support.alike import assert_alike, curve
+from tests.support.together import Office, office
 from tests.support.training_support import Run, Workshop, prompt_rows, workshop
 
 __all__ = ["workshop"]
@@ -85,3 +91,33 @@ def test_nothing_to_learn_ends_both_processes(ran: Ran) -> None:
         nothing = ran.runs["nothing", processes]
         assert nothing.manifest.stopped_by == "no_reward_spread", nothing.reason
         assert len(nothing.events("step")) == 2
+
+
+@pytest.fixture(scope="module")
+def desk(workshop: Workshop) -> Iterator[Office]:
+    with office(workshop) as made:
+        yield made
+
+
+def test_a_lost_process_is_named_and_the_job_goes_on_bitwise(workshop: Workshop, desk: Office) -> None:
+    """Each process writes its own answers; checkpoints among the steps of a generation have those of both."""
+    more = {"rl": {"n_iterations": 2}, "training": {"n_epochs": 2}, "options": {"autosave_minutes": 1e-6}}
+    unbroken, folder = (job(workshop, "sampled", 2, **more) for _ in range(2))
+    desk.submit(unbroken)
+    whole = desk.ended(unbroken)
+    assert whole.exit_code == COMPLETED, whole.reason
+    desk.submit(folder)
+    desk.after_steps(folder, 3)
+    os.kill(desk.ranks(folder)[1], signal.SIGKILL)
+    run = desk.ended(folder)
+    known = desk.job(folder)
+    assert (known.state, known.attempts) == (JobState.COMPLETED, 2), known.reason
+    assert "process 1 of 2 was killed by SIGKILL" in folder.output.read_text()
+    assert [event.step > 0 for event in run.events("resumed")] == [True]
+    mine, theirs = run.final(), whole.final()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    assert curve(run) == curve(whole)
+    assert samples(run) == samples(whole)
+    first = samples(whole)[0][1]
+    assert len(first) == 8
+    assert len({each.completion for each in first}) > 4, "processes draw different numbers"
