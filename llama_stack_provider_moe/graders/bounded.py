@@ -19,6 +19,9 @@ _FUNCTIONS = {
     "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", "log",
     "exp", "min", "max", "gcd", "lcm", "mod", "abs", "det", "dim", "lim", "frac", "infty", "inf",
 }  # fmt: skip
+# A sign of a formula that math-verify passes over outside LaTeX: it would read a number beside it as the result.
+_OPERATOR = re.compile(r"[=<>≤≥≠^+*/]|\\(?:le|ge|ne|lt|gt|leq|geq|neq)\b|[\w)\]}]\s*-\s*[\w(\\]")
+_PROSE = re.compile(r"(?:^|\s)[^\W\d_]{2,}\s+\w")  # a word before another one
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -91,11 +94,15 @@ def math(reference: str, text: str, precision: int, limit_s: float) -> float:
 
     seconds = max(1, int(limit_s))
     kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
-    right = parse(reference, kinds, parsing_timeout=seconds) if _SIGN.search(reference) else []
-    if not right and _is_bare_result(reference):
-        right = parse(f"${reference}$", kinds, parsing_timeout=seconds)
-        if all(isinstance(each, str) for each in right):  # math-verify's copy of the text: it read nothing
-            right = []
+    readings = [reference] if _SIGN.search(reference) else []
+    if _is_bare_result(reference):
+        readings.insert(0 if _is_bare_formula(reference) else 1, f"${reference}$")
+    right: list[object] = []
+    for reading in readings:
+        right = parse(reading, kinds, parsing_timeout=seconds)
+        if any(not isinstance(each, str) for each in right):
+            break
+        right = []  # only math-verify's copy of the text: it read nothing
     if not right:
         raise BadReference(f"{reference[:80]!r} is no result that math-verify can read")
     return float(verify(right, parse(text, kinds, parsing_timeout=seconds), precision, timeout_seconds=seconds))
@@ -106,6 +113,11 @@ def _is_bare_result(reference: str) -> bool:
     without_commands = re.sub(r"\\(text|mathrm|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", reference)
     words = re.findall(r"[^\W\d_]{3,}", without_commands)
     return bool(_SIGN.search(reference)) and all(word.lower() in _FUNCTIONS for word in words)
+
+
+def _is_bare_formula(reference: str) -> bool:
+    """Whether a text that may be a formula has more than a number: `x^2 + 1 = 0` is not 0, nor `2 + 2i` 2."""
+    return "$" not in reference and bool(_OPERATOR.search(reference)) and not _PROSE.search(reference)
 
 
 def _words(text: str) -> list[str]:

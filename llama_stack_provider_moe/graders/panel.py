@@ -115,6 +115,24 @@ class Panel:
                 share.note([outcome.failure for outcome in outcomes])
         return [self._summed(outcomes) for outcomes in found]
 
+    def failures(self, graded: Sequence[Graded]) -> list[list[Failure | None]]:
+        """Whether each grader failed on the answers that it was asked about, for `limit_failures`."""
+        return [
+            [each.outcomes[name].failure for each in graded if name in each.outcomes] for name in self.names
+        ]  # fmt: skip
+
+    def limit_failures(self, failures: Sequence[Sequence[Failure | None]]) -> None:
+        """Count answers that were graded without a limit, such as those of several processes.
+
+        Args:
+            failures: by grader, see `failures`.
+
+        Raises:
+            GraderFailed: a grader failed on too many rows.
+        """
+        for share, each in zip(self._shares, failures, strict=True):
+            share.note(each)
+
     def class_of(self, sample: Sample) -> str | None:
         """Return the class of a row's prompt; None if no reward is by class.
 

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+from llama_stack_provider_moe.spec.grader_base import Range
+
 MAX_CHARACTERS = 2_000
 MAX_NODES = 400
 MAX_DEPTH = 24
@@ -30,6 +32,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., float], int, int]] = {
     "log": (math.log, 1, 1),
     "sqrt": (math.sqrt, 1, 1),
 }
+ANY: Range = (-math.inf, math.inf)
 _EXPECTED = f"names of graders, numbers, + - * /, parentheses and {', '.join(FUNCTIONS)}"
 
 
@@ -81,6 +84,14 @@ class Formula:
             raise ArithmeticError("the result is not a finite number")
         return found
 
+    def range(self, ranges: Mapping[str, Range]) -> Range:
+        """Bounds of the formula's values, by interval arithmetic: no value is outside, but some inside may not occur.
+
+        Args:
+            ranges: least and largest value of each grader in `names`.
+        """
+        return _bounds(self._tree, ranges)
+
     def _check(self, node: ast.expr, depth: int) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
@@ -119,3 +130,62 @@ def _computed(node: ast.expr, scores: Mapping[str, float]) -> float:
         case ast.Call(func=ast.Name(id=name), args=arguments):
             return FUNCTIONS[name][0](*(_computed(each, scores) for each in arguments))
     raise AssertionError(f"{type(node).__name__} was not refused")
+
+
+def _bounds(node: ast.expr, ranges: Mapping[str, Range]) -> Range:
+    match node:
+        case ast.Name(id=name):
+            return ranges[name]
+        case ast.Constant(value=int() | float() as number):
+            return float(number), float(number)
+        case ast.UnaryOp(op=operator, operand=operand):
+            low, high = _bounds(operand, ranges)
+            return (-high, -low) if isinstance(operator, ast.USub) else (low, high)
+        case ast.BinOp(left=left, op=operation, right=right):
+            return _bounds_of_two(operation, _bounds(left, ranges), _bounds(right, ranges))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return _bounds_of_call(name, [_bounds(each, ranges) for each in arguments])
+    raise AssertionError(f"{type(node).__name__} was not refused")
+
+
+def _bounds_of_two(operation: ast.operator, left: Range, right: Range) -> Range:
+    if isinstance(operation, ast.Add | ast.Sub):
+        low, high = right if isinstance(operation, ast.Add) else (-right[1], -right[0])
+        corners = [left[0] + low, left[1] + high]
+    elif isinstance(operation, ast.Div) and right[0] <= 0 <= right[1]:
+        return ANY  # as large as the divisor is small
+    else:
+        corners = [
+            0.0 if isinstance(operation, ast.Mult) and 0 in (one, other) else _TWO[type(operation)](one, other)
+            for one in left
+            for other in right
+        ]
+    return ANY if any(map(math.isnan, corners)) else (min(corners), max(corners))
+
+
+def _bounds_of_call(name: str, ranges: list[Range]) -> Range:
+    low, high = ranges[0]
+    match name:
+        case "min" | "max":
+            chosen: Callable[..., float] = min if name == "min" else max
+            return chosen(each[0] for each in ranges), chosen(each[1] for each in ranges)
+        case "abs":
+            ends = sorted((abs(low), abs(high)))
+            return (0.0 if low <= 0 <= high else ends[0]), ends[1]
+        case "log" | "sqrt" if high < 0 or (name == "log" and high == 0):
+            return ANY  # it has no value
+        case "log":
+            low = -math.inf if low <= 0 else low
+        case "sqrt":
+            low = max(low, 0.0)
+    return _end(name, low, -math.inf), _end(name, high, math.inf)
+
+
+def _end(name: str, value: float, outside: float) -> float:
+    """The end of a rising function's range. A library's `exp` and `log` may round inwards: some steps outwards."""
+    if name == "exp" and not math.isinf(value) and value > 709:
+        return math.inf if outside > 0 else math.exp(709)
+    if math.isinf(value):
+        return 0.0 if name == "exp" and value < 0 else value
+    found = float(FUNCTIONS[name][0](value))
+    return math.nextafter(found, outside, steps=4) if name in ("exp", "log") else found

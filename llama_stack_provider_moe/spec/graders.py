@@ -280,7 +280,7 @@ class Multi(AnyKind):
 
     def limits(self) -> Range:
         """Return the least and the largest value that it gives."""
-        return (-math.inf, math.inf)
+        return Formula(self.calculate_output).range({name: each.limits() for name, each in self.graders.items()})
 
     @property
     def runs(self) -> Place:

@@ -50,10 +50,6 @@ class GRPOSpec(TrainingJob):
         rl, moe = self.rl, self.moe
         if self.loader == "unsloth":
             raise ValueError("loader: 'unsloth' is not valid with recipe 'grpo'; expected 'hf'")
-        if self.resources.ranks > 1:
-            raise ValueError(
-                f"resources: {self.resources.ranks} processes are not valid with recipe 'grpo'; expected 1"
-            )
         if self.adapter is not None and self.adapter.dropout > 0:
             raise ValueError(f"adapter.dropout: {self.adapter.dropout:g} is not valid with recipe 'grpo', whose model "
                              "must learn as it generated; expected 0")  # fmt: skip

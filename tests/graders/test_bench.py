@@ -66,6 +66,12 @@ NUMBERS = {"type": "object", "properties": {"n": {"type": "integer"}}, "required
         (math("It is 43", "42"), 0.0),
         (math("", "42"), 0.0),
         (math(r"$x = 2\sqrt{2}$", r"\sqrt{8}"), 1.0),
+        (math("0", "x^2+1=0"), 0.0),
+        (math("$x^2 + 1 = 0$", "x^2+1=0"), 1.0),
+        (math("It is 2", "2 + 2i"), 0.0),
+        (math("$2 + 2i$", "2 + 2i"), 1.0),
+        (math("It is 3", "x = 3"), 1.0),
+        (math("It is 0.5", "It is 1/2"), 1.0),
     ],
 )
 def test_values_by_hand(bench: Bench, asked: Task, value: float) -> None:

@@ -43,3 +43,18 @@ def test_a_validation_data_set_leaves_all_rows_to_train_on() -> None:
     source = train(8, 4, 1, 8, 0.1, validation_dataset_id="b")
     assert source.least == 4
     assert "held out" not in source.why_least
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ep"])
+def test_several_processes_need_whole_models(strategy: str) -> None:
+    body: dict[str, Any] = {
+        "recipe": "grpo", "model": "m", "data": {"dataset_id": "a"}, "training": {"batch_size": 2},
+        "reward": [{"grader": {"type": "length", "name": "x", "most": 9}}],
+        "resources": {"gpus": 0, "processes": 2},
+    }  # fmt: skip
+    assert JOB_SPEC.validate_python(body).resources.ranks == 2
+    body["resources"]["strategy"] = "ddp"
+    JOB_SPEC.validate_python(body)
+    body["resources"]["strategy"] = strategy
+    with pytest.raises(ValueError, match=f"resources.strategy: '{strategy}' is not valid with recipe 'grpo', whose"):
+        JOB_SPEC.validate_python(body)

@@ -1,6 +1,7 @@
 """What a grader's spec refuses, and with which words; formulas and templates that are hostile."""
 
 import math
+import random
 import time
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_a_multi_takes_a_map_and_every_grader_has_an_effect() -> None:
                             "calculate_output": "0.5 * a + min(b, 1)"}  # fmt: skip
     made = validated(Body, {"grader": body}).grader
     assert made is not None
-    assert made.limits() == (-math.inf, math.inf)
+    assert made.limits() == (0.0, 1.5)
     assert "graders.b: has no effect" in refused(grader={**body, "calculate_output": "a"})
     assert "there is no grader 'c'; expected a, b" in refused(grader={**body, "calculate_output": "a + b + c"})
     inner = {**body, "graders": {"a": {"type": "multi", "name": "x"}, "b": CHECK}}
@@ -112,6 +113,64 @@ def test_a_formula_by_hand() -> None:
 def test_a_formula_without_a_value_says_so(text: str) -> None:
     with pytest.raises(ArithmeticError):
         Formula(text).value({"a": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        ("0.5 * a + 0.5 * b", 0, 1),
+        ("a - b", -1, 1),
+        ("-2 * c", -8, 4),
+        ("c * c", -8, 16),
+        ("min(a, c, 3)", -2, 1),
+        ("max(a, c)", 0, 4),
+        ("abs(c)", 0, 4),
+        ("abs(c - 9)", 5, 11),
+        ("floor(c / 3) + ceil(a)", -1, 2),
+        ("a / (b + 1)", 0, 1),
+        ("sqrt(c)", 0, 2),
+        ("log(a)", -math.inf, 0),
+        ("exp(c)", math.exp(-2), math.exp(4)),
+        ("exp(1000 * a)", 1, math.inf),
+        ("a / b", -math.inf, math.inf),
+        ("log(-1 - a)", -math.inf, math.inf),
+        ("a + any", -math.inf, math.inf),
+        ("0 * any", 0, 0),
+        ("max(0, any)", 0, math.inf),
+        ("9e299 * 9e299 - 9e299 * 9e299", -math.inf, math.inf),
+    ],
+)
+def test_a_formulas_range_by_hand(text: str, low: float, high: float) -> None:
+    formula = Formula(text)
+    found = formula.range({"a": (0, 1), "b": (0, 1), "c": (-2, 4), "any": (-math.inf, math.inf)})
+    assert found == (pytest.approx(low, rel=1e-12), pytest.approx(high, rel=1e-12))
+
+
+def test_no_value_of_a_formula_is_outside_its_range() -> None:
+    """Random formulas of all operations, at corners and inside."""
+    order = random.Random(7)
+
+    def text(depth: int) -> str:
+        if depth == 0:
+            return order.choice(["a", "b", f"{order.uniform(0, 3):.2f}"])
+        one, other = text(depth - 1), text(depth - 1)
+        sign = order.choice("+-*/")
+        return order.choice([f"({one} {sign} {other})", f"-{one}", f"{order.choice(('min', 'max'))}({one}, {other})",
+                             f"{order.choice(('abs', 'floor', 'ceil', 'exp', 'log', 'sqrt'))}({one})"])  # fmt: skip
+
+    ranges, bounded = {"a": (-1.5, 2.0), "b": (0.25, 1.0)}, 0
+    for _ in range(400):
+        formula = Formula(text(4))
+        low, high = formula.range(ranges)
+        bounded += math.isfinite(low) and math.isfinite(high)
+        for _ in range(20):
+            scores = {name: order.choice([*ends, order.uniform(*ends)]) for name, ends in ranges.items()}
+            try:
+                value = formula.value(scores)
+            except ArithmeticError:
+                continue
+            assert low <= value <= high
+    assert bounded > 100
 
 
 def test_templates_are_texts_and_paths() -> None:

@@ -57,7 +57,7 @@ class RandomAccess(Protocol):
     def __getitem__(self, index: Any, /) -> object: ...
 
 
-Collate = Callable[[list[Any]], Mapping[str, Any]]
+Collate = Callable[[list[Any]], Mapping[str, Any] | list[Any]]
 
 
 def part_of(rows: Sequence[object], rank: int, size: int) -> list[object]:
@@ -141,15 +141,20 @@ class SharedCollator:
     """A collator that adds to a batch how many of its rows count (`SHARE`), and makes ballast not count.
 
     It empties the columns by which a loss counts tokens (`labels`, `counted`); a recipe weighs other losses itself.
+    Where the collator only lists its rows, as in a recipe that generates, ballast stays marked in the list.
     """
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
 
-    def __call__(self, rows: list[Any]) -> Batch:
-        if not isinstance(rows[0], Ballast):
-            return {**self._collate(rows), SHARE: torch.tensor(len(rows))}
-        batch = dict(self._collate([row.of for row in rows]))
+    def __call__(self, rows: list[Any]) -> Batch | list[Any]:
+        is_ballast = isinstance(rows[0], Ballast)
+        made = self._collate([row.of for row in rows] if is_ballast else rows)
+        if isinstance(made, list):
+            return rows
+        if not is_ballast:
+            return {**made, SHARE: torch.tensor(len(rows))}
+        batch = dict(made)
         for name, empty in (("labels", IGNORED), ("counted", 0)):
             if name in batch:
                 batch[name] = torch.full_like(batch[name], empty)
@@ -180,8 +185,10 @@ def loader(
     )
 
 
-def counts(inputs: Mapping[str, Any]) -> bool:
+def counts(inputs: Mapping[str, Any] | list[Any]) -> bool:
     """Whether a batch counts: false for ballast, true for a batch that is not shared."""
+    if isinstance(inputs, list):
+        return not isinstance(inputs[0], Ballast)
     return SHARE not in inputs or bool(inputs[SHARE] > 0)
 
 
@@ -205,6 +212,38 @@ def tokens(inputs: Mapping[str, Tensor]) -> float:
         return 0.0
     mask = inputs.get("attention_mask")
     return float(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+
+@contextmanager
+def as_if_alike(accelerator: Any, size: int) -> Iterator[None]:
+    """Inside, accelerate's collectives return what they would if all processes had this one's values.
+
+    So each process evaluates other numbers of rows than the others, and TRL still finds its own where it looks for
+    them.
+
+    Args:
+        accelerator: accelerate's.
+        size: number of processes.
+    """
+    if size == 1:
+        yield
+        return
+
+    def gather(value: Any, **_: object) -> object:
+        if isinstance(value, tuple | list):
+            return type(value)(gather(one) for one in value)
+        flat = value.detach().reshape(-1) if value.dim() == 0 else value.detach()
+        return torch.cat([flat] * size)
+
+    def reduce(value: Tensor, reduction: str = "sum", **_: object) -> Tensor:
+        assert reduction == "sum", "TRL divides sums by counts"
+        return value * size
+
+    accelerator.gather, accelerator.gather_for_metrics, accelerator.reduce = gather, gather, reduce
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics, accelerator.reduce
 
 
 @contextmanager

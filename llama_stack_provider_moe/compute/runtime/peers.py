@@ -175,6 +175,16 @@ class Peers:
         distributed.all_gather_object(found, sorted(names))
         return sorted({name for each in found for name in each})
 
+    def gathered[T](self, value: T) -> list[T]:
+        """The value of each process in the order of ranks, the same list in all of them."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[T] = [value] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         self.maximum(0.0)

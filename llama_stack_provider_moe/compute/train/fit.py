@@ -30,7 +30,7 @@ from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
 from llama_stack_provider_moe.compute.train.reporter import Reporter
 from llama_stack_provider_moe.compute.train.resume import Resume, agreed_resume, lacks_random_state
 from llama_stack_provider_moe.compute.train.safety_eval import Assessment, require_gate
-from llama_stack_provider_moe.compute.train.saver import NothingLeftToTrain, Saver
+from llama_stack_provider_moe.compute.train.saver import Interrupted, NothingLeftToTrain, Saver
 from llama_stack_provider_moe.compute.train.trackers import OpenTrackers
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.ground import liveness
@@ -151,7 +151,10 @@ def _fit(
     if session.peers.size > 1 or lacks_random_state(session, resume):
         trainer.seed_process(0 if resume is None else resume.step)
     with suppress(NothingLeftToTrain), kernels_may_fail(session, base, trainer, saver), reporter.training():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        except Interrupted:
+            saver.stop_at_last_step()
     steps, stopped_by = trainer.state.global_step, saver.stopped_by
     assert steps == foreseen_steps or stopped_by, f"{steps} steps, foreseen {foreseen_steps}"
     last = saver.artifacts[-1]

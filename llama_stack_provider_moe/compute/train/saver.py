@@ -7,7 +7,7 @@ evaluation is interrupted, it runs again when the job is resumed.
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,6 +29,13 @@ CLOCKS: tuple[Cause | None, ...] = (None, "autosave", "budget", "recipe", "stop"
 
 class NothingLeftToTrain(Exception):
     """The run was resumed at its end, so there is nothing left to train."""
+
+
+class Interrupted(BaseException):
+    """A request to stop came in all processes before a step has learnt anything: the state is the last step's.
+
+    Not an `Exception`, for the reason that `Stopped` is none.
+    """
 
 
 class Saver(TrainerCallback):
@@ -159,6 +166,20 @@ class Saver(TrainerCallback):
         self._trainer.write_checkpoint()
         self.on_save(self._trainer.args, self._trainer.state, self._trainer.control)
         self.mirroring.finish(STOP_S)
+
+    def stop_at_last_step(self) -> NoReturn:
+        """Save the last step, if no checkpoint has it, after a request to stop `Interrupted` the next one.
+
+        Raises:
+            Stopped: always.
+        """
+        step = self._trainer.state.global_step
+        if step > max((artifact.step for artifact in self.artifacts), default=0):
+            self._cause = "stop"
+            self._trainer.write_checkpoint()
+            self.on_save(self._trainer.args, self._trainer.state, self._trainer.control)
+        self.mirroring.finish(STOP_S)
+        raise Stopped(step)
 
     def _stop_if_no_better(self, epoch: int) -> None:
         patience, best = self._session.spec.options.early_stopping_patience, self.best

@@ -1,7 +1,9 @@
 """Laws of the GRPO recipe, on tiny models."""
 
 import json
+import os
 import random
+import signal
 from itertools import batched
 from statistics import mean, stdev
 from typing import Any
@@ -11,9 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, STOPPED
 from llama_stack_provider_moe.graders.panel import Panel
+from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
+from tests.support.alike import curve
 from tests.support.training_support import Run, Workshop, prompt_rows, workshop
 
 __all__ = ["workshop"]
@@ -244,3 +248,45 @@ def test_routes_are_replayed_in_all_steps_of_a_generation(workshop: Workshop, re
     assert max(changed) > 0
     assert found.resolved["rl"]["routing_replay"] == replay
     assert not any("routing/changed" in event.metrics for event in found.events("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(workshop: Workshop) -> Run:
+    """Two steps learn from each of an epoch's four generations."""
+    return workshop.run("grpo", "granitemoe", **BROKEN)
+
+
+BROKEN: dict[str, Any] = {
+    "rl": {"n_iterations": 2}, "reward": [HAS_E], "options": {"eval_before_training": False},
+    "optimizer": {"lr": 1e-2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("generation", "step"), [(1, 0), (3, 4), (5, 8)])
+def test_a_request_to_stop_ends_generating_within_a_token(
+    workshop: Workshop, unbroken: Run, monkeypatch: pytest.MonkeyPatch, generation: int, step: int
+) -> None:
+    """Before the first step, among the steps of an epoch, and in the evaluation after it; each resumes bitwise."""
+    advance, at = liveness.Counter.advance, []
+
+    def advancing(counter: liveness.Counter, count: int = 1) -> None:
+        advance(counter, count)
+        if counter.work.stage == "generating":
+            at.append(counter.work.done)
+            if at.count(2) == generation and at[-1] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(liveness.Counter, "advance", advancing)
+    broken = workshop.run("grpo", "granitemoe", **BROKEN)
+    assert broken.exit_code == STOPPED
+    assert (at.count(2), at[-1]) == (generation, 2)
+    assert [event.step for event in broken.events("cancelled")] == [step]
+    assert not list(broken.folder.samples.glob(f"{step + 1:09d}*"))
+    monkeypatch.undo()
+    resumed = workshop.again(broken)
+    assert resumed.exit_code == COMPLETED, resumed.reason
+    assert curve(resumed) == curve(unbroken)
+    assert samples(resumed) == samples(unbroken)
+    theirs = unbroken.adapter()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in resumed.adapter().items())
+    assert resumed.held_out("validation_loss") == unbroken.held_out("validation_loss")

@@ -79,6 +79,9 @@ def test_a_grader_is_checked(service: PostTrainingService) -> None:
         "runs": "child",
     }
     multi = ask(service, "POST", "/graders/validate", json={"grader": MULTI}).json()
+    assert multi["range"] == [0, 1]
+    unbounded = {**MULTI, "calculate_output": "a / b"}
+    multi = ask(service, "POST", "/graders/validate", json={"grader": unbounded}).json()
     assert multi["range"] == [None, None]
 
 

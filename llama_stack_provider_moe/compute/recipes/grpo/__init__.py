@@ -6,22 +6,28 @@ the group's mean, divided by the group's standard deviation (or not, `rl.scale_r
 it was written, plus `rl.beta` times the KL divergence from the model before training.
 
 The reference is the model with its adapter off; if all weights train, a frozen copy.
+
+Of several processes each writes and grades its part of a generation's answers, with random numbers of its own. What
+follows from the rewards is over all of them: advantages, the steps that nothing is learnt from, and failed graders.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from llama_stack_provider_moe.compute.data import batch_sharing
+from llama_stack_provider_moe.compute.data.batch_sharing import Ballast, SharedBatches, as_if_alike
 from llama_stack_provider_moe.compute.data.groups import Generations, GroupSampler
 from llama_stack_provider_moe.compute.data.prompt_rows import prompt_rows
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler
@@ -32,6 +38,7 @@ from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo import rollouts
 from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
+from llama_stack_provider_moe.compute.recipes.grpo.interrupting import interruptible
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, ReplayingTrainer, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
@@ -39,7 +46,7 @@ from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
-from llama_stack_provider_moe.compute.train.prepared import Batch, Prepared, prepare
+from llama_stack_provider_moe.compute.train.prepared import Batch, Outcome, Prepared, prepare
 from llama_stack_provider_moe.compute.train.reference import load_reference
 from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.errors import DataError
@@ -50,8 +57,6 @@ from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from llama_stack_provider_moe.spec import GRPOSpec
 
-# Beginnings of the names of figures that an evaluation keeps.
-_HELD_OUT = ("reward", "kl", "entropy", "aux_loss", "completions/mean_length", "completions/clipped_ratio")
 Row = dict[str, object]  # of the data set: prompt_ids, item
 
 
@@ -75,11 +80,14 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
     ) -> None:
         session = prepared.session
         rl = session.spec.rl
+        self.session = session
         self.head_temperature = rl.temperature
         self.panel = panel
         self.samples = SampleFiles(session.folder.samples, rl.keep_samples)
         self.spread = Spread(session, rl.no_spread_generations)
         self.generations = Generations.of(rl, session.spec.training, len(prepared.rows.train), session.peers.size)
+        self._is_ballast = False  # the answers that are being made: a held-out row of another process
+        self._counted = 0  # their tokens that are learnt from
         self._asked: list[list[int]] = []  # the prompts of the generation that is being made
         self._answers: list[Sample] = []
         self._seen_before: int | None = None  # tokens of earlier starts
@@ -116,6 +124,14 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         rows = len(self.train_dataset)
         return GroupSampler(EpochSampler(rows, rows, self.spec.data.shuffle, self.spec.options.seed), self.generations)
 
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """TRL's loader, or one of this process's part of each generation."""
+        if self.peers.size == 1:
+            loader: DataLoader[Batch] = super().get_train_dataloader()
+            return loader
+        answers = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        return self._share(self.train_dataset, SharedBatches(self._get_train_sampler(), answers, self.peers))
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
@@ -132,8 +148,9 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         steps = self.args.gradient_accumulation_steps
         assert self._buffered_inputs is not None, "the answers of this step"
         first = self._step % self.args.steps_per_generation // steps * steps
-        tokens = [float(_mask(each).sum()) for each in self._buffered_inputs[first : first + steps]]
-        share = torch.tensor(float(_mask(inputs).sum()) / sum(tokens), dtype=torch.float64)
+        learnt: list[Mapping[str, Tensor | None]] = [inputs, *self._buffered_inputs[first : first + steps]]
+        mine, *others = self.peers.sums([float(_mask(each).sum()) for each in learnt])
+        share = torch.tensor(mine / sum(others), dtype=torch.float64)
         self.flops += self.work.of(_mask(inputs).sum(dim=1).tolist())
         return {**inputs, batch_sharing.TOKEN_SHARE: share}
 
@@ -141,14 +158,19 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         """The tokens of prompts and answers; none of an answer that the overlong filter leaves out."""
         return _mask(inputs)
 
-    def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object]]) -> Batch:
+    def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object] | Ballast]) -> Batch:
         self.rest()  # generating is no part of a training step
-        self._asked = [list(row["prompt_ids"]) for row in inputs]  # type: ignore[call-overload]
+        self._is_ballast = isinstance(inputs[0], Ballast)
+        given = [cast(Row, row.of) if isinstance(row, Ballast) else row for row in inputs]
+        self._asked = [list(row["prompt_ids"]) for row in given]  # type: ignore[call-overload]
         texts = self.processing_class.batch_decode(self._asked)
-        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, inputs, strict=True)]
+        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, given, strict=True)]
         batch = super()._generate_and_score_completions(rows)
+        mask = batch["completion_mask"]
+        assert mask is not None
+        self._counted = int(mask.sum())
         if self.model.training:
-            self._note_generation(texts, batch)
+            self._note_generation(texts)
         return batch
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[list[int]], None, dict[str, object]]:
@@ -159,20 +181,10 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         if not self.model.training:  # the likeliest answers, so that evaluations differ by the model alone
             self.generation_config = self._greedy
         try:
-            with self._counting_tokens():
+            with interruptible(self.model, self.session, self.args.device):
                 return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
         finally:
             self.generation_config = sampled
-
-    @contextmanager
-    def _counting_tokens(self) -> Iterator[None]:
-        """Report progress: a generation of many tokens may take longer than the watchdog waits."""
-        with liveness.stage("generating", self.spec.rl.max_completion_length, "tokens of each answer") as counter:
-            hook = self.model.register_forward_pre_hook(lambda *_: counter.advance())
-            try:
-                yield
-            finally:
-                hook.remove()
 
     def _calculate_rewards(
         self, inputs: Sequence[Row], prompts: Sequence[str], completions: Sequence[str], ids: Sequence[Sequence[int]]
@@ -183,42 +195,49 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
             Sample(json.loads(str(row["item"])), text, len(each), each[-1] not in ends)
             for row, text, each in zip(inputs, completions, ids, strict=True)
         ]
-        with liveness.stage("grading", len(samples), "answers"):
-            self._graded = self.panel.grade(samples)
-        self._answers = samples
+        self._answers = [] if self._is_ballast else samples
+        with liveness.stage("grading", len(self._answers), "answers"):
+            self._graded = self.panel.grade(self._answers, limits_failures=False)
+        # Each grader's failures in the order of one process's answers, so that all processes fail at the same one.
+        told = self.peers.gathered(self.panel.failures(self._graded))
+        self.panel.limit_failures([[*chain(*each)] for each in zip(*told, strict=True)])
         values = [
             [float("nan") if graded.total is None or value is None else value for value in graded.values.values()]
             for graded in self._graded
-        ]
+        ] or [[float("nan")] * len(self.panel.names) for _ in samples]
         found: Tensor = self.accelerator.gather(torch.tensor(values, dtype=torch.float32, device=self.args.device))
         return found
 
-    def _note_generation(self, texts: Sequence[str], batch: Batch) -> None:
+    def _note_generation(self, texts: Sequence[str]) -> None:
         step, size = self.state.global_step + 1, self.spec.rl.n_generations
-        advantages = list(self._logs["advantages"])[-len(texts) :]
-        self.samples.keep(step, [
+        first = self.peers.rank * len(texts)
+        advantages = list(self._logs["advantages"])[-len(texts) * self.peers.size :][first : first + len(texts)]
+        kept = [
             GeneratedSample(
                 step=step, group=at // size, prompt=text, completion=sample.output_text, tokens=sample.tokens or 0,
                 truncated=sample.truncated, rewards=dict(graded.values), reward=graded.total, advantage=advantage,
                 failures={name: f"{failure.code}: {failure.message}" for name, failure in graded.failures.items()},
             )
             for at, (text, sample, graded, advantage) in enumerate(
-                zip(texts, self._answers, self._graded, advantages, strict=True))
-        ])  # fmt: skip
-        nothing = self._metrics["train"]["frac_reward_zero_std"][-1] == 1 or not batch["completion_mask"].any()
+                zip(texts, self._answers, self._graded, advantages, strict=True), start=first)
+        ]  # fmt: skip
+        if self.spec.rl.keep_samples:
+            written = [*chain(*self.peers.gathered(kept))]
+            if self.peers.leads:
+                self.samples.keep(step, written)
+        nothing = self._metrics["train"]["frac_reward_zero_std"][-1] == 1 or not self.peers.any(self._counted > 0)
         if self.spread.is_over(nothing, step):
             self.ended_by = "no_reward_spread"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Call TRL's, in an evaluation without the figures that say something of groups or of a step alone.
+        """Call TRL's, in an evaluation without its figures: they are means of this process's batches (`tally`).
 
         A mean over nothing, such as the entropy where the overlong filter left all answers out, is no figure.
         """
         mode = "train" if self.model.training else "eval"
         figures = self._metrics[mode]
         for name, values in list(figures.items()):
-            left_out = mode == "eval" and not name.startswith(_HELD_OUT)
-            if left_out or name == "step_time" or all(map(math.isnan, values)):
+            if mode == "eval" or name == "step_time" or all(map(math.isnan, values)):
                 del figures[name]
         if mode == "train":  # TRL has it only in steps that generate
             figures["num_tokens"] = [float(self.state.num_input_tokens_seen - (self._seen_before or 0))]
@@ -228,19 +247,17 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         """The sums of a new evaluation."""
         return HeldOutRewards()
 
+    def prediction_step(self, model: nn.Module, inputs: Batch, *arguments: object, **keywords: object) -> Outcome:
+        """Call TRL's on this process's rows, which may be fewer than another's."""
+        with as_if_alike(self.accelerator, self.peers.size):
+            return super().prediction_step(model, inputs, *arguments, **keywords)
+
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
         """Add held-out answers: their loss is their reward, negated; their perplexity is by their own entropy."""
+        assert isinstance(held_out, HeldOutRewards)
+        held_out.add_answers(self._answers, self._graded)
         figures = self._metrics["eval"]
-        rewards = [graded.total for graded in self._graded if graded.total is not None]
-        tokens = sum(sample.tokens or 0 for sample in self._answers)
-        held_out.loss -= sum(rewards)
-        held_out.weight += len(rewards)
-        held_out.nll += figures["entropy"][-1] * tokens
-        held_out.tokens += tokens
-        for graded in self._graded:
-            for name, failure in graded.failures.items():
-                assert isinstance(held_out, HeldOutRewards)
-                held_out.last_failure = f"grader {name!r} gave no value: {failure.code}: {failure.message}"
+        held_out.add_tokens(self._counted, {name: figures[name][-1] for name in ("entropy", "kl") if name in figures})
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
@@ -248,13 +265,13 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
         goes_on = step % self.spec.rl.steps_a_generation != 0
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         micro_step = step * self.args.gradient_accumulation_steps
-        rollouts.write(folder, micro_step, self._buffered_inputs if goes_on else None)
+        rollouts.write(folder, self.peers, micro_step, self._buffered_inputs if goes_on else None)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read a checkpoint's weights, and the answers that the next steps learn from."""
         super().restore(model, folder)
-        self._step, self._buffered_inputs = rollouts.read(folder, self.args.device)
-        self.require_routes(folder / rollouts.FILE, self._buffered_inputs)
+        self._step, self._buffered_inputs = rollouts.read(folder, self.peers, self.args.device)
+        self.require_routes(rollouts.file_of(folder, self.peers.rank), self._buffered_inputs)
 
 
 def _mask(inputs: Mapping[str, Tensor | None]) -> Tensor:
