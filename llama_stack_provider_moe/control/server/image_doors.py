@@ -100,11 +100,11 @@ async def check(
     found = await guard.in_job_paths(f"model {spec.model!r}", _config_of, spec.model, environment)
     if found is not None and not _reads_images(found):
         raise InvalidInput(request.name("model"), spec.model, f"a model that reads images, {because}; this one "
-                           f"({found.get('model_type', 'of no model_type')}) reads text alone")  # fmt: skip
+                           f"({found['model_type']}) reads text alone")  # fmt: skip
 
 
 def _config_of(model: str, environment: Mapping[str, str]) -> Mapping[str, object] | None:
-    """The config.json of a model on this machine; None if it is elsewhere."""
+    """The config.json of a model on this machine; None if it is elsewhere, or says too little."""
     folder = Path(model) if os.path.isabs(model) else cached_model(model, environment)
     if folder is None:
         return None
@@ -113,7 +113,8 @@ def _config_of(model: str, environment: Mapping[str, str]) -> Mapping[str, objec
             found = json.loads(file.read(_CONFIG_BYTES))
     except (OSError, ValueError):  # the job says what is wrong with it
         return None
-    return cast("Mapping[str, object]", found) if isinstance(found, dict) else None
+    says_enough = isinstance(found, dict) and isinstance(found.get("model_type"), str)
+    return cast("Mapping[str, object]", found) if says_enough else None
 
 
 def _reads_images(config: Mapping[str, object]) -> bool:
