@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO
 
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 
@@ -168,7 +168,7 @@ def _members(tar: tarfile.TarFile, images: str) -> dict[PurePosixPath, tarfile.T
     return found
 
 
-def _whole(file: "BinaryIO | tarfile.ExFileObject", name: str, number: int) -> bytes:
+def _whole(file: IO[bytes], name: str, number: int) -> bytes:
     content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise InvalidInput(OPTION, name, f"an image of at most {_MOST_BYTES:,} bytes (row {number})")
