@@ -191,6 +191,15 @@ def test_limits_are_those_of_the_server() -> None:
         read(lines(asked(part())), Store(), max_pixels=3)
 
 
+def test_images_beyond_the_limit_are_not_stored() -> None:
+    store = Store()
+    with pytest.raises(InvalidRows, match=r"content\[2\]: is image 3 of its row"):
+        read(
+            lines(asked(part()), asked(*[part(png(colour=number)) for number in range(9)])), store, piece=50, per_row=2
+        )
+    assert len(store) == 2
+
+
 def test_counts_of_the_column_and_the_parts_must_agree() -> None:
     with pytest.raises(InvalidRows, match="images: has 2 images, but the user messages have 1 parts of type image"):
         read(lines(asked({"type": "image"}) | {"images": [url(png())] * 2}), Store())

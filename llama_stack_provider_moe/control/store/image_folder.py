@@ -9,6 +9,8 @@ from pathlib import Path
 from llama_stack_provider_moe.ground.private import Privacy
 from llama_stack_provider_moe.spec.rows.images import FOLDER, ImagePart, file_name
 
+LEAST_BYTES = 4096  # that an image counts: a block of a disk, so that a quota bounds the number of files too
+
 
 class ImageFolder:
     """Writes images into a folder, which the first one creates.
@@ -16,7 +18,7 @@ class ImageFolder:
     Args:
         path: the folder.
         privacy: modes of its files.
-        admit: called with the size of each new file in bytes; raises if there is no room for it.
+        admit: called with the size of each new file in bytes, at least `LEAST_BYTES`; raises if there is no room for it.
     """
 
     def __init__(self, path: Path, privacy: Privacy, admit: Callable[[int], None]) -> None:
@@ -29,7 +31,7 @@ class ImageFolder:
         place = self._place(part)
         if place.exists():
             return
-        self._admit(len(content))
+        self._admit(max(len(content), LEAST_BYTES))
         self._privacy.make_folder(self.path)
         try:
             with self._privacy.new_file(place) as file:
@@ -61,7 +63,7 @@ class ImageFolder:
             return False
         if not stat.S_ISREG(found.st_mode):
             return False
-        self._admit(found.st_size)
+        self._admit(max(found.st_size, LEAST_BYTES))
         self._privacy.make_folder(self.path)
         try:
             os.link(source, place)

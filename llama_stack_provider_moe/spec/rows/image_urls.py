@@ -135,6 +135,7 @@ class UrlTaker:
         self._refer = refer
         self._rest = b""
         self._reader: UrlReader | None = None
+        self._in_line = 0  # images so far; those beyond the limit are not even decoded
 
     def feed(self, piece: bytes) -> bytes:
         """Return the text that the next piece completes, without its images."""
@@ -144,12 +145,17 @@ class UrlTaker:
                 begin = _begin(left)
                 if begin is None:
                     cut = max(0, len(left) - _HELD)
-                    made.append(left[:cut])
+                    made.append(self._passed(left[:cut]))
                     self._rest = left[cut:]
                     return b"".join(made)
-                made.append(left[: begin + 1])
+                made.append(self._passed(left[: begin + 1]))
                 left = left[begin + 1 :]
                 self._reader = UrlReader(self._limits)
+                self._in_line += 1
+                if self._in_line > self._limits.per_row:
+                    self._reader.problem = (
+                        f"is image {self._in_line:,} of its row; expected at most {self._limits.per_row}"
+                    )
             end = _END.search(left)
             cut = len(left) - left.endswith(b"\\") if end is None else end.start()
             self._reader.feed(left[:cut].replace(b"\\/", b"/"))
@@ -159,6 +165,11 @@ class UrlTaker:
                 return b"".join(made)
             made.append(self._refer(self._reader).encode())
             self._reader = None
+
+    def _passed(self, text: bytes) -> bytes:
+        if b"\n" in text:
+            self._in_line = 0
+        return text
 
     def finish(self) -> bytes:
         """Return the rest; an image without its end leaves a string without its end."""

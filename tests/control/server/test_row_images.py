@@ -13,6 +13,7 @@ from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store import dataset_files
 from llama_stack_provider_moe.control.store.dataset_files import Arriving, Room
+from llama_stack_provider_moe.control.store.image_folder import LEAST_BYTES
 from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 from tests.control.server.test_allowed_paths import model_at
 from tests.control.server.test_datasets import files, push, refusal
@@ -51,7 +52,7 @@ def test_a_data_set_and_a_job_have_each_image_once(service: PostTrainingService)
     of_data = sorted((rows.parent / "images").iterdir())
     assert [path.name for path in of_data].count(f"{red['sha256']}.png") == 1
     assert sorted(path.read_bytes() for path in of_data) == sorted([RED, BLUE])
-    assert stored["bytes"] == rows.stat().st_size + len(RED) + len(BLUE), "a quota counts images"
+    assert stored["bytes"] == rows.stat().st_size + 2 * LEAST_BYTES, "a quota counts images"
     assert {path.stat().st_mode & 0o777 for path in of_data} == {0o600}
 
     folder = folder_of(service, submitted(service)["job_uuid"])
