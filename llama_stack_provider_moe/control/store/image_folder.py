@@ -18,7 +18,7 @@ class ImageFolder:
     Args:
         path: the folder.
         privacy: modes of its files.
-        admit: called with the size of each new file in bytes, at least `LEAST_BYTES`; raises if there is no room for it.
+        admit: called with the size of each new file in bytes, at least `LEAST_BYTES`; raises if there is no room.
     """
 
     def __init__(self, path: Path, privacy: Privacy, admit: Callable[[int], None]) -> None:
