@@ -165,3 +165,14 @@ def test_a_part_of_another_owners_image_is_refused(service: PostTrainingService)
     ours = ask(service, "GET", "/datasets/mine/rows").json()["rows"][0]
     with caller("bob"):
         assert "is a part that the server makes itself" in refusal(push(service, content=jsonl(ours)))
+
+
+def test_the_jobs_of_a_sweep_share_images(service: PostTrainingService) -> None:
+    push(service, content=jsonl(*ROWS))
+    job = BODY | {"data": {"dataset_id": "data:mine"}}
+    sweep = {"job": job, "parameters": {"optimizer.lr": [1e-4, 2e-4]}, "sweep_uuid": "lr"}
+    answer = ask(service, "POST", "/sweeps", json=sweep)
+    assert answer.status_code == 200, answer.text
+    of_jobs = [sorted(folder_of(service, name).images.iterdir()) for name in answer.json()["jobs"]]
+    assert [len(each) for each in of_jobs] == [2, 2]
+    assert {path.stat().st_nlink for each in of_jobs for path in each} == {3}, "the data set and two jobs"
