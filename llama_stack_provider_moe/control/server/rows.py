@@ -119,20 +119,18 @@ async def copy_rows(
             that the formats or all rows lack.
         InvalidRows: some rows can't be trained on; the error counts them all.
     """
-    found = None if domains is None else domains.found
-    reading = RowReading(recipe, row_format, answered, kind, columns, found, needs, images)
+    named = None if domains is None else domains.found
+    reading = RowReading(recipe, row_format, answered, kind, columns, named, needs, images)
     report = RowsReport()
     if columns:
         check_columns(columns, recipe, row_format, columns_field)
-    pages = pages_of(deps, dataset_id, ROWS_PER_PAGE, field, admit)
     total, count = 0, 0
     problems: list[RowProblem] = []
     seen: set[str] = set()
-    async for page in pages:
+    async for page in pages_of(deps, dataset_id, ROWS_PER_PAGE, field, admit):
         if total + len(page) > max_rows:
-            raise InvalidInput(
-                field, dataset_id, f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
-            )
+            most = f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
+            raise InvalidInput(field, dataset_id, most)
         checked = await _checking.run(_check, page, total + 1, reading, report, sample)
         total += len(page)
         count += checked.problem_count
