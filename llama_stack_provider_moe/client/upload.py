@@ -1,5 +1,9 @@
-"""A file of rows -> the body of an upload, piece by piece: JSON Lines and CSV as they are, Parquet as JSON Lines."""
+"""A file of rows -> the body of an upload, piece by piece: JSON Lines and CSV as they are, Parquet as JSON Lines.
 
+Rows that name image files (`images`) or have their bytes get them as `data:` URLs.
+"""
+
+import gzip
 import hashlib
 import json
 import math
@@ -12,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from datetime import date, time
 from importlib import import_module
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args
 
+from llama_stack_provider_moe.client.images import Read, image_files, inlined
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.ground.gunzip import GZIP_MAGIC
 
@@ -27,6 +32,7 @@ _TYPES: dict[SourceFormat, str] = {"jsonl": "application/jsonl", "csv": "text/cs
 JSONL_TYPE = _TYPES["jsonl"]
 _PIECE_BYTES = 1 << 20
 _PARQUET_ROWS = 1000  # converted at a time
+_ROWS_WITH_BYTES = 16
 
 
 class Upload:
@@ -70,24 +76,32 @@ class Upload:
 
 
 @contextmanager
-def opened(file: str, file_format: SourceFormat | None) -> Iterator[Upload]:
+def opened(file: str, file_format: SourceFormat | None, images: str | None = None) -> Iterator[Upload]:
     """Open a file of rows.
 
     Args:
         file: its path; - for standard input.
         file_format: its format; None: by the end of its name, and JSON Lines on standard input.
+        images: folder or tar file of the images that rows name; None: rows name no files.
 
     Raises:
         InvalidInput: the file can't be read, or its format is not known.
     """
     found = file_format or _format_of(file)
+    if images is not None and found == "csv":
+        raise InvalidInput("--images", images, "rows of JSON Lines or Parquet: a cell of CSV holds no list of parts")
     with ExitStack() as stack:
+        read_image = stack.enter_context(image_files(images))
         source = sys.stdin.buffer if file == STANDARD_INPUT else stack.enter_context(_open(file))
         if found == "parquet":
             if not source.seekable():  # the index of a Parquet file is at its end
                 source = _spooled(source, stack)
             table = _parquet(source, file)
-            yield Upload(_rows_of(table, file), found, gzipped=False, total=table.metadata.num_rows)
+            yield Upload(_rows_of(table, file, read_image), found, gzipped=False, total=table.metadata.num_rows)
+            return
+        if read_image is not None:
+            text = cast("BinaryIO", gzip.open(source)) if file.lower().endswith(".gz") else source  # noqa: SIM115
+            yield Upload(_with_images(text, file, read_image), found, gzipped=False, total=None)
             return
         first = _read(source, _PIECE_BYTES, file)
         size = 0 if file == STANDARD_INPUT else os.fstat(source.fileno()).st_size  # 0 for a pipe, too
@@ -163,10 +177,29 @@ def _parquet(source: BinaryIO, file: str) -> Any:
         raise InvalidInput("FILE", file, f"a Parquet file ({_brief(error)})") from None
 
 
-def _rows_of(table: Any, file: str) -> Iterator[bytes]:
+def _with_images(source: BinaryIO, file: str, read_image: Read) -> Iterator[bytes]:
+    number = 0
+    try:
+        for line in source:
+            if line.isspace():
+                continue
+            number += 1
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InvalidInput("FILE", file, f"JSON on each line; row {number} has none ({error})") from None
+            if not isinstance(row, dict):
+                raise InvalidInput("FILE", file, f"a JSON object on each line; row {number} is none")
+            yield _line(inlined(row, number, read_image), number, file)
+    except OSError as error:
+        raise InvalidInput("FILE", file, f"a file that you can read ({_brief(error)})") from None
+
+
+def _rows_of(table: Any, file: str, read_image: Read | None) -> Iterator[bytes]:
     arrow = import_module("pyarrow")
     number = 0
-    batches = table.iter_batches(batch_size=_PARQUET_ROWS)
+    has_bytes = "binary" in str(table.schema_arrow)
+    batches = table.iter_batches(batch_size=_ROWS_WITH_BYTES if has_bytes else _PARQUET_ROWS)
     while True:
         try:
             batch = next(batches, None)
@@ -177,7 +210,7 @@ def _rows_of(table: Any, file: str) -> Iterator[bytes]:
         lines = []
         for row in batch.to_pylist():
             number += 1
-            lines.append(_line(row, number, file))
+            lines.append(_line(inlined(row, number, read_image) if has_bytes or read_image else row, number, file))
         yield b"".join(lines)
 
 

@@ -1,17 +1,21 @@
 """Files of rows, read piece by piece as they arrive: JSON Lines or CSV, gzipped or not -> one JSON object per row.
 
 A file is text in UTF-8. A row of JSON Lines is an object on a line of its own; a row of a CSV file has the header's
-columns, all text, and an empty cell is null. Memory holds one row and one piece, whatever the size of the file.
+columns, all text, and an empty cell is null. Memory holds one row and one piece, whatever the size of the file. The
+images of JSON Lines are taken out as they arrive (`rows.image_urls`): they are no part of a row's size.
 """
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows, RowProblem, TooLarge, shorten
 from llama_stack_provider_moe.ground.gunzip import GZIP_MAGIC, Gunzip
+from llama_stack_provider_moe.spec.json_lines import encoded_row, not_text, parsed
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
+from llama_stack_provider_moe.spec.rows.values import BadRow
 
 FileFormat = Literal["jsonl", "csv"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -29,12 +33,12 @@ class FileRow(NamedTuple):
 
     Attributes:
         number: its number from 1; blank lines do not count.
-        content: the JSON object.
+        content: the JSON object, with canonical images.
         line: `content` as a line of JSON in UTF-8, with its newline. Equal rows give equal lines.
     """
 
     number: int
-    content: dict[str, object]
+    content: Mapping[str, object]
     line: bytes
 
 
@@ -55,6 +59,8 @@ class RowFile:
         gzipped: whether the bytes are gzipped; None: look at the first two.
         max_bytes: most bytes of text, and of lines that `feed` yields.
         max_rows: most rows.
+        images: takes the images of rows; None: they stay in the rows as they are.
+        converts: whether rows get canonical images here; else the caller's `images.whole` gives them.
 
     Attributes:
         rows: number of rows so far.
@@ -70,6 +76,8 @@ class RowFile:
         gzipped: bool | None = None,
         max_bytes: int = 1 << 62,
         max_rows: int = 1 << 62,
+        images: ImageDoor | None = None,
+        converts: bool = True,
     ) -> None:
         self._name = name
         self._gunzip = Gunzip(name) if gzipped else None
@@ -77,6 +85,8 @@ class RowFile:
         self._begin = b""
         self._lines = _Lines()
         self._csv = _Csv() if file_format == "csv" else None
+        self._images = images if converts else None
+        self._taker = None if images is None or file_format == "csv" else images.taker()
         self._max_bytes, self._max_rows = max_bytes, max_rows
         self._text_bytes = 0
         self._blank_lines = 0
@@ -113,6 +123,8 @@ class RowFile:
             yield from self._decompressed(self._look())
         if self._gunzip is not None:
             self._gunzip.finish()
+        if self._taker is not None:
+            yield from self._of_lines(self._lines.feed(self._taker.finish()), is_last=False)
         yield from self._of_lines(self._lines.finish(), is_last=True)
         if self.problem_count:
             raise InvalidRows(self._name, self.problems, self.problem_count, self.rows)
@@ -132,14 +144,15 @@ class RowFile:
         for text in [piece] if self._gunzip is None else self._gunzip.feed(piece):
             self._text_bytes += len(text)
             self._must_fit(self._text_bytes)
-            yield from self._of_lines(self._lines.feed(text), is_last=False)
+            without = text if self._taker is None else self._taker.feed(text)
+            yield from self._of_lines(self._lines.feed(without), is_last=False)
 
     def _of_lines(self, lines: Iterator[_Line], is_last: bool) -> Iterator[FileRow]:
         try:
             if self._csv is None:
                 for line in lines:
                     blank = not line.content or line.content.isspace()
-                    yield from self._row(line.number, None if blank else _parsed(line.content))
+                    yield from self._row(line.number, None if blank else parsed(line.content))
             else:
                 for number, found in self._csv.feed(lines, is_last):
                     yield from self._row(number, found)
@@ -156,18 +169,32 @@ class RowFile:
         self.rows += 1
         if self.rows > self._max_rows:
             raise TooLarge(f"{self._name}: more than {self._max_rows:,} rows (`max_rows` of this server)")
-        encoded = _encoded(found) if isinstance(found, dict) else found
-        if isinstance(encoded, str):
-            self._add(RowProblem(self.rows, _of_line(line, self.rows), encoded))
+        try:
+            row, encoded = self._checked(found)
+        except BadRow as bad:
+            self._add(RowProblem(self.rows, bad.field or _of_line(line, self.rows), bad.reason))
             if self.problem_count >= InvalidRows.SHOWN:
-                raise InvalidRows(self._name, self.problems, self.problem_count, self.rows)
-        elif isinstance(found, dict):
-            self._line_bytes += len(encoded)
-            self._must_fit(self._line_bytes)
-            for name, value in found.items():
-                if value is not None and (name in self.columns or self._lists(name)):
-                    self.columns[name] += 1
-            yield FileRow(self.rows, found, encoded)
+                raise InvalidRows(self._name, self.problems, self.problem_count, self.rows) from None
+            return
+        self._line_bytes += len(encoded)
+        self._must_fit(self._line_bytes)
+        for name, value in row.items():
+            if value is not None and (name in self.columns or self._lists(name)):
+                self.columns[name] += 1
+        yield FileRow(self.rows, row, encoded)
+
+    def _checked(self, found: dict[str, object] | str) -> tuple[Mapping[str, object], bytes]:
+        """The row with canonical images, and its line; a `BadRow` of the whole line has no field."""
+        if isinstance(found, str):
+            raise BadRow("", found)
+        row = found if self._images is None else self._images.converted(found)
+        encoded = encoded_row(row)
+        if isinstance(encoded, str):
+            raise BadRow("", encoded)
+        left_over = None if self._images is None else self._images.left_over(encoded)
+        if left_over is not None:
+            raise BadRow("", left_over)
+        return row, encoded
 
     def _lists(self, name: str) -> bool:
         return len(self.columns) < LISTED_COLUMNS and len(name) <= MAX_COLUMN_NAME
@@ -310,63 +337,7 @@ def _text(line: _Line) -> str:
     try:
         return line.content.decode() + "\n"
     except UnicodeDecodeError as error:
-        raise _BadFile(line.number, _not_text(error)) from None
-
-
-def _parsed(line: bytes) -> dict[str, object] | str:
-    """The object on a line of JSON Lines, or what is wrong with the line."""
-    try:
-        found: object = _DECODER.decode(line.decode())
-    except UnicodeDecodeError as error:
-        return _not_text(error)
-    except json.JSONDecodeError as error:
-        return f"is not JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})"
-    except RecursionError:
-        return "is nested too deep"
-    except _NotJson as error:
-        return f"is not JSON ({error})"
-    except ValueError:  # an integer with more digits than Python reads
-        return "has a number that is too large"
-    if not isinstance(found, dict):
-        hint = "; write each item on its own line" if isinstance(found, list) else ""
-        return f"holds {shorten(found, 40)}; expected a JSON object on each line{hint}"
-    return found or "has no columns"
-
-
-def _encoded(row: dict[str, object]) -> bytes | str:
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:
-        # JSON allows half a surrogate pair ("\ud83d"); no tokenizer accepts it.
-        return "contains half of a surrogate pair, which is not valid text"
-    except RecursionError:
-        return "is nested too deep"
-    except ValueError:  # 1e999
-        return "has a number that is too large"
-
-
-class _NotJson(ValueError):
-    """A key that is there twice, or NaN."""
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise _NotJson(f"key {shorten(twice)} is there twice")
-    return made
-
-
-def _no_constant(name: str) -> object:
-    raise _NotJson(f"{name} is not JSON; expected null or a number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def _not_text(error: UnicodeDecodeError) -> str:
-    return f"is not UTF-8 (byte {error.start + 1} of the line)"
+        raise _BadFile(line.number, not_text(error)) from None
 
 
 def _too_long(line: int) -> _BadFile:

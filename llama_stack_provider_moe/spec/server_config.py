@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec.feedback_config import FeedbackFolder
 from llama_stack_provider_moe.spec.graders_config import GradersConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.notify import NotifyConfig
+from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.serving_config import LlamaCppServing, ServingConfig
 
 _DEVICE_ID = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{1,120}")
@@ -271,6 +272,7 @@ class ProviderConfig(Block):
         le=1 << 50,
         description="Maximum size of all versions of all data sets that one owner has uploaded, in bytes.",
     )
+    images: ImageLimits = Field(default_factory=ImageLimits)
     group_access: bool = Field(
         default=False,
         description="Let the group of `state_dir` read the files in it; false: only the server's user.",

@@ -22,6 +22,9 @@ from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.pipelines import PipelineSpec
 from llama_stack_provider_moe.spec.rewards import REWARDS, Grading
 from llama_stack_provider_moe.spec.rows import canonical
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
+from llama_stack_provider_moe.spec.rows.images import ImageLimits
+from llama_stack_provider_moe.spec.rows.values import BadRow
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.sweeps import SweepSpec
 from tests.contracts.reference import BLOCKS
@@ -164,7 +167,11 @@ def _accepted(value: dict[str, Any], keys: set[str]) -> str:
     raise Unaccepted(f"holds {sorted(keys)}: not a job, a row, a request, an error or a server's configuration")
 
 
-def _row(value: dict[str, Any], keys: set[str]) -> str:
+def _row(given: dict[str, Any], keys: set[str]) -> str:
+    try:
+        value = ImageDoor(ImageLimits(), lambda _content, _part: None).converted(given)
+    except BadRow as bad:
+        raise Unaccepted(f"{bad.field}: {bad.reason}") from None
     if "forbidden" in keys:
         found: Any = canonical_own(value, 1, "scenario")
     elif "answer" in keys:

@@ -108,6 +108,7 @@ from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.probe import ProbeData
 from llama_stack_provider_moe.spec.rewards import Grading, Reward
+from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.scorer_config import ScorerConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
@@ -272,6 +273,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Graders: `sampling_params`", "grader.sampling_params.", SamplingParams, set()),
     ("Server: `config:` of `inline::moe`", "", ProviderConfig, set()),
     ("Server: `models:`", "models.", ModelsConfig, set()),
+    ("Server: `images:`", "images.", ImageLimits, set()),
     ("Server: `limits:`", "limits.", LimitsConfig, set()),
     ("Server: `audit:`", "audit.", AuditConfig, set()),
     ("Server: `exports:`", "exports.", ExportsConfig, set()),

@@ -146,6 +146,17 @@ def bringing() -> list[str]:
     ]
 
 
+def images_of_rows() -> list[str]:
+    found = newest("rows_with_images")["figures"]
+    assert found["rows"] == 10_001
+    before, uploaded, made = (round(found[f"peak_mib_{when}"]) for when in ("before", "after_upload", "after_job"))
+    assert made < before + 96, "flat: the body has a row of 132 MB"
+    return [
+        f"{found['body_mib']:,.0f} MiB took {found['upload_s']:.0f} s, and the job {found['job_s']:.0f} s",
+        f"{before} MiB before, {uploaded} MiB after the upload and {made} MiB after the job",
+    ]
+
+
 def file_in_s3() -> list[str]:
     found = newest("s3_file")["figures"]
     memory = found["server_rss_mb"]
@@ -215,7 +226,7 @@ def telemetry() -> list[str]:
     "claims",
     [
         rows_of_experts, quantized, loading, start, against_trl, store, memory, saving_memory, merging, ablating,
-        bringing, file_in_s3, following, polling, telemetry,
+        bringing, images_of_rows, file_in_s3, following, polling, telemetry,
     ],
 )  # fmt: skip
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:

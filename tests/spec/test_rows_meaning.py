@@ -38,7 +38,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a result at the end": (chat(ASKED, calls("tide"), result("5 m")), "messages", "ends with a tool turn"),
     "an image": (
         chat(user("x") | {"content": [{"type": "image_url", "image_url": {"url": "u"}}]}, said("y")),
-        "messages[0].content[0]", "is a part of type 'image_url'; this version trains on text",
+        "messages[0].content[0]", "is a part of type 'image_url'; jobs train on text and on images that came with",
     ),
     "a strange part": (
         chat(user("x") | {"content": [{"type": "thinking", "thinking": "t"}]}),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llama_stack_provider_moe.compute.data.chat_template import Refused, Span, Template
 from llama_stack_provider_moe.compute.data.template_probe import TurnEnd
 from llama_stack_provider_moe.spec.rows import Message
+from llama_stack_provider_moe.spec.rows.images import words_of
 
 _OPENED = re.compile(
     r"\s*<[^<>\n]*think[^<>\n]*>\s*(<[^<>\n]*think[^<>\n]*>\s*)?"
@@ -300,14 +301,14 @@ def check(said: str, message: Message, template: Template) -> None:
     for piece in _spoken(message):
         if not _has(said, piece):
             raise Unclear("the chat template leaves out a part of the answer, or changes it")
-    for thought in _thoughts(message["content"] or ""):
+    for thought in _thoughts(words_of(message["content"])):
         if not _has(said, thought):
             raise Lost("the chat template leaves out the reasoning in the content of the answer")
 
 
 def _spoken(message: Message) -> list[str]:
     """The words of a message that every rendering of it has: its content behind a thought, its calls' names."""
-    content = (message["content"] or "").rpartition("</think>")[2].strip()
+    content = words_of(message["content"]).rpartition("</think>")[2].strip()
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
     return [piece for piece in (content, *names) if piece]
 
@@ -338,7 +339,7 @@ def reasoned(messages: Sequence[Message], setting: Literal["keep", "last", "drop
 def _without_thought(message: Message) -> Message:
     made: Message = {**message}
     made.pop("reasoning", None)
-    content = message["content"] or ""
+    content = words_of(message["content"])
     if "</think>" in content and (content.lstrip().startswith("<think>") or "<think>" not in content):
         made["content"] = content.partition("</think>")[2].lstrip()
     return made

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llama_stack_provider_moe.spec.rows import Message
+from llama_stack_provider_moe.spec.rows.images import words_of
 
 Said = dict[str, Any]  # a message as a template takes it
 Render = Callable[[Sequence[Said], Sequence[Mapping[str, object]] | None], str]  # "" if the template refuses
@@ -88,7 +89,7 @@ def said(message: Message, dialect: Dialect) -> Said:
         made["role"] = "system"
     content, reasoning = message["content"], message.get("reasoning")
     if reasoning and dialect.reasoning == INLINE:
-        content = inlined(reasoning, content)
+        content = inlined(reasoning, words_of(content))
     elif reasoning and dialect.reasoning is not None:
         made[dialect.reasoning] = reasoning
     if content is None and dialect.empty_content:

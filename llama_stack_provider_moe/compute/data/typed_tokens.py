@@ -62,7 +62,7 @@ def marked_message(message: Message, pattern: re.Pattern[str], marker: str) -> M
     """A message with markers in what is typed; the tags of a thought in an answer are not."""
     made = cast(Message, marked(message, pattern, marker))
     content = message["content"]
-    if message["role"] == "assistant" and content and "</think>" in content:
+    if message["role"] == "assistant" and isinstance(content, str) and "</think>" in content:
         # The tags of a thought are the template's, not typed text.
         before, _, behind = content.partition("</think>")
         lead, opened, thought = before.rpartition("<think>")

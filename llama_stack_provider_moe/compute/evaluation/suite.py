@@ -30,6 +30,7 @@ from llama_stack_provider_moe.errors import ModelError, TrainingError
 from llama_stack_provider_moe.spec import SafetyEvaluation
 from llama_stack_provider_moe.spec.evaluation_rows import JudgedRow, ScenarioRow
 from llama_stack_provider_moe.spec.rows import Conversation, Message
+from llama_stack_provider_moe.spec.rows.images import words_of
 
 JUDGED = ("refuse", "safe")
 STATES, CHANGED = ("before", "after"), ("masked", "ablated")
@@ -240,5 +241,5 @@ def _before_answer(messages: list[Message]) -> list[Message]:
 def _as_text(messages: list[Message]) -> str:
     """The conversation as a text for a judge: the last message after those before it."""
     if len(messages) == 1:
-        return messages[0]["content"] or ""
+        return words_of(messages[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

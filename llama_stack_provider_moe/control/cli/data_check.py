@@ -14,7 +14,7 @@ from llama_stack_provider_moe.client.upload import SourceFormat, opened
 from llama_stack_provider_moe.control.cli import local, model_checks, show_profile, template
 from llama_stack_provider_moe.control.cli.act import end
 from llama_stack_provider_moe.control.cli.exits import Exit
-from llama_stack_provider_moe.control.cli.options import Json
+from llama_stack_provider_moe.control.cli.options import Images, Json
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
 from llama_stack_provider_moe.jobdir import local_names
@@ -22,6 +22,8 @@ from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import DataProfile
 from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.row_files import RowFile
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
+from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 
 _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
@@ -73,6 +75,7 @@ def check(
         SourceFormat | None,
         typer.Option("--format", metavar="jsonl|csv|parquet", help="Format of FILE; default: by the end of its name."),
     ] = None,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a file of rows as a job would: formats, refused and repeated rows, lengths, learnt tokens, steps."""
@@ -85,7 +88,7 @@ def check(
             raise InvalidInput("--held-out", held_out, "a file; standard input is read once")
         with tempfile.TemporaryDirectory() as folder:
             valid = Path(folder) / "rows.jsonl"
-            profile = _profiled(screen, spec, file, file_format, held_out, valid)
+            profile = _profiled(screen, spec, file, file_format, held_out, valid, images)
             if has_model and profile.refused < profile.rows:
                 profile = _with_tokens(screen, spec, profile, valid, show)
         rows = spec.row_sources()[0]
@@ -145,7 +148,13 @@ def _of_domain(data: object, domain: str | None) -> object:
 
 
 def _profiled(
-    screen: Screen, spec: TrainingSpec, file: str, file_format: SourceFormat | None, held_out: str | None, valid: Path
+    screen: Screen,
+    spec: TrainingSpec,
+    file: str,
+    file_format: SourceFormat | None,
+    held_out: str | None,
+    valid: Path,
+    images: str | None,
 ) -> DataProfile:
     source = spec.row_sources()[0]
     how = source.domains
@@ -154,17 +163,18 @@ def _profiled(
         spec.recipe, spec.data.format, spec.data.columns, "data.columns", domains, source.answered, source.needs
     )
     with valid.open("wb") as out:
-        profiler.add_all(_rows(screen, file, file_format), out)
+        profiler.add_all(_rows(screen, file, file_format, images), out)
     if held_out is not None:
-        for row in _rows(screen, held_out, None):
+        for row in _rows(screen, held_out, None, images):
             profiler.add_held_out(row)
     return profiler.profile()
 
 
-def _rows(screen: Screen, file: str, file_format: SourceFormat | None) -> Iterator[object]:
-    with opened(file, file_format) as upload:
+def _rows(screen: Screen, file: str, file_format: SourceFormat | None, images: str | None) -> Iterator[object]:
+    door = ImageDoor(ImageLimits(), lambda _content, _part: None)
+    with opened(file, file_format, images) as upload:
         is_csv = upload.content_type == "text/csv"
-        reader = RowFile(file, "csv" if is_csv else "jsonl", gzipped=upload.content_encoding is not None)
+        reader = RowFile(file, "csv" if is_csv else "jsonl", gzipped=upload.content_encoding is not None, images=door)
         told = 0
         for piece in upload.body(lambda: None):
             for row in reader.feed(piece):

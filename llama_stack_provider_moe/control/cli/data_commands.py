@@ -11,7 +11,7 @@ from llama_stack_provider_moe.control.cli.act import Where, answer, hint, run, t
 from llama_stack_provider_moe.control.cli.client import Client
 from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.help_words import App
-from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
+from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Images, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput, ServerRefused
 
@@ -44,6 +44,7 @@ def push(
             help="Format of the file; default: by the end of its name, and jsonl for standard input.",
         ),
     ] = None,
+    images: Images = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -51,7 +52,7 @@ def push(
     """Upload a file of rows as the current version of a data set; the server checks each row and names bad ones."""
 
     def act(server: Client, screen: Screen) -> Exit:
-        with opened(file, _checked_format(file_format)) as upload:
+        with opened(file, _checked_format(file_format), images) as upload:
             again = "nothing was stored, unless the server had received every row; repeat the command"
             with hint(again), upload_progress.shown(screen, upload) as tick:
                 body = upload.body(tick)

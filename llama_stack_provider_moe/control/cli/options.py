@@ -19,3 +19,11 @@ Key = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, and errors as JSON on standard error.")
 ]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        "--images",
+        metavar="PATH",
+        help="Folder, or tar file, of the images that rows name by their path in it; default: rows name no files.",
+    ),
+]

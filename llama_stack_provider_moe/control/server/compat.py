@@ -13,23 +13,23 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from http.client import HTTPException
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from fastapi.responses import StreamingResponse
 
-from llama_stack_provider_moe.control.server import host_files, hub_rows
+from llama_stack_provider_moe.control.server import csv_rows, host_files, hub_rows
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.errors import InvalidInput, NotFound, Unavailable
 from llama_stack_provider_moe.ground.redaction import passwords_in, scrubbed, without_passwords
 from llama_stack_provider_moe.ground.small_files import open_regular
 from llama_stack_provider_moe.jobdir.row_sources import SourceKind
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 
 
 class _Source(Protocol):
@@ -66,10 +66,6 @@ class _Files(Protocol):
     async def openai_retrieve_file_content(self, request: object) -> object: ...
 
 
-class _Frame(Protocol):
-    def to_dict(self, orient: str) -> list[object]: ...
-
-
 def _host() -> str:
     names = ("ogx", "llama_stack")
     loaded = [name for name in names if name in sys.modules or f"{name}_api" in sys.modules]
@@ -97,7 +93,6 @@ POST_TRAINING: object = Api.add("post_training")  # idempotent; the enum lacks i
 FILE_LIMIT_S = 60.0  # longest read of one page of a file
 HUB_LIMIT_S = 600.0  # longest download of a data set of the hub
 log = logging.getLogger(__name__)
-_REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # http:, s3:, data: ...
 _reading = Pool("moe-data", 4, 256, "data sets", stuck_s=FILE_LIMIT_S)
 _HAS_DATASETS = "datasetio" in Api.__members__
 _FILE_ID = re.compile(r"file-[0-9A-Za-z]{16,}")  # beside data sets, what looks so is a file
@@ -205,7 +200,12 @@ async def has_dataset(deps: Deps, dataset_id: str) -> bool:
 
 
 async def dataset_pages(
-    deps: Deps, dataset_id: str, rows_per_page: int, field: str, admit: Callable[[str], None]
+    deps: Deps,
+    dataset_id: str,
+    rows_per_page: int,
+    field: str,
+    admit: Callable[[str], None],
+    images: ImageDoor | None = None,
 ) -> AsyncIterator[list[object]]:
     """Yield the rows of a data set in pages, as the host gives them.
 
@@ -215,6 +215,7 @@ async def dataset_pages(
         rows_per_page: most rows in a page.
         field: the caller's name for `dataset_id`, for error texts.
         admit: called with the URI of the rows, if they have one; raises where the caller may not read it.
+        images: takes the images of a file's rows, piece by piece.
 
     Raises:
         NotFound: no such data set, or the caller may not read it.
@@ -230,7 +231,7 @@ async def dataset_pages(
 
     kind = rows_kind(deps, dataset_id)
     if kind == "host file":
-        pages = _file_pages(deps, dataset_id, rows_per_page, field)
+        pages = _file_pages(deps, dataset_id, rows_per_page, field, images)
     else:
         pages = _datasetio_pages(deps, dataset_id, rows_per_page, admitted)
     try:
@@ -291,37 +292,50 @@ async def _hub_pages(uri: str, rows_per_page: int) -> AsyncIterator[list[object]
 
 
 async def _csv_pages(uri: str, why_not: str, rows_per_page: int) -> AsyncIterator[list[object]]:
-    pandas = import_module("pandas")  # the reader that localfs uses; the host's extra installs it
-
-    def opened() -> AbstractContextManager[Iterator[_Frame]]:
-        if not _REMOTE.match(uri):
-            open_regular(Path(uri.removeprefix("file://"))).close()  # a FIFO would block the thread forever
-        # Every cell is text ("42" and "None" are ordinary answers), and an empty cell counts as missing.
-        chunks: AbstractContextManager[Iterator[_Frame]] = pandas.read_csv(
-            uri, chunksize=rows_per_page, dtype=str, keep_default_na=False, na_values=[""]
-        )
-        return chunks
-
-    with await _reading.within(FILE_LIMIT_S, why_not, opened) as chunks:
-
-        def page() -> list[object] | None:
-            chunk = next(chunks, None)
-            return None if chunk is None else chunk.to_dict("records")
-
-        while (rows := await _reading.within(FILE_LIMIT_S, why_not, page)) is not None:
+    with await _reading.within(FILE_LIMIT_S, why_not, csv_rows.opened, uri, rows_per_page) as chunks:
+        while (rows := await _reading.within(FILE_LIMIT_S, why_not, csv_rows.page, chunks)) is not None:
             yield rows
 
 
-async def _file_pages(deps: Deps, file_id: str, rows_per_page: int, field: str) -> AsyncIterator[list[object]]:
+async def _file_pages(
+    deps: Deps, file_id: str, rows_per_page: int, field: str, images: ImageDoor | None
+) -> AsyncIterator[list[object]]:
     try:
         name = (await _file_info(deps, file_id)).filename
         pieces = await _file_pieces(cast("_Files", deps[Api.files]), file_id)
         async with aclosing(pieces):
-            async for page in host_files.pages(pieces, file_id, name, rows_per_page, field):
+            async for page in host_files.pages(pieces, file_id, name, rows_per_page, field, images):
                 yield page
     except _store_failures() as error:
         log.warning("file %r can't be read: %s: %s", file_id, type(error).__name__, error)
         raise Unavailable(f"file {file_id!r} can't be read now; its store answers with an error") from error
+
+
+def has_files(deps: Deps) -> bool:
+    """Return whether files can be uploaded to the host."""
+    return Api.files in deps
+
+
+async def file_bytes(deps: Deps, file_id: str, most: int) -> bytes:
+    """Return the first `most` bytes of a file that was uploaded to the host.
+
+    Raises:
+        NotFound: there is none, or the caller may not read it.
+        Unavailable: the host's store of files does not answer.
+    """
+    found = bytearray()
+    try:
+        await _file_info(deps, file_id)
+        async with aclosing(await _file_pieces(cast("_Files", deps[Api.files]), file_id)) as pieces:
+            async for piece in pieces:
+                found += piece
+                if len(found) >= most:
+                    break
+    except _api.ResourceNotFoundError:
+        raise NotFound(f"no file {file_id!r} was uploaded to this server") from None
+    except _store_failures() as error:
+        raise Unavailable(f"file {file_id!r} can't be read now; its store answers with an error") from error
+    return bytes(found[:most])
 
 
 async def _file_info(deps: Deps, file_id: str) -> _FileInfo:

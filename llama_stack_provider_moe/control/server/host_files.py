@@ -6,6 +6,7 @@ from typing import Protocol
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.errors import InvalidInput, InvalidRows
 from llama_stack_provider_moe.spec.row_files import FileFormat, FileRow, RowFile
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 
 PIECE_BYTES = 1 << 20
 PAGE_BYTES = 8 << 20  # of rows: a page ends there, whatever its number of rows
@@ -24,7 +25,12 @@ class Stream(Protocol):
 
 
 async def pages(
-    pieces: AsyncIterator[bytes], file_id: str, file_name: str, rows_per_page: int, field: str
+    pieces: AsyncIterator[bytes],
+    file_id: str,
+    file_name: str,
+    rows_per_page: int,
+    field: str,
+    images: ImageDoor | None = None,
 ) -> AsyncIterator[list[object]]:
     """Yield the rows of a file in pages: JSON Lines, or CSV by the file's name; gzipped or not.
 
@@ -34,12 +40,13 @@ async def pages(
         file_name: its name when it was uploaded.
         rows_per_page: most rows in a page.
         field: the caller's name for `file_id`, for error texts.
+        images: takes the images of the rows.
 
     Raises:
         InvalidRows: rows of the file can't be read; each is named by number and line.
         InvalidInput: the file is not text in one of these forms, or has no rows.
     """
-    reader = RowFile(file_id, _format_of(file_name))
+    reader = RowFile(file_id, _format_of(file_name), images=images, converts=False)
     try:
         async for piece in pieces:
             async for page in _paged(reader.feed(piece), rows_per_page):

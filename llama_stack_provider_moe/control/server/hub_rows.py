@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import PurePosixPath
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
 SCHEME = "huggingface"
@@ -62,9 +62,21 @@ def loaded(uri: str) -> Rows:
         raise ValueError("split: expected a part of the data set, such as ?split=train")
     datasets = import_module("datasets")
     try:
-        return cast("Rows", datasets.load_dataset(name, **given))
+        return cast("Rows", undecoded(datasets.load_dataset(name, **given)))
     except datasets.exceptions.DatasetsError as error:
         raise ValueError(str(error)) from error
+
+
+def undecoded(rows: Any) -> Any:
+    """The same split, whose images are `{"bytes": ..., "path": ...}`: a server decodes none."""
+    datasets = import_module("datasets")
+    one = datasets.Image(decode=False)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, one)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of them
+            rows = rows.cast_column(name, type(feature)(one))
+    return rows
 
 
 def page(rows: Rows, start: int, count: int) -> list[object]:

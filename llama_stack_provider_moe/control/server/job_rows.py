@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_stack_provider_moe.control.server import callers, compat, ownership, rows, sample_check
+from llama_stack_provider_moe.control.server import callers, compat, image_doors, ownership, rows, sample_check
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
@@ -99,6 +99,7 @@ class RowReader:
             require_few_passes(spec.data, {domain.name: counts[part] for domain, part in named})
         if isinstance(spec, TrainingSpec) and domains is not None:
             require_few_passes(spec.data, domains.counts)
+        await image_doors.check(request, spec, found.reports, self._config, self._guard)
         if model is not None:
             await sample_check.check(request, spec, model, samples, found.counts(), self._templates)
         if folder is not None:
@@ -120,6 +121,8 @@ class RowReader:
         field = request.name(source.field)
         admit = partial(ownership.refuse_private_source, field=field, dataset_id=source.dataset_id, config=self._config)
         found = await self._datasets.find(self._deps, callers.owner(), source.dataset_id, field)
+        door = image_doors.of_job(self._config, self._deps, source.dataset_id, folder, found.path)
+        found = found._replace(images=door)
         new_file, out, numbers = self._config.privacy.new_file, None, None
         if folder is not None:
             out = await self._guard.in_state_dir(new_file, folder.rows(source.part))
@@ -129,7 +132,7 @@ class RowReader:
             report = await rows.copy_rows(
                 self._deps, source.dataset_id, field, spec.recipe, source.format, out, self._config.max_rows,
                 source.answered, source.kind, admit, source.columns, request.name(source.columns_field), found.pages,
-                sample, None if domains is None else rows.DomainFile(domains, numbers), source.needs,
+                sample, None if domains is None else rows.DomainFile(domains, numbers), source.needs, door,
             )  # fmt: skip
         finally:
             for each in (out, numbers):

@@ -9,6 +9,7 @@ A job's `dataset_id` is one of
     feedback:all     the caller's flagged conversations (`flagged`); feedback:answered: those that end with an answer
 """
 
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from llama_stack_provider_moe.errors import InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.row_sources import DataSource, SourceKind
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN
 from llama_stack_provider_moe.spec.row_files import loaded_row
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 OWN, HOSTS = "data:", "host:"
@@ -55,6 +57,7 @@ class Found(NamedTuple):
         version: the version of the caller's own.
         path: the file with the version's rows.
         flagged: the caller's flagged conversations.
+        images: takes the images of the rows of a file on the host.
     """
 
     host_id: str | None
@@ -62,6 +65,7 @@ class Found(NamedTuple):
     version: DatasetVersion | None = None
     path: Path | None = None
     flagged: FlaggedRows | None = None
+    images: ImageDoor | None = None
 
     def pages(
         self, deps: compat.Deps, dataset_id: str, rows_per_page: int, field: str, admit: Callable[[str], None]
@@ -71,7 +75,7 @@ class Found(NamedTuple):
             return self.flagged.pages(rows_per_page)
         if self.path is not None:
             return _pages(self.path, dataset_id, rows_per_page)
-        return compat.dataset_pages(deps, self.host_id or dataset_id, rows_per_page, field, admit)
+        return compat.dataset_pages(deps, self.host_id or dataset_id, rows_per_page, field, admit, self.images)
 
     def notes(self, field: str) -> list[str]:
         """Return which version of an uploaded data set the job reads, in a sentence for the caller.
@@ -185,8 +189,8 @@ class OwnDatasets:
         """
         found = await self.version(owner, name, version)
         path = dataset_files.rows_of(self._config, found.id)
-        rows, end = await _reading.run(_rows_at, path, name, cursor, limit)
-        return DatasetRows(name=name, sha256=found.sha256, rows=rows, cursor=end, has_more=end < found.bytes)
+        rows, end, size_bytes = await _reading.run(_rows_at, path, name, cursor, limit)
+        return DatasetRows(name=name, sha256=found.sha256, rows=rows, cursor=end, has_more=end < size_bytes)
 
     async def delete(self, owner: str, name: str, version: str | None) -> DeletedDataset:
         """Delete a data set, or one version of it. Jobs have copies of their rows."""
@@ -268,7 +272,7 @@ async def _pages(path: Path, dataset_id: str, rows_per_page: int) -> AsyncIterat
         file.close()  # of a file that was read, which does not block
 
 
-def _rows_at(path: Path, name: str, cursor: int, limit: int) -> tuple[list[object], int]:
+def _rows_at(path: Path, name: str, cursor: int, limit: int) -> tuple[list[object], int, int]:
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -278,7 +282,7 @@ def _rows_at(path: Path, name: str, cursor: int, limit: int) -> tuple[list[objec
             file.seek(cursor - 1)
             if file.read(1) != b"\n":
                 raise InvalidInput("cursor", cursor, "0, or `cursor` of the previous page")
-        return _page(file, limit), file.tell()
+        return _page(file, limit), file.tell(), os.fstat(file.fileno()).st_size
 
 
 def _page(file: BinaryIO, rows: int) -> list[object]:

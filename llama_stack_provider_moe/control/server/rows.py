@@ -16,8 +16,9 @@ from llama_stack_provider_moe.spec.evaluation_rows import canonical_own
 from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows import RowsReport, canonical, check_columns, check_found, conversation
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 from llama_stack_provider_moe.spec.rows.report import MOST_NAMES
-from llama_stack_provider_moe.spec.rows.values import HALF_A_PAIR
+from llama_stack_provider_moe.spec.rows.values import HALF_A_PAIR, BadRow
 
 type PagesOf = Callable[[compat.Deps, str, int, str, Callable[[str], None]], AsyncIterator[list[object]]]
 
@@ -36,6 +37,7 @@ class RowReading(NamedTuple):
         columns: the data's names of columns by the formats' names.
         domains: finds the domain of each row in a column; None: there is no such column.
         needs: what graders read of each row; None: there are no graders.
+        images: takes the images of each row; None: no row can have any.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class RowReading(NamedTuple):
     columns: Mapping[str, str] | None = None
     domains: RowDomains | None = None
     needs: RowNeeds | None = None
+    images: ImageDoor | None = None
 
 
 class DomainFile(NamedTuple):
@@ -84,6 +87,7 @@ async def copy_rows(
     sample: RowSample | None = None,
     domains: DomainFile | None = None,
     needs: RowNeeds | None = None,
+    images: ImageDoor | None = None,
 ) -> RowsReport:
     """Check every row of a data set, and write each in its canonical form as a line of JSON.
 
@@ -104,6 +108,7 @@ async def copy_rows(
         sample: keeps some of the rows.
         domains: finds the domain of each row in a column; None: there is no such column.
         needs: what graders read of each row; None: there are no graders.
+        images: takes the images of each row; None: no row can have any.
 
     Returns:
         The number of rows, at least 1, with their formats and columns.
@@ -114,20 +119,18 @@ async def copy_rows(
             that the formats or all rows lack.
         InvalidRows: some rows can't be trained on; the error counts them all.
     """
-    found = None if domains is None else domains.found
-    reading = RowReading(recipe, row_format, answered, kind, columns, found, needs)
+    named = None if domains is None else domains.found
+    reading = RowReading(recipe, row_format, answered, kind, columns, named, needs, images)
     report = RowsReport()
     if columns:
         check_columns(columns, recipe, row_format, columns_field)
-    pages = pages_of(deps, dataset_id, ROWS_PER_PAGE, field, admit)
     total, count = 0, 0
     problems: list[RowProblem] = []
     seen: set[str] = set()
-    async for page in pages:
+    async for page in pages_of(deps, dataset_id, ROWS_PER_PAGE, field, admit):
         if total + len(page) > max_rows:
-            raise InvalidInput(
-                field, dataset_id, f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
-            )
+            most = f"a data set of at most {max_rows:,} rows (`max_rows` of this server)"
+            raise InvalidInput(field, dataset_id, most)
         checked = await _checking.run(_check, page, total + 1, reading, report, sample)
         total += len(page)
         count += checked.problem_count
@@ -182,6 +185,11 @@ def _check(
 
 
 def _canonical(row: object, number: int, reading: RowReading, report: RowsReport) -> Mapping[str, object] | RowProblem:
+    if isinstance(row, Mapping) and reading.images is not None:
+        try:
+            row = reading.images.whole(row)
+        except BadRow as bad:
+            return RowProblem(number, bad.field, bad.reason)
     if reading.kind in ("scenario", "judged"):
         own = canonical_own(row, number, reading.kind)
         if not isinstance(own, RowProblem):

@@ -6,6 +6,7 @@ in the same way, and the others get links to the files.
 
 import json
 import os
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -201,9 +202,13 @@ def _reading_of(spec: TrainingSpec) -> str:
     """Everything that decides how a job's rows are read and checked: jobs that agree in it share the files."""
     options = spec.options.model_dump(mode="json", exclude={"seed"})
     sources = [repr(source) for source in spec.row_sources()]
-    return json.dumps([spec.recipe, spec.model, sources, options], sort_keys=True)
+    return json.dumps([spec.recipe, spec.model, sources, options, spec.data.packed], sort_keys=True)
 
 
 def _link(source: Path, target: Path) -> None:
     for file in source.iterdir():
-        os.link(file, target / file.name)
+        if file.is_dir():  # of images
+            (target / file.name).mkdir(mode=stat.S_IMODE(file.stat().st_mode))
+            _link(file, target / file.name)
+        else:
+            os.link(file, target / file.name)

@@ -1,7 +1,7 @@
 """Receives a data set: the body of a request -> a checked file of rows -> a version in the store.
 
-Rows are checked as they arrive. Memory holds a piece of the body and one row. Parsing and writing run in threads, and
-only there; a client that sends faster waits.
+Rows are checked as they arrive. Memory holds a piece of the body, one row and one image. Parsing and writing run in
+threads, and only there; a client that sends faster waits.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from llama_stack_provider_moe.control.store.dataset_files import Arriving, Room
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable, DatasetVersion, quota_text
 from llama_stack_provider_moe.errors import InvalidInput, Unavailable
 from llama_stack_provider_moe.spec.row_files import FileFormat, FileRow, RowFile
+from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 NOT_STORED = "the data set was not stored"
@@ -116,8 +117,9 @@ class Uploads:
             await self._guard.must_have_room(NOT_STORED)
             room = await self._guard.run(self._room, table, owner, name)
             most_bytes, most_rows = self._config.max_dataset_bytes, self._config.max_rows
-            file = RowFile(name, form.file_format, form.gzipped, most_bytes, most_rows)
             arriving = await _uploading.run(Arriving, self._config, room)
+            door = ImageDoor(self._config.images, arriving.images.keep)
+            file = RowFile(name, form.file_format, form.gzipped, most_bytes, most_rows, door)
             try:
                 digest, received = hashlib.sha256(), 0
                 async for piece in self._pieces(body):

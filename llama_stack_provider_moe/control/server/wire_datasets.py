@@ -13,7 +13,9 @@ class DatasetVersionInfo(BaseModel):
 
     sha256: str = Field(description="SHA-256 of the stored rows; its first digits name the version, as in NAME@3fa8c1.")
     rows: int
-    bytes: int = Field(description="Size of the stored rows: JSON Lines, uncompressed.")
+    bytes: int = Field(
+        description="Size of the stored rows (JSON Lines, uncompressed) and of their images, at least 4 KiB each."
+    )
     columns: dict[str, int] = Field(
         description="Number of rows with a value, by column; of a data set with more than 256 columns, the first 256."
     )
@@ -63,7 +65,7 @@ class DatasetRows(BaseModel):
 
     name: str
     sha256: str = Field(description="SHA-256 of the version.")
-    rows: list[object] = Field(description="Rows as they were uploaded.")
+    rows: list[object] = Field(description="Rows as they were uploaded, each image as its SHA-256, format and size.")
     cursor: int = Field(description="Parameter `cursor` of the next page.")
     has_more: bool
 

@@ -3,10 +3,12 @@
 state_dir/datasets/
   .lock               held while a version is added or deleted, by one process at a time
   incoming/<id>       rows that are arriving; the process that writes the file has it locked
+  incoming/<id>.images  their images
   <id>/rows.jsonl     the rows of a version, which the store knows
+  <id>/images/        their images (`image_folder`)
 
-A process that dies leaves an unlocked file in `incoming`, or a folder that the store does not know. `sweep` removes
-both, and each server calls it when it starts.
+A process that dies leaves an unlocked file in `incoming` with its images, or a folder that the store does not know.
+`sweep` removes both, and each server calls it when it starts.
 """
 
 import fcntl
@@ -23,10 +25,12 @@ from typing import NamedTuple, Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable, DatasetVersion, new_version
+from llama_stack_provider_moe.control.store.image_folder import ImageFolder, beside
 from llama_stack_provider_moe.errors import TooLarge
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 ROWS_FILE = "rows.jsonl"
+_IMAGES = ".images"  # end of the name of a folder in `incoming`
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +56,8 @@ class Arriving:
         room: Largest size.
 
     Attributes:
-        bytes: Size so far.
+        bytes: Size so far, images included.
+        images: The images of its rows.
     """
 
     def __init__(self, config: ProviderConfig, room: Room) -> None:
@@ -62,6 +67,7 @@ class Arriving:
         self._path = _incoming(config) / self._id
         self._sha256 = hashlib.sha256()
         self.bytes = 0
+        self.images = ImageFolder(self._path.with_name(self._id + _IMAGES), config.privacy, self._admit)
         with locked(config):  # or `sweep` could find it before it is locked
             self._file = config.privacy.new_file(self._path)
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -74,20 +80,19 @@ class Arriving:
 
     def write(self, line: bytes) -> None:
         """Append a line; raise `TooLarge` if there is no room for it."""
-        if self.bytes + len(line) > self._room.bytes:
-            raise TooLarge(self._room.why)
+        self._admit(len(line))
         self._file.write(line)
         self._sha256.update(line)
-        self.bytes += len(line)
 
     def flush(self) -> None:
         """Give what was written to the file system, which raises `OSError` if the disk is full."""
         self._file.flush()
 
     def sync(self) -> None:
-        """Write the file to the disk; call it before `keep`."""
+        """Write the file and the images to the disk; call it before `keep`."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.images.sync()
 
     def keep(
         self, table: DatasetTable, owner: str, name: str, rows: int, columns: dict[str, int]
@@ -115,6 +120,8 @@ class Arriving:
         with locked(self._config):
             try:
                 self._config.privacy.make_folder(folder)
+                if self.images.path.exists():
+                    self.images.path.rename(beside(folder / ROWS_FILE))
                 self._path.rename(folder / ROWS_FILE)
                 _sync(folder)
                 _sync(folder.parent)
@@ -132,8 +139,14 @@ class Arriving:
         """Close the file, and delete it unless it was kept."""
         with suppress(OSError):  # a full disk refuses the rest of the buffer
             self._file.close()
+        shutil.rmtree(self.images.path, ignore_errors=True)  # before the file, by which `sweep` knows that it is in use
         with suppress(FileNotFoundError):
             self._path.unlink()
+
+    def _admit(self, size_bytes: int) -> None:
+        if self.bytes + size_bytes > self._room.bytes:
+            raise TooLarge(self._room.why)
+        self.bytes += size_bytes
 
 
 def remove(
@@ -164,7 +177,11 @@ def sweep(config: ProviderConfig, table: DatasetTable) -> None:
     config.privacy.make_folder(_incoming(config))
     with locked(config):
         for path in _incoming(config).iterdir():
-            if _is_unlocked(path):
+            if path.name.endswith(_IMAGES):
+                if _is_unlocked(path.with_suffix("")):
+                    shutil.rmtree(path, ignore_errors=True)
+            elif _is_unlocked(path):
+                shutil.rmtree(path.with_name(path.name + _IMAGES), ignore_errors=True)
                 path.unlink(missing_ok=True)
         known = table.ids()
         for folder in config.datasets_dir.iterdir():
@@ -186,10 +203,13 @@ def _incoming(config: ProviderConfig) -> Path:
 
 
 def _is_unlocked(path: Path) -> bool:
+    """Whether no process is writing a file, which may be gone."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process is writing it; or it is gone
+    except FileNotFoundError:
+        return True
+    except OSError:  # another process is writing it
         return False
     return True
 

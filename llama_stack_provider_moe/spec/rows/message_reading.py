@@ -10,11 +10,13 @@ from typing import Final
 
 from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.spec.rows.conversation_rules import Part
+from llama_stack_provider_moe.spec.rows.images import ContentPart, image_part
 from llama_stack_provider_moe.spec.rows.messages import ROLES, Message, Role
 from llama_stack_provider_moe.spec.rows.tool_calls import called, tool_calls
 from llama_stack_provider_moe.spec.rows.typed_calls import with_typed_calls
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source, absent, blank, filled, from_json, text
 
+IMAGES_NOTE: Final = "images"  # of a row, in its report
 REASONING: Final = ("reasoning", "reasoning_content", "thinking")
 # Keys that would change what a message means, and that nothing here reads.
 MEANT: Final = frozenset({"image", "images", "audio", "audios", "video", "videos", "refusal", "label", "mask", "train"})
@@ -84,7 +86,9 @@ def _whole(role: Role, content: object, given: dict[object, object], where: str,
         source.notes.add("tool calls")
         if role != "assistant":
             raise BadRow(f"{where}.tool_calls", f"is in a {role} message; only the assistant calls tools")
-    made["content"] = _content(content, role, f"{where}.content", may_lack="tool_calls" in made)
+    made["content"] = _with_images(content, role, f"{where}.content", source) or _content(
+        content, role, f"{where}.content", may_lack="tool_calls" in made
+    )
     if (result_of := given.pop("tool_call_id", "")) != "":
         if role != "tool":
             raise BadRow(f"{where}.tool_call_id", f"is in a {role} message; only a tool's result has one")
@@ -94,6 +98,34 @@ def _whole(role: Role, content: object, given: dict[object, object], where: str,
     _add_weight(made, given, where, source)
     _note_unread(given, where, source)
     return made
+
+
+def _with_images(content: object, role: Role, where: str, source: Source) -> list[ContentPart] | None:
+    """The parts of a message with images, its texts between them joined; None if it has no image."""
+    parts = content if isinstance(content, list | tuple) else [content]
+    if not any(image_part(part) is not None for part in parts):
+        return None
+    made: list[ContentPart] = []
+    for index, part in enumerate(parts):
+        found = image_part(part)
+        if found is not None:
+            _must_take(role, f"{where}[{index}]", source)
+            made.append(found)
+            continue
+        told = _part(part, f"{where}[{index}]")
+        if made and made[-1]["type"] == "text":
+            made[-1]["text"] += told
+        elif told:
+            made.append({"type": "text", "text": told})
+    source.notes.add(IMAGES_NOTE)
+    return made
+
+
+def _must_take(role: Role, where: str, source: Source) -> None:
+    if role != "user":
+        raise BadRow(where, f"is an image in a {role} message; only user messages have images")
+    if source.no_images is not None:
+        raise BadRow(where, f"is an image; {source.no_images}")
 
 
 def _content(content: object, role: Role, where: str, may_lack: bool) -> str | None:
@@ -121,7 +153,7 @@ def _part(part: object, where: str) -> str:
     if kind == "text" and isinstance(part.get("text"), str):
         return text(part["text"], f"{where}.text")
     if isinstance(kind, str) and kind.startswith(MEDIA):
-        raise BadRow(where, f"is a part of type {shorten(kind)}; this version trains on text")
+        raise BadRow(where, f"is a part of type {shorten(kind)}; jobs train on text and on images that came with rows")
     raise BadRow(where, f"is a part of type {shorten(kind)}; expected type text with its text")
 
 

@@ -5,11 +5,14 @@
     Preference    {"prompt": [...], "chosen": [...], "rejected": [...], "tools"?, "chat_template_kwargs"?}
     PromptRow     {"messages": [...], "item": {...}, "tools"?, "chat_template_kwargs"?}     GRPO
 
-A message has a role and content, and the keys below where the data had them. Every format becomes messages, so that the
+A message has a role and content, and the keys below where the data had them. Content is a text; in a user message with
+images, a list of parts (`rows.images`). Every format becomes messages, so that the
 model's chat template applies to all of them in the same way.
 """
 
 from typing import Literal, NotRequired, TypedDict, get_args
+
+from llama_stack_provider_moe.spec.rows.images import Content
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -31,10 +34,10 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """One message. `content` is None only in an assistant's message with tool calls."""
+    """One message. `content` is None only in an assistant's message with tool calls, and a list only with images."""
 
     role: Role
-    content: str | None
+    content: Content
     reasoning: NotRequired[str]  # the assistant's thinking, whatever the data and the chat template call it
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.spec.rows.chat_formats import (
     with_system,
 )
 from llama_stack_provider_moe.spec.rows.conversation_rules import Part, check_calls, joined
+from llama_stack_provider_moe.spec.rows.images import images_of, words_of
 from llama_stack_provider_moe.spec.rows.message_reading import messages
 from llama_stack_provider_moe.spec.rows.messages import Message, Preference
 from llama_stack_provider_moe.spec.rows.tool_calls import Settings, settings
@@ -127,8 +128,8 @@ def _is_in(given: Part, prompt: list[Message]) -> bool:
     wanted = [_unweighted(each) for each in given.messages]
     if given.listed:
         return any(prompt[start : start + len(wanted)] == wanted for start in range(len(prompt)))
-    told = (wanted[0]["content"] or "").strip()
-    return any((each["content"] or "").strip() == told for each in prompt if each["role"] == wanted[0]["role"])
+    told = words_of(wanted[0]["content"]).strip()
+    return any(words_of(each["content"]).strip() == told for each in prompt if each["role"] == wanted[0]["role"])
 
 
 def _finished(
@@ -144,6 +145,8 @@ def _finished(
     for answer in (chosen, rejected):
         if answer.messages[-1]["role"] != "assistant":
             raise BadRow(answer.column, f"ends with a {answer.messages[-1]['role']} turn; expected the assistant's")
+        if any(images_of(each["content"]) for each in answer.messages):
+            raise BadRow(answer.column, "has an image; the images of a preference stand in its prompt")
         if any(each.get("weight") == 0 for each in answer.messages):
             raise BadRow(answer.column, "has a message of weight 0; both answers are compared whole")
         check_calls([*prompt, answer])

@@ -12,6 +12,7 @@ from llama_stack_provider_moe.spec.data_profile import Bucket, DataProfile, Leng
 from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows.columns import check_columns, check_found
+from llama_stack_provider_moe.spec.rows.images import words_of
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Message
 from llama_stack_provider_moe.spec.rows.reading import canonical
 from llama_stack_provider_moe.spec.rows.report import RowsReport
@@ -214,7 +215,7 @@ def _characters(row: CanonicalRow) -> int:
         return len(str(columns["text"]))
     lists = [columns[key] for key in ("messages", "prompt", "chosen", "rejected") if key in columns]
     return sum(
-        len(message["content"] or "") + len(message.get("reasoning", ""))
+        len(words_of(message["content"])) + len(message.get("reasoning", ""))
         for messages in cast("list[list[Message]]", lists)
         for message in messages
     )

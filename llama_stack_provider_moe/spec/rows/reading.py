@@ -10,6 +10,7 @@ from typing import Final, cast
 
 from llama_stack_provider_moe.errors import RowProblem, shorten
 from llama_stack_provider_moe.spec import Recipe, RowFormat
+from llama_stack_provider_moe.spec.recipes import no_images
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
@@ -18,7 +19,11 @@ from llama_stack_provider_moe.spec.rows.recognition import read
 from llama_stack_provider_moe.spec.rows.report import RowsReport
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source, absent, blank
 
-_MEDIA = "this version trains on text; remove the column, if the texts are complete without it"
+_MEDIA = "jobs train on text and images; remove the column, if the texts are complete without it"
+_IMAGES = (
+    "an image stands in a user message, as a part of type image or image_url; remove the column, if the texts are "
+    "complete without it"
+)
 _ELSEWHERE = "name it system with data.columns, or put its text into a message of role system"
 # Columns that would change what a row means, and what to do where the row's format does not read them.
 MEANT: Final[Mapping[str, str]] = {
@@ -38,7 +43,8 @@ MEANT: Final[Mapping[str, str]] = {
     "label": "it may say which answers are bad (as for KTO), and each row would be learnt; keep the good rows, and "
     "remove the column",
     "labels": "the job makes labels itself; remove the column",
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("image", "images"), _IMAGES),
+    **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
 }
 
 # Recipes that use every token of a row, so that a plain text will do.
@@ -54,6 +60,7 @@ def canonical(
     columns: Mapping[str, str] | None = None,
     report: RowsReport | None = None,
     needs: RowNeeds | None = None,
+    kind: str | None = None,
 ) -> CanonicalRow | RowProblem:
     """The canonical form of one row, or its first problem.
 
@@ -68,14 +75,16 @@ def canonical(
         columns: the data's name of a column by the format's name.
         report: counts the row, unless it has a problem.
         needs: what graders read of a prompt's row.
+        kind: what reads the rows if it is not the recipe, for errors; it takes no images.
     """
     if not isinstance(row, Mapping):
         return RowProblem(number, "row", f"is {type(row).__name__}, not an object")
     renamed = columns or {}
     table = PREFERENCES if recipe == "dpo" else CHATS
+    why = no_images(recipe) if kind is None else f"{kind} takes text only"
     try:
         present, shadowed = _present(row, renamed)
-        name, found, source = read(present, table, row_format, answered, recipe in _WITH_TEXTS)
+        name, found, source = read(present, table, row_format, answered, recipe in _WITH_TEXTS, why)
         if "text" in found and recipe not in _WITH_TEXTS:
             raise BadRow(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
@@ -104,8 +113,9 @@ def conversation(
     columns: Mapping[str, str] | None = None,
     report: RowsReport | None = None,
 ) -> Conversation | RowProblem:
-    """As `canonical`, for what takes only conversations: evaluations and analyses; a row of text is a problem."""
-    found = canonical(row, number, "routing_analysis", row_format, answered, columns, report)
+    """As `canonical`, for what takes only conversations of text: evaluations and analyses."""
+    kind = "an evaluation or analysis"
+    found = canonical(row, number, "routing_analysis", row_format, answered, columns, report, kind=kind)
     return found if isinstance(found, RowProblem) else cast(Conversation, found)
 
 
@@ -145,8 +155,8 @@ def _not_read(row: Columns, shadowed: Columns, source: Source, name: str) -> lis
 def _for_graders(row: Columns, source: Source) -> list[str]:
     found = {column: value for column, value in row.items() if column not in source.read}
     for column, value in found.items():
-        if MEANT.get(column) is _MEDIA and not _says_nothing(column, value):
-            raise BadRow(column, f"would change the meaning; {_MEDIA}")
+        if MEANT.get(column) in (_MEDIA, _IMAGES) and not _says_nothing(column, value):
+            raise BadRow(column, f"would change the meaning; {MEANT[column]}")
     return []
 
 

@@ -10,6 +10,7 @@ from typing import Final, cast
 from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.spec import RowFormat
 from llama_stack_provider_moe.spec.rows.formats import ANSWERS, CHATS, PREFERENCES, Columns, Format
+from llama_stack_provider_moe.spec.rows.images import Content, words_of
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation, Message, TextRow
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source
 
@@ -17,7 +18,12 @@ ANY_FORMAT: Final = ("auto", "instruct", "dialog")
 
 
 def read(
-    row: Columns, table: Sequence[Format], row_format: RowFormat, answered: bool, texts: bool
+    row: Columns,
+    table: Sequence[Format],
+    row_format: RowFormat,
+    answered: bool,
+    texts: bool,
+    no_images: str | None = None,
 ) -> tuple[str, CanonicalRow, Source]:
     """The name of a row's format, its canonical form, and what was read of it.
 
@@ -27,6 +33,7 @@ def read(
         row_format: as the job states it.
         answered: whether a conversation must end with the assistant's turn.
         texts: whether the recipe takes rows of plain text.
+        no_images: why the recipe takes no images; None: it takes them.
 
     Raises:
         BadRow: no format fits, several fit that differ, or the row has a problem.
@@ -39,8 +46,8 @@ def read(
     if not fitting:
         raise _of_no_format(row, table, row_format, answered, texts)
     if len(fitting) > 1:
-        return _only_meaning(row, fitting, answered)
-    source = Source(row, answered)
+        return _only_meaning(row, fitting, answered, no_images)
+    source = Source(row, answered, no_images)
     return fitting[0].names[0], fitting[0].read(source), source
 
 
@@ -53,7 +60,9 @@ def _of_kind(row: Columns, fitting: Sequence[Format], kind: RowFormat) -> list[F
     return found
 
 
-def _only_meaning(row: Columns, fitting: Sequence[Format], answered: bool) -> tuple[str, CanonicalRow, Source]:
+def _only_meaning(
+    row: Columns, fitting: Sequence[Format], answered: bool, no_images: str | None
+) -> tuple[str, CanonicalRow, Source]:
     """The first format whose row says all that the other formats' do, such as messages beside their own prompt.
 
     Raises:
@@ -61,7 +70,7 @@ def _only_meaning(row: Columns, fitting: Sequence[Format], answered: bool) -> tu
     """
     problems: list[BadRow] = []
     for main in fitting:
-        source = Source(row, answered)
+        source = Source(row, answered, no_images)
         try:
             found = main.read(source)
         except BadRow as problem:
@@ -98,12 +107,12 @@ def _contains(found: CanonicalRow, repeated: CanonicalRow) -> bool:
     said = cast(Conversation, found)["messages"]
     if "text" in repeated:
         whole = cast(TextRow, repeated)["text"]
-        return all(line.strip() in whole for each in said for line in (each["content"] or "").splitlines())
+        return all(line.strip() in whole for each in said for line in words_of(each["content"]).splitlines())
     bare = [_bare(each) for each in said]
     return all(_bare(each) in bare for each in cast(Conversation, repeated)["messages"])
 
 
-def _bare(message: Message) -> tuple[str, str | None, object]:
+def _bare(message: Message) -> tuple[str, Content, object]:
     return message["role"], message["content"], message.get("tool_calls")
 
 

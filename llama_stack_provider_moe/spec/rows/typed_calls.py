@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from llama_stack_provider_moe.spec.rows.conversation_rules import NO_CALL, Part
+from llama_stack_provider_moe.spec.rows.images import words_of
 from llama_stack_provider_moe.spec.rows.messages import Message, ToolCall
 from llama_stack_provider_moe.spec.rows.tool_calls import called
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source
@@ -65,7 +66,7 @@ def _holds_call(message: Message) -> bool:
 
 def _spoken(message: Message) -> tuple[str, str]:
     """The thought at the beginning of a message's content, and what follows."""
-    before, found, behind = (message["content"] or "").rpartition("</think>")
+    before, found, behind = words_of(message["content"]).rpartition("</think>")
     return before + found, behind
 
 
@@ -93,7 +94,7 @@ def _call(text: str, where: str, source: Source) -> ToolCall:
 
 
 def _results(message: Message) -> list[Message]:
-    content = message["content"] or ""
+    content = words_of(message["content"])
     texts: Sequence[str] = _RESULT.findall(content)
     if not texts or _RESULT.sub("", content):
         return [message]

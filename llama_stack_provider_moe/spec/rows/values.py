@@ -25,16 +25,18 @@ class Source:
     Attributes:
         columns: the columns that this row has, without those that are None or NaN.
         answered: whether a conversation must end with the assistant's turn.
+        no_images: why the job takes no images; None: it takes them.
         read: names of the columns that were read.
         unread: keys inside columns, such as `messages[].id`, that were not read.
         notes: what a person may want to know about such rows, for the report.
     """
 
-    __slots__ = ("answered", "columns", "notes", "read", "unread")
+    __slots__ = ("answered", "columns", "no_images", "notes", "read", "unread")
 
-    def __init__(self, columns: Mapping[str, object], answered: bool) -> None:
+    def __init__(self, columns: Mapping[str, object], answered: bool, no_images: str | None = None) -> None:
         self.columns = columns
         self.answered = answered
+        self.no_images = no_images
         self.read: set[str] = set()
         self.unread: set[str] = set()
         self.notes: set[str] = set()

@@ -79,3 +79,10 @@ def test_a_url_of_another_kind_is_no_address() -> None:
     for uri in ("file:///etc/passwd", "https://host/owner/name?split=train"):
         with pytest.raises(ValueError, match="expected huggingface"):
             hub_rows.arguments(uri)
+
+
+def test_images_are_bytes_that_nobody_decoded() -> None:
+    broken = {"bytes": b"no image", "path": "a.png"}
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "image": datasets.Image()})
+    made = datasets.Dataset.from_list([{"images": [broken, broken], "image": broken}], features=features)
+    assert hub_rows.page(hub_rows.undecoded(made), 0, 1) == [{"images": [broken, broken], "image": broken}]
