@@ -73,17 +73,6 @@ def test_prompts_of_grpo_and_what_graders_read(tmp_path: Path) -> None:
     assert "row 13: answer is missing; grader 'right' reads {{item.answer}}" in " ".join(refused.out.split())
 
 
-def test_prompts_of_grpo_that_leave_no_room_for_an_answer(tmp_path: Path, model: str) -> None:
-    rows = [{"prompt": "Which sea? " * (40 if number == 2 else 1)} for number in range(12)]
-    done = moe_train(
-        "data", "check", written(tmp_path / "rows.jsonl", rows), "--recipe", "grpo", "--model", model, "--json",
-        "--set", "options.max_length=64", "--set", "rl.max_completion_length=32", "--set", "options.truncate=refuse",
-    )  # fmt: skip
-    assert done.code == Exit.FAILED, done.err
-    assert done.document["tokens"]["refused"] == 1
-    assert done.document["tokens"]["length"] == 32, "what the answer leaves of 64"
-
-
 def test_rows_that_a_job_refuses(tmp_path: Path) -> None:
     done = moe_train("data", "check", written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "only"}]))
     assert done.code == Exit.FAILED

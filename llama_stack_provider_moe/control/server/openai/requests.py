@@ -207,7 +207,7 @@ def _asked(request: FineTuningRequest) -> _Asked:
     place = f"method.{method.type}.hyperparameters"
     if method.type == "reinforcement" and method.reinforcement is None:
         raise InvalidInput("method.reinforcement", None, "an object with the grader")
-    block = {"supervised": method.supervised, "dpo": method.dpo, "reinforcement": method.reinforcement}[method.type]
+    block = method.supervised or method.dpo or method.reinforcement  # no other one is set
     given = None if block is None else block.hyperparameters
     if request.hyperparameters is not None:
         if method.type != "supervised" or given is not None:
