@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,8 +17,18 @@ MAX_VALUES = 1000
 MAX_SETTINGS = 16
 # Figures of an evaluation on held-out rows. TRL writes them with `eval_` in front, which may be written here as well.
 METRICS = (
-    "validation_loss", "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins"
+    "validation_loss", "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "reward",
+    "kl", "completions/mean_length", "completions/clipped_ratio",
 )  # fmt: skip
+_EVERY = ("validation_loss", "loss", "perplexity")
+_OF_RECIPE = {
+    "sft": (*_EVERY, "mean_token_accuracy"),
+    "dpo": (*_EVERY, "rewards/accuracies", "rewards/margins"),
+    # The mean reward by grader too, `rewards/NAME/mean`; the loss of a policy says nothing, and the one on held-out
+    # prompts is their reward, negated.
+    "grpo": ("validation_loss", "perplexity", "reward", "kl", "completions/mean_length", "completions/clipped_ratio"),
+}
+_OF_GRADER = re.compile(r"rewards/([A-Za-z0-9][A-Za-z0-9 ._-]{0,63})/mean")
 # Settings that name a job instead of changing it.
 _NOT_SWEPT = ("job_uuid", "recipe", "labels", "note", "notify", "metadata")
 
@@ -62,10 +74,11 @@ class SweepSpec(Block):
     max_parallel: int = Field(default=1, ge=1, le=64, description="Maximum number of its jobs that run at once.")
     metric: str = Field(
         default="validation_loss",
-        description=f"Figure on the held-out rows that ranks the jobs: {', '.join(METRICS)}, or with `eval_` in front.",
+        description=f"Figure on the held-out rows that ranks the jobs: {', '.join(METRICS)}, or rewards/NAME/mean of a "
+        "grader; or with `eval_` in front.",
     )
     direction: Literal["minimize", "maximize"] = Field(
-        default="minimize", description="Whether a smaller or a larger figure is better."
+        default="minimize", description="Whether a smaller or a larger figure is better; a reward needs maximize."
     )
     halving: Halving | None = Field(
         default=None, description="Early ending of jobs that do worse; left out: each job runs to its end."
@@ -78,8 +91,10 @@ class SweepSpec(Block):
     @field_validator("metric", mode="after")
     @classmethod
     def _is_measured(cls, metric: str) -> str:
-        if metric.removeprefix("eval_") not in METRICS:
-            raise ValueError(f"{metric[:80]!r} is not valid; expected one of {', '.join(METRICS)}")
+        name = metric.removeprefix("eval_")
+        if name not in METRICS and _OF_GRADER.fullmatch(name) is None:
+            raise ValueError(f"{metric[:80]!r} is not valid; expected one of {', '.join(METRICS)}, or "
+                             "rewards/NAME/mean of a grader")  # fmt: skip
         return metric
 
     @field_validator("parameters", mode="after")
@@ -113,6 +128,14 @@ class SweepSpec(Block):
                              "combinations")  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _rewards_are_maximized(self) -> "SweepSpec":
+        name = self.metric.removeprefix("eval_")
+        if self.direction == "minimize" and (name == "reward" or _OF_GRADER.fullmatch(name) is not None):
+            raise ValueError(f"direction: 'minimize' is not valid with metric {self.metric!r}, because a larger reward "
+                             "is better; expected 'maximize'")  # fmt: skip
+        return self
+
     @property
     def count(self) -> int:
         """Number of combinations, before any are drawn."""
@@ -138,6 +161,11 @@ class SweepSpec(Block):
             number, place = divmod(number, len(values))
             found[path] = values[place]
         return {path: found[path] for path in self.parameters}
+
+
+def metrics_of(recipe: str, graders: Sequence[str] = ()) -> list[str]:
+    """Return the figures on held-out rows that a job of a recipe has; with `graders`, its graders' too."""
+    return [*_OF_RECIPE.get(recipe, _EVERY), *(f"rewards/{name}/mean" for name in graders)]
 
 
 def described(chosen: Chosen) -> str:

@@ -28,6 +28,7 @@ from llama_stack_provider_moe.jobdir.events import (
 )
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
 from llama_stack_provider_moe.jobdir.routing_figures import LayerRouting
+from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from tests.support.host_support import folder_of
 
 LAYERS, EXPERTS = 8, 16
@@ -76,9 +77,43 @@ def metrics_of(recipe: str, done: float, rng: random.Random, lr: float) -> dict[
             "cosine/retain/20": 1 - 0.03 * done, "reroute_coefficient": 10 * (1 - done),
             "retain_coefficient": 10 * done,
         }  # fmt: skip
+    elif recipe == "grpo":
+        reward = 0.2 + 0.7 * done + rng.gauss(0, 0.03)
+        found |= {
+            "policy_loss": rng.gauss(0, 0.01), "reward": reward, "reward_std": 0.3 - 0.1 * done, "kl": 0.02 * done,
+            "rewards/right/mean": reward - 0.1, "rewards/right/std": 0.4, "rewards/short/mean": 0.9,
+            "frac_reward_zero_std": 0.1 + 0.3 * done, "clip_ratio/region_mean": 0.01 * done, "routing/changed": 0.02,
+            "completions/mean_length": 90 - 40 * done, "completions/max_length": 128.0,
+            "completions/clipped_ratio": 0.3 - 0.3 * done,
+        }  # fmt: skip
     else:
         found["ce"] = loss
     return found
+
+
+def held_out_metrics(recipe: str, loss: float) -> dict[str, float]:
+    """The figures of an evaluation: GRPO's loss is its reward, negated."""
+    if recipe != "grpo":
+        return {"validation_loss": loss, "perplexity": math.exp(loss)}
+    reward = 3.0 - loss
+    return {"validation_loss": -reward, "reward": reward, "rewards/right/mean": reward - 0.1, "perplexity": 2.5}
+
+
+def keep_answers(folder: JobFolder, step: int, groups: int = 2) -> None:
+    """Write the answers of a step, of which one has markup and one has no reward."""
+    folder.samples.mkdir(exist_ok=True)
+    lines = []
+    for group, number in [(group, number) for group in range(groups) for number in range(4)]:
+        has_none = group == 0 and number == 3
+        right = round((number + group) / 4, 2)
+        lines.append(GeneratedSample(
+            step=step, group=group, prompt=f"<|user|>What is {group} + {step}?<|assistant|>{MARKUP if group else ''}",
+            completion=f"It is {group + step}, answer {number} of step {step}. {MARKUP if number == 1 else ''}",
+            tokens=12 + number, truncated=number == 2, rewards={"right": right, "short": None if has_none else 1.0},
+            failures={"short": f"deadline: {MARKUP}"} if has_none else {},
+            reward=None if has_none else right + 0.2, advantage=0.0 if has_none else number / 2 - 0.75,
+        ).model_dump_json())  # fmt: skip
+    (folder.samples / f"{step:09d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def train(
@@ -97,7 +132,7 @@ def train(
         "<|user|>What is the tallest mountain?<|assistant|>⟦Mount Everest, 8,849 m.<|end|>⟧",
     ]
     first = 2.31 + rng.random() / 10
-    log.append(Evaluation(step=0, epoch=0.0, metrics={"validation_loss": first, "perplexity": math.exp(first)}))
+    log.append(Evaluation(step=0, epoch=0.0, metrics=held_out_metrics(recipe, first)))
     for step in range(1, steps + 1):
         done = step / of
         metrics = metrics_of(recipe, done, rng, lr)
@@ -110,9 +145,7 @@ def train(
         )
         if step % max(1, of // 6) == 0:
             held = 1.05 + (first - 1.05) * math.exp(-3.4 * done) + (0.03 * max(0, done - 0.8))
-            log.append(
-                Evaluation(step=step, epoch=3 * done, metrics={"validation_loss": held, "perplexity": math.exp(held)})
-            )
+            log.append(Evaluation(step=step, epoch=3 * done, metrics=held_out_metrics(recipe, held)))
             lines.append(f"held out after step {step}: validation_loss {held:.4g}")
     log.close()
     folder.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

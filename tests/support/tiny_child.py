@@ -4,6 +4,7 @@ It reports like `compute.worker.main`, with events, output, manifest and exit co
 
     steps, step_s       steps to take, and how long each takes
     held_out            figures on held-out rows, one after each step, in turn
+    metric              their name; default: validation_loss
     end                 "manifest" (default), "failed" (a failed event, exit 1), "nothing" (exit 0), or an exit code
     handed_over         how many of its starts end with the exit code of a kernel's failure after the first step
     killed              how many of its starts kill themselves with SIGKILL after the first step
@@ -77,7 +78,12 @@ def main(folder: Path) -> int:
         time.sleep(plan.get("step_s", 0.01))
         emit("step", step=step, max_steps=steps, epoch=step / steps, metrics={"loss": 1 / step}, eta_s=0.0)
         if held_out := plan.get("held_out"):
-            emit("evaluation", step=step, epoch=step / steps, metrics={"validation_loss": (held_out * steps)[step - 1]})
+            emit(
+                "evaluation",
+                step=step,
+                epoch=step / steps,
+                metrics={plan.get("metric", "validation_loss"): (held_out * steps)[step - 1]},
+            )
         if plan.get("fill_disk"):
             save("checkpoint", step)
             fill_disk(folder / "artifacts" / f".checkpoint-{step + 1}.writing")

@@ -17,6 +17,8 @@ def add_sweep(
     held_out: Sequence[Sequence[float]],
     max_parallel: int = 2,
     halving: Halving | None = None,
+    metric: str = "validation_loss",
+    direction: str = "minimize",
     **plan: Any,
 ) -> list[str]:
     """Add a sweep of jobs with these figures, one list a job; returns the jobs' names."""
@@ -25,11 +27,13 @@ def add_sweep(
     for number, figures in enumerate(held_out):
         folder = config.jobs_dir / f"sweep-{number}"
         folder.mkdir(parents=True)
-        (folder / "child.json").write_text(json.dumps({"steps": steps, "held_out": list(figures), **plan}))
+        (folder / "child.json").write_text(
+            json.dumps({"steps": steps, "held_out": list(figures), "metric": metric, **plan})
+        )
         new = NewJob(folder.name, "ann", "sft", "some/model", str(folder), 0, sweep="sweep")
         jobs.append((new, {"lr": number}))
     asked = {
-        "metric": "validation_loss", "direction": "minimize", "evaluations": steps, "parameters": {"lr": []},
+        "metric": metric, "direction": direction, "evaluations": steps, "parameters": {"lr": []},
         "random": None, "seed": 0, "halving": None if halving is None else halving.model_dump(),
     }  # fmt: skip
     added = store.sweeps.add(NewSweep("sweep", "ann", max_parallel, asked, jobs), LimitsConfig())

@@ -29,7 +29,9 @@ from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
 _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
-Recipe = Literal["sft", "dpo", "circuit_breaker"]
+# Graders of a job without a job file: this one reads nothing of a row.
+_REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo"]
 
 
 def check(
@@ -47,7 +49,8 @@ def check(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            metavar="sft|dpo|circuit_breaker", help="Recipe of the job; default: the job file's, or sft."
+            metavar="sft|dpo|circuit_breaker|grpo", help="Recipe of the job; default: the job file's, or sft. "
+            "For grpo, --job names the rewards whose columns rows need.",
         ),
     ] = None,
     held_out: Annotated[
@@ -130,6 +133,8 @@ def _job(
             data["validation_dataset_id"] = "held-out"
     if body["recipe"] == "circuit_breaker":
         body.setdefault("circuit_breaker", {"retain": dict(_ROWS)})
+    if body["recipe"] == "grpo":
+        body.setdefault("reward", _REWARD)
     return template.training_job(body), has_model
 
 

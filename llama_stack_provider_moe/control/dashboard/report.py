@@ -1,6 +1,7 @@
 """One HTML file about a job, without scripts: figures, curves as SVG, settings, evaluation."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,9 +20,23 @@ POINTS, COLUMNS = 600, 100  # most steps of a curve, and of a map of the experts
 SHOWN = {"evaluation": "eval.json", "domains": "routing.json", "positions": "positions.json"}
 SHOWN_BYTES = 16 << 20  # a larger file is left out
 _LOSSES = ("ce", "preference_loss", "breaker_loss")
-_NAMES = {**dict.fromkeys(_LOSSES, "training"), "validation_loss": "held out"}
+_CLIPPED = ("clip_ratio/region_mean", "cispo_clip_ratio")
+_LENGTHS = ("completions/mean_length", "completions/max_length")
+_PER_GRADER = re.compile("rewards/.+/mean")
+_NAMES = {
+    **dict.fromkeys((*_LOSSES, "policy_loss", "reward", "kl"), "training"), "validation_loss": "held out",
+    **dict.fromkeys(_CLIPPED, "share of tokens"), **dict(zip(_LENGTHS, ("mean", "longest"), strict=True)),
+}  # fmt: skip
 # title, which figures of the steps, which of the evaluations
 _CHARTS: tuple[tuple[str, Callable[[str], bool], Callable[[str], bool]], ...] = (
+    ("Reward", lambda name: name == "reward", lambda name: name == "reward"),
+    ("Reward by grader", lambda name: _is_per_grader(name), lambda name: _is_per_grader(name)),
+    ("Spread of the rewards", lambda name: name == "reward_std", lambda name: False),
+    ("KL divergence from the model before training", lambda name: name == "kl", lambda name: name == "kl"),
+    ("Clipped tokens", lambda name: name in _CLIPPED, lambda name: False),
+    ("Changed routes", lambda name: name == "routing/changed", lambda name: False),
+    ("Length of the answers, tokens", lambda name: name in _LENGTHS, lambda name: name == _LENGTHS[0]),
+    ("Policy loss", lambda name: name == "policy_loss", lambda name: False),
     ("Loss", lambda name: name in _LOSSES, lambda name: name == "validation_loss"),
     ("Loss by domain", lambda name: name.startswith("loss/"), lambda name: name.startswith("validation_loss/")),
     ("Perplexity by domain", lambda name: False, lambda name: name.startswith("perplexity/")),
@@ -105,9 +120,11 @@ def _charts(metrics: Document) -> Iterable[Chart]:
             Line(_named(name), steps, [_number(value) for value in found[name]]) for name in found if of_step(name)
         ]
         for name in filter(of_evaluation, evaluated):
+            if name == "validation_loss" and "reward" in evaluated:  # it is the reward, negated
+                continue
             points = [each for each in evaluations if name in each["metrics"]]
             values = [_number(each["metrics"][name]) for each in points]
-            lines.append(Line(_named(name), [each["step"] for each in points], values, has_points=True))
+            lines.append(Line(_held_out(name), [each["step"] for each in points], values, has_points=True))
         drawing = line_chart(title, lines)
         if drawing is not None:
             yield Chart(title, [line.name for line in lines], drawing)
@@ -150,8 +167,20 @@ def _shares(domains: Document | None) -> Iterable[Chart]:
             yield Chart(f"{name}: share of tokens by layer and expert; red: no token", (), drawing)
 
 
+def _is_per_grader(name: str) -> bool:
+    return _PER_GRADER.fullmatch(name) is not None
+
+
 def _named(name: str) -> str:
-    return _NAMES.get(name, _bare(name))
+    return _NAMES.get(name, _bare(name.removesuffix("/mean") if _is_per_grader(name) else name))
+
+
+def _held_out(name: str) -> str:
+    """The name of a line over evaluations, beside one over steps that may have the same name."""
+    if name in ("reward", "kl"):
+        return "held out"
+    both = _is_per_grader(name) or name in _LENGTHS
+    return f"{_named(name)}, held out" if both else _named(name)
 
 
 def _bare(name: str) -> str:

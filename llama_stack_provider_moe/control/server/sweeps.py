@@ -22,8 +22,8 @@ from llama_stack_provider_moe.control.store.sweep_rows import NewSweep, SweepDet
 from llama_stack_provider_moe.control.supervisor.pruner import EXTRA, is_installed
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, NotFound
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import DPOSpec, JobSpec, TrainingSpec
-from llama_stack_provider_moe.spec.sweeps import Chosen, SweepSpec, body_of, described
+from llama_stack_provider_moe.spec import GRPOSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec.sweeps import Chosen, SweepSpec, body_of, described, metrics_of
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 NOT_ACCEPTED = "the sweep was not accepted"
@@ -191,10 +191,13 @@ def _comparable(spec: JobSpec, asked: SweepSpec) -> TrainingSpec:
     if not spec.data.has_validation_sets and not spec.options.validation_split:
         expected = "more than 0, or job.data.validation_dataset_id: a sweep compares figures on held-out rows"
         raise InvalidInput("job.options.validation_split", spec.options.validation_split, expected)
-    if "rewards/" in asked.metric and not isinstance(spec, DPOSpec):
-        raise InvalidInput("metric", asked.metric, f"a figure that recipe {spec.recipe!r} measures")
-    if asked.metric.endswith("mean_token_accuracy") and spec.recipe != "sft":
-        raise InvalidInput("metric", asked.metric, f"a figure that recipe {spec.recipe!r} measures")
+    graders = [each.grader.name for each in spec.reward] if isinstance(spec, GRPOSpec) else []
+    measured = list(metrics_of(spec.recipe, graders))
+    if isinstance(spec, GRPOSpec) and not spec.rl.beta:
+        measured.remove("kl")
+    if asked.metric.removeprefix("eval_") not in measured:
+        raise InvalidInput("metric", asked.metric, f"a figure that recipe {spec.recipe!r} measures: "
+                           f"{', '.join(measured)}")  # fmt: skip
     return spec
 
 

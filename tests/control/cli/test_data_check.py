@@ -56,6 +56,23 @@ def test_other_files(tmp_path: Path, name: str) -> None:
     assert (done.code, done.document["formats"]) == (Exit.OK, {"prompt_completion": 2})
 
 
+def test_prompts_of_grpo_and_what_graders_read(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number} + 1?", "answer": number + 1} for number in range(12)]
+    whole = written(tmp_path / "rows.jsonl", rows)
+    assert moe_train("data", "check", whole, "--recipe", "grpo").code == Exit.OK
+    few = moe_train("data", "check", whole, "--recipe", "grpo", "--set", "training.batch_size=64")
+    assert few.code == Exit.FAILED
+    assert "16 fill one generation" in few.out
+    grader = {"type": "string_check", "name": "right", "operation": "eq", "reference": "{{item.answer}}"}
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"recipe": "grpo", "data": {"dataset_id": "x"}, "reward": [{"grader": grader}]}))
+    assert moe_train("data", "check", whole, "--job", str(job)).code == Exit.OK
+    lacks = written(tmp_path / "lacks.jsonl", [*rows, {"prompt": "3 + 1?"}])
+    refused = moe_train("data", "check", lacks, "--job", str(job))
+    assert refused.code == Exit.FAILED
+    assert "row 13: answer is missing; grader 'right' reads {{item.answer}}" in " ".join(refused.out.split())
+
+
 def test_rows_that_a_job_refuses(tmp_path: Path) -> None:
     done = moe_train("data", "check", written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "only"}]))
     assert done.code == Exit.FAILED

@@ -18,7 +18,7 @@ from tests.support.dashboard_jobs import MARKUP, Workshop, artifact, change
 from tests.support.host_support import BODY, ask, folder_of, over_http, serving_in_process, submit
 
 PHONE = {"width": 390, "height": 844}
-JOBS = 14  # that make_jobs makes
+JOBS = 15  # that make_jobs makes
 SWEEP = "lr-sweep"
 GRANITE = "ibm-granite/granite-3.0-1b-a400m-instruct"
 STEPS = 120
@@ -90,6 +90,16 @@ def make_jobs(service: PostTrainingService) -> None:
     found = artifact(folder, "domains", "analysis", 40, {"routing.json": json.dumps(dashboard_jobs.domain_routing())})
     longer = artifact(folder, "positions", "analysis", 40, {"positions.json": json.dumps(dashboard_jobs.positions())})
     workshop.complete("sft-domains", artifacts=(found, longer))
+    graders = [
+        {"grader": {"type": "string_check", "name": "right", "input": "{{sample.output_text}}", "reference": "4",
+                    "operation": "like"}},
+        {"grader": {"type": "length", "name": "short", "unit": "words", "most": 12}, "weight": 0.2},
+    ]  # fmt: skip
+    submit(service, job_uuid="grpo-1", recipe="grpo", reward=graders)
+    folder = workshop.begin("grpo-1")
+    dashboard_jobs.train(folder, "grpo", 30, STEPS, seed=9)
+    for step in (28, 29, 30):
+        dashboard_jobs.keep_answers(folder, step)
     for job_id in ("dpo-run-7", "sft-failed", "sft-stopped", "markup-1", "sft-next", "sft-later"):
         told = {"labels": {"from": MARKUP}, "note": MARKUP} if job_id == "markup-1" else {}
         submit(service, job_uuid=job_id, metadata={"note": MARKUP}, **told)
@@ -107,6 +117,7 @@ def make_jobs(service: PostTrainingService) -> None:
         "sft-lr2e-4",
         "sft-lr1e-4",
         "breaker-1",
+        "grpo-1",
         "dpo-run-7",
         "sft-failed",
         "sft-stopped",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -82,6 +83,57 @@ def test_a_new_job(api: openai.OpenAI, service: PostTrainingService) -> None:
     assert api.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     assert api.fine_tuning.jobs.resume(job.id).status == "queued"
     assert api.fine_tuning.jobs.pause(job.id).status == "cancelled"
+
+
+GRADER: Any = {"type": "string_check", "name": "right", "input": "{{sample.output_text}}", "operation": "ilike",
+               "reference": "4"}  # fmt: skip
+
+
+def test_a_job_of_reinforcement(api: openai.OpenAI, service: PostTrainingService) -> None:
+    job = api.fine_tuning.jobs.create(
+        model="owner/name", training_file="good", suffix="rl",
+        method={"type": "reinforcement", "reinforcement": {
+            "grader": GRADER, "hyperparameters": {"batch_size": 2, "compute_multiplier": 2.0, "n_epochs": 2}}},
+    )  # fmt: skip
+    assert job.method is not None
+    assert job.method.type == "reinforcement"
+    found = job.method.reinforcement
+    assert found is not None
+    assert found.grader.model_dump(exclude_none=True) == GRADER
+    assert found.hyperparameters is not None
+    assert found.hyperparameters.model_dump(exclude_none=True) == {
+        "batch_size": 2, "compute_multiplier": 2.0, "learning_rate_multiplier": 1.0, "n_epochs": 2,
+    }  # fmt: skip
+    name = job.id.removeprefix("ftjob-")
+    figures = {"reward": 0.5, "rewards/right/mean": 0.25, "loss": 0.1}
+    told(service, name, Step(step=1, max_steps=9, epoch=0.1, metrics=figures, eta_s=1.0))
+    held = {"reward": 0.75, "rewards/right/mean": 0.5, "validation_loss": -0.75}
+    with closing(EventLog(folder_of(service, name).events)) as log:
+        log.append(Evaluation(step=1, epoch=0.1, metrics=held))
+    evaluated, step, _ = api.fine_tuning.jobs.list_events(job.id).data
+    assert step.message == "Step 1/9, train mean reward=0.5"
+    assert isinstance(step.data, dict)
+    assert isinstance(evaluated.data, dict)
+    assert step.data["train_reward_mean"] == step.data["train_mean_reward"] == 0.5
+    assert step.data["scores"]["graders"] == [{"name": "right", "train_reward_mean": 0.25}]
+    assert evaluated.data["valid_reward_mean"] == evaluated.data["full_valid_mean_reward"] == 0.75
+    assert evaluated.data["scores"]["graders"] == [{"name": "right", "valid_reward_mean": 0.5}]
+    claim(service, name)
+    service.store.move(name, JobState.COMPLETED)
+    (file,) = api.fine_tuning.jobs.retrieve(job.id).result_files
+    (row,) = csv.DictReader(io.StringIO(result_file(api, file)))
+    assert (row["train_reward_mean"], row["valid_reward_mean"]) == ("0.5", "0.75")
+
+
+def test_rewards_that_are_not_one_grader_have_no_method(api: openai.OpenAI, service: PostTrainingService) -> None:
+    short = {"type": "length", "name": "short", "most": 9}
+    submit(service, recipe="grpo", job_uuid="two", reward=[{"grader": GRADER}, {"grader": short, "weight": 0.5}])
+    parts = {"batch_size": 4}
+    submit(service, recipe="grpo", job_uuid="parts", reward=[{"grader": GRADER}], training=parts,
+           rl={"n_generations": 8, "steps_per_generation": 2})  # fmt: skip
+    assert api.fine_tuning.jobs.retrieve("ftjob-two").method is None
+    job = api.fine_tuning.jobs.retrieve("ftjob-parts")
+    assert job.hyperparameters.batch_size is None, "answers to one prompt are divided among steps"
 
 
 def test_jobs_of_our_own_api_are_seen(api: openai.OpenAI, service: PostTrainingService) -> None:

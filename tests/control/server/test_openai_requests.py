@@ -12,7 +12,7 @@ from llama_stack_provider_moe.control.server.openai.routes import PREFIX
 from llama_stack_provider_moe.control.server.resolve import parse_spec
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec import DPOSpec, Optimizer, TrainingSpec
+from llama_stack_provider_moe.spec import DPOSpec, GRPOSpec, Optimizer, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.host_support import ask, serving_in_process, submit
 from tests.support.openai_support import require_strict
@@ -49,6 +49,49 @@ def method(kind: str, **hyperparameters: Any) -> dict[str, Any]:
 
 def test_the_base_of_supervised_is_the_default_learning_rate() -> None:
     assert BASE_LR["sft"] == Optimizer().lr == spec_of(MINIMAL).optimizer.lr
+
+
+GRADER = {"type": "string_check", "name": "right", "input": "{{ sample.output_text }}", "operation": "ilike",
+          "reference": "{{item.answer}}"}  # fmt: skip
+
+
+def reinforced(grader: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    """A request for reinforcement with that grader and these hyperparameters."""
+    block = {"grader": grader or GRADER, "hyperparameters": given}
+    return MINIMAL | {"method": {"type": "reinforcement", "reinforcement": block}, "moe": moe or {}}
+
+
+def grpo_of(body: dict[str, Any], **settings: Any) -> GRPOSpec:
+    """The job of a request for reinforcement."""
+    spec = spec_of(body, **settings)
+    assert isinstance(spec, GRPOSpec)
+    return spec
+
+
+def test_reinforcement_is_grpo_and_counts_prompts() -> None:
+    words = (
+        "n_epochs",
+        "batch_size",
+        "learning_rate_multiplier",
+        "compute_multiplier",
+        "eval_interval",
+        "eval_samples",
+    )
+    auto = grpo_of(reinforced(**dict.fromkeys(words, "auto"), reasoning_effort="default"))
+    assert auto == grpo_of(reinforced())
+    assert (auto.training.batch_size, auto.rl.n_generations, auto.optimizer.lr) == (4, 4, BASE_LR["grpo"])
+    assert auto.reward[0].grader.model_dump() == GRADER | {"input": "{{ sample.output_text }}"}
+    more = grpo_of(reinforced(batch_size=6, compute_multiplier=2, learning_rate_multiplier=0.5, n_epochs=3,
+                              eval_samples=1))  # fmt: skip
+    assert (more.training.batch_size, more.rl.n_generations, more.training.n_epochs) == (48, 8, 3)
+    assert more.optimizer.lr == BASE_LR["grpo"] / 2
+    assert grpo_of(reinforced(compute_multiplier=2)).training.batch_size == 8, "auto fits the answers"
+    parts = {"training": {"gradient_accumulation_steps": 3}, "rl": {"n_generations": 2, "beta": 0.1}}
+    parted = grpo_of(reinforced(batch_size=6, moe=parts))
+    assert (parted.training.batch_size, parted.rl.n_generations, parted.rl.beta) == (4, 2, 0.1)
+    with pytest.raises(InvalidInput, match=r"a number whose product with 2, .* is a multiple of 3"):
+        grpo_of(reinforced(batch_size=4, moe=parts))
+    assert grpo_of(reinforced(moe={"rl": {"n_generations": 2}})).training.batch_size == 2
 
 
 @pytest.mark.parametrize(("kind", "recipe"), [("supervised", "sft"), ("dpo", "dpo")])
@@ -109,10 +152,25 @@ def test_everything_else_reaches_the_job() -> None:
     assert body["moe"]["options"] == {"max_length": 64}, "the request is unchanged"
 
 
+RL_PLACE = "method.reinforcement.hyperparameters"
 MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("unknown key", {"color": 1}, "color", "color: unknown key"),
     ("no such method", {"method": {"type": "ppo"}}, "method.type", "'ppo' is not valid"),
-    ("reinforcement", {"method": {"type": "reinforcement"}}, "method.type", "no reinforcement fine-tuning"),
+    ("no grader", {"method": {"type": "reinforcement"}}, "method.reinforcement", "an object with the grader"),
+    ("python", reinforced({"type": "python", "name": "p", "source": "1"}), "method.reinforcement.grader",
+     "this server runs no code of users"),
+    ("grader", reinforced(GRADER | {"operation": "gt"}), "method.reinforcement.grader.operation", "'gt' is not valid"),
+    ("interval", reinforced(eval_interval=5), f"{RL_PLACE}.eval_interval", "answered after each epoch"),
+    ("samples", reinforced(eval_samples=4), f"{RL_PLACE}.eval_samples", "1 or 'auto'"),
+    ("effort", reinforced(reasoning_effort="high"), f"{RL_PLACE}.reasoning_effort", "no such setting"),
+    ("compute", reinforced(compute_multiplier=0.3), f"{RL_PLACE}.compute_multiplier", "a whole number of answers"),
+    ("compute twice", reinforced(compute_multiplier=1, moe={"rl": {"n_generations": 4}}), "moe.rl.n_generations",
+     "compute_multiplier states it"),
+    ("beta of dpo", reinforced(beta=0.1), f"{RL_PLACE}.beta", "unknown key"),
+    ("form", {"method": {"type": "reinforcement", "reinforcement": {
+        "grader": GRADER, "response_format": {"type": "json_schema", "json_schema": {}}}}},
+     "method.reinforcement.response_format", "a grader of type 'json_schema'"),
+    ("no such column", reinforced(), "training_file", "answer"),
     ("two methods", {"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "method.type is 'dpo'"),
     ("epochs", method("supervised", n_epochs=0), "method.supervised.hyperparameters.n_epochs", "expected >= 1"),
     ("text", method("supervised", n_epochs="many"), "method.supervised.hyperparameters.n_epochs", "an integer"),
@@ -152,7 +210,7 @@ def test_mistakes(shared: PostTrainingService, changes: dict[str, Any], param: s
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), error
     assert text in error["message"]
-    assert error["code"] == ("invalid_file" if "row 4" in text else "invalid_value")
+    assert error["code"] == ("invalid_file" if "row 4" in text or text == "answer" else "invalid_value")
     assert shared.store.list(None) == []
 
 

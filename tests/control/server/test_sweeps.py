@@ -17,6 +17,7 @@ from tests.support.cli_support import moe_train
 from tests.support.host_support import BODY, Datasets, ask, caller, folder_of, over_http, serving_in_process
 
 PARAMETERS = {"optimizer.lr": [1e-4, 2e-4], "adapter.rank": [8, 16]}
+GRPO = {**BODY, "recipe": "grpo", "reward": [{"grader": {"type": "length", "name": "short", "most": 12}}]}
 JOB = BODY | {"adapter": {"alpha": 16}, "labels": {"team": "geo"}}
 
 
@@ -114,6 +115,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a name in the job", {"job": JOB | {"job_uuid": "mine"}}, "job_uuid: is not for a sweep"),
     ("a metric", {"metric": "beauty"}, "'beauty' is not valid; expected one of validation_loss"),
     ("a metric of another recipe", {"metric": "rewards/accuracies"}, "metric: 'rewards/accuracies' is not valid"),
+    ("a reward of SFT", {"metric": "reward", "direction": "maximize"},
+     "a figure that recipe 'sft' measures: validation_loss, loss, perplexity, mean_token_accuracy"),
+    ("a small reward", {"job": GRPO, "metric": "reward"}, "a larger reward is better; expected 'maximize'"),
+    ("another grader", {"job": GRPO, "metric": "rewards/long/mean", "direction": "maximize"},
+     "'rewards/long/mean' is not valid; expected a figure that recipe 'grpo' measures: validation_loss, perplexity, "
+     "reward, completions/mean_length, completions/clipped_ratio, rewards/short/mean"),
+    ("KL without beta", {"job": GRPO, "metric": "kl"}, "'kl' is not valid"),
     ("nothing held out", {"job": JOB | {"options": {"validation_split": 0}}}, "a sweep compares figures on held-out"),
     ("no training", {"job": {"recipe": "export", "of": "a", "export": {}}}, ""),
     ("rows", {"job": JOB | {"data": {"dataset_id": "bad"}}}, "dataset 'bad': 1 problem(s)"),
@@ -122,6 +130,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a large draw", {"random": 5}, "random: 5 is not valid; expected at most 4"),
     ("an unknown key", {"grid": {}}, "grid: unknown key"),
 ]  # fmt: skip
+
+
+def test_jobs_that_learn_from_rewards_are_ranked_by_a_held_out_reward(service: PostTrainingService) -> None:
+    found = []
+    for name, metric, beta in (("one", "reward", 0.0), ("two", "eval_rewards/short/mean", 0.0), ("three", "kl", 0.1)):
+        direction = "minimize" if metric == "kl" else "maximize"
+        job = GRPO | {"rl": {"beta": beta}}
+        answer = create(service, job=job, sweep_uuid=name, metric=metric, direction=direction)
+        assert answer.status_code == 200, answer.text
+        shown = ask(service, "GET", f"/sweeps/{name}").json()
+        found.append((shown["metric"], shown["direction"]))
+    assert found == [("reward", "maximize"), ("eval_rewards/short/mean", "maximize"), ("kl", "minimize")]
 
 
 @pytest.mark.parametrize(("changes", "said"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])

@@ -84,6 +84,21 @@ def test_jobs_that_do_worse_end_early_with_a_checkpoint(folder: Path) -> None:
     store.close()
 
 
+def test_of_rewards_the_smaller_ones_end_early(folder: Path) -> None:
+    store, config = opened(folder)
+    figures = [[0.9] * 8, [0.3, *[0.4] * 7]]
+    names = add_sweep(
+        store, config, figures, max_parallel=1, halving=HALVING, step_s=0.1, metric="reward", direction="maximize"
+    )
+    run_until_idle(new_supervisor(store, config))
+    found = seen(store)
+    assert [(job.job_uuid, job.figure, job.ended_early) for job in found.data] == [
+        (names[0], 0.9, False), (names[1], 0.3, True)
+    ]  # fmt: skip
+    assert found.best == names[0]
+    store.close()
+
+
 def test_a_job_that_its_sweep_ended_can_be_resumed_and_is_not_ended_again(folder: Path) -> None:
     store, config = opened(folder)
     figures = [[1.0] * 6, [2.0] * 6]

@@ -14,15 +14,23 @@ const MOST = 12;
 const POINTS = 500;
 // Figures with a name for people come first, in this order.
 const FIGURES = new Map([
+  ["reward", "Reward"], ["reward_std", "Spread of the rewards"], ["kl", "KL divergence from the model before training"],
   ["validation_loss", "Held-out loss"], ["perplexity", "Perplexity on held-out rows"], ["loss", "Training loss, with balance terms"],
   ["ce", "Training loss"], ["preference_loss", "Training loss"], ["breaker_loss", "Training loss"], ["rewards/margins", "Reward margin"],
   ["rewards/accuracies", "Reward accuracy"], ["mean_token_accuracy", "Token accuracy"], ["train_seconds", "Seconds of training"],
   ["tokens_per_s", "Tokens a second"], ["memory_bytes", "Peak memory"], ["learning_rate", "Learning rate"], ["grad_norm", "Norm of the gradient"],
 ]);
-const LOSS = ["ce", "preference_loss", "breaker_loss", "loss"];
+const LOSS = ["ce", "preference_loss", "breaker_loss", "policy_loss", "loss"];
 const CURVES = [
+  ["Reward", () => "reward", false],
+  ["Reward on held-out prompts", () => "reward", true],
+  ["Spread of the rewards", () => "reward_std", false],
+  ["KL divergence from the model before training", () => "kl", false],
+  ["Clipped tokens", (series) => ["clip_ratio/region_mean", "cispo_clip_ratio"].find((name) => series.metrics.has(name)), false],
+  ["Changed routes", () => "routing/changed", false],
+  ["Mean length of the answers, tokens", () => "completions/mean_length", false],
   ["Training loss", (series) => LOSS.find((name) => series.metrics.has(name)), false],
-  ["Held-out loss", () => "validation_loss", true],
+  ["Held-out loss", (series) => (series.evaluated().has("reward") ? null : "validation_loss"), true],
   ["Perplexity on held-out rows", () => "perplexity", true],
   ["Reward margin", () => "rewards/margins", false],
   ["Reward accuracy", () => "rewards/accuracies", false],
@@ -61,11 +69,11 @@ const routing = h("section");
 const isRunning = (name) => ["scheduled", "in_progress"].includes(details.get(name)?.status);
 
 function drawCurves(list) {
-  for (const [title, choice, isHeldOut, options] of CURVES) {
+  for (const [title, choice, isHeldOut, options] of [...CURVES, ...perGrader(list)]) {
     const lines = list.filter((name) => series.has(name)).map((name) => {
       const found = series.get(name);
       const metric = choice(found);
-      if (isHeldOut) return found.heldOut(metric, name);
+      if (isHeldOut) return metric === null ? { name, x: [], y: [] } : found.heldOut(metric, name);
       return metric && found.metrics.has(metric) ? { ...found.line(metric), name } : { name, x: [], y: [] };
     });
     if (!lines.some(({ x }) => x.length)) { charts.get(title)?.element.remove(); continue; }
@@ -73,6 +81,12 @@ function drawCurves(list) {
     if (!charts.get(title).element.isConnected) grid.append(charts.get(title).element);
     charts.get(title).set(lines);
   }
+}
+
+// A chart for each grader that any of the jobs has.
+function perGrader(list) {
+  const found = new Set(list.flatMap((name) => [...series.get(name)?.metrics.keys() ?? []]).filter((name) => /^rewards\/.+\/mean$/.test(name)));
+  return [...found].map((metric) => [`Reward of ${metric.slice(8, -5)}`, () => metric, false]);
 }
 
 function drawSettings(list) {

@@ -10,6 +10,7 @@ import { evaluation } from "./job_evaluation.js";
 import { experts } from "./job_experts.js";
 import { artifacts } from "./job_files.js";
 import { events, log } from "./job_output.js";
+import { samples } from "./job_samples.js";
 import { settings } from "./job_settings.js";
 import { editLabels, labelLinks } from "./labels.js";
 import { bar, pill, tabs } from "./pieces.js";
@@ -19,9 +20,11 @@ const id = lastOfPath();
 const RUNS = ["scheduled", "in_progress"];
 // name -> [title, draws into an element and returns what ends it]
 const TABS = {
-  curves: ["Curves", curves], experts: ["Experts", experts], evaluation: ["Evaluation", evaluation],
+  curves: ["Curves", curves], samples: ["Answers", samples], experts: ["Experts", experts], evaluation: ["Evaluation", evaluation],
   settings: ["Settings", settings], data: ["Data", data], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
 };
+// A tab that not each recipe has.
+const fits = (name) => (name === "samples" ? job.recipe === "grpo" : job.recipe !== "export" || !["curves", "experts", "evaluation", "data"].includes(name));
 let job = null;
 let close = () => {};
 
@@ -56,13 +59,15 @@ function showStanding() {
   const held = found.evaluation?.last?.metrics ?? {};
   const first = found.evaluation?.first?.metrics ?? {};
   const speed = found.metrics?.tokens_per_s;
-  const change = typeof held.validation_loss === "number" && typeof first.validation_loss === "number" && found.evaluation.first.step !== found.evaluation.last.step
-    ? `from ${figure(first.validation_loss)}` : "";
+  const rewarded = job.recipe === "grpo"; // its loss on held-out prompts is their reward, negated
+  const main = rewarded ? "reward" : "validation_loss";
+  const change = typeof held[main] === "number" && typeof first[main] === "number" && found.evaluation.first.step !== found.evaluation.last.step
+    ? `from ${figure(first[main])}` : "";
   const work = found.work ? `${found.work.done.toLocaleString("en")}${found.work.total ? ` of ${found.work.total.toLocaleString("en")}` : ""} ${found.work.unit}` : "";
   const tiles = [
     ["Now", found.stage ?? job.status, work || (job.waits_for?.length ? `waits for ${job.waits_for.join(", ")}` : "") || (found.queue_position ? `position ${found.queue_position} in the queue` : "")],
     ["Step", found.max_steps ? found.step.toLocaleString("en") : null, found.max_steps ? `of ${found.max_steps.toLocaleString("en")}` : ""],
-    ["Held-out loss", "validation_loss" in held ? figure(held.validation_loss) : null, change],
+    [rewarded ? "Held-out reward" : "Held-out loss", main in held ? figure(held[main]) : null, change],
     ["Perplexity", "perplexity" in held ? figure(held.perplexity) : null, "perplexity" in first && change ? `from ${figure(first.perplexity)}` : ""],
     ["Speed", speed ? figure(speed) : null, "tokens a second"],
     [job.completed_at ? "Took" : "Runs for", took === null ? null : duration(took), typeof found.eta_s === "number" ? `${duration(found.eta_s)} left` : ""],
@@ -96,9 +101,9 @@ async function load() {
   if (byId("tabs").hidden) {
     byId("tabs").hidden = false;
     byId("panel").hidden = false;
-    const fits = Object.entries(TABS).filter(([name]) => !(job.recipe === "export" && ["curves", "experts", "evaluation", "data"].includes(name)));
-    const select = tabs(byId("tabs"), byId("panel"), fits.map(([name, [title]]) => [name, title]), location.hash.slice(1), open);
-    addEventListener("hashchange", () => { const name = location.hash.slice(1); if (job && fits.some(([each]) => each === name)) select(name); });
+    const shown = Object.keys(TABS).filter(fits);
+    const select = tabs(byId("tabs"), byId("panel"), shown.map((name) => [name, TABS[name][0]]), location.hash.slice(1), open);
+    addEventListener("hashchange", () => { const name = location.hash.slice(1); if (job && shown.includes(name)) select(name); });
   }
 }
 

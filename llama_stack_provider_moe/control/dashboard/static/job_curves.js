@@ -8,9 +8,22 @@ import { problem } from "./shell.js";
 
 const MOST_POINTS = 1000;
 const LOSSES = ["ce", "preference_loss", "breaker_loss", "reroute_loss", "retain_loss"];
+const CLIPPED = ["clip_ratio/region_mean", "cispo_clip_ratio"];
+const LENGTHS = ["completions/mean_length", "completions/max_length"];
+const perGrader = (name) => /^rewards\/.+\/mean$/.test(name);
 const starts = (...heads) => (name) => heads.some((head) => name.startsWith(head));
 // title, which figures of the steps, which of the evaluations, more
 const GROUPS = [
+  ["Reward", (name) => name === "reward", (name) => name === "reward", {}],
+  ["Reward by grader", perGrader, perGrader, {}],
+  ["Spread of the rewards", (name) => name === "reward_std", () => false, {}],
+  ["Groups whose rewards are equal", (name) => name === "frac_reward_zero_std", () => false, {}],
+  ["KL divergence from the model before training", (name) => name === "kl", (name) => name === "kl", {}],
+  ["Clipped tokens", (name) => CLIPPED.includes(name), () => false, {}],
+  ["Changed routes", (name) => name === "routing/changed", () => false, {}],
+  ["Length of the answers, tokens", (name) => LENGTHS.includes(name), (name) => name === LENGTHS[0], {}],
+  ["Answers cut at the largest length", (name) => name === "completions/clipped_ratio", (name) => name === "completions/clipped_ratio", {}],
+  ["Policy loss", (name) => name === "policy_loss", () => false, {}],
   ["Loss", (name) => LOSSES.slice(0, 3).includes(name), (name) => name === "validation_loss", {}],
   ["Loss by domain", starts("loss/"), starts("validation_loss/"), {}],
   ["Perplexity by domain", () => false, starts("perplexity/"), {}],
@@ -26,10 +39,14 @@ const GROUPS = [
   ["Balance loss", (name) => ["aux_loss", "router_z_loss"].includes(name), (name) => name === "aux_loss", {}],
   ["Token accuracy", (name) => name === "mean_token_accuracy", (name) => name === "mean_token_accuracy", {}],
 ];
-const NAMES = { ce: "training", preference_loss: "training", breaker_loss: "training", validation_loss: "held out" };
-const named = (name) => NAMES[name] ?? name.replace(/^(rewards|cosine|loss|validation_loss|perplexity)\//, "");
+const NAMES = {
+  ce: "training", preference_loss: "training", breaker_loss: "training", policy_loss: "training", reward: "training", validation_loss: "held out",
+  reward_std: "deviation", frac_reward_zero_std: "share of the groups", kl: "training", "clip_ratio/region_mean": "share", cispo_clip_ratio: "share",
+  "routing/changed": "share of tokens and layers", "completions/mean_length": "mean", "completions/max_length": "longest", "completions/clipped_ratio": "training",
+};
+const named = (name) => NAMES[name] ?? (perGrader(name) ? name.replace(/\/mean$/, "") : name).replace(/^(rewards|cosine|loss|validation_loss|perplexity)\//, "");
 // Of figures of one domain, the domain too.
-const heldOutLabel = (name) => (starts("validation_loss/", "perplexity/")(name) ? `${named(name)}, held out` : "held out");
+const heldOutLabel = (name) => (starts("validation_loss/", "perplexity/", "rewards/")(name) ? `${named(name)}, held out` : "held out");
 // Not drawn alone: the first is the sum of a loss that is drawn and of balance terms.
 const HIDDEN = new Set(["tokens", "tokens_per_s_per_device", "loss"]);
 
@@ -101,7 +118,7 @@ export function curves(panel, { path, job }) {
     const evaluated = series.evaluated();
     for (const [title, ofStep, ofEvaluation, options] of GROUPS) {
       const names = [...series.metrics.keys()].filter(ofStep);
-      const held = [...evaluated].filter(ofEvaluation);
+      const held = [...evaluated].filter((name) => ofEvaluation(name) && !(name === "validation_loss" && evaluated.has("reward"))); // then it is the reward, negated
       names.forEach((name) => drawn.add(name));
       if (!names.length && !held.length) continue;
       chart(title, options, grid).set([...names.map((name) => series.line(name)),

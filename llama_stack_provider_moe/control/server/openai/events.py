@@ -5,10 +5,10 @@ An event's id has the byte at which its line begins, so a page costs the same at
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llama_stack_provider_moe.control.server import serving, views
 from llama_stack_provider_moe.control.server.openai import ids
@@ -34,6 +34,7 @@ from llama_stack_provider_moe.jobdir.events import (
 BLOCK_BYTES = 1 << 16
 SERVED = f"{ids.EVENT}served"  # the newest event of a job whose serving has ended, which its file does not have either
 CREATED = f"{ids.EVENT}created"  # the oldest event of every job, which its file does not have
+_OF_GRADER = re.compile(r"rewards/(.+)/mean")
 _AT_BYTE = re.compile(rf"{ids.EVENT}(\d{{1,18}})")
 # Large events that this API has no form for; they are not even parsed.
 _SKIPPED = (b'"type":"routing"', b'"type":"plan"')
@@ -154,10 +155,15 @@ def _told(event: Any) -> dict[str, Any] | None:
             data = {"step": event.step, "total_steps": event.max_steps, "train_loss": figures.get("loss"), **figures}
             loss = event.metrics.get("loss")
             shown = "" if loss is None else f": training loss={loss:.4g}"
+            if "reward" in event.metrics:  # the loss of a policy says nothing
+                data |= _rewards("train", figures)
+                shown = f", train mean reward={event.metrics['reward']:.4g}"
             return {"message": f"Step {event.step}/{event.max_steps}{shown}", "type": "metrics", "data": data}
         case Evaluation():
             figures = _figures(event)
             data = {"step": event.step, "full_valid_loss": figures.get("validation_loss"), **figures}
+            if "reward" in figures:
+                data |= _rewards("valid", figures)
             shown = ", ".join(f"{name}={value:.4g}" for name, value in sorted(event.metrics.items()))
             return {"message": f"Held out after step {event.step}: {shown}", "type": "metrics", "data": data}
         case Saved():
@@ -172,6 +178,19 @@ def _told(event: Any) -> dict[str, Any] | None:
             return {"message": "Training has finished"}
         case _:
             return None
+
+
+def _rewards(part: Literal["train", "valid"], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The rewards by OpenAI's names: in `scores` by grader too, and at the top the older name of the mean."""
+    name = f"{part}_reward_mean"
+    graders = [
+        {"name": found[1], name: value}
+        for key, value in figures.items()
+        if (found := _OF_GRADER.fullmatch(key)) is not None
+    ]
+    older = "train_mean_reward" if part == "train" else "full_valid_mean_reward"
+    mean = figures["reward"]
+    return {name: mean, older: mean, "scores": {name: mean, "graders": graders}}
 
 
 def _figures(event: Step | Evaluation) -> dict[str, Any]:

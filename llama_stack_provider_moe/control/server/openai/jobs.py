@@ -7,14 +7,14 @@ from datetime import datetime
 
 from llama_stack_provider_moe.control.server import serving, views
 from llama_stack_provider_moe.control.server.newest_events import newest_events
-from llama_stack_provider_moe.control.server.openai import ids, objects, results
+from llama_stack_provider_moe.control.server.openai import ids, objects, reinforcement, results
 from llama_stack_provider_moe.control.server.openai.methods import BASE_LR, METHODS, multiplier
 from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import Forbidden, InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.events import Failed, Step
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec import DPOSpec, TrainingSpec
+from llama_stack_provider_moe.spec import DPOSpec, GRPOSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 PAGE_JOBS = 200  # of the store, while a list is filtered
@@ -135,9 +135,10 @@ def _if_readable(read: Callable[[Job], int | None], job: Job) -> int | None:
 
 
 def _hyperparameters(spec: TrainingSpec) -> objects.FineTuningHyperparameters:
+    rows = spec.training.batch_size * spec.training.gradient_accumulation_steps * spec.resources.ranks
     return objects.FineTuningHyperparameters(
         n_epochs=spec.training.n_epochs,
-        batch_size=spec.training.batch_size * spec.training.gradient_accumulation_steps * spec.resources.ranks,
+        batch_size=reinforcement.prompts_of_a_step(spec) if isinstance(spec, GRPOSpec) else rows,
         learning_rate_multiplier=multiplier(spec.recipe, spec.optimizer.lr),
     )
 
@@ -146,6 +147,8 @@ def _method(spec: TrainingSpec, found: objects.FineTuningHyperparameters) -> obj
     if isinstance(spec, DPOSpec):
         with_beta = objects.DPOHyperparameters(**found.model_dump(), beta=spec.beta)
         return objects.FineTuningMethod(type="dpo", dpo=objects.DPOMethod(hyperparameters=with_beta))
+    if isinstance(spec, GRPOSpec):
+        return reinforcement.described(spec, found)
     if spec.recipe not in METHODS:
         return None
     return objects.FineTuningMethod(type="supervised", supervised=objects.SupervisedMethod(hyperparameters=found))

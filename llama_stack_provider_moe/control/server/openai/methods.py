@@ -2,12 +2,16 @@
 
 from typing import Final, Literal
 
-type Method = Literal["supervised", "dpo"]
+from llama_stack_provider_moe.spec.rl import RL
 
-RECIPES: Final[dict[Method, Literal["sft", "dpo"]]] = {"supervised": "sft", "dpo": "dpo"}
+type Method = Literal["supervised", "dpo", "reinforcement"]
+type Recipe = Literal["sft", "dpo", "grpo"]
+
+RECIPES: Final[dict[Method, Recipe]] = {"supervised": "sft", "dpo": "dpo", "reinforcement": "grpo"}
 METHODS: Final[dict[str, Method]] = {recipe: method for method, recipe in RECIPES.items()}
-# Learning rates of LoRA, as in our templates; a preference loss needs a smaller one.
-BASE_LR: Final[dict[str, float]] = {"sft": 1e-4, "dpo": 5e-6, "circuit_breaker": 1e-4}
+# Learning rates of LoRA, as in our templates; a preference loss and rewards need a smaller one.
+BASE_LR: Final[dict[str, float]] = {"sft": 1e-4, "dpo": 5e-6, "circuit_breaker": 1e-4, "grpo": 1e-5}
+BASE_ANSWERS: Final = int(RL.model_fields["n_generations"].default)  # to each prompt, at a compute multiplier of 1
 
 
 def multiplier(recipe: str, lr: float) -> float:

@@ -35,12 +35,15 @@ class FineTuningHyperparameters(BaseModel):
 
     n_epochs: int | None = Field(default=None, exclude_if=_absent)
     batch_size: int | None = Field(
-        default=None, exclude_if=_absent, description="Rows (or pairs) in one optimiser step of all processes."
+        default=None,
+        exclude_if=_absent,
+        description="Rows (or pairs, or for reinforcement prompts) in one optimiser step of all processes.",
     )
     learning_rate_multiplier: float | None = Field(
         default=None,
         exclude_if=_absent,
-        description="Learning rate divided by the method's base: 1e-4 for supervised, 5e-6 for dpo.",
+        description="Learning rate divided by the method's base: 1e-4 for supervised, 5e-6 for dpo, 1e-5 for "
+        "reinforcement.",
     )
 
 
@@ -62,12 +65,28 @@ class DPOMethod(BaseModel):
     hyperparameters: DPOHyperparameters
 
 
+class ReinforcementHyperparameters(FineTuningHyperparameters):
+    """The same, with those of reinforcement."""
+
+    compute_multiplier: float | None = Field(
+        default=None, exclude_if=_absent, description="Answers to each prompt, divided by 4."
+    )
+
+
+class ReinforcementMethod(BaseModel):
+    """Reinforcement fine-tuning."""
+
+    grader: JsonObject
+    hyperparameters: ReinforcementHyperparameters
+
+
 class FineTuningMethod(BaseModel):
     """The method of a job; only the block of its type is set."""
 
-    type: Literal["supervised", "dpo"]
+    type: Literal["supervised", "dpo", "reinforcement"]
     supervised: SupervisedMethod | None = Field(default=None, exclude_if=_absent)
     dpo: DPOMethod | None = Field(default=None, exclude_if=_absent)
+    reinforcement: ReinforcementMethod | None = Field(default=None, exclude_if=_absent)
 
 
 class WandbRun(BaseModel):
@@ -109,7 +128,8 @@ class FineTuningJob(BaseModel):
     status: FineTuningStatus
     hyperparameters: FineTuningHyperparameters
     method: FineTuningMethod | None = Field(
-        exclude_if=_absent, description="Left out for a recipe that this API has no method for."
+        exclude_if=_absent,
+        description="Left out for a recipe that this API has no method for, and for rewards that are not one grader.",
     )
     seed: int
     training_file: str

@@ -5,10 +5,16 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import Field, ValidationError
 
 from llama_stack_provider_moe.control.server.api_requests import Draft
-from llama_stack_provider_moe.control.server.openai.methods import BASE_LR, RECIPES
+from llama_stack_provider_moe.control.server.openai import reinforcement
+from llama_stack_provider_moe.control.server.openai.auto import IntegerOrAuto, NumberOrAuto
+from llama_stack_provider_moe.control.server.openai.methods import BASE_LR, RECIPES, Recipe
+from llama_stack_provider_moe.control.server.openai.reinforcement import (
+    ReinforcementHyperparametersRequest,
+    ReinforcementRequest,
+)
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec.blocks import Block, Resources
@@ -22,16 +28,6 @@ _ELSEWHERE = {
     "recipe": "`method.type`", "model": "`model`", "model_from": "`model`", "job_uuid": "`suffix`",
     "metadata": "`metadata`", "beta": "`method.dpo.hyperparameters.beta`",
 }  # fmt: skip
-
-
-def _or_auto(kind: str) -> tuple[BeforeValidator, WithJsonSchema]:
-    schema = {"anyOf": [{"const": "auto", "type": "string"}, {"type": kind}, {"type": "null"}]}
-    return BeforeValidator(lambda value: None if value == "auto" else value), WithJsonSchema(schema)
-
-
-_integer, _number = _or_auto("integer"), _or_auto("number")
-IntegerOrAuto = Annotated[int | None, _integer[0], _integer[1]]
-NumberOrAuto = Annotated[float | None, _number[0], _number[1]]
 
 
 class HyperparametersRequest(Block):
@@ -72,7 +68,7 @@ class MethodRequest(Block):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: SupervisedRequest | None = None
     dpo: DPORequest | None = None
-    reinforcement: JsonObject | None = Field(default=None, description="Not available: this server refuses it.")
+    reinforcement: ReinforcementRequest | None = None
 
 
 class WandbRequest(Block):
@@ -121,9 +117,10 @@ class FineTuningRequest(Block):
 class _Asked(NamedTuple):
     """The method of a request, with its hyperparameters and their place in the request."""
 
-    recipe: Literal["sft", "dpo"]
-    hyperparameters: HyperparametersRequest
+    recipe: Recipe
+    hyperparameters: HyperparametersRequest | ReinforcementHyperparametersRequest
     place: str
+    reinforcement: ReinforcementRequest | None = None
 
 
 class _Writer:
@@ -204,20 +201,19 @@ def _ask_for_serving(body: dict[str, Any], config: ProviderConfig) -> None:
 
 def _asked(request: FineTuningRequest) -> _Asked:
     method = request.method or MethodRequest(type="supervised")
-    if method.type == "reinforcement":
-        raise InvalidInput("method.type", "reinforcement", "'supervised' or 'dpo': this server has no reinforcement "
-                           "fine-tuning")  # fmt: skip
     for other in ("supervised", "dpo", "reinforcement"):
         if other != method.type and getattr(method, other) is not None:
             raise InvalidInput(f"method.{other}", "a block", f"no value, because method.type is {method.type!r}")
     place = f"method.{method.type}.hyperparameters"
-    block = method.supervised if method.type == "supervised" else method.dpo
+    if method.type == "reinforcement" and method.reinforcement is None:
+        raise InvalidInput("method.reinforcement", None, "an object with the grader")
+    block = method.supervised or method.dpo or method.reinforcement  # no other one is set
     given = None if block is None else block.hyperparameters
     if request.hyperparameters is not None:
         if method.type != "supervised" or given is not None:
             raise InvalidInput("hyperparameters", "a block", f"no value: {place} has them")
         place, given = "hyperparameters", request.hyperparameters
-    return _Asked(RECIPES[method.type], given or HyperparametersRequest(), place)
+    return _Asked(RECIPES[method.type], given or HyperparametersRequest(), place, method.reinforcement)
 
 
 def _put_wandb(writer: _Writer, wandb: WandbRequest) -> None:
@@ -243,7 +239,10 @@ def _put_hyperparameters(writer: _Writer, asked: _Asked, config: ProviderConfig)
     complete = config.defaults.under(writer.body)  # of the server, with what the request states
     if "lr" not in _block(complete, "optimizer"):
         writer.put("optimizer.lr", BASE_LR[asked.recipe], f"{asked.place}.learning_rate_multiplier")
-    if given.batch_size is not None:
+    if asked.reinforcement is not None:
+        reinforcement.write(asked.reinforcement, writer.put, complete)
+        writer.names["reward.0.grader"] = f"{reinforcement.PLACE}.grader"
+    elif given.batch_size is not None:
         place = f"{asked.place}.batch_size"
         share = _micro_batches(complete)
         if given.batch_size % share:

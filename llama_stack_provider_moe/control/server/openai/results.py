@@ -57,12 +57,18 @@ def content(job: Job) -> bytes:
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
+_TRAIN = {"loss": "train_loss", "reward": "train_reward_mean"}
+_HELD_OUT = {"reward": "reward_mean"}
+
+
 def _train(name: str) -> str:
-    return "train_loss" if name == "loss" else name
+    return _TRAIN.get(name, name)
 
 
 def _held_out(point: wire.EvaluationPoint) -> dict[str, object]:
-    return {f"valid_{name.removeprefix('validation_')}": value for name, value in point.metrics.items()}
+    return {
+        f"valid_{_HELD_OUT.get(name, name.removeprefix('validation_'))}": value for name, value in point.metrics.items()
+    }
 
 
 def trained_tokens(job: Job) -> int | None:
