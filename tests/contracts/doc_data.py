@@ -35,6 +35,7 @@ JOB_FIELDS = {name for _, prefix, model, _ in BLOCKS if prefix == "" for name in
 BASES: list[dict[str, Any]] = [
     {"recipe": "sft", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "dpo", "model": "m", "data": {"dataset_id": "d"}},
+    {"recipe": "kto", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "circuit_breaker", "model": "m", "data": {"dataset_id": "d"},
      "circuit_breaker": {"retain": {"dataset_id": "r"}, "target_layers": "1,2"}},
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import batched
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import TypedDict, cast
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder, KtoEncoder
 from llama_stack_provider_moe.compute.data.breaker_rows import BreakEncoder
 from llama_stack_provider_moe.compute.data.datasets import held_out
 from llama_stack_provider_moe.compute.data.encoding import (
     IGNORED,
-    DpoEncoder,
     Encoded,
     Encoder,
     Limit,
@@ -38,7 +38,7 @@ from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
 from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.rows import CanonicalRow
 from llama_stack_provider_moe.spec.rows.profiling import Reasons, Tally
@@ -149,6 +149,8 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     rendering, limit = Rendering.of(spec.options), Limit(spec.options.max_length, spec.options.truncate)
     if isinstance(spec, DPOSpec):
         return DpoEncoder(tokenizer, rendering, limit)
+    if isinstance(spec, KTOSpec):
+        return KtoEncoder(tokenizer, rendering, limit)
     if isinstance(spec, BreakerSpec):
         block = spec.circuit_breaker
         return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
@@ -222,9 +224,12 @@ def _length(encoded: Encoded) -> int:
     columns = encoded.columns
     if "input_ids" in columns:
         return len(columns["input_ids"])
-    if "chosen_ids" not in columns:
-        return len(columns["prompt_ids"])
-    return len(columns["prompt_ids"]) + max(len(columns["chosen_ids"]), len(columns["rejected_ids"]))
+    return len(columns["prompt_ids"]) + max((len(columns[f"{which}_ids"]) for which in _answers(columns)), default=0)
+
+
+def _answers(columns: Mapping[str, list[int]]) -> list[str]:
+    """Names of a row's answers; none of a prompt to generate from."""
+    return [which for which in ("chosen", "rejected", "completion") if f"{which}_ids" in columns]
 
 
 def _is_longer(found: list[Encoded] | Problem, length: int) -> bool:
@@ -237,9 +242,7 @@ def _learnt(encoded: Encoded) -> int:
         return sum(label != IGNORED for label in columns["labels"][1:])
     if "said" in columns:
         return sum(columns["said"])
-    if "chosen_said" not in columns:
-        return 0  # what is learnt is not written yet
-    return sum(columns["chosen_said"]) + sum(columns["rejected_said"])
+    return sum(sum(columns[f"{which}_said"]) for which in _answers(columns))  # 0: what is learnt is not written yet
 
 
 def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
@@ -250,11 +253,11 @@ def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
     elif "said" in columns:
         ids = columns["input_ids"]
         yield ids, [token if said else IGNORED for token, said in zip(ids, columns["said"], strict=True)]
-    elif "chosen_ids" not in columns:
+    elif not _answers(columns):
         yield columns["prompt_ids"], [IGNORED] * len(columns["prompt_ids"])
     else:
         prompt = columns["prompt_ids"]
-        for which in ("chosen", "rejected"):
+        for which in _answers(columns):
             answer, said = columns[f"{which}_ids"], columns[f"{which}_said"]
             labels = [token if compared else IGNORED for token, compared in zip(answer, said, strict=True)]
             yield [*prompt, *answer], [*[IGNORED] * len(prompt), *labels]

@@ -27,7 +27,7 @@ from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
 _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
-Recipe = Literal["sft", "dpo", "circuit_breaker"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "kto"]
 
 
 def check(
@@ -45,7 +45,7 @@ def check(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            metavar="sft|dpo|circuit_breaker", help="Recipe of the job; default: the job file's, or sft."
+            metavar="sft|dpo|circuit_breaker|kto", help="Recipe of the job; default: the job file's, or sft."
         ),
     ] = None,
     held_out: Annotated[
@@ -89,12 +89,12 @@ def check(
             if has_model and profile.refused < profile.rows:
                 profile = _with_tokens(screen, spec, profile, valid, show)
         rows = spec.row_sources()[0]
-        too_few = rows.why_least if profile.rows < rows.least else ""
+        too_few = rows.shortage(profile.rows, profile.notes)
         if screen.as_json:
             screen.document(profile.model_dump(mode="json"))
         else:
             screen.say(show_profile.shown(profile, too_few))
-        return Exit.OK if profile.is_ready() and not too_few else Exit.FAILED
+        return Exit.OK if profile.is_ready() and too_few is None else Exit.FAILED
 
     end(as_json, act)
 

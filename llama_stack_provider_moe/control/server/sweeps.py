@@ -21,7 +21,7 @@ from llama_stack_provider_moe.control.store.sweep_rows import NewSweep, SweepDet
 from llama_stack_provider_moe.control.supervisor.pruner import EXTRA, is_installed
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, NotFound
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import DPOSpec, JobSpec, TrainingSpec
+from llama_stack_provider_moe.spec import DPOSpec, JobSpec, KTOSpec, TrainingSpec
 from llama_stack_provider_moe.spec.sweeps import Chosen, SweepSpec, body_of, described
 from llama_stack_provider_moe.spec.validation_errors import validated
 
@@ -190,7 +190,8 @@ def _comparable(spec: JobSpec, asked: SweepSpec) -> TrainingSpec:
     if not spec.data.has_validation_sets and not spec.options.validation_split:
         expected = "more than 0, or job.data.validation_dataset_id: a sweep compares figures on held-out rows"
         raise InvalidInput("job.options.validation_split", spec.options.validation_split, expected)
-    if "rewards/" in asked.metric and not isinstance(spec, DPOSpec):
+    rewarded = isinstance(spec, DPOSpec) or (isinstance(spec, KTOSpec) and asked.metric.endswith("rewards/margins"))
+    if "rewards/" in asked.metric and not rewarded:
         raise InvalidInput("metric", asked.metric, f"a figure that recipe {spec.recipe!r} measures")
     if asked.metric.endswith("mean_token_accuracy") and spec.recipe != "sft":
         raise InvalidInput("metric", asked.metric, f"a figure that recipe {spec.recipe!r} measures")
