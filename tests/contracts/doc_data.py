@@ -170,6 +170,8 @@ def _row(value: dict[str, Any], keys: set[str]) -> str:
         found: Any = canonical_own(value, 1, "scenario")
     elif "answer" in keys:
         found = canonical_own(value, 1, "judged")
+    elif "label" in keys:
+        found = canonical(value, 1, "kto", "auto")
     elif keys & {"chosen", "rejected", "preferred_output"}:
         found = canonical(value, 1, "dpo", "auto")
     else:

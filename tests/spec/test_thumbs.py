@@ -1,5 +1,6 @@
 """Rows of KTO: a conversation and a thumb up or down; what a job needs of a data set, and what it refuses."""
 
+import re
 from typing import Any
 
 import pytest
@@ -26,9 +27,9 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
 @pytest.mark.parametrize(
     ("column", "value", "label"),
     [
-        ("label", True, True), ("label", False, False), ("label", 1, True), ("label", "0", False), ("label", "True", True),
-        ("desirable", "undesirable", False), ("kto_tag", True, True), ("thumbs_up", "thumbs_down", False),
-        ("label", "UP", True),
+        ("label", True, True), ("label", False, False), ("label", 1, True), ("label", "0", False),
+        ("label", "True", True), ("desirable", "undesirable", False), ("kto_tag", True, True),
+        ("thumbs_up", "thumbs_down", False), ("label", "UP", True),
     ],
 )  # fmt: skip
 def test_common_spellings_are_read(column: str, value: object, label: bool) -> None:
@@ -111,6 +112,5 @@ def test_a_data_set_needs_both_classes() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_has_no_effect_or_no_meaning_is_refused(blocks: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=".*") as refused:
+    with pytest.raises(ValueError, match=re.escape(told)):
         job(**blocks)
-    assert told in str(refused.value)
