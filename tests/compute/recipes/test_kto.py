@@ -13,7 +13,7 @@ from tests.support.training_support import Run, Workshop, kto_rows, workshop
 
 __all__ = ["workshop"]
 
-BETA, UP, DOWN = 0.3, 1.5, 0.5
+BETA, UP, DOWN = 0.3, 6.0, 0.5
 BATCH = 4
 
 
@@ -66,6 +66,7 @@ def test_a_run_equals_a_loop_of_the_papers_formula(workshop: Workshop) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    assert run.steps("kl")[-1] > 0, "a KL term of 0 would hide wrong pairs"
     for name, weight in policy.state_dict().items():
         if name in run.model():
             torch.testing.assert_close(run.model()[name], weight, atol=1e-6, rtol=0)
@@ -147,7 +148,7 @@ def test_classes_are_held_out_both(workshop: Workshop) -> None:
     assert (run.resolved["train_rows"], run.resolved["validation_rows"]) == (10, 2)
     assert run.resolved["thumbs_up"] == 1
     assert "desirable_weight x 1 thumbs up / (undesirable_weight x 9 thumbs down) is 0.111" in "".join(
-        event.message for event in run.events("note")
+        event.text for event in run.events("message")
     )
 
 
