@@ -70,6 +70,10 @@ class KTOSpec(TrainingJob):
                              "whose reference routes as the base does; expected 'switch' or 'gshard'")  # fmt: skip
         return self
 
+    def with_kl(self, rows: int) -> int:
+        """Rows of an epoch of `rows`: one fewer where the last micro-batch would have one row, and so no KL term."""
+        return rows - (rows % self.training.batch_size == 1)
+
     def row_sources(self) -> list[RowSource]:
         """The rows, of which each data set needs some of both classes."""
         split = self.data.validation_dataset_id is None and self.options.validation_split > 0

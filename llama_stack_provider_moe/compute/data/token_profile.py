@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.data.answers import DpoEncoder, KtoEncoder
 from llama_stack_provider_moe.compute.data.breaker_rows import BreakEncoder
-from llama_stack_provider_moe.compute.data.datasets import held_out
+from llama_stack_provider_moe.compute.data.datasets import held_out, held_out_of_classes
 from llama_stack_provider_moe.compute.data.encoding import (
     IGNORED,
     Encoded,
@@ -120,7 +120,9 @@ class Sequences:
         Args:
             positions: the positions that the model was trained on, if known.
         """
-        training = self._spec.training
+        training, sequences = self._spec.training, self._sequences
+        if isinstance(self._spec, KTOSpec):
+            sequences = self._spec.with_kl(sequences)
         return TokenFigures(
             plan=self._whole.renderer.plan() if self._has_conversations else ["plain text: every token is learnt"],
             counts=dict(self._whole.renderer.counts),
@@ -134,11 +136,11 @@ class Sequences:
             refused=self._refused.count,
             refused_rows=self._refused.shown,
             held_out=len(self._held),
-            sequences=self._sequences,
+            sequences=sequences,
             tokens=self._tokens,
             learnt=self._learnt,
             rows_a_step=rows_a_step(training),
-            steps=steps_an_epoch(training, self._sequences),
+            steps=steps_an_epoch(training, sequences),
             rows=self._rows,
             max_dropped=self._spec.options.max_dropped,
         )
@@ -173,7 +175,12 @@ def profile(request: Request) -> dict[str, object]:
         total = sum(1 for _ in file)
     held = frozenset[int]()
     if spec.data.validation_dataset_id is None:
-        held = held_out(total, spec.options.validation_split, spec.options.seed)
+        share, seed = spec.options.validation_split, spec.options.seed
+        held = held_out(total, share, seed)
+        if isinstance(spec, KTOSpec):
+            with path.open(encoding="utf-8") as file:
+                labels = [int(json.loads(line)[1]["label"]) for line in file]
+            held = frozenset(held_out_of_classes(labels, share, seed))
     counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"])
     done, said_s = 0, time.monotonic()
     with path.open(encoding="utf-8") as file:

@@ -54,8 +54,7 @@ class KTO(RowMeans, StepFigures, KTOTrainer):
     @property
     def sequences(self) -> int:
         """Training rows of a full epoch, one fewer where the last micro-batch would have one row, and so no KL term."""
-        rows = len(self.train_dataset)
-        return rows - (rows % self.spec.training.batch_size == 1)
+        return self.spec.with_kl(len(self.train_dataset))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         training, data = self.spec.training, self.spec.data
