@@ -1,7 +1,7 @@
 """A conversation with a thumb up or down on its last answer, for KTO."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, cast
 
 from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.spec.rows.messages import Conversation, ThumbRow
@@ -45,7 +45,7 @@ def thumb_row(found: Conversation, label: bool) -> ThumbRow:
     if any(each.get("weight") == 0 for each in answer):
         raise BadRow("messages", "has a message of weight 0 in its answer; the label is for the whole answer")
     beside = {name: value for name, value in found.items() if name != "messages"}
-    return ThumbRow(prompt=prompt, completion=answer, label=label, **beside)  # type: ignore[typeddict-item]
+    return cast(ThumbRow, {"prompt": prompt, "completion": answer, "label": label, **beside})
 
 
 def _truth(value: object, column: str) -> bool:
