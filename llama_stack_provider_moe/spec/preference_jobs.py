@@ -11,11 +11,12 @@ from llama_stack_provider_moe.spec.training_jobs import TrainingJob
 _MOVING = ("aux_free", "expert_choice")
 
 
-def refuse_what_is_for_sft(job: TrainingJob, why: str) -> None:
+def refuse_what_is_for_sft(job: TrainingJob, recipe: str, why: str) -> None:
     """Raise if a job has a setting that only SFT (or DPO) reads.
 
     Args:
         job: of another recipe.
+        recipe: its name.
         why: what the recipe does instead, for the error.
 
     Raises:
@@ -35,7 +36,7 @@ def refuse_what_is_for_sft(job: TrainingJob, why: str) -> None:
         if getattr(job.data, name) is not None:
             raise ValueError(f"data.{name}: is for SFT and DPO; {why}")
     if job.loader == "unsloth":
-        raise ValueError(f"loader: 'unsloth' is not valid with recipe {job.recipe!r}; expected 'hf'")
+        raise ValueError(f"loader: 'unsloth' is not valid with recipe {recipe!r}; expected 'hf'")
 
 
 class KTOSpec(TrainingJob):
@@ -58,7 +59,7 @@ class KTOSpec(TrainingJob):
 
     @model_validator(mode="after")
     def _no_setting_is_without_effect(self) -> "KTOSpec":
-        refuse_what_is_for_sft(self, "KTO weighs the answer of each row against the reference")
+        refuse_what_is_for_sft(self, self.recipe, "KTO weighs the answer of each row against the reference")
         if self.training.batch_size < 2:
             raise ValueError("training.batch_size: 1 is not valid with recipe 'kto'; expected 2 or more: the KL term "
                              "is of each prompt with the answer to another prompt of its micro-batch")  # fmt: skip
