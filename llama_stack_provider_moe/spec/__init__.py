@@ -56,6 +56,7 @@ from llama_stack_provider_moe.spec.options import (
     WandB,
 )
 from llama_stack_provider_moe.spec.playground import Playground
+from llama_stack_provider_moe.spec.preference_jobs import KTOSpec
 from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
 from llama_stack_provider_moe.spec.rl import RL
 from llama_stack_provider_moe.spec.rl_jobs import GRPOSpec
@@ -114,6 +115,7 @@ __all__ = [
     "InferenceJob",
     "JobDefaults",
     "JobSpec",
+    "KTOSpec",
     "LoadBalancing",
     "Loader",
     "LoadingSpec",
@@ -162,7 +164,7 @@ Recipe = Literal[
 # API also names `kto_pair`, which TRL does not implement.
 
 
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model

@@ -8,6 +8,8 @@ from llama_stack_provider_moe.spec.blocks import RowFormat
 if TYPE_CHECKING:
     from llama_stack_provider_moe.spec.row_needs import RowNeeds
 
+UP, DOWN = "a thumb up", "a thumb down"  # what reports of rows call the classes of KTO
+THUMBS = (UP, DOWN)
 # recipe: rows that the recipe trains on; the other kinds are for an evaluation (`spec.evaluation_rows`).
 RowKind = Literal["recipe", "conversation", "scenario", "judged"]
 
@@ -45,6 +47,7 @@ class RowSource(NamedTuple):
         columns: the data's names of columns by the formats' names (`data.columns`).
         domains: the column that names each row's domain (`data.domain_column`).
         needs: what graders read of each row; None: there are no graders.
+        least_of_class: minimum number of rows with a thumb up, and with a thumb down; 0: rows have none.
     """
 
     field: str
@@ -58,6 +61,23 @@ class RowSource(NamedTuple):
     columns: Mapping[str, str] | None = None
     domains: DomainColumn | None = None
     needs: "RowNeeds | None" = None
+    least_of_class: int = 0
+
+    def shortage(self, rows: int, notes: Mapping[str, int]) -> str | None:
+        """What the data set lacks, for the text of an error; None: nothing.
+
+        Args:
+            rows: number of its rows.
+            notes: of its report (`RowsReport.notes`).
+        """
+        if rows < self.least:
+            return f"{self.why_least}; it has {rows:,}"
+        if self.least_of_class:
+            for kind in THUMBS:
+                if (found := notes.get(kind, 0)) < self.least_of_class:
+                    held_out = ", because one is held out" if self.least_of_class > 1 else ""
+                    return f"at least {self.least_of_class} row(s) with {kind}{held_out}; it has {found:,} of {rows:,}"
+        return None
 
     @property
     def columns_field(self) -> str:

@@ -38,6 +38,7 @@ JOB_FIELDS = {name for _, prefix, model, _ in BLOCKS if prefix == "" for name in
 BASES: list[dict[str, Any]] = [
     {"recipe": "sft", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "dpo", "model": "m", "data": {"dataset_id": "d"}},
+    {"recipe": "kto", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "circuit_breaker", "model": "m", "data": {"dataset_id": "d"},
      "circuit_breaker": {"retain": {"dataset_id": "r"}, "target_layers": "1,2"}},
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},
@@ -176,6 +177,8 @@ def _row(given: dict[str, Any], keys: set[str]) -> str:
         found: Any = canonical_own(value, 1, "scenario")
     elif "answer" in keys:
         found = canonical_own(value, 1, "judged")
+    elif "label" in keys:
+        found = canonical(value, 1, "kto", "auto")
     elif keys & {"chosen", "rejected", "preferred_output"}:
         found = canonical(value, 1, "dpo", "auto")
     else:

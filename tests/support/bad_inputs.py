@@ -32,6 +32,7 @@ DATASETS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "A?", "answer": "B.", "refusal": False},
     ],
     "pairs": PAIRS,
+    "thumbs": [{**row, "label": number % 3 > 0} for number, row in enumerate(WORDS)],
     "dialogs": [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 4,
     "one-row": WORDS[:1],
     "columns": [{"question": "a", "answer": "b"}] * 3,

@@ -56,6 +56,15 @@ def dpo_rows(count: int, first: int = 0) -> list[Row]:
     ]
 
 
+def kto_rows(count: int, first: int = 0) -> list[Any]:
+    """Canonical answers of which every second one has a thumb up: always the same one, as in `dpo_rows`."""
+    rows = dpo_rows(count, first)
+    return [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        for i, row in enumerate(rows)
+    ]
+
+
 def kept_rows(count: int, first: int = 0) -> list[Row]:
     """Canonical rows about something else than `sft_rows`, for a circuit breaker to retain."""
     return [
@@ -174,7 +183,7 @@ class Workshop:
         **blocks: Any,
     ) -> JobFolder:
         """The folder of such a job, which has not started."""
-        make = {"dpo": dpo_rows, "grpo": prompt_rows}.get(recipe, sft_rows)
+        make = {"dpo": dpo_rows, "grpo": prompt_rows, "kto": kto_rows}.get(recipe, sft_rows)
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
         folder.data.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ are two). The choice is of source rows: all that a row gives goes to the same pa
 
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from pathlib import Path
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder
 from llama_stack_provider_moe.compute.data.domains import Domains, Split, mix
-from llama_stack_provider_moe.compute.data.encoding import IGNORED, DpoEncoder, Encoder, Limit, SftEncoder
+from llama_stack_provider_moe.compute.data.encoding import IGNORED, Encoder, Limit, SftEncoder
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
 from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
@@ -173,6 +174,19 @@ def held_out(count: int, share: float, seed: int) -> frozenset[int]:
     return frozenset(random.Random(seed).sample(range(count), held_out_of(count, share)))
 
 
+def held_out_of_classes(classes: Sequence[int], share: float, seed: int) -> Iterator[int]:
+    """The indices of the held-out rows, some of each class.
+
+    Args:
+        classes: of each row.
+        share: of each class's rows, as in `held_out`.
+        seed: of the choice.
+    """
+    for each in sorted({*classes}):
+        its = [index for index, found in enumerate(classes) if found == each]
+        yield from (its[place] for place in held_out(len(its), share, seed))
+
+
 @dataclass
 class Maker:
     """Makes data sets from the job's files, counts their rows, and reports what was cut and left out.
@@ -184,6 +198,7 @@ class Maker:
         features: types of the columns.
         vocabulary: rows of the model's embedding.
         cut_at: the lengths at which rows are cut, for messages; None: `options.max_length`.
+        classes: the class of each row of a file, of which each has held-out rows; None: there are no classes.
         counts: file -> what became of its rows.
     """
 
@@ -193,6 +208,7 @@ class Maker:
     features: Features
     vocabulary: int
     cut_at: str | None = None
+    classes: Callable[[Path], list[int]] | None = None
     counts: dict[str, RowCounts] = field(default_factory=dict)
 
     def all_rows(self, data: SpecData) -> tuple[Dataset, Dataset | None, Domains | None]:
@@ -260,14 +276,17 @@ class Maker:
             made = self._make(part, data.dataset_id, None)
             made |= self._make(held_out_part, data.validation_dataset_id, None)
         else:
-            made = self._make(part, data.dataset_id, partial(self._held_out, held_out_part))
+            made = self._make(part, data.dataset_id, partial(self._held_out, part, held_out_part))
         if part not in made:
             raise DataError(f"dataset {data.dataset_id!r}: no row is left to train on")
         return made[part], self._limited(made.get(held_out_part), data, part)
 
-    def _held_out(self, held_out_part: str, rows: int) -> Mapping[int, str]:
-        options = self.session.spec.options
-        return dict.fromkeys(held_out(rows, options.validation_split, options.seed), held_out_part)
+    def _held_out(self, part: str, held_out_part: str, rows: int) -> Mapping[int, str]:
+        share, seed = self.session.spec.options.validation_split, self.session.spec.options.seed
+        if self.classes is None:
+            return dict.fromkeys(held_out(rows, share, seed), held_out_part)
+        found = self.classes(self.session.folder.rows(part))
+        return dict.fromkeys(held_out_of_classes(found, share, seed), held_out_part)
 
     def _limited(self, validation: Dataset | None, data: SpecData | Domain | MixedData, part: str) -> Dataset | None:
         """The held-out rows, as many as are evaluated; warns if there are none though the job asks for some."""

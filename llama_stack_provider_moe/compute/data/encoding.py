@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.data.rendering import Rendered, Renderer, Rendering, Tokens, Unrenderable
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, Preference, TextRow
+from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, Preference, TextRow, ThumbRow
 
 IGNORED = -100
 Truncate = Literal["right", "left", "drop", "refuse"]
@@ -148,7 +148,7 @@ class Encoder:
         found = self.limit.fit(tokens, cast("int | None", self.tokenizer.bos_token_id))
         if isinstance(found, Problem):
             return found
-        return found, found.start_cut and _begins_with_system(row)
+        return found, found.start_cut and begins_with_system(row)
 
 
 @dataclass(frozen=True)
@@ -176,90 +176,6 @@ class SftEncoder(Encoder):
             return nothing_learnt(whole, self.limit)
         labels = [token if learnt else IGNORED for token, learnt in zip(ids, said, strict=True)]
         return Encoded({"input_ids": ids, "labels": labels}, piece.cut, max(ids), system_cut)
-
-
-@dataclass(frozen=True)
-class DpoEncoder(Encoder):
-    """Columns `prompt_ids`, and of both answers `chosen_ids` and `chosen_said`, `rejected_ids` and `rejected_said`.
-
-    The prompt and the longer answer fit into the length. `said` is 1 for the tokens that are compared: all of an answer
-    of one message; of a longer one those of the assistant's messages, not those of tool results in between.
-    """
-
-    def __call__(self, rows: Sequence[CanonicalRow]) -> list[list[Encoded] | Problem]:
-        """One pair for each row."""
-        pairs = cast(Sequence[Preference], rows)
-        render = self.renderer
-        chosen = tokens_of(render, rendered_rows(pairs, lambda row: [rendered_answer(render, row, "chosen")]))
-        rejected = tokens_of(render, rendered_rows(pairs, lambda row: [rendered_answer(render, row, "rejected")]))
-        found: list[list[Encoded] | Problem] = []
-        for good, bad, row in zip(chosen, rejected, pairs, strict=True):
-            if isinstance(good, Problem) or isinstance(bad, Problem):
-                found.append(good if isinstance(good, Problem) else cast(Problem, bad))
-            else:
-                pair = self._pair(good[0], bad[0], row)
-                found.append(pair if isinstance(pair, Problem) else [pair])
-        return found
-
-    def _pair(self, chosen: Tokens, rejected: Tokens, row: Preference) -> Encoded | Problem:
-        if not (any(chosen.said) and any(rejected.said)):
-            return Problem("the chat template does not render the answer")
-        # Both answers begin where the common part ends: a tokenizer may merge the end of a prompt with an answer's
-        # start.
-        begins = min(first_said(chosen), first_said(rejected))
-        while chosen.ids[:begins] != rejected.ids[:begins]:
-            begins -= 1
-        if begins == 0:
-            return Problem("there is no prompt before the answers")
-        ends = [last_said(tokens) + 1 for tokens in (chosen, rejected)]
-        if problem := self.limit.too_long(max(ends)):
-            return problem
-        cut, length = max(ends) > self.limit.length, self.limit.length
-        prompt, room = chosen.ids[:begins], length - begins
-        left = cut and self.limit.truncate == "left"
-        if left:
-            room = max(ends) - begins
-            prompt = self._tail(prompt, length - room)
-        if room <= 0 or not prompt:
-            which = "answers leave no room for a prompt" if left else "prompt leaves no room for an answer"
-            return Problem(f"its {which} in options.max_length = {length} tokens", droppable=True)
-        answers, said = [], []
-        for tokens, end in zip((chosen, rejected), ends, strict=True):
-            behind, first = min(end, begins + room), first_said(tokens)
-            answers.append(tokens.ids[begins:behind])
-            said.append([int(index < first or tokens.said[index]) for index in range(begins, behind)])
-        if answers[0] == answers[1]:
-            return Problem(
-                f"chosen and rejected do not differ within options.max_length = {length} tokens", droppable=cut
-            )
-        return Encoded(
-            {
-                "prompt_ids": prompt,
-                "chosen_ids": answers[0],
-                "chosen_said": said[0],
-                "rejected_ids": answers[1],
-                "rejected_said": said[1],
-            },
-            cut,
-            max(map(max, (prompt, *answers))),
-            left and _begins_with_system(row),
-        )
-
-    def _tail(self, prompt: list[int], room: int) -> list[int]:
-        """The last tokens of a prompt, after its beginning-of-sequence token if it has one."""
-        if room <= 0:
-            return []
-        kept = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and room > 1 else []
-        return [*kept, *prompt[len(prompt) - room + len(kept) :]]
-
-
-def rendered_answer(renderer: Renderer, row: Preference, column: Literal["chosen", "rejected"]) -> Rendered:
-    """One of a pair's answers behind its prompt.
-
-    Raises:
-        Unrenderable: the chat template can't render it.
-    """
-    return renderer.answer(_context(row, row["prompt"]), row[column])
 
 
 def rendered_rows[R: CanonicalRow](
@@ -313,7 +229,7 @@ def last_said(tokens: Tokens) -> int:
     return len(tokens.said) - 1 - tokens.said[::-1].index(True)
 
 
-def _context(row: Conversation | Preference, messages: list[Message]) -> Conversation:
+def context_of(row: Conversation | Preference | ThumbRow, messages: list[Message]) -> Conversation:
     """Messages as a conversation with the row's tools and variables."""
     context: Conversation = {"messages": messages}
     if "tools" in row:
@@ -325,10 +241,10 @@ def _context(row: Conversation | Preference, messages: list[Message]) -> Convers
 
 def before_last(row: Conversation) -> Conversation:
     """The conversation without its last message."""
-    return _context(row, row["messages"][:-1])
+    return context_of(row, row["messages"][:-1])
 
 
-def _begins_with_system(row: CanonicalRow) -> bool:
+def begins_with_system(row: CanonicalRow) -> bool:
     messages = cast(list[Message], row.get("prompt") or row.get("messages") or [])
     return bool(messages) and messages[0]["role"] in ("system", "developer")
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 CHUNK = 4096
-ANSWERS = ("chosen", "rejected")
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
 def lengths_of(rows: Dataset) -> Tensor:
@@ -16,8 +16,8 @@ def lengths_of(rows: Dataset) -> Tensor:
 
 
 def _of_chunk(chunk: Any, rows: Dataset) -> Tensor:  # pyarrow has no types
-    if "chosen_ids" in rows.column_names:
-        return _column(chunk, "prompt_ids") + torch.maximum(*(_column(chunk, f"{which}_ids") for which in ANSWERS))
+    if answers := [_column(chunk, name) for name in ANSWERS if name in rows.column_names]:
+        return _column(chunk, "prompt_ids") + torch.stack(answers).amax(dim=0)
     return _column(chunk, "prompt_ids" if "prompt_ids" in rows.column_names else "input_ids")
 
 

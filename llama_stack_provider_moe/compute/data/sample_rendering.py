@@ -8,11 +8,12 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.data.encoding import before_last, rendered_answer
+from llama_stack_provider_moe.compute.data.answers import rendered_answer
+from llama_stack_provider_moe.compute.data.encoding import before_last
 from llama_stack_provider_moe.compute.data.rendering import Renderer, Rendering, Unrenderable
 from llama_stack_provider_moe.compute.models.chat_templates import set_template
 from llama_stack_provider_moe.errors import ModelError
-from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Preference
+from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Preference, ThumbRow
 
 TOKENIZERS = 3  # most tokenizers that are kept
 
@@ -97,6 +98,10 @@ def _pair(loaded: _Loaded, settings: Rendering, row: CanonicalRow) -> Iterator[_
     yield "rejected", lambda: rendered_answer(renderer, pair, "rejected")
 
 
+def _answer(loaded: _Loaded, settings: Rendering, row: CanonicalRow) -> Iterator[_Attempt]:
+    yield "completion", lambda: rendered_answer(loaded.renderer(settings), cast(ThumbRow, row), "completion")
+
+
 def _break(loaded: _Loaded, settings: Rendering, row: CanonicalRow) -> Iterator[_Attempt]:
     whole = cast(Conversation, row)
     yield "messages", lambda: loaded.renderer(settings).answer(before_last(whole), whole["messages"][-1:])
@@ -116,6 +121,7 @@ def _whole(loaded: _Loaded, settings: Rendering, row: CanonicalRow) -> Iterator[
 _KINDS: Mapping[str, Callable[[_Loaded, Rendering, CanonicalRow], Iterator[_Attempt]]] = {
     "learnt": _learnt,
     "pair": _pair,
+    "answer": _answer,
     "break": _break,
     "prompt": _prompt,
     "whole": _whole,

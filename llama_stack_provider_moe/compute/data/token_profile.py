@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import batched
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import TypedDict, cast
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder, KtoEncoder
 from llama_stack_provider_moe.compute.data.breaker_rows import BreakEncoder
-from llama_stack_provider_moe.compute.data.datasets import held_out
+from llama_stack_provider_moe.compute.data.datasets import held_out, held_out_of_classes
 from llama_stack_provider_moe.compute.data.encoding import (
     IGNORED,
-    DpoEncoder,
     Encoded,
     Encoder,
     Limit,
@@ -38,7 +38,7 @@ from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
 from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.rows import CanonicalRow
 from llama_stack_provider_moe.spec.rows.profiling import Reasons, Tally
@@ -120,7 +120,9 @@ class Sequences:
         Args:
             positions: the positions that the model was trained on, if known.
         """
-        training = self._spec.training
+        training, sequences = self._spec.training, self._sequences
+        if isinstance(self._spec, KTOSpec):
+            sequences = self._spec.with_kl(sequences)
         return TokenFigures(
             plan=self._whole.renderer.plan() if self._has_conversations else ["plain text: every token is learnt"],
             counts=dict(self._whole.renderer.counts),
@@ -134,11 +136,11 @@ class Sequences:
             refused=self._refused.count,
             refused_rows=self._refused.shown,
             held_out=len(self._held),
-            sequences=self._sequences,
+            sequences=sequences,
             tokens=self._tokens,
             learnt=self._learnt,
             rows_a_step=rows_a_step(training),
-            steps=steps_an_epoch(training, self._sequences),
+            steps=steps_an_epoch(training, sequences),
             rows=self._rows,
             max_dropped=self._spec.options.max_dropped,
         )
@@ -149,6 +151,8 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     rendering, limit = Rendering.of(spec.options), Limit(spec.options.max_length, spec.options.truncate)
     if isinstance(spec, DPOSpec):
         return DpoEncoder(tokenizer, rendering, limit)
+    if isinstance(spec, KTOSpec):
+        return KtoEncoder(tokenizer, rendering, limit)
     if isinstance(spec, BreakerSpec):
         block = spec.circuit_breaker
         return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
@@ -171,7 +175,12 @@ def profile(request: Request) -> dict[str, object]:
         total = sum(1 for _ in file)
     held = frozenset[int]()
     if spec.data.validation_dataset_id is None:
-        held = held_out(total, spec.options.validation_split, spec.options.seed)
+        share, seed = spec.options.validation_split, spec.options.seed
+        held = held_out(total, share, seed)
+        if isinstance(spec, KTOSpec):
+            with path.open(encoding="utf-8") as file:
+                labels = [int(json.loads(line)[1]["label"]) for line in file]
+            held = frozenset(held_out_of_classes(labels, share, seed))
     counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"])
     done, said_s = 0, time.monotonic()
     with path.open(encoding="utf-8") as file:
@@ -222,9 +231,12 @@ def _length(encoded: Encoded) -> int:
     columns = encoded.columns
     if "input_ids" in columns:
         return len(columns["input_ids"])
-    if "chosen_ids" not in columns:
-        return len(columns["prompt_ids"])
-    return len(columns["prompt_ids"]) + max(len(columns["chosen_ids"]), len(columns["rejected_ids"]))
+    return len(columns["prompt_ids"]) + max((len(columns[f"{which}_ids"]) for which in _answers(columns)), default=0)
+
+
+def _answers(columns: Mapping[str, list[int]]) -> list[str]:
+    """Names of a row's answers; none of a prompt to generate from."""
+    return [which for which in ("chosen", "rejected", "completion") if f"{which}_ids" in columns]
 
 
 def _is_longer(found: list[Encoded] | Problem, length: int) -> bool:
@@ -237,9 +249,7 @@ def _learnt(encoded: Encoded) -> int:
         return sum(label != IGNORED for label in columns["labels"][1:])
     if "said" in columns:
         return sum(columns["said"])
-    if "chosen_said" not in columns:
-        return 0  # what is learnt is not written yet
-    return sum(columns["chosen_said"]) + sum(columns["rejected_said"])
+    return sum(sum(columns[f"{which}_said"]) for which in _answers(columns))  # 0: what is learnt is not written yet
 
 
 def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
@@ -250,11 +260,11 @@ def _sequences(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
     elif "said" in columns:
         ids = columns["input_ids"]
         yield ids, [token if said else IGNORED for token, said in zip(ids, columns["said"], strict=True)]
-    elif "chosen_ids" not in columns:
+    elif not _answers(columns):
         yield columns["prompt_ids"], [IGNORED] * len(columns["prompt_ids"])
     else:
         prompt = columns["prompt_ids"]
-        for which in ("chosen", "rejected"):
+        for which in _answers(columns):
             answer, said = columns[f"{which}_ids"], columns[f"{which}_said"]
             labels = [token if compared else IGNORED for token, compared in zip(answer, said, strict=True)]
             yield [*prompt, *answer], [*[IGNORED] * len(prompt), *labels]

@@ -16,6 +16,7 @@ forbid_threads(os.environ)
 import datasets  # noqa: E402
 import torch.utils.data  # noqa: E402, F401
 import trl.trainer.dpo_trainer  # noqa: E402
+import trl.trainer.kto_trainer  # noqa: E402
 import trl.trainer.sft_trainer  # noqa: E402, F401
 
 datasets.disable_progress_bars()

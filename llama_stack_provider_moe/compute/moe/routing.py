@@ -145,6 +145,15 @@ class RoutingRecorder:
             self._open = False
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no pass inside, within a recording."""
+        was_open, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = was_open
+
+    @contextmanager
     def isolated(self) -> Iterator[None]:
         """Keep recordings inside separate from earlier ones, and discard them afterwards."""
         kept = self._tallies, self._logits, self._chosen, self._counts, self._part_tallies

@@ -4,7 +4,7 @@ import torch
 
 from llama_stack_provider_moe.compute.planning.planner import Planner, changed
 from llama_stack_provider_moe.compute.planning.throughput import count_flops, peak_flops
-from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.run_time import RunTime, rows_in_run, run_time, unknown_time
 
 # Share of the peak that a step is assumed to reach. No GPU was measured: an assumption, which the answer names.
@@ -33,6 +33,8 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
     distils = isinstance(spec, SFTSpec) and spec.distill is not None  # by another model: as if it were as large
     penalised = isinstance(spec, GRPOSpec) and spec.rl.beta > 0
     references = int(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or distils or penalised)
+    if isinstance(spec, KTOSpec):
+        references = 3  # both models also run over mismatched answers
     step = count_flops(adapted.model, adapted.layout, references)
     return step.of([spec.options.max_length]) / spec.options.max_length
 

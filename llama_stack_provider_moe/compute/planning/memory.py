@@ -224,7 +224,7 @@ class StepMoments:
         in_place: the optimiser's step runs on a GPU.
         accumulates: gradients of earlier micro-batches exist.
         transient: bytes that the strategy needs.
-        reference: one of DPO's passes is that of the reference.
+        reference: one of the passes of DPO or KTO is that of the reference.
         teacher: what the teacher of a job that distils takes.
     """
 
@@ -284,7 +284,7 @@ class StepMoments:
             yield "head, forward", replace(all_held, working=ends.forward + compared, gathered=self.transient.head)
             gathered = self.transient.head + self.transient.ahead
             yield "head, backward", replace(all_held, working=ends.backward + compared, gathered=gathered)
-        if self.recipe == "dpo" and self.reference:
+        if self.recipe in ("dpo", "kto") and self.reference:
             alone = self.run.shared + max(layer.without_graph for layer in layers)
             for where, working, gathered in (
                 ("reference's layers", alone, self.transient.layer + self.transient.head),

@@ -321,7 +321,7 @@ def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
 
 def _compares(spec: TrainingSpec) -> bool:
     """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
-    return spec.recipe == "dpo" or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
+    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
 
 
 def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:

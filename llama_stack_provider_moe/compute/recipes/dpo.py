@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from llama_stack_provider_moe.compute.data import batch_sharing, domains
+from llama_stack_provider_moe.compute.data import domains
 from llama_stack_provider_moe.compute.data.datasets import dpo_rows
 from llama_stack_provider_moe.compute.methods.preference import as_robust
 from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
@@ -32,10 +31,10 @@ from llama_stack_provider_moe.compute.planning.throughput import StepFlops, coun
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
-from llama_stack_provider_moe.compute.train.prepared import Batch, Loss, Prepared, prepare
-from llama_stack_provider_moe.compute.train.reference import load_reference
+from llama_stack_provider_moe.compute.train.prepared import Batch, Prepared, prepare
+from llama_stack_provider_moe.compute.train.reference import load_reference, own_reference
+from llama_stack_provider_moe.compute.train.row_means import RowMeans
 from llama_stack_provider_moe.compute.train.step_figures import StepFigures
-from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.spec import DPOSpec
@@ -55,7 +54,7 @@ class PairCollator(DataCollatorForPreference):
         return batch
 
 
-class DPO(RecordingTrainer, StepFigures, DPOTrainer):
+class DPO(RowMeans, StepFigures, DPOTrainer):
     """TRL's trainer, on pairs that are already tokenised. The loss of a step is the mean over all its pairs."""
 
     loss_name = "preference_loss"
@@ -66,27 +65,13 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
         with hashing_counted():
             collator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
             super().__init__(prepared, args, ref_model=ref_model, data_collator=collator)
-        # `weigh` divides the loss by the pairs of the whole step; transformers must not divide it by micro-batches too.
-        self.loss_is_scaled_for_ga = True
         smoothing = self.spec.options.label_smoothing
         if self.spec.loss_type == "sigmoid" and smoothing > 0:  # TRL's "sigmoid" ignores it
             self.loss_types, self.label_smoothing = ["robust"], as_robust(smoothing)
-        self._prepare_reference()
+        own_reference(self.model)
         self.work = self.step_flops()  # again: the first count included TRL's copy of the adapter
         if ref_model is not None and needs_plain_head(ref_model):  # TRL gave it its own head, as it did the policy
             set_plain_head(ref_model)
-
-    def _prepare_reference(self) -> None:
-        """Make the reference the model with its adapter off, not TRL 1.16's frozen copy of the adapter.
-
-        For a fresh adapter, which adds nothing yet, both give the same, but every checkpoint would contain the copy.
-        For one that starts from another (`adapter.init_from`) the reference is the base. TRL's head is replaced where
-        it finds no hidden states in the model.
-        """
-        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")
-        if needs_plain_head(self.model):
-            set_plain_head(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         """Return the rows as they are: TRL 1.16 would render and tokenise them again."""
@@ -103,9 +88,9 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
         """Compute them for one batch as TRL does.
 
-        TRL's constructor may call this, before `__init__` prepares the reference.
+        TRL's constructor may call this, before `__init__` has set the reference.
         """
-        self._prepare_reference()
+        own_reference(self.model)
         inputs = {name: value for name, value in inputs.items() if name != domains.COLUMN}
         found: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
         if self._reference_batches is not None:
@@ -116,44 +101,9 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
         """The policy's pass, and the reference's unless it was computed ahead."""
         return count_flops(self.model, self.layout, references=0 if self.precompute_ref_logps else 1)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
-        """The micro-batches of a step, and the number of pairs in it over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = sum(pairs_of(batch) for batch in batches if batch_sharing.counts(batch))
-        return batches, self.peers.sum(torch.tensor(mine, device=device)) if batches else None
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
-    ) -> Loss:
-        """The part of the step's loss that comes from this micro-batch.
-
-        Args:
-            model: the policy.
-            inputs: the micro-batch.
-            return_outputs: whether to return the model's output too.
-            num_items_in_batch: pairs of the whole step.
-        """
-        coefficient = self.router_aux_loss_coef
-        if num_items_in_batch is not None and batch_sharing.counts(inputs):
-            # `weigh` multiplies TRL's loss by this part. TRL adds the model's balance loss, which must stay a mean over
-            # micro-batches.
-            part = float(self._part(inputs, num_items_in_batch))
-            self.router_aux_loss_coef = coefficient / (part * self.current_gradient_accumulation_steps)
-        try:
-            loss: Loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss
-        finally:
-            self.router_aux_loss_coef = coefficient
-
-    def _part(self, inputs: Batch, pairs: Tensor) -> Tensor:
-        return pairs_of(inputs) * self.peers.size / pairs
-
-    def weigh(self, loss: Tensor, inputs: Batch, num_items_in_batch: Tensor | None) -> Tensor:
-        """Turn TRL's loss, a mean over this micro-batch's pairs, into its part of the step's loss."""
-        assert num_items_in_batch is not None, "the pairs of the step"
-        return loss * (self._part(inputs, num_items_in_batch) if self.counts else 0.0)
+    def rows_of(self, inputs: Batch) -> int:
+        """The number of pairs."""
+        return pairs_of(inputs)
 
     def figure_weights(self, inputs: Batch) -> dict[str, float]:
         """The number of pairs, or of tokens in both answers or one; the model's aux loss counts once a micro-batch."""

@@ -1,8 +1,10 @@
-"""The frozen copy of a model that a recipe compares with while all weights train."""
+"""What a recipe compares a model with: the model with its adapter off, or while all weights train a frozen copy."""
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from llama_stack_provider_moe.compute.models.determinism import without_dropout
+from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
 from llama_stack_provider_moe.compute.models.loader import load_model, load_sharded
 from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.moe.layout import text_config
@@ -26,3 +28,16 @@ def load_reference(session: AnySession, base: Base) -> PreTrainedModel:
     if base.steering is not None:
         base.steering.attach(model)
     return model.requires_grad_(False)
+
+
+def own_reference(model: PreTrainedModel | PeftModel) -> None:
+    """Make a policy's reference the model with its adapter off, not TRL 1.16's frozen copy of the adapter.
+
+    For a fresh adapter, which adds nothing yet, both give the same, but every checkpoint would contain the copy. For
+    one that starts from another (`adapter.init_from`) the reference is the base. TRL's head is replaced where it finds
+    no hidden states in the model.
+    """
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    if needs_plain_head(model):
+        set_plain_head(model)

@@ -64,6 +64,10 @@ class StepFigures(Trainer):
         """The number of rows or tokens of a micro-batch that each of TRL's figures is a mean over."""
         raise NotImplementedError
 
+    def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures that are made of a step's (or an evaluation's) other means."""
+        return {}
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Loss:
@@ -81,7 +85,8 @@ class StepFigures(Trainer):
         mode = "train" if self.model.training else "eval"
         had_tokens = TOKENS in self._metrics[mode]
         self._metrics[mode].clear()
-        self._metrics[mode].update({name: [mean] for name, mean in self.means[mode].take(self.peers).items()})
+        means = self.means[mode].take(self.peers)
+        self._metrics[mode].update({name: [mean] for name, mean in (means | self.derived(means)).items()})
         if had_tokens:
             self._metrics[mode][TOKENS] = self.peers.sums([self._total_train_tokens])
         super().log(logs, start_time)

@@ -31,7 +31,7 @@ _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
 # Graders of a job without a job file: this one reads nothing of a row.
 _REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
-Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto"]
 
 
 def check(
@@ -49,7 +49,7 @@ def check(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            metavar="sft|dpo|circuit_breaker|grpo", help="Recipe of the job; default: the job file's, or sft. "
+            metavar="sft|dpo|circuit_breaker|grpo|kto", help="Recipe of the job; default: the job file's, or sft. "
             "For grpo, --job names the rewards whose columns rows need.",
         ),
     ] = None,
@@ -95,12 +95,12 @@ def check(
             if has_model and profile.refused < profile.rows:
                 profile = _with_tokens(screen, spec, profile, valid, show)
         rows = spec.row_sources()[0]
-        too_few = rows.why_least if profile.rows < rows.least else ""
+        too_few = rows.shortage(profile.rows, profile.notes)
         if screen.as_json:
             screen.document(profile.model_dump(mode="json"))
         else:
             screen.say(show_profile.shown(profile, too_few))
-        return Exit.OK if profile.is_ready() and not too_few else Exit.FAILED
+        return Exit.OK if profile.is_ready() and too_few is None else Exit.FAILED
 
     end(as_json, act)
 

@@ -24,7 +24,7 @@ _LEARNT = "bold green"
 IGNORED = -100
 
 
-def shown(profile: DataProfile, too_few: str = "") -> RenderableType:
+def shown(profile: DataProfile, too_few: str | None = None) -> RenderableType:
     """Render the profile; it ends with what a job would do with these rows.
 
     Args:
@@ -151,7 +151,7 @@ def _colored(row: ShownRow) -> Text:
     return found
 
 
-def _verdict(profile: DataProfile, too_few: str) -> str:
+def _verdict(profile: DataProfile, too_few: str | None) -> str:
     if profile.refused:
         return f"a job would refuse these rows: {profile.refused:,} of {profile.rows:,} are not valid"
     if too_few:

@@ -141,8 +141,8 @@ class RowReader:
         if folder is not None and domains is not None:
             path = folder.domains_of_rows(source.part)
             await self._guard.in_state_dir(row_domains.join, _numbers(folder, source.part), domains.values, path)
-        if report.rows < source.least:
-            raise InvalidInput(field, source.dataset_id, f"{source.why_least}; it has {report.rows:,}")
+        if (shortage := source.shortage(report.rows, report.notes)) is not None:
+            raise InvalidInput(field, source.dataset_id, shortage)
         request.notes.extend(found.notes(field))
         request.notes.extend(f"{field}: {line}" for line in report.unread())
         if domains is not None:

@@ -18,6 +18,7 @@ from llama_stack_provider_moe.spec import (
     GRPOSpec,
     InferenceJob,
     JobSpec,
+    KTOSpec,
     LoadingSpec,
 )
 from llama_stack_provider_moe.spec.row_sources import RowSource
@@ -51,6 +52,8 @@ def kind_of(spec: JobSpec, source: RowSource) -> Kind | None:
         return "prompt"
     if isinstance(spec, DPOSpec):
         return "pair"
+    if isinstance(spec, KTOSpec):
+        return "answer"
     if isinstance(spec, BreakerSpec) and source.part in ("train", "validation"):
         return "break"
     return "learnt"

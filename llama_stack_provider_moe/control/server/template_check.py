@@ -44,9 +44,9 @@ DECIDED = {
 }
 log = logging.getLogger(__name__)
 
-# learnt: rows that are learnt whole; pair: a prompt with two answers; break: the last answer; prompt: what is sent to
-# the model; whole: a conversation with its answers, or a prompt.
-Kind = Literal["learnt", "pair", "break", "prompt", "whole"]
+# learnt: rows that are learnt whole; pair: a prompt with two answers; answer: with one; break: the last answer;
+# prompt: what is sent to the model; whole: a conversation with its answers, or a prompt.
+Kind = Literal["learnt", "pair", "answer", "break", "prompt", "whole"]
 
 
 class Sample(TypedDict):

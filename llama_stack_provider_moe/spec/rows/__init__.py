@@ -11,6 +11,7 @@ from llama_stack_provider_moe.spec.rows.messages import (
     PromptRow,
     Role,
     TextRow,
+    ThumbRow,
     ToolCall,
 )
 from llama_stack_provider_moe.spec.rows.reading import canonical, conversation
@@ -27,6 +28,7 @@ __all__ = [
     "Role",
     "RowsReport",
     "TextRow",
+    "ThumbRow",
     "ToolCall",
     "canonical",
     "check_columns",

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES
+from llama_stack_provider_moe.spec.rows.thumbs import LABEL
 
 
 def format_columns(recipe: Recipe, row_format: RowFormat) -> list[str]:
@@ -12,7 +13,8 @@ def format_columns(recipe: Recipe, row_format: RowFormat) -> list[str]:
     table = PREFERENCES if recipe == "dpo" else CHATS
     any_format = row_format in ("auto", "instruct", "dialog")
     fitting = [each for each in table if any_format or row_format in each.names]
-    return list(dict.fromkeys(column for each in fitting for column in (*each.columns, *each.beside)))
+    labels = [LABEL] if recipe == "kto" else []
+    return list(dict.fromkeys([*labels, *(column for each in fitting for column in (*each.columns, *each.beside))]))
 
 
 def check_columns(columns: Mapping[str, str], recipe: Recipe, row_format: RowFormat, field: str) -> None:

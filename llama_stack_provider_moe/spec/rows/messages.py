@@ -4,6 +4,7 @@
     TextRow       {"text": str}                                          continued pre-training: no chat template
     Preference    {"prompt": [...], "chosen": [...], "rejected": [...], "tools"?, "chat_template_kwargs"?}
     PromptRow     {"messages": [...], "item": {...}, "tools"?, "chat_template_kwargs"?}     GRPO
+    ThumbRow      {"prompt": [...], "completion": [...], "label": bool, "tools"?, "chat_template_kwargs"?}      KTO
 
 A message has a role and content, and the keys below where the data had them. Content is a text; in a user message with
 images, a list of parts (`rows.images`). Every format becomes messages, so that the
@@ -78,4 +79,14 @@ class PromptRow(TypedDict):
     chat_template_kwargs: NotRequired[dict[str, object]]
 
 
-CanonicalRow = Conversation | TextRow | Preference | PromptRow
+class ThumbRow(TypedDict):
+    """A prompt, an answer to it, and whether that is desirable. The answer is all after the last user's turn."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    tools: NotRequired[list[dict[str, object]]]
+    chat_template_kwargs: NotRequired[dict[str, object]]
+
+
+CanonicalRow = Conversation | TextRow | Preference | PromptRow | ThumbRow

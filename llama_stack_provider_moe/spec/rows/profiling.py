@@ -213,7 +213,7 @@ def _characters(row: CanonicalRow) -> int:
     columns = cast("Mapping[str, object]", row)
     if "text" in columns:
         return len(str(columns["text"]))
-    lists = [columns[key] for key in ("messages", "prompt", "chosen", "rejected") if key in columns]
+    lists = [columns[key] for key in ("messages", "prompt", "completion", "chosen", "rejected") if key in columns]
     return sum(
         len(words_of(message["content"])) + len(message.get("reasoning", ""))
         for messages in cast("list[list[Message]]", lists)

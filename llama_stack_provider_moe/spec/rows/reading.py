@@ -12,11 +12,13 @@ from llama_stack_provider_moe.errors import RowProblem, shorten
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.recipes import no_images
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
+from llama_stack_provider_moe.spec.row_sources import DOWN, UP
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
 from llama_stack_provider_moe.spec.rows.prompts import prompt_of
 from llama_stack_provider_moe.spec.rows.recognition import read
 from llama_stack_provider_moe.spec.rows.report import RowsReport
+from llama_stack_provider_moe.spec.rows.thumbs import label_of, thumb_row
 from llama_stack_provider_moe.spec.rows.values import BadRow, Source, absent, blank
 
 _MEDIA = "jobs train on text and images; remove the column, if the texts are complete without it"
@@ -40,8 +42,8 @@ MEANT: Final[Mapping[str, str]] = {
     "context": "put its text into the prompt, or name it input with data.columns where the rows have an instruction",
     "weight": "rows have no weight; give the assistant's messages weight 0 or 1",
     "weights": "rows have no weights; give the assistant's messages weight 0 or 1",
-    "label": "it may say which answers are bad (as for KTO), and each row would be learnt; keep the good rows, and "
-    "remove the column",
+    "label": "it may say which answers are bad, and each row would be learnt; use recipe kto, or keep the good rows "
+    "and remove the column",
     "labels": "the job makes labels itself; remove the column",
     **dict.fromkeys(("image", "images"), _IMAGES),
     **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
@@ -69,7 +71,7 @@ def canonical(
             as missing.
         number: the row's number from 1, for the problem's text.
         recipe: `dpo` takes preferences, `sft` and `surgery` conversations and texts, every other recipe
-            conversations, of which `grpo` keeps all columns.
+            conversations, of which `grpo` keeps all columns and `kto` needs a label.
         row_format: the format that the job states; a row of another format is a problem.
         answered: whether a conversation must end with the assistant's turn.
         columns: the data's name of a column by the format's name.
@@ -84,7 +86,9 @@ def canonical(
     why = no_images(recipe) if kind is None else f"{kind} takes text only"
     try:
         present, shadowed = _present(row, renamed)
-        name, found, source = read(present, table, row_format, answered, recipe in _WITH_TEXTS, why)
+        label, labels = label_of(present) if recipe == "kto" else (None, set[str]())
+        unlabelled = {column: value for column, value in present.items() if column not in labels}
+        name, found, source = read(unlabelled, table, row_format, answered, recipe in _WITH_TEXTS, why)
         if "text" in found and recipe not in _WITH_TEXTS:
             raise BadRow(
                 "text", f"is a row of plain text, which has no answer; expected a conversation with recipe {recipe!r}"
@@ -96,6 +100,10 @@ def canonical(
                 return lacks._replace(field=_by_its_own_name(lacks.field, renamed))
             found = prompt
         else:
+            if label is not None:
+                found = thumb_row(cast(Conversation, found), label)
+                source.read |= labels
+                source.notes.add(UP if label else DOWN)
             not_read = _not_read(present, shadowed, source, name)
     except BadRow as problem:
         return RowProblem(number, _by_its_own_name(problem.field, renamed), problem.reason)

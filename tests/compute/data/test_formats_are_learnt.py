@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.data.encoding import DpoEncoder, Limit, SftEncoder
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder
+from llama_stack_provider_moe.compute.data.encoding import Limit, SftEncoder
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.shown import shown
 from llama_stack_provider_moe.errors import RowProblem

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from llama_stack_provider_moe.compute.data.encoding import DpoEncoder, Limit, Problem, SftEncoder
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder
+from llama_stack_provider_moe.compute.data.encoding import Limit, Problem, SftEncoder
 from llama_stack_provider_moe.compute.data.rendering import Renderer, Rendering, Unrenderable
 from tests.support.template_tokenizers import byte_level
 from tests.support.training_support import said

@@ -119,6 +119,8 @@ def test_memory_of_settings(roomy: Planner) -> None:
     copies = [roomy.estimate(job(**pairs, options={"precompute_ref_log_probs": ahead}), "ddp")[0].terms.weights
               for ahead in (False, True)]  # fmt: skip
     assert copies == [2 * plain[0].terms.weights, plain[0].terms.weights]
+    thumbs = roomy.estimate(job(recipe="kto", adapter=None, resources={"gpus": 1}), "ddp")[0]
+    assert thumbs.terms.weights == copies[0], "a copy is the reference"
     codes = {bits: roomy.estimate(job(adapter={"quantize_base": True, "quantize_bits": bits}), "ddp")[0].terms.weights
              for bits in (8, 4)}  # fmt: skip
     assert codes[4] < codes[8] < roomy.estimate(lora, "ddp")[0].terms.weights
@@ -294,6 +296,9 @@ def test_a_time_is_estimated_from_operations_and_a_devices_peak(roomy: Planner) 
     dpo = estimated(roomy, job(recipe="dpo"), "NVIDIA H200", rows=1000)
     assert dpo["seconds"] is not None
     assert dpo["seconds"] > 2 * rows * 64 / speed, "pairs, and a reference's pass"
+    one = {"gpus": 1}
+    passes = flops_a_token(roomy, job(recipe="kto", resources=one)) / flops_a_token(roomy, job(resources=one))
+    assert 1.5 < passes < 3, "three passes without gradients beside the policy's own"
     longer = estimated(roomy, job(training={"n_epochs": 3, "max_steps_per_epoch": 5}), "NVIDIA H200")
     assert longer["seconds"] == pytest.approx(3 * 5 * 8 * 4 * 64 / speed)
 

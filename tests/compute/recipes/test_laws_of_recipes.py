@@ -15,7 +15,7 @@ from llama_stack_provider_moe.compute.models.backend import Transformers, Unslot
 from llama_stack_provider_moe.compute.models.hidden_states import EMBEDDINGS
 from llama_stack_provider_moe.compute.models.unsloth import base as unsloth_base
 from llama_stack_provider_moe.compute.planning.throughput import count_flops
-from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, sft
+from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, kto, sft
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.runtime.peers import ALONE, Peers
 from llama_stack_provider_moe.compute.train import fit
@@ -26,7 +26,7 @@ from tests.support.training_support import Run, Workshop, workshop
 
 __all__ = ["workshop"]
 
-RECIPES: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "circuit_breaker": circuit_breaker}
+RECIPES: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "kto": kto, "circuit_breaker": circuit_breaker}
 
 
 class Two(Peers):
@@ -101,13 +101,12 @@ def test_a_trainer_has_what_was_loaded_and_decided(make: Maker, recipe: str) -> 
     assert told["adapter"]["trainable_parameters"] == sum(
         parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
     )
-    work: dict[str, Any] = {"sft": {}, "dpo": {"references": 1}, "circuit_breaker": {"references": 1, "head": False}}[
-        recipe
-    ]
+    work: dict[str, Any] = {"sft": {}, "dpo": {"references": 1}, "kto": {"references": 3},
+                            "circuit_breaker": {"references": 1, "head": False}}[recipe]  # fmt: skip
     assert trainer.work == count_flops(trainer.model, trainer.layout, **work)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
 def test_the_models_own_balance_loss_has_its_coefficient(make: Maker, recipe: str) -> None:
     assert make(recipe, moe={"router_aux_loss_coef": 0.25}).trainer.router_aux_loss_coef == 0.25
     ours = make(recipe, moe={"router_aux_loss_coef": 0.25, "moe_load_balancing": "gshard"})

@@ -78,6 +78,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft-offload": {"recipe": "sft", "family": "qwen3_moe", "training": {"n_epochs": 3, "batch_size": 4},
                     "efficiency": {"offload_experts": True, "enable_activation_checkpointing": True},
                     "adapter": {"plan": "all_experts", "rank": 4, "quantize_base": True}},
+    "kto-lora": {"recipe": "kto", "family": "qwen3_moe", "adapter": {"rank": 4, "dropout": 0.1},
+                 "training": {"n_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2}},
     # A request to stop comes among the steps that learn from one generation.
     "grpo-lora": {"recipe": "grpo", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "rl": {"n_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "routing_replay": "rollout"}},

@@ -86,11 +86,13 @@ def test_held_out_rows_that_are_also_here(tmp_path: Path, file: str) -> None:
     assert (done.document["held_out_rows"], done.document["overlap"]) == (2, 1)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "circuit_breaker"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "circuit_breaker", "kto"])
 def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: str) -> None:
     rows: list[dict[str, object]] = (
         ROWS if recipe != "dpo" else [{"prompt": f"{n}?", "chosen": "yes, surely", "rejected": "no"} for n in range(20)]
     )
+    if recipe == "kto":
+        rows = [{**row, "label": number > 2} for number, row in enumerate(ROWS)]
     done = moe_train(
         "data",
         "check",
@@ -106,10 +108,13 @@ def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: 
     assert done.code == Exit.OK, done.err
     found, (first, *_) = done.document["tokens"], done.document["shown"]
     assert any(line.startswith("loss mask: ") for line in found["plan"])
-    assert (found["held_out"], found["sequences"], found["rows_a_step"], found["steps"]) == (2, 18, 4, 5)
+    # KTO holds out some of each class, and leaves a last micro-batch of one row out.
+    expected = (3, 16, 4, 4) if recipe == "kto" else (2, 18, 4, 5)
+    assert (found["held_out"], found["sequences"], found["rows_a_step"], found["steps"]) == expected
     learnt = tiny_models.tokenizer().decode([label for label in first["labels"] if label != -100])
     assert learnt.split("<|im_end|>")[:2] == {
-        "sft": ["Hi.", "The Baltic."], "dpo": ["yes, surely", ""], "circuit_breaker": ["The Baltic.", ""]
+        "sft": ["Hi.", "The Baltic."], "dpo": ["yes, surely", ""], "circuit_breaker": ["The Baltic.", ""],
+        "kto": ["The Baltic.", ""],
     }[recipe]  # fmt: skip
     assert "".join(first["pieces"]) == tiny_models.tokenizer().decode(first["ids"])
 
@@ -188,6 +193,14 @@ def test_a_single_row_is_refused_as_by_a_job_unless_none_is_held_out(tmp_path: P
     assert done.code == Exit.FAILED
     assert "a job would refuse so few rows; expected at least 2 rows, because one is held out" in done.out
     assert moe_train(*words, "--set", "options.validation_split=0").code == Exit.OK
+
+
+def test_rows_with_thumbs_of_one_class_are_refused_as_by_a_job(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{**row, "label": number == 1} for number, row in enumerate(ROWS)]
+    done = moe_train("data", "check", written(tmp_path / "rows.jsonl", rows), "--recipe", "kto")
+    assert done.code == Exit.FAILED
+    assert "a thumb down (19)" in done.out
+    assert "at least 2 row(s) with a thumb up, because one is held out; it has 1 of 20" in " ".join(done.out.split())
 
 
 def test_rows_longer_than_a_refusing_length_are_not_blamed_on_the_template(file: str, model: str) -> None:
