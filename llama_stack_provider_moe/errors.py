@@ -287,6 +287,10 @@ class GraderFailed(TrainingError):
     """A grader gave no value for too many answers."""
 
 
+class EngineFailed(TrainingError):
+    """What generates a job's answers (`rl.engine`) can't be reached, or does not do what it is asked."""
+
+
 class ExportError(TrainingError):
     """An export failed, or an exported file behaves differently from the model."""
 

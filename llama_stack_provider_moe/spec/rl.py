@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from llama_stack_provider_moe.spec.blocks import Block
+from llama_stack_provider_moe.spec.rl_engines import Engine, TransformersEngine
 
 RLLoss = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "gspo"]
 # The upper bound of the ratio where `epsilon_high` is left out; other losses have the lower bound's.
@@ -18,6 +19,10 @@ EPSILON: dict[str, float] = {"gspo": 3e-4}
 class RL(Block):
     """How answers are generated, and what is learnt from their rewards."""
 
+    engine: Engine = Field(
+        default_factory=TransformersEngine,
+        description="What generates answers: a block whose `type` is transformers, vllm_server or vllm_colocate.",
+    )
     n_generations: int = Field(default=4, ge=2, le=1024, description="Answers to each prompt: the size of a group.")
     steps_per_generation: int = Field(
         default=1,

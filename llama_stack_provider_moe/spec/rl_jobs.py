@@ -50,6 +50,15 @@ class GRPOSpec(TrainingJob):
         rl, moe = self.rl, self.moe
         if self.loader == "unsloth":
             raise ValueError("loader: 'unsloth' is not valid with recipe 'grpo'; expected 'hf'")
+        if rl.engine.type != "transformers" and self.adapter is not None:
+            for name, why in (("quantize_base", "vLLM would have the weights that are not quantised"),
+                              ("use_dora", "DoRA can't be merged exactly into what vLLM gets")):  # fmt: skip
+                if getattr(self.adapter, name):
+                    raise ValueError(f"rl.engine: {rl.engine.type!r} is not valid with adapter.{name}, because {why}; "
+                                     "expected 'transformers'")  # fmt: skip
+        if rl.engine.type != "transformers" and self.resources.ranks > 1:
+            raise ValueError(f"resources: {self.resources.ranks} processes are not valid with rl.engine "
+                             f"{rl.engine.type!r}; expected 1")  # fmt: skip
         if self.adapter is not None and self.adapter.dropout > 0:
             raise ValueError(f"adapter.dropout: {self.adapter.dropout:g} is not valid with recipe 'grpo', whose model "
                              "must learn as it generated; expected 0")  # fmt: skip

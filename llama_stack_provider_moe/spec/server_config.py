@@ -11,9 +11,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from llama_stack_provider_moe.ground.private import Privacy
 from llama_stack_provider_moe.spec import Block, JobDefaults, server_config_rules
 from llama_stack_provider_moe.spec.destinations import OLLAMA_URL, check_url
+from llama_stack_provider_moe.spec.engines_config import ENGINE_NAME_PATTERN, EngineConfig
 from llama_stack_provider_moe.spec.executors_config import MAX_S, ExecutorsConfig
 from llama_stack_provider_moe.spec.feedback_config import FeedbackFolder
-from llama_stack_provider_moe.spec.graders_config import GradersConfig
+from llama_stack_provider_moe.spec.graders_config import GradersConfig, JudgeConfig
 from llama_stack_provider_moe.spec.limits_config import AuditConfig, LimitsConfig
 from llama_stack_provider_moe.spec.notify import NotifyConfig
 from llama_stack_provider_moe.spec.rows.images import ImageLimits
@@ -304,6 +305,11 @@ class ProviderConfig(Block):
         description="Flagged conversations that shields keep: their users' jobs may read them. Left out: none do.",
     )
     graders: GradersConfig = Field(default_factory=GradersConfig)
+    engines: dict[Annotated[str, Field(pattern=ENGINE_NAME_PATTERN)], EngineConfig] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="vLLM servers that generate for GRPO jobs, by the name that `rl.engine.server` gives; {}: none.",
+    )
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
     executors: ExecutorsConfig = Field(default_factory=ExecutorsConfig)
     defaults: JobDefaults = Field(default_factory=JobDefaults)
@@ -339,16 +345,18 @@ class ProviderConfig(Block):
             server_config_rules.absolute(self.models_dir),
             self.mirror.folder,
         )
+        folders = {f"engines.{name}.weights_dir": engine.weights_dir for name, engine in self.engines.items()}
         if isinstance(self.serving, LlamaCppServing):
-            server_config_rules.check_models_dir(
-                self.serving.models_dir, self.state_dir, self.allowed_roots, self.mirror.folder
-            )
+            folders["serving.models_dir"] = self.serving.models_dir
+        for setting, folder in folders.items():
+            server_config_rules.check_outside(setting, folder, self.state_dir, self.allowed_roots, self.mirror.folder)
         return self
 
     @property
     def secrets(self) -> list[str]:
         """The names of variables of the server that training processes get, and that are secret."""
-        keys = {judge.key_variable for judge in self.graders.judges.values()} - {None, *self.child_secrets}
+        asked: list[JudgeConfig | EngineConfig] = [*self.graders.judges.values(), *self.engines.values()]
+        keys = {each.key_variable for each in asked} - {None, *self.child_secrets}
         return [*self.child_secrets, *sorted(map(str, keys))]
 
     @property

@@ -156,11 +156,12 @@ def check_roots(roots: Iterable[Path], own: tuple[Path, Path], models: Path, mir
                          "folder, on another disk")  # fmt: skip
 
 
-def check_models_dir(folder: Path, state: Path, roots: Iterable[Path], mirror: Path | None) -> None:
-    """Raise ValueError if the folder of the inference server is one that jobs or this server use for something else.
+def check_outside(setting: str, folder: Path, state: Path, roots: Iterable[Path], mirror: Path | None) -> None:
+    """Raise ValueError if the folder of an inference server is one that jobs or this server use for something else.
 
     Args:
-        folder: `serving.models_dir`, with links resolved.
+        setting: the folder's.
+        folder: with links resolved.
         state: the state folder.
         roots: `allowed_roots`, where jobs write checkpoints.
         mirror: the folder of a `file://` mirror.
@@ -169,5 +170,5 @@ def check_models_dir(folder: Path, state: Path, roots: Iterable[Path], mirror: P
     others += [] if mirror is None else [("mirror.url", absolute(mirror))]
     for field, other in others:
         if folder.is_relative_to(other) or other.is_relative_to(folder):
-            raise ValueError(f"serving.models_dir: {str(folder)!r} and {field} {str(other)!r} overlap; expected a "
+            raise ValueError(f"{setting}: {str(folder)!r} and {field} {str(other)!r} overlap; expected a "
                              "separate folder")  # fmt: skip

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec import (
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HUB_REPO_PATTERN, OLLAMA_NAME_PATTERN
+from llama_stack_provider_moe.spec.engines_config import ENGINE_NAME_PATTERN
 from llama_stack_provider_moe.spec.error_words import expected
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 from llama_stack_provider_moe.spec.grader_base import GRADER_NAME_PATTERN, VARIABLE_NAME_PATTERN
@@ -26,6 +27,7 @@ from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
 from llama_stack_provider_moe.spec.pipelines import PART_PATTERN
 from llama_stack_provider_moe.spec.recipes import RECIPES
+from llama_stack_provider_moe.spec.rl_engines import ENGINE_TYPES
 from llama_stack_provider_moe.spec.scorer_config import PROBE_NAME_PATTERN
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN, MIRROR_URL_PATTERN
 
@@ -50,6 +52,7 @@ _PATTERNS = {
     GRADER_NAME_PATTERN: "1 to 64 letters, digits, spaces and . _ -, the first a letter or a digit",
     VARIABLE_NAME_PATTERN: "1 to 64 letters, digits and '_', the first a letter or '_'",
     JUDGE_NAME_PATTERN: "1 to 128 letters, digits and . _ / : -, the first a letter or a digit",
+    ENGINE_NAME_PATTERN: f"1 to 128 {_NAME}",
     OLLAMA_NAME_PATTERN: "[NAMESPACE/]MODEL[:TAG], of letters, digits, '_', '-' and '.'",
 }
 
@@ -121,11 +124,12 @@ def _problem(
 
 
 def _without_tags(location: list[str | int]) -> list[str | int]:
-    """A path without the types of graders: pydantic puts a union's tag into the path, where nobody wrote it."""
+    """A path without types of graders and engines: pydantic puts a union's tag into it, where nobody wrote it."""
     return [
         part
         for at, part in enumerate(location)
         if not (part in GRADER_TYPES and (at == 0 or "grader" in location[:at] or "graders" in location[:at]))
+        and not (part in ENGINE_TYPES and at > 0 and location[at - 1] == "engine")
     ]
 
 

@@ -76,6 +76,7 @@ from llama_stack_provider_moe.spec.adapter import MAX_RANK, ExpertsOfAnalysis
 from llama_stack_provider_moe.spec.blocks import NUMBERS_PATTERN
 from llama_stack_provider_moe.spec.data import DOMAIN_PATTERN
 from llama_stack_provider_moe.spec.destinations import HubPush
+from llama_stack_provider_moe.spec.engines_config import EngineConfig
 from llama_stack_provider_moe.spec.executors_config import ExecutorsConfig, RayConfig
 from llama_stack_provider_moe.spec.exports import SHARD_PATTERN, Ollama
 from llama_stack_provider_moe.spec.feedback_config import FeedbackConfig, FeedbackFolder
@@ -110,6 +111,7 @@ from llama_stack_provider_moe.spec.playground import PlaygroundOptions, Playgrou
 from llama_stack_provider_moe.spec.probe import ProbeData
 from llama_stack_provider_moe.spec.rewards import Grading, Reward
 from llama_stack_provider_moe.spec.rows.images import ImageLimits
+from llama_stack_provider_moe.spec.rl_engines import TransformersEngine, VllmColocateEngine, VllmServerEngine
 from llama_stack_provider_moe.spec.scorer_config import ScorerConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,
@@ -136,6 +138,14 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("KTO jobs also", "", KTOSpec, {*SFTSpec.model_fields} - {"recipe"}),
     ("GRPO jobs also", "", GRPOSpec, {*SFTSpec.model_fields} - {"recipe"}),
     ("`rl`", "rl.", RL, set()),
+    ("`rl.engine` of type transformers", "rl.engine.", TransformersEngine, set()),
+    ("`rl.engine` of type vllm_server", "rl.engine.", VllmServerEngine, set()),
+    (
+        "`rl.engine` of type vllm_colocate: as for vllm_server without `server` and `deadline_s`, but",
+        "rl.engine.",
+        VllmColocateEngine,
+        {*VllmServerEngine.model_fields} - {"type"},
+    ),
     ("Each of `reward`", "reward.N.", Reward, set()),
     ("`grading`", "grading.", Grading, set()),
     ("Circuit-breaker jobs also", "", BreakerSpec, {*SFTSpec.model_fields} - {"recipe", "adapter"}),
@@ -287,6 +297,7 @@ BLOCKS: list[tuple[str, str, type[Block], set[str]]] = [
     ("Server: `feedback:`", "feedback.", FeedbackFolder, set()),
     ("Server: `graders:`", "graders.", GradersConfig, set()),
     ("Server: each of `graders.judges:`", "graders.judges.NAME.", JudgeConfig, set()),
+    ("Server: each of `engines:`", "engines.NAME.", EngineConfig, set()),
     ("Server: `supervisor:`", "supervisor.", SupervisorConfig, set()),
     ("Server: `executors:`", "executors.", ExecutorsConfig, set()),
     ("Server: `executors.ray:`", "executors.ray.", RayConfig, set()),

@@ -72,7 +72,7 @@ ROOMS: dict[str, Room] = {
     "compute.surgery": _room(27, _MODEL + "pydantic"),
     "compute.evaluation": _room(27, _MODEL + "pydantic numpy jinja2 httpx lm_eval"),
     "compute.train": _room(28, _MODEL + "pydantic trl datasets psutil mlflow trackio wandb bitsandbytes"),
-    "compute.recipes": _room(29, _MODEL + "pydantic trl datasets"),
+    "compute.recipes": _room(29, _MODEL + "pydantic trl datasets numpy httpx"),
     "compute.worker": _room(30, "torch transformers datasets ray"),
     "provider": _room(40),
     "guard": _room(41, "fastapi"),

@@ -132,7 +132,7 @@ def merge(
         base_entries = {entry.name: entry for entry in plan.entries}
         write_shards(
             parts, written, "merging",
-            lambda entry, file: _write_tensor(plan, base_entries[entry.name], entry.dtype, file), say,
+            lambda entry, file: write_tensor(plan, base_entries[entry.name], entry.dtype, file), say,
         )  # fmt: skip
         seconds = time.monotonic() - start
         for name, file in files.items():
@@ -160,8 +160,15 @@ def _bytes_of(parts: list[list[TensorEntry]], files: list[Path], texts: list[str
     return needed + len(index_text(parts).encode())
 
 
-def _write_tensor(plan: MergePlan, entry: TensorEntry, dtype: torch.dtype, out: IO[bytes]) -> None:
-    """Append one tensor: merged, replaced, converted, or copied as bytes."""
+def write_tensor(plan: MergePlan, entry: TensorEntry, dtype: torch.dtype, out: IO[bytes]) -> None:
+    """Append one tensor: merged, replaced, converted, or copied as bytes.
+
+    Args:
+        plan: of the merge.
+        entry: the tensor in the base.
+        dtype: in the output.
+        out: the file.
+    """
     place = plan.places.get(entry.name)
     if place is not None:
         update = plan.updates.of(place.parameter)

@@ -61,6 +61,7 @@ class Updates:
         self.config = read_config(folder)
         self.shapes = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
         shared = _shared(model)
+        self._folder = folder
         self._entries = _weights(folder)
         self._layers, self._names = adapted(model, self.config)
         self._kept: OrderedDict[str, Update] = OrderedDict()
@@ -70,6 +71,16 @@ class Updates:
                 "would change both"
             )
         self._check(folder)
+
+    def read_again(self) -> None:
+        """Read the weights of the folder, in which another state of the same adapter was written.
+
+        Raises:
+            AdapterError: it is another adapter.
+        """
+        self._entries = _weights(self._folder)
+        self._kept.clear()
+        self._check(self._folder)
 
     @property
     def parameters(self) -> list[str]:

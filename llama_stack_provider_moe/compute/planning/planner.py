@@ -23,6 +23,7 @@ from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
 from llama_stack_provider_moe.compute.moe.sharding import undividable
 from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
+from llama_stack_provider_moe.compute.planning.engine_memory import engine_bytes
 from llama_stack_provider_moe.compute.planning.loading import LoadingMemory, loading_memory
 from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
@@ -192,6 +193,7 @@ class Planner:
         has = process_memory(made.weights, way, processes, spec.optimizer, int(copies), wide)
         if teacher is not None:
             has = replace(has, weights=has.weights + teacher.weights)
+        has = replace(has, weights=has.weights + engine_bytes(spec, self.machine.memory_bytes))
         if spec.resources.cpu_offload:  # the device holds only the gathered layers
             buffers = sum(weight.bytes for weight in made.weights if weight.kind == "buffer")
             has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))

@@ -69,6 +69,12 @@ def check(config: ProviderConfig, environment: Mapping[str, str], thoroughly: bo
         for name, judge in config.graders.judges.items()
         if judge.key_variable is not None and not environment.get(judge.key_variable)
     ]
+    keyless += [
+        f"engines.{name}.key_variable: {engine.key_variable} is not set; expected the vLLM server's key"
+        for name, engine in config.engines.items()
+        if engine.key_variable is not None and not environment.get(engine.key_variable)
+    ]
+    here += _engine_folders(config)
     (warnings if thoroughly else here).extend(keyless)
     (warnings if thoroughly else here).extend(_signing(config, environment))
     if (config.mirror.url or "").startswith("s3:") and importlib.util.find_spec("s3fs") is None:
@@ -116,6 +122,14 @@ def _serving_folder(config: ProviderConfig) -> Iterator[str]:
     why = _unwritable(folder) if folder.is_dir() else "there is no such folder"
     if why is not None:
         yield _not_writable("serving.models_dir", folder, why)
+
+
+def _engine_folders(config: ProviderConfig) -> Iterator[str]:
+    for name, engine in config.engines.items():
+        folder = engine.weights_dir
+        why = _unwritable(folder) if folder.is_dir() else "there is no such folder"
+        if why is not None:
+            yield _not_writable(f"engines.{name}.weights_dir", folder, why)
 
 
 def _serving_toolchain(config: ProviderConfig, environment: Mapping[str, str]) -> Iterator[str]:

@@ -27,8 +27,10 @@ from llama_stack_provider_moe.spec import (
     TrainingSpec,
 )
 from llama_stack_provider_moe.spec.blocks import ExecutorName
+from llama_stack_provider_moe.spec.engines_config import engine_named
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.rewards import Reward
+from llama_stack_provider_moe.spec.rl_engines import VllmServerEngine
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
@@ -117,9 +119,17 @@ def resolve_names(
         teacher = names.whole_model(teacher, "distill.model")
         found["distill"] = spec.distill.model_copy(update={"model": teacher})
     if isinstance(spec, GRPOSpec):
+        _check_engine(spec, request, config)
         found["reward"] = _rewards(spec, GraderNames(request, config, store, whose))
     found["eval"] = _evaluation(spec.eval, names, request, store)
     return spec.model_copy(update=found)
+
+
+def _check_engine(spec: GRPOSpec, request: Draft, config: ProviderConfig) -> None:
+    """Check that the operator names the server that is to generate."""
+    engine = spec.rl.engine
+    if isinstance(engine, VllmServerEngine):
+        engine_named(engine.server, config.engines, request.name("rl.engine.server"))
 
 
 def _rewards(spec: GRPOSpec, graders: GraderNames) -> list[Reward]:

@@ -10,6 +10,7 @@ import pytest
 
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.planning import plan_command
+from llama_stack_provider_moe.compute.planning.engine_memory import engine_bytes
 from llama_stack_provider_moe.compute.planning.estimated_time import UTILISATION, estimated, flops_a_token
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
 from llama_stack_provider_moe.compute.planning.per_process import process_memory, transient_memory, weights_of
@@ -350,3 +351,16 @@ def test_routers_alone_need_little_beside_the_weights(roomy: Planner) -> None:
     whole, alone = job(adapter=None), job(adapter=None, moe={"train_router_only": True})
     assert set(roomy.adapted(alone).report.by_group) == {"router"}
     assert roomy.estimate(alone, "ddp")[1] < 0.5 * roomy.estimate(whole, "ddp")[1]
+
+
+def test_colocated_vllm_takes_its_share_of_the_gpu() -> None:
+    reward = [{"grader": {"type": "length", "name": "short", "most": 9}}]
+    body = {"recipe": "grpo", "model": "m", "data": {"dataset_id": "a"}, "reward": reward}
+    engine = {"type": "vllm_colocate", "gpu_memory_utilization": 0.25}
+    assert engine_bytes(JOB_SPEC.validate_python({**body, "rl": {"engine": engine}}), 80 * 10**9) == 20 * 10**9
+    assert engine_bytes(JOB_SPEC.validate_python(body), 80 * 10**9) == 0
+    planner = Planner(CONFIG, Machine("cuda", 80 * 10**9))
+    here, elsewhere = (
+        planner.estimate(JOB_SPEC.validate_python({**body, "rl": rl}), "ddp")[0] for rl in ({"engine": engine}, {})
+    )
+    assert here.peak_bytes - elsewhere.peak_bytes == 20 * 10**9

@@ -17,9 +17,11 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.config_check import run_yaml, start, surroundings
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store.store import JobStore
+from llama_stack_provider_moe.control.supervisor.executors.local import child_environment
 from llama_stack_provider_moe.control.supervisor.supervisor import supervise
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
 from llama_stack_provider_moe.spec.defaults import DEFAULT_BLOCKS, JobDefaults
+from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
 from tests.control.cli.test_words import moe_train
 from tests.support.free_ports import free_port
@@ -180,6 +182,22 @@ def test_serving_needs_its_folder_and_llama_cpp(tmp_path: Path) -> None:
     assert "there is no such folder" in looked_at(tmp_path, **elsewhere).problems[0]
     vllm = {"kind": "vllm", "provider_id": "vllm", "url": "http://127.0.0.1:9"}
     assert looked_at(tmp_path, serving=vllm, child_env=child_env) == ([], [])
+
+
+def test_engines_need_their_folder_and_their_key(tmp_path: Path) -> None:
+    fast = {"url": "http://127.0.0.1:9", "weights_dir": str(tmp_path / "weights"), "key_variable": "VLLM_KEY"}
+    assert looked_at(tmp_path, engines={"fast": fast}).problems == [
+        f"engines.fast.weights_dir: {str(tmp_path / 'weights')!r} is not valid; expected a folder that the server can "
+        "write in (there is no such folder)",
+        "engines.fast.key_variable: VLLM_KEY is not set; expected the vLLM server's key",
+    ]
+    (tmp_path / "weights").mkdir()
+    assert looked_at(tmp_path, engines={"fast": fast | {"key_variable": "SET"}}) == ([], [])
+    config = ProviderConfig.model_validate({"state_dir": tmp_path / "state", "engines": {"fast": fast}})
+    given = child_environment({"VLLM_KEY": "x", "OTHER": "y"}, config, tmp_path)
+    assert given["VLLM_KEY"] == "x"
+    assert "OTHER" not in given
+    assert ENGINES.validate_json(given[ENGINES_VARIABLE]) == config.engines
 
 
 def test_a_configuration_that_has_all_it_needs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store import parent_jobs
 from llama_stack_provider_moe.control.store.intake import STALE_STAGING_S
 from llama_stack_provider_moe.control.store.job_filter import EVERY_JOB
-from llama_stack_provider_moe.errors import Conflict, InvalidRows, MoeError, NotFound
+from llama_stack_provider_moe.errors import Conflict, InvalidInput, InvalidRows, MoeError, NotFound
 from llama_stack_provider_moe.jobdir import row_domains
 from llama_stack_provider_moe.jobdir.events import Evaluation, EventLog, Saved, Step
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder, Manifest, Metrics, write_atomic
@@ -196,6 +196,20 @@ def test_validation_data_and_splits(service: PostTrainingService) -> None:
     with pytest.raises(InvalidRows):
         counts(dataset_id="bad")
     assert left(service) == set(), "validate creates nothing"
+
+
+def test_only_a_server_that_the_operator_names_may_generate(tmp_path: Path, datasets: Datasets) -> None:
+    engines = {"fast": {"url": "http://127.0.0.1:9", "weights_dir": str(tmp_path / "weights")}}
+    body = BODY | {"recipe": "grpo", "reward": [{"grader": {"type": "length", "name": "short", "most": 9}}]}
+
+    def asked(name: str) -> int:
+        rl = {"engine": {"type": "vllm_server", "server": name}, "n_generations": 2}
+        return asyncio.run(service.validate(body | {"rl": rl, "training": {"batch_size": 4}})).train_rows
+
+    with serving_in_process(tmp_path, datasets, engines=engines) as service:
+        with pytest.raises(InvalidInput, match=r"rl\.engine\.server: 'other' is not valid; expected one of fast"):
+            asked("other")
+        assert asked("fast") == 12
 
 
 def test_each_domain_is_copied_and_counted(service: PostTrainingService, datasets: Datasets) -> None:

@@ -37,9 +37,10 @@ from llama_stack_provider_moe.compute.models.determinism import require_determin
 from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo import rollouts
+from llama_stack_provider_moe.compute.recipes.grpo.answering import AnsweringTrainer, opened, require_engine
 from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
 from llama_stack_provider_moe.compute.recipes.grpo.interrupting import interruptible
-from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, ReplayingTrainer, require_routing_replay
+from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
@@ -56,11 +57,12 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from llama_stack_provider_moe.spec import GRPOSpec
+from llama_stack_provider_moe.spec.rl_engines import TransformersEngine
 
 Row = dict[str, object]  # of the data set: prompt_ids, item
 
 
-class GRPO(ReplayingTrainer, GRPOTrainer):
+class GRPO(AnsweringTrainer, GRPOTrainer):
     """TRL's trainer, on prompts that are already tokenised, with the job's graders.
 
     Args:
@@ -295,6 +297,7 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     """Load the model and the graders, tokenise the prompts, add the adapter, train, and save."""
     spec = session.spec
     rl = spec.rl
+    require_engine(spec)
     base = backend_of(spec).load(session)
     without_dropout(base.model)
     require_routing_replay(spec, base)
@@ -308,7 +311,15 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     whole = spec.adapter is None and rl.beta > 0
     reference = load_reference(session, base) if whole else None
     low, high = rl.epsilons
-    with open_rewards(spec.reward, spec.grading, spec.training.dtype, base.device) as panel:
+    engine = rl.engine
+    correction = {} if isinstance(engine, TransformersEngine) else {
+        "vllm_importance_sampling_mode": engine.importance_sampling,
+        "vllm_importance_sampling_clip_max": engine.importance_sampling_cap,
+    }  # fmt: skip
+    with (
+        open_rewards(spec.reward, spec.grading, spec.training.dtype, base.device) as panel,
+        opened(prepared) as found,
+    ):
         trainer = GRPO(
             prepared,
             GRPOConfig(
@@ -333,7 +344,8 @@ def run(session: Session[GRPOSpec]) -> Manifest:
                 disable_dropout=False,  # done above
                 remove_unused_columns=False,
                 log_completions=False,  # answers are the user's data: `samples` keeps them
-                use_vllm=False,
+                use_vllm=False,  # TRL's own needs the package vllm and NCCL; `AnsweringTrainer` gives what it would
+                **correction,
             ),
             panel,
             reference,
@@ -344,16 +356,20 @@ def run(session: Session[GRPOSpec]) -> Manifest:
             "reference": kind, "graders": panel.names, "prompts_a_generation": made.prompts,
             "generations_per_epoch": made.count, "held_in_evaluation_mode": held,
         }  # fmt: skip
-        return fit(prepared, trainer, decisions, _shown(spec, made, panel, kind))
+        told = "the trained model itself, with transformers"
+        if found is not None:
+            told = trainer.begin_with(found, rows.train[0]["prompt_ids"])
+        return fit(prepared, trainer, decisions, _shown(spec, made, panel, kind, told))
 
 
-def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | None) -> str:
+def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | None, engine: str) -> str:
     rl = spec.rl
     low, high = rl.epsilons
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in zip(panel.names, panel.weights, strict=True))
     left_out = f"; up to {made.prompts - 1} prompts of an epoch are left out" if made.prompts > 1 else ""
     return "\n".join([
         f"rewards   {weights}",
+        f"engine    {engine}",
         f"generates {made.count:,} times an epoch, {made.prompts} prompts with {made.answers} answers each of at most "
         f"{rl.max_completion_length} tokens, temperature {rl.temperature:g}, top-p {rl.top_p:g}{left_out}",
         f"learns    loss {rl.loss}, ratios within -{low:g} and +{high:g}, advantages over {rl.scale}, "

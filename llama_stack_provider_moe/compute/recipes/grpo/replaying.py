@@ -42,6 +42,7 @@ class ReplayingTrainer(RecordingTrainer):
     """Mixin over TRL's trainer. Evaluations, generating and a reference's passes are never steered."""
 
     spec: GRPOSpec
+    use_vllm: bool  # TRL's
     routes: Routes | None = None  # None: routers choose in each pass
     _metrics: dict[str, dict[str, list[float]]]  # TRL's
     _found: Tensor | None = None  # routes of the generation that is being made
@@ -60,7 +61,9 @@ class ReplayingTrainer(RecordingTrainer):
     def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object]]) -> Batch:
         routes = self._replays
         # TRL runs the old policy's pass, before the reference's, where several steps learn from a generation.
-        self._old_pass_is_next = routes is not None and self.spec.rl.steps_a_generation > 1
+        # With an engine it always does, to compare with the engine's probabilities.
+        several = self.spec.rl.steps_a_generation > 1 or self.use_vllm
+        self._old_pass_is_next = routes is not None and several
         batch: Batch = super()._generate_and_score_completions(inputs)
         assert not self._old_pass_is_next, "TRL did not run the old policy"
         if routes is not None:

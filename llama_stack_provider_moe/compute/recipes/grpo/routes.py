@@ -4,7 +4,7 @@ Shapes: B answers, S positions of prompt and answer with padding, L layers whose
 Routes are int16 (B, S, L, K); -1 where a position has none: padding, and an answer's last token, which was never run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.replay import Replay
-from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.errors import EngineFailed, ModelError
 
 KEY = "routes"  # in a micro-batch
 NONE = -1
@@ -30,7 +30,7 @@ class Routes:
 
     def __init__(self, model: nn.Module, layout: ExpertLayout, of: Literal["rollout", "policy"]) -> None:
         self.of = of
-        self._choices = layout.choices
+        self._choices, self._top_k = layout.choices, layout.top_k
         self._replay = Replay(model, layout)
         self._raw: Tensor | None = None  # of the generation that is being made
         self._is_new = False  # no micro-batch has learnt from it yet
@@ -45,6 +45,32 @@ class Routes:
             yield
         (self._raw,) = found
 
+    def take_from_engine(self, found: Sequence[Tensor], lengths: Sequence[tuple[int, int]], layers: int) -> None:
+        """Take the routes of a generation by an engine, as `generating` records them.
+
+        Args:
+            found: for each answer, of the prompt's tokens and the answer's but the last: (tokens, layers, K).
+            lengths: tokens of each prompt, and of its answer.
+            layers: all decoder layers of the model; an engine may have columns for those without a router too.
+
+        Raises:
+            EngineFailed: they are of another model.
+        """
+        own = self._replay.layers
+        wanted = {len(own): list(range(len(own))), layers: list(own)}
+        for each in found:
+            if each.shape[1] not in wanted or each.shape[2] != self._top_k:
+                raise EngineFailed(
+                    f"rl.routing_replay: the engine's routes have {each.shape[1]} layers with {each.shape[2]} experts "
+                    f"of a token; expected {len(own)} (or {layers}, with those that have no router) with {self._top_k}"
+                )
+        prompt = max(before for before, _ in lengths)
+        positions = prompt + max(after for _, after in lengths) - 1
+        self._raw = torch.full((len(found), positions, len(own), self._top_k), NONE, dtype=torch.int16)
+        for row, (each, (before, after)) in enumerate(zip(found, lengths, strict=True)):
+            first = prompt - before  # prompts are padded on the left
+            self._raw[row, first : first + before + after - 1] = each[:, wanted[each.shape[1]]]
+
     def of_generation(self, attention_mask: Tensor, answer: int) -> Tensor:
         """The routes of the last generation.
 
@@ -53,7 +79,7 @@ class Routes:
             answer: the positions of S that are answers'.
         """
         assert self._raw is not None, "nothing was generated"
-        raw, self._raw = self._raw, None
+        raw, self._raw = self._raw.to(attention_mask.device), None
         return aligned(raw, attention_mask, answer)
 
     @contextmanager

@@ -30,6 +30,7 @@ from llama_stack_provider_moe.control.supervisor.processes import (
 from llama_stack_provider_moe.ground.private import UMASK_VARIABLE
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_VARIABLE, JOB_VARIABLE
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIABLE
 from llama_stack_provider_moe.spec.graders_config import JUDGES, JUDGES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import (
     MIRROR_VARIABLE,
@@ -114,7 +115,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def secrets_for_children(environment: Mapping[str, str], config: ProviderConfig) -> dict[str, str]:
-    """Return the variables of `config.child_secrets`, and with judges' keys, that are set."""
+    """Return the variables of `config.child_secrets`, and with keys of judges and engines, that are set."""
     return {name: environment[name] for name in config.secrets if name in environment}
 
 
@@ -144,6 +145,7 @@ def child_environment(
         SERVING_VARIABLE: "" if config.serving is None else SERVING.dump_json(config.serving).decode(),
         SECRETS_VARIABLE: json.dumps(config.secrets),
         JUDGES_VARIABLE: JUDGES.dump_json(config.graders.judges).decode(),
+        ENGINES_VARIABLE: ENGINES.dump_json(config.engines).decode(),
         JOB_VARIABLE: str(folder),
         **({} if attempt is None else {ATTEMPT_VARIABLE: attempt}),
         UMASK_VARIABLE: f"{config.privacy.umask:03o}",

@@ -26,6 +26,7 @@ from llama_stack_provider_moe.control.supervisor.executors.local import child_en
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_VARIABLE, JOB_VARIABLE
 from llama_stack_provider_moe.jobdir.cluster_run import RUN_FILE, ClusterRun, Wish, read_run
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from llama_stack_provider_moe.spec.engines_config import ENGINES_VARIABLE
 from llama_stack_provider_moe.spec.executors_config import RayConfig
 from llama_stack_provider_moe.spec.graders_config import JUDGES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import (
@@ -134,7 +135,7 @@ class RayExecutor:
         ours = child_environment(os.environ, self._config, child.folder, attempt=child.attempt)
         kept = (
             JOB_VARIABLE, ATTEMPT_VARIABLE, MIRROR_VARIABLE, SECRETS_VARIABLE, SERVING_VARIABLE, TRUST_VARIABLE,
-            JUDGES_VARIABLE,
+            JUDGES_VARIABLE, ENGINES_VARIABLE,
         )  # fmt: skip
         decided = {name: ours[name] for name in kept}
         return ClusterRun(
