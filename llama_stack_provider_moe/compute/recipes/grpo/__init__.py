@@ -35,6 +35,7 @@ from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutReward
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, ReplayingTrainer, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
+from llama_stack_provider_moe.compute.recipes.grpo.shuffled import FIGURE, WARNING, shuffled
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
@@ -191,6 +192,10 @@ class GRPO(ReplayingTrainer, GRPOTrainer):
             for graded in self._graded
         ]
         found: Tensor = self.accelerator.gather(torch.tensor(values, dtype=torch.float32, device=self.args.device))
+        rl = self.spec.rl
+        if rl.shuffle_rewards and self.model.training:
+            found, moved = shuffled(found, rl.n_generations, self.spec.options.seed, self.state.global_step + 1)
+            self._metrics["train"][FIGURE].append(moved)
         return found
 
     def _note_generation(self, texts: Sequence[str], batch: Batch) -> None:
@@ -291,6 +296,8 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     whole = spec.adapter is None and rl.beta > 0
     reference = load_reference(session, base) if whole else None
     low, high = rl.epsilons
+    if rl.shuffle_rewards:
+        session.say(WARNING, "warning")
     with open_rewards(spec.reward, spec.grading, spec.training.dtype, base.device) as panel:
         trainer = GRPO(
             prepared,
@@ -336,7 +343,7 @@ def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | Non
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in zip(panel.names, panel.weights, strict=True))
     left_out = f"; up to {made.prompts - 1} prompts of an epoch are left out" if made.prompts > 1 else ""
     return "\n".join([
-        f"rewards   {weights}",
+        f"rewards   {weights}{', SHUFFLED within each group: a control, which learns nothing' * rl.shuffle_rewards}",
         f"generates {made.count:,} times an epoch, {made.prompts} prompts with {made.answers} answers each of at most "
         f"{rl.max_completion_length} tokens, temperature {rl.temperature:g}, top-p {rl.top_p:g}{left_out}",
         f"learns    loss {rl.loss}, ratios within -{low:g} and +{high:g}, advantages over {rl.scale}, "
