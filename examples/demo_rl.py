@@ -3,10 +3,10 @@
 The rule: an answer has at most 12 words. Two jobs of recipe `grpo` train the same model (SmolLM2-135M-Instruct,
 upcycled to 4 experts, top-2) on the same prompts, with the same settings. In the second, the control, each answer
 learns from the reward of a random answer of its group (`rl.shuffle_rewards`), so that nothing can be learnt from the
-grader. Both are measured on prompts that no job has seen, by plain transformers and peft. Every figure that is printed was
-measured in this run. The exit code is not 0 if a goal is missed.
+grader. Both are measured on prompts that no job has seen, by plain transformers and peft. Every figure that is printed
+was measured in this run. The exit code is not 0 if a goal is missed.
 
-    $ python examples/demo_rl.py [--state FOLDER] [--out FILE]
+    $ python examples/demo_rl.py [--state FOLDER] [--steps COUNT] [--lr RATE] [--out FILE]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from rich.table import Table
@@ -51,9 +51,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Teach a model a rule by rewards, through Llama Stack.")
     parser.add_argument("--state", type=Path, default=cache_dir() / "demo", metavar="FOLDER",
                         help="state folder of the server (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="COUNT",
+                        help="optimiser steps of each job (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--lr", type=float, default=LR, metavar="RATE", help="learning rate (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the figures (default: none)")
     arguments = parser.parse_args()
     state: Path = arguments.state.resolve()
+    settings = Settings(arguments.steps, arguments.lr)
 
     def work() -> None:
         began, parts = time.monotonic(), Parts(CpuTime())
@@ -61,10 +65,10 @@ def main() -> int:
             with parts.part("model"):
                 model = prepare(state)
             with serving(state) as stack:
-                jobs, rewards = train(stack, model, parts)
+                jobs, rewards = train(stack, model, settings, parts)
             found = compare(model, jobs, parts)
         found |= {"rewards": rewards, "chart": str(chart(rewards, found, state))}
-        found |= provenance(parts, time.monotonic() - began)
+        found |= provenance(settings, parts, time.monotonic() - began)
         missed = tell(found)
         if arguments.out is not None:
             kept = {name: value for name, value in found.items() if name != "chart"}
@@ -75,10 +79,17 @@ def main() -> int:
     return ended(work, state)
 
 
-def training_prompts() -> list[str]:
+class Settings(NamedTuple):
+    """What may be changed on the command line."""
+
+    steps: int = STEPS
+    lr: float = LR
+
+
+def training_prompts(steps: int = STEPS) -> list[str]:
     """Return short prompts, each for one group of answers."""
     prompts = [row["prompt"] for file in ("instructions", "preferences") for row in rows_of(file)]
-    return [each for each in prompts if len(each) <= SHORT_PROMPT][: STEPS * BATCH // GROUP]
+    return [each for each in prompts if len(each) <= SHORT_PROMPT][: steps * BATCH // GROUP]
 
 
 def held_out_prompts() -> list[str]:
@@ -86,7 +97,7 @@ def held_out_prompts() -> list[str]:
     return [row["prompt"] for file in ("instructions_heldout", "preferences_heldout") for row in rows_of(file)]
 
 
-def body(model: Path, job: str, dataset: str, shuffles: bool) -> dict[str, Any]:
+def body(model: Path, job: str, dataset: str, shuffles: bool, lr: float = LR) -> dict[str, Any]:
     """Return the request of a job.
 
     Args:
@@ -94,11 +105,12 @@ def body(model: Path, job: str, dataset: str, shuffles: bool) -> dict[str, Any]:
         job: its name.
         dataset: id of the prompts.
         shuffles: whether it is the control.
+        lr: learning rate.
     """
     return {
         "recipe": "grpo", "job_uuid": job, "model": str(model), "data": {"dataset_id": dataset},
         "training": {"dtype": "fp32", "n_epochs": 1, "batch_size": BATCH},
-        "optimizer": {"lr": LR, "num_warmup_steps": 0, "weight_decay": 0.0},
+        "optimizer": {"lr": lr, "num_warmup_steps": 0, "weight_decay": 0.0},
         "adapter": {key: LORA[key] for key in LORA if key != "type"},
         "rl": {"n_generations": GROUP, "max_completion_length": LONGEST, "shuffle_rewards": shuffles},
         # Beside the rule the reward falls in a line, so that answers that all break it differ as well.
@@ -107,16 +119,18 @@ def body(model: Path, job: str, dataset: str, shuffles: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(stack: Stack, model: Path, parts: Parts) -> tuple[dict[str, Job], dict[str, list[float]]]:
+def train(stack: Stack, model: Path, settings: Settings, parts: Parts) -> tuple[dict[str, Job], dict[str, list[float]]]:
     """Run both jobs; return them, and the mean reward of each of their steps."""
     run = time.strftime("%m%d-%H%M%S")
     title("3. Register prompts")
-    dataset = register(stack, [{"messages": asked(each)} for each in training_prompts()], f"questions-{run}")  # type: ignore[misc]
+    dataset = register(
+        stack, [{"messages": asked(each)} for each in training_prompts(settings.steps)], f"questions-{run}"
+    )  # type: ignore[misc]
     jobs, rewards = {}, {}
     for at, (name, shuffles) in enumerate(RUNS.items()):
         title(f"{at + 4}. {'Control: the same with shuffled rewards' if shuffles else 'Reward short answers'}")
         with parts.part(name):
-            stack.server.submit(body(model, f"{name}-{run}", dataset, shuffles))
+            stack.server.submit(body(model, f"{name}-{run}", dataset, shuffles, settings.lr))
             jobs[name] = follow(stack, f"{name}-{run}")
         series = stack.server.metrics(f"{name}-{run}", ["reward"])
         rewards[name] = [round(float(each), 4) for each in series["metrics"]["reward"] if each is not None]
@@ -223,12 +237,13 @@ def chart(rewards: Mapping[str, list[float]], found: Mapping[str, Any], folder: 
     return path
 
 
-def provenance(parts: Parts, wall_s: float) -> dict[str, Any]:
+def provenance(settings: Settings, parts: Parts, wall_s: float) -> dict[str, Any]:
     """Return how the figures came about: settings, machine, versions, times."""
     return {
-        "command": "make demo-rl", "machine": f"{platform.machine()}, {psutil.cpu_count()} cores",
+        "command": "make demo-rl" if settings == Settings() else f"demo_rl --steps {settings.steps} --lr {settings.lr}",
+        "machine": f"{platform.machine()}, {psutil.cpu_count()} cores",
         "versions": {name: version(name) for name in PACKAGES},
-        "settings": {"steps": STEPS, "answers_a_step": BATCH, "answers_a_prompt": GROUP, "lr": LR,
+        "settings": {**settings._asdict(), "answers_a_step": BATCH, "answers_a_prompt": GROUP,
                      "longest": LONGEST, "most_words": MOST_WORDS},
         "parts": parts.seconds, "wall_s": round(wall_s, 1), "cpu_s": round(parts.cpu.seconds, 1),
     }  # fmt: skip

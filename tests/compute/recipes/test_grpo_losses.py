@@ -63,34 +63,54 @@ def clipped(ratio: float, advantage: float, low: float, high: float) -> Piece:
 
 
 def tokenwise(answer: Answer, low: float, high: float) -> list[Piece]:
-    """Eq. 3 of arXiv 2402.03300; asymmetric in Eq. 8 of arXiv 2503.14476."""
+    """GRPO, arXiv 2402.03300; asymmetric in DAPO, arXiv 2503.14476."""
     return [clipped(ratio, answer.advantage, low, high) for ratio in answer.ratios]
 
 
+def geometric(answer: Answer) -> float:
+    """The ratio of an answer: the geometric mean of its tokens'."""
+    return math.exp(mean(new - old for new, old in zip(answer.new, answer.old, strict=True)))
+
+
 def of_sequence(answer: Answer, low: float, high: float) -> list[Piece]:
-    """Eq. 5 to 7 of arXiv 2507.18071: the ratio of an answer is the geometric mean of its tokens'."""
-    ratio = math.exp(mean(new - old for new, old in zip(answer.new, answer.old, strict=True)))
-    return [clipped(ratio, answer.advantage, low, high)] * len(answer.new)
+    """GSPO, arXiv 2507.18071."""
+    return [clipped(geometric(answer), answer.advantage, low, high)] * len(answer.new)
 
 
 def weighted(answer: Answer, low: float, high: float) -> list[Piece]:
-    """Eq. 4 and 5 of arXiv 2506.13585: a bounded weight without a gradient, times A log p."""
+    """CISPO, arXiv 2506.13585: a bounded weight without a gradient, times A log p."""
     weights = [min(ratio, high) * answer.advantage for ratio in answer.ratios]
     return [(-weight * new, -weight) for weight, new in zip(weights, answer.new, strict=True)]
 
 
 def gated(answer: Answer, low: float, high: float) -> list[Piece]:
-    """Eq. 6 of arXiv 2511.20347: 4/t sigmoid(t (r - 1)) A, t 1 for advantages above 0, else 1.05."""
+    """SAPO, arXiv 2511.20347: 4/t sigmoid(t (r - 1)) A, t 1 for advantages above 0, else 1.05."""
     t = 1.0 if answer.advantage > 0 else 1.05
     gates = [(ratio, 1 / (1 + math.exp(-t * (ratio - 1)))) for ratio in answer.ratios]
     return [(-4 / t * gate * answer.advantage, -4 * gate * (1 - gate) * ratio * answer.advantage)
             for ratio, gate in gates]  # fmt: skip
 
 
-def divergence(answer: Answer) -> list[Piece]:
-    """The estimate p_ref/p - log(p_ref/p) - 1 of Eq. 4 of arXiv 2402.03300, which is never below 0."""
+def estimates(answer: Answer) -> list[Piece]:
+    """The estimate p_ref/p - log(p_ref/p) - 1 of arXiv 2402.03300, which is never below 0."""
     differences = [ref - new for ref, new in zip(answer.reference, answer.new, strict=True)]
     return [(math.exp(each) - each - 1, 1 - math.exp(each)) for each in differences]
+
+
+def divergence(answer: Answer, whole: bool) -> list[Piece]:
+    """These estimates times the ratio, whose derivative counts too (arXiv 2512.02556).
+
+    The derivative is then ratio x log(p/p_ref), that of the divergence itself. `whole`: with the ratio of the answer.
+    """
+    found = estimates(answer)
+    if whole:
+        ratio = geometric(answer)
+        mine = ratio * mean(value for value, _ in found)
+        return [(ratio * value, ratio * slope + mine) for value, slope in found]
+    return [
+        (ratio * value, ratio * (new - ref))
+        for ratio, (value, _), new, ref in zip(answer.ratios, found, answer.new, answer.reference, strict=True)
+    ]
 
 
 # A token's weight, by its answer, its micro-batch, and the micro-batches of its step.
@@ -202,7 +222,7 @@ def advantages(group_of: list[list[GeneratedSample]], scale: str) -> list[float]
 
 @pytest.mark.parametrize("loss", CASES)
 def test_a_step_is_the_papers(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    case = CASES[loss]
+    case, whole = CASES[loss], loss == "gspo"
     with watched(monkeypatch) as found:
         run = workshop.run(
             "grpo", "qwen3_moe", prompt_rows(4), reward=REWARD, optimizer={"lr": 3e-2},
@@ -220,7 +240,7 @@ def test_a_step_is_the_papers(workshop: Workshop, monkeypatch: pytest.MonkeyPatc
         for batch in step:
             for answer in batch.answers:
                 weight = case.weight(answer, batch, step)
-                pieces = list(zip(case.part(answer, case.low, case.high), divergence(answer), strict=True))
+                pieces = list(zip(case.part(answer, case.low, case.high), divergence(answer, whole), strict=True))
                 value += weight * math.fsum(policy[0] + BETA * kl[0] for policy, kl in pieces)
                 wanted = [weight * (policy[1] + BETA * kl[1]) for policy, kl in pieces]
                 assert answer.slopes == pytest.approx(wanted, abs=1e-6)
@@ -231,7 +251,7 @@ def test_a_step_is_the_papers(workshop: Workshop, monkeypatch: pytest.MonkeyPatc
                     if number % 2 == 0:
                         assert ratio == pytest.approx(1, abs=1e-5), "the model that wrote it"
         assert math.fsum(batch.loss for batch in step) == pytest.approx(value, abs=1e-6)
-        by_batch = [mean(kl for answer in batch.answers for kl, _ in divergence(answer)) for batch in step]
+        by_batch = [mean(kl for answer in batch.answers for kl, _ in divergence(answer, whole)) for batch in step]
         assert run.steps("kl")[number] == pytest.approx(mean(by_batch), abs=1e-6)
     assert outside["inside"] > 4
     if case.part in (tokenwise, of_sequence):

@@ -305,6 +305,7 @@ def run(session: Session[GRPOSpec]) -> Manifest:
                 **arguments(prepared),
                 router_aux_loss_coef=base.resolved.models_aux_coef,
                 beta=0.0,
+                use_bias_correction_kl=True,
                 loss_type="grpo" if rl.loss == "gspo" else rl.loss,
                 importance_sampling_level="sequence" if rl.loss == "gspo" else "token",
                 epsilon=low,
