@@ -260,9 +260,9 @@ def test_a_step_is_the_papers(workshop: Workshop, monkeypatch: pytest.MonkeyPatc
         lines = (run.folder.samples / f"{file:0>9}.jsonl").read_text(encoding="utf-8").splitlines()
         answers = [GeneratedSample.model_validate_json(line) for line in lines]
         wanted = advantages([answers[:4], answers[4:]], case.scale)
-        assert [each.advantage for each in answers] == pytest.approx(wanted, abs=2e-6)
+        assert [each.advantage for each in answers] == pytest.approx(wanted, abs=1e-6)
         used = sorted(answer.advantage for batch in steps[step_number] for answer in batch.answers)
-        assert used == pytest.approx(sorted(wanted), abs=2e-6)
+        assert used == pytest.approx(sorted(wanted), abs=1e-6)
     if loss == "dapo":
         check_the_reference(steps, workshop)
 
