@@ -37,11 +37,13 @@ from llama_stack_provider_moe.compute.evaluation import statistics
 
 STEPS, BATCH, GROUP = 8, 16, 8  # answers of a step, and to each prompt
 LR = 1e-3
-LONGEST = 28  # tokens of an answer in training
+LONGEST = 32  # tokens of an answer in training
+NEAR = 16  # about 12 words, in tokens
 SHORT_PROMPT = 60  # characters
 GOAL = 0.3  # rise of the rate on held-out prompts, over its start and over the control's end
 SHOWN = 4
 RESAMPLES, SEED = 2000, 0
+KEPT = "rewards/short/mean"  # share of a step's answers that keep the rule
 RUNS = {"trained": False, "control": True}  # whether rewards are shuffled
 PACKAGES = ("torch", "transformers", "trl", "peft", "llama-stack")
 
@@ -113,14 +115,19 @@ def body(model: Path, job: str, dataset: str, shuffles: bool, lr: float = LR) ->
         "optimizer": {"lr": lr, "num_warmup_steps": 0, "weight_decay": 0.0},
         "adapter": {key: LORA[key] for key in LORA if key != "type"},
         "rl": {"n_generations": GROUP, "max_completion_length": LONGEST, "shuffle_rewards": shuffles},
-        # Beside the rule the reward falls in a line, so that answers that all break it differ as well.
-        "reward": [{"grader": {"type": "length", "name": "short", "most": MOST_WORDS, "margin": MOST_WORDS}}],
+        "reward": [
+            {"grader": {"type": "length", "name": "short", "most": MOST_WORDS}},
+            # Without it, answers that all break the rule would not differ. In tokens, because of two answers that are
+            # cut off, that of longer words would have fewer words.
+            {"grader": {"type": "length", "name": "near", "unit": "tokens", "most": NEAR, "margin": LONGEST - NEAR},
+             "weight": 0.5},
+        ],
         "options": {"max_length": 128, "lr_scheduler": "constant", "validation_split": 0.0},
     }  # fmt: skip
 
 
 def train(stack: Stack, model: Path, settings: Settings, parts: Parts) -> tuple[dict[str, Job], dict[str, list[float]]]:
-    """Run both jobs; return them, and the mean reward of each of their steps."""
+    """Run both jobs; return them, and the share of each step's answers that keep the rule."""
     run = time.strftime("%m%d-%H%M%S")
     title("3. Register prompts")
     dataset = register(
@@ -132,8 +139,8 @@ def train(stack: Stack, model: Path, settings: Settings, parts: Parts) -> tuple[
         with parts.part(name):
             stack.server.submit(body(model, f"{name}-{run}", dataset, shuffles, settings.lr))
             jobs[name] = follow(stack, f"{name}-{run}")
-        series = stack.server.metrics(f"{name}-{run}", ["reward"])
-        rewards[name] = [round(float(each), 4) for each in series["metrics"]["reward"] if each is not None]
+        series = stack.server.metrics(f"{name}-{run}", [KEPT])
+        rewards[name] = [round(float(each), 4) for each in series["metrics"][KEPT] if each is not None]
     return jobs, rewards
 
 
@@ -213,7 +220,7 @@ def interval(found: Mapping[str, float], form: str) -> str:
 
 
 def chart(rewards: Mapping[str, list[float]], found: Mapping[str, Any], folder: Path) -> Path:
-    """Draw the reward of each step, and the words of held-out answers; return the file.
+    """Draw the share of each step's answers that keep the rule, and the words of held-out answers; return the file.
 
     Raises:
         DemoFailed: matplotlib is not installed.
@@ -224,7 +231,7 @@ def chart(rewards: Mapping[str, list[float]], found: Mapping[str, Any], folder: 
     left, right = figure.subplots(1, 2)
     for name, values in rewards.items():
         left.plot(range(1, len(values) + 1), values, marker="o", label=name)
-    left.set(xlabel="step", ylabel="mean reward of its answers", ylim=(0, 1))
+    left.set(xlabel="step", ylabel=f"share of its answers with at most {MOST_WORDS} words", ylim=(0, 1))
     left.legend()
     for name, words in found["words"].items():
         ordered = sorted(words)
