@@ -132,7 +132,7 @@ def train(stack: Stack, model: Path, settings: Settings, parts: Parts) -> tuple[
     title("3. Register prompts")
     dataset = register(
         stack, [{"messages": asked(each)} for each in training_prompts(settings.steps)], f"questions-{run}"
-    )  # type: ignore[misc]
+    )
     jobs, rewards = {}, {}
     for at, (name, shuffles) in enumerate(RUNS.items()):
         title(f"{at + 4}. {'Control: the same with shuffled rewards' if shuffles else 'Reward short answers'}")

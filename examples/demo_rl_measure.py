@@ -11,7 +11,9 @@ from demo_jobs import rows_of
 MOST_WORDS = 12
 MOST_TOKENS = 48  # of an answer to a held-out prompt; one that reaches them does not keep the rule
 BATCH = 28
-SYSTEM = "Answer the question."  # shorter than the model's own, so that less is computed
+# It asks for what is rewarded: without it, of 16 sampled answers none ended within 28 tokens, so that no answer could
+# show the model what a short one earns. It is also shorter than the model's own.
+SYSTEM = "Answer in a few words."
 
 
 class Answered(NamedTuple):
