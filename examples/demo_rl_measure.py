@@ -11,7 +11,7 @@ from demo_jobs import rows_of
 MOST_WORDS = 12
 MOST_TOKENS = 48  # of an answer to a held-out prompt; one that reaches them does not keep the rule
 BATCH = 28
-# It asks for what is rewarded: without it, of 16 sampled answers none ended within 28 tokens, so that no answer could
+# It asks for what is rewarded: with "Answer." none of 16 sampled answers ended within 28 tokens, so that no answer could
 # show the model what a short one earns. It is also shorter than the model's own.
 SYSTEM = "Answer in a few words."
 
