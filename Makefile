@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
 export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-ablation demo-circuit-breaker demo-domains fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
+.PHONY: demo demo-ablation demo-circuit-breaker demo-domains demo-rl fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
 .DELETE_ON_ERROR:
 
 # HOST=ogx or HOST=0.7: on that host, in an environment of its own.
@@ -32,6 +32,10 @@ demo-ablation: $(VENV)/.demo
 
 demo-domains: $(VENV)/.demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_domains.py $(OUT:%=--out %)
+
+# Reinforcement learning of a rule, beside a control whose rewards are shuffled.
+demo-rl: $(VENV)/.demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo_rl.py $(OUT:%=--out %)
 
 # Three processes, for on two cores one of them often waits for a server, or for jobs that it has started.
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.

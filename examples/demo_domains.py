@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ import psutil
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from demo_clock import CpuTime
 from demo_domain_rows import DOMAINS, held_out, rows
 from demo_jobs import artifact, follow, register
 from demo_screen import DemoFailed, console, ended, say, title
@@ -70,37 +70,6 @@ def main() -> int:
             arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     return ended(work, state)
-
-
-class CpuTime:
-    """The processor time of this process and of all below it, sampled while the block runs."""
-
-    def __init__(self) -> None:
-        self._by_process: dict[tuple[int, float], float] = {}
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    @property
-    def seconds(self) -> float:
-        """User and system time so far."""
-        return sum(self._by_process.values())
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._left.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._left.wait(0.5):
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    times = process.cpu_times()
-                    self._by_process[process.pid, process.create_time()] = times.user + times.system
-                except psutil.Error:  # it has ended
-                    continue
 
 
 def placed(model: Path, models: Path) -> Path:

@@ -93,6 +93,11 @@ class RL(Block):
         "policy's pass over the answer, in all steps that learn from it (R2, arXiv 2507.18071). Their weights are by "
         "the logits of the training pass.",
     )
+    shuffle_rewards: bool = Field(
+        default=False,
+        description="Control: each answer learns from the reward of a random answer of its group, so that nothing can "
+        "be learnt from the graders. Held-out answers keep their own rewards.",
+    )
     no_spread_generations: int = Field(
         default=20,
         ge=1,

@@ -1,6 +1,7 @@
 """Laws of the GRPO recipe, on tiny models."""
 
 import json
+from collections import Counter
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from llama_stack_provider_moe.compute.recipes.grpo.shuffled import shuffled
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, STOPPED
 from llama_stack_provider_moe.graders.panel import Panel
 from llama_stack_provider_moe.ground import liveness
@@ -135,28 +137,47 @@ def test_families_learn_from_what_they_wrote(workshop: Workshop, family: str, wh
         assert any("experts" in name for name in found.adapter()) or family in ("lfm2_moe",)
 
 
-def rises(workshop: Workshop, **more: Any) -> list[float]:
+def rises(workshop: Workshop, **rl: Any) -> Run:
     found = workshop.run(
         "grpo", "qwen3_moe", prompt_rows(64), adapter=None, optimizer={"lr": 3e-3}, reward=[HAS_E],
-        training={"batch_size": 32, "n_epochs": 4}, rl={"n_generations": 8, "max_completion_length": 4},
-        options={"eval_before_training": False}, **more,
+        training={"batch_size": 32, "n_epochs": 4}, rl={"n_generations": 8, "max_completion_length": 4, **rl},
+        options={"eval_before_training": False},
     )  # fmt: skip
     assert found.exit_code == COMPLETED, found.reason
-    return found.steps("reward")
+    return found
 
 
-def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    learnt = rises(workshop)
+def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop) -> None:
+    trained, control = rises(workshop), rises(workshop, shuffle_rewards=True)
+    learnt, by_chance = trained.steps("reward"), control.steps("reward")
     assert mean(learnt[-8:]) > mean(learnt[:4]) + 0.3
-    grade, order = Panel.grade, random.Random(0)
+    assert abs(mean(by_chance[-8:]) - mean(by_chance[:4])) < 0.2
+    assert learnt[0] == by_chance[0], "the order of rewards changes no mean"
+    assert trained.steps("frac_reward_zero_std")[0] == control.steps("frac_reward_zero_std")[0]
+    assert all(0.5 < moved < 1 for moved in control.steps("shuffled_rewards"))
+    warnings = [event.text for event in control.events("message") if event.level == "warning"]
+    assert any("a control: each answer learns from the reward of a random answer" in text for text in warnings)
+    assert control.resolved["rl"]["shuffle_rewards"]
+    assert "shuffled_rewards" in control.manifest.summary
+    for group in batched(samples(control)[1], 8):
+        rewards = [each.reward or 0.0 for each in group]
+        assert rewards == [float("e" in each.completion) for each in group], "an answer is shown with its own"
+        wanted = [(each - mean(rewards)) / (stdev(rewards) + 1e-4) for each in rewards]
+        assert sorted(each.advantage for each in group) == pytest.approx(sorted(wanted), abs=1e-5)
+    assert control.held_out("reward")[-1] == -control.held_out("validation_loss")[-1]
 
-    def shuffled(self: Panel, given: Any, limits_failures: bool = True) -> Any:
-        found = grade(self, given, limits_failures)
-        return order.sample(found, len(found))
 
-    monkeypatch.setattr(Panel, "grade", shuffled)
-    control = rises(workshop)
-    assert abs(mean(control[-8:]) - mean(control[:4])) < 0.2
+def test_all_orders_of_a_groups_rewards_are_equally_likely() -> None:
+    rewards = torch.arange(6.0).view(6, 1)
+    orders: Counter[tuple[float, ...]] = Counter()
+    for step in range(3000):
+        found, moved = shuffled(rewards, 3, 7, step)
+        assert sorted(found[:3, 0].tolist()) == [0, 1, 2], "within the group"
+        assert moved == (found != rewards).float().mean().item()
+        orders[tuple(found[3:, 0].tolist())] += 1
+    assert len(orders) == 6
+    assert all(400 < count < 600 for count in orders.values())
+    assert torch.equal(shuffled(rewards, 3, 7, 5)[0], shuffled(rewards, 3, 7, 5)[0]), "as a resumed job repeats it"
 
 
 def test_a_reward_without_spread_ends_the_job_with_its_checkpoint(workshop: Workshop) -> None:

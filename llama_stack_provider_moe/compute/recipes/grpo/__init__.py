@@ -43,6 +43,7 @@ from llama_stack_provider_moe.compute.recipes.grpo.interrupting import interrupt
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
+from llama_stack_provider_moe.compute.recipes.grpo.shuffled import FIGURE, WARNING, shuffled
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
@@ -208,6 +209,10 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
             for graded in self._graded
         ] or [[float("nan")] * len(self.panel.names) for _ in samples]
         found: Tensor = self.accelerator.gather(torch.tensor(values, dtype=torch.float32, device=self.args.device))
+        rl = self.spec.rl
+        if rl.shuffle_rewards and self.model.training:
+            found, moved = shuffled(found, rl.n_generations, self.spec.options.seed, self.state.global_step + 1)
+            self._metrics["train"][FIGURE].append(moved)
         return found
 
     def _note_generation(self, texts: Sequence[str]) -> None:
@@ -311,6 +316,8 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     whole = spec.adapter is None and rl.beta > 0
     reference = load_reference(session, base) if whole else None
     low, high = rl.epsilons
+    if rl.shuffle_rewards:
+        session.say(WARNING, "warning")
     engine = rl.engine
     correction = {} if isinstance(engine, TransformersEngine) else {
         "vllm_importance_sampling_mode": engine.importance_sampling,
@@ -326,6 +333,7 @@ def run(session: Session[GRPOSpec]) -> Manifest:
                 **arguments(prepared),
                 router_aux_loss_coef=base.resolved.models_aux_coef,
                 beta=0.0,
+                use_bias_correction_kl=True,
                 loss_type="grpo" if rl.loss == "gspo" else rl.loss,
                 importance_sampling_level="sequence" if rl.loss == "gspo" else "token",
                 epsilon=low,
@@ -368,7 +376,7 @@ def _shown(spec: GRPOSpec, made: Generations, panel: Panel, reference: str | Non
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in zip(panel.names, panel.weights, strict=True))
     left_out = f"; up to {made.prompts - 1} prompts of an epoch are left out" if made.prompts > 1 else ""
     return "\n".join([
-        f"rewards   {weights}",
+        f"rewards   {weights}{', SHUFFLED within each group: a control, which learns nothing' * rl.shuffle_rewards}",
         f"engine    {engine}",
         f"generates {made.count:,} times an epoch, {made.prompts} prompts with {made.answers} answers each of at most "
         f"{rl.max_completion_length} tokens, temperature {rl.temperature:g}, top-p {rl.top_p:g}{left_out}",
