@@ -7,6 +7,7 @@ jobs/<job_uuid>/
   data/validation.jsonl  validation rows, if a validation data set was named    written by the server
   data/<part>.jsonl      rows of further data sets (`row_sources`)              written by the server
   data/<part>.domains    domains of rows by a column of theirs (`jobdir.row_domains`)  written by the server
+  data/images/<sha256>.<png|jpg|webp>  images of the rows, once each       written by the server
   data/report.json       what the rows have (`jobdir.row_reports`)              written by the server
   data/sources.json      where the rows came from (`jobdir.row_sources`)        written by the server
   samples/<step>.jsonl   answers of a GRPO job (`jobdir.samples`)               written by the training process
@@ -130,6 +131,15 @@ class JobFolder:
     def rows(self, part: str) -> Path:
         """Return the file with the canonical rows of one of the job's data sets (`RowSource.part`)."""
         return self.data / f"{part}.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """Return the folder of the images that the rows name by SHA-256."""
+        return self.root / "data" / "images"
+
+    def image(self, sha256: str, format: str) -> Path:
+        """Return the file of an image; `format` is png, jpeg or webp."""
+        return self.images / f"{sha256}.{'jpg' if format == 'jpeg' else format}"
 
     def domains_of_rows(self, part: str) -> Path:
         """Return the file with the domain of each row of a part, where a column names it (`jobdir.row_domains`)."""

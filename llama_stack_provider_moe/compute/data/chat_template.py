@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from llama_stack_provider_moe.compute.data.row_images import parts_of
 from llama_stack_provider_moe.compute.data.template_probe import Dialect, Said, probe, said
 from llama_stack_provider_moe.spec.rows import Message
 
@@ -108,7 +109,7 @@ class Template:
         """
         shape = json.dumps(
             [
-                [(m["role"], bool(m["content"]), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
+                [(m["role"], [part["type"] for part in parts_of(m) or ()] or bool(m["content"]), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
                   "tool_call_id" in m, bool(m.get("reasoning"))) for m in messages],
                 len(tools or ()), given, answer_next,
             ],
@@ -142,7 +143,13 @@ class Template:
         for number, message in enumerate(messages):
             where = f"message {number + 1} ({message['role']})"
             word: Message = {**message}
-            if message["content"]:
+            if (parts := parts_of(message)) is not None:
+                words = [{**part, "text": f"qword{number}p{at}q"} for at, part in enumerate(parts)]
+                word["content"] = cast(Any, words)
+                expected += [
+                    (part["text"], f"a text of {where}") for part in words if cast(Any, part)["type"] == "text"
+                ]
+            elif message["content"]:
                 word["content"] = f"qword{number}q"
                 expected.append((f"qword{number}q", f"the content of {where}"))
             if message.get("reasoning"):

@@ -12,14 +12,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.data.domains import Domains, Split, mix
-from llama_stack_provider_moe.compute.data.encoding import IGNORED, DpoEncoder, Encoder, Limit, SftEncoder
+from llama_stack_provider_moe.compute.data.encoding import (
+    COLUMN_OF_IMAGES,
+    IGNORED,
+    DpoEncoder,
+    Encoder,
+    Limit,
+    SftEncoder,
+)
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
+from llama_stack_provider_moe.compute.data.row_images import image_of
 from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
 from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.compute.data.shards import Recipe, stretches
@@ -34,6 +43,9 @@ from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
 from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, SFTSpec
 from llama_stack_provider_moe.spec.rl_jobs import held_out_of
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.data.images import Images
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
 Divide = Callable[[int], Mapping[int, str]]
@@ -71,22 +83,26 @@ class Rows:
         return total(self.counts.values())
 
 
-def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
+def sft_rows(
+    session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int, images: "Images | None" = None
+) -> Rows:
     """Rows with columns `input_ids` and `labels`, which is -100 for tokens without a loss.
 
     Args:
         session: the job's session.
         tokenizer: with a chat template.
         vocabulary: rows of the model's embedding; a greater token id would read past its end.
+        images: turns the rows' images into tokens; None: no row has one.
 
     Raises:
         DataError: rows can't be rendered, or too many are too long.
     """
     options = session.spec.options
     limit = Limit(options.max_length, options.truncate)
-    encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input)
-    maker = Maker(session, cache_folder(session), encoder, SFT_FEATURES, vocabulary)
+    encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input, images=images)
+    maker = Maker(session, cache_folder(session), encoder, _with_pictures(SFT_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
+    check_images(session, train, images)
     row = train[0]
     labelled = Tokens(row["input_ids"], [label != IGNORED for label in row["labels"]])
     show_plan(session, encoder, maker.counts)
@@ -94,21 +110,25 @@ def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, voca
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
 
 
-def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
+def dpo_rows(
+    session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int, images: "Images | None" = None
+) -> Rows:
     """Rows with the columns of `DpoEncoder`; a prompt with an answer has at most `options.max_length` tokens.
 
     Args:
         session: the job's session.
         tokenizer: with a chat template.
         vocabulary: rows of the model's embedding; a greater token id would read past its end.
+        images: turns the prompts' images into tokens; None: no row has one.
 
     Raises:
         DataError: rows can't be rendered, or too many are too long.
     """
     options = session.spec.options
-    encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate))
-    maker = Maker(session, cache_folder(session), encoder, DPO_FEATURES, vocabulary)
+    encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate), images=images)
+    maker = Maker(session, cache_folder(session), encoder, _with_pictures(DPO_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
+    check_images(session, train, images)
     show_plan(session, encoder, maker.counts)
     row = train[0]
     for which in ("chosen", "rejected"):
@@ -116,6 +136,30 @@ def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, voca
         tokens = Tokens([*prompt, *answer], [False] * len(prompt) + [bool(said) for said in row[f"{which}_said"]])
         show_row(session, encoder, f"the first pair, {which}", tokens)
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
+
+
+def _with_pictures(features: Features, images: "Images | None") -> Features:
+    return features if images is None else Features({**features, COLUMN_OF_IMAGES: Value("string")})
+
+
+def check_images(session: AnySession, train: Dataset, images: "Images | None") -> None:
+    """Open the images of the first row that has some, and say how many rows have images.
+
+    Raises:
+        DataError: no row has an image, or one can't be decoded.
+        ModelError: the images' tokens depend on more than their sizes.
+    """
+    if images is None:
+        return
+    with_some = [index for index, text in enumerate(train[COLUMN_OF_IMAGES]) if text]
+    if not with_some:
+        raise DataError("data: the job has images, and no training row has one")
+    row = train[with_some[0]]
+    opened = [image_of(text) for text in row[COLUMN_OF_IMAGES].split()]
+    images.check(opened)
+    learnt = set(row["labels"] if "labels" in row else [*row["chosen_ids"], *row["rejected_ids"]])
+    assert not learnt & images.ids(opened), "tokens of an image are learnt"
+    session.show(f"images    in {len(with_some):,} of {len(train):,} rows to train on")
 
 
 def total(counts: Iterable[RowCounts]) -> RowCounts:

@@ -5,11 +5,12 @@ marks; the marks of TRL's training template of this published template; the pref
 for each answer, rendered as at inference.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,9 +29,14 @@ from llama_stack_provider_moe.compute.data.mask_methods import (
     reasoned,
     telling,
 )
+from llama_stack_provider_moe.compute.data.row_images import Image, images_of, parts_of, with_plain_texts
 from llama_stack_provider_moe.compute.data.template_probe import INLINE
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import Options
 from llama_stack_provider_moe.spec.rows import Conversation, Message
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.data.images import Images
 
 OWN_MARKS = "the template's own generation marks"
 TRAINING_MARKS = "TRL's training template of this published template"
@@ -67,20 +73,27 @@ class Rendered(NamedTuple):
     """A conversation as text. Spans are [start, end) in characters.
 
     `spans` are what is learnt, `typed` the special tokens that are to stay text. A `plain` text gets the tokens that
-    the tokenizer puts around a text, and all of it is learnt.
+    the tokenizer puts around a text, and all of it is learnt. `pictured` are the places of the `images`, in their order.
     """
 
     text: str
     spans: list[Span]
     typed: Sequence[Span] = ()
     plain: bool = False
+    images: Sequence[Image] = ()
+    pictured: Sequence[Span] = ()
 
 
 class Tokens(NamedTuple):
-    """A conversation as token ids; `said` is true on the tokens to learn."""
+    """A conversation as token ids; `said` is true on the tokens to learn, `pictured` on those that stand for images.
+
+    `pictured` is empty without images.
+    """
 
     ids: list[int]
     said: list[bool]
+    pictured: Sequence[bool] = ()
+    images: Sequence[Image] = ()
 
 
 class Renderer:
@@ -89,10 +102,14 @@ class Renderer:
     Args:
         tokenizer: with a chat template, unless only `text` is used.
         settings: which answers are learnt, and how.
+        images: puts in the tokens of images; None: a template's one token stands for each.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Rendering | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: Rendering | None = None, images: "Images | None" = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._images = images
         self._settings = settings or Rendering()
         self._typed = typed_tokens.pattern_of(tokenizer) if self._settings.special_tokens == "text" else None
         self._pairs: dict[str, Pair] = {}
@@ -120,7 +137,8 @@ class Renderer:
             learnt = learnt[-1:]
         if self._settings.turns == "each":
             return self._each(conversation, learnt)
-        conversation = {**conversation, "messages": reasoned(messages, self._settings.reasoning)}
+        messages = reasoned(with_plain_texts(messages), self._settings.reasoning)
+        conversation = {**conversation, "messages": messages}
         failures: list[Exception] = []
         for name, method in self._methods(conversation):
             try:
@@ -216,6 +234,11 @@ class Renderer:
             if conversation.typed:
                 coded = typed_tokens.as_text(self._tokenizer, coded, text, marker)
             said = _mark(coded.offsets, conversation.spans)
+            if conversation.images:
+                pictured = _mark(coded.offsets, conversation.pictured)
+                learnt = [each and not of_image for each, of_image in zip(said, pictured, strict=True)]
+                made.append(Tokens(coded.ids, learnt, pictured, conversation.images))
+                continue
             made.append(self._between(coded.ids) if conversation.plain else Tokens(coded.ids, said))
         return made
 
@@ -291,7 +314,9 @@ class Renderer:
     def _made(
         self, conversation: Conversation, name: str | None, render: Callable[[Dialog], tuple[str, list[Place]]]
     ) -> Rendered:
-        messages = reasoned(conversation["messages"], self._settings.reasoning)
+        messages = reasoned(with_plain_texts(conversation["messages"]), self._settings.reasoning)
+        if any(message["role"] == "assistant" and parts_of(message) is not None for message in messages):
+            raise Unrenderable("a message of the assistant has an image; expected text")
         dialog = Dialog(messages, conversation.get("tools") or None, conversation.get("chat_template_kwargs") or {})
         marker = self._marker(dialog)
         if marker:
@@ -305,7 +330,10 @@ class Renderer:
             self.counts[TYPED] += len(typed)
         if name is not None:
             self.counts[f"rows by {name}"] += 1
-        return Rendered(text, spans, typed)
+        images = images_of(messages)
+        if images and self._images is not None:
+            return _with_images(Rendered(text, spans, typed, images=images), self._images)
+        return Rendered(text, spans, typed, images=images)
 
     def _marker(self, dialog: Dialog) -> str | None:
         """A marker for typed special tokens; None if there are none."""
@@ -354,6 +382,43 @@ def _put_in(text: str, places: Sequence[Place]) -> tuple[str, list[Span]]:
         spans.append((place.start + moved, place.end + moved + len(place.added)))
         done, moved = place.end, moved + len(place.added)
     return "".join([*pieces, text[done:]]), spans
+
+
+def _with_images(rendered: Rendered, images: "Images") -> Rendered:
+    """The text with the tokens of its images in the place of the template's one token for each.
+
+    Raises:
+        Unrenderable: the template did not write one token for each image, or somebody typed one.
+    """
+    typed = set(rendered.typed)
+    places = [found.span() for found in re.finditer(re.escape(images.token), rendered.text)]
+    places = [place for place in places if place not in typed]
+    if len(places) != len(rendered.images):
+        raise Unrenderable(
+            f"it has {number_of(len(rendered.images), 'image')}, and its text {len(places)} times {images.token!r}, "
+            "with which the chat template says that an image is there"
+        )
+    pieces: list[str] = []
+    pictured: list[Span] = []
+    moves: list[tuple[int, int]] = []  # behind this character, everything is moved by so much
+    done = moved = 0
+    for (start, end), image in zip(places, rendered.images, strict=True):
+        tokens = images.tokens(image)
+        pieces += [rendered.text[done:start], tokens]
+        pictured.append((start + moved, start + moved + len(tokens)))
+        moved += len(tokens) - (end - start)
+        moves.append((end, moved))
+        done = end
+
+    def at(place: int) -> int:
+        return place + next((by for behind, by in reversed(moves) if behind <= place), 0)
+
+    return rendered._replace(
+        text="".join([*pieces, rendered.text[done:]]),
+        spans=[(at(start), at(end)) for start, end in rendered.spans],
+        typed=[(at(start), at(end)) for start, end in rendered.typed],
+        pictured=pictured,
+    )
 
 
 def _mark(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -65,6 +65,10 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
         self._reference_batches: liveness.Counter | None = None
         with hashing_counted():
             collator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
+            if (images := prepared.base.images) is not None:
+                from llama_stack_provider_moe.compute.data.images import ImageCollator
+
+                collator = ImageCollator(collator, images, repeats=2)
             super().__init__(prepared, args, ref_model=ref_model, data_collator=collator)
         # `weigh` divides the loss by the pairs of the whole step; transformers must not divide it by micro-batches too.
         self.loss_is_scaled_for_ga = True
@@ -190,7 +194,7 @@ def run(session: Session[DPOSpec]) -> Manifest:
     spec = session.spec
     base = backend_of(spec).load(session)
     without_dropout(base.model)
-    prepared = prepare(session, base, dpo_rows(session, base.tokenizer, base.vocabulary))
+    prepared = prepare(session, base, dpo_rows(session, base.tokenizer, base.vocabulary, base.images))
     held = require_determinism(session, prepared.model)
     ahead = reference_ahead(spec)
     reference = None if spec.adapter is not None or ahead else load_reference(session, base)
