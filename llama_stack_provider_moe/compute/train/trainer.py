@@ -97,6 +97,7 @@ class RecordingTrainer(EvaluatingTrainer):
             if not isinstance(self.data_collator, ImageCollator):
                 self.data_collator = ImageCollator(self.data_collator, base.images)
             self.image_token = base.model.config.image_token_id
+            self.image_processor = base.images.processor
             self.part_names = PARTS
         if self.domains is not None:
             self.data_collator = DomainCollator(self.data_collator)
