@@ -50,7 +50,12 @@ def rows(folder: JobFolder, count: int, shuffled: bool) -> list[Any]:
     if shuffled:
         drawn.shuffle(parts)
     return [
-        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}, said("assistant", colour)]}
+        {
+            "messages": [
+                {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]},
+                said("assistant", colour),
+            ]
+        }
         for part, colour in zip(parts, colours, strict=True)
     ]
 
@@ -94,7 +99,9 @@ def measure(count: int, epochs: int, held_out: int, lr: float = 3e-3) -> dict[st
                 training={"batch_size": 16, "n_epochs": epochs}, options={"validation_split": 0.0},
             )  # fmt: skip
             assert job.exit_code == 0, job.reason
-            after = [accuracy(job.folder.root / "checkpoints" / f"epoch-{epoch}", held_out) for epoch in range(1, epochs)]
+            after = [
+                accuracy(job.folder.root / "checkpoints" / f"epoch-{epoch}", held_out) for epoch in range(1, epochs)
+            ]
             found[name] = [accuracy(base, held_out), *after, accuracy(job.folder.model, held_out)]
     return found
 

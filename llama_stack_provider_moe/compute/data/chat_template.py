@@ -109,7 +109,7 @@ class Template:
         """
         shape = json.dumps(
             [
-                [(m["role"], [part["type"] for part in parts_of(m) or ()] or bool(m["content"]), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
+                [(m["role"], _kinds(m), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
                   "tool_call_id" in m, bool(m.get("reasoning"))) for m in messages],
                 len(tools or ()), given, answer_next,
             ],
@@ -169,6 +169,12 @@ class Template:
         except Refused:
             return None
         return list(dict.fromkeys(what for word_, what in expected if word_ not in text))
+
+
+def _kinds(message: Message) -> object:
+    """The kinds of a content's parts; of a text, whether there is one."""
+    parts = parts_of(message)
+    return bool(message["content"]) if parts is None else [part["type"] for part in parts]
 
 
 class Pair(NamedTuple):

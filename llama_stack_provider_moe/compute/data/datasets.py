@@ -19,16 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.data.domains import Domains, Split, mix
 from llama_stack_provider_moe.compute.data.encoding import (
-    COLUMN_OF_IMAGES,
     IGNORED,
     DpoEncoder,
     Encoder,
     Limit,
     SftEncoder,
 )
+from llama_stack_provider_moe.compute.data.image_columns import check_images, with_pictures
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
-from llama_stack_provider_moe.compute.data.row_images import image_of
 from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
 from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.compute.data.shards import Recipe, stretches
@@ -100,7 +99,7 @@ def sft_rows(
     options = session.spec.options
     limit = Limit(options.max_length, options.truncate)
     encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input, images=images)
-    maker = Maker(session, cache_folder(session), encoder, _with_pictures(SFT_FEATURES, images), vocabulary)
+    maker = Maker(session, cache_folder(session), encoder, with_pictures(SFT_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
     check_images(session, train, images)
     row = train[0]
@@ -126,7 +125,7 @@ def dpo_rows(
     """
     options = session.spec.options
     encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate), images=images)
-    maker = Maker(session, cache_folder(session), encoder, _with_pictures(DPO_FEATURES, images), vocabulary)
+    maker = Maker(session, cache_folder(session), encoder, with_pictures(DPO_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
     check_images(session, train, images)
     show_plan(session, encoder, maker.counts)
@@ -136,30 +135,6 @@ def dpo_rows(
         tokens = Tokens([*prompt, *answer], [False] * len(prompt) + [bool(said) for said in row[f"{which}_said"]])
         show_row(session, encoder, f"the first pair, {which}", tokens)
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
-
-
-def _with_pictures(features: Features, images: "Images | None") -> Features:
-    return features if images is None else Features({**features, COLUMN_OF_IMAGES: Value("string")})
-
-
-def check_images(session: AnySession, train: Dataset, images: "Images | None") -> None:
-    """Open the images of the first row that has some, and say how many rows have images.
-
-    Raises:
-        DataError: no row has an image, or one can't be decoded.
-        ModelError: the images' tokens depend on more than their sizes.
-    """
-    if images is None:
-        return
-    with_some = [index for index, text in enumerate(train[COLUMN_OF_IMAGES]) if text]
-    if not with_some:
-        raise DataError("data: the job has images, and no training row has one")
-    row = train[with_some[0]]
-    opened = [image_of(text) for text in row[COLUMN_OF_IMAGES].split()]
-    images.check(opened)
-    learnt = set(row["labels"] if "labels" in row else [*row["chosen_ids"], *row["rejected_ids"]])
-    assert not learnt & images.ids(opened), "tokens of an image are learnt"
-    session.show(f"images    in {len(with_some):,} of {len(train):,} rows to train on")
 
 
 def total(counts: Iterable[RowCounts]) -> RowCounts:
@@ -346,6 +321,9 @@ class Maker:
 
     def _write(self, part: str, dataset_id: str, divide: Divide | None) -> tuple[dict[str, list[str]], RowCounts]:
         session, path = self.session, self.session.folder.rows(part)
+        if self.encode.images is None and any(session.folder.images.glob("*")):
+            raise DataError(f"dataset {dataset_id!r}: its rows have images, which recipe {session.spec.recipe!r} with "
+                            f"loader {session.spec.loader!r} does not train on")  # fmt: skip
         with liveness.stage("reading rows"):
             found = list(stretches(path))
             parts = {} if divide is None else divide(sum(each.count for each in found))

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder
 
 TYPES = "mm_token_type_ids"  # (rows, tokens): 1 on tokens of images
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "text_replacement_offsets", TYPES)
+_SIZES = 2048  # of images that are remembered
 _FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
@@ -57,6 +58,8 @@ class Images:
         """
         size = (image.width, image.height)
         if size not in self._tokens:
+            if len(self._tokens) >= _SIZES:
+                self._tokens.clear()
             self._tokens[size] = self._replacements([Pillow.new("RGB", size)])[0]
         return self._tokens[size]
 
@@ -161,7 +164,9 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         named = [image_of(text) for row in rows for text in row[COLUMN_OF_IMAGES].split()]
-        batch = dict(self._collate([{name: value for name, value in row.items() if name != COLUMN_OF_IMAGES} for row in rows]))
+        batch = dict(
+            self._collate([{name: value for name, value in row.items() if name != COLUMN_OF_IMAGES} for row in rows])
+        )
         if not named:
             return batch
         return {**batch, **self._images.inputs(named * self._repeats, batch["input_ids"])}

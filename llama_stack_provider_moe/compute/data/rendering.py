@@ -5,7 +5,6 @@ marks; the marks of TRL's training template of this published template; the pref
 for each answer, rendered as at inference.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.data import typed_tokens
 from llama_stack_provider_moe.compute.data.chat_template import Pair, Refused, Span, pair_of
+from llama_stack_provider_moe.compute.data.image_places import Unrenderable, with_images
 from llama_stack_provider_moe.compute.data.mask_methods import (
     Dialog,
     Dropped,
@@ -31,12 +31,13 @@ from llama_stack_provider_moe.compute.data.mask_methods import (
 )
 from llama_stack_provider_moe.compute.data.row_images import Image, images_of, parts_of, with_plain_texts
 from llama_stack_provider_moe.compute.data.template_probe import INLINE
-from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import Options
 from llama_stack_provider_moe.spec.rows import Conversation, Message
 
 if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.data.images import Images
+
+__all__ = ["Method", "Rendered", "Renderer", "Rendering", "Tokens", "Unrenderable"]
 
 OWN_MARKS = "the template's own generation marks"
 TRAINING_MARKS = "TRL's training template of this published template"
@@ -49,10 +50,6 @@ class Method(Protocol):
     """A way to find the learnt answers of a conversation; see `mask_methods`."""
 
     def __call__(self, dialog: Dialog, *, learnt: Sequence[int]) -> tuple[str, list[Place]]: ...
-
-
-class Unrenderable(Exception):
-    """The template can't render these messages, or the answer's place in the text is unknown."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Rendered(NamedTuple):
     """A conversation as text. Spans are [start, end) in characters.
 
     `spans` are what is learnt, `typed` the special tokens that are to stay text. A `plain` text gets the tokens that
-    the tokenizer puts around a text, and all of it is learnt. `pictured` are the places of the `images`, in their order.
+    the tokenizer puts around a text, and all of it is learnt. `pictured` are the places of the `images` in the text.
     """
 
     text: str
@@ -332,7 +329,8 @@ class Renderer:
             self.counts[f"rows by {name}"] += 1
         images = images_of(messages)
         if images and self._images is not None:
-            return _with_images(Rendered(text, spans, typed, images=images), self._images)
+            text, spans, typed, pictured = with_images(text, spans, typed, images, self._images)
+            return Rendered(text, spans, typed, images=images, pictured=pictured)
         return Rendered(text, spans, typed, images=images)
 
     def _marker(self, dialog: Dialog) -> str | None:
@@ -382,43 +380,6 @@ def _put_in(text: str, places: Sequence[Place]) -> tuple[str, list[Span]]:
         spans.append((place.start + moved, place.end + moved + len(place.added)))
         done, moved = place.end, moved + len(place.added)
     return "".join([*pieces, text[done:]]), spans
-
-
-def _with_images(rendered: Rendered, images: "Images") -> Rendered:
-    """The text with the tokens of its images in the place of the template's one token for each.
-
-    Raises:
-        Unrenderable: the template did not write one token for each image, or somebody typed one.
-    """
-    typed = set(rendered.typed)
-    places = [found.span() for found in re.finditer(re.escape(images.token), rendered.text)]
-    places = [place for place in places if place not in typed]
-    if len(places) != len(rendered.images):
-        raise Unrenderable(
-            f"it has {number_of(len(rendered.images), 'image')}, and its text {len(places)} times {images.token!r}, "
-            "with which the chat template says that an image is there"
-        )
-    pieces: list[str] = []
-    pictured: list[Span] = []
-    moves: list[tuple[int, int]] = []  # behind this character, everything is moved by so much
-    done = moved = 0
-    for (start, end), image in zip(places, rendered.images, strict=True):
-        tokens = images.tokens(image)
-        pieces += [rendered.text[done:start], tokens]
-        pictured.append((start + moved, start + moved + len(tokens)))
-        moved += len(tokens) - (end - start)
-        moves.append((end, moved))
-        done = end
-
-    def at(place: int) -> int:
-        return place + next((by for behind, by in reversed(moves) if behind <= place), 0)
-
-    return rendered._replace(
-        text="".join([*pieces, rendered.text[done:]]),
-        spans=[(at(start), at(end)) for start, end in rendered.spans],
-        typed=[(at(start), at(end)) for start, end in rendered.typed],
-        pictured=pictured,
-    )
 
 
 def _mark(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -9,7 +9,7 @@ from llama_stack_provider_moe.compute.models.loader import DTYPES, trusted
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.vision_parts import vision_layers
 from llama_stack_provider_moe.compute.runtime.context import AnySession
-from llama_stack_provider_moe.errors import ModelError, shorten
+from llama_stack_provider_moe.errors import InvalidInput, ModelError, shorten
 from llama_stack_provider_moe.spec.image_limits import require_trainable_images
 
 if TYPE_CHECKING:
@@ -31,9 +31,11 @@ def load_images(session: AnySession) -> "Images | None":
         InvalidInput: the job asks for what does not work with images.
         ModelError: a library is missing, or the model has no processor of images.
     """
-    if not has_images(session):
-        return None
     spec = session.spec
+    if not has_images(session):
+        if spec.adapter is not None and spec.adapter.vision != "off":
+            raise InvalidInput("adapter.vision", spec.adapter.vision, "'off', because no row has an image")
+        return None
     require_trainable_images(spec)
     for module in NEEDED:
         if find_spec(module) is None:

@@ -1,4 +1,4 @@
-"""Laws of rows with images before anything trains: tokens and labels, lengths, files that can't be decoded, refusals."""
+"""Laws of rows with images before anything trains: tokens, labels, lengths, files that can't be decoded, refusals."""
 
 import json
 import pickle
@@ -170,6 +170,8 @@ def test_what_does_not_work_with_images_is_refused_by_name(field: str) -> None:
 
 
 def test_a_text_model_and_a_missing_library_are_named(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = workshop.run("sft", "llama", adapter={"vision": "tower"})
+    assert "adapter.vision: 'tower' is not valid; expected 'off', because no row has an image" in nothing.reason
     folder = JobFolder(workshop.next_folder("sft"))
     job = workshop.run("sft", "llama", [row(folder)] * 4)
     assert (job.exit_code, "no processor of images" in job.reason) == (FAILED, True), job.reason
