@@ -144,11 +144,11 @@ class Template:
             where = f"message {number + 1} ({message['role']})"
             word: Message = {**message}
             if (parts := parts_of(message)) is not None:
-                words = [{**part, "text": f"qword{number}p{at}q"} for at, part in enumerate(parts)]
-                word["content"] = cast(Any, words)
-                expected += [
-                    (part["text"], f"a text of {where}") for part in words if cast(Any, part)["type"] == "text"
+                words: list[dict[str, Any]] = [
+                    {**part, "text": f"qword{number}p{at}q"} for at, part in enumerate(parts)
                 ]
+                word["content"] = cast(Any, words)
+                expected += [(str(word["text"]), f"a text of {where}") for word in words if word["type"] == "text"]
             elif message["content"]:
                 word["content"] = f"qword{number}q"
                 expected.append((f"qword{number}q", f"the content of {where}"))

@@ -23,6 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llama_stack_provider_moe.compute.data import batch_sharing, domains
 from llama_stack_provider_moe.compute.data.datasets import dpo_rows
+from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.methods.preference import as_robust
 from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
 from llama_stack_provider_moe.compute.models.backend import backend_of
@@ -64,10 +65,8 @@ class DPO(RecordingTrainer, StepFigures, DPOTrainer):
     def __init__(self, prepared: Prepared[DPOSpec], args: DPOConfig, ref_model: PreTrainedModel | None = None) -> None:
         self._reference_batches: liveness.Counter | None = None
         with hashing_counted():
-            collator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
+            collator: PairCollator | ImageCollator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
             if (images := prepared.base.images) is not None:
-                from llama_stack_provider_moe.compute.data.images import ImageCollator
-
                 collator = ImageCollator(collator, images, repeats=2)
             super().__init__(prepared, args, ref_model=ref_model, data_collator=collator)
         # `weigh` divides the loss by the pairs of the whole step; transformers must not divide it by micro-batches too.

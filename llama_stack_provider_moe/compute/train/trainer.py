@@ -21,6 +21,7 @@ from llama_stack_provider_moe.compute.data.batch_sharing import SharedBatches, S
 from llama_stack_provider_moe.compute.data.domains import DomainCollator, DomainSampler, runs_by_domain
 from llama_stack_provider_moe.compute.data.encoding import COLUMN_OF_IMAGES
 from llama_stack_provider_moe.compute.data.groups import GroupSampler
+from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler, rows_an_epoch
 from llama_stack_provider_moe.compute.distributed.expert_parallel import clip
 from llama_stack_provider_moe.compute.models.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -92,8 +93,6 @@ class RecordingTrainer(EvaluatingTrainer):
             set_plain_head(model, self.head_temperature)
         self.image_token: int | None = None
         if base.images is not None:
-            from llama_stack_provider_moe.compute.data.images import ImageCollator
-
             if not isinstance(self.data_collator, ImageCollator):
                 self.data_collator = ImageCollator(self.data_collator, base.images)
             self.image_token = base.model.config.image_token_id
