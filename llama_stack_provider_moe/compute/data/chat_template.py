@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from llama_stack_provider_moe.compute.data.row_images import parts_of
 from llama_stack_provider_moe.compute.data.template_probe import Dialect, Said, probe, said
+from llama_stack_provider_moe.compute.models.row_images import parts_of
 from llama_stack_provider_moe.spec.rows import Message
 
 Span = tuple[int, int]

@@ -44,7 +44,7 @@ from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, 
 from llama_stack_provider_moe.spec.rl_jobs import held_out_of
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
 Divide = Callable[[int], Mapping[int, str]]

@@ -19,7 +19,7 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, Preference, TextRow
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 IGNORED = -100
 COLUMN_OF_IMAGES = "pictures"  # `Image.text` of each image, with spaces between them; TRL takes "images" for its own

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from llama_stack_provider_moe.compute.data.encoding import COLUMN_OF_IMAGES
-from llama_stack_provider_moe.compute.data.row_images import image_of
+from llama_stack_provider_moe.compute.models.row_images import image_of
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 
 class ImageCollator:

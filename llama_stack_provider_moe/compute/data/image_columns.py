@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, Features, Value
 
 from llama_stack_provider_moe.compute.data.encoding import COLUMN_OF_IMAGES
-from llama_stack_provider_moe.compute.data.row_images import image_of
+from llama_stack_provider_moe.compute.models.row_images import image_of
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.errors import DataError
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 
 def with_pictures(features: Features, images: "Images | None") -> Features:

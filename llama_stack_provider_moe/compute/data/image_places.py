@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_stack_provider_moe.compute.data.chat_template import Span
-from llama_stack_provider_moe.compute.data.row_images import Image
+from llama_stack_provider_moe.compute.models.row_images import Image
 from llama_stack_provider_moe.ground.counting import number_of
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 
 class Unrenderable(Exception):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llama_stack_provider_moe.compute.data.chat_template import Refused, Span, Template
-from llama_stack_provider_moe.compute.data.row_images import words_of
 from llama_stack_provider_moe.compute.data.template_probe import TurnEnd
+from llama_stack_provider_moe.compute.models.row_images import words_of
 from llama_stack_provider_moe.spec.rows import Message
 
 _OPENED = re.compile(

@@ -29,13 +29,13 @@ from llama_stack_provider_moe.compute.data.mask_methods import (
     reasoned,
     telling,
 )
-from llama_stack_provider_moe.compute.data.row_images import Image, images_of, parts_of, with_plain_texts
 from llama_stack_provider_moe.compute.data.template_probe import INLINE
+from llama_stack_provider_moe.compute.models.row_images import Image, images_of, parts_of, with_plain_texts
 from llama_stack_provider_moe.spec import Options
 from llama_stack_provider_moe.spec.rows import Conversation, Message
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 __all__ = ["Method", "Rendered", "Renderer", "Rendering", "Tokens", "Unrenderable"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llama_stack_provider_moe.compute.data.row_images import parts_of
+from llama_stack_provider_moe.compute.models.row_images import parts_of
 from llama_stack_provider_moe.spec.rows import Message
 
 Said = dict[str, Any]  # a message as a template takes it

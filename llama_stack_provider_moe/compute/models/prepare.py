@@ -35,7 +35,7 @@ from llama_stack_provider_moe.spec import Moe, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 
 @dataclass(frozen=True)

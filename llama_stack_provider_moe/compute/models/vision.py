@@ -13,7 +13,7 @@ from llama_stack_provider_moe.errors import InvalidInput, ModelError, shorten
 from llama_stack_provider_moe.spec.image_limits import require_trainable_images
 
 if TYPE_CHECKING:
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
 NEEDED = ("torchvision", "PIL")  # what processors of images import
 
@@ -43,7 +43,7 @@ def load_images(session: AnySession) -> "Images | None":
                 f"data: the rows have images, and the training environment has no {module}; install "
                 "'llama-stack-provider-moe[vision]' there"
             )
-    from llama_stack_provider_moe.compute.data.images import Images
+    from llama_stack_provider_moe.compute.models.images import Images
 
     try:
         processor = AutoProcessor.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))

@@ -13,9 +13,9 @@ from transformers import DefaultDataCollator
 
 from llama_stack_provider_moe.compute.data.encoding import DpoEncoder, Limit, Problem, SftEncoder
 from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
-from llama_stack_provider_moe.compute.data.images import Images
 from llama_stack_provider_moe.compute.data.rendering import Rendering
-from llama_stack_provider_moe.compute.data.row_images import image_of, images_of
+from llama_stack_provider_moe.compute.models.images import Images
+from llama_stack_provider_moe.compute.models.row_images import image_of, images_of
 from llama_stack_provider_moe.compute.worker.main import FAILED
 from llama_stack_provider_moe.errors import DataError, InvalidInput
 from llama_stack_provider_moe.jobdir.folder import JobFolder

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from llama_stack_provider_moe.compute.data.row_images import Image
+from llama_stack_provider_moe.compute.models.row_images import Image
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 
