@@ -96,7 +96,7 @@ def measure(count: int, epochs: int, held_out: int, lr: float = 3e-3) -> dict[st
             job = workshop.run(
                 "sft", base, made, adapter=None, optimizer={"lr": lr},
                 data={"dataset_id": "colours", "validation_dataset_id": None},
-                training={"batch_size": 16, "n_epochs": epochs}, options={"validation_split": 0.0},
+                training={"batch_size": 16, "n_epochs": epochs}, options={"validation_split": 0.0, "keep_checkpoints": epochs},
             )  # fmt: skip
             assert job.exit_code == 0, job.reason
             after = [
@@ -121,9 +121,9 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     """Measure, print, draw, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=100)
     given = parser.parse_args()
     found = measure(given.rows, given.epochs, given.held_out)
     result = {
