@@ -96,7 +96,8 @@ def measure(count: int, epochs: int, held_out: int, lr: float = 3e-3) -> dict[st
             job = workshop.run(
                 "sft", base, made, adapter=None, optimizer={"lr": lr},
                 data={"dataset_id": "colours", "validation_dataset_id": None},
-                training={"batch_size": 16, "n_epochs": epochs}, options={"validation_split": 0.0, "keep_checkpoints": epochs},
+                training={"batch_size": 16, "n_epochs": epochs},
+                options={"validation_split": 0.0, "keep_checkpoints": epochs},
             )  # fmt: skip
             assert job.exit_code == 0, job.reason
             after = [
