@@ -8,7 +8,10 @@ from pydantic import Field, field_validator, model_validator
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, NUMBERS_LENGTH, NUMBERS_PATTERN, Block, numbers
 
 AdapterPlan = Literal["trunk", "all_experts", "per_expert"]
-AdapterGroup = Literal["attention", "experts", "shared_experts", "dense_mlp", "router", "output_head"]
+AdapterGroup = Literal[
+    "attention", "experts", "shared_experts", "dense_mlp", "router", "output_head", "projector", "tower"
+]
+Vision = Literal["off", "projector", "tower"]
 AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ExpertModule = Literal["gate_up_proj", "down_proj"]
 MAX_RANK = 1024
@@ -162,6 +165,12 @@ class Adapter(Block):
         default=["gate_up_proj", "down_proj"], min_length=1, description="Projections of the experts that get LoRA."
     )
     apply_lora_to_output: bool = Field(default=False, description="Use LoRA on the output head (lm_head).")
+    vision: Vision = Field(
+        default="off",
+        description="Parts of a vision-language model's way from image to language model that get LoRA too, on their "
+        "linear layers. off: none; projector: what turns the tower's output into the language model's input; tower: "
+        "the vision tower and the projector.",
+    )
     layers: str | None = Field(
         default=None,
         pattern=NUMBERS_PATTERN,
@@ -216,7 +225,9 @@ class Adapter(Block):
     @property
     def is_for_routers_alone(self) -> bool:
         """Whether nothing but routers can get LoRA, which `moe.train_router` asks for."""
-        return not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output)
+        return not (
+            self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output or self.vision != "off"
+        )
 
     @model_validator(mode="after")
     def _plan_and_its_settings_agree(self) -> "Adapter":

@@ -63,6 +63,8 @@ class AnswersEncoder(Encoder):
         if begins == 0:
             return Problem(f"there is no prompt before the answer{'s' * (len(answers) > 1)}")
         ends = [last_said(tokens) + 1 for tokens in answers]
+        if first.images and max(ends) > self.limit.length:
+            return self.limit.images_too_long(max(ends), sum(first.pictured))
         if problem := self.limit.too_long(max(ends)):
             return problem
         cut, length = max(ends) > self.limit.length, self.limit.length
@@ -117,7 +119,7 @@ class DpoEncoder(AnswersEncoder):
         columns = {"prompt_ids": found.prompt}
         for which, ids, said in zip(("chosen", "rejected"), found.answers, found.said, strict=True):
             columns |= {f"{which}_ids": ids, f"{which}_said": said}
-        return found.encoded(columns, row)
+        return found.encoded(columns, row)._replace(texts=self.pictures(chosen))
 
 
 @dataclass(frozen=True)

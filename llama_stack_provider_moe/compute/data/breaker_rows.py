@@ -124,7 +124,7 @@ class RetainEncoder(Encoder):
         if isinstance(found, Problem):
             return found
         piece, system_cut = found
-        ids, said = piece.tokens
+        ids, said = piece.tokens.ids, piece.tokens.said
         if not any(said[1:]):  # the model never predicts the first token
             return nothing_learnt(tokens, self.limit)
         return Encoded({"input_ids": ids, "said": [int(each) for each in said]}, piece.cut, max(ids), system_cut)

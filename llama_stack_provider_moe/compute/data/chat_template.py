@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llama_stack_provider_moe.compute.data.template_probe import Dialect, Said, probe, said
+from llama_stack_provider_moe.compute.models.row_images import parts_of
 from llama_stack_provider_moe.spec.rows import Message
 
 Span = tuple[int, int]
@@ -108,7 +109,7 @@ class Template:
         """
         shape = json.dumps(
             [
-                [(m["role"], bool(m["content"]), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
+                [(m["role"], _kinds(m), m["content"] is None, len(m.get("tool_calls", ())), "name" in m,
                   "tool_call_id" in m, bool(m.get("reasoning"))) for m in messages],
                 len(tools or ()), given, answer_next,
             ],
@@ -142,7 +143,13 @@ class Template:
         for number, message in enumerate(messages):
             where = f"message {number + 1} ({message['role']})"
             word: Message = {**message}
-            if message["content"]:
+            if (parts := parts_of(message)) is not None:
+                words: list[dict[str, Any]] = [
+                    {**part, "text": f"qword{number}p{at}q"} for at, part in enumerate(parts)
+                ]
+                word["content"] = cast(Any, words)
+                expected += [(str(word["text"]), f"a text of {where}") for word in words if word["type"] == "text"]
+            elif message["content"]:
                 word["content"] = f"qword{number}q"
                 expected.append((f"qword{number}q", f"the content of {where}"))
             if message.get("reasoning"):
@@ -162,6 +169,12 @@ class Template:
         except Refused:
             return None
         return list(dict.fromkeys(what for word_, what in expected if word_ not in text))
+
+
+def _kinds(message: Message) -> object:
+    """The kinds of a content's parts; of a text, whether there is one."""
+    parts = parts_of(message)
+    return bool(message["content"]) if parts is None else [part["type"] for part in parts]
 
 
 class Pair(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_stack_provider_moe.compute.data.answers import DpoEncoder
 from llama_stack_provider_moe.compute.data.domains import Domains, Split, mix
 from llama_stack_provider_moe.compute.data.encoding import IGNORED, Encoder, Limit, SftEncoder
+from llama_stack_provider_moe.compute.data.image_columns import check_images, with_pictures
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.data.row_counts import RowCounts
 from llama_stack_provider_moe.compute.data.row_lengths import lengths_of
@@ -35,6 +37,9 @@ from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
 from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, SFTSpec
 from llama_stack_provider_moe.spec.rl_jobs import held_out_of
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.models.images import Images
 
 SHOWN_TOKENS = 512  # of a row in the log, half of them from its beginning
 Divide = Callable[[int], Mapping[int, str]]
@@ -72,22 +77,26 @@ class Rows:
         return total(self.counts.values())
 
 
-def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
+def sft_rows(
+    session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int, images: "Images | None" = None
+) -> Rows:
     """Rows with columns `input_ids` and `labels`, which is -100 for tokens without a loss.
 
     Args:
         session: the job's session.
         tokenizer: with a chat template.
         vocabulary: rows of the model's embedding; a greater token id would read past its end.
+        images: turns the rows' images into tokens; None: no row has one.
 
     Raises:
         DataError: rows can't be rendered, or too many are too long.
     """
     options = session.spec.options
     limit = Limit(options.max_length, options.truncate)
-    encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input)
-    maker = Maker(session, cache_folder(session), encoder, SFT_FEATURES, vocabulary)
+    encoder = SftEncoder(tokenizer, Rendering.of(options), limit, session.spec.data.train_on_input, images=images)
+    maker = Maker(session, cache_folder(session), encoder, with_pictures(SFT_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
+    check_images(session, train, images)
     row = train[0]
     labelled = Tokens(row["input_ids"], [label != IGNORED for label in row["labels"]])
     show_plan(session, encoder, maker.counts)
@@ -95,21 +104,25 @@ def sft_rows(session: Session[SFTSpec], tokenizer: PreTrainedTokenizerBase, voca
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
 
 
-def dpo_rows(session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
+def dpo_rows(
+    session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int, images: "Images | None" = None
+) -> Rows:
     """Rows with the columns of `DpoEncoder`; a prompt with an answer has at most `options.max_length` tokens.
 
     Args:
         session: the job's session.
         tokenizer: with a chat template.
         vocabulary: rows of the model's embedding; a greater token id would read past its end.
+        images: turns the prompts' images into tokens; None: no row has one.
 
     Raises:
         DataError: rows can't be rendered, or too many are too long.
     """
     options = session.spec.options
-    encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate))
-    maker = Maker(session, cache_folder(session), encoder, DPO_FEATURES, vocabulary)
+    encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate), images=images)
+    maker = Maker(session, cache_folder(session), encoder, with_pictures(DPO_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
+    check_images(session, train, images)
     show_plan(session, encoder, maker.counts)
     row = train[0]
     for which in ("chosen", "rejected"):
@@ -321,6 +334,9 @@ class Maker:
 
     def _write(self, part: str, dataset_id: str, divide: Divide | None) -> tuple[dict[str, list[str]], RowCounts]:
         session, path = self.session, self.session.folder.rows(part)
+        if self.encode.images is None and any(session.folder.images.glob("*")):
+            raise DataError(f"dataset {dataset_id!r}: its rows have images, which recipe {session.spec.recipe!r} with "
+                            f"loader {session.spec.loader!r} does not train on")  # fmt: skip
         with liveness.stage("reading rows"):
             found = list(stretches(path))
             parts = {} if divide is None else divide(sum(each.count for each in found))

@@ -7,10 +7,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,11 @@ from llama_stack_provider_moe.compute.data.rendering import Rendered, Renderer, 
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, Message, Preference, TextRow, ThumbRow
 
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.models.images import Images
+
 IGNORED = -100
+COLUMN_OF_IMAGES = "pictures"  # `Image.text` of each image, with spaces between them; TRL takes "images" for its own
 Truncate = Literal["right", "left", "drop", "refuse"]
 # What renders and tokenises: rows that another version encoded are not reused.
 _LIBRARIES = ("llama-stack-provider-moe", "transformers", "tokenizers", "trl", "jinja2", "datasets")
@@ -77,9 +81,22 @@ class Limit:
         told = self.told or f"options.max_length = {self.length}"
         return Problem(f"has {count} tokens, more than {told}; options.truncate: 'refuse'")
 
+    def _too_long_with_images(self, tokens: Tokens) -> Problem:
+        """Such a row is never cut: tokens of an image without the image's other tokens mean nothing."""
+        return self.images_too_long(len(tokens.ids), sum(tokens.pictured))
+
+    def images_too_long(self, count: int, of_images: int) -> Problem:
+        """The problem of a row with images that has `count` tokens, more than the length."""
+        told = f"has {count} tokens, {of_images} of them for images, more than options.max_length = {self.length}"
+        if self.truncate == "drop":
+            return Problem(told, droppable=True)
+        return Problem(f"{told}; a row with images is not cut")
+
     def fit(self, tokens: Tokens, bos: int | None) -> Piece | Problem:
         """Cut tokens to the length; `bos` stays at the beginning."""
-        ids, said = tokens
+        ids, said = tokens.ids, tokens.said
+        if tokens.images and len(ids) > self.length:
+            return self._too_long_with_images(tokens)
         if problem := self.too_long(len(ids)):
             return problem
         if len(ids) <= self.length:
@@ -102,16 +119,18 @@ class Encoder:
         tokenizer: with a chat template.
         rendering: settings of the renderer.
         limit: the largest number of tokens.
+        images: turns the rows' images into tokens; None: no row has one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering
     limit: Limit
+    images: "Images | None" = field(default=None, kw_only=True)
 
     @cached_property
     def renderer(self) -> Renderer:
         """The renderer of this process."""
-        return Renderer(self.tokenizer, self.rendering)
+        return Renderer(self.tokenizer, self.rendering, self.images)
 
     def __getstate__(self) -> dict[str, object]:
         """Without the renderer: another process makes its own."""
@@ -125,14 +144,15 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 of everything but the rows that the result depends on."""
         settings = {
-            field.name: repr(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "tokenizer"
+            each.name: repr(getattr(self, each.name))
+            for each in dataclasses.fields(self)
+            if each.name not in ("tokenizer", "images")
         }
         known = {
             "encoder": type(self).__qualname__,
             "settings": settings,
             "tokenizer": _of_tokenizer(self.tokenizer),
+            **({} if self.images is None else {"images": repr(self.images)}),
             "versions": {name: version(name) for name in _LIBRARIES},
         }
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
@@ -142,6 +162,10 @@ class Encoder:
         if "text" in row:
             return [self.renderer.text(cast(TextRow, row)["text"])]
         return self.renderer.row(cast(Conversation, row))
+
+    def pictures(self, tokens: Tokens) -> Mapping[str, str]:
+        """The column with a row's images; no column where no row has one."""
+        return {} if self.images is None else {COLUMN_OF_IMAGES: " ".join(each.text() for each in tokens.images)}
 
     def fit(self, tokens: Tokens, row: CanonicalRow) -> tuple[Piece, bool] | Problem:
         """The tokens cut to the length, and whether a system message at the beginning was cut."""
@@ -166,16 +190,20 @@ class SftEncoder(Encoder):
         ]
 
     def _finish(self, tokens: Tokens, row: CanonicalRow) -> Encoded | Problem:
-        whole = Tokens(tokens.ids, [True] * len(tokens.ids)) if self.train_on_input else tokens
+        whole = tokens
+        if self.train_on_input:
+            learnt = [not each for each in tokens.pictured] or [True] * len(tokens.ids)
+            whole = tokens._replace(said=learnt)
         found = self.fit(whole, row)
         if isinstance(found, Problem):
             return found
         piece, system_cut = found
-        ids, said = piece.tokens
+        ids, said = piece.tokens.ids, piece.tokens.said
         if not any(said[1:]):  # the model never predicts the first token
             return nothing_learnt(whole, self.limit)
         labels = [token if learnt else IGNORED for token, learnt in zip(ids, said, strict=True)]
-        return Encoded({"input_ids": ids, "labels": labels}, piece.cut, max(ids), system_cut)
+        columns = {"input_ids": ids, "labels": labels}
+        return Encoded(columns, piece.cut, max(ids), system_cut, self.pictures(tokens))
 
 
 def rendered_rows[R: CanonicalRow](

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llama_stack_provider_moe.compute.data.chat_template import Refused, Span, Template
 from llama_stack_provider_moe.compute.data.template_probe import TurnEnd
+from llama_stack_provider_moe.compute.models.row_images import texts_of
 from llama_stack_provider_moe.spec.rows import Message
 from llama_stack_provider_moe.spec.rows.images import words_of
 
@@ -308,9 +309,9 @@ def check(said: str, message: Message, template: Template) -> None:
 
 def _spoken(message: Message) -> list[str]:
     """The words of a message that every rendering of it has: its content behind a thought, its calls' names."""
-    content = words_of(message["content"]).rpartition("</think>")[2].strip()
+    words = [text.rpartition("</think>")[2].strip() for text in texts_of(message)]
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    return [piece for piece in (content, *names) if piece]
+    return [piece for piece in (*words, *names) if piece]
 
 
 def _thoughts(content: str) -> list[str]:

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.data import typed_tokens
 from llama_stack_provider_moe.compute.data.chat_template import Pair, Refused, Span, pair_of
+from llama_stack_provider_moe.compute.data.image_places import Unrenderable, with_images
 from llama_stack_provider_moe.compute.data.mask_methods import (
     Dialog,
     Dropped,
@@ -29,8 +30,14 @@ from llama_stack_provider_moe.compute.data.mask_methods import (
     telling,
 )
 from llama_stack_provider_moe.compute.data.template_probe import INLINE
+from llama_stack_provider_moe.compute.models.row_images import Image, images_of, parts_of, with_plain_texts
 from llama_stack_provider_moe.spec import Options
 from llama_stack_provider_moe.spec.rows import Conversation, Message
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.models.images import Images
+
+__all__ = ["Method", "Rendered", "Renderer", "Rendering", "Tokens", "Unrenderable"]
 
 OWN_MARKS = "the template's own generation marks"
 TRAINING_MARKS = "TRL's training template of this published template"
@@ -43,10 +50,6 @@ class Method(Protocol):
     """A way to find the learnt answers of a conversation; see `mask_methods`."""
 
     def __call__(self, dialog: Dialog, *, learnt: Sequence[int]) -> tuple[str, list[Place]]: ...
-
-
-class Unrenderable(Exception):
-    """The template can't render these messages, or the answer's place in the text is unknown."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,27 @@ class Rendered(NamedTuple):
     """A conversation as text. Spans are [start, end) in characters.
 
     `spans` are what is learnt, `typed` the special tokens that are to stay text. A `plain` text gets the tokens that
-    the tokenizer puts around a text, and all of it is learnt.
+    the tokenizer puts around a text, and all of it is learnt. `pictured` are the places of the `images` in the text.
     """
 
     text: str
     spans: list[Span]
     typed: Sequence[Span] = ()
     plain: bool = False
+    images: Sequence[Image] = ()
+    pictured: Sequence[Span] = ()
 
 
 class Tokens(NamedTuple):
-    """A conversation as token ids; `said` is true on the tokens to learn."""
+    """A conversation as token ids; `said` is true on the tokens to learn, `pictured` on those that stand for images.
+
+    `pictured` is empty without images.
+    """
 
     ids: list[int]
     said: list[bool]
+    pictured: Sequence[bool] = ()
+    images: Sequence[Image] = ()
 
 
 class Renderer:
@@ -89,10 +99,14 @@ class Renderer:
     Args:
         tokenizer: with a chat template, unless only `text` is used.
         settings: which answers are learnt, and how.
+        images: puts in the tokens of images; None: a template's one token stands for each.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Rendering | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: Rendering | None = None, images: "Images | None" = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._images = images
         self._settings = settings or Rendering()
         self._typed = typed_tokens.pattern_of(tokenizer) if self._settings.special_tokens == "text" else None
         self._pairs: dict[str, Pair] = {}
@@ -120,7 +134,8 @@ class Renderer:
             learnt = learnt[-1:]
         if self._settings.turns == "each":
             return self._each(conversation, learnt)
-        conversation = {**conversation, "messages": reasoned(messages, self._settings.reasoning)}
+        messages = reasoned(with_plain_texts(messages), self._settings.reasoning)
+        conversation = {**conversation, "messages": messages}
         failures: list[Exception] = []
         for name, method in self._methods(conversation):
             try:
@@ -216,6 +231,11 @@ class Renderer:
             if conversation.typed:
                 coded = typed_tokens.as_text(self._tokenizer, coded, text, marker)
             said = _mark(coded.offsets, conversation.spans)
+            if conversation.images:
+                pictured = _mark(coded.offsets, conversation.pictured)
+                learnt = [each and not of_image for each, of_image in zip(said, pictured, strict=True)]
+                made.append(Tokens(coded.ids, learnt, pictured, conversation.images))
+                continue
             made.append(self._between(coded.ids) if conversation.plain else Tokens(coded.ids, said))
         return made
 
@@ -291,7 +311,9 @@ class Renderer:
     def _made(
         self, conversation: Conversation, name: str | None, render: Callable[[Dialog], tuple[str, list[Place]]]
     ) -> Rendered:
-        messages = reasoned(conversation["messages"], self._settings.reasoning)
+        messages = reasoned(with_plain_texts(conversation["messages"]), self._settings.reasoning)
+        if any(message["role"] == "assistant" and parts_of(message) is not None for message in messages):
+            raise Unrenderable("a message of the assistant has an image; expected text")
         dialog = Dialog(messages, conversation.get("tools") or None, conversation.get("chat_template_kwargs") or {})
         marker = self._marker(dialog)
         if marker:
@@ -305,7 +327,11 @@ class Renderer:
             self.counts[TYPED] += len(typed)
         if name is not None:
             self.counts[f"rows by {name}"] += 1
-        return Rendered(text, spans, typed)
+        images = images_of(messages)
+        if images and self._images is not None:
+            text, spans, typed, pictured = with_images(text, spans, typed, images, self._images)
+            return Rendered(text, spans, typed, images=images, pictured=pictured)
+        return Rendered(text, spans, typed, images=images)
 
     def _marker(self, dialog: Dialog) -> str | None:
         """A marker for typed special tokens; None if there are none."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from llama_stack_provider_moe.compute.models.row_images import parts_of
 from llama_stack_provider_moe.spec.rows import Message
 from llama_stack_provider_moe.spec.rows.images import words_of
 
@@ -94,7 +95,11 @@ def said(message: Message, dialect: Dialect) -> Said:
         made[dialect.reasoning] = reasoning
     if content is None and dialect.empty_content:
         content = ""
-    if content is not None:  # as in transformers: a missing key, because templates would write None
+    if (parts := parts_of(message)) is not None:
+        made["content"] = [
+            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in parts
+        ]
+    elif content is not None:  # as in transformers: a missing key, because templates would write None
         made["content"] = [{"type": "text", "text": content}] if dialect.parts else content
     if dialect.text_arguments and "tool_calls" in message:
         made["tool_calls"] = [

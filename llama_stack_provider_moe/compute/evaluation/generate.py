@@ -151,7 +151,8 @@ class LocalModel:
         for number, found_tokens in enumerate(self._renderer.tokens_of_rows([[each] for each in prompts]), start=1):
             if isinstance(found_tokens, Unrenderable):
                 raise DataError(f"eval: {name} row {number}: {found_tokens}")
-            [(ids, _)] = found_tokens
+            [tokens] = found_tokens
+            ids = tokens.ids
             encoded.append(ids)
             if len(ids) > room:
                 raise DataError(

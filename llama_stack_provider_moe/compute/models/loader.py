@@ -259,7 +259,7 @@ def _weights(
     model_class: type[PreTrainedModel | AutoModelForCausalLM | AutoModelForSequenceClassification] | None = None,
 ) -> PreTrainedModel:
     if model_class is None:  # a composite model is loaded by the class of the whole, so that it is saved whole
-        whole = class_of(config) if has_experts(config.model_type) else None
+        whole = class_of(config) if has_experts(config.model_type) or is_composite(config) else None
         model_class = whole or AutoModelForCausalLM
     try:
         with liveness.stage("opening the model", unit="files"), transformers_counts():
@@ -340,7 +340,7 @@ def model_config(model: str) -> PreTrainedConfig:
     is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         not config.architectures or made_as in causal
     )
-    if has_experts(config.model_type):
+    if has_experts(config.model_type) or is_composite(config):
         known = class_of(config)
         is_causal = known is not None and (not config.architectures or made_as == known.__name__)
     has_own_code = trusted(model) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
 from llama_stack_provider_moe.compute.models.quantized_loading import coding_of, load_quantized
 from llama_stack_provider_moe.compute.models.rope import extend, extension
+from llama_stack_provider_moe.compute.models.vision import load_images, require_tower
 from llama_stack_provider_moe.compute.moe import implementation
 from llama_stack_provider_moe.compute.moe.adapters import Adapted, AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
@@ -32,6 +34,9 @@ from llama_stack_provider_moe.jobdir.experts_backend import read_override
 from llama_stack_provider_moe.spec import Moe, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.models.images import Images
+
 
 @dataclass(frozen=True)
 class Base:
@@ -47,6 +52,7 @@ class Base:
         steering: of its routers.
         quantized: what is quantised, if anything is.
         experts: the experts of this process, if processes share them.
+        images: turns the rows' images into tokens and tensors, if rows have some.
     """
 
     model: PreTrainedModel
@@ -58,6 +64,7 @@ class Base:
     steering: Steering | None
     quantized: QuantizeReport | None
     experts: ShardedExperts | None = None
+    images: "Images | None" = None
 
     @property
     def vocabulary(self) -> int:
@@ -71,8 +78,9 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype, session.peers.local_rank)
     coding, quantized = coding_of(spec.adapter), None
+    images = load_images(session)
     if coding is None:
-        model, tokenizer = load(spec, device, has_conversations(session))
+        model, tokenizer = load(spec, device, has_conversations(session) and images is None)
         layout = find_layout(model)
     else:
         talks, offload = has_conversations(session), spec.efficiency.offload_experts
@@ -80,6 +88,8 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         model, layout, quantized = read
     if isinstance(spec, SFTSpec) and spec.options.rope_scaling is not None:
         extend(model, extension(text_config(model), spec.options.rope_scaling))
+    if images is not None:
+        session.show(require_tower(model, tokenizer, images))
     experts = None
     if spec.resources.strategy == "ep":
         assert layout is not None, "its weights would not have been read"
@@ -95,7 +105,7 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
     if layout is not None and resolved.load_balancing == "aux_free":
         _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
-    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts)
+    return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts, images)
 
 
 def moe_now(session: AnySession) -> tuple[Moe, tuple[str, ...]]:

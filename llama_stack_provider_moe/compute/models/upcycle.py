@@ -44,7 +44,8 @@ SHARD_BYTES = 4 << 30
 # Besides the weights and config.json: files of the tokenizer, the chat template and generation.
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE*",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE*",
 )  # fmt: skip
 
 # Fields that dense and MoE configurations share, with the same name and the same meaning.

@@ -64,8 +64,15 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def is_composite(config: PreTrainedConfig) -> bool:
-    """Whether a model has other parts beside its language model, and that one has experts."""
-    return config.get_text_config() is not config and has_experts(config.model_type)
+    """Whether a model has other parts beside its language model, and it has experts or sees images."""
+    if config.get_text_config() is config:
+        return False
+    return has_experts(config.model_type) or sees_images(config)
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model reads images and writes text."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from typing import get_args
 from torch import nn
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
+from llama_stack_provider_moe.compute.moe.vision_parts import wanted_layers
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.spec import Adapter, AdapterGroup, AttentionModule, numbers
 
@@ -100,13 +101,15 @@ def find_targets(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None
     if train_router and layout is not None:
         for layer in layout.moe_layers:
             targets.parameters[layout.path(layer, f"{layout.router_path}.{layout.router_weight}")] = "router"
-    if not targets.all:
+    if not targets.all and adapter.vision == "off":
         raise AdapterError("adapter: an adapter without a target trains nothing; set lora_attn_modules, "
                            "apply_lora_to_mlp or apply_lora_to_output, or moe.train_router true")  # fmt: skip
-    if set(targets.all.values()) == {"router"}:
+    if set(targets.all.values()) == {"router"} and adapter.vision == "off":
         targets.notes.append("only the routers have LoRA; every other weight stays as it is")
     if adapter.layers is not None:
         _keep_layers(targets, model, adapter.layers)
+    if adapter.vision != "off":
+        targets.modules |= wanted_layers(model, adapter.vision)
     if adapter.plan == "trunk" and layout is not None:
         targets.notes.append("experts are frozen (adapter.plan trunk)")
     return targets

@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llama_stack_provider_moe.compute.data import domains
 from llama_stack_provider_moe.compute.data.datasets import dpo_rows
+from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.methods.preference import as_robust
 from llama_stack_provider_moe.compute.methods.reference_ahead import reference_ahead
 from llama_stack_provider_moe.compute.models.backend import backend_of
@@ -63,7 +64,9 @@ class DPO(RowMeans, StepFigures, DPOTrainer):
     def __init__(self, prepared: Prepared[DPOSpec], args: DPOConfig, ref_model: PreTrainedModel | None = None) -> None:
         self._reference_batches: liveness.Counter | None = None
         with hashing_counted():
-            collator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
+            collator: PairCollator | ImageCollator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
+            if (images := prepared.base.images) is not None:
+                collator = ImageCollator(collator, images, repeats=2)
             super().__init__(prepared, args, ref_model=ref_model, data_collator=collator)
         smoothing = self.spec.options.label_smoothing
         if self.spec.loss_type == "sigmoid" and smoothing > 0:  # TRL's "sigmoid" ignores it
@@ -140,7 +143,7 @@ def run(session: Session[DPOSpec]) -> Manifest:
     spec = session.spec
     base = backend_of(spec).load(session)
     without_dropout(base.model)
-    prepared = prepare(session, base, dpo_rows(session, base.tokenizer, base.vocabulary))
+    prepared = prepare(session, base, dpo_rows(session, base.tokenizer, base.vocabulary, base.images))
     held = require_determinism(session, prepared.model)
     ahead = reference_ahead(spec)
     reference = None if spec.adapter is not None or ahead else load_reference(session, base)

@@ -84,7 +84,7 @@ def run(session: Session[SFTSpec]) -> Manifest:
     spec = session.spec
     base = backend_of(spec).load(session)
     distillation = distillation_of(session, base)
-    prepared = prepare(session, base, sft_rows(session, base.tokenizer, base.vocabulary))
+    prepared = prepare(session, base, sft_rows(session, base.tokenizer, base.vocabulary, base.images))
     gap = require_independent_rows(session, prepared.model) if spec.data.packed else None
     trainer = SFT(
         prepared,

@@ -11,6 +11,7 @@ from llama_stack_provider_moe.compute.models.loader import keeps_fp32
 from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.models.rope import extension_of, plan_of
 from llama_stack_provider_moe.compute.moe.adapters import AdapterReport
+from llama_stack_provider_moe.compute.moe.vision_parts import trained_text
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.optimizers import foreseen
 from llama_stack_provider_moe.compute.train.prepared import AnyPrepared
@@ -150,6 +151,7 @@ def _text(session: AnySession, base: Base, report: AdapterReport, plan: Plan, pr
         *([] if base.experts is None else [f"base      {base.experts.text(base.model)}"]),
         *([] if session.forecast is None else [f"memory    {session.forecast.text}"]),
         *(f"trains    {line}" for line in report.text().splitlines()),
+        *([] if base.images is None else [f"vision    {trained_text(prepared_model)}"]),
         *(
             [f"optimiser {spec.optimizer.optimizer_type}: {foreseen(spec.optimizer, prepared_model).text()}"]
             if spec.optimizer.optimizer_type in OF_BITSANDBYTES

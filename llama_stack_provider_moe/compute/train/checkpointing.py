@@ -1,6 +1,7 @@
 """How a trainer writes its checkpoints and reads them back, with one or several processes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,6 +35,7 @@ class CheckpointingTrainer(Trainer):
     experts: ShardedExperts | None
     shipped: ShippedConfig
     steering: Steering | None
+    image_processor: Any = None  # the family's, if rows have images
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Write none: TRL's would be in every checkpoint, and describe another run."""
@@ -48,7 +50,7 @@ class CheckpointingTrainer(Trainer):
         weights = self.whole_weights()
         if not self.peers.leads:
             return
-        write(self.model, self.processing_class, folder, shipped, self.steering, weights)
+        write(self.model, self.processing_class, folder, shipped, self.steering, weights, self.image_processor)
 
     def whole_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
         """All weights to save, in rank 0, if processes have parts of them; None if each has all.

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from llama_stack_provider_moe.compute.distributed.full_state import has_sharded_parameters
 from llama_stack_provider_moe.compute.export.model_card import CARD
@@ -94,6 +94,7 @@ def write(
     as_shipped: AbstractContextManager[None],
     steering: Steering | None = None,
     weights: dict[str, Tensor] | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> None:
     """Write a model, or an adapter alone, with its tokenizer and chat template, into `folder`.
 
@@ -104,6 +105,7 @@ def write(
         as_shipped: restores the config's original values while the model writes it (`ShippedConfig.restored`).
         steering: the routers'; biases that it moved go into a separate file.
         weights: all weights by name, if the model is sharded and this process has only parts.
+        processor: of images, if the rows had some.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with as_shipped, transformers_counts():
@@ -124,7 +126,9 @@ def write(
             _write_gathered(model, weights, folder)
         else:
             model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
-    tokenizer.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # behind the processor's, which is the same without a padding token
     if steering is not None:
         steering.save(folder)
 
@@ -195,6 +199,7 @@ def save(
     probe: Probe | None = None,
     weights: dict[str, Tensor] | None = None,
     card: Callable[[Path], str] | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> Path:
     """`write`, but the folder appears only when it is complete.
 
@@ -208,12 +213,13 @@ def save(
         probe: the model's recorded logits, saved in the folder.
         weights: all weights by name, if the model is sharded and this process has only parts.
         card: makes the text of README.md from the written folder.
+        processor: of images, if the rows had some.
     """
     require_current()
     written = final.with_name(f".{final.name}.writing")
     shutil.rmtree(written, ignore_errors=True)
     with liveness.stage(f"saving {final.name}", unit="files"):
-        write(model, tokenizer, written, as_shipped, steering, weights)
+        write(model, tokenizer, written, as_shipped, steering, weights, processor)
     if probe is not None:
         (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
     if card is not None:

@@ -263,7 +263,8 @@ def _keep(
     weights: dict[str, torch.Tensor] | None = None,
 ) -> Artifact:
     target = session.folder.artifacts / kind
-    save(model, base.tokenizer, target, base.shipped.restored(), last.step, base.steering, probe, weights, card)
+    shipped, processor = base.shipped.restored(), None if base.images is None else base.images.processor
+    save(model, base.tokenizer, target, shipped, last.step, base.steering, probe, weights, card, processor)
     made = describe(session.job_uuid, kind, target, last.epoch, last.step, last.metrics)
     session.events.append(Saved(artifact=made.model_dump(mode="json")))
     return made

@@ -19,7 +19,9 @@ from transformers import TrainingArguments, set_seed
 from llama_stack_provider_moe.compute.data import batch_sharing, domains
 from llama_stack_provider_moe.compute.data.batch_sharing import SharedBatches, SharedRuns
 from llama_stack_provider_moe.compute.data.domains import DomainCollator, DomainSampler, runs_by_domain
+from llama_stack_provider_moe.compute.data.encoding import COLUMN_OF_IMAGES
 from llama_stack_provider_moe.compute.data.groups import GroupSampler
+from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.data.sampling import EpochSampler, rows_an_epoch
 from llama_stack_provider_moe.compute.distributed.expert_parallel import clip
 from llama_stack_provider_moe.compute.models.heads import head_without_adapter, needs_plain_head, set_plain_head
@@ -34,6 +36,8 @@ from llama_stack_provider_moe.compute.train.prepared import AnyPrepared, Batch, 
 from llama_stack_provider_moe.compute.train.routing_events import steps_between_tables
 from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.spec import TrainingSpec
+
+PARTS = ("text", "image")  # of the tokens of rows with images, for the routing
 
 
 class RecordingTrainer(EvaluatingTrainer):
@@ -87,6 +91,13 @@ class RecordingTrainer(EvaluatingTrainer):
             )
         if needs_plain_head(model, self.head_temperature):
             set_plain_head(model, self.head_temperature)
+        self.image_token: int | None = None
+        if base.images is not None:
+            if not isinstance(self.data_collator, ImageCollator):
+                self.data_collator = ImageCollator(self.data_collator, base.images)
+            self.image_token = base.model.config.image_token_id
+            self.image_processor = base.images.processor
+            self.part_names = PARTS
         if self.domains is not None:
             self.data_collator = DomainCollator(self.data_collator)
             self.part_names = self.domains.names
@@ -201,6 +212,8 @@ class RecordingTrainer(EvaluatingTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
+        if COLUMN_OF_IMAGES not in (self._signature_columns or []):
+            self._signature_columns = [*(self._signature_columns or []), COLUMN_OF_IMAGES]
         if self.domains is not None and domains.COLUMN not in (self._signature_columns or []):
             self._signature_columns = [*(self._signature_columns or []), domains.COLUMN]
 
@@ -326,6 +339,10 @@ class RecordingTrainer(EvaluatingTrainer):
 
     def parts(self, inputs: Batch) -> dict[str, Tensor]:
         """Masks (batch, sequence) of tokens whose routing is also recorded separately, by name."""
+        if self.image_token is not None and self.domains is None:
+            of_images_BT = (inputs["input_ids"] == self.image_token) * inputs["attention_mask"]
+            masks_BT = (inputs["attention_mask"] - of_images_BT, of_images_BT)
+            return {name: mask for name, mask in zip(PARTS, masks_BT, strict=True) if mask.any()}
         if self.domains is None or self._domain_B is None:
             return {}
         return masks(self.domains.names, self._domain_B, inputs["attention_mask"])

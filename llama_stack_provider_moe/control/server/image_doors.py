@@ -16,6 +16,7 @@ from llama_stack_provider_moe.errors import InvalidInput, MoeError, TooLarge
 from llama_stack_provider_moe.ground.hub_cache import cached_model
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import JobSpec, LoadingSpec, TrainingSpec
+from llama_stack_provider_moe.spec.image_limits import require_trainable_images
 from llama_stack_provider_moe.spec.rows import RowsReport
 from llama_stack_provider_moe.spec.rows.image_files import BadImage
 from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
@@ -86,7 +87,7 @@ async def check(
         guard: runs the parts that may block.
 
     Raises:
-        InvalidInput: its rows have images, and it packs them, or its model reads text alone.
+        InvalidInput: its rows have images, and a setting or the model is for text alone.
     """
     with_images = sum(report.notes.get(IMAGES_NOTE, 0) for report in reports.values())
     if not with_images:
@@ -94,6 +95,10 @@ async def check(
     because = f"because {with_images:,} of the rows have images"
     if isinstance(spec, TrainingSpec) and spec.data.packed:
         raise InvalidInput(request.name("data.packed"), True, f"false, {because}: each row keeps its own images")
+    try:
+        require_trainable_images(spec)
+    except InvalidInput as error:
+        raise InvalidInput(request.name(error.field), error.value, error.expected) from None
     if not isinstance(spec, LoadingSpec):
         return
     environment = training_environment(os.environ, config)
