@@ -5,7 +5,8 @@ scores so far, and a sum that decays by half in each half-life: s <- s * 2 ** (-
 
 Sessions are kept in memory, by (owner, session); each ends after a time without a turn. When as many are kept
 as may be, a new one replaces the least recently used session of the owner who has the most: nobody can push out the
-sessions of an owner who has fewer. A server process has its own, so a server with several workers needs sticky sessions.
+sessions of an owner who has fewer. A server process has its own, so a server with several workers needs sticky
+sessions.
 """
 
 from collections import OrderedDict, defaultdict

@@ -110,8 +110,8 @@ from llama_stack_provider_moe.spec.notify import Notify, NotifyConfig
 from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
 from llama_stack_provider_moe.spec.probe import ProbeData
 from llama_stack_provider_moe.spec.rewards import Grading, Reward
-from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.rl_engines import TransformersEngine, VllmColocateEngine, VllmServerEngine
+from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.scorer_config import ScorerConfig
 from llama_stack_provider_moe.spec.server_config import (
     ExportsConfig,

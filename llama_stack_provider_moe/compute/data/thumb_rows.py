@@ -66,7 +66,7 @@ def thumbs(rows: Dataset) -> tuple[int, int]:
 
 
 @dataclass
-class ThumbCollator(DataCollatorForUnpairedPreference):
+class ThumbCollator(DataCollatorForUnpairedPreference):  # type: ignore[misc]
     """TRL's, with the mismatched answers of each micro-batch, and without the tool results inside an answer.
 
     TRL pairs each prompt with the answer of a neighbour in the data's order, before training. Here epochs are shuffled,

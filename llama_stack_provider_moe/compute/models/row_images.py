@@ -57,7 +57,7 @@ def texts_of(message: Message) -> list[str]:
     """The texts of a message's content, without images."""
     parts = parts_of(message)
     if parts is None:
-        return [message["content"]] if message["content"] else []
+        return [cast(str, message["content"])] if message["content"] else []
     return [str(part["text"]) for part in parts if part["type"] == "text"]
 
 

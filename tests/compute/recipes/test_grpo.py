@@ -1,10 +1,9 @@
 """Laws of the GRPO recipe, on tiny models."""
 
 import json
-from collections import Counter
 import os
-import random
 import signal
+from collections import Counter
 from itertools import batched
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from llama_stack_provider_moe.compute.recipes.grpo.shuffled import shuffled
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, STOPPED
-from llama_stack_provider_moe.graders.panel import Panel
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from tests.support.alike import curve
