@@ -35,7 +35,7 @@ from llama_stack_provider_moe.client.documents import Job
 from llama_stack_provider_moe.compute.analysis import plots
 from llama_stack_provider_moe.compute.evaluation import statistics
 
-STEPS, BATCH, GROUP = 8, 16, 8  # answers of a step, and to each prompt
+STEPS, BATCH, GROUP = 6, 16, 8  # answers of a step, and to each prompt
 LR = 1e-3
 LONGEST = 32  # tokens of an answer in training
 NEAR = 16  # about 12 words, in tokens
