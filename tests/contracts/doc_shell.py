@@ -1,7 +1,9 @@
 """Whether what a page has a person type exists: commands and options of `moe-train`, make targets, modules, files."""
 
+import functools
 import re
 import shlex
+from collections.abc import Set
 from typing import Any
 
 import typer
@@ -19,6 +21,24 @@ PLACEHOLDER = re.compile(r"\.\.\.|…|^\[|\]$")
 
 class Unknown(AssertionError):
     """A page names what does not exist."""
+
+
+@functools.cache
+def whole_command() -> Any:
+    """`moe-train` with all its commands. Made once: it takes a tenth of a second, and pages have hundreds of lines."""
+    return typer.main.get_command(app_of())
+
+
+@functools.cache
+def make_targets() -> frozenset[str]:
+    """The targets of the Makefile."""
+    return frozenset(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+@functools.cache
+def ignored_folders() -> tuple[str, ...]:
+    """The folders that git ignores."""
+    return tuple(line for line in (ROOT / ".gitignore").read_text("utf-8").split() if line.endswith("/"))
 
 
 def segments(line: str) -> list[list[str]]:
@@ -48,8 +68,7 @@ def require_known(words: list[str]) -> None:
     if words[0].rpartition("/")[2] == "moe-train":
         require_command(words[1:])
     elif words[0] == "make":
-        targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-        _require({word for word in words[1:] if "=" not in word and not word.startswith("-")}, targets, "make")
+        _require({word for word in words[1:] if "=" not in word and not word.startswith("-")}, make_targets(), "make")
     elif re.fullmatch(r"(.*/)?python3?", words[0]) and words[1:2] == ["-m"]:
         name = words[2]
         if name.split(".")[0] in ("benchmarks", "examples", "tests"):
@@ -62,14 +81,13 @@ def require_known(words: list[str]) -> None:
 
 def require_file(word: str) -> None:
     """Refuse a path in one of our folders that is not there, unless git ignores it: then a person makes it."""
-    ignored = (ROOT / ".gitignore").read_text("utf-8").split()
-    if any(f"{word}/".startswith(folder) for folder in ignored if folder.endswith("/")):
+    if f"{word}/".startswith(ignored_folders()):
         return
     if word.startswith(OUR_FOLDERS) and not re.search(r"[*<>{}$]|::|[A-Z]{3}", word) and not (ROOT / word).exists():
         raise Unknown(f"{word}: there is no such file")
 
 
-def _require(named: set[str], known: set[str], what: str) -> None:
+def _require(named: set[str], known: Set[str], what: str) -> None:
     if named - known:
         raise Unknown(f"{what} has no {', '.join(sorted(named - known))}")
 
@@ -80,7 +98,7 @@ def require_command(words: list[str]) -> None:
     Raises:
         Unknown: they do.
     """
-    command: Any = typer.main.get_command(app_of())
+    command = whole_command()
     taken = ["moe-train"]
     rest = [word.strip("[]").rstrip(".,;:") for word in words]
     while isinstance(command, typer.core.TyperGroup):
@@ -102,7 +120,7 @@ def require_command(words: list[str]) -> None:
 
 def require_parses(words: list[str]) -> None:
     """Refuse a whole command line that the parser would refuse for its shape: an argument missing, or one too many."""
-    command: Any = typer.main.get_command(app_of())
+    command = whole_command()
     rest = list(words)
     if any(PLACEHOLDER.search(word) for word in rest) or not rest:
         return

@@ -32,6 +32,7 @@ from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.rewards import Reward
 from llama_stack_provider_moe.spec.rl_engines import VllmServerEngine
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.surgery import Surgery
 from llama_stack_provider_moe.spec.validation_errors import A_BODY, invalid_body
 
 # The jobs that name a model themselves; an export takes that of another job.
@@ -81,11 +82,7 @@ def resolve_names(
         return spec.without_gpu().model_copy(update=found)
     if isinstance(spec, SurgerySpec):
         names.check_model_from(spec.model_from, [found["model"]])
-        if spec.surgery.add is not None and spec.surgery.add.mlp_from is not None:
-            donor = names.whole_model(spec.surgery.add.mlp_from, "surgery.add.mlp_from")
-            added = spec.surgery.add.model_copy(update={"mlp_from": donor})
-            found["surgery"] = spec.surgery.model_copy(update={"add": added})
-        return spec.without_gpu().model_copy(update=found)
+        return spec.without_gpu().model_copy(update={**found, "surgery": _surgery(spec.surgery, names)})
     if isinstance(spec, InferenceJob):
         if spec.adapter_folder is not None:
             folder, _, source = names.adapter(spec.adapter_folder, "adapter_folder")
@@ -123,6 +120,14 @@ def resolve_names(
         found["reward"] = _rewards(spec, GraderNames(request, config, store, whose))
     found["eval"] = _evaluation(spec.eval, names, request, store)
     return spec.model_copy(update=found)
+
+
+def _surgery(surgery: Surgery, names: model_names.Names) -> Surgery:
+    """Return the surgery with the folder of the model that gives weights to an added expert."""
+    if surgery.add is None or surgery.add.mlp_from is None:
+        return surgery
+    donor = names.whole_model(surgery.add.mlp_from, "surgery.add.mlp_from")
+    return surgery.model_copy(update={"add": surgery.add.model_copy(update={"mlp_from": donor})})
 
 
 def _check_engine(spec: GRPOSpec, request: Draft, config: ProviderConfig) -> None:
