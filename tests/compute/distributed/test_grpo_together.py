@@ -47,7 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"training": {"gradient_accumulation_steps": 2}, "rl": {"n_generations": 8, "beta": 0.1},
              "moe": {"train_router": True, "router_z_loss_coef": 0.01, "router_aux_loss_coef": 0.1}},
     "whole": {"adapter": None,
-              "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True, "n_iterations": 2},
+              "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True, "n_iterations": 2,
+                     "routing_replay": "policy"},
               "reward": [HAS_E, {"grader": {"type": "length", "name": "short", "unit": "tokens", "most": 4}}]},
     "nothing": {"training": {"n_epochs": 2}, "rl": {"no_spread_generations": 2}, "reward": [
         {"grader": {"type": "regex", "name": "never", "pattern": "never in an answer"}}]},
