@@ -68,7 +68,11 @@ class Served:
         self.model = self.source.from_pretrained(folder, dtype=torch.float32).eval()
         self.lock = threading.Lock()
         self.config = self.model.config
-        self.replay = Replay(self.model, find_layout(self.model)) if routes else None
+        self.replay: Replay | None = None
+        if routes:
+            layout = find_layout(self.model)
+            assert layout is not None
+            self.replay = Replay(self.model, layout)
 
     def reload(self, folder: str) -> None:
         """Take every weight of a checkpoint over; a name or a shape that does not match is an error."""

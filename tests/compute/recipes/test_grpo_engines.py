@@ -95,7 +95,8 @@ def test_the_server_has_the_policys_weights_after_every_step(
     server.start(workshop.model(family))
     start = torch.tensor(server.logits(IDS))
     found = differences(server, monkeypatch)
-    run = short(workshop, family, **({"adapter": None} if whole else {}))
+    blocks: dict[str, Any] = {"adapter": None} if whole else {}
+    run = short(workshop, family, **blocks)
     assert run.exit_code == COMPLETED, run.reason
     assert len(found) == 1 + 2, "a try, and each of two generations"
     assert max(found) < 1e-5
