@@ -47,11 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"training": {"gradient_accumulation_steps": 2}, "rl": {"n_generations": 8, "beta": 0.1},
              "moe": {"train_router": True, "router_z_loss_coef": 0.01, "router_aux_loss_coef": 0.1}},
     "whole": {"adapter": None,
-              "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True, "n_iterations": 2,
-                     "routing_replay": "policy"},
+              "rl": {"loss": "gspo", "combine": "normalize", "mask_truncated": True, "n_iterations": 2},
               "reward": [HAS_E, {"grader": {"type": "length", "name": "short", "unit": "tokens", "most": 4}}]},
     "nothing": {"training": {"n_epochs": 2}, "rl": {"no_spread_generations": 2}, "reward": [
         {"grader": {"type": "regex", "name": "never", "pattern": "never in an answer"}}]},
+    "replayed": {"adapter": None, "rl": {"n_iterations": 2, "routing_replay": "policy"}},
     "few fail": {**FAILING, "grading": {"max_failed_share": 0.3}},
     "many fail": {**FAILING, "grading": {"max_failed_share": 0.2}},
 }  # fmt: skip
@@ -105,6 +105,13 @@ def test_two_processes_leave_the_same_as_one(ran: Ran, case: str) -> None:
             assert each.advantage == pytest.approx(other.advantage, abs=1e-5)
             assert each.model_copy(update={"advantage": 0}) == other.model_copy(update={"advantage": 0})
     assert len({each.reward for _, answers in samples(two) for each in answers}) > 1
+
+
+def test_the_share_of_changed_routes_is_that_of_all_processes(ran: Ran) -> None:
+    """In the steps whose weights are equal: those after them have another balance loss, see docs/guides/grpo.md."""
+    one, two = (ran.runs["replayed", processes].steps("routing/changed")[:2] for processes in (1, 2))
+    assert two == pytest.approx(one, abs=1e-9)
+    assert one[0] == 0 < one[1]
 
 
 def test_nothing_to_learn_ends_both_processes(ran: Ran) -> None:
