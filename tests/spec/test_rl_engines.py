@@ -59,7 +59,17 @@ def test_a_mistake_is_named_by_its_field(engine: dict[str, Any], told: str) -> N
 @pytest.mark.parametrize("field", ["quantize_base", "use_dora"])
 def test_weights_that_can_not_be_given_exactly_are_refused(field: str) -> None:
     with pytest.raises(InvalidBody, match=f"rl.engine: 'vllm_server' is not valid with adapter.{field}"):
-        job({"type": "vllm_server", "server": "fast"}, adapter={"target_modules": ["q_proj"], field: True})
+        job({"type": "vllm_server", "server": "fast"}, adapter={field: True})
+
+
+@pytest.mark.parametrize("engine", [{"type": "vllm_server", "server": "fast"}, {"type": "vllm_colocate"}], ids=str)
+def test_an_engine_is_for_a_job_of_one_process(engine: dict[str, Any]) -> None:
+    """One folder of weights and one random order of answers; the trained model itself writes in several processes."""
+    two = {"gpus": 0, "processes": 2}
+    with pytest.raises(InvalidBody) as refused:
+        job(engine, resources=two)
+    assert f"resources: 2 processes are not valid with rl.engine {engine['type']!r}; expected 1" in str(refused.value)
+    assert job({"type": "transformers"}, resources=two).resources.ranks == 2
 
 
 def test_only_servers_that_the_operator_names_are_asked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ class Chat:
 
     Attributes:
         answer: the text of each answer.
+        delay_s: seconds before each answer.
         asked: the bodies of the requests for answers.
         url: without a path.
     """
 
     answer: str = "Paris."
+    delay_s: float = 0.0
     asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
@@ -39,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.chat.asked.append(body)
+        time.sleep(self.chat.delay_s)
         about = {"id": "chat-1", "created": 1, "model": MODEL}
         if not body.get("stream"):
             message = {"role": "assistant", "content": self.chat.answer}
@@ -65,10 +69,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def chatting() -> Iterator[Chat]:
-    """The server until the block ends."""
+def chatting(port: int = 0) -> Iterator[Chat]:
+    """The server until the block ends; port 0: any."""
     chat = Chat()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"chat": chat}))
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"chat": chat}))
     chat.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -17,12 +17,15 @@ import pytest
 
 from llama_stack_provider_moe.control.supervisor.processes import birth
 from tests.support import tiny_models
+from tests.support.chat_server import MODEL
+from tests.support.free_ports import free_port
 from tests.support.host_harness import QUICKSTART, Server, run_config, serving
 
 PROVIDER = {
     "child_env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    "supervisor": {"max_concurrent_jobs": 2, "poll_s": 0.5},
+    "supervisor": {"max_concurrent_jobs": 2, "poll_s": 0.5, "max_attempts": 9},
 }
+JUDGE = "judge"  # a name that graders may ask; the module that does serves it at `Shared.judge_port`
 
 
 @contextmanager
@@ -36,9 +39,10 @@ def alone(folder: Path) -> Iterator[None]:
 class Shared:
     """The server, as a module of tests uses it."""
 
-    def __init__(self, folder: Path, server: Server) -> None:
+    def __init__(self, folder: Path, server: Server, judge_port: int) -> None:
         self._folder = folder
         self.server = server
+        self.judge_port = judge_port
 
     def once(self, name: str, make: Callable[[], Any]) -> None:
         """Call `make` unless a module, here or in another process, has made what has this name."""
@@ -75,10 +79,12 @@ class Owner:
             return Server(about["url"], Path(about["state_dir"]), process, Path(about["log"]), 0.0)
         folder = self.folder / f"of-{os.getpid()}"
         folder.mkdir()
-        server = self._running.enter_context(serving(run_config(QUICKSTART, folder, PROVIDER), folder / "state"))
-        self.told.write_text(
-            json.dumps({"url": server.url, "state_dir": str(server.state_dir), "log": str(server.log)})
-        )
+        port = free_port()
+        judge = {"url": f"http://127.0.0.1:{port}/v1/chat/completions", "model": MODEL}
+        provider = {**PROVIDER, "graders": {"judges": {JUDGE: judge}}}
+        server = self._running.enter_context(serving(run_config(QUICKSTART, folder, provider), folder / "state"))
+        about = {"url": server.url, "state_dir": str(server.state_dir), "log": str(server.log), "judge_port": port}
+        self.told.write_text(json.dumps(about))
         self._started = True
         return server
 
@@ -110,8 +116,9 @@ def shared(owner: Owner) -> Iterator[Shared]:
     user = owner.users / str(os.getpid())
     with alone(owner.folder):
         server = owner.server()
+        judge_port = int(json.loads(owner.told.read_text())["judge_port"])
         user.touch()
     try:
-        yield Shared(owner.folder, server)
+        yield Shared(owner.folder, server, judge_port)
     finally:
         user.unlink()

@@ -35,7 +35,7 @@ class Asked:
         logprobs_mode: vLLM's option.
         max_model_len: vLLM's option.
         dies_at: number of the request for answers at which it is killed; 0: none.
-        hangs: whether it never answers those.
+        hangs_at: number of the request for answers from which on it answers none; 0: it answers all.
         keeps_weights: whether it says that it took weights, and does not.
         choice: fields that replace those of each answer.
         body: an answer to requests for answers, instead of the right one.
@@ -48,7 +48,7 @@ class Asked:
     logprobs_mode: str = "processed_logprobs"
     max_model_len: int = 256
     dies_at: int = 0
-    hangs: bool = False
+    hangs_at: int = 0
     keeps_weights: bool = False
     choice: dict[str, Any] = field(default_factory=dict)
     body: Any = None
@@ -68,7 +68,11 @@ class Served:
         self.model = self.source.from_pretrained(folder, dtype=torch.float32).eval()
         self.lock = threading.Lock()
         self.config = self.model.config
-        self.replay = Replay(self.model, find_layout(self.model)) if routes else None
+        self.replay: Replay | None = None
+        if routes:
+            layout = find_layout(self.model)
+            assert layout is not None
+            self.replay = Replay(self.model, layout)
 
     def reload(self, folder: str) -> None:
         """Take every weight of a checkpoint over; a name or a shape that does not match is an error."""
@@ -191,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind.generations += 1
         if kind.generations == self.asked.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.asked.hangs:
+        if 0 < self.asked.hangs_at <= kind.generations:
             time.sleep(3600)
         choices = [{**choice, **self.asked.choice} for choice in self.served.complete(body)]
         found = {"object": "text_completion", "choices": choices[::-1]}

@@ -10,6 +10,7 @@ from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.replay import Replay, require_replay
 from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes, aligned, require_alignment, require_routes
+from llama_stack_provider_moe.compute.runtime.peers import ALONE
 from llama_stack_provider_moe.errors import ModelError
 from tests.support import tiny_models
 
@@ -131,7 +132,7 @@ def test_routes_of_generating_stand_where_their_tokens_do(family: str) -> None:
 
 def test_a_shift_by_one_position_is_an_error_before_anything_is_learnt() -> None:
     model, layout, _ = made("qwen3_moe")
-    routes = Routes(model, layout, "rollout")
+    routes = Routes(model, layout, "rollout", ALONE)
     ids, mask, right, _ = generated(model, Replay(model, layout))
     shifted = torch.where(right >= 0, right.roll(1, dims=1), -1)
     shifted[0, 4] = right[0, 4]

@@ -1,7 +1,9 @@
 """Laws of GRPO with a vLLM server: what it has, what it says, and what happens when it fails."""
 
+import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +20,9 @@ from llama_stack_provider_moe.compute.recipes.grpo.answering import AnsweringTra
 from llama_stack_provider_moe.compute.recipes.grpo.engines import Sampling
 from llama_stack_provider_moe.compute.recipes.grpo.policy_folder import alone_in
 from llama_stack_provider_moe.compute.recipes.grpo.vllm_server import VllmServer, server_named
-from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED, STOPPED
 from llama_stack_provider_moe.errors import EngineFailed
+from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIABLE, EngineConfig
 from llama_stack_provider_moe.spec.rl_engines import VllmServerEngine
 from tests.support.free_ports import free_port
@@ -92,7 +95,8 @@ def test_the_server_has_the_policys_weights_after_every_step(
     server.start(workshop.model(family))
     start = torch.tensor(server.logits(IDS))
     found = differences(server, monkeypatch)
-    run = short(workshop, family, **({"adapter": None} if whole else {}))
+    blocks: dict[str, Any] = {"adapter": None} if whole else {}
+    run = short(workshop, family, **blocks)
     assert run.exit_code == COMPLETED, run.reason
     assert len(found) == 1 + 2, "a try, and each of two generations"
     assert max(found) < 1e-5
@@ -105,8 +109,10 @@ def test_the_server_has_the_policys_weights_after_every_step(
     assert not list(tmp_path.glob("policy*"))
 
 
-def test_a_job_goes_on_bitwise_with_a_server_that_was_started_again(workshop: Workshop, server: SmallVllm) -> None:
-    """Whether the server died among the answers to a generation, or the job itself did and resumes."""
+def test_a_job_goes_on_bitwise_with_a_server_that_was_started_again(
+    workshop: Workshop, server: SmallVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the server died among the answers to a generation, or the job was lost, or stopped while it waited."""
     model = workshop.model("qwen3_moe")
     server.start(model)
     unbroken = short(workshop, "qwen3_moe", rows=4, training={"n_epochs": 2})
@@ -123,9 +129,35 @@ def test_a_job_goes_on_bitwise_with_a_server_that_was_started_again(workshop: Wo
     shutil.rmtree(last)
     resumed = workshop.again(Run(copied, 0))
     assert resumed.exit_code == COMPLETED, resumed.reason
-    for each in (survived, resumed):
+    server.start(model, hangs_at=9)
+    with monkeypatch.context() as patched:
+        asked_s = _stop_at_first_answers(patched, generation=2)
+        stopped = short(workshop, "qwen3_moe", rows=4, training={"n_epochs": 2})
+    assert stopped.exit_code == STOPPED, stopped.reason
+    assert time.monotonic() - asked_s[0] < 30, "it waited for an answer"  # rl.engine.deadline_s is 120
+    assert [event.step for event in stopped.events("cancelled")] == [1]
+    server.start(model)
+    went_on = workshop.again(stopped)
+    assert went_on.exit_code == COMPLETED, went_on.reason
+    for each in (survived, resumed, went_on):
         assert each.adapter().keys() == unbroken.adapter().keys()
         assert all(torch.equal(tensor, unbroken.adapter()[name]) for name, tensor in each.adapter().items())
+
+
+def _stop_at_first_answers(patched: pytest.MonkeyPatch, generation: int) -> list[float]:
+    """Ask the job to stop once a prompt of a generation has its answers; gets the time of that."""
+    advance, asked_s, firsts = liveness.Counter.advance, [], []
+
+    def advancing(counter: liveness.Counter, count: int = 1) -> None:
+        advance(counter, count)
+        if counter.work[:2] == ("generating", 1) and counter.work.unit == "prompts":
+            firsts.append(counter)
+            if len(firsts) == generation:
+                asked_s.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    patched.setattr(liveness.Counter, "advance", advancing)
+    return asked_s
 
 
 def _start_when_gone(server: SmallVllm, model: Path) -> None:
@@ -175,7 +207,7 @@ ONE = {"prompt_token_ids": IDS, "token_ids": [7, 8], "logprobs": {"token_logprob
 
 def engine(server: SmallVllm, **fields: Any) -> VllmServer:
     chosen = VllmServerEngine.model_validate({"type": "vllm_server", "server": "small", "deadline_s": 600, **fields})
-    return VllmServer(chosen, server_named(chosen), VOCAB_SIZE, 96)
+    return VllmServer(chosen, server_named(chosen), VOCAB_SIZE, 96, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +237,7 @@ def test_a_server_that_hangs_or_is_gone_or_refuses_ends_within_the_deadline(
     workshop: Workshop, server: SmallVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sampling = workshop.model("qwen3_moe"), replace(SAMPLING, seeds=[3])
-    server.start(model, hangs=True)
+    server.start(model, hangs_at=1)
     with closing(engine(server)) as patient, pytest.raises(EngineFailed, match=r"refused /collective_rpc with 500: "):
         patient.take(workshop.model("granitemoe"))
     with closing(engine(server, deadline_s=3)) as found:

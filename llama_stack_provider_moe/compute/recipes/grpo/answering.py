@@ -7,6 +7,7 @@ importance sampling, whose figures are `sampling/...`.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo.engines import Answer, Engine, Sampling
+from llama_stack_provider_moe.compute.recipes.grpo.interrupting import end_if_asked
 from llama_stack_provider_moe.compute.recipes.grpo.policy_folder import PolicyFolder, alone_in
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import ReplayingTrainer
 from llama_stack_provider_moe.compute.recipes.grpo.vllm_colocate import ColocatedVllm, require_vllm
@@ -66,7 +68,7 @@ def opened(prepared: Prepared[GRPOSpec]) -> Iterator[Opened | None]:
         server = server_named(engine)
         with (
             alone_in(server.weights_dir, engine.server, engine.deadline_s) as folder,
-            closing(VllmServer(engine, server, base.vocabulary, positions)) as found,
+            closing(VllmServer(engine, server, base.vocabulary, positions, partial(end_if_asked, session))) as found,
         ):
             yield Opened(found, PolicyFolder(folder, spec, base, prepared.model))
     else:

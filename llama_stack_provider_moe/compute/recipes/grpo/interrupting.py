@@ -1,4 +1,4 @@
-"""Generating that shows signs of life, and that a request to stop ends within one token."""
+"""Generating that shows signs of life, and that ends soon after a request to stop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +11,16 @@ from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.saver import Interrupted
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.spec import GRPOSpec
+
+
+def end_if_asked(session: Session[GRPOSpec]) -> None:
+    """End a wait inside `interruptible`.
+
+    Raises:
+        Interrupted: the job was asked to stop.
+    """
+    if session.stop.requested:
+        raise Interrupted
 
 
 @contextmanager
@@ -35,8 +45,7 @@ def interruptible(model: nn.Module, session: Session[GRPOSpec], device: torch.de
 
         def at_token(*_: object) -> None:
             counter.advance()
-            if session.stop.requested:
-                raise Interrupted
+            end_if_asked(session)
 
         hook = spoken.register_forward_pre_hook(at_token)
         try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.replay import Replay
+from llama_stack_provider_moe.compute.runtime.peers import Peers
 from llama_stack_provider_moe.errors import EngineFailed, ModelError
 
 KEY = "routes"  # in a micro-batch
@@ -26,10 +27,11 @@ class Routes:
         model: the trained model, with its adapter.
         layout: its layout.
         of: the pass whose routes are replayed.
+        peers: the job's processes, each of which has its own answers.
     """
 
-    def __init__(self, model: nn.Module, layout: ExpertLayout, of: Literal["rollout", "policy"]) -> None:
-        self.of = of
+    def __init__(self, model: nn.Module, layout: ExpertLayout, of: Literal["rollout", "policy"], peers: Peers) -> None:
+        self.of, self._peers = of, peers
         self._choices, self._top_k = layout.choices, layout.top_k
         self._replay = Replay(model, layout)
         self._raw: Tensor | None = None  # of the generation that is being made
@@ -111,7 +113,7 @@ class Routes:
 
         Args:
             routes: of the micro-batch.
-            figures: gets the share of (token, layer) whose own choice is another.
+            figures: gets the share of (token, layer) of all processes whose own choice is another.
 
         Raises:
             ModelError: the first pass after a generation, by the same weights, would choose other experts: the routes
@@ -124,8 +126,9 @@ class Routes:
         if self._is_new:
             self._is_new = False
             require_alignment(found[0], routes)
-        if counted.any():
-            figures.append(1 - float(same[counted].float().mean()))
+        changed, of = self._peers.sums([float((~same & counted).sum()), float(counted.sum())])
+        if of:
+            figures.append(changed / of)
 
     def rest(self) -> None:
         """End the training steps: routers choose again."""

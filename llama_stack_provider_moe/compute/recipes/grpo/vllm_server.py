@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIAB
 from llama_stack_provider_moe.spec.rl_engines import VllmServerEngine
 
 _AT_ONCE = 64  # prompts that are asked for at the same time
-_WAIT_S = 0.5  # between looks whether a lost server is back
+_WAIT_S = 0.5  # between looks whether a lost server is back, or whether the wait is to end
 _CONNECT_S = 5.0
 _GONE = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE)
 _PROCESSED = "processed_logprobs"
@@ -54,9 +54,13 @@ class VllmServer:
         server: where it is.
         vocabulary: number of the policy's tokens.
         positions: most tokens of a prompt with its answer.
+        look: called at least each half second of a wait for answers, or for a lost server; its error ends the wait.
     """
 
-    def __init__(self, engine: VllmServerEngine, server: EngineConfig, vocabulary: int, positions: int) -> None:
+    def __init__(
+        self, engine: VllmServerEngine, server: EngineConfig, vocabulary: int, positions: int, look: Callable[[], None]
+    ) -> None:
+        self._look = look
         self._engine, self._server, self._vocabulary = engine, server, vocabulary
         self._who = f"vLLM at {server.url}"
         key = None if server.key_variable is None else os.environ.get(server.key_variable)
@@ -97,13 +101,21 @@ class VllmServer:
             asked: dict[Future[list[Answer]], int] = {
                 self._pool.submit(self._answers, prompts[at], sampling, sampling.seeds[at]): at for at in missing
             }
+            waiting = set(asked)
             lost: _Lost | None = None
-            for future in as_completed(asked):
-                try:
-                    found[asked[future]] = future.result()
-                    advance()
-                except _Lost as error:
-                    lost = error
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, _WAIT_S, FIRST_COMPLETED)
+                    self._look()
+                    for future in done:
+                        try:
+                            found[asked[future]] = future.result()
+                            advance()
+                        except _Lost as error:
+                            lost = error
+            finally:
+                for future in waiting:  # no thread asks on after an error
+                    future.cancel()
             if lost is not None:
                 raise lost
 
@@ -169,6 +181,7 @@ class VllmServer:
         with liveness.stage(f"waiting for {self._who}", unit="tries") as counter:
             while time.monotonic() < until_s:
                 time.sleep(_WAIT_S)
+                self._look()
                 counter.advance()
                 try:
                     self._ask("GET", "/health", None, patience_s=_CONNECT_S)
