@@ -73,8 +73,9 @@ def accuracy(folder: Path, held_out: int) -> float:
     first = [processor.tokenizer(colour, add_special_tokens=False)["input_ids"][0] for colour in COLOURS]
     with torch.no_grad():
         logits = model(**batch).logits[:, -1, first]
-    named = [COLOURS[index] for index in logits.argmax(dim=-1).tolist()]
-    return sum(one == other for one, other in zip(named, colours, strict=True)) / held_out
+    named: list[str] = [COLOURS[index] for index in logits.argmax(dim=-1).tolist()]
+    right: int = sum(one == other for one, other in zip(named, colours, strict=True))
+    return right / held_out
 
 
 def measure(count: int, epochs: int, held_out: int, lr: float = 3e-3) -> dict[str, list[float]]:
