@@ -218,6 +218,8 @@ def test_recipes_take_images_as_their_table_says(recipe: Recipe) -> None:
     (row,) = read(lines(asked(part())), Store())
     if recipe == "dpo":
         row = {"prompt": row["messages"][:1], "chosen": "a", "rejected": "b"}
+    if recipe == "kto":
+        row = {**row, "label": True}
     found = canonical(row, 3, recipe, "auto")
     if RECIPES[recipe].images:
         assert not isinstance(found, RowProblem), found

@@ -75,6 +75,10 @@ _FIXED: dict[str, tuple[str, int]] = {
 }  # fmt: skip
 
 
+# Architectures whose experts the converter expects as their published files have them: (experts, in, out).
+_TRANSPOSED = ("Qwen3VLMoeForConditionalGeneration",)
+
+
 def lossless(model: Path) -> GgufType:
     """The smallest type that stores the folder's weights exactly; quantising starts from it."""
     dtypes = {entry.dtype for entry in read_model(model).values() if entry.dtype.is_floating_point}
@@ -286,7 +290,20 @@ def _architecture(model: Path) -> str:
             f"llama.cpp computes every {text['model_type']} model with {name} {json.dumps(value)}, but the config of "
             f"this one says {json.dumps(text[name])}: its GGUF file would be a different model"
         )
+    if architecture in _TRANSPOSED:
+        _require_published_order(model, architecture, int(text["hidden_size"]))
     return architecture
+
+
+def _require_published_order(model: Path, architecture: str, hidden: int) -> None:
+    for name, entry in read_model(model).items():
+        if name.endswith(".experts.gate_up_proj") and entry.shape[1] != hidden:
+            raise ExportError(
+                f"llama.cpp's converter reads experts of {architecture} as published files have them (experts, in, "
+                f"out), and {name} has the order of transformers 5 (experts, out, in): {list(entry.shape)} where the "
+                f"second is not the hidden size {hidden}. An adapter that is merged into the published files keeps "
+                "their order"
+            )
 
 
 def _estimate(entries: list[TensorEntry], type: GgufType) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from peft.utils import CONFIG_NAME
 
+from llama_stack_provider_moe.compute.moe.model_types import loads_with_images
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe
 from llama_stack_provider_moe.compute.moe.steering import ROUTER_BIAS
 from llama_stack_provider_moe.errors import InvalidFile
@@ -93,7 +94,7 @@ def model_card(kind: Kind, base: str, source: Source, adapted: Mapping[str, int]
         f"{_IS[kind].format(base=f'`{name}`')} Fill in the licence: the base's terms apply.", "",
         "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows),
         *([f"| Versions | {versions} |"] if versions else []),
-        "", *_loading(kind, f"path/to/{name}" if is_folder else name, source.adapter), "",
+        "", *_loading(kind, f"path/to/{name}" if is_folder else name, source), "",
     ])  # fmt: skip
 
 
@@ -167,22 +168,27 @@ def _figures(source: Source) -> Iterator[tuple[str, str]]:
         yield plain(key), f"{value:.6g}"
 
 
-def _loading(kind: Kind, base: str, adapter: Path) -> list[str]:
+def _loading(kind: Kind, base: str, source: Source) -> list[str]:
     here = "path/to/this"  # a folder or a repository
+    adapter = source.adapter
+    sees = loads_with_images(str(source.plan.get("architecture")))
+    model = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    has_processor = any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    reader, reads = ("AutoProcessor", "processor") if has_processor else ("AutoTokenizer", "tokenizer")
     if kind != "adapter":
         code = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+            f"from transformers import {model}, {reader}", "",
+            f'model = {model}.from_pretrained("{here}", dtype="auto")',
+            f'{reads} = {reader}.from_pretrained("{here}")',
         ]  # fmt: skip
         commands = [f"moe-train eval {here} --retain rows.jsonl"]
         library = "transformers"
     else:
         code = [
-            "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+            "from peft import PeftModel", f"from transformers import {model}, {reader}", "",
+            f'base = {model}.from_pretrained("{base}", dtype="auto")',
             f'model = PeftModel.from_pretrained(base, "{here}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+            f'{reads} = {reader}.from_pretrained("{here}")',
         ]  # fmt: skip
         commands = [
             f"moe-train eval {base} --adapter {here} --retain rows.jsonl", f"moe-train export merge {base} {here} OUT"

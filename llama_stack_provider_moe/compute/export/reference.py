@@ -20,6 +20,7 @@ from transformers import (
 
 from llama_stack_provider_moe.compute.export.tensors import read_model
 from llama_stack_provider_moe.compute.models.chat_templates import default_template
+from llama_stack_provider_moe.compute.moe.model_types import class_of, is_composite
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts, watch_layers
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.ground import liveness
@@ -60,6 +61,7 @@ class Reference:
         computed_in: dtype of that computation.
         why_not: why the model was not run.
         quirks: known differences between the two sides for this model.
+        left_out: what the file does not have of this model.
     """
 
     texts: tuple[str, ...]
@@ -73,6 +75,7 @@ class Reference:
     computed_in: str
     why_not: str
     quirks: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def read_reference(
@@ -102,17 +105,18 @@ def read_reference(
             asked = _rendered(tokenizer, [{"role": "user", "content": _QUESTION}], True)
     plain = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     special = tuple(tokenizer(text)["input_ids"] for text in texts)
-    most = min(_MOST_POSITIONS, getattr(config, "max_position_embeddings", None) or _MOST_POSITIONS)
+    inner = config.get_text_config()
+    most = min(_MOST_POSITIONS, getattr(inner, "max_position_embeddings", None) or _MOST_POSITIONS)
     ids = [token for each in (plain[-1], *plain[:-1]) for token in each][:most]
     prompt_ids = tokenizer(asked, add_special_tokens=False)["input_ids"][: most // 2]
     dtype, why_not = _fitting_dtype(model, available_memory() if available_bytes is None else available_bytes)
     logits = None
     if dtype is not None:
         say(f"verifying: transformers' logits of {len(ids)} tokens, in {_name(dtype)}")
-        logits = _logits(model, ids, dtype)
+        logits = _logits(model, config, ids, dtype)
     return Reference(
         tuple(texts), plain, special, ids, asked, prompt_ids, template, logits,
-        "" if dtype is None else _name(dtype), why_not, _quirks(config),
+        "" if dtype is None else _name(dtype), why_not, _quirks(inner), _left_out(config),
     )  # fmt: skip
 
 
@@ -139,12 +143,14 @@ def _fitting_dtype(model: Path, available: int) -> tuple[torch.dtype | None, str
     return None, f"the model needs {needed:,} bytes of memory to run in transformers, and {available:,} are free"
 
 
-def _logits(model: Path, ids: list[int], dtype: torch.dtype) -> Tensor:
+def _logits(model: Path, config: PreTrainedConfig, ids: list[int], dtype: torch.dtype) -> Tensor:
+    # A composite model runs whole, on tokens of text alone.
+    kind = class_of(config) if is_composite(config) else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             with liveness.stage("opening the model", unit="files"), transformers_counts():
-                loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+                loaded: PreTrainedModel = (kind or AutoModelForCausalLM).from_pretrained(model, dtype=dtype).eval()
         watch_layers(loaded)
         with liveness.stage("computing logits"), torch.inference_mode():
             logits: Tensor = loaded(torch.tensor([ids]), use_cache=False).logits[0].float().clone()
@@ -171,6 +177,18 @@ def _quirks(config: PreTrainedConfig) -> tuple[str, ...]:
     if rope.get("rope_type") == "yarn" and rope.get("truncate", True) is False:
         return ("llama.cpp rounds YaRN's correction dimensions, although this model's config says truncate: false",)
     return ()
+
+
+def _left_out(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The parts of a composite model beside its language model, and the way to a file of them."""
+    if not is_composite(config):
+        return ()
+    parts = [name.removesuffix("_config") for name in config.sub_configs if name != "text_config"]
+    return (
+        f"the file has the language model of this {config.model_type} model and reads text alone; its other parts "
+        f"({', '.join(parts)}) are not in it. For images llama.cpp needs a second file of the same folder, which its "
+        "converter writes with --mmproj for families that it knows, and which is not made or checked here",
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

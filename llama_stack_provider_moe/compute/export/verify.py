@@ -164,7 +164,7 @@ def verify(
     _check_tokens(gguf, reference, answer["tokens"])
     if not bool(logits.isfinite().all()):
         raise ExportError(f"{gguf.name}: llama.cpp's logits are not finite")
-    notes = [*_fallbacks(header, type), *reference.quirks]
+    notes = [*_fallbacks(header, type), *reference.quirks, *reference.left_out]
     if [*reference.tokens_with_special] != answer["tokens_with_special"]:
         notes.append("llama.cpp and transformers add different special tokens before or after a text")
     if answer["no_ends"]:

@@ -75,6 +75,11 @@ def sees_images(config: PreTrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+def loads_with_images(name: str) -> bool:
+    """Whether `AutoModelForImageTextToText` loads models of a class of transformers."""
+    return any(name in _names(names) for names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+
+
 def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of a config, without weights if the caller is on the meta device."""
     kind = class_of(config)

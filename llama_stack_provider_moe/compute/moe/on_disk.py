@@ -8,10 +8,12 @@ import re
 from collections.abc import Mapping
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, bare_name, without_adapters
+from llama_stack_provider_moe.compute.moe.model_types import blank_model
 
 # Parameter in memory (path below its layer) -> names of its parts on disk, in the order in which they are joined.
 OnDisk = Mapping[str, tuple[str, ...]]
@@ -25,6 +27,10 @@ def names_on_disk(model: nn.Module, layout: ExpertLayout) -> OnDisk:
         layout: where its experts are.
     """
     base = without_adapters(model)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        # Qwen3-VL-MoE's conversion looks weights up by name, and PEFT's layers hide them.
+        with torch.device("meta"):
+            base = blank_model(type(base.config).from_dict(base.config.to_dict()))
     root = layout.path(layout.moe_layers[-1], "")
     inside = tuple(f"{root}.{path}." for path in (layout.router_path, layout.experts_path))
     bias = f"{root}.{layout.bias_path}"

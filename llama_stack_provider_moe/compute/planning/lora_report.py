@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from llama_stack_provider_moe.compute.models.loader import load_weights
 from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME, below_layer, expert_ranks, injected
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
+from llama_stack_provider_moe.compute.moe.vision_parts import trained_text
 from llama_stack_provider_moe.compute.planning.dry_run import Device, NotMeasurable
 from llama_stack_provider_moe.compute.planning.memory import SINGLE, Batch, MemoryEstimate, estimate, hidden_state_bytes
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, blank, read_config
@@ -157,7 +158,7 @@ def report(
     else:
         counted = blanks[bits[0]]
     # Before the estimate, which replaces the weights by fake ones.
-    rows = tuple(targets_of(counted))
+    rows, beside = tuple(targets_of(counted)), trained_text(counted.model)
     memory: list[MemoryEstimate] = []
     try:
         for each, adapted in blanks.items():
@@ -165,6 +166,8 @@ def report(
     except NotMeasurable as error:  # everything else is counted all the same
         notes = (*notes, str(error))
     stored = sum(row.bytes for row in rows) // SINGLE  # including the padding of experts with smaller ranks
+    if beside is not None:
+        notes = (*notes, f"vision: {beside}")
     layers, hidden = len(decoder_layers(counted.model)[1]), text_config(counted.model).hidden_size
     parts = tuple(_sums(rows))
     return Report(

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from llama_stack_provider_moe.compute.moe.layout import text_config, without_adapters
+from llama_stack_provider_moe.compute.moe.layout import outside_text, text_config, without_adapters
 from llama_stack_provider_moe.compute.planning.dry_run import Device, DryRun, Footprint, Rehearsal
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel
 from llama_stack_provider_moe.compute.planning.per_process import (
@@ -172,6 +172,9 @@ def step_of(
         device: that trains.
     """
     decoded = adapted.decoded if bits < 16 and device == "cuda" else 0
+    # A vision tower does not run in a dry run: its backward pass is the last, and leaves gradients with the others.
+    beside = _vision_gradients(adapted)
+    run = replace(run, ends=replace(run.ends, gradients=run.ends.gradients + beside))
     return StepMoments(recipe, run, targets, _router_bytes(adapted, batch, recipe), decoded, in_place=device == "cuda")
 
 
@@ -200,6 +203,14 @@ def _with_tiles(trunk: Footprint, tokens: int, hidden: int, size: int, trained: 
         backward=max(trunk.backward, trunk.kept + copy + tile + gradient),
         gradients=trunk.gradients + trained * size,
     )
+
+
+def _vision_gradients(adapted: MetaModel) -> int:
+    """Bytes of the gradients of what trains beside the language model."""
+    outside = outside_text(adapted.model)
+    return sum(weight.numel() * weight.dtype.itemsize
+               for name, weight in without_adapters(adapted.model).named_parameters()
+               if name in outside and weight.requires_grad)  # fmt: skip
 
 
 def _router_bytes(adapted: MetaModel, batch: Batch, recipe: TrainingRecipe) -> int:

@@ -293,12 +293,14 @@ class Planner:
         bits: Bits = 16 if adapter is None or not adapter.quantize_base else adapter.quantize_bits
         adapted = adapt(model, adapter, spec.moe, bits)
         weights, device = weights_of(adapted), self.machine.device
-        ways = (0, 0), offloaded_bytes(weights)
-        loading = (loading_memory(adapted, device, ways[0]), loading_memory(adapted, device, ways[1]))
+        loading = None
+        if bits < 16:
+            ways = (0, 0), offloaded_bytes(weights)
+            loading = (loading_memory(adapted, device, ways[0]), loading_memory(adapted, device, ways[1]))
         distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
         run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
-        return _Rehearsed(adapted, weights, step, bits, loading if bits < 16 else None)
+        return _Rehearsed(adapted, weights, step, bits, loading)
 
 
 def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:

@@ -133,6 +133,8 @@ def test_the_loss_is_the_models_own(family: str, workshop: Workshop) -> None:
     assert len(vision) > 20
     assert all(torch.equal(before[name], after[name]) for name in vision)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    for card in (job.folder.adapter, job.folder.merged):
+        assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in (card / "README.md").read_text()
     kept = AutoProcessor.from_pretrained(job.folder.merged)
     batch = batch_of(kept, job.folder, rows[0]["messages"])
     tuned = PeftModel.from_pretrained(base, job.folder.adapter).eval()

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import DefaultDataCollator
 
-from llama_stack_provider_moe.compute.data.encoding import DpoEncoder, Limit, Problem, SftEncoder
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder
+from llama_stack_provider_moe.compute.data.encoding import Limit, Problem, SftEncoder
 from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.data.rendering import Rendering
 from llama_stack_provider_moe.compute.models.images import Images
