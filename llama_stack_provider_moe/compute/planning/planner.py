@@ -295,8 +295,7 @@ class Planner:
         weights, device = weights_of(adapted), self.machine.device
         loading = None
         if bits < 16:
-            ways = (0, 0), offloaded_bytes(weights)
-            loading = (loading_memory(adapted, device, ways[0]), loading_memory(adapted, device, ways[1]))
+            loading = (loading_memory(adapted, device), loading_memory(adapted, device, offloaded_bytes(weights)))
         distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
         run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)

@@ -17,12 +17,25 @@ CONFIG = tiny_vlms.config("qwen3_vl_moe")
 AN_IMAGE_LAYER = 16  # bytes of LoRA in fp32: the weight, its gradient and two moments, 4 each
 
 
-def planned(**adapter: Any) -> MemoryPlan:
-    """The plan of a small job."""
+def job(**adapter: Any) -> Any:
+    """A small job."""
     body = {"recipe": "sft", "model": "a/b", "data": {"dataset_id": "d"}, "adapter": {"rank": 4, **adapter},
             "training": {"batch_size": 2}, "options": {"max_length": 64}}  # fmt: skip
-    spec: Any = JOB_SPEC.validate_python(body)
-    return Planner(CONFIG, Machine("cpu", 10**12)).plan(spec)
+    return JOB_SPEC.validate_python(body)
+
+
+def planned(**adapter: Any) -> MemoryPlan:
+    """The plan of a small job."""
+    return Planner(CONFIG, Machine("cpu", 10**12)).plan(job(**adapter))
+
+
+def gradients(vision: str) -> int:
+    """Bytes of gradients at the optimiser's step, as the dry run finds them."""
+    (*_, (moment, terms)) = (
+        Planner(CONFIG, Machine("cpu", 10**12))._rehearsed(job(vision=vision)).step.moments(False, 0)
+    )
+    assert moment == "optimiser's step"
+    return terms.gradients
 
 
 def certain(vision: str) -> int:
@@ -59,6 +72,7 @@ def test_lora_on_images_counts_with_gradients_and_moments(vision: str) -> None:
     }  # fmt: skip
     assert added == sum(by_name[part] for part in {"projector", vision}) > 0
     assert certain(vision) - certain("off") == AN_IMAGE_LAYER * added
+    assert gradients(vision) - gradients("off") == 4 * added
 
 
 def test_a_report_says_what_trains_beside_the_language_model(tmp_path: Path) -> None:
