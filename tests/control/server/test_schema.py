@@ -65,7 +65,7 @@ def test_every_request_is_answered(described: Any, session: requests.Session, me
     if operation.path_parameters or operation.query or operation.headers or operation.body:
         cases |= operation.as_strategy(generation_mode=modes.NEGATIVE)
     answered: set[int] = set()
-    documented = session.get(f"{operation.schema.location}").json()["paths"][path][method.lower()]["responses"]
+    documented = described.raw_schema["paths"][path][method.lower()]["responses"]
 
     @settings(
         max_examples=2 * EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
