@@ -108,7 +108,7 @@ def test_two_processes_leave_the_same_as_one(ran: Ran, case: str) -> None:
 
 
 def test_the_share_of_changed_routes_is_that_of_all_processes(ran: Ran) -> None:
-    """Routes change in the last step alone, so that no balance loss of another count (docs/guides/grpo.md) is before."""
+    """Routes change in the last step alone: no balance loss of another count (docs/guides/grpo.md) is before it."""
     one, two = (ran.runs["replayed", processes].steps("routing/changed") for processes in (1, 2))
     assert two == pytest.approx(one, abs=1e-9)
     assert max(one[:-1]) == 0 < one[-1]
