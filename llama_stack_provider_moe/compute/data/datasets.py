@@ -335,8 +335,8 @@ class Maker:
     def _write(self, part: str, dataset_id: str, divide: Divide | None) -> tuple[dict[str, list[str]], RowCounts]:
         session, path = self.session, self.session.folder.rows(part)
         if self.encode.images is None and any(session.folder.images.glob("*")):
-            raise DataError(f"dataset {dataset_id!r}: its rows have images, on which recipe {session.spec.recipe!r} does "
-                            "not train as this job is set up")  # fmt: skip
+            raise DataError(f"dataset {dataset_id!r}: its rows have images, on which recipe "
+                            f"{session.spec.recipe!r} does not train as this job is set up")  # fmt: skip
         with liveness.stage("reading rows"):
             found = list(stretches(path))
             parts = {} if divide is None else divide(sum(each.count for each in found))
