@@ -25,8 +25,9 @@ from tests.support.ep_group import in_processes
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 IDS = torch.randint(3, 300, (6, 12), generator=torch.Generator().manual_seed(5))
-# Measured: outputs 2.4e-7 (0 in most cases), gradients 3.7e-8 (0 of most experts); in bf16 2.3e-5, of routers.
-ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
+# Measured: outputs 2.4e-7 (0 in most cases) on an Intel Xeon, and 1.1e-6 of 1.2 in one of 27,648 on an AMD EPYC;
+# gradients 3.7e-8 (0 of most experts); in bf16 2.3e-5, of routers.
+ATOL = {torch.float32: 3e-6, torch.bfloat16: 1e-4}
 PER_EXPERT = {"plan": "per_expert", "rank": 4, "rules": [{"experts": {"0": 4, "2-3": 2}, "lr_multiplier": 2.0}]}
 
 
