@@ -214,6 +214,13 @@ def tokens(inputs: Mapping[str, Tensor]) -> float:
     return float(inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
+def _of_each(value: Any, change: Callable[[Tensor], Tensor]) -> object:
+    """A tensor with one dimension at least, or each of a tuple or list of them, detached and changed."""
+    if isinstance(value, tuple | list):
+        return type(value)(_of_each(one, change) for one in value)
+    return change(value.detach().reshape(-1) if value.dim() == 0 else value.detach())
+
+
 @contextmanager
 def as_if_alike(accelerator: Any, size: int) -> Iterator[None]:
     """Inside, accelerate's collectives return what they would if all processes had this one's values.
@@ -230,10 +237,7 @@ def as_if_alike(accelerator: Any, size: int) -> Iterator[None]:
         return
 
     def gather(value: Any, **_: object) -> object:
-        if isinstance(value, tuple | list):
-            return type(value)(gather(one) for one in value)
-        flat = value.detach().reshape(-1) if value.dim() == 0 else value.detach()
-        return torch.cat([flat] * size)
+        return _of_each(value, lambda own: torch.cat([own] * size))
 
     def reduce(value: Tensor, reduction: str = "sum", **_: object) -> Tensor:
         assert reduction == "sum", "TRL divides sums by counts"
@@ -257,10 +261,7 @@ def local_metrics(accelerator: Any, share: int | None) -> Iterator[None]:
         return
 
     def gather(value: Any, **_: object) -> object:
-        if isinstance(value, tuple | list):
-            return type(value)(gather(one) for one in value)
-        flat = value.detach().reshape(-1) if value.dim() == 0 else value.detach()
-        return flat[:0] if share == 0 else flat
+        return _of_each(value, lambda own: own[:0] if share == 0 else own)
 
     accelerator.gather = accelerator.gather_for_metrics = gather
     try:
