@@ -30,6 +30,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only where the results of all processes come together, and are written."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(NamedFailures(config))
+
+
+class NamedFailures:
+    """Names each failed test when it fails: a run that is stopped never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """With the last line of what was raised."""
+        if report.failed and (terminal := self.config.pluginmanager.get_plugin("terminalreporter")):
+            reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") or ""
+            terminal.write("\n")  # progress is written past its own count of the line
+            terminal.write_line(f"FAILED {report.nodeid} in its {report.when}: {reason[:500]}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap() -> None:
     """What is there before a file's tests stays: the libraries' objects, a million with torch and TRL.
