@@ -9,7 +9,7 @@ from demo_answers import quiet_libraries
 from demo_jobs import rows_of
 
 MOST_WORDS = 12
-MOST_TOKENS = 48  # of an answer to a held-out prompt; one that reaches them does not keep the rule
+MOST_TOKENS = 36  # of an answer to a held-out prompt; one that reaches them does not keep the rule
 BATCH = 28
 # It asks for what is rewarded. With "Answer." none of 16 sampled answers ended within 28 tokens; with this one, 3 of 10
 # ended within 34, one of them with at most 12 words, so that a model has short answers to learn from.

@@ -37,7 +37,7 @@ def image_files(images: str | None) -> Iterator[Read | None]:
         images: a folder or a tar file; None: rows name no files.
 
     Raises:
-        InvalidInput: it is neither, or holds what is no plain file inside it.
+        InvalidInput: it is neither, or has entries other than plain files inside it.
     """
     if images is None:
         yield None
@@ -62,7 +62,7 @@ def inlined(row: Mapping[str, object], number: int, read: Read | None) -> dict[s
         read: reads the files that it names; None: only bytes become URLs.
 
     Raises:
-        InvalidInput: there is no such file, or it is no image.
+        InvalidInput: there is no such file, or it isn't an image.
     """
     row_of = _Row(number, read)
     return {name: row_of.column(name, value) for name, value in row.items()}

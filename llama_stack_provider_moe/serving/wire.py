@@ -81,14 +81,20 @@ class Connection:
         Raises:
             ExportError: it is something else.
         """
-        try:
-            content = answer.json()
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
+        content = object_in(answer)
+        if content is None:
             raise ExportError(f"{self.what} at {self.url} answered {shorten(answer.text, 200)} while {doing}; expected "
                               "a JSON object")  # fmt: skip
         return content
+
+
+def object_in(answer: httpx.Response) -> dict[str, Any] | None:
+    """The JSON object of an answer; None: it is something else."""
+    try:
+        content = answer.json()
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def reason_in(answer: httpx.Response) -> str:

@@ -110,7 +110,7 @@ class ImageDoor:
         """Return the part of a file's bytes.
 
         Raises:
-            BadImage: it is no image that jobs take.
+            BadImage: jobs don't take such a file.
         """
         return self._kept(content, read_image(content, self.limits))
 
@@ -118,7 +118,7 @@ class ImageDoor:
         """Return the part of an uploaded file.
 
         Raises:
-            BadImage: there is no such file here, or it is no image that jobs take.
+            BadImage: there is no such file here, or jobs don't take such a file.
         """
         if self._fetch is None:
             raise BadImage(f"is file {shorten(file_id)}, but files are not read here; send {FORM}; {_SEND}")

@@ -64,7 +64,7 @@ class UrlReader:
         """Return the file's bytes and the canonical part.
 
         Raises:
-            BadImage: it is no image that jobs take.
+            BadImage: jobs don't take such a file.
         """
         if self.problem is not None:
             raise BadImage(self.problem)
@@ -115,7 +115,7 @@ def read_url(url: str, limits: ImageLimits) -> tuple[bytes, ImagePart]:
     """Return the bytes and the canonical part of a whole `data:` URL.
 
     Raises:
-        BadImage: it is no image that jobs take.
+        BadImage: jobs don't take such a file.
     """
     reader = UrlReader(limits)
     reader.feed(url.encode("utf-8", "replace"))

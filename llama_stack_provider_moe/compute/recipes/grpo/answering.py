@@ -41,7 +41,7 @@ class Opened(NamedTuple):
 
 
 def require_engine(spec: GRPOSpec) -> None:
-    """Check, before a model is loaded, that the engine can be had at all.
+    """Check, before a model is loaded, that the engine is installed or answers.
 
     Raises:
         EngineFailed, InvalidInput: it can't.
@@ -89,7 +89,7 @@ class AnsweringTrainer(ReplayingTrainer):
     _in_engine: int | None = None  # the step whose weights it has
 
     def begin_with(self, opened: Opened, prompt: Sequence[int]) -> str:
-        """Let an engine generate, after a try, and return what a person is told of it.
+        """Try the engine, let it generate from now on, and return a sentence on it for the log.
 
         Args:
             opened: the engine.

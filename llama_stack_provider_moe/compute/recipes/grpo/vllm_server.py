@@ -21,7 +21,7 @@ import numpy as np
 from llama_stack_provider_moe.compute.recipes.grpo.engines import Answer, Routes, Sampling, checked
 from llama_stack_provider_moe.errors import EngineFailed, shorten
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.serving.wire import reason_in
+from llama_stack_provider_moe.serving.wire import object_in, reason_in
 from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIABLE, EngineConfig, engine_named
 from llama_stack_provider_moe.spec.rl_engines import VllmServerEngine
 
@@ -216,11 +216,8 @@ class VllmServer:
         return self._read(self._ask(method, path, body))
 
     def _read(self, answer: httpx.Response) -> dict[str, Any]:
-        try:
-            content = answer.json()
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
+        content = object_in(answer)
+        if content is None:
             raise EngineFailed(f"{self._who} answered {answer.url.path} with {shorten(answer.text, 200)}; expected a "
                                "JSON object")  # fmt: skip
         return content
