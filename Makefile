@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
 export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-ablation demo-circuit-breaker demo-domains demo-rl fast test test-hosts hosts test-sdks test-slow mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
+.PHONY: demo demo-ablation demo-circuit-breaker demo-domains demo-rl fast test test-hosts hosts test-sdks test-slow test-wide mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
 .DELETE_ON_ERROR:
 
 # HOST=ogx or HOST=0.7: on that host, in an environment of its own.
@@ -44,7 +44,7 @@ demo-rl: $(VENV)/.demo
 test: lint $(VENV)/.llama_cpp
 	-@$(MAKE) --no-print-directory hosts
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -m "not gpu and not slow" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+		$(BIN)/python -m pytest -m "not gpu and not slow and not wide" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 # For use while you work: lint, and the tests that train no model, but for files that run whole servers, supervisors,
 # clusters or loads for more than a few seconds.
@@ -53,7 +53,7 @@ SLOWER := cli/test_live.py server/test_load.py server/test_lost_store.py server/
 	supervisor/test_stalled.py supervisor/test_supervisors.py
 fast: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -m "not e2e and not gpu and not slow" -n 2 --dist loadfile $(FAST) \
+		$(BIN)/python -m pytest -m "not e2e and not gpu and not slow and not wide" -n 2 --dist loadfile $(FAST) \
 		$(addprefix --ignore=tests/control/, $(SLOWER))
 
 # Llama Stack 0.7 and OGX, each in an environment of its own: from our extra and its constraints, without torch.
@@ -77,6 +77,11 @@ test-hosts: $(VENV)/.dev hosts
 # What takes many minutes, such as 600 forks of the forkserver.
 test-slow: $(VENV)/.dev
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" --durations 15
+
+# What `make test` leaves out because like cases are in it: further models of each law, hosts, and sizes. Some hours.
+test-wide: $(VENV)/.dev $(VENV)/.llama_cpp hosts
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -m "wide and not gpu and not slow" -n 3 --dist loadfile --durations 15
 
 # Every generation of the Python and npm SDKs, and the openai packages, against live servers, in environments of their
 # own; needs the network. It writes tests/results/sdks.json, for docs/reference/sdks.md.

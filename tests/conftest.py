@@ -4,6 +4,7 @@ import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
 
 SLOW_LIMIT_S = 7200
+MODELS = ("family", "model_type")  # names of parameters that are a kind of model
+FEW = 3  # of them are enough for one test in `make test`
 SYSTEM = Path(__file__).parent / "system"
 
 
@@ -25,9 +28,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with the last of them while the others have nothing left.
     """
     items.sort(key=lambda item: not item.path.is_relative_to(SYSTEM))
+    widen(items)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
+def widen(items: list[pytest.Item]) -> None:
+    """Mark as `wide` a test of many kinds of models for all but a few of them; which, differs from test to test.
+
+    A fault of a law shows with most models, and a fault with one model in most laws: so each is tested, but not each
+    with each. The choice is always the same.
+    """
+    cases: dict[str, dict[str, list[pytest.Function]]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.path.is_relative_to(SYSTEM):
+            test = f"{item.path.name}::{item.originalname}"
+            for name in item.callspec.params.keys() & set(MODELS):
+                cases.setdefault(test, {}).setdefault(str(item.callspec.params[name]), []).append(item)
+    for test, models in cases.items():
+        left_out = sorted(models, key=lambda model: sha256(f"{test} {model}".encode()).digest())[
+            max(FEW, len(models) // 5) :
+        ]
+        for item in (item for model in left_out for item in models[model]):
+            item.add_marker(pytest.mark.wide)
 
 
 def pytest_configure(config: pytest.Config) -> None:

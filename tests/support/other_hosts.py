@@ -6,7 +6,7 @@ MOE_TEST_HOSTS names another folder with such environments. Llama Stack 0.6.1 is
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,11 @@ ALL = [
     HostUnderTest(HostName.LLAMA_STACK_0_7, has_datasets=True, has_tenants=False, purpose="assistants"),
     HostUnderTest(HostName.OGX, has_datasets=False, has_tenants=True, purpose="fine-tune"),
 ]
+
+
+def hosts(*kept: HostName, among: Sequence[HostUnderTest] = ALL) -> list[Any]:
+    """Parameters for tests on each host; those on others than `kept` are wide. Each host is kept in some file."""
+    return [pytest.param(host, id=host.name, marks=[] if host.name in kept else pytest.mark.wide) for host in among]
 
 
 def required(host: HostUnderTest) -> HostUnderTest:

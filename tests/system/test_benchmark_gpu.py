@@ -70,6 +70,7 @@ def test_what_did_not_run_is_named(result: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.wide
 def test_end_to_end_by_recipe_and_by_loop(result: dict[str, Any]) -> None:
     assert {run.way for run in models.tiny_runs()} == {"loop", "recipe"}
     for run in result["end_to_end"]:
@@ -84,6 +85,7 @@ def test_end_to_end_by_recipe_and_by_loop(result: dict[str, Any]) -> None:
     assert pairs == {"torch to peft": {"tokens_per_s": round(torch_["tokens_per_s"] / peft["tokens_per_s"], 3)}}
 
 
+@pytest.mark.wide
 def test_interpreted_triton_on_a_bare_machine(tmp_path: Path) -> None:
     """Only torch, triton, transformers, peft and their dependencies are installed."""
     blocked = ("pydantic", "bitsandbytes", "trl", "datasets", "sqlalchemy", "fastapi", "matplotlib")
@@ -102,6 +104,7 @@ def test_interpreted_triton_on_a_bare_machine(tmp_path: Path) -> None:
     assert found["skipped"]["chart"] == "matplotlib is not installed"
 
 
+@pytest.mark.wide
 def test_the_loops_losses_are_one_whoever_adapts_and_computes() -> None:
     """Fresh LoRA adds nothing, so SFT's loss is the model's and DPO's is log 2; a gradient reaches every expert's B."""
     ids = torch.randint(3, 384, (4, 12), generator=torch.Generator().manual_seed(0))

@@ -17,6 +17,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
+from tests.support.chosen import few
 from tests.support.host_support import Datasets
 from tests.support.live_folders import contents
 from tests.support.together import LIMIT_S, Office, office
@@ -85,7 +86,7 @@ def long_job(workshop: Workshop) -> JobFolder:
     return workshop.job("sft", "llama", sft_rows(MANY), data=data, options=options, training=training)
 
 
-@pytest.mark.parametrize("stage", ["loading", "tokenising"])
+@pytest.mark.parametrize("stage", few(["tokenising", "loading"], 1))
 def test_a_job_cancelled_before_its_first_step_starts_again(
     workshop: Workshop, desk: Office, service: PostTrainingService, stage: str
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_job_that_failed_before_its_first_step_starts_again(
     resumed_to_completion(service, desk, folder)
 
 
+@pytest.mark.wide
 def test_an_analysis_that_was_cancelled_starts_again(
     workshop: Workshop, desk: Office, service: PostTrainingService
 ) -> None:

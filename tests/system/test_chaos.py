@@ -261,6 +261,7 @@ def test_nothing_is_lost_whatever_is_killed(tmp_path: Path) -> None:
     chaos(tmp_path, ROUNDS, print)
 
 
+@pytest.mark.wide
 def test_nothing_is_lost_or_done_twice_wherever_a_supervisor_is_suspended() -> None:
     with job_folders() as folder:
         pauses(folder, len(POINTS), print)

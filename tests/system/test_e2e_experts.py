@@ -50,11 +50,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
               {"quantized.bits": 4, "quantized.experts": 16}),
 }  # fmt: skip
 RECIPES = ["sft", "dpo"]
-# Each case with one of the recipes, in turn: neither an adapter's plan nor a balance knows which recipe trains it.
-JOBS = [pytest.param(case, recipe, marks=[] if (at + of) % 2 == 0 else [pytest.mark.slow])
-        for at, case in enumerate(CASES) for of, recipe in enumerate(RECIPES)]  # fmt: skip
+# Few cases, each with one of the recipes: neither an adapter's plan nor a balance knows which recipe trains it.
+FEW = {("per-expert", "sft"), ("expert-choice", "dpo"), ("aux-free", "sft"), ("4-bit", "dpo")}
+JOBS = [pytest.param(case, recipe, marks=[] if (case, recipe) in FEW else [pytest.mark.wide])
+        for case in CASES for recipe in RECIPES]  # fmt: skip
 # Each recipe and each strategy once; `tests.compute.distributed` has them with each other, without a server.
-TOGETHER = [pytest.param(*pair, marks=[] if pair in together_jobs.FEW else [pytest.mark.slow])
+TOGETHER = [pytest.param(*pair, marks=[] if pair in together_jobs.FEW else [pytest.mark.wide])
             for pair in together_jobs.PAIRS]  # fmt: skip
 # Of two blocks both are rerouted at the second, where Llama 4's and GLM-4's experts are.
 BREAKERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,7 +66,7 @@ BREAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm-4": ("glm4_moe", {"adapter": {"rank": 4, "plan": "per_expert", "rules": [{"experts": {"1": 4}}]}}),
 }
 # One by the API's own route and one on a quantised base; `tests.compute.recipes.test_circuit_breaker` has every family.
-BREAKER_JOBS = [pytest.param(each, marks=[] if each in ("qwen3", "granite-4-bit") else [pytest.mark.slow])
+BREAKER_JOBS = [pytest.param(each, marks=[] if each in ("qwen3", "granite-4-bit") else [pytest.mark.wide])
                 for each in BREAKERS]  # fmt: skip
 KEPT_ROWS = [{"prompt": f"Add {i} and {i + 3}.", "completion": f"That makes {2 * i + 3}."} for i in range(16)]
 

@@ -35,7 +35,7 @@ FAMILIES = {
 }
 # One of each kind of layout; `compute.moe.test_every_family` has the laws of all types.
 FEW = ("nemotron_h", "glm4v_moe", "gemma4")
-FEW_OR_ALL = [pytest.param(family, marks=[] if family in FEW else [pytest.mark.slow]) for family in FAMILIES]
+FEW_OR_ALL = [pytest.param(family, marks=[] if family in FEW else [pytest.mark.wide]) for family in FAMILIES]
 COMPOSITE = {"glm4v_moe"}
 # The load check starts two processes that import the libraries; in the others the test itself compares the logits.
 LOAD_CHECKED = "gemma4"

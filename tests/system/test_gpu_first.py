@@ -22,6 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> tuple[int,
     return code, found
 
 
+@pytest.mark.wide
 def test_kernels_alone_are_right_when_they_are_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_first, "table", lambda *_: None)  # `test_benchmark_gpu` runs the tables
     code, found = run(monkeypatch, tmp_path / "found.json", "--interpret", "--only", "gradient of", "--minutes", "60")
@@ -157,6 +158,7 @@ def test_ahead_nothing_runs() -> None:
     assert calls == [((1, 2), (7,), {"BLOCK": 3})]
 
 
+@pytest.mark.wide
 def test_numbers_that_vary_from_step_to_step_compile_nothing_again() -> None:
     from llama_stack_provider_moe.compute.moe.kernels import pointwise, ragged
 

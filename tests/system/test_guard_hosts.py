@@ -23,7 +23,7 @@ from tests.support.cli_support import moe_train
 from tests.support.free_ports import free_port
 from tests.support.guard_probe import TinyProbe, fitted
 from tests.support.host_harness import API, RUN_CONFIGS, Server, hub_cache, serving
-from tests.support.other_hosts import ALL, HostUnderTest, required
+from tests.support.other_hosts import ALL, HostUnderTest, hosts, required
 
 pytestmark = pytest.mark.e2e
 
@@ -111,7 +111,7 @@ def _with_training(content: dict[str, Any], host: HostUnderTest, folder: Path) -
     return {**content, "apis": sorted({*plain["apis"], *content["apis"]}), "providers": providers, **more}
 
 
-@pytest.fixture(scope="module", params=ALL, ids=lambda host: host.name)
+@pytest.fixture(scope="module", params=hosts(HostName.OGX))
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, probe: TinyProbe
 ) -> Iterator[Running]:
@@ -325,7 +325,7 @@ def test_each_user_trains_on_what_was_flagged_of_them(running: Running) -> None:
 
 # The next scorer imports its libraries anew, 30 s of processor time: `make test` sees that on one host.
 @pytest.mark.parametrize(
-    "running", [pytest.param(host, marks=[] if host is ALL[-1] else [pytest.mark.slow]) for host in ALL],
+    "running", [pytest.param(host, marks=[] if host is ALL[-1] else [pytest.mark.wide]) for host in ALL],
     ids=lambda host: host.name, indirect=True,
 )  # fmt: skip
 def test_a_scorer_that_is_gone_blocks_and_comes_back(running: Running) -> None:
@@ -349,7 +349,7 @@ def test_the_start_says_what_was_configured(running: Running) -> None:
     assert running.probe.flagged not in log, "nothing of a conversation is in the log"
 
 
-@pytest.mark.parametrize("host", ALL, ids=lambda host: host.name)
+@pytest.mark.parametrize("host", hosts(HostName.OGX))
 def test_a_wrong_configuration_ends_the_start(host: HostUnderTest, tmp_path: Path) -> None:
     """Without a choice of `on_failure`, and with a probe that is none."""
     required(host)

@@ -75,6 +75,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             yield Running(server, probe, is_trained)
 
 
+@pytest.mark.wide
 def test_a_conversation_goes_on_until_a_shield_stops_it(running: Running) -> None:
     (model,) = [each["id"] for each in httpx.get(f"{running.server.url}/v1/models", timeout=60).json()["data"]
                 if each["id"].endswith("served")]  # fmt: skip

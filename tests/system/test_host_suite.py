@@ -91,6 +91,7 @@ def test_supervised_fine_tuning(server: Server) -> None:
     assert len(losses(server, "test-sft")) == 1
 
 
+@pytest.mark.wide
 def test_preference_optimisation(server: Server) -> None:
     dataset_id = registered(server, f"{hubless.PREFERENCES}?split=train[:20]")
     server.client().alpha.post_training.preference_optimize(

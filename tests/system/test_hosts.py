@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from llama_stack_provider_moe.control.cli.hosts import HostName
 from tests.support import tiny_models
 from tests.support.authority import authority
 from tests.support.bad_inputs import WORDS
 from tests.support.host_harness import Server
-from tests.support.other_hosts import ALL, POLICY, HostUnderTest, register, required, serving_on, upload
+from tests.support.other_hosts import POLICY, HostUnderTest, hosts, register, required, serving_on, upload
 
 pytestmark = pytest.mark.e2e
 
@@ -55,7 +56,7 @@ class Running(NamedTuple):
         return ["alice", "bob", "carol", *(["blue-alice"] if self.host.has_tenants else [])]
 
 
-@pytest.fixture(scope="module", params=ALL, ids=lambda host: host.name)
+@pytest.fixture(scope="module", params=hosts(HostName.LLAMA_STACK_0_7))
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     host = required(request.param)
     folder = tmp_path_factory.mktemp("host")

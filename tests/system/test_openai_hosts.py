@@ -7,10 +7,11 @@ from typing import NamedTuple
 import openai
 import pytest
 
+from llama_stack_provider_moe.control.cli.hosts import HostName
 from tests.support.host_harness import Server, tiny_interpreter
 from tests.support.jobs_support import wait_for
 from tests.support.openai_support import client, result_file
-from tests.support.other_hosts import ALL, HostUnderTest, required, serving_on, upload
+from tests.support.other_hosts import HostUnderTest, hosts, required, serving_on, upload
 
 pytestmark = pytest.mark.e2e
 
@@ -27,7 +28,7 @@ class Running(NamedTuple):
     server: Server
 
 
-@pytest.fixture(scope="module", params=ALL, ids=lambda host: host.name)
+@pytest.fixture(scope="module", params=hosts(HostName.OGX))
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     host = required(request.param)
     folder = tmp_path_factory.mktemp("host")

@@ -22,7 +22,7 @@ from tests.support.authority import authority
 from tests.support.browser import browsing, visiting
 from tests.support.cli_support import MOE_TRAIN
 from tests.support.host_harness import Server
-from tests.support.other_hosts import ALL, POLICY, HostUnderTest, required, serving_on
+from tests.support.other_hosts import ALL, POLICY, HostUnderTest, hosts, required, serving_on
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's server: pip install 'llama-stack-provider-moe[serve]'")
 from examples import serve_models
@@ -52,7 +52,7 @@ class Running(NamedTuple):
     models_dir: Path
 
 
-@pytest.fixture(scope="module", params=HOSTS, ids=lambda host: host.name)
+@pytest.fixture(scope="module", params=hosts(HostName.LLAMA_STACK_0_6, among=HOSTS))
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     host = required(request.param)
     llama_support.toolchain()

@@ -42,6 +42,7 @@ def last_figure(arena: Arena, job_id: str) -> float:
     return list(scan(events, Evaluation))[-1].metrics["validation_loss"]
 
 
+@pytest.mark.wide
 def test_a_sweep_survives_kills_of_server_and_supervisor() -> None:
     with job_folders() as folder:
         check(folder)

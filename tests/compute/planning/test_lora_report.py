@@ -19,6 +19,7 @@ from llama_stack_provider_moe.control.cli.report import shown
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.support import tiny_models
+from tests.support.chosen import few
 from tests.support.cli_support import moe_train
 from tests.support.every_family import tiny_config
 from tests.support.measured_memory import Case, estimated, run
@@ -231,17 +232,17 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.mark.parametrize(
     "case",
-    [
+    few([
+        Case("sft", "qwen3_moe", {**NARROW, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16,
+                                  "num_local_experts": 16, "head_dim": 64},
+             {"plan": "all_experts", "rank": 8}, bits=4, nested=True),
         Case("sft", "granitemoe", {**NARROW, "hidden_size": 256, "intermediate_size": 128, "num_local_experts": 8,
                                    "num_hidden_layers": 4}, {"plan": "all_experts", "rank": 8}),
         Case("dpo", "mixtral", {**NARROW, "hidden_size": 256, "intermediate_size": 512},
              {"plan": "all_experts", "rank": 8}, bits=4),
-        Case("sft", "qwen3_moe", {**NARROW, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16,
-                                  "num_local_experts": 16, "head_dim": 64},
-             {"plan": "all_experts", "rank": 8}, bits=4, nested=True),
         Case("sft", "llama", {**NARROW, "hidden_size": 1024, "intermediate_size": 2816}, {"rank": 8}, length=64,
              checkpointing=True),
-    ],
+    ], 1),
     ids=lambda case: f"{case.recipe}-{case.family}-{case.bits}",
 )  # fmt: skip
 def test_peak_is_what_a_real_step_takes(case: Case) -> None:
@@ -293,6 +294,7 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
         read_config(str(tmp_path))
 
 
+@pytest.mark.wide
 def test_the_command_line_shows_it_and_writes_json(tmp_path: Path) -> None:
     tiny_models.config("mixtral").save_pretrained(tmp_path)
     out = tmp_path / "report.json"

@@ -53,6 +53,7 @@ def test_what_loading_takes() -> None:
     assert away.host_bytes == 6 * layer + max(layer, there.host_bytes)
 
 
+@pytest.mark.wide
 def test_a_job_takes_the_estimated_memory() -> None:
     """On a CPU, where the experts and the buffers are in the same memory."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5}

@@ -13,12 +13,12 @@ LORA = {"plan": "all_experts", "rank": 8}
 @pytest.mark.parametrize(
     "case",
     [
-        Case("sft", "mixtral", WIDE, None, strategy="ddp"),
+        pytest.param(Case("sft", "mixtral", WIDE, None, strategy="ddp"), id="ddp-whole", marks=pytest.mark.wide),
         # So few tokens, and so many layers, that gathered weights and absent shares are visible.
-        Case("sft", "mixtral", {**WIDE, "num_hidden_layers": 5}, LORA, batch=1, checkpointing=True, strategy="fsdp"),
+        pytest.param(Case("sft", "mixtral", {**WIDE, "num_hidden_layers": 5}, LORA, batch=1, checkpointing=True,
+                          strategy="fsdp"), id="fsdp-checkpointing"),
     ],
-    ids=["ddp-whole", "fsdp-checkpointing"],
-)
+)  # fmt: skip
 def test_two_processes_take_the_estimated_memory(case: Case) -> None:
     told, measured = estimated(case), measure(case)
     if measured.peak > 1.05 * told.peak_bytes:  # on a busy machine, buffers that are sent exist for longer

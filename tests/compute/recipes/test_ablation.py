@@ -161,6 +161,7 @@ def test_the_experts_of_the_rows_that_were_measured(
         report.write_text(kept)
 
 
+@pytest.mark.wide
 def test_an_edit_as_an_adapter(service: PostTrainingService, measured: str) -> None:
     """Its job leaves what a training job does: other jobs switch it on and off, and an export merges it."""
     body = ABLATE | {"model": "granite", "norm_preserving": "off"}

@@ -49,8 +49,8 @@ def passes(model: nn.Module) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reroutes_and_retains(workshop: Workshop, family: str) -> None:
-    # After 3 epochs, Llama 4's held-out loss is below the first one on some processors only (not with AVX-512).
-    run = breaker(workshop, family, training={"n_epochs": 6 if family == "llama4_text" else 3})
+    # After 3 epochs, the held-out loss of two families is below the first one on some processors only.
+    run = breaker(workshop, family, training={"n_epochs": 6 if family in ("llama4_text", "granitemoe") else 3})
     assert run.exit_code == COMPLETED, run.reason
     for block in (0, 1):
         before, *_, after = run.held_out(f"cosine/break/{block}")

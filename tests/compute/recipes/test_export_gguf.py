@@ -79,6 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any
     return calls
 
 
+@pytest.mark.wide
 def test_killed_in_each_step_and_failing_in_the_last_it_keeps_what_is_good(
     folder: JobFolder, address: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,8 @@ def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop) -> None:
     assert abs(mean(by_chance[-8:]) - mean(by_chance[:4])) < 0.2
     assert learnt[0] == by_chance[0], "the order of rewards changes no mean"
     assert trained.steps("frac_reward_zero_std")[0] == control.steps("frac_reward_zero_std")[0]
-    assert all(0.5 < moved < 1 for moved in control.steps("shuffled_rewards"))
+    # One of a group of 8 keeps its place in the mean.
+    assert 0.78 < mean(control.steps("shuffled_rewards")) < 0.97
     warnings = [event.text for event in control.events("message") if event.level == "warning"]
     assert any("a control: each answer learns from the reward of a random answer" in text for text in warnings)
     assert control.resolved["rl"]["shuffle_rewards"]
@@ -171,7 +172,7 @@ def test_all_orders_of_a_groups_rewards_are_equally_likely() -> None:
     for step in range(3000):
         found, moved = shuffled(rewards, 3, 7, step)
         assert sorted(found[:3, 0].tolist()) == [0, 1, 2], "within the group"
-        assert moved == (found != rewards).float().mean().item()
+        assert moved == pytest.approx((found != rewards).float().mean().item())
         orders[tuple(found[3:, 0].tolist())] += 1
     assert len(orders) == 6
     assert all(400 < count < 600 for count in orders.values())

@@ -119,6 +119,7 @@ def test_the_mix_trains_its_routers_and_its_loss_falls(service: PostTrainingServ
     assert epochs[1] < 0.95 * epochs[0]
 
 
+@pytest.mark.wide
 def test_an_expert_is_left_out_again(service: PostTrainingService, mixed: str) -> None:
     """BAR: each branch trains expert 1 of a pair by LoRA; the anchor stays. A left-out branch need not exist."""
     for name in ("garden", "sums"):

@@ -56,6 +56,7 @@ def test_interpreted_every_case_is_no_worse_than_its_torch_twin() -> None:
         assert abs(case["dropped"] - float(case["case"].split()[1])) < 0.01, case
 
 
+@pytest.mark.wide
 def test_interpreted_layers_are_no_worse_than_their_torch_twins() -> None:
     """Gates, their backward, sums of rows and gathers, in a whole layer with LoRA and biases."""
     cases = run("layers")
@@ -64,6 +65,7 @@ def test_interpreted_layers_are_no_worse_than_their_torch_twins() -> None:
     assert all(len(case["errors"]) == 11 for case in cases)
 
 
+@pytest.mark.wide
 def test_interpreted_whole_models_equal_torch() -> None:
     cases = run("models")
     assert len(cases) == 4
