@@ -82,6 +82,8 @@ def checked(file: Path) -> Checked:
     providers: list[Provider] = []
     guards: list[GuardProvider] = []
     wrong = []
+    kept: dict[str, Path | None] = {}  # provider of jobs -> folder of flagged conversations
+    keeps: list[tuple[GuardProvider, Path]] = []
     for kind in run_yaml.kinds(file, "FILE"):
         for entry in run_yaml.entries(file, os.environ, "FILE", kind):
             problems = []
@@ -90,9 +92,12 @@ def checked(file: Path) -> Checked:
                 problems.append(f"module: {entry.module!r} is not valid; expected {expected}")
             try:
                 if kind == run_yaml.GUARD_TYPE:
-                    guards.append(_guard(entry, problems))
+                    guard, folder = _guard(entry, problems)
+                    guards.append(guard)
+                    keeps += [] if folder is None else [(guard, folder)]
                 else:
-                    providers.append(_provider(entry, problems))
+                    provider, kept[entry.provider_id] = _provider(entry, problems)
+                    providers.append(provider)
             except InvalidConfig as error:
                 wrong.append(InvalidConfig(entry.where, [*problems, *error.problems]))
                 continue
@@ -105,11 +110,20 @@ def checked(file: Path) -> Checked:
     if not providers and not guards:
         expected = " or ".join(f"{kind} under providers.{api}" for kind, api in run_yaml.APIS.items())
         raise InvalidInput("FILE", str(file), f"a run YAML with a provider_type {expected}")
+    for guard, folder in keeps:
+        guard["warnings"] += [
+            f"feedback.folder: {str(folder)!r} is not that of provider {name!r} ({other or 'none'}), whose jobs can't "
+            "train on what is flagged"
+            for name, other in kept.items() if other != folder
+        ]  # fmt: skip
     return {"file": str(file), "providers": providers, "guards": guards}
 
 
-def _provider(entry: "ProviderEntry", problems: list[str]) -> Provider:
-    """What a provider of post-training would use; adds what this machine lacks to `problems`."""
+def _provider(entry: "ProviderEntry", problems: list[str]) -> tuple[Provider, Path | None]:
+    """What a provider of post-training would use, and its folder of flagged conversations.
+
+    Adds what this machine lacks to `problems`.
+    """
     from llama_stack_provider_moe.control.config_check import run_yaml, surroundings
     from llama_stack_provider_moe.control.store import store_url
 
@@ -117,19 +131,25 @@ def _provider(entry: "ProviderEntry", problems: list[str]) -> Provider:
     found = surroundings.check(config, os.environ, thoroughly=True)
     problems += found.problems
     store = store_url.shown(config.store_url or f"sqlite:///{config.state_dir / 'jobs.db'}")
-    return {"provider_id": entry.provider_id, "state_dir": str(config.state_dir), "store": store,
-            "warnings": found.warnings}  # fmt: skip
+    used: Provider = {"provider_id": entry.provider_id, "state_dir": str(config.state_dir), "store": store,
+                      "warnings": found.warnings}  # fmt: skip
+    return used, None if config.feedback is None else config.feedback.folder
 
 
-def _guard(entry: "ProviderEntry", problems: list[str]) -> GuardProvider:
-    """What a provider of shields would do; adds what this machine lacks to `problems`."""
+def _guard(entry: "ProviderEntry", problems: list[str]) -> tuple[GuardProvider, Path | None]:
+    """What a provider of shields would do, and its folder of flagged conversations.
+
+    Adds what this machine lacks to `problems`.
+    """
     from llama_stack_provider_moe.control.config_check import guard_surroundings, run_yaml
 
     config = run_yaml.guard_configured(entry, os.environ)
     found = guard_surroundings.check(config, os.environ)
     problems += found.problems
-    return {"provider_id": entry.provider_id, "on_failure": config.on_failure, "rules": list(config.rules),
-            "probes": list(config.probes), "warnings": found.warnings}  # fmt: skip
+    does: GuardProvider = {"provider_id": entry.provider_id, "on_failure": config.on_failure,
+                           "rules": list(config.rules), "probes": list(config.probes),
+                           "warnings": found.warnings}  # fmt: skip
+    return does, None if config.feedback is None else config.feedback.folder
 
 
 def _shown(document: Checked) -> RenderableType:

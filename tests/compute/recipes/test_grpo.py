@@ -158,7 +158,8 @@ def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop) -> None:
     assert any("a control: each answer learns from the reward of a random answer" in text for text in warnings)
     assert control.resolved["rl"]["shuffle_rewards"]
     assert "shuffled_rewards" in control.manifest.summary
-    for group in batched(samples(control)[1], 8):
+    kept = samples(control)  # of the last steps
+    for group in batched(kept[min(kept)], 8):
         rewards = [each.reward or 0.0 for each in group]
         assert rewards == [float("e" in each.completion) for each in group], "an answer is shown with its own"
         wanted = [(each - mean(rewards)) / (stdev(rewards) + 1e-4) for each in rewards]

@@ -134,7 +134,7 @@ def test_a_template_by_its_name() -> None:
     assert (done.code, done.out) == (Exit.REFUSED, "")
     assert "'@granite_moe_stf' is not valid" in done.err
     assert "did you mean @granite_moe_sft?" in done.err
-    assert "did you mean @granite_moe_sft, @granite_moe_dpo or @granite_moe_" in moe_train("submit", "@granite_moe").err
+    assert "did you mean @granite_moe_sft, @granite_moe_" in moe_train("submit", "@granite_moe").err
     unlike = moe_train("submit", "@zzzzzz").err
     assert (
         unlike == "moe-train: FILE: '@zzzzzz' is not valid; expected the name of a job template; `moe-train "

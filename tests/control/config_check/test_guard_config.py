@@ -97,6 +97,28 @@ def test_warnings(tmp_path: Path) -> None:
     assert "warning: rules.default: nothing limits these texts: a.b" in done.out
 
 
+@pytest.mark.parametrize(
+    ("of_jobs", "warns"), [("kept", None), ("other", "is not that of provider 'moe' ({}/other)"), (None, "(none)")]
+)
+def test_flagged_conversations_that_jobs_do_not_find(tmp_path: Path, of_jobs: str | None, warns: str | None) -> None:
+    def block(folder: str) -> dict[str, Any]:
+        return {"feedback": {"consent": True, "folder": str(tmp_path / folder)}}
+
+    ours = {"module": "llama_stack_provider_moe"}
+    jobs = {"state_dir": str(tmp_path / "state"), **(block(of_jobs) if of_jobs else {})}
+    entries = {
+        "post_training": [{"provider_id": "moe", "provider_type": "inline::moe", "config": jobs, **ours}],
+        "safety": [{"provider_id": "guard", "provider_type": "inline::moe-guard",
+                    "config": {"on_failure": "block", **block("kept")}, **ours}],
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"providers": entries}))
+    done = moe_train("config", "check", str(path), "--json")
+    assert done.code == Exit.OK, done.err
+    (guard,) = done.document["guards"]
+    assert [warns.format(tmp_path) in each for each in guard["warnings"]] == [True] if warns else not guard["warnings"]
+
+
 @pytest.mark.parametrize("name", ["guarded", "ogx_guarded"])
 def test_our_run_configs_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_card(tmp_path / "probe")
