@@ -2,6 +2,7 @@
 
 import gc
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -14,6 +15,10 @@ from llama_stack_provider_moe.control.supervisor.supervisor import Supervisor
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As below a shell that runs this in the background; the programs that tests start and interrupt would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_LIMIT_S = 7200
 MODELS = ("family", "model_type")  # names of parameters that are a kind of model
