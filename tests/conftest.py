@@ -17,7 +17,7 @@ from tests.support.jobs_support import job_folders, small_disk, tiny_config
 from tests.support.postgres_server import new_store_urls
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As below a shell that runs this in the background; the programs that tests start and interrupt would ignore it too.
+    # As below a shell that runs this in the background; programs that tests start and interrupt would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_LIMIT_S = 7200
