@@ -8,6 +8,7 @@ import pytest
 
 from llama_stack_provider_moe.control.cli.exits import Exit
 from tests.support import tiny_models
+from tests.support.chosen import few
 from tests.support.cli_support import moe_train
 
 ROWS: list[dict[str, object]] = [
@@ -86,7 +87,7 @@ def test_held_out_rows_that_are_also_here(tmp_path: Path, file: str) -> None:
     assert (done.document["held_out_rows"], done.document["overlap"]) == (2, 1)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "circuit_breaker", "kto"])
+@pytest.mark.parametrize("recipe", few(["sft", "dpo", "circuit_breaker", "kto"], 2))
 def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: str) -> None:
     rows: list[dict[str, object]] = (
         ROWS if recipe != "dpo" else [{"prompt": f"{n}?", "chosen": "yes, surely", "rejected": "no"} for n in range(20)]
