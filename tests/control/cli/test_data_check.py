@@ -87,7 +87,7 @@ def test_held_out_rows_that_are_also_here(tmp_path: Path, file: str) -> None:
     assert (done.document["held_out_rows"], done.document["overlap"]) == (2, 1)
 
 
-@pytest.mark.parametrize("recipe", few(["sft", "dpo", "circuit_breaker", "kto"], 2))
+@pytest.mark.parametrize("recipe", few(["dpo", "sft", "circuit_breaker", "kto"], 1))
 def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: str) -> None:
     rows: list[dict[str, object]] = (
         ROWS if recipe != "dpo" else [{"prompt": f"{n}?", "chosen": "yes, surely", "rejected": "no"} for n in range(20)]
@@ -204,6 +204,7 @@ def test_rows_with_thumbs_of_one_class_are_refused_as_by_a_job(tmp_path: Path) -
     assert "at least 2 row(s) with a thumb up, because one is held out; it has 1 of 20" in " ".join(done.out.split())
 
 
+@pytest.mark.wide
 def test_rows_longer_than_a_refusing_length_are_not_blamed_on_the_template(file: str, model: str) -> None:
     done = moe_train("data", "check", file, "--model", model, "--set", "options.max_length=16",
                      "--set", "options.truncate=refuse")  # fmt: skip
@@ -212,6 +213,7 @@ def test_rows_longer_than_a_refusing_length_are_not_blamed_on_the_template(file:
     assert "rows are refused, see above" in done.out
 
 
+@pytest.mark.wide
 def test_a_pair_is_shown_with_which_answer_is_which(tmp_path: Path, model: str) -> None:
     rows: list[dict[str, object]] = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(3)]
     done = moe_train("data", "check", written(tmp_path / "rows.jsonl", rows), "--recipe", "dpo", "--model", model,
@@ -222,6 +224,7 @@ def test_a_pair_is_shown_with_which_answer_is_which(tmp_path: Path, model: str) 
     ]  # fmt: skip
 
 
+@pytest.mark.wide
 def test_a_model_of_the_server_is_named_as_in_a_job(
     tmp_path: Path, file: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +239,7 @@ def test_a_model_of_the_server_is_named_as_in_a_job(
         assert done.document["tokens"]["sequences"] == 18
 
 
+@pytest.mark.wide
 def test_no_template_of_ours_is_advised_for_tools(tmp_path: Path, model: str) -> None:
     tools = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}]
     rows: list[dict[str, object]] = [{**ROWS[0], "tools": tools}] * 2

@@ -97,6 +97,7 @@ def make_jobs(service: PostTrainingService) -> None:
     ]  # fmt: skip
     submit(service, job_uuid="grpo-1", recipe="grpo", reward=graders)
     folder = workshop.begin("grpo-1")
+    change(service, "grpo-1", devices="")
     dashboard_jobs.train(folder, "grpo", 30, STEPS, seed=9)
     for step in (28, 29, 30):
         dashboard_jobs.keep_answers(folder, step)
