@@ -1,6 +1,6 @@
-"""Which of a module's cases a run has chosen, for fixtures that prepare all of them together."""
+"""Few cases of many: which a run has chosen, which `make test` leaves out, and results that are made when asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,3 +22,19 @@ def few(cases: Iterable[Any], count: int) -> list[Any]:
         case if at < count else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.wide)
         for at, case in enumerate(cases)
     ]
+
+
+class OnDemand[Value](dict[str, Value]):
+    """Results by name, each made when it is first asked for.
+
+    Args:
+        make: makes the one of a name.
+    """
+
+    def __init__(self, make: Callable[[str], Value]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Value:
+        self[name] = made = self._make(name)
+        return made

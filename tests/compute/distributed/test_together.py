@@ -8,9 +8,8 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from llama_stack_provider_moe.jobdir.checkpoint_index import valid_checkpoints
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.state import JobState
 from tests.support.alike import assert_alike, curve
+from tests.support.chosen import OnDemand, few
 from tests.support.together import Office, office
 from tests.support.training_support import Run, Workshop, domains_of, dpo_rows, kept_rows, said, sft_rows, workshop
 
@@ -67,8 +67,9 @@ CASES: dict[str, dict[str, Any]] = {
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
 }  # fmt: skip
 # A breaker's first step has no gradient (the model is its base); Adam would scale its rounding to full steps.
-FROM_THE_START = [case for case in CASES if case != "circuit-breaker"]
-RESUMED = ["sft", "sft-domains", "dpo", "circuit-breaker"]
+FIRST = ["sft", "dpo-uneven", "sft-aux-free", "sft-distill"]
+FROM_THE_START = few([*FIRST, *(case for case in CASES if case not in (*FIRST, "circuit-breaker"))], len(FIRST))
+RESUMED = few(["dpo", "sft-domains", "sft", "circuit-breaker"], 2)
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
@@ -94,13 +95,12 @@ def after_an_epoch(
     return folder
 
 
-@dataclass
-class Ran:
-    """Every run, by its case."""
+class Ran(NamedTuple):
+    """Runs by their case, each made when a test first asks for it."""
 
-    one: dict[str, Run] = field(default_factory=dict)
-    two: dict[str, Run] = field(default_factory=dict)
-    one_then_two: dict[str, Run] = field(default_factory=dict)
+    one: OnDemand[Run]
+    two: OnDemand[Run]
+    one_then_two: OnDemand[Run]
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +113,15 @@ def desk(workshop: Workshop) -> Iterator[Office]:
 @pytest.fixture(scope="module")
 def ran(workshop: Workshop, desk: Office) -> Ran:
     """All runs except those that are interrupted."""
-    ran = Ran()
-    for case in CASES:
-        ran.one[case] = workshop.again(Run(job(workshop, case, 1), 0))
-        assert ran.one[case].exit_code == COMPLETED, ran.one[case].reason
-    for case in FROM_THE_START:
-        ran.two[case] = run(desk, job(workshop, case, 2))
-    for case in RESUMED:
-        ran.one_then_two[case] = run(desk, after_an_epoch(workshop, ran.one[case], case, 2))
-    return ran
+
+    def alone(case: str) -> Run:
+        found = workshop.again(Run(job(workshop, case, 1), 0))
+        assert found.exit_code == COMPLETED, found.reason
+        return found
+
+    one = OnDemand(alone)
+    return Ran(one, OnDemand(lambda case: run(desk, job(workshop, case, 2))),
+               OnDemand(lambda case: run(desk, after_an_epoch(workshop, one[case], case, 2))))  # fmt: skip
 
 
 def run(desk: Office, folder: JobFolder) -> Run:
@@ -146,7 +146,7 @@ def test_two_processes_resume_the_checkpoint_of_one(ran: Ran, case: str) -> None
     assert_alike(run, ran.one[case], atol=ATOL)
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo"])
+@pytest.mark.parametrize("case", few(["dpo", "sft"], 1))
 def test_one_process_resumes_the_checkpoint_of_two(workshop: Workshop, ran: Ran, case: str) -> None:
     run = workshop.again(Run(after_an_epoch(workshop, ran.two[case], case, 1), 0))
     assert [event.checkpoint for event in run.events("resumed")] == ["epoch-1"]
@@ -154,7 +154,7 @@ def test_one_process_resumes_the_checkpoint_of_two(workshop: Workshop, ran: Ran,
     assert_alike(run, ran.one[case], atol=ATOL)
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo"])
+@pytest.mark.parametrize("case", few(["sft", "dpo"], 1))
 def test_a_sharded_base_leaves_the_same_as_a_whole_one(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
     """The base's weights are read in parts; checkpoints are whole adapters, from which one process resumes."""
     more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
@@ -167,7 +167,7 @@ def test_a_sharded_base_leaves_the_same_as_a_whole_one(workshop: Workshop, desk:
     assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="fsdp")), alone, ATOL)
 
 
-@pytest.mark.parametrize("case", ["sft", "sft-whole", "dpo"])
+@pytest.mark.parametrize("case", few(["dpo", "sft", "sft-whole"], 1))
 def test_shared_experts_leave_the_same_as_whole_ones(workshop: Workshop, desk: Office, ran: Ran, case: str) -> None:
     """Each process reads, trains and restores half of the experts; checkpoints contain all of them."""
     more = {"options": {"precompute_ref_log_probs": False}} if case == "dpo" else {}
@@ -182,7 +182,7 @@ def test_shared_experts_leave_the_same_as_whole_ones(workshop: Workshop, desk: O
     assert_alike(run(desk, after_an_epoch(workshop, alone, case, 2, strategy="ep")), alone, ATOL)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ep"])
+@pytest.mark.parametrize("strategy", few(["fsdp", "ep"], 1))
 def test_domains_are_the_same_if_processes_share_the_model(
     workshop: Workshop, desk: Office, ran: Ran, strategy: str
 ) -> None:
@@ -230,7 +230,7 @@ def test_a_cancelled_job_resumes_bitwise(workshop: Workshop, desk: Office) -> No
     assert not torch.equal(*states), "the processes draw different numbers"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ep"])
+@pytest.mark.parametrize("strategy", few(["ep", "ddp"], 1))
 def test_a_job_that_loses_a_process_resumes_and_completes(workshop: Workshop, desk: Office, strategy: str) -> None:
     experts_alone: dict[str, Any] = {"adapter": {"rank": 4, "lora_attn_modules": []}, "moe": {}}
     more: dict[str, Any] = {"training": {"n_epochs": 4}, **(experts_alone if strategy == "ep" else {})}

@@ -10,6 +10,7 @@ from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from tests.support import tiny_models
 from tests.support.alike import assert_alike
+from tests.support.chosen import few
 from tests.support.family_subject import Subject
 from tests.support.together import Office, office
 from tests.support.training_support import Run, Workshop, dpo_rows, sft_rows, workshop
@@ -39,7 +40,7 @@ def two(desk: Office, folder: JobFolder) -> Run:
     return desk.ended(folder)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ep"])
+@pytest.mark.parametrize("strategy", few(["ep", "fsdp"], 1))
 def test_a_breaker_with_all_states_leaves_the_same_as_one_process(
     workshop: Workshop, desk: Office, strategy: str
 ) -> None:
@@ -70,7 +71,7 @@ def test_experts_whose_router_may_choose_none_are_divided(workshop: Workshop, de
     assert_alike(two(desk, job(workshop, "sft", folder, 2, resources=resources, **more)), one, ATOL)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "circuit_breaker"])
+@pytest.mark.parametrize("recipe", few(["dpo", "sft", "circuit_breaker"], 1))
 def test_helpers_prepare_the_batches_of_two_processes(workshop: Workshop, desk: Office, recipe: str) -> None:
     """A helper's pipe also carries ballast and the number of rows that count."""
     one = workshop.again(Run(job(workshop, recipe, "granitemoe", 1), 0))
@@ -81,7 +82,7 @@ def test_helpers_prepare_the_batches_of_two_processes(workshop: Workshop, desk: 
     assert "multi-threaded" not in shared.folder.output.read_text()
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("recipe", few(["sft", "dpo"], 1))
 def test_probes_leave_a_sharded_model_in_parts(workshop: Workshop, desk: Office, recipe: str) -> None:
     """The probes' last pass leaves FSDP2's root whole; the optimizer must not get weights that FSDP2 frees later."""
     more: dict[str, Any] = {"data": {"packed": True}} if recipe == "sft" else {}
