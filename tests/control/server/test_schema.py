@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
@@ -48,6 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def described(server: Server) -> Any:
+    # The document is made at the first request, which on a busy machine takes longer than the loader's 10 s.
+    httpx.get(server.url + "/openapi.json", timeout=120).raise_for_status()
     return schemathesis.openapi.from_url(server.url + "/openapi.json")
 
 
