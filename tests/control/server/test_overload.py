@@ -45,6 +45,7 @@ def soon(found: overload.Watched) -> None:
     assert max(found.seconds) < LIMIT_S, str(found)
 
 
+@pytest.mark.wide
 def test_bodies_of_unknown_keys(server: Server) -> None:
     found = overload.unknown_keys(server)
     soon(found)

@@ -141,6 +141,7 @@ def test_every_data_set_of_a_job_is_looked_at(service: PostTrainingService, aske
         asyncio.run(service.validate(asked))
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("patient")
 def test_a_model_of_the_hub_s_cache_is_at_hand(tmp_path: Path) -> None:
     with serving_in_process(tmp_path, datasets()) as service:
