@@ -103,7 +103,9 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
         self.beta = rl.beta
         self.ref_model = reference
         if self.layout is not None and rl.routing_replay != "off":
+            assert self.recorder is not None
             self.routes = Routes(self.model, self.layout, rl.routing_replay, self.peers)
+            self.recorder.own_choice = self.routes.own_choice
         if reference is not None:
             add_fused_lm_head(reference, temperature=rl.temperature)
             if needs_plain_head(reference, rl.temperature):
