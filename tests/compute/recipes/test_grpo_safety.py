@@ -78,7 +78,7 @@ def test_one_report_has_refusals_over_refusals_and_capability(workshop: Workshop
         assert {name: report.measured[state][name].n for name in figures} == figures
     assert {*figures, "perplexity_ratio"} <= report.differences["after - before"].keys()
     early, late = run.events("assessed")
-    assert (early.step, late.step) == (0, 4)
+    assert (early.step, late.step) == (0, 2)
     assert late.measured["after"]["perplexity"]["value"] == report.measured["after"]["perplexity"].value
     base = AutoModelForCausalLM.from_pretrained(workshop.model("granitemoe")).eval()
     wanted = {"before": perplexity(base, retained)}
