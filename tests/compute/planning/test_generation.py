@@ -75,7 +75,7 @@ def test_the_plan_has_the_moment_at_which_answers_are_longest() -> None:
     planner = Planner(CONFIG, Machine("cuda", 80 * 10**9))
     short, _ = planner.estimate(job(), "ddp")
     assert short.terms.cache == 0, "learning takes more"
-    many = {"steps_per_generation": 96, "max_completion_length": 62}
+    many = {"steps_per_generation": 384, "max_completion_length": 62}
     found, certain = planner.estimate(job(rl=many), "ddp")
     memory = generation_memory(job(rl=many), CONFIG)
     assert memory is not None
@@ -85,7 +85,7 @@ def test_the_plan_has_the_moment_at_which_answers_are_longest() -> None:
     assert (found.terms.gradients, found.terms.activations) == (0, 0)
     long, _ = planner.estimate(job(rl={**many, "max_completion_length": 20}), "ddp")
     assert long.moment == "prompts of answers"
-    assert long.terms.cache == 96 * 8 * 44 * 2 * A_TOKEN * 2
+    assert long.terms.cache == 384 * 8 * 44 * 2 * A_TOKEN * 2
     assert long.terms.working > memory.logits
     assert planner.estimate(job(), "ddp")[1] == certain, "of all batches the same"
     elsewhere = job(rl={**many, "engine": {"type": "vllm_server", "server": "x"}}, adapter={"rank": 4})
