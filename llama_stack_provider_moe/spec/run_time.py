@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from llama_stack_provider_moe.spec import Data, Domain, TrainingSpec
+from llama_stack_provider_moe.spec import Data, Domain, GRPOSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data import epoch_counts
 
 
@@ -50,7 +50,7 @@ def rows_in_epoch(spec: TrainingSpec, rows: Sequence[int | None]) -> int | None:
 
 
 def rows_in_run(spec: TrainingSpec, rows: int | None) -> int | None:
-    """Return the rows that all epochs read; None if nothing tells.
+    """Return the rows that all epochs learn from (GRPO: answers, each as often as it is); None if nothing tells.
 
     Args:
         spec: the job.
@@ -58,6 +58,8 @@ def rows_in_run(spec: TrainingSpec, rows: int | None) -> int | None:
     """
     training = spec.training
     limit = training.max_steps_per_epoch * rows_a_step(spec) or None
+    if rows is not None and isinstance(spec, GRPOSpec):
+        rows *= spec.rl.n_generations * spec.rl.n_iterations
     known = [each for each in (rows, limit) if each is not None]
     return min(known) * training.n_epochs if known else None
 

@@ -99,16 +99,19 @@ def tell_long_rows(session: AnySession, model: PreTrainedModel, rows: Rows, answ
         answer: tokens that the model writes after each.
     """
     lengths_R = torch.cat(list(_lengths(rows))) + answer
-    return judge(positions_of(model), lengths_R, lambda text: session.say(text, "warning"))
+    return judge(positions_of(model), lengths_R, lambda text: session.say(text, "warning"), answer)
 
 
-def judge(positions: Positions | None, lengths_R: Tensor, warn: Callable[[str], None]) -> dict[str, int | None]:
+def judge(
+    positions: Positions | None, lengths_R: Tensor, warn: Callable[[str], None], answer: int = 0
+) -> dict[str, int | None]:
     """Warn of rows that are longer than the model's positions.
 
     Args:
         positions: of the model; None if no limit is known.
         lengths_R: the number of tokens of each row.
         warn: called with the warning.
+        answer: of these, the tokens that the model writes.
 
     Returns:
         For the plan: the model's positions, the longest row, and the number of rows that are too long.
@@ -119,8 +122,9 @@ def judge(positions: Positions | None, lengths_R: Tensor, warn: Callable[[str], 
     longest, most = int(lengths_R.max()), None if positions is None else positions.most
     beyond = 0 if most is None else int((lengths_R > most).sum())
     if positions is not None and beyond:
+        written = f", with an answer of {answer:,}," if answer else ""
         problem = (
-            f"{beyond:,} of {len(lengths_R):,} rows have more tokens than the model has positions, {most:,} "
+            f"{beyond:,} of {len(lengths_R):,} rows have{written} more tokens than the model has positions, {most:,} "
             f"({positions.source}); the longest has {longest:,}"
         )
         if positions.table:

@@ -41,7 +41,7 @@ from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.rows import CanonicalRow
-from llama_stack_provider_moe.spec.rows.profiling import Reasons, Tally
+from llama_stack_provider_moe.spec.rows.profiling import SHOWN, Reasons, Tally
 
 CHUNK = 256  # rows that are rendered and tokenised together
 NO_LIMIT = 1 << 30  # tokens
@@ -66,9 +66,12 @@ class Sequences:
         spec: the job.
         held: indices of the rows that the job holds out, from 0.
         show: number of sequences to keep.
+        positions: that the model was trained on, if known.
     """
 
-    def __init__(self, encoder: Encoder, spec: TrainingSpec, held: frozenset[int], show: int) -> None:
+    def __init__(
+        self, encoder: Encoder, spec: TrainingSpec, held: frozenset[int], show: int, positions: int | None
+    ) -> None:
         self._whole = replace(encoder, limit=Limit(NO_LIMIT))
         self._cut = encoder
         self._spec = spec
@@ -77,7 +80,9 @@ class Sequences:
         self._rows = 0
         self._has_conversations = False
         self._lengths = Tally()
-        self._used = Tally()
+        self._positions = positions
+        self._answer = spec.rl.max_completion_length if isinstance(spec, GRPOSpec) else 0
+        self._beyond: list[int] = []  # numbers of rows, each as often as it has such sequences
         self._refused, self._dropped = Reasons(), Reasons()
         self._truncated = self._tokens = self._learnt = self._sequences = 0
         self.shown: list[ShownRow] = []
@@ -101,7 +106,8 @@ class Sequences:
             return
         for each in found:
             self._truncated += each.truncated
-            self._used.add(_length(each))
+            if self._positions is not None and _length(each) + self._answer > self._positions:
+                self._beyond.append(number)
             if len(self.shown) < self._show:
                 self.shown += self._as_shown(number, each)
             if index not in self._held:
@@ -114,12 +120,8 @@ class Sequences:
             pieces = pieces_of(self._cut.tokenizer, ids)
             yield ShownRow(row=number, length=len(ids), ids=ids, labels=labels, pieces=pieces)
 
-    def figures(self, positions: int | None) -> TokenFigures:
-        """All figures.
-
-        Args:
-            positions: the positions that the model was trained on, if known.
-        """
+    def figures(self) -> TokenFigures:
+        """All figures."""
         training, sequences = self._spec.training, self._sequences
         if isinstance(self._spec, KTOSpec):
             sequences = self._spec.with_kl(sequences)
@@ -128,8 +130,10 @@ class Sequences:
             counts=dict(self._whole.renderer.counts),
             lengths=self._lengths.lengths(),
             max_length=self._cut.limit.length,
-            positions=positions,
-            beyond_positions=0 if positions is None else self._used.above(positions),
+            positions=self._positions,
+            beyond_positions=len(self._beyond),
+            beyond_rows=list(dict.fromkeys(self._beyond))[:SHOWN],
+            answer=self._answer,
             cut=self._truncated,
             dropped=self._dropped.count,
             dropped_rows=self._dropped.shown,
@@ -181,7 +185,10 @@ def profile(request: Request) -> dict[str, object]:
             with path.open(encoding="utf-8") as file:
                 labels = [int(json.loads(line)[1]["label"]) for line in file]
             held = frozenset(held_out_of_classes(labels, share, seed))
-    counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"])
+    config = AutoConfig.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
+    positions = by_config(scaled_config(config.get_text_config(), spec.options.rope_scaling))
+    most = None if positions is None else positions.most
+    counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"], most)
     done, said_s = 0, time.monotonic()
     with path.open(encoding="utf-8") as file:
         for lines in batched(file, CHUNK):
@@ -190,12 +197,8 @@ def profile(request: Request) -> dict[str, object]:
             if time.monotonic() - said_s >= PROGRESS_S:
                 said_s = time.monotonic()
                 print(f"tokenised {done:,} of {total:,} rows", file=sys.stderr, flush=True)
-    config = AutoConfig.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
-    positions = by_config(scaled_config(config.get_text_config(), spec.options.rope_scaling))
-    figures = counted.figures(None if positions is None else positions.most)
-    return {
-        "tokens": figures.model_dump(mode="json"), "shown": [each.model_dump(mode="json") for each in counted.shown]
-    }  # fmt: skip
+    shown = [each.model_dump(mode="json") for each in counted.shown]
+    return {"tokens": counted.figures().model_dump(mode="json"), "shown": shown}
 
 
 def main() -> int:

@@ -102,6 +102,7 @@ class Replay:
         self._own: dict[int, Tensor] | None = None
         self._wrong: Tensor | None = None
         self._running: list[Choosing] = []
+        self._last: dict[int, Choosing] = {}  # of each router that is made to use routes
         routers = layout.routers(model)
         for at, layer in enumerate(self.layers):
             routers[layer].register_forward_pre_hook(partial(self._begin, at))
@@ -116,6 +117,13 @@ class Replay:
     def rest(self) -> None:
         """Let routers choose again."""
         self._forced = None
+        self._last.clear()
+
+    def own_choice(self, layer: int) -> Tensor | None:
+        """The experts (T, K) that a layer's router would have chosen in its last pass; None: they are those it used."""
+        if self._forced is None or layer not in self.layers:
+            return None
+        return self._last[self.layers.index(layer)].own_TK
 
     @contextmanager
     def recording(self, rows: int) -> Iterator[list[Tensor]]:
@@ -163,6 +171,8 @@ class Replay:
             return
         forced_TK = None if self._forced is None else self._forced[at]
         self._running.append(Choosing(self._layout.choices, self._layout.top_k, forced_TK))
+        if forced_TK is not None:
+            self._last[at] = self._running[-1]
         self._running[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, at: int, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...] | None) -> None:

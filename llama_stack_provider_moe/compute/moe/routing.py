@@ -109,6 +109,9 @@ class RoutingRecorder:
         self._tallies: dict[int, Tally] = {}
         self._logits: dict[int, list[Tensor]] = {}
         self._chosen: dict[int, list[Tensor]] = {}
+        self._own: dict[int, list[Tensor]] = {}
+        # Tells what a layer's router would have chosen where it is made to use other experts (`replay`).
+        self.own_choice: Callable[[int], Tensor | None] | None = None
         self._counts: dict[int, Tensor] = {}
         self._parts: dict[str, Tensor] = {}
         self._part_tallies: dict[tuple[str, int], Tally] = {}
@@ -136,7 +139,7 @@ class RoutingRecorder:
         self._first_alone = first_alone
         self._attention_mask = attention_mask
         self._parts = dict(parts or {})
-        self._logits, self._chosen = {}, {}
+        self._logits, self._chosen, self._own = {}, {}, {}
         self._grad_mode = torch.is_grad_enabled()
         self._open = True
         try:
@@ -156,12 +159,12 @@ class RoutingRecorder:
     @contextmanager
     def isolated(self) -> Iterator[None]:
         """Keep recordings inside separate from earlier ones, and discard them afterwards."""
-        kept = self._tallies, self._logits, self._chosen, self._counts, self._part_tallies
-        self._tallies, self._logits, self._chosen, self._counts, self._part_tallies = {}, {}, {}, {}, {}
+        kept = self._tallies, self._logits, self._chosen, self._own, self._counts, self._part_tallies
+        self._tallies, self._logits, self._chosen, self._own, self._counts, self._part_tallies = {}, {}, {}, {}, {}, {}
         try:
             yield
         finally:
-            self._tallies, self._logits, self._chosen, self._counts, self._part_tallies = kept
+            self._tallies, self._logits, self._chosen, self._own, self._counts, self._part_tallies = kept
 
     def switch_loss(self, total: Total = local_sum) -> float:
         """`switch_loss` of everything recorded since the last `take`, as one batch, over all processes.
@@ -192,11 +195,15 @@ class RoutingRecorder:
         return [logits_TE for passes in self._balanced(self._logits) for logits_TE in passes]
 
     def chosen(self) -> list[Tensor]:
-        """The experts (T, K) that were chosen, in the order of `logits`; E means none."""
-        return [chosen_TK for passes in self._balanced(self._chosen) for chosen_TK in passes]
+        """The experts (T, K) that routers chose themselves, in the order of `logits`; E means none.
+
+        A balance loss counts these, also where replay makes a router use others: they are what its logits lead to.
+        Losses of transformers' models and of Megatron-Core do so too, by the largest logits.
+        """
+        return [chosen_TK for passes in self._balanced(self._own) for chosen_TK in passes]
 
     def chosen_in(self, layer: int) -> Tensor:
-        """The experts (T, K) that were chosen in the last pass through a layer, also where ids of tokens fix them."""
+        """The experts (T, K) that ran in a layer's last pass, also where ids of tokens or replay fix them."""
         return self._chosen[layer][-1]
 
     def last_choice(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +217,7 @@ class RoutingRecorder:
 
     def forget_passes(self) -> None:
         """Drop the logits and choices of the passes so far, which take memory; the figures of `take` stay."""
-        self._logits, self._chosen = {}, {}
+        self._logits, self._chosen, self._own = {}, {}, {}
 
     def _balanced[Each](self, by_layer: dict[int, Each]) -> list[Each]:
         """Of the layers whose router chooses; where a token's id fixes its experts, nothing can be balanced."""
@@ -232,7 +239,7 @@ class RoutingRecorder:
     def take(self, total: Total = local_sum) -> list[LayerRouting]:
         """Routing of every layer since the last `take`, in order; empty if no token was recorded."""
         tallies = {(ALL, layer): tally for layer, tally in self._tallies.items()}
-        self._tallies, self._logits, self._chosen = {}, {}, {}
+        self._tallies, self._logits, self._chosen, self._own = {}, {}, {}, {}
         return self._summed(tallies, (ALL,), total).read().layers
 
     def take_parts(self, names: Sequence[str] = (), total: Total = local_sum) -> dict[str, list[LayerRouting]]:
@@ -256,7 +263,7 @@ class RoutingRecorder:
         tallies = {(ALL, layer): tally for layer, tally in self._tallies.items()} | self._part_tallies
         unknown = {part for part, _ in self._part_tallies} - {*names}
         assert not unknown, f"parts {sorted(unknown)} are not among {names}"
-        self._tallies, self._part_tallies, self._logits, self._chosen = {}, {}, {}, {}
+        self._tallies, self._part_tallies, self._logits, self._chosen, self._own = {}, {}, {}, {}, {}
         return self._summed(tallies, (ALL, *sorted(names)), total)
 
     def _summed(self, tallies: Mapping[Key, Tally], parts: Sequence[str], total: Total) -> RoutingSums:
@@ -283,6 +290,8 @@ class RoutingRecorder:
             detached_TE = logits_TE.detach()
             chosen_TK = chosen_experts(layout, outputs, detached_TE)
             self._chosen.setdefault(layer, []).append(chosen_TK)
+            own_TK = None if self.own_choice is None else self.own_choice(layer)
+            self._own.setdefault(layer, []).append(chosen_TK if own_TK is None else own_TK)
             weight_T = token_weights(self._attention_mask, detached_TE)
             probs_TE = probabilities(detached_TE, layout.scoring)
             tally = _tally(probs_TE, chosen_TK, weight_T)

@@ -19,13 +19,14 @@ The step is divided into terms, and the answer states each of them:
                   are decoded and joined
     buckets       several processes: the buffers that average gradients, in addition to the gradients
     gathered      several processes: weights, gradients or tokens of others, while a layer or the head runs
+    cache         GRPO: keys and values of the answers that the model writes, see `generation`
 
     peak = weights + adapter + optimizer + max over moments of the step (the other terms at that moment)
 
-The moments are the forward and backward of each layer, of the ends (embeddings and head), DPO's reference pass, and
-the optimiser's step. With gradient accumulation, all gradients exist at each moment. Memory outside tensors is not
-included: the CUDA context (some 0.5 GiB), and what the allocator can't use because of fragmentation. `per_process`
-counts what each of several processes holds.
+The moments are the forward and backward of each layer, of the ends (embeddings and head), DPO's reference pass, the
+optimiser's step, and in GRPO the pass over prompts and the last token of answers. With gradient accumulation, all
+gradients exist at each moment of a step. Memory outside tensors is not included: the CUDA context (some 0.5 GiB), and
+what the allocator can't use because of fragmentation. `per_process` counts what each of several processes holds.
 """
 
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from typing import get_args
 
 from llama_stack_provider_moe.compute.moe.layout import outside_text, text_config, without_adapters
 from llama_stack_provider_moe.compute.planning.dry_run import Device, DryRun, Footprint, Rehearsal
+from llama_stack_provider_moe.compute.planning.generation import GenerationMemory
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel
 from llama_stack_provider_moe.compute.planning.per_process import (
     NOTHING,
@@ -65,6 +67,7 @@ class Terms:
     decoded: int = 0
     buckets: int = 0
     gathered: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -237,6 +240,7 @@ class StepMoments:
         transient: bytes that the strategy needs.
         reference: one of the passes of DPO or KTO is that of the reference.
         teacher: what the teacher of a job that distils takes.
+        generation: what it takes to write answers.
     """
 
     recipe: TrainingRecipe
@@ -249,6 +253,7 @@ class StepMoments:
     transient: TransientMemory = NOTHING
     reference: bool = True
     teacher: TeacherMemory | None = None
+    generation: GenerationMemory | None = None
 
     def peak(self, held: ProcessMemory, bits: Bits, checkpointing: bool) -> MemoryEstimate:
         """The moment that takes the most, in addition to what is needed all the time."""
@@ -256,6 +261,7 @@ class StepMoments:
         found = list(self.moments(checkpointing, on_gpu if self.in_place else on_cpu))
         if self.accumulates:
             found = [(where, replace(terms, gradients=held.gradients)) for where, terms in found]
+        found += self._generating()
         moment, terms = max(found, key=lambda each: each[1].total)
         terms = replace(
             terms, weights=held.weights, adapter=held.adapter, optimizer=held.optimizer, buckets=held.buckets
@@ -307,6 +313,19 @@ class StepMoments:
                 )
         gradients = sum(layer.gradients for layer in self.run.layers) + ends.gradients
         yield "optimiser's step", Terms(gradients=gradients, working=scratch)
+
+    def _generating(self) -> Iterator[tuple[str, Terms]]:
+        """The moments of writing answers, before a step has gradients."""
+        made = self.generation
+        if made is None:
+            return
+        layers = self.run.layers
+        prompts = self.run.shared + layers[0].output + max(layer.without_graph for layer in layers)
+        yield (
+            "prompts of answers",
+            Terms(cache=made.prompts, working=int(made.share * prompts) + made.logits, decoded=self.decoded),
+        )
+        yield "last token of answers", Terms(cache=made.answers, working=made.layer + made.logits, decoded=self.decoded)
 
     def _hidden_states(self, output: int) -> int:
         """For both sets, at each target: the base's, ours, and an fp32 copy of each that the loss's gradient needs."""

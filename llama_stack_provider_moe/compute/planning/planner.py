@@ -24,6 +24,7 @@ from llama_stack_provider_moe.compute.moe.resolve_settings import resolve_moe
 from llama_stack_provider_moe.compute.moe.sharding import undividable
 from llama_stack_provider_moe.compute.planning.dry_run import Device, Rehearsal
 from llama_stack_provider_moe.compute.planning.engine_memory import engine_bytes
+from llama_stack_provider_moe.compute.planning.generation import generation_memory
 from llama_stack_provider_moe.compute.planning.loading import LoadingMemory, loading_memory
 from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
@@ -37,10 +38,10 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
     with_offloaded,
 )
-from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
+from llama_stack_provider_moe.compute.planning.teacher import compares, teacher_memory
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
 
@@ -183,11 +184,9 @@ class Planner:
         """The peak of one device under a strategy, and the part of it that does not depend on the batch."""
         made, processes = self._rehearsed(spec), spec.resources.ranks
         whole = spec.adapter is None
-        ahead = False
-        if isinstance(spec, DPOSpec):
-            ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
+        ahead = isinstance(spec, DPOSpec) and reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
         teacher = teacher_memory(spec, self._config)
-        copies = teacher.copies if teacher is not None else whole and _compares(spec) and not ahead
+        copies = teacher.copies if teacher is not None else whole and compares(spec) and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
         has = process_memory(made.weights, way, processes, spec.optimizer, int(copies), wide)
@@ -207,12 +206,17 @@ class Planner:
             accumulates=spec.training.gradient_accumulation_steps > 1,
             reference=not ahead,
             teacher=teacher,
+            generation=generation_memory(spec, self._config),
         )
         return step.peak(has, made.bits, spec.efficiency.enable_activation_checkpointing), has.certain
 
     def adapted(self, spec: TrainingSpec) -> MetaModel:
         """The model as the job trains it, without numbers."""
         return self._rehearsed(spec).adapted
+
+    def weights(self, spec: TrainingSpec) -> tuple[Weight, ...]:
+        """Its weights, as one process holds them."""
+        return self._rehearsed(spec).weights
 
     def changes(self, spec: TrainingSpec) -> tuple[Change, ...]:
         """The changes that make the job fit: single settings if any are enough, else several at once; () if none are.
@@ -320,11 +324,6 @@ def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
         else "no change that was tried would make it fit"
     )
     return f"the job can't fit on {number_of(plan.processes, 'device')} of {device} each: {'; '.join(reasons)}. {ways}"
-
-
-def _compares(spec: TrainingSpec) -> bool:
-    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
-    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
 
 
 def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:

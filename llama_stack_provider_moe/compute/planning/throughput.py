@@ -35,6 +35,12 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("B200", 2250.0), ("H200 NVL", 835.5), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.5), ("H100", 989.4),
     ("A100", 312.0), ("L40S", 362.05), ("L4", 121.0), ("A10G", 70.0), ("A10", 125.0),
 )  # fmt: skip
+# Bandwidths of memory in GB/s, from the same data sheets.
+BANDWIDTHS: tuple[tuple[str, float], ...] = (
+    ("B200", 8000.0), ("H200", 4800.0), ("H100 NVL", 3900.0), ("H100 PCIe", 2000.0), ("H100", 3350.0),
+    ("A100 80GB PCIe", 1935.0), ("A100 SXM4 80GB", 2039.0), ("A100", 1555.0),
+    ("L40S", 864.0), ("L4", 300.0), ("A10G", 600.0), ("A10", 600.0),
+)  # fmt: skip
 
 
 def peak_flops(device: str, dtype: DType) -> float | None:
@@ -44,13 +50,23 @@ def peak_flops(device: str, dtype: DType) -> float | None:
         device: CUDA's name of it.
         dtype: of the products. fp32 has no single peak, because products may be in TF32 or not.
     """
-    if dtype == "fp32":
-        return None
-    names = re.split(r"[\s-]+", device)
-    for name, tera in PEAKS:
-        if set(name.split()) <= set(names):
-            return tera * 1e12
-    return None
+    tera = None if dtype == "fp32" else _of_device(PEAKS, device)
+    return None if tera is None else tera * 1e12
+
+
+def bandwidth(device: str) -> float | None:
+    """Bytes per second of the device's memory; None if we don't know it.
+
+    Args:
+        device: CUDA's name of it.
+    """
+    giga = _of_device(BANDWIDTHS, device)
+    return None if giga is None else giga * 1e9
+
+
+def _of_device(table: Sequence[tuple[str, float]], device: str) -> float | None:
+    names = set(re.split(r"[\s-]+", device))
+    return next((value for name, value in table if set(name.split()) <= names), None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class StepFlops:
 
 
 def count_flops(
-    model: nn.Module, layout: ExpertLayout | None, references: int = 0, head: bool = True, layers: int | None = None
+    model: nn.Module, layout: ExpertLayout | None, references: float = 0, head: bool = True, layers: int | None = None
 ) -> StepFlops:
     """Count the operations of a model that trains.
 

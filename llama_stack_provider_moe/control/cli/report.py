@@ -35,6 +35,7 @@ TERMS = (
     "decoded",
     "buckets",
     "gathered",
+    "cache",
 )
 
 

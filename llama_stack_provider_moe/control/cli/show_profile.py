@@ -71,9 +71,11 @@ def _tokens(found: TokenFigures) -> Table:
     facts += _listed("left out", found.dropped, _reasons(found.dropped_rows))
     facts += _listed("refused", found.refused, _reasons(found.refused_rows))
     if found.beyond_positions:
-        facts.append(
-            ("too long", f"{found.beyond_positions:,} sequences beyond the model's {found.positions:,} positions")
-        )
+        with_answer = f" with an answer of {found.answer:,} tokens" if found.answer else ""
+        more = " ..." if len(found.beyond_rows) < found.beyond_positions else ""
+        rows = f"row {', '.join(map(str, found.beyond_rows))}{more}"
+        told = f"{found.beyond_positions:,} sequences{with_answer} beyond the model's {found.positions:,} positions"
+        facts.append(("too long", f"{told}: {rows}"))
     facts += [
         ("held out", f"{found.held_out:,} rows (options.validation_split)"),
         ("an epoch", f"{found.sequences:,} sequences, {found.tokens:,} tokens, {found.learnt:,} of them learnt"),

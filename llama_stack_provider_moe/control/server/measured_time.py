@@ -61,7 +61,7 @@ def _speed(job: Job, like: TrainingSpec) -> tuple[float, float] | None:
     own, other = spec.resources, like.resources
     if (own.gpus, own.ranks, spec.adapter is None) != (other.gpus, other.ranks, like.adapter is None):
         return None
-    speed, tokens = finished.throughput.get("tokens_per_s"), step.metrics.get("tokens")
-    if not speed or not tokens or not (0 < speed < 1e12):  # NaN too
+    each, tokens = finished.throughput.get("tokens_per_s_per_device"), step.metrics.get("tokens")
+    if not each or not tokens or not (0 < each < 1e12):  # NaN too
         return None
-    return speed, tokens / rows_a_step(spec)
+    return each * own.ranks, tokens / rows_a_step(spec)

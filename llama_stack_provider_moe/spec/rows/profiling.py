@@ -31,10 +31,6 @@ class Tally:
         """Count one row."""
         self._values.append(length)
 
-    def above(self, length: int) -> int:
-        """Number of rows that are longer than `length`."""
-        return sum(value > length for value in self._values)
-
     def lengths(self) -> Lengths | None:
         """The figures; None without a row. A bucket of the histogram ends below a power of two."""
         ordered = sorted(self._values)

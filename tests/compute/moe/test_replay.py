@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from llama_stack_provider_moe.compute.moe.balance import balance_loss
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
 from llama_stack_provider_moe.compute.moe.replay import Replay, require_replay
-from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder
+from llama_stack_provider_moe.compute.moe.routing import RoutingRecorder, switch_loss
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes, aligned, require_alignment, require_routes
 from llama_stack_provider_moe.compute.runtime.peers import ALONE
 from llama_stack_provider_moe.errors import ModelError
@@ -66,6 +68,33 @@ def test_own_routes_change_nothing_and_others_are_used(family: str) -> None:
         assert gradient.abs().max() > 0
     replay.rest()
     assert torch.equal(learnt(model)[0], loss)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_balance_loss_counts_what_routers_would_choose(family: str) -> None:
+    """Not the replayed experts. Of a softmax's router the loss is then that of transformers, by its logits alone."""
+    model, layout, replay = made(family)
+    recorder = RoutingRecorder(model, layout)
+    recorder.own_choice = replay.own_choice
+    replay.force(torch.zeros_like(routes_of(model, replay)) + torch.arange(layout.top_k, dtype=torch.int16))
+    with recorder.recording(None), replay.observing(len(IDS)) as own:
+        model(input_ids=IDS)
+    chosen = [own[0][:, :, at].reshape(-1, layout.top_k).long() for at in range(len(replay.layers))]
+    assert all(torch.equal(a, b) for a, b in zip(recorder.chosen(), chosen, strict=True))
+    found = balance_loss(recorder, "switch")
+    logits, count = recorder.logits(), (layout.top_k, layout.choices)
+    assert torch.equal(found, switch_loss(logits, *count, scoring=layout.scoring, chosen=chosen))
+    replayed = [recorder.chosen_in(layer) for layer in replay.layers]
+    assert all(bool((each == torch.arange(layout.top_k)).all()) for each in replayed), (
+        "the figures of routing have these"
+    )
+    assert abs(found - switch_loss(logits, *count, scoring=layout.scoring, chosen=replayed)) > 1e-3
+    if family == "qwen3_moe":
+        assert torch.allclose(found, load_balancing_loss_func(tuple(logits), layout.choices, layout.top_k))
+    replay.rest()
+    with recorder.recording(None):
+        model(input_ids=IDS)
+    assert torch.equal(recorder.chosen()[0], recorder.chosen_in(replay.layers[0]))
 
 
 def test_a_checkpointed_layer_runs_again_with_the_same_routes() -> None:

@@ -56,13 +56,13 @@ def test_a_plan_says_whether_a_job_fits(tmp_path: Path, monkeypatch: pytest.Monk
         assert "see the server's log" in failed.json()["error"]["message"]
 
 
-def completed(service: PostTrainingService, job_id: str, tokens_per_s: float, tokens: float, **changes: Any) -> None:
-    """A job that has completed; its steps of 4 rows have so many tokens."""
+def completed(service: PostTrainingService, job_id: str, each: float, tokens: float, **changes: Any) -> None:
+    """A job that has completed, at so many tokens a second and device; its steps of 4 rows have so many tokens."""
     submit(service, job_uuid=job_id, **{"resources": {"gpus": 1}, "adapter": {"rank": 4}, **changes})
     Workshop(service).begin(job_id)
     log = EventLog(folder_of(service, job_id).events)
     log.append(Step(step=9, max_steps=9, epoch=1, metrics={"tokens": tokens}))
-    log.append(Finished(train_seconds=9, throughput={"tokens_per_s": tokens_per_s}))
+    log.append(Finished(train_seconds=9, throughput={"tokens_per_s_per_device": each, "tflops_per_device": 1.0}))
     log.close()
     service.store.move(job_id, JobState.COMPLETED)
 
@@ -105,6 +105,10 @@ def test_a_time_is_measured_on_jobs_like_it(tmp_path: Path) -> None:
         others = ({"resources": {"gpus": 2}}, {"model": "owner/other"}, {"owner": "other"}, {"resources": {"gpus": 0}})
         for other in others:
             assert time_of(**other) is None, "not like it"
+        completed(service, "on two", 5, 400, resources={"gpus": 2})
+        both = time_of(resources={"gpus": 2})
+        assert both is not None
+        assert both["tokens_per_s"] == 10, "of all devices"
 
 
 def test_the_route_tells_the_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

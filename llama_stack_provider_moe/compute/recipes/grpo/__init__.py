@@ -42,6 +42,7 @@ from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutReward
 from llama_stack_provider_moe.compute.recipes.grpo.interrupting import interruptible
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
+from llama_stack_provider_moe.compute.recipes.grpo.safety import tell_unmeasured
 from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
 from llama_stack_provider_moe.compute.recipes.grpo.shuffled import FIGURE, WARNING, shuffled
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
@@ -103,7 +104,9 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
         self.beta = rl.beta
         self.ref_model = reference
         if self.layout is not None and rl.routing_replay != "off":
+            assert self.recorder is not None
             self.routes = Routes(self.model, self.layout, rl.routing_replay, self.peers)
+            self.recorder.own_choice = self.routes.own_choice
         if reference is not None:
             add_fused_lm_head(reference, temperature=rl.temperature)
             if needs_plain_head(reference, rl.temperature):
@@ -318,6 +321,7 @@ def run(session: Session[GRPOSpec]) -> Manifest:
     low, high = rl.epsilons
     if rl.shuffle_rewards:
         session.say(WARNING, "warning")
+    tell_unmeasured(spec, lambda text: session.say(text, "warning"))
     engine = rl.engine
     correction = {} if isinstance(engine, TransformersEngine) else {
         "vllm_importance_sampling_mode": engine.importance_sampling,

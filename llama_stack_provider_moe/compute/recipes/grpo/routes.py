@@ -34,6 +34,7 @@ class Routes:
         self.of, self._peers = of, peers
         self._choices, self._top_k = layout.choices, layout.top_k
         self._replay = Replay(model, layout)
+        self.own_choice = self._replay.own_choice
         self._raw: Tensor | None = None  # of the generation that is being made
         self._is_new = False  # no micro-batch has learnt from it yet
 
