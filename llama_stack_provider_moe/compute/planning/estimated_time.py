@@ -4,7 +4,8 @@ import torch
 
 from llama_stack_provider_moe.compute.planning.planner import Planner, changed
 from llama_stack_provider_moe.compute.planning.throughput import count_flops, peak_flops
-from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, RewardSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 from llama_stack_provider_moe.spec.run_time import RunTime, rows_in_run, run_time, unknown_time
 
 # Share of the peak that a step is assumed to reach. No GPU was measured: an assumption, which the answer names.
@@ -35,7 +36,7 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
     references = int(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or distils or penalised)
     if isinstance(spec, KTOSpec):
         references = 3  # both models also run over mismatched answers
-    step = count_flops(adapted.model, adapted.layout, references)
+    step = count_flops(adapted.model, adapted.layout, references, head=not isinstance(spec, RewardSpec))
     return step.of([spec.options.max_length]) / spec.options.max_length
 
 
@@ -55,7 +56,7 @@ def estimated(planner: Planner, spec: TrainingSpec, device: str | None, rows: in
         in_dtype = f"{device} in {spec.training.dtype}"
         return unknown_time(f"no job like it was measured, and the peak of {in_dtype} is not known")
     speed = UTILISATION * peak * spec.resources.ranks / flops_a_token(planner, spec)
-    pair = 2 if spec.recipe == "dpo" else 1
+    pair = 2 if spec.recipe in PAIRED else 1
     basis = (
         f"estimated from the operations of a token, at {UTILISATION:.0%} of the peak of {device}, with every row as "
         f"long as {spec.options.max_length:,} tokens"

@@ -37,12 +37,14 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
     with_offloaded,
 )
-from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
+from llama_stack_provider_moe.compute.planning.teacher import compares, teacher_memory
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 
 # Settings of a job: dotted name -> value.
 Fields = Mapping[str, object]
@@ -187,7 +189,7 @@ class Planner:
         if isinstance(spec, DPOSpec):
             ahead = reference_ahead(cast(DPOSpec, changed(spec, {"resources.strategy": way})))
         teacher = teacher_memory(spec, self._config)
-        copies = teacher.copies if teacher is not None else whole and _compares(spec) and not ahead
+        copies = teacher.copies if teacher is not None else whole and compares(spec) and not ahead
         # As `compute.models.loader` does if all weights train and are divided.
         wide = way == "fsdp" and whole and spec.training.dtype == "bf16"
         has = process_memory(made.weights, way, processes, spec.optimizer, int(copies), wide)
@@ -199,7 +201,7 @@ class Planner:
             has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))
         if spec.efficiency.offload_experts:
             has = with_offloaded(has, made.weights, self.machine.device == "cuda")
-        tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
+        tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe in PAIRED else 1)
         step = replace(
             made.step,
             run=share_of_run(made.step.run, made.weights, way, processes, wide),
@@ -282,7 +284,8 @@ class Planner:
 
     def _rehearse(self, spec: TrainingSpec, batch: Batch) -> _Rehearsed:
         # fp16 is as large as bf16, and torch's autocast supports bf16 everywhere.
-        model = bare(self._config, DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype])
+        dtype = DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype]
+        model = bare(self._config, dtype, classifier=isinstance(spec, RewardSpec))
         if spec.options.rope_scaling is not None:
             extend(model, extension(text_config(model), spec.options.rope_scaling))
         adapter, targets = spec.adapter, cast(tuple[int, ...], (0,))
@@ -320,11 +323,6 @@ def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:
         else "no change that was tried would make it fit"
     )
     return f"the job can't fit on {number_of(plan.processes, 'device')} of {device} each: {'; '.join(reasons)}. {ways}"
-
-
-def _compares(spec: TrainingSpec) -> bool:
-    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
-    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
 
 
 def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:

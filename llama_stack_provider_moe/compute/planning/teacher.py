@@ -8,10 +8,15 @@ from transformers import PreTrainedConfig
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
 from llama_stack_provider_moe.compute.planning.meta_model import read_config
-from llama_stack_provider_moe.spec import SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import GRPOSpec, SFTSpec, TrainingSpec
 
 # In fp32, of each logit: log-probabilities of both, the teacher's probabilities, and two products.
 _COMPARED = 5 * 4
+
+
+def compares(spec: TrainingSpec) -> bool:
+    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
+    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
 
 
 @dataclass(frozen=True)
