@@ -26,7 +26,13 @@ from tests.support.training_support import Run, Workshop, workshop
 
 __all__ = ["workshop"]
 
-RECIPES: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "circuit_breaker": circuit_breaker}
+RECIPES: dict[str, ModuleType] = {
+    "sft": sft,
+    "dpo": dpo,
+    "kto": kto,
+    "reward": reward,
+    "circuit_breaker": circuit_breaker,
+}
 
 
 class Two(Peers):

@@ -1,5 +1,6 @@
 """Laws of the reward recipe, on tiny models."""
 
+import doctest
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from llama_stack_provider_moe.compute.export.load_check import check
 from llama_stack_provider_moe.compute.grading.reward_model import RewardModelGrader
+from llama_stack_provider_moe.compute.methods import reward
 from llama_stack_provider_moe.compute.models.classifier import load_classifier
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.graders.samples import Sample
@@ -35,6 +37,10 @@ def loss_of(model: Any, tokenizer: Any, rows: list[Any]) -> torch.Tensor:
     """Mean of log(1 + exp(rejected - chosen)) + CENTER * (chosen + rejected)^2."""
     chosen, rejected = (rewards(model, tokenizer, rows, answer) for answer in ("chosen", "rejected"))
     return ((1 + (rejected - chosen).exp()).log() + CENTER * (chosen + rejected).square()).mean()
+
+
+def test_the_formulas_example() -> None:
+    assert doctest.testmod(reward).failed == 0
 
 
 def test_a_run_equals_a_loop_of_the_formula(workshop: Workshop) -> None:
