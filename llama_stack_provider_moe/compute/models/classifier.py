@@ -46,7 +46,8 @@ def load_classifier(
 def is_saved_classifier(folder: str) -> bool:
     """Whether a model's config says that it is a sequence classifier."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder))
-    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    made_as = str((config.architectures or [""])[0])
+    return made_as.endswith("ForSequenceClassification")
 
 
 def load_saved_classifier(folder: str, dtype: DType, device: torch.device) -> PreTrainedModel:

@@ -5,7 +5,6 @@ token of a conversation as its chat template ends it, where grader `reward_model
 balance loss, and no classifier of transformers computes one; this package adds it where the job asks for one.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -31,7 +30,7 @@ from llama_stack_provider_moe.spec import RewardSpec
 
 
 @dataclass
-class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
+class PairCollator(DataCollatorForPreference):
     """TRL's, on prompts and answers: the chosen conversations, then the rejected ones."""
 
     def torch_call(self, examples: list[dict[str, list[int]]]) -> Batch:
@@ -42,7 +41,7 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
-class NamedFigures(RewardTrainer):  # type: ignore[misc]
+class NamedFigures(RewardTrainer):
     """TRL's trainer, with DPO's names of the figures, and none that is not a mean over pairs."""
 
     pair_nll: float = 0.0  # of the last micro-batch: its mean over pairs, in nats
@@ -70,7 +69,6 @@ class RewardModel(RowMeans, StepFigures, NamedFigures):
     loss_name = "preference_loss"
     router_aux_loss_coef = 0.0  # TRL's trainer adds no balance loss
     spec: RewardSpec
-    _metrics: dict[str, defaultdict[str, list[float]]]
 
     def __init__(self, prepared: Prepared[RewardSpec], args: RewardConfig) -> None:
         collator = PairCollator(pad_token_id=prepared.base.tokenizer.pad_token_id)
