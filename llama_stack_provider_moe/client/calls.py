@@ -42,7 +42,7 @@ from llama_stack_provider_moe.client.sweep_documents import (
 from llama_stack_provider_moe.errors import InvalidInput
 
 API = "/v1alpha/post-training"
-Recipe = Literal["sft", "dpo", "circuit_breaker", "kto"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "kto", "reward"]
 type Query = Mapping[str, int | str | Sequence[str] | None]
 
 

@@ -58,6 +58,7 @@ from llama_stack_provider_moe.spec.options import (
 from llama_stack_provider_moe.spec.playground import Playground
 from llama_stack_provider_moe.spec.preference_jobs import KTOSpec
 from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
+from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.rl import RL
 from llama_stack_provider_moe.spec.rl_jobs import GRPOSpec
 from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
@@ -134,6 +135,7 @@ __all__ = [
     "RefusalJudge",
     "RepBend",
     "Resources",
+    "RewardSpec",
     "RoutingAnalysisSpec",
     "RowFormat",
     "RowKind",
@@ -164,7 +166,7 @@ Recipe = Literal[
 # API also names `kto_pair`, which TRL does not implement.
 
 
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model

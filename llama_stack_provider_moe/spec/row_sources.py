@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 UP, DOWN = "a thumb up", "a thumb down"  # what reports of rows call the classes of KTO
 THUMBS = (UP, DOWN)
+PAIRED = ("dpo", "reward")  # the recipes whose rows are pairs of answers
 # recipe: rows that the recipe trains on; the other kinds are for an evaluation (`spec.evaluation_rows`).
 RowKind = Literal["recipe", "conversation", "scenario", "judged"]
 

@@ -25,6 +25,7 @@ _OF_RECIPE = {
     "sft": (*_EVERY, "mean_token_accuracy"),
     "dpo": (*_EVERY, "rewards/accuracies", "rewards/margins"),
     "kto": (*_EVERY, "rewards/margins"),
+    "reward": (*_EVERY, "rewards/accuracies", "rewards/margins"),
     # The mean reward by grader too, `rewards/NAME/mean`; the loss of a policy says nothing, and the one on held-out
     # prompts is their reward, negated.
     "grpo": ("validation_loss", "perplexity", "reward", "kl", "completions/mean_length", "completions/clipped_ratio"),

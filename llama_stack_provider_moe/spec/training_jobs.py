@@ -29,7 +29,7 @@ from llama_stack_provider_moe.spec.row_sources import DomainColumn, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_offload, refuse_beside_sharding
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
 
-TrainingRecipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto"]
+TrainingRecipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"]
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",

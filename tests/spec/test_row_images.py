@@ -13,6 +13,7 @@ from llama_stack_provider_moe.errors import InvalidRows, RowProblem
 from llama_stack_provider_moe.spec import Recipe
 from llama_stack_provider_moe.spec.recipes import RECIPES
 from llama_stack_provider_moe.spec.row_files import MAX_ROW_BYTES, RowFile
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 from llama_stack_provider_moe.spec.rows import canonical, conversation
 from llama_stack_provider_moe.spec.rows.image_files import header
 from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
@@ -216,7 +217,7 @@ def test_an_image_where_none_stands_is_refused() -> None:
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"export", "playground", "ablation"}))
 def test_recipes_take_images_as_their_table_says(recipe: Recipe) -> None:
     (row,) = read(lines(asked(part())), Store())
-    if recipe == "dpo":
+    if recipe in PAIRED:
         row = {"prompt": row["messages"][:1], "chosen": "a", "rejected": "b"}
     if recipe == "kto":
         row = {**row, "label": True}

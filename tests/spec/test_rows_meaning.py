@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         {"prompt": [user("a"), said("b")], "completion": "c"}, "prompt", "ends with an assistant turn; expected the"
     ),
     "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "completion",
-               "is missing beside 'prompt'; chosen and rejected are for recipe dpo"),
+               "is missing beside 'prompt'; chosen and rejected are for recipes dpo and reward"),
     "a pair without a prompt": ({"chosen": HH + "b", "rejected": HH + "c"}, "row",
                                 "has columns ['chosen', 'rejected']; expected one of {messages}"),
     "no column": ({}, "row", "has columns []; expected one of {messages}, {dialog}, {conversations}, {instruction,"),

@@ -61,7 +61,7 @@ def test_the_answer_is_all_after_the_last_users_turn() -> None:
         ({"messages": [said("56")], "label": True}, "messages", "has no user's turn before the answer"),
         ({"messages": [user("a"), said("b"), user("c"), said("d", weight=0)], "label": True}, "messages",
          "has a message of weight 0 in its answer"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": True}, "completion", "are for recipe dpo"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": True}, "completion", "for recipes dpo and reward"),
     ],
 )  # fmt: skip
 def test_other_rows_are_refused_by_number(row: dict[str, Any], field: str, told: str) -> None:

@@ -183,7 +183,7 @@ class Workshop:
         **blocks: Any,
     ) -> JobFolder:
         """The folder of such a job, which has not started."""
-        make = {"dpo": dpo_rows, "grpo": prompt_rows, "kto": kto_rows}.get(recipe, sft_rows)
+        make = {"dpo": dpo_rows, "grpo": prompt_rows, "kto": kto_rows, "reward": dpo_rows}.get(recipe, sft_rows)
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
         folder.data.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""KTO over HTTP: rows with labels, a result; and what is refused."""
+"""KTO and reward models over HTTP: rows, a result, its export and a grader; and what is refused."""
 
 import time
 from collections.abc import Iterator
@@ -24,6 +24,13 @@ KTO: dict[str, Any] = {
     "optimizer": {"lr": 5e-3}, "adapter": {"rank": 4, "alpha": 8}, "options": {"max_length": 64},
 }  # fmt: skip
 
+PAIRS = [
+    {"prompt": f"Say {number}.", "chosen": "The answer is five.", "rejected": ("No.", "Well, who knows?")[number % 2]}
+    for number in range(24)
+]
+REWARD: dict[str, Any] = {**KTO, "recipe": "reward", "data": {"dataset_id": "pairs"},
+                          "options": {"max_length": 64, "save_merged": True}}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -33,6 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(config, folder / "state") as running:
         tiny_models.build("qwen3_moe", running.state_dir / "models" / "qwen3_moe")
         running.register("thumbs", THUMBS)
+        running.register("pairs", PAIRS)
         running.register("only-up", [row | {"thumbs_up": True} for row in THUMBS])
         running.register("stars", [{"prompt": "a", "completion": "b", "label": 4}] * 4)
         yield running
@@ -59,6 +67,28 @@ def test_a_kto_job_completes(server: Server) -> None:
     manifest = folder.read_manifest()
     assert manifest is not None
     assert [artifact.kind for artifact in manifest.artifacts].count("adapter") == 1
+
+
+def test_a_reward_model_is_trained_and_grades(server: Server) -> None:
+    folder = submitted(server, REWARD, "taste")
+    (*_, last) = scan(folder.events, events.Step)
+    assert {"preference_loss", "rewards/accuracies", "rewards/margins"} <= last.metrics.keys()
+    manifest = folder.read_manifest()
+    assert manifest is not None
+    assert {"adapter", "merged"} <= {artifact.kind for artifact in manifest.artifacts}
+    grader = {"type": "reward_model", "name": "taste", "model": "taste", "scale": "raw"}
+    with server.http() as http:
+        refused = http.post("/jobs/taste/exports", json={"gguf": ["q8_0"]})
+        assert refused.status_code == 409, refused.text
+        assert "gguf: is not valid for a reward model, a sequence classifier" in refused.text
+        values = []
+        for answer in ("The answer is five.", "No."):
+            body = {"grader": grader, "item": {"messages": [{"role": "user", "content": "Say 30."}]},
+                    "model_sample": answer}  # fmt: skip
+            graded = http.post("/graders/run", json=body, timeout=LIMIT_S)
+            assert graded.status_code == 200, graded.text
+            values.append(graded.json()["reward"])
+    assert values[0] > values[1]
 
 
 @pytest.mark.parametrize(

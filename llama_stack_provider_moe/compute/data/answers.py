@@ -62,7 +62,7 @@ class AnswersEncoder(Encoder):
             begins -= 1
         if begins == 0:
             return Problem(f"there is no prompt before the answer{'s' * (len(answers) > 1)}")
-        ends = [last_said(tokens) + 1 for tokens in answers]
+        ends = [self.end_of(tokens) for tokens in answers]
         if first.images and max(ends) > self.limit.length:
             return self.limit.images_too_long(max(ends), sum(first.pictured))
         if problem := self.limit.too_long(max(ends)):
@@ -82,6 +82,10 @@ class AnswersEncoder(Encoder):
             ids.append(tokens.ids[begins:behind])
             said.append([int(index < starts or tokens.said[index]) for index in range(begins, behind)])
         return Fitted(prompt, ids, said, cut, left)
+
+    def end_of(self, tokens: Tokens) -> int:
+        """The number of tokens up to the end of an answer."""
+        return last_said(tokens) + 1
 
     def _tail(self, prompt: list[int], room: int) -> list[int]:
         """The last tokens of a prompt, after its beginning-of-sequence token if it has one."""
@@ -120,6 +124,15 @@ class DpoEncoder(AnswersEncoder):
         for which, ids, said in zip(("chosen", "rejected"), found.answers, found.said, strict=True):
             columns |= {f"{which}_ids": ids, f"{which}_said": said}
         return found.encoded(columns, row)._replace(texts=self.pictures(chosen))
+
+
+@dataclass(frozen=True)
+class RewardEncoder(DpoEncoder):
+    """The columns of `DpoEncoder`, with all that the template writes behind an answer, where graders read a reward."""
+
+    def end_of(self, tokens: Tokens) -> int:
+        """The number of tokens of the whole conversation."""
+        return len(tokens.ids)
 
 
 @dataclass(frozen=True)

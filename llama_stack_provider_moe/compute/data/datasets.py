@@ -35,7 +35,7 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir import row_domains
 from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
-from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, SFTSpec
+from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, RewardSpec, SFTSpec
 from llama_stack_provider_moe.spec.rl_jobs import held_out_of
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def sft_rows(
 
 
 def dpo_rows(
-    session: Session[DPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int, images: "Images | None" = None
+    session: Session[DPOSpec] | Session[RewardSpec],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    images: "Images | None" = None,
+    kind: type[DpoEncoder] = DpoEncoder,
 ) -> Rows:
     """Rows with the columns of `DpoEncoder`; a prompt with an answer has at most `options.max_length` tokens.
 
@@ -114,12 +118,13 @@ def dpo_rows(
         tokenizer: with a chat template.
         vocabulary: rows of the model's embedding; a greater token id would read past its end.
         images: turns the prompts' images into tokens; None: no row has one.
+        kind: of encoder.
 
     Raises:
         DataError: rows can't be rendered, or too many are too long.
     """
     options = session.spec.options
-    encoder = DpoEncoder(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate), images=images)
+    encoder = kind(tokenizer, Rendering.of(options), Limit(options.max_length, options.truncate), images=images)
     maker = Maker(session, cache_folder(session), encoder, with_pictures(DPO_FEATURES, images), vocabulary)
     train, validation, domains = maker.all_rows(session.spec.data)
     check_images(session, train, images)

@@ -20,7 +20,7 @@ from typing import TypedDict, cast
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from llama_stack_provider_moe.compute.data.answers import DpoEncoder, KtoEncoder
+from llama_stack_provider_moe.compute.data.answers import DpoEncoder, KtoEncoder, RewardEncoder
 from llama_stack_provider_moe.compute.data.breaker_rows import BreakEncoder
 from llama_stack_provider_moe.compute.data.datasets import held_out, held_out_of_classes
 from llama_stack_provider_moe.compute.data.encoding import (
@@ -40,6 +40,7 @@ from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
+from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.rows import CanonicalRow
 from llama_stack_provider_moe.spec.rows.profiling import SHOWN, Reasons, Tally
 
@@ -155,6 +156,8 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     rendering, limit = Rendering.of(spec.options), Limit(spec.options.max_length, spec.options.truncate)
     if isinstance(spec, DPOSpec):
         return DpoEncoder(tokenizer, rendering, limit)
+    if isinstance(spec, RewardSpec):
+        return RewardEncoder(tokenizer, rendering, limit)
     if isinstance(spec, KTOSpec):
         return KtoEncoder(tokenizer, rendering, limit)
     if isinstance(spec, BreakerSpec):

@@ -69,14 +69,16 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Inside, `model` is ready to answer; afterwards the model and the random state are as before."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = {module: module.training for module in model.modules()}
-    config, generation = text_config(base), base.generation_config
+    config, generates = text_config(base), base.can_generate()  # a classifier does not
+    generation = base.generation_config if generates else None
     logits = getattr(config, "output_router_logits", None)  # only MoE families have it
     devices = [model.device] if model.device.type == "cuda" else []
     states = random.getstate(), numpy.random.get_state()  # lm-eval seeds these too
     with torch.random.fork_rng(devices=devices):
         try:
             model.eval()
-            base.generation_config = GenerationConfig()
+            if generates:
+                base.generation_config = GenerationConfig()
             if logits:
                 # Passes with a cache see one token, but the mask has all: the balance loss would fail.
                 config.output_router_logits = False
@@ -84,7 +86,8 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         finally:
             if logits:
                 config.output_router_logits = logits
-            base.generation_config = generation
+            if generates:
+                base.generation_config = generation
             for module, training in modes.items():
                 module.training = training
             random.setstate(states[0])

@@ -35,6 +35,11 @@ from llama_stack_provider_moe.compute.export.load_figures import LoadCheck, Merg
 from llama_stack_provider_moe.compute.export.model_card import Source
 from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, ask, digest, read_probe
 from llama_stack_provider_moe.compute.export.servers import family_of, read_kind, statements
+from llama_stack_provider_moe.compute.models.classifier import (
+    is_saved_classifier,
+    load_new_classifier,
+    load_saved_classifier,
+)
 from llama_stack_provider_moe.compute.models.loader import DTYPES, load_plain, model_config
 from llama_stack_provider_moe.compute.models.quantized_loading import read_quantized
 from llama_stack_provider_moe.compute.models.rope import extend_for
@@ -43,6 +48,7 @@ from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.implementation import ExpertsImplementation, available
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
+from llama_stack_provider_moe.compute.moe.model_types import is_classifier
 from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, resolve_moe
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
@@ -104,7 +110,8 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
     name = _base(source, base)
     model, layout, tensors = _load(name, source.adapter, dtype)
     biases = _restore(source.adapter, model, layout, probe)
-    servers = statements(family_of(model), read_kind(source.adapter))
+    is_reward = is_classifier(model.get_base_model())
+    servers = [] if is_reward else statements(family_of(model), read_kind(source.adapter))
     plain = ask(model, probe)
     with model.disable_adapter():
         effect = gap(plain, ask(model, probe))
@@ -139,7 +146,7 @@ def check_model(folder: str | Path) -> LoadCheck:
     """
     probe = _probe(Path(folder))
     dtype = probe.arithmetic.dtype
-    model = load_plain(str(folder), dtype, _device())
+    model = _load_whole(str(folder), dtype)
     layout = find_layout(model)
     plain = ask(model, probe)
     here = _here(probe.arithmetic, None)
@@ -173,7 +180,7 @@ def check_merged(merged: str | Path, given: str | Path, base: str | None = None)
     probe = _probe(source.adapter)
     weights = _dtype_of(Path(merged))
     dtype: DType = "fp32" if probe.arithmetic.dtype == "fp32" else weights
-    one = load_plain(str(merged), dtype, _device())
+    one = _load_whole(str(merged), dtype)
     mine = ask(one, probe)
     del one
     model, layout, _ = _load(_base(source, base), source.adapter, dtype)
@@ -248,7 +255,8 @@ def _load(
     """
     device = _device()
     if coding is None:
-        base = load_plain(name, dtype, device)
+        is_reward = read_object(adapter / CONFIG_NAME).get("task_type") == "SEQ_CLS"
+        base = load_new_classifier(name, dtype, device, None) if is_reward else load_plain(name, dtype, device)
         layout = find_layout(base)
     else:
         base, layout, _ = read_quantized(name, model_config(name), DTYPES[dtype], device, coding)
@@ -296,6 +304,11 @@ def _as_trained(
     apply_moe(model, layout, replace(resolved, experts_implementation=implementation))
     if implementation in ALL_OURS:
         split_lora(model)
+
+
+def _load_whole(folder: str, dtype: DType) -> PreTrainedModel:
+    load = load_saved_classifier if is_saved_classifier(folder) else load_plain
+    return load(folder, dtype, _device())
 
 
 def _device() -> torch.device:

@@ -17,7 +17,10 @@ class Gap(BaseModel):
 
     greatest: float = Field(description="Largest difference of logits.")
     mean: float = Field(description="Mean absolute difference of logits.")
-    share: float = Field(description="`mean` divided by the logits' mean absolute deviation within their position.")
+    share: float = Field(
+        description="`mean` divided by the logits' mean absolute deviation within their position; of a classifier, "
+        "between texts."
+    )
 
 
 class LoadCheck(BaseModel):
@@ -93,6 +96,8 @@ def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Gap:
     first, second = torch.cat(list(one)).double(), torch.cat(list(other)).double()
     apart = (first - second).abs()
     spread = (second - second.mean(dim=1, keepdim=True)).abs().mean().item()
+    if spread == 0:  # a classifier of one label has one number for each text
+        spread = (second - second.mean(dim=0, keepdim=True)).abs().mean().item()
     mean = apart.mean().item()
     return Gap(greatest=apart.max().item(), mean=mean, share=mean / max(spread, torch.finfo(torch.float32).tiny))
 

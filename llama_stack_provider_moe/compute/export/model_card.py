@@ -172,7 +172,10 @@ def _loading(kind: Kind, base: str, source: Source) -> list[str]:
     here = "path/to/this"  # a folder or a repository
     adapter = source.adapter
     sees = loads_with_images(str(source.plan.get("architecture")))
+    is_reward = str(source.plan.get("architecture")).endswith("ForSequenceClassification")
     model = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    if is_reward:
+        model = "AutoModelForSequenceClassification"
     has_processor = any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     reader, reads = ("AutoProcessor", "processor") if has_processor else ("AutoTokenizer", "tokenizer")
     if kind != "adapter":
@@ -186,7 +189,7 @@ def _loading(kind: Kind, base: str, source: Source) -> list[str]:
     else:
         code = [
             "from peft import PeftModel", f"from transformers import {model}, {reader}", "",
-            f'base = {model}.from_pretrained("{base}", dtype="auto")',
+            f'base = {model}.from_pretrained("{base}", dtype="auto"{", num_labels=1" * is_reward})',
             f'model = PeftModel.from_pretrained(base, "{here}")',
             f'{reads} = {reader}.from_pretrained("{here}")',
         ]  # fmt: skip
@@ -194,6 +197,10 @@ def _loading(kind: Kind, base: str, source: Source) -> list[str]:
             f"moe-train eval {base} --adapter {here} --retain rows.jsonl", f"moe-train export merge {base} {here} OUT"
         ]  # fmt: skip
         library = "PEFT"
+    if is_reward:
+        commands = [
+            "moe-train grade FILE --data rows.jsonl  # FILE: a grader of type reward_model with the whole model"
+        ]
     unread = {
         ROUTER_BIAS: "the router biases that training moved",
         ROPE_FILE: "the longer context that the base needs: merge first, or change its config",

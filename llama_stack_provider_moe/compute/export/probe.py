@@ -45,7 +45,7 @@ class Row(Block):
     """One sequence of T tokens with K logits at each position, and the token ids of those logits."""
 
     tokens: list[int] = Field(min_length=1)
-    ids: list[list[int]] = Field(description="T x K.")
+    ids: list[list[int]] = Field(description="T x K; of a classifier 1 x K.")
     logits: list[list[float]] = Field(description="T x K, computed in `dtype`, stored in fp32.")
     logsumexp: list[float] = Field(description="T.")
 
@@ -75,7 +75,7 @@ class Probe(Block):
     @property
     def positions(self) -> int:
         """Number of positions in all sequences."""
-        return sum(len(row.tokens) for row in self.rows)
+        return sum(len(row.logits) for row in self.rows)
 
     def values(self) -> list[Tensor]:
         """(T, K + 1) for each sequence: the logits, then their log-sum-exp."""
@@ -124,7 +124,7 @@ def record(
         vocabulary = logits_TV.shape[1]
         top_TK = logits_TV.topk(min(TOP, vocabulary), dim=1).indices
         spread_K = torch.linspace(0, vocabulary - 1, min(SPREAD, vocabulary), device=top_TK.device).long()
-        ids_TK = torch.cat([top_TK, spread_K.expand(len(tokens), -1)], dim=1)
+        ids_TK = torch.cat([top_TK, spread_K.expand(len(logits_TV), -1)], dim=1)
         values_TK, sums_T = logits_TV.gather(1, ids_TK), logits_TV.logsumexp(dim=1)
         if not bool(torch.isfinite(values_TK).all() and torch.isfinite(sums_T).all()):
             raise ModelError("the trained model's logits are not all finite; it has diverged")
@@ -182,9 +182,9 @@ def read_probe(folder: Path) -> Probe | None:
 
 
 def _logits(model: "PreTrainedModel | PeftModel", tokens: list[int], autocast: DType | None) -> Tensor:
-    """(T, V) in fp32."""
+    """(T, V) in fp32; of a classifier (1, labels)."""
     device = model.device
     dtype = None if autocast in (None, "fp32") else TORCH_DTYPES[autocast]
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         logits: Tensor = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
-    return logits[0].float()
+    return logits[0].reshape(-1, logits.shape[-1]).float()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, res
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.spec import AblationMeasureSpec, Moe, PlaygroundSpec, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.ablation import MeasureTraining
 from llama_stack_provider_moe.spec.playground import PlaygroundTraining
@@ -112,6 +114,9 @@ def with_adapter(
         ModelError: the adapter does not fit the model.
     """
     extend_for(model, folder)
+    if read_object(folder / CONFIG_NAME).get("task_type") == "SEQ_CLS":
+        raise ModelError(f"adapter_folder: {str(folder)!r} is the adapter of a reward model, which writes no text; "
+                         "expected one of a model that does")  # fmt: skip
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes

@@ -1,9 +1,14 @@
-"""Load a reward model: a sequence classifier of one label, with a chat template and a token to pad with."""
+"""Load a reward model: a sequence classifier of one label, with a chat template and a token to pad with.
+
+A job makes one of a model that writes text: its decoder layers stay, and a new head replaces its output head.
+"""
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_stack_provider_moe.compute.models.loader import DTYPES, load_weights, tokenizer_of, trusted
+from llama_stack_provider_moe.compute.models.loader import DTYPES, load_weights, model_config, tokenizer_of, trusted
+from llama_stack_provider_moe.compute.moe.adapters import HEAD
+from llama_stack_provider_moe.compute.moe.model_types import classifier_config
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.spec import DType
 
@@ -36,3 +41,40 @@ def load_classifier(
     config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     model = load_weights(name, config, DTYPES[dtype], device, AutoModelForSequenceClassification)
     return model.eval(), tokenizer
+
+
+def is_saved_classifier(folder: str) -> bool:
+    """Whether a model's config says that it is a sequence classifier."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder))
+    made_as = str((config.architectures or [""])[0])
+    return made_as.endswith("ForSequenceClassification")
+
+
+def load_saved_classifier(folder: str, dtype: DType, device: torch.device) -> PreTrainedModel:
+    """Load a reward model that a job saved, in evaluation mode and without a tokenizer.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    return load_weights(folder, config, DTYPES[dtype], device, AutoModelForSequenceClassification).eval()
+
+
+def load_new_classifier(name: str, dtype: DType, device: torch.device, pad_token_id: int | None) -> PreTrainedModel:
+    """Load a model that writes text as a reward model, whose head is new: drawn from torch's generator.
+
+    Args:
+        name: a hub id or a folder.
+        dtype: of the weights.
+        device: where the weights go.
+        pad_token_id: of the tokenizer; the reward is read at the last token that is another one. None: rows are
+            never padded.
+
+    Raises:
+        ModelError: it can't be loaded, or its family has no classifier.
+    """
+    config = classifier_config(model_config(name), name)
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    kind = AutoModelForSequenceClassification
+    return load_weights(name, config, DTYPES[dtype], device, kind, fresh=(f"{HEAD}.weight",)).eval()

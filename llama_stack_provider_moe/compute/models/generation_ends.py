@@ -14,7 +14,7 @@ FILE = "generation_config.json"
 
 def ends_of(model: PreTrainedModel) -> list[int]:
     """Ids that end an answer by the model's generation config."""
-    config = model.generation_config
+    config = model.generation_config if model.can_generate() else None
     ends = None if config is None else config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
 
@@ -30,7 +30,7 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, learnt: 
     Returns:
         What generation stops at, for a person; None if nothing that is learnt has an end.
     """
-    if not learnt or model.generation_config is None:
+    if not learnt or not model.can_generate() or model.generation_config is None:
         return None
     ends = list(dict.fromkeys([*learnt, *ends_of(model)]))
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -43,5 +43,5 @@ def write_beside(model: PreTrainedModel, folder: Path) -> None:
 
     It is not validated: many published ones have settings that contradict each other, and are only passed on.
     """
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.to_json_file(folder / FILE)

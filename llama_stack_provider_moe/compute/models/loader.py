@@ -1,7 +1,7 @@
 """Load a model and its tokenizer by hub id or folder, and check that this project can train the model.
 
 Only safetensors are read. Code from the model's repository runs only if the server trusts that repository. No weight is
-initialised at random.
+initialised at random, except the new head of a reward model (`classifier`).
 """
 
 import json
@@ -29,7 +29,7 @@ from llama_stack_provider_moe.compute.distributed.expert_parallel import sharing
 from llama_stack_provider_moe.compute.models.chat_templates import set_template
 from llama_stack_provider_moe.compute.moe.downloads import DownloadBar
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers
-from llama_stack_provider_moe.compute.moe.model_types import class_of, has_experts, is_composite
+from llama_stack_provider_moe.compute.moe.model_types import class_of, has_experts, is_classifier, is_composite
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts, watch_layers
 from llama_stack_provider_moe.errors import ModelError, shorten
 from llama_stack_provider_moe.ground import liveness
@@ -171,7 +171,7 @@ def load_checkpoint_like(folder: Path, model: PreTrainedModel) -> PreTrainedMode
     config = type(model.config).from_pretrained(folder)
     sharding = getattr(model.config, "distributed_config", None)
     where = _placement(torch.device("cpu")) if sharding is None else {"distributed_config": sharding}
-    return _weights(str(folder), config, model.dtype, where)
+    return _weights(str(folder), config, model.dtype, where, type(model) if is_classifier(model) else None)
 
 
 def load_for_inference(
@@ -231,6 +231,7 @@ def load_weights(
     device: torch.device,
     model_class: type[AutoModelForSequenceClassification] | None = None,
     more: Mapping[str, object] = MappingProxyType({}),
+    fresh: Collection[str] = (),
 ) -> PreTrainedModel:
     """Load a model. A missing weight is an error: transformers would initialise it at random and only log that.
 
@@ -241,8 +242,9 @@ def load_weights(
         device: where the weights go.
         model_class: of another kind than causal language models; None: of these.
         more: further arguments of transformers' `from_pretrained`.
+        fresh: names of the weights that transformers is to initialise at random where the model has none.
     """
-    return _weights(name, config, dtype, {**_placement(device), **more}, model_class)
+    return _weights(name, config, dtype, {**_placement(device), **more}, model_class, fresh)
 
 
 class _Loads(Protocol):
@@ -257,6 +259,7 @@ def _weights(
     dtype: torch.dtype,
     where: Mapping[str, object],
     model_class: type[PreTrainedModel | AutoModelForCausalLM | AutoModelForSequenceClassification] | None = None,
+    fresh: Collection[str] = (),
 ) -> PreTrainedModel:
     if model_class is None:  # a composite model is loaded by the class of the whole, so that it is saved whole
         whole = class_of(config) if has_experts(config.model_type) or is_composite(config) else None
@@ -276,7 +279,7 @@ def _weights(
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_why(name, error)) from error
-    missing = [str(key) for key in loading["missing_keys"]]
+    missing = [str(key) for key in loading["missing_keys"] if str(key) not in fresh]
     misshapen = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in loading["mismatched_keys"]]
     lost = [
         f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from llama_stack_provider_moe.compute.distributed.expert_parallel import share_experts
 from llama_stack_provider_moe.compute.models.adapter_start import start_from
 from llama_stack_provider_moe.compute.models.backend import backend_of
-from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, pick_device
+from llama_stack_provider_moe.compute.models.classifier import load_new_classifier
+from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, load_tokenizer, pick_device
 from llama_stack_provider_moe.compute.models.quantized_loading import coding_of, load_quantized
 from llama_stack_provider_moe.compute.models.rope import extend, extension
 from llama_stack_provider_moe.compute.models.vision import load_images, require_tower
 from llama_stack_provider_moe.compute.moe import implementation
-from llama_stack_provider_moe.compute.moe.adapters import Adapted, AdapterReport, add_lora, train_whole
+from llama_stack_provider_moe.compute.moe.adapters import HEAD, Adapted, AdapterReport, add_lora, train_whole
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, text_config
 from llama_stack_provider_moe.compute.moe.quantize import QuantizeReport, spare_ddp
@@ -72,14 +73,23 @@ class Base:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
-def load_base(session: AnySession, models_loss: bool = True) -> Base:
-    """Load the model, find its experts, and make it do what the `moe` block asks; `models_loss`: see `resolve_moe`."""
+def load_base(session: AnySession, models_loss: bool = True, classifier: bool = False) -> Base:
+    """Load the model, find its experts, and make it do what the `moe` block asks.
+
+    Args:
+        session: the job's.
+        models_loss: see `resolve_moe`.
+        classifier: load it as a reward model with a new head (`models.classifier`).
+    """
     spec = session.spec
     repeatable(spec.options.deterministic)
     device = pick_device(spec.training.dtype, session.peers.local_rank)
     coding, quantized = coding_of(spec.adapter), None
     images = load_images(session)
-    if coding is None:
+    if classifier:
+        model, tokenizer = _load_classifier(session, device)
+        layout = find_layout(model)
+    elif coding is None:
         model, tokenizer = load(spec, device, has_conversations(session) and images is None)
         layout = find_layout(model)
     else:
@@ -106,6 +116,16 @@ def load_base(session: AnySession, models_loss: bool = True) -> Base:
         _require_whole_biases(model, layout)
     steering = None if layout is None else Steering(model, layout, resolved)
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts, images)
+
+
+def _load_classifier(session: AnySession, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = session.spec
+    tokenizer = load_tokenizer(spec)
+    set_seed(spec.options.seed)  # of the new head
+    model = load_new_classifier(spec.model, spec.training.dtype, device, tokenizer.pad_token_id)
+    head = model.get_submodule(HEAD).weight
+    session.show(f"head      new: {HEAD}, {head.numel():,} numbers drawn at random; the output head is left out")
+    return model, tokenizer
 
 
 def moe_now(session: AnySession) -> tuple[Moe, tuple[str, ...]]:

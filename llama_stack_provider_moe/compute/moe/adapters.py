@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from llama_stack_provider_moe.compute.moe.backend import ALL_OURS
-from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, outside_text
+from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, outside_text, without_adapters
 from llama_stack_provider_moe.compute.moe.lora_ranks import TargetSettings, settings_by_target
+from llama_stack_provider_moe.compute.moe.model_types import is_classifier
 from llama_stack_provider_moe.compute.moe.rates import Rates, expert_multipliers
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
@@ -27,6 +29,7 @@ from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.spec import Adapter
 
 ADAPTER_NAME = "default"
+HEAD = "score"  # of a classifier: new, so it trains whole beside LoRA
 EXPERT_RANKS = "expert_ranks"  # key in an adapter's file: one rank per expert for each padded tensor
 _RANKS = "_expert_ranks"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,8 +108,10 @@ def add_lora(
     settings = settings_by_target(adapter, targets, layout)
     ours = resolved.experts_implementation in ALL_OURS
     _refuse_on_parameters(adapter, targets, ours)
+    heads = [HEAD] if is_classifier(without_adapters(model)) else None
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+        modules_to_save=heads,
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         rank_pattern={name: each.rank for name, each in settings.items() if each.rank != adapter.rank},
@@ -122,6 +127,8 @@ def add_lora(
         # peft 0.21 looks for the patterns' names among modules only, not parameters; the result is checked below.
         warnings.filterwarnings("ignore", message=r".*(rank_pattern|alpha_pattern)")
         peft_model = put(model, config)
+    for weight in _whole_heads(peft_model).values():  # PEFT leaves the model's dtype, in which small steps are lost
+        weight.data = weight.data.to(_DTYPES[adapter.dtype])
     found = injected(peft_model)
     if adapter.dtype != "fp32":  # which PEFT has made it
         for weight in (weight for layer in found.values() for _, weight in _weights(layer)):
@@ -260,6 +267,8 @@ def _check(
     if extra := sorted(set(found) - set(wanted)):
         raise AdapterError(f"adapter: these got LoRA and are not targets: {', '.join(extra)}")
     weights = {name: [weight for _, weight in _weights(layer)] for name, layer in found.items()}
+    heads = _whole_heads(peft_model)
+    weights |= {name: [weight] for name, weight in heads.items()}
     ours = {id(weight): name for name, its in weights.items() for weight in its}
     training = {id(parameter) for parameter in peft_model.parameters() if parameter.requires_grad}
     if frozen := sorted({name for key, name in ours.items() if key not in training}):
@@ -276,9 +285,11 @@ def _check(
     in_order = sorted(found, key=lambda name: GROUPS.index(wanted[name]))
     for name in in_order:
         by_group[wanted[name]] += sum(map(_trainable_count(settings[name]), weights[name]))
+    if heads:
+        by_group["new head"] = sum(weight.numel() for weight in heads.values())
     return AdapterReport(
         method=_method(adapter, settings),
-        targets=dict(Counter(below_layer(name) for name in in_order)),
+        targets=dict(Counter(below_layer(name) for name in [*in_order, *heads])),
         by_group=dict(by_group),
         trainable_parameters=sum(by_group.values()),
         total_parameters=sum(parameter.numel() for parameter in peft_model.parameters()),
@@ -327,6 +338,16 @@ def injected(peft_model: PeftModel) -> dict[str, LoraLayer]:
             name = f"{name}.{module.parameter_name}"
         found[name] = module
     return found
+
+
+def _whole_heads(peft_model: PeftModel) -> dict[str, nn.Parameter]:
+    """The name of a new head and its weight: PEFT's copy, which trains."""
+    heads = {name: module for name, module in peft_model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name.rpartition(".")[2]: weight
+        for name, module in heads.items()
+        for weight in module.modules_to_save[ADAPTER_NAME].parameters()
+    }
 
 
 def _weights(layer: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:

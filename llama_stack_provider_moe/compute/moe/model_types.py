@@ -10,13 +10,21 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+
+from llama_stack_provider_moe.errors import ModelError
 
 # Decorated experts, stacked projections, or classes named as experts are.
 _EXPERTS = re.compile(r"use_experts_implementation|self\.down_proj = nn\.Parameter|^class \w+(Experts|MoE|Moe)\(", re.M)
@@ -26,6 +34,7 @@ _WHOLE = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 
@@ -87,6 +96,40 @@ def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> P
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return made
     return kind._from_config(config, dtype=dtype)
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether it is a sequence classifier of transformers, as reward models are."""
+    names = {name for each in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values() for name in _names(each)}
+    return any(each.__name__ in names for each in type(model).__mro__)
+
+
+def classifier_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The config of a classifier of one label, changed in place from that of a model that writes text.
+
+    Raises:
+        ModelError: transformers has no such class for text models of this type; it names `name`.
+    """
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type not in known or config.get_text_config() is not config:
+        families = ", ".join(each for each in types_with_experts() if each in known)
+        raise ModelError(
+            f"model: {name!r} (model_type {config.model_type!r}) can't become a reward model, because transformers has "
+            f"no sequence classifier of this family; it has, with experts: {families}"
+        )
+    config.num_labels = 1
+    return config
+
+
+def blank_classifier(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The reward model made of a model with this config, as `blank_model`.
+
+    Raises:
+        ModelError: see `classifier_config`.
+    """
+    changed = classifier_config(config, str(config.name_or_path) or "the model")
+    made: PreTrainedModel = AutoModelForSequenceClassification.from_config(changed, dtype=dtype)
+    return made
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:

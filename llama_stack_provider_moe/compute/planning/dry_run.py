@@ -140,7 +140,8 @@ class Rehearsal:
         base = without_adapters(model)
         self.dtype: torch.dtype = base.dtype
         # As in the trainers of SFT and DPO, except for some sums of one number per token.
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        if base.get_output_embeddings() is not None:  # a classifier has none
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         if self.plain_head:
             set_plain_head(model)
         _put_on(model, self._mode)

@@ -5,8 +5,9 @@ import torch
 from llama_stack_provider_moe.compute.planning.generation import BANDWIDTH_SHARE, answers_at_once, decode_bytes
 from llama_stack_provider_moe.compute.planning.planner import Planner, changed
 from llama_stack_provider_moe.compute.planning.throughput import bandwidth, count_flops, peak_flops
-from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, RewardSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.rl_engines import TransformersEngine
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 from llama_stack_provider_moe.spec.run_time import RunTime, rows_in_run, run_time, unknown_time
 
 # Share of the peak that a step is assumed to reach. No GPU was measured: an assumption, which the answer names.
@@ -38,7 +39,7 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
         references = 3  # both models also run over mismatched answers
     if isinstance(spec, GRPOSpec):
         references = _passes_beside(spec)
-    step = count_flops(adapted.model, adapted.layout, references)
+    step = count_flops(adapted.model, adapted.layout, references, head=not isinstance(spec, RewardSpec))
     return step.of([spec.options.max_length]) / spec.options.max_length
 
 
@@ -68,7 +69,7 @@ def estimated(planner: Planner, spec: TrainingSpec, device: str | None, rows: in
     speed = UTILISATION * peak * spec.resources.ranks / flops_a_token(planner, spec)
     if isinstance(spec, GRPOSpec):
         return _with_answers(planner, spec, device, speed, rows)
-    pair = 2 if spec.recipe == "dpo" else 1
+    pair = 2 if spec.recipe in PAIRED else 1
     basis = (
         f"estimated from the operations of a token, at {UTILISATION:.0%} of the peak of {device}, with every row as "
         f"long as {spec.options.max_length:,} tokens"

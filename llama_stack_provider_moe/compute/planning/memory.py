@@ -46,10 +46,13 @@ from llama_stack_provider_moe.compute.planning.per_process import (
 )
 from llama_stack_provider_moe.compute.planning.teacher import TeacherMemory
 from llama_stack_provider_moe.spec import Optimizer, TrainingRecipe
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 
 HALF, SINGLE = 2, 4  # bytes of a number
 # TRL 1.16 computes logits in tiles of this many tokens and vocabulary entries, whatever the size of the vocabulary.
 _TILE_TOKENS, _TILE_WIDTH = 4096, 32768
+# The recipes that compute no logits of a vocabulary: of each token a classifier has one number.
+_WITHOUT_LOGITS = ("circuit_breaker", "reward")
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,11 @@ def rehearse(rehearsal: Rehearsal, adapted: MetaModel, recipe: TrainingRecipe, b
         batch: the micro-batch.
         device: that trains.
     """
-    factor = 2 if recipe == "dpo" else 1
+    factor = 2 if recipe in PAIRED else 1
     # On a GPU the tiled head runs Triton kernels, whose memory a formula gives; otherwise the dry run includes it.
-    tiled = device == "cuda" and not rehearsal.plain_head and recipe != "circuit_breaker"
-    with_head = not tiled and recipe != "circuit_breaker"
+    headless = recipe in _WITHOUT_LOGITS
+    tiled = device == "cuda" and not rehearsal.plain_head and not headless
+    with_head = not tiled and not headless
     run = rehearsal.run(factor * batch.sequences, batch.length, with_head=with_head)
     if not tiled:
         return run
@@ -220,7 +224,7 @@ def _router_bytes(adapted: MetaModel, batch: Batch, recipe: TrainingRecipe) -> i
     layout, resolved = adapted.layout, adapted.resolved
     if layout is None or recipe == "circuit_breaker":
         return 0
-    tokens = batch.sequences * batch.length * (2 if recipe == "dpo" else 1)
+    tokens = batch.sequences * batch.length * (2 if recipe in PAIRED else 1)
     tensors = 2 if resolved.aux_coef and resolved.output_router_logits else 1
     return tensors * len(layout.moe_layers) * tokens * layout.num_experts * SINGLE
 

@@ -17,7 +17,7 @@ from llama_stack_provider_moe.compute.moe.codes import Code, Coding, bytes_of, p
 from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.moe.kernels.groups import HALVES
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout
-from llama_stack_provider_moe.compute.moe.model_types import blank_model, has_experts, is_composite
+from llama_stack_provider_moe.compute.moe.model_types import blank_classifier, blank_model, has_experts, is_composite
 from llama_stack_provider_moe.compute.moe.quantize import CodedLinear, placeholder, quantizable
 from llama_stack_provider_moe.compute.moe.resolve_settings import ResolvedMoe, apply_moe, resolve_moe
 from llama_stack_provider_moe.errors import ModelError, shorten
@@ -131,11 +131,12 @@ def blank(
     return adapt(bare(config, dtype), adapter, moe, bits)
 
 
-def bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, without changes."""
+def bare(config: PreTrainedConfig, dtype: torch.dtype, classifier: bool = False) -> PreTrainedModel:
+    """The model, or the reward model made of it, on the meta device, without changes."""
     with torch.device("meta"):
         # Adapting a model changes its config, and the caller may build another model from this one.
-        model = blank_model(type(config).from_dict(config.to_dict()), dtype)
+        own = type(config).from_dict(config.to_dict())
+        model = blank_classifier(own, dtype) if classifier else blank_model(own, dtype)
     # transformers does so when it reads the weights.
     wide = model._keep_in_fp32_modules_strict or ()
     for name, parameter in model.named_parameters():

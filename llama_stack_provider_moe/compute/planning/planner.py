@@ -44,6 +44,8 @@ from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 
 # Settings of a job: dotted name -> value.
 Fields = Mapping[str, object]
@@ -198,7 +200,7 @@ class Planner:
             has = replace(has, weights=buffers, gradients=0, optimizer=0, step=(0, 0))
         if spec.efficiency.offload_experts:
             has = with_offloaded(has, made.weights, self.machine.device == "cuda")
-        tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe == "dpo" else 1)
+        tokens = spec.training.batch_size * spec.options.max_length * (2 if spec.recipe in PAIRED else 1)
         step = replace(
             made.step,
             run=share_of_run(made.step.run, made.weights, way, processes, wide),
@@ -286,7 +288,8 @@ class Planner:
 
     def _rehearse(self, spec: TrainingSpec, batch: Batch) -> _Rehearsed:
         # fp16 is as large as bf16, and torch's autocast supports bf16 everywhere.
-        model = bare(self._config, DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype])
+        dtype = DTYPES["bf16" if spec.training.dtype == "fp16" else spec.training.dtype]
+        model = bare(self._config, dtype, classifier=isinstance(spec, RewardSpec))
         if spec.options.rope_scaling is not None:
             extend(model, extension(text_config(model), spec.options.rope_scaling))
         adapter, targets = spec.adapter, cast(tuple[int, ...], (0,))

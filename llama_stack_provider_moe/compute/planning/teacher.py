@@ -14,6 +14,11 @@ from llama_stack_provider_moe.spec import GRPOSpec, SFTSpec, TrainingSpec
 _COMPARED = 5 * 4
 
 
+def compares(spec: TrainingSpec) -> bool:
+    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
+    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
+
+
 @dataclass(frozen=True)
 class TeacherMemory:
     """Bytes.

@@ -134,10 +134,12 @@ class _Matrix:
 
 
 def _matrices(base: PreTrainedModel, layout: ExpertLayout | None, path: str, layers: int) -> list[_Matrix]:
-    head = base.get_output_embeddings()
-    found = [_Matrix(layers, head.weight.numel(), head.weight.requires_grad, lora=False, is_head=True)]
+    head, found = base.get_output_embeddings(), list[_Matrix]()
+    of_head: set[int] = set()
+    if head is not None:  # a classifier has none
+        found.append(_Matrix(layers, head.weight.numel(), head.weight.requires_grad, lora=False, is_head=True))
+        of_head = {id(parameter) for name, parameter in head.named_parameters() if "lora_" in name}
     held = pieces(base, layout)  # number of processes that share the experts
-    of_head = {id(parameter) for name, parameter in head.named_parameters() if "lora_" in name}
     for name, parameter in base.named_parameters():
         lora, within = "lora_" in name, re.match(rf"{re.escape(path)}\.(\d+)\.(.*)", name)
         if id(parameter) in of_head:

@@ -23,6 +23,7 @@ from llama_stack_provider_moe.compute.models import rope
 from llama_stack_provider_moe.compute.models.generation_ends import write_beside
 from llama_stack_provider_moe.compute.models.unsloth.files import as_peft_writes
 from llama_stack_provider_moe.compute.moe.adapters import EXPERT_RANKS, expert_ranks
+from llama_stack_provider_moe.compute.moe.model_types import is_classifier
 from llama_stack_provider_moe.compute.moe.saved_names import names_in_file
 from llama_stack_provider_moe.compute.moe.steering import Steering
 from llama_stack_provider_moe.compute.runtime.library_signs import transformers_counts
@@ -223,7 +224,8 @@ def save(
     if probe is not None:
         (written / PROBE).write_text(probe.model_dump_json(), encoding="utf-8")
     if card is not None:
-        servers = card_section(family_of(model), written) if isinstance(model, PeftModel) else ""
+        is_served = isinstance(model, PeftModel) and not is_classifier(model.get_base_model())
+        servers = card_section(family_of(model), written) if is_served else ""
         (written / CARD).write_text(card(written) + servers, encoding="utf-8")
     return publish(written, final, step)
 

@@ -31,7 +31,7 @@ _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
 # Graders of a job without a job file: this one reads nothing of a row.
 _REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
-Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"]
 
 
 def check(
@@ -49,8 +49,9 @@ def check(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            metavar="sft|dpo|circuit_breaker|grpo|kto", help="Recipe of the job; default: the job file's, or sft. "
-            "For grpo, --job names the rewards whose columns rows need.",
+            metavar="sft|dpo|circuit_breaker|grpo|kto|reward",
+            help="Recipe of the job; default: the job file's, or sft. For grpo, --job names the rewards whose "
+            "columns rows need.",
         ),
     ] = None,
     held_out: Annotated[

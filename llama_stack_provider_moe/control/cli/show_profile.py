@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec.data_profile import (
     ShownRow,
     TokenFigures,
 )
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 
 _BAR = 40  # characters of the longest bar
 _LISTED = 5
@@ -38,7 +39,7 @@ def shown(profile: DataProfile, too_few: str | None = None) -> RenderableType:
         parts += [Text(""), _tokens(profile.tokens)]
         parts += _histogram("tokens of a sequence", profile.tokens.lengths)
     for index, row in enumerate(profile.shown):
-        which = ("", ", chosen", ", rejected")[1 + index % 2 if profile.recipe == "dpo" else 0]
+        which = ("", ", chosen", ", rejected")[1 + index % 2 if profile.recipe in PAIRED else 0]
         parts += [Text(""), text(f"row {row.row}{which}, {_learnt(row)}:"), _colored(row)]
     return Group(*parts, Text(""), text(_verdict(profile, too_few)))
 

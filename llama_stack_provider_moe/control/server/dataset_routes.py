@@ -27,7 +27,7 @@ else:  # a thread validates it; the document has the real type
     FeedbackBody = Annotated[wire_datasets.FeedbackBody, WrapValidator(lambda body, _: body), Body()]
 MAX_DATASETS = 1000
 MAX_ROWS = 200
-ProfiledRecipe = Literal["sft", "dpo", "circuit_breaker", "kto"]
+ProfiledRecipe = Literal["sft", "dpo", "circuit_breaker", "kto", "reward"]
 Name = Annotated[str, Path(description="Name of the data set.")]
 _TEXT: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {

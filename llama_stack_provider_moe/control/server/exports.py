@@ -15,7 +15,8 @@ from llama_stack_provider_moe.jobdir.export_steps import ExportStep, StepState, 
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.llama_cpp import find_toolchain
-from llama_stack_provider_moe.spec import AblationSpec, Exports, ExportSpec, TrainingSpec
+from llama_stack_provider_moe.spec import AblationSpec, Exports, ExportSpec, RewardSpec, TrainingSpec
+from llama_stack_provider_moe.spec.reward_jobs import check_exports
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 RECIPE = "export"
@@ -67,12 +68,15 @@ def resolved(spec: ExportSpec, parent: Job, request: Draft, config: ProviderConf
     kinds = {artifact.kind for artifact in parent.artifacts if Path(artifact.path).is_dir()}
     if not kinds & {"adapter", "model"}:
         raise InvalidInput(field, parent.id, "a job whose adapter or whole model still exists")
-    if not leaves_adapter(trained):
-        prefix = request.name("export")
-        try:
-            spec.export.check_without_adapter(f"{prefix}." if prefix else "")
-        except ValueError as error:
-            raise Conflict(str(error)) from None
+    prefix = request.name("export")
+    prefix = f"{prefix}." if prefix else ""
+    try:
+        if not leaves_adapter(trained):
+            spec.export.check_without_adapter(prefix)
+        if isinstance(trained, RewardSpec):
+            check_exports(spec.export, prefix)
+    except ValueError as error:
+        raise Conflict(str(error)) from None
     if spec.export.serve and (other := serving.export_that_serves(parent, store)) is not None:
         raise Conflict(f"{request.name('export.serve')}: export {other.id!r} serves job {parent.id!r} already; delete "
                        "that export first")  # fmt: skip

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.spec import (
     JobSpec,
     KTOSpec,
     LoadingSpec,
+    RewardSpec,
 )
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -50,7 +51,7 @@ def kind_of(spec: JobSpec, source: RowSource) -> Kind | None:
         return "whole"
     if isinstance(spec, GRPOSpec):
         return "prompt"
-    if isinstance(spec, DPOSpec):
+    if isinstance(spec, DPOSpec | RewardSpec):
         return "pair"
     if isinstance(spec, KTOSpec):
         return "answer"

@@ -36,7 +36,7 @@ def _answered(source: Source, asked: Part, completion: str) -> Conversation:
     if completion not in source.columns:
         if source.answered:
             pair = {"chosen", "rejected"} <= source.columns.keys()
-            told = "; chosen and rejected are for recipe dpo" if pair else ""
+            told = "; chosen and rejected are for recipes dpo and reward" if pair else ""
             raise BadRow(completion, f"is missing beside {asked.column!r}{told}")
         return finished(source, [context(asked)])
     answer = said(source, completion, "assistant")

@@ -4,13 +4,14 @@ from collections.abc import Collection, Mapping
 
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import Recipe, RowFormat
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES
 from llama_stack_provider_moe.spec.rows.thumbs import LABEL
 
 
 def format_columns(recipe: Recipe, row_format: RowFormat) -> list[str]:
     """The columns that rows of a recipe may have, by the formats' names for them."""
-    table = PREFERENCES if recipe == "dpo" else CHATS
+    table = PREFERENCES if recipe in PAIRED else CHATS
     any_format = row_format in ("auto", "instruct", "dialog")
     fitting = [each for each in table if any_format or row_format in each.names]
     labels = [LABEL] if recipe == "kto" else []

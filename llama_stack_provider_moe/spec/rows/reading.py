@@ -12,7 +12,7 @@ from llama_stack_provider_moe.errors import RowProblem, shorten
 from llama_stack_provider_moe.spec import Recipe, RowFormat
 from llama_stack_provider_moe.spec.recipes import no_images
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
-from llama_stack_provider_moe.spec.row_sources import DOWN, UP
+from llama_stack_provider_moe.spec.row_sources import DOWN, PAIRED, UP
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
 from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
 from llama_stack_provider_moe.spec.rows.prompts import prompt_of
@@ -70,7 +70,7 @@ def canonical(
         row: as the host gave it. A data frame fills a column that this row does not have with NaN or None: both count
             as missing.
         number: the row's number from 1, for the problem's text.
-        recipe: `dpo` takes preferences, `sft` and `surgery` conversations and texts, every other recipe
+        recipe: `dpo` and `reward` take preferences, `sft` and `surgery` conversations and texts, every other recipe
             conversations, of which `grpo` keeps all columns and `kto` needs a label.
         row_format: the format that the job states; a row of another format is a problem.
         answered: whether a conversation must end with the assistant's turn.
@@ -82,7 +82,7 @@ def canonical(
     if not isinstance(row, Mapping):
         return RowProblem(number, "row", f"is {type(row).__name__}, not an object")
     renamed = columns or {}
-    table = PREFERENCES if recipe == "dpo" else CHATS
+    table = PREFERENCES if recipe in PAIRED else CHATS
     why = no_images(recipe) if kind is None else f"{kind} takes text only"
     try:
         present, shadowed = _present(row, renamed)

@@ -132,6 +132,6 @@ def _of_no_format(row: Columns, table: Sequence[Format], row_format: RowFormat, 
     hint = f"; an answer ({' or '.join(answers)}) may be left out" if answers else ""
     hint += "; data.columns gives columns other names"
     if table is CHATS and "chosen" in row:
-        hint = "; chosen and rejected are for recipe dpo"
+        hint = "; chosen and rejected are for recipes dpo and reward"
     expected = ", ".join(f"{{{columns}}}" for columns in shown)
     return BadRow("row", f"has columns {shorten(sorted(row), 400)}; expected one of {expected}{hint}")

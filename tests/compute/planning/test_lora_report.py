@@ -303,7 +303,7 @@ def test_the_command_line_shows_it_and_writes_json(tmp_path: Path) -> None:
     document = json.loads(out.read_text())
     assert "mlp.experts.gate_up_proj" in told.out
     assert f"{document['trainable_parameters']:,} parameters" in told.out
-    assert {each["recipe"] for each in document["memory"]} == {"sft", "dpo", "circuit_breaker", "grpo", "kto"}
+    assert {each["recipe"] for each in document["memory"]} == {"sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"}
     refused = moe_train("report", "lora", str(tmp_path), "--bits", "8")
     assert (refused.code, refused.out) == (2, "")
     assert "--bits: 8" in refused.err

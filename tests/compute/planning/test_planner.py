@@ -122,6 +122,9 @@ def test_memory_of_settings(roomy: Planner) -> None:
     assert copies == [2 * plain[0].terms.weights, plain[0].terms.weights]
     thumbs = roomy.estimate(job(recipe="kto", adapter=None, resources={"gpus": 1}), "ddp")[0]
     assert thumbs.terms.weights == copies[0], "a copy is the reference"
+    judged = roomy.estimate(job(recipe="reward", adapter=None, resources={"gpus": 1}), "ddp")[0]
+    head = (CONFIG.vocab_size - 1) * CONFIG.hidden_size * 2  # bf16
+    assert judged.terms.weights == plain[0].terms.weights - head, "one number in place of the vocabulary"
     codes = {bits: roomy.estimate(job(adapter={"quantize_base": True, "quantize_bits": bits}), "ddp")[0].terms.weights
              for bits in (8, 4)}  # fmt: skip
     assert codes[4] < codes[8] < roomy.estimate(lora, "ddp")[0].terms.weights

@@ -15,7 +15,7 @@ from llama_stack_provider_moe.compute.models.backend import Transformers, Unslot
 from llama_stack_provider_moe.compute.models.hidden_states import EMBEDDINGS
 from llama_stack_provider_moe.compute.models.unsloth import base as unsloth_base
 from llama_stack_provider_moe.compute.planning.throughput import count_flops
-from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, kto, sft
+from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, kto, reward, sft
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.runtime.peers import ALONE, Peers
 from llama_stack_provider_moe.compute.train import fit
@@ -26,7 +26,13 @@ from tests.support.training_support import Run, Workshop, workshop
 
 __all__ = ["workshop"]
 
-RECIPES: dict[str, ModuleType] = {"sft": sft, "dpo": dpo, "kto": kto, "circuit_breaker": circuit_breaker}
+RECIPES: dict[str, ModuleType] = {
+    "sft": sft,
+    "dpo": dpo,
+    "kto": kto,
+    "reward": reward,
+    "circuit_breaker": circuit_breaker,
+}
 
 
 class Two(Peers):
@@ -101,7 +107,7 @@ def test_a_trainer_has_what_was_loaded_and_decided(make: Maker, recipe: str) -> 
     assert told["adapter"]["trainable_parameters"] == sum(
         parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
     )
-    work: dict[str, Any] = {"sft": {}, "dpo": {"references": 1}, "kto": {"references": 3},
+    work: dict[str, Any] = {"sft": {}, "dpo": {"references": 1}, "kto": {"references": 3}, "reward": {"head": False},
                             "circuit_breaker": {"references": 1, "head": False}}[recipe]  # fmt: skip
     assert trainer.work == count_flops(trainer.model, trainer.layout, **work)
 

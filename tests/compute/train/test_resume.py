@@ -80,6 +80,8 @@ CASES: dict[str, dict[str, Any]] = {
                     "adapter": {"plan": "all_experts", "rank": 4, "quantize_base": True}},
     "kto-lora": {"recipe": "kto", "family": "qwen3_moe", "adapter": {"rank": 4, "dropout": 0.1},
                  "training": {"n_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2}},
+    "reward-lora": {"recipe": "reward", "family": "qwen3_moe", "adapter": {"rank": 4, "dropout": 0.1},
+                    "training": {"n_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2}},
     # A request to stop comes among the steps that learn from one generation.
     "grpo-lora": {"recipe": "grpo", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "rl": {"n_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "routing_replay": "rollout"}},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.spec.row_sources import PAIRED
 from tests.support import tiny_models
 from tests.support.chosen import few
 from tests.support.cli_support import moe_train
@@ -87,10 +88,12 @@ def test_held_out_rows_that_are_also_here(tmp_path: Path, file: str) -> None:
     assert (done.document["held_out_rows"], done.document["overlap"]) == (2, 1)
 
 
-@pytest.mark.parametrize("recipe", few(["dpo", "sft", "circuit_breaker", "kto"], 1))
+@pytest.mark.parametrize("recipe", few(["dpo", "sft", "circuit_breaker", "kto", "reward"], 1))
 def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: str) -> None:
     rows: list[dict[str, object]] = (
-        ROWS if recipe != "dpo" else [{"prompt": f"{n}?", "chosen": "yes, surely", "rejected": "no"} for n in range(20)]
+        ROWS
+        if recipe not in PAIRED
+        else [{"prompt": f"{n}?", "chosen": "yes, surely", "rejected": "no"} for n in range(20)]
     )
     if recipe == "kto":
         rows = [{**row, "label": number > 2} for number, row in enumerate(ROWS)]
@@ -115,7 +118,7 @@ def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: 
     learnt = tiny_models.tokenizer().decode([label for label in first["labels"] if label != -100])
     assert learnt.split("<|im_end|>")[:2] == {
         "sft": ["Hi.", "The Baltic."], "dpo": ["yes, surely", ""], "circuit_breaker": ["The Baltic.", ""],
-        "kto": ["The Baltic.", ""],
+        "kto": ["The Baltic.", ""], "reward": ["yes, surely", ""],
     }[recipe]  # fmt: skip
     assert "".join(first["pieces"]) == tiny_models.tokenizer().decode(first["ids"])
 

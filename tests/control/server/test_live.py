@@ -294,7 +294,7 @@ def test_templates_validate_on_the_server(http: httpx.Client, server: Server, pa
             assert "expected at least 30 rows" in message(answer)
             return
     else:
-        registered = {"dpo": "pairs", "kto": "thumbs"}.get(body["recipe"], "words")
+        registered = {"dpo": "pairs", "kto": "thumbs", "reward": "pairs"}.get(body["recipe"], "words")
         part = "calibration" if body["recipe"] == "surgery" else "train"
         domains = {f"{part}-{each['name']}": each for each in body["data"].get("domains", ())}
         sets = {

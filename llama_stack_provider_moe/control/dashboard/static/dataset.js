@@ -6,7 +6,7 @@ import { bytes, count, moment } from "./format.js";
 import { showProfile } from "./profile.js";
 import { BASE, lastOfPath, problem, question } from "./shell.js";
 
-const RECIPES = ["sft", "dpo", "circuit_breaker", "kto"];
+const RECIPES = ["sft", "dpo", "circuit_breaker", "kto", "reward"];
 const name = lastOfPath();
 const path = `datasets/${part(name)}`;
 let version = null;

@@ -6,7 +6,7 @@ import { count } from "./format.js";
 import { legend, marked, showProfile } from "./profile.js";
 import { BASE, problem } from "./shell.js";
 
-const PROFILED = ["sft", "dpo", "circuit_breaker", "kto"];
+const PROFILED = ["sft", "dpo", "circuit_breaker", "kto", "reward"];
 const HEAD_LINES = 2000; // training writes its first rows soon after its start
 const ROW = /^row {2,}(.*):$/;
 

@@ -68,7 +68,7 @@ export const legend = () => h("p", { class: "muted" }, h("mark", {}, "Marked"), 
 
 function sequences({ shown, recipe }) {
   if (!shown.length) return null;
-  const which = (index) => (recipe === "dpo" ? [", chosen", ", rejected"][index % 2] : "");
+  const which = (index) => (["dpo", "reward"].includes(recipe) ? [", chosen", ", rejected"][index % 2] : "");
   return h("section", {}, h("h3", {}, "The first rows as they are learnt"), legend(), h("ol", { class: "sequences" }, shown.map((row, index) => sequence(row, which(index)))));
 }
 
