@@ -6,7 +6,7 @@ what it needs whatever its batch (weights, gradients, optimiser: counted, not es
 in between it is tight, and the job tries.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal, cast, get_args
@@ -38,17 +38,16 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
     with_offloaded,
 )
+from llama_stack_provider_moe.compute.planning.smaller_settings import Fields, of_all_kinds, of_one_kind
 from llama_stack_provider_moe.compute.planning.teacher import compares, teacher_memory
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.row_sources import PAIRED
 
-# Settings of a job: dotted name -> value.
-Fields = Mapping[str, object]
 Verdict = Literal["fits", "tight", "too large", "refused"]
 # Share of the memory that a step may take. On a GPU the CUDA context and fragments of the allocator take the rest.
 USABLE: dict[Device, float] = {"cuda": 0.9, "cpu": 1.0}
@@ -226,8 +225,8 @@ class Planner:
         Each change has been planned like the job itself.
         """
         on_gpus = self.machine.device == "cuda"
-        found = tuple(self._fitting(spec, _single(spec, on_gpus)))
-        return found or tuple(islice(self._fitting(spec, _together(spec, on_gpus)), 1))
+        found = tuple(self._fitting(spec, of_one_kind(spec, on_gpus)))
+        return found or tuple(islice(self._fitting(spec, of_all_kinds(spec, on_gpus)), 1))
 
     def _fitting(self, spec: TrainingSpec, tried: Iterator[list[Fields]]) -> Iterator[Change]:
         for ladder in tried:  # from the smallest change to the largest; the first that fits counts
@@ -348,52 +347,6 @@ def changed(spec: TrainingSpec, fields: Fields) -> TrainingSpec:
 def _ways(processes: int) -> tuple[Way, ...]:
     offered = get_args(Strategy)
     return tuple(way for way in WAYS if way in offered) if processes > 1 else ("ddp",)
-
-
-def _single(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
-    """Changes of one kind each, from the smallest to the largest."""
-    training, resources = spec.training, spec.resources
-    if resources.ranks > 1 and resources.strategy != "auto":
-        yield [{"resources.strategy": "auto"}]
-    if not spec.efficiency.enable_activation_checkpointing:
-        yield [{"efficiency.enable_activation_checkpointing": True}]
-    halves = [1 << power for power in range(1, 13) if training.batch_size % (1 << power) == 0]
-    smaller: list[Fields] = [{"training.batch_size": training.batch_size // half,
-                "training.gradient_accumulation_steps": training.gradient_accumulation_steps * half}
-               for half in halves if training.gradient_accumulation_steps * half <= 4096]  # fmt: skip
-    if smaller:
-        yield smaller
-    lengths = [spec.options.max_length // half for half in (2, 4, 8)]
-    yield [{"options.max_length": length} for length in lengths if length >= 8] or [{"options.max_length": 8}]
-    if spec.adapter is None:
-        yield [{"adapter": Adapter().model_dump(mode="json")}]
-        yield [{"adapter": {**Adapter().model_dump(mode="json"), "quantize_base": True}}]
-    elif not spec.adapter.quantize_base:
-        yield [{"adapter.quantize_base": True}, {"adapter.quantize_base": True, "adapter.quantize_scales": True}]
-    elif spec.adapter.quantize_bits == 4 and not spec.adapter.quantize_scales:
-        yield [{"adapter.quantize_scales": True}]
-    if spec.optimizer.optimizer_type in ("adam", "adamw"):
-        coded: Fields = {"optimizer.optimizer_type": "adamw_8bit"}
-        narrow = spec.adapter is not None and spec.training.dtype == "bf16"
-        yield [coded, {**coded, "adapter.dtype": "bf16"}] if narrow else [coded]
-    if on_gpus and spec.adapter is not None and not spec.efficiency.offload_experts:
-        offloaded: Fields = {"efficiency.offload_experts": True}
-        four_bits: Fields = {"adapter.quantize_base": True, **offloaded}
-        yield [offloaded if spec.adapter.quantize_base else four_bits]
-    if on_gpus:
-        more = [gpus for gpus in (2, 4, 8) if gpus > (resources.gpus or 1)]
-        if more:
-            yield [{"resources.gpus": gpus, "resources.strategy": "auto"} for gpus in more]
-
-
-def _together(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
-    """The largest change of each kind, each added to those before."""
-    fields: Fields = {}
-    for ladder in _single(spec, on_gpus):
-        if "adapter" in ladder[0] and "adapter" in fields:
-            continue
-        fields = {**fields, **ladder[-1]}
-        yield [fields]
 
 
 def _shown(value: object) -> str:

@@ -36,11 +36,6 @@ class TeacherMemory:
     compared: int
 
 
-def compares(spec: TrainingSpec) -> bool:
-    """Whether the job compares with the model as it was, of which it needs a copy if all weights train."""
-    return spec.recipe in ("dpo", "kto") or (isinstance(spec, GRPOSpec) and spec.rl.beta > 0)
-
-
 def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemory | None:
     """What a job's teacher takes; None: it has none. Every token of a micro-batch counts as learnt.
 
