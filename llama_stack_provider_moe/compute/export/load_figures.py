@@ -38,6 +38,9 @@ class LoadCheck(BaseModel):
     effect: Gap | None = Field(
         default=None, description="Effect of the adapter: distance of the plain model with it from the one without."
     )
+    effect_of_image: Gap | None = Field(
+        default=None, description="Distance between the plain model's answers about two images; null: trained on text."
+    )
     tensors: int = Field(description="Number of adapter tensors that are equal in the model and in the file.")
     router_biases: int
     servers: list[Statement] = Field(default=[], description="What is known about servers that apply the adapter.")
@@ -63,6 +66,8 @@ class LoadCheck(BaseModel):
                 lines.append(
                     "that is less than the plain model's tolerance, so the plain check can't tell it from the base here"
                 )
+        if self.effect_of_image is not None:
+            lines.append(_image_text(self.effect_of_image))
         return "\n".join([*lines, *(statement.text() for statement in self.servers)])
 
     @property
@@ -79,12 +84,14 @@ class MergedCheck(BaseModel):
     weights: DType = Field(description="Dtype of the merged matrices on disk.")
     gap: Gap
     tolerance: float
+    effect_of_image: Gap | None = Field(default=None, description="See `LoadCheck`; that of the merged folder.")
 
     def text(self) -> str:
         """The result in words."""
+        images = "" if self.effect_of_image is None else f"; {_image_text(self.effect_of_image)}"
         return (
             f"merged weights ({self.weights}, run in {self.dtype}) and the adapter on its base: logits differ by "
-            f"{_gap_text(self.gap, self.tolerance)}, {self.positions} positions"
+            f"{_gap_text(self.gap, self.tolerance)}, {self.positions} positions{images}"
         )
 
 
@@ -95,6 +102,10 @@ def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Gap:
     spread = (second - second.mean(dim=1, keepdim=True)).abs().mean().item()
     mean = apart.mean().item()
     return Gap(greatest=apart.max().item(), mean=mean, share=mean / max(spread, torch.finfo(torch.float32).tiny))
+
+
+def _image_text(effect: Gap) -> str:
+    return f"two questions had images, through the saved processor; another image moves logits by {_gap_text(effect)}"
 
 
 def _words(arithmetic: Arithmetic) -> str:
