@@ -139,7 +139,7 @@ def record(
         ModelError: its logits are not finite.
     """
     rows = [_row(tokens, _logits(model, tokens, arithmetic.dtype)) for tokens in sequences(tokenizer)]
-    of_image = None
+    of_image: Row | None = None
     for drawing in get_args(Drawing) if processor is not None else ():
         tokens, inputs = asked_about(processor, drawing)
         # The same ids for each image, so that they can be compared.
