@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from llama_stack_api import ResourceNotFoundError
 
-from llama_stack_provider_moe.control.server import callers, compat
+from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.service import PostTrainingService
 from llama_stack_provider_moe.control.store import dataset_files
 from llama_stack_provider_moe.control.store.dataset_files import Arriving, Room
@@ -140,7 +140,9 @@ class Files:
 
     async def openai_retrieve_file(self, request: Any) -> SimpleNamespace:
         """Metadata of a file, for its owner."""
-        if request.file_id not in self.CONTENT or self._owner not in (None, callers.owner()):
+        who = compat.caller()
+        may = self._owner is None or (who is not None and who.principal == self._owner)
+        if request.file_id not in self.CONTENT or not may:
             raise ResourceNotFoundError(request.file_id, "File", "files.list()")
         return SimpleNamespace(id=request.file_id, filename="rows.jsonl")
 
@@ -174,7 +176,7 @@ def test_a_data_set_may_name_files_of_its_owner(service: PostTrainingService, mo
     assert f"{named}which can't be read: no file 'file-blue' was uploaded to this server" in message
     assert files(service) == []
     with caller("alice"):
-        push(service, content=jsonl(ROWS[1], asked(blue)))
+        assert push(service, content=jsonl(ROWS[1], asked(blue))).status_code == 200
         rows = ask(service, "GET", "/datasets/mine/rows").json()["rows"]
         rows_file = asked({"type": "image_file", "image_file": {"file_id": "file-rows"}})
         assert "has no signature of an image" in refusal(push(service, content=jsonl(rows_file)))
