@@ -31,7 +31,7 @@ from llama_stack_provider_moe.spec.command_words import (
 )
 from llama_stack_provider_moe.spec.error_words import problems_of
 from llama_stack_provider_moe.spec.exports import shard_bytes
-from llama_stack_provider_moe.spec.gguf_types import GgufType
+from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES, GgufType
 from llama_stack_provider_moe.spec.routing import made_for, masks_of, read_report
 
 EVALUATION_SETS: dict[str, RowKind] = {
@@ -123,7 +123,18 @@ class GgufCommand(JsonCommandLine):
         "Model: a folder with config.json, safetensors and tokenizer, name of a job, or hub id.", "MODEL"
     )
     out: str = positional("GGUF file to write; must not exist.", "OUT")
-    type: GgufType | None = option(None, "Type of the weights (required).")
+    type: GgufType | None = option(None, "Type of the weights (required without --mmproj).")
+    mmproj: bool = option(
+        False, "Write vision tower and projector instead, in the model's own precision: the file that --mmproj of "
+        "llama.cpp's programs loads.",
+    )  # fmt: skip
+
+    def require_one_file(self) -> None:
+        """Raise InvalidInput unless the command says which file to write."""
+        if self.mmproj and self.type is not None:
+            raise InvalidInput("--type", self.type, "none with --mmproj: that file keeps the model's own precision")
+        if self.type is None and not self.mmproj:
+            raise InvalidInput.missing("--type", f"one of {', '.join(GGUF_TYPES)}")
 
 
 def settings_of(*blocks: type[Block], only: tuple[str, ...] | None = None) -> dict[str, Any]:

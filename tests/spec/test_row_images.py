@@ -208,6 +208,39 @@ def test_counts_of_the_column_and_the_parts_must_agree() -> None:
         read(lines(asked() | {"images": [url(png())], "image": url(png())}), Store())
 
 
+def test_images_stand_before_the_first_users_text_where_contents_are_texts() -> None:
+    """As TRL puts them; a later turn of the user stays a text, and one list of parts asks for placeholders."""
+    store, images = Store(), [url(png()), url(png(colour=9))]
+    talk = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "Red."}, {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": "Blue."},
+    ]  # fmt: skip
+    (row,) = read(lines({"messages": talk, "images": images}), store)
+    (usual,) = read(lines(asked({"type": "image"}, {"type": "image"}, text="Which?") | {"images": images}), Store())
+    assert row["messages"][1] == usual["messages"][0]
+    assert [row["messages"][at] for at in (0, 2, 3, 4)] == [talk[at] for at in (0, 2, 3, 4)]
+    assert "images" not in row
+    (pair,) = read(lines({"prompt": talk[:2], "chosen": "Red.", "rejected": "No.", "image": images[0]}), store)
+    assert pair["prompt"] == [
+        talk[0],
+        {"role": "user", "content": [*parts_of(usual)[:1], usual["messages"][0]["content"][2]]},
+    ]
+    assert len(store) == 2
+    with pytest.raises(InvalidRows) as refused:
+        read(lines(*[{"messages": talk, "images": images * 6}] * 2), store)
+    assert [(each.row, each.field) for each in refused.value.problems] == [
+        (1, "messages[1].content"),
+        (2, "messages[1].content"),
+    ]
+    assert refused.value.problems[0].reason.startswith("is image 11 of its row; expected at most 10")
+    listed = [*talk[:3], {"role": "user", "content": [{"type": "text", "text": "And now?"}]}, talk[4]]
+    with pytest.raises(InvalidRows, match="row 2: images: has 2 images, but the user messages have 0 parts of type"):
+        read(lines({"messages": talk}, {"messages": listed, "images": images}), store)
+    with pytest.raises(InvalidRows, match="row 1: images: has 2 images, but the user messages have 0 parts of type"):
+        read(lines({"messages": talk[::2], "images": images}), store)
+
+
 def test_an_image_where_none_stands_is_refused() -> None:
     row = asked() | {"tools": [{"url": url(png())}]}
     with pytest.raises(InvalidRows, match="has a data: URL of an image where no image stands"):

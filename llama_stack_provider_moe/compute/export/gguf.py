@@ -21,6 +21,12 @@ from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.export.end_tokens import ending_as_learnt
 from llama_stack_provider_moe.compute.export.gguf_file import read_header
+from llama_stack_provider_moe.compute.export.projector import (
+    NoProjector,
+    ProjectorCheck,
+    check_projector,
+    vision_entries,
+)
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
 from llama_stack_provider_moe.compute.export.staging import staging_folder
 from llama_stack_provider_moe.compute.export.tensors import TensorEntry, read_model
@@ -199,6 +205,24 @@ def make(
         return verify(part, model, tools, reference=reference, type=type, say=say)
 
 
+def make_projector(model: Path, out: Path, tools: Toolchain, say: Say = lambda line: None) -> ProjectorCheck:
+    """Write vision tower and projector of `model` as `out`, in the folder's own precision, and check the file.
+
+    Raises:
+        NoProjector: the model has none, or the converter knows no such file for its family.
+        The errors of `convert` and `check_projector`.
+    """
+    entries = vision_entries(model)
+    if not entries:
+        raise NoProjector(f"{model.name} has no vision tower, so there is no projector file of it")
+    _require_free(out, sum(entry.nbytes for entry in entries) + _SLACK_BYTES)
+    type_ = lossless(model)
+    with _making(out) as folder, liveness.stage("making the projector file"):
+        say(f"projector: converting {model.name} to {type_}")
+        _by_converter(model, folder / out.name, ("--mmproj", "--outtype", type_), tools)
+        return check_projector(folder / out.name, model)
+
+
 def _converted(model: Path, out: Path, type: GgufType, tools: Toolchain, say: Say) -> None:
     say(f"{type}: converting {model.name}")
     size = _estimate(list(read_model(model).values()), type)
@@ -215,8 +239,7 @@ def _quantized(source: Path, out: Path, type: GgufType, tools: Toolchain, say: S
         raise InvalidInput("source", source.name, f"a file of F32, F16 or BF16, not of {', '.join(sorted(kinds))}")
     weights = sum(prod(tensor.shape) for tensor in header.tensors)
     needed = int(weights * max(_BITS[type]) / 8) + _SLACK_BYTES
-    if needed > (free := shutil.disk_usage(out.parent).free):
-        raise NoRoom(f"out: {out.name} needs {needed:,} bytes, and its disk has {free:,} free; nothing was written")
+    _require_free(out, needed)
     say(f"{type}: quantising {source.name}")
     request = {
         "do": "quantize", "source": str(source), "out": str(out), "ftype": _FILE_TYPES[type],
@@ -253,13 +276,15 @@ def _by_converter(
         heard=heard,
     )  # fmt: skip
     if ended.code or ended.timed_out or not out.is_file():
-        raise _converter_error(architecture, ended, tools)
+        raise _converter_error(architecture, ended, tools, "--mmproj" in options)
 
 
-def _converter_error(architecture: str, ended: Ended, tools: Toolchain) -> MoeError:
+def _converter_error(architecture: str, ended: Ended, tools: Toolchain, projector: bool) -> MoeError:
     """A clear sentence for mistakes that a person can fix; else the end of the converter's output."""
     output, version = ended.tail, f"llama.cpp {tools.version}"
     if re.search(r"Model \S+ is not supported|Architecture '\S+' not supported", output):
+        if projector:
+            return NoProjector(f"the converter of {version} makes no projector file (mmproj) of {architecture}")
         return ExportError(f"the converter of {version} does not know the architecture {architecture}")
     if "pre-tokenizer was not recognized" in output:
         return ExportError(
@@ -322,7 +347,10 @@ def _estimate(entries: list[TensorEntry], type: GgufType) -> int:
 
 
 def _check_room(out: Path, model: Path, types: Sequence[GgufType]) -> None:
-    needed = bytes_needed(model, types)
+    _require_free(out, bytes_needed(model, types))
+
+
+def _require_free(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise NoRoom(f"out: {out.name} needs {needed:,} bytes, and its disk has {free:,} free; nothing was written")
@@ -350,13 +378,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: GgufCommand) -> int:
-    if command.type is None:
-        raise InvalidInput.missing("--type", f"one of {', '.join(GGUF_TYPES)}")
+    command.require_one_file()
     tools = find_toolchain()
-    check = make(
-        model_folder(local_names.whole_model(command.model), "model"), Path(command.out), command.type, tools,
-        say=lambda line: None if command.as_json else print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
+    model, out = model_folder(local_names.whole_model(command.model), "model"), Path(command.out)
+
+    say: Say = lambda line: None if command.as_json else print(line, file=sys.stderr, flush=True)  # noqa: E731
+    check: GgufCheck | ProjectorCheck
+    if command.type is None:
+        check = make_projector(model, out, tools, say)
+    else:
+        check = make(model, out, command.type, tools, say=say)
     if command.as_json:
         print(json.dumps({"file": command.out, **check.model_dump(mode="json")}))
     else:

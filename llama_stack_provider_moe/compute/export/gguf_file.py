@@ -8,7 +8,7 @@ alignment on.
 import os
 import struct
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -30,12 +30,13 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor; `shape` is in llama.cpp's order, the length of a row first."""
+    """One tensor; `shape` is in llama.cpp's order, the length of a row first; `start` is its first byte in the file."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _read(file: IO[bytes], path: Path) -> GgufHeader:
         if number not in TENSOR_TYPES:
             raise ExportError(f"{path.name}: tensor {name} has type number {number}, which this version does not know")
         kind, block, block_bytes = TENSOR_TYPES[number]
-        tensor = GgufTensor(name, kind, shape, prod(shape) // block * block_bytes)
+        tensor = GgufTensor(name, kind, shape, prod(shape) // block * block_bytes, offset)
         end = max(end, offset + tensor.nbytes)
         found.append(tensor)
     alignment = int(metadata.get("general.alignment", 32))
@@ -90,7 +91,7 @@ def _read(file: IO[bytes], path: Path) -> GgufHeader:
     size = os.fstat(file.fileno()).st_size
     if found and size < start + end:
         raise ExportError(f"{path.name} ends after {size:,} of {start + end:,} bytes")
-    return GgufHeader(metadata, tuple(found))
+    return GgufHeader(metadata, tuple(replace(tensor, start=start + tensor.start) for tensor in found))
 
 
 def _value(file: IO[bytes], kind: int) -> Scalar:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -31,9 +32,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llama_stack_provider_moe.compute.export.card import find_source
-from llama_stack_provider_moe.compute.export.load_figures import LoadCheck, MergedCheck, gap
+from llama_stack_provider_moe.compute.export.load_figures import LoadCheck, MergedCheck, effect_of_image, gap
 from llama_stack_provider_moe.compute.export.model_card import Source
 from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, ask, digest, read_probe
+from llama_stack_provider_moe.compute.export.probe_images import saved_processor
 from llama_stack_provider_moe.compute.export.servers import family_of, read_kind, statements
 from llama_stack_provider_moe.compute.models.classifier import (
     is_saved_classifier,
@@ -112,18 +114,19 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
     biases = _restore(source.adapter, model, layout, probe)
     is_reward = is_classifier(model.get_base_model())
     servers = [] if is_reward else statements(family_of(model), read_kind(source.adapter))
-    plain = ask(model, probe)
+    processor = _processor(source.adapter, probe)
+    plain = ask(model, probe, processor=processor)
     with model.disable_adapter():
-        effect = gap(plain, ask(model, probe))
+        effect = gap(plain, ask(model, probe, processor=processor))
     here = _here(probe.arithmetic, None)
     _as_trained(model, layout, here.experts_implementation)
-    again = sixteen = ask(model, probe, dtype)
+    again = sixteen = ask(model, probe, dtype, processor)
     if coding is not None:
         del model
         model, layout, _ = _load(name, source.adapter, dtype, coding)
         _restore(source.adapter, model, layout, probe)
         _as_trained(model, layout, here.experts_implementation)
-        again, here = ask(model, probe, dtype), _here(probe.arithmetic, coding)
+        again, here = ask(model, probe, dtype, processor), _here(probe.arithmetic, coding)
     recorded = probe.values()
     found = LoadCheck(
         kind="adapter", positions=probe.positions, arithmetic=probe.arithmetic, here=here,
@@ -131,7 +134,8 @@ def check_adapter(given: str | Path, base: str | None = None) -> LoadCheck:
         plain=gap(plain, recorded if coding is None else sixteen), plain_tolerance=PLAIN[dtype],
         plain_against="recorded" if coding is None else "16-bit adapter model",
         rounding_of_base=None if coding is None else gap(sixteen, recorded),
-        effect=effect, tensors=tensors, router_biases=biases, servers=servers,
+        effect=effect, effect_of_image=effect_of_image(probe, plain), tensors=tensors, router_biases=biases,
+        servers=servers,
     )  # fmt: skip
     return judged(found, str(source.adapter))
 
@@ -148,16 +152,17 @@ def check_model(folder: str | Path) -> LoadCheck:
     dtype = probe.arithmetic.dtype
     model = _load_whole(str(folder), dtype)
     layout = find_layout(model)
-    plain = ask(model, probe)
+    processor = _processor(Path(folder), probe)
+    plain = ask(model, probe, processor=processor)
     here = _here(probe.arithmetic, None)
     _as_trained(model, layout, here.experts_implementation)
     recorded = probe.values()
     found = LoadCheck(
         kind="model", positions=probe.positions, arithmetic=probe.arithmetic, here=here,
-        as_trained=gap(ask(model, probe, dtype), recorded),
+        as_trained=gap(ask(model, probe, dtype, processor), recorded),
         as_trained_tolerance=_as_trained_tolerance(probe.arithmetic, here),
         plain=gap(plain, recorded), plain_tolerance=PLAIN[dtype], plain_against="recorded",
-        tensors=sum(1 for _ in model.state_dict()), router_biases=0,
+        effect_of_image=effect_of_image(probe, plain), tensors=sum(1 for _ in model.state_dict()), router_biases=0,
     )  # fmt: skip
     return judged(found, str(folder))
 
@@ -181,15 +186,17 @@ def check_merged(merged: str | Path, given: str | Path, base: str | None = None)
     weights = _dtype_of(Path(merged))
     dtype: DType = "fp32" if probe.arithmetic.dtype == "fp32" else weights
     one = _load_whole(str(merged), dtype)
-    mine = ask(one, probe)
+    mine = ask(one, probe, processor=_processor(Path(merged), probe))
     del one
     model, layout, _ = _load(_base(source, base), source.adapter, dtype)
     _restore(source.adapter, model, layout, probe)
     # Even if both run in fp32, a merge into 16 bits has rounded the weights once, so its tolerance applies.
     tolerance = PLAIN[weights]
+    theirs = ask(model, probe, processor=_processor(source.adapter, probe))
     found = MergedCheck(
-        positions=probe.positions, dtype=dtype, weights=weights, gap=gap(mine, ask(model, probe)), tolerance=tolerance
-    )
+        positions=probe.positions, dtype=dtype, weights=weights, gap=gap(mine, theirs), tolerance=tolerance,
+        effect_of_image=effect_of_image(probe, mine),
+    )  # fmt: skip
     if found.gap.share > tolerance:
         raise AdapterError(f"merged: {merged} differs from the adapter on its base: {found.text()}")
     return found
@@ -223,6 +230,11 @@ def _probe(folder: Path) -> Probe:
             "loader unsloth, or not from a job"
         )
     return probe
+
+
+def _processor(folder: Path, probe: Probe) -> Any:
+    """The processor of images in a folder, for a probe with images; else None."""
+    return saved_processor(folder) if probe.has_images else None
 
 
 def _base(source: Source, base: str | None) -> str:

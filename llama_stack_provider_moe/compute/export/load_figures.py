@@ -7,8 +7,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from llama_stack_provider_moe.compute.export.probe import Arithmetic
+from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe
 from llama_stack_provider_moe.compute.export.servers import Statement
+from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.spec import DType
 
 
@@ -41,6 +42,9 @@ class LoadCheck(BaseModel):
     effect: Gap | None = Field(
         default=None, description="Effect of the adapter: distance of the plain model with it from the one without."
     )
+    effect_of_image: Gap | None = Field(
+        default=None, description="Distance between the plain model's answers about two images; null: trained on text."
+    )
     tensors: int = Field(description="Number of adapter tensors that are equal in the model and in the file.")
     router_biases: int
     servers: list[Statement] = Field(default=[], description="What is known about servers that apply the adapter.")
@@ -66,6 +70,8 @@ class LoadCheck(BaseModel):
                 lines.append(
                     "that is less than the plain model's tolerance, so the plain check can't tell it from the base here"
                 )
+        if self.effect_of_image is not None:
+            lines.append(_image_text(self.effect_of_image))
         return "\n".join([*lines, *(statement.text() for statement in self.servers)])
 
     @property
@@ -82,12 +88,14 @@ class MergedCheck(BaseModel):
     weights: DType = Field(description="Dtype of the merged matrices on disk.")
     gap: Gap
     tolerance: float
+    effect_of_image: Gap | None = Field(default=None, description="See `LoadCheck`; that of the merged folder.")
 
     def text(self) -> str:
         """The result in words."""
+        images = "" if self.effect_of_image is None else f"; {_image_text(self.effect_of_image)}"
         return (
             f"merged weights ({self.weights}, run in {self.dtype}) and the adapter on its base: logits differ by "
-            f"{_gap_text(self.gap, self.tolerance)}, {self.positions} positions"
+            f"{_gap_text(self.gap, self.tolerance)}, {self.positions} positions{images}"
         )
 
 
@@ -100,6 +108,10 @@ def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Gap:
         spread = (second - second.mean(dim=0, keepdim=True)).abs().mean().item()
     mean = apart.mean().item()
     return Gap(greatest=apart.max().item(), mean=mean, share=mean / max(spread, torch.finfo(torch.float32).tiny))
+
+
+def _image_text(effect: Gap) -> str:
+    return f"two questions had images, through the saved processor; another image moves logits by {_gap_text(effect)}"
 
 
 def _words(arithmetic: Arithmetic) -> str:
@@ -115,3 +127,21 @@ def _words(arithmetic: Arithmetic) -> str:
 def _gap_text(found: Gap, tolerance: float | None = None) -> str:
     limit = "" if tolerance is None else f", at most {tolerance:.0e} allowed"
     return f"{found.greatest:.2g} at most, {found.share:.2g} of their spread on average{limit}"
+
+
+def effect_of_image(probe: Probe, found: Sequence[Tensor]) -> Gap | None:
+    """The distance between the answers about two images; None for a probe without.
+
+    Raises:
+        AdapterError: the loaded model does not see which image it is asked about, and the trained one did.
+    """
+    here, recorded = probe.of_images(found), probe.of_images(probe.values())
+    if here is None or recorded is None:
+        return None
+    effect, trained = gap(here[:1], here[1:]), gap(recorded[:1], recorded[1:])
+    if effect.share < trained.share / 3:
+        raise AdapterError(
+            f"load check: another image moves the loaded model's logits by {effect.share:.2g} of their spread, and the "
+            f"trained model's by {trained.share:.2g}: it does not see the images"
+        )
+    return effect

@@ -186,8 +186,8 @@ def _left_out(config: PreTrainedConfig) -> tuple[str, ...]:
     parts = [name.removesuffix("_config") for name in config.sub_configs if name != "text_config"]
     return (
         f"the file has the language model of this {config.model_type} model and reads text alone; its other parts "
-        f"({', '.join(parts)}) are not in it. For images llama.cpp needs a second file of the same folder, which its "
-        "converter writes with --mmproj for families that it knows, and which is not made or checked here",
+        f"({', '.join(parts)}) are not in it. For images llama.cpp needs a projector file beside it: artifact "
+        "`gguf-mmproj` of an export, or `moe-train export gguf --mmproj`",
     )
 
 

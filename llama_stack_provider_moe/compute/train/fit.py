@@ -220,7 +220,8 @@ def _probe(session: AnySession, base: Base, trainer: RecordingTrainer) -> Probe:
     if isinstance(trainer.model, PeftModel) and base.layout and base.resolved.load_balancing == "aux_free":
         biases = digest(base.layout.biases(trainer.model))
     with liveness.stage("recording logits"), evaluating(trainer.model):
-        probe = record(trainer.model, base.tokenizer, arithmetic, biases)
+        processor = None if base.images is None else base.images.processor
+        probe = record(trainer.model, base.tokenizer, arithmetic, biases, processor)
     if session.peers.leads:
         took_s = time.monotonic() - began
         print(f"logits at {probe.positions} positions recorded for the load check, {took_s:.2f} s", flush=True)

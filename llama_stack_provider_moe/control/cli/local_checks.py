@@ -12,7 +12,6 @@ from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.shields.probe_card import read_card
 from llama_stack_provider_moe.spec.ablate_commands import AnalyzeCommand, MeasureCommand, measure_job
 from llama_stack_provider_moe.spec.ablation import MEASUREMENTS_FILE
-from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES
 from llama_stack_provider_moe.spec.local_commands import (
     EVALUATION_SETS,
     EvaluationCommand,
@@ -59,8 +58,7 @@ def merge(command: MergeCommand) -> None:
 
 def gguf(command: GgufCommand) -> None:
     """Raise InvalidInput if the command can't work."""
-    if command.type is None:
-        raise InvalidInput.missing("--type", f"one of {', '.join(GGUF_TYPES)}")
+    command.require_one_file()
     _whole_model(command.model, "MODEL")
     _new(command.out, "file")
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -60,6 +60,16 @@ def of_job(
         assert stored is not None
         return stored.has(part) if images is None else images.take_from(stored.path, part)
 
+    return ImageDoor(config.images, keep, None if stored is None else has, files_of_host(config, deps))
+
+
+def files_of_host(config: ProviderConfig, deps: compat.Deps) -> Callable[[str], bytes] | None:
+    """Return what reads a file of the host by its id, as the caller may; None where a host has no files.
+
+    Call it on the event loop; what it returns is used in threads that run in the caller's context.
+    """
+    if not compat.has_files(deps):
+        return None
     loop = asyncio.get_running_loop()
 
     def fetch(file_id: str) -> bytes:
@@ -71,7 +81,7 @@ def of_job(
         except TimeoutError:
             raise BadImage(f"is file {file_id!r}, which is not there within {_FETCH_LIMIT_S:g} seconds") from None
 
-    return ImageDoor(config.images, keep, None if stored is None else has, fetch if compat.has_files(deps) else None)
+    return fetch
 
 
 async def check(

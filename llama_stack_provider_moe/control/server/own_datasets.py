@@ -112,6 +112,7 @@ class OwnDatasets:
         table: returns the store's data sets, once the store is open.
         quotas: the limits of owners.
         audit: writes down uploads and deletions.
+        deps: the host's APIs.
 
     Attributes:
         flagged: conversations that shields flagged.
@@ -124,13 +125,14 @@ class OwnDatasets:
         table: Callable[[], DatasetTable],
         quotas: Quotas,
         audit: Audit,
+        deps: compat.Deps,
     ) -> None:
         self._config = config
         self._guard = guard
         self._table = table
         self._quotas = quotas
         self._audit = audit
-        self._uploads = Uploads(config, guard, quotas.left_for_datasets)
+        self._uploads = Uploads(config, guard, quotas.left_for_datasets, deps)
         self.flagged = Flagged(config.feedback)
 
     async def put(

@@ -89,7 +89,7 @@ class PostTrainingService:
         self.guard = Guard(config, lambda: health(self.store, config.state_dir))
         self.quotas = Quotas(config, lambda: self.store)
         self.audit = Audit(config)
-        self.datasets = OwnDatasets(config, self.guard, lambda: self.store.datasets, self.quotas, self.audit)
+        self.datasets = OwnDatasets(config, self.guard, lambda: self.store.datasets, self.quotas, self.audit, deps)
         self._profiles = dataset_profiles.Profiles(config, self.guard)
         self.offers = serving.Offers(config, deps)
         self._templates = TemplateChecker(config)

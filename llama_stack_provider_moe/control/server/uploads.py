@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from llama_stack_provider_moe.control.server import compat
+from llama_stack_provider_moe.control.server import compat, image_doors
 from llama_stack_provider_moe.control.server.guard import Guard
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.server.wire_datasets import PushedDataset
@@ -77,11 +77,19 @@ class Uploads:
         config: the server's configuration.
         guard: runs what needs the store.
         left_for_datasets: how many bytes an owner's data sets may take beside their jobs; None: no such limit.
+        deps: the host's APIs, for images among its files.
     """
 
-    def __init__(self, config: ProviderConfig, guard: Guard, left_for_datasets: Callable[[str], int | None]) -> None:
+    def __init__(
+        self,
+        config: ProviderConfig,
+        guard: Guard,
+        left_for_datasets: Callable[[str], int | None],
+        deps: compat.Deps,
+    ) -> None:
         self._config = config
         self._guard = guard
+        self._deps = deps
         self._left_for_datasets = left_for_datasets
         self._running: Counter[str] = Counter()  # uploads by owner
 
@@ -118,7 +126,9 @@ class Uploads:
             room = await self._guard.run(self._room, table, owner, name)
             most_bytes, most_rows = self._config.max_dataset_bytes, self._config.max_rows
             arriving = await _uploading.run(Arriving, self._config, room)
-            door = ImageDoor(self._config.images, arriving.images.keep)
+            door = ImageDoor(
+                self._config.images, arriving.images.keep, fetch=image_doors.files_of_host(self._config, self._deps)
+            )
             file = RowFile(name, form.file_format, form.gzipped, most_bytes, most_rows, door)
             try:
                 digest, received = hashlib.sha256(), 0

@@ -2,6 +2,7 @@
 
 In user messages: OpenAI's `image_url` with a `data:` URL and `image_file` with the id of an uploaded file; parts
 `{"type": "image"}` that take the row's `images` (or `image`) in order, as TRL's and Hugging Face's data sets have them.
+Where all contents are texts, a row's images go before the first user's text, as TRL puts them.
 `image_url` may have a `detail`, which is ignored: the model's processor decides the resolution.
 """
 
@@ -9,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, cast
 
 from llama_stack_provider_moe.errors import shorten
 from llama_stack_provider_moe.spec.rows.image_files import BadImage, read_image
@@ -19,6 +20,7 @@ from llama_stack_provider_moe.spec.rows.values import BadRow, absent, blank
 
 COLUMNS: Final = ("images", "image")  # of a row, in the order of its parts `{"type": "image"}`
 _TYPES: Final = ("image_url", "image_file", "image")
+_CONVERSATIONS: Final = ("messages", "prompt")  # columns whose first user's text gets the images of the row
 _DETAILS: Final = (None, "auto", "low", "high")
 _SEND: Final = "`moe-train data push --images FOLDER` sends the files that rows name"
 _REMOTE: Final = re.compile(r"(?:https?|ftp|s3|gs):", re.IGNORECASE)
@@ -165,12 +167,32 @@ class _Row:
         others = {name: value for name, value in self._row.items() if name not in COLUMNS}
         made = {name: self._column_of(name, value) for name, value in others.items()}
         if self._column is not None:
+            if not self._images:
+                made = self._before_text(made)
             left = sum(1 for _ in self._waiting)
             if left:
                 has = self._images + left
                 raise BadRow(self._column, f"has {has} images, but the user messages have {self._images} parts of type "
                              'image; each image needs its {"type": "image"}')  # fmt: skip
         return made if self._images else self._row
+
+    def _before_text(self, row: Mapping[str, object]) -> dict[str, object]:
+        """The row with all images of its column before its first user's text, if contents are texts alone."""
+        assert self._column is not None
+        name = next((each for each in _CONVERSATIONS if isinstance(row.get(each), list)), None)
+        messages = cast("list[object]", row[name]) if name is not None else []
+        asked = [at for at, each in enumerate(messages) if isinstance(each, Mapping) and each.get("role") == "user"]
+        contents = [cast("Mapping[str, object]", messages[at]).get("content") for at in asked]
+        if name is None or not asked or not all(isinstance(content, str) for content in contents):
+            return dict(row)
+        value = self._row[self._column]
+        images = len(value) if isinstance(value, list | tuple) else 1
+        where = f"{name}[{asked[0]}].content"
+        parts = [self._part({"type": "image"}, "user", where) for _ in range(images)]
+        first = cast("Mapping[str, object]", messages[asked[0]])
+        text = {"type": "text", "text": contents[0]}
+        made = [{**first, "content": [*parts, text]} if at == asked[0] else each for at, each in enumerate(messages)]
+        return {**row, name: made}
 
     def _of_column(self) -> Iterator[tuple[str, object]]:
         if self._column is None:

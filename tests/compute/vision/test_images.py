@@ -1,6 +1,10 @@
 """Laws of training on rows with images, on tiny models of each kind, with the trainer and the files that users get."""
 
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llama_stack_provider_moe.compute.worker.main import COMPLETED
+from llama_stack_provider_moe.compute.export.load_check import AS_TRAINED, check, check_adapter, check_merged
+from llama_stack_provider_moe.compute.worker.main import COMPLETED, STOPPED
+from llama_stack_provider_moe.errors import AdapterError
+from llama_stack_provider_moe.jobdir.checkpoint_index import verify
+from llama_stack_provider_moe.jobdir.events import read
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from tests.support import tiny_vlms
 from tests.support.training_support import Run, Workshop, said, workshop
@@ -119,7 +128,8 @@ def score(model: Any, batch: dict[str, torch.Tensor], prompt: list[int]) -> tupl
 def test_the_loss_is_the_models_own(family: str, workshop: Workshop) -> None:
     """Of the first step, over rows with no, one and two images, to 1e-5; the tower stays as it was, bit for bit.
 
-    Adapter and merged model load in plain transformers and PEFT, and their processor beside them.
+    Adapter and merged model load in plain transformers and PEFT, and their processor beside them; the load check asks
+    both about images.
     """
     job = run(workshop, family, options={"save_merged": True})
     assert job.exit_code == COMPLETED, job.reason
@@ -140,10 +150,43 @@ def test_the_loss_is_the_models_own(family: str, workshop: Workshop) -> None:
     tuned = PeftModel.from_pretrained(base, job.folder.adapter).eval()
     with torch.no_grad():
         assert (merged(**batch).logits - tuned(**batch).logits).abs().max() < 1e-5
+    found, of_merged = check(job.folder.root), check_merged(job.folder.merged, job.folder.adapter)
+    assert found.as_trained.greatest == 0
+    for effect in (found.effect_of_image, of_merged.effect_of_image):
+        assert effect is not None
+        assert effect.share > 100 * AS_TRAINED["fp32"]
+    assert "through the saved processor; another image moves logits by" in found.text()
     if family != "qwen3_vl":
         sets = job.events("routing")[0].sets
         assert set(sets) == {"text", "image"}
         assert sets["text"] != sets["image"]
+
+
+def test_a_load_check_notices_another_processor_and_a_blind_model(workshop: Workshop, tmp_path: Path) -> None:
+    """Nothing else differs: the weights of adapter and language model are those of the training."""
+    job = run(workshop, "qwen3_vl_moe", options={"save_merged": True})
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    shutil.copytree(job.folder.merged, merged)
+    shutil.copytree(job.folder.adapter, adapter)
+    base = vlm(workshop, "qwen3_vl_moe")
+    weights = load_file(merged / "model.safetensors")
+    blind = {name: value * 0 if ".merger.linear_fc2." in name or ".deepstack" in name else value
+             for name, value in weights.items()}  # fmt: skip
+    save_file(blind, merged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="another image moves the loaded model's logits by 0 of their spread"):
+        check_merged(merged, job.folder.adapter)
+
+    [file] = [each for each in adapter.glob("*processor_config.json") if "image_mean" in each.read_text()]
+    said = file.read_text()
+    file.write_text(said.replace('"patch_size": 4', '"patch_size": 8'))
+    with pytest.raises(AdapterError, match="tokens for a question about an image that had"):
+        check_adapter(adapter, str(base))
+    file.write_text(said.replace('"do_normalize": true', '"do_normalize": false'))
+    with pytest.raises(AdapterError, match="does not hold what was trained"):
+        check_adapter(adapter, str(base))
+    file.unlink()
+    with pytest.raises(AdapterError, match="the processor of images beside it can't be loaded"):
+        check_adapter(adapter, str(base))
 
 
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
@@ -198,6 +241,26 @@ def test_a_resumed_job_ends_as_an_unbroken_one(workshop: Workshop) -> None:
     assert [event.step for event in resumed.events("step")][-2:] == [3, 4]
     wanted, found = job.adapter(), resumed.adapter()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_a_cancelled_job_finishes_its_step_and_leaves_a_checkpoint(workshop: Workshop) -> None:
+    """With images in every batch; the checkpoint is one that a job goes on from."""
+    events = JobFolder(workshop.next_folder("sft")).events
+
+    def watch() -> None:
+        while sum(event.type == "step" for event in read(events).events) < 2:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    job = run(workshop, "qwen3_vl_moe", training={"n_epochs": 500})
+    watcher.join()
+    assert job.exit_code == STOPPED
+    assert job.folder.read_manifest() is None
+    (saved,) = [event.artifact for event in job.events("saved") if "step-" in event.artifact["identifier"]]
+    assert saved["step"] == job.events("step")[-1].step == job.events("cancelled")[0].step
+    assert verify(Path(saved["path"])) is None
 
 
 @pytest.mark.parametrize(("family", "vision"), [("qwen3_vl_moe", "projector"), ("llama4", "tower")])

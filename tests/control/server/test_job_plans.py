@@ -105,7 +105,7 @@ def test_a_time_is_measured_on_jobs_like_it(tmp_path: Path) -> None:
         others = ({"resources": {"gpus": 2}}, {"model": "owner/other"}, {"owner": "other"}, {"resources": {"gpus": 0}})
         for other in others:
             assert time_of(**other) is None, "not like it"
-        completed(service, "on two", 5, 400, resources={"gpus": 2})
+        completed(service, "on-two", 5, 400, resources={"gpus": 2})
         both = time_of(resources={"gpus": 2})
         assert both is not None
         assert both["tokens_per_s"] == 10, "of all devices"

@@ -135,9 +135,14 @@ class Files:
         ),
     }
 
+    def __init__(self, owner: str | None = None) -> None:
+        self._owner = owner
+
     async def openai_retrieve_file(self, request: Any) -> SimpleNamespace:
-        """Metadata of a file."""
-        if request.file_id not in self.CONTENT:
+        """Metadata of a file, for its owner."""
+        who = compat.caller()
+        may = self._owner is None or (who is not None and who.principal == self._owner)
+        if request.file_id not in self.CONTENT or not may:
             raise ResourceNotFoundError(request.file_id, "File", "files.list()")
         return SimpleNamespace(id=request.file_id, filename="rows.jsonl")
 
@@ -158,6 +163,26 @@ def test_rows_and_images_among_the_hosts_files(service: PostTrainingService, mon
     forged = submitted(service, 400, data={"dataset_id": "file-forged"})
     assert "row 1: messages[0].content[0]: is a part that the server makes itself" in forged
     assert "row 2: row: has a data: URL of an image where no image stands" in forged
+
+
+def test_a_data_set_may_name_files_of_its_owner(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied like images in the rows; a file of somebody else is refused as one that is not there."""
+    blue = {"type": "image_file", "image_file": {"file_id": "file-blue"}}
+    named = "row 2: messages[0].content[0]: is file 'file-blue', "
+    assert f"{named}but files are not read here" in refusal(push(service, content=jsonl(ROWS[0], asked(blue))))
+    monkeypatch.setattr(service.datasets._uploads, "_deps", {compat.Api.files: Files("alice")})
+    with caller("bob"):
+        message = refusal(push(service, content=jsonl(ROWS[0], asked(blue))))
+    assert f"{named}which can't be read: no file 'file-blue' was uploaded to this server" in message
+    assert files(service) == []
+    with caller("alice"):
+        assert push(service, content=jsonl(ROWS[1], asked(blue))).status_code == 200
+        rows = ask(service, "GET", "/datasets/mine/rows").json()["rows"]
+        rows_file = asked({"type": "image_file", "image_file": {"file_id": "file-rows"}})
+        assert "has no signature of an image" in refusal(push(service, content=jsonl(rows_file)))
+    assert rows[1]["messages"][0]["content"][0] == rows[0]["messages"][0]["content"][1]
+    (kept,) = service.config.datasets_dir.glob("*/images")
+    assert sorted(path.read_bytes() for path in kept.iterdir()) == sorted([RED, BLUE])
 
 
 def test_a_part_of_another_owners_image_is_refused(service: PostTrainingService) -> None:

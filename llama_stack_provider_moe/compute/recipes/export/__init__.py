@@ -13,9 +13,18 @@ from pydantic import TypeAdapter
 
 from llama_stack_provider_moe.compute.export.gguf import bytes_needed as bytes_of_files
 from llama_stack_provider_moe.compute.export.merge import bytes_needed
+from llama_stack_provider_moe.compute.export.projector import vision_entries
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.recipes.export.step_log import PlannedStep, Steps, clear_unfinished
-from llama_stack_provider_moe.compute.recipes.export.steps import Files, Trained, load_check, merged, pushed, step_of
+from llama_stack_provider_moe.compute.recipes.export.steps import (
+    PROJECTOR,
+    Files,
+    Trained,
+    load_check,
+    merged,
+    pushed,
+    step_of,
+)
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.errors import CheckpointError, NoRoom
 from llama_stack_provider_moe.jobdir.attempt import require_current
@@ -97,9 +106,15 @@ def bytes_for(undone: Sequence[str], spec: ExportSpec, trained: Trained) -> int:
     if types:
         if spec.export.dtype is not None:  # others are quantised from this type, not from the base's
             types.add(_LOSSLESS[spec.export.dtype])
-        model = model_folder(spec.model, "model") if trained.is_adapter else trained.folder
-        needed += bytes_of_files(model, types)
+        needed += bytes_of_files(_whole(spec, trained), types)
+    if PROJECTOR in undone:
+        needed += sum(entry.nbytes for entry in vision_entries(_whole(spec, trained)))
     return needed
+
+
+def _whole(spec: ExportSpec, trained: Trained) -> Path:
+    """A folder with tensors like those of the whole model, which may not be merged yet."""
+    return model_folder(spec.model, "model") if trained.is_adapter else trained.folder
 
 
 def plan(session: Session[ExportSpec], trained: Trained) -> list[PlannedStep]:

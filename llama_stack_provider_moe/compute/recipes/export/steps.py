@@ -2,16 +2,21 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from llama_stack_provider_moe.compute.export import gguf, hub, ollama
 from llama_stack_provider_moe.compute.export.load_check import NotRecorded
 from llama_stack_provider_moe.compute.export.merge import merge
+from llama_stack_provider_moe.compute.export.projector import NoProjector, reads_images
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
 from llama_stack_provider_moe.compute.export.separate_process import compare
+from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.recipes.export import serve
 from llama_stack_provider_moe.compute.recipes.export.step_log import Done, Figures, PlannedStep, Skipped
 from llama_stack_provider_moe.compute.runtime.context import Session
@@ -26,6 +31,8 @@ from llama_stack_provider_moe.spec.destinations import OllamaServer
 from llama_stack_provider_moe.spec.exports import shard_bytes
 from llama_stack_provider_moe.spec.gguf_types import GgufType
 from llama_stack_provider_moe.spec.serving_config import OllamaServing, gguf_of
+
+PROJECTOR = "gguf-mmproj"  # the step and the artifact of a projector file
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def pushed(session: Session[ExportSpec], trained: Trained) -> PlannedStep:
         if to.what == "merged":
             folder = merged_folder(session)
         elif to.what == "gguf":
-            folder = _side_by_side(session, [session.folder.artifacts / name for name in needs])
+            folder = _side_by_side(session, [session.folder.artifacts / name for name in (*needs, PROJECTOR)])
         result = hub.push(folder, to, _say)
         return Done(note=result.text(), figures=result.model_dump(mode="json"))
 
@@ -172,6 +179,20 @@ def step_of(type_: GgufType) -> str:
 
 def _say(line: str) -> None:
     print(f"  {line}", flush=True)
+
+
+@contextmanager
+def _written(target: Path, step: int) -> Iterator[Path]:
+    """A new, hidden folder that becomes `target` at the end, with checksums; nothing is left of it after an error."""
+    written = target.with_name(f".{target.name}.writing")
+    remove(written)
+    written.mkdir()
+    try:
+        yield written
+        publish(written, target, step)
+    except BaseException:
+        remove(written)
+        raise
 
 
 class Files:
@@ -200,9 +221,20 @@ class Files:
             PlannedStep(step_of(type_), partial(self._make, type_), self._needs, [self._folder(type_)])
             for type_ in types
         ]
+        if types and self._reads_images():
+            made.append(PlannedStep(PROJECTOR, self._make_projector, self._needs, [self._projector]))
         if self._asked.ollama is not None:
             made.append(PlannedStep("ollama", self._push, [*self._needs, step_of(self._asked.for_ollama)]))
         return made
+
+    @property
+    def _projector(self) -> Path:
+        return self._session.folder.artifacts / PROJECTOR
+
+    def _reads_images(self) -> bool:
+        """Whether the model has a vision tower, by the config that it was trained from."""
+        model = model_folder(self._session.spec.model, "model") if self._trained.is_adapter else self._model
+        return reads_images(AutoConfig.from_pretrained(model))
 
     def _folder(self, type_: GgufType) -> Path:
         return self._session.folder.artifacts / step_of(type_)
@@ -236,10 +268,7 @@ class Files:
 
     def _make(self, type_: GgufType) -> Done:
         target, name = self._folder(type_), self._name(type_)
-        written = target.with_name(f".{target.name}.writing")
-        remove(written)
-        written.mkdir()
-        try:
+        with _written(target, self._trained.entry.step) as written:
             check = gguf.make(
                 self._model, written / name, type_, find_toolchain(), self._source(type_), self._reference, _say
             )
@@ -248,11 +277,19 @@ class Files:
                 (written / "Modelfile").write_text(ollama.modelfile(written / name, self._model), encoding="utf-8")
             except ExportError as error:
                 note += f"\nno Modelfile: {error}"
-            publish(written, target, self._trained.entry.step)
-        except BaseException:
-            remove(written)
-            raise
-        figures = check.model_dump(mode="json")
+        return self._made(target, name, note, check.model_dump(mode="json"))
+
+    def _make_projector(self) -> Done:
+        """The projector file; a family whose file the converter does not write is no failure."""
+        target, name = self._projector, f"mmproj-{self._name(gguf.lossless(self._model))}"
+        with _written(target, self._trained.entry.step) as folder:
+            try:
+                check = gguf.make_projector(self._model, folder / name, find_toolchain(), _say)
+            except NoProjector as error:
+                raise Skipped(str(error)) from None
+        return self._made(target, name, check.text(), check.model_dump(mode="json"))
+
+    def _made(self, target: Path, name: str, note: str, figures: Figures) -> Done:
         sums = read_checksums(target)
         assert sums is not None, "written just now"
         artifact = listed(self._session, self._trained, target, "gguf", figures)
