@@ -8,6 +8,7 @@ import pytest
 
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.compute.vision.test_images import pairs_of, rows_of, vlm
 from tests.support import tiny_models
 from tests.support.alike import assert_alike
 from tests.support.chosen import few
@@ -92,3 +93,23 @@ def test_probes_leave_a_sharded_model_in_parts(workshop: Workshop, desk: Office,
     folder = job(workshop, recipe, "mixtral", 2, adapter=None, options=options, resources=resources, **more)
     assert one.exit_code == COMPLETED, one.reason
     assert_alike(two(desk, folder), one, ATOL)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_images_of_two_processes(workshop: Workshop, desk: Office, recipe: str) -> None:
+    """Rows with two, one and no image, so that a process may have a batch without; 3 of 11 rows in a part of a step."""
+    made = []
+    for processes in (1, 2):
+        folder = JobFolder(workshop.next_folder(recipe))
+        rows = (pairs_of if recipe == "dpo" else rows_of)(folder, 11)
+        resources = {} if processes == 1 else {"resources": {"gpus": 0, "processes": 2}}
+        made.append(workshop.job(
+            recipe, vlm(workshop, "qwen3_vl_moe"), rows, rows[:3], optimizer=SGD, options={"max_length": 256},
+            training={"batch_size": 4 // processes, "gradient_accumulation_steps": 2}, **resources,
+        ))  # fmt: skip
+    one = workshop.again(Run(made[0], 0))
+    assert one.exit_code == COMPLETED, one.reason
+    shared = two(desk, made[1])
+    assert_alike(shared, one, ATOL)
+    for each in (one, shared):
+        assert set(each.events("routing")[0].sets) == {"text", "image"}
