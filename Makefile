@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Where `moe-train export setup` installs llama.cpp: here for whatever this file starts, so that `make clean` is clean.
 export MOE_TRAIN_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-ablation demo-circuit-breaker demo-domains demo-rl fast test test-hosts hosts test-sdks test-slow test-wide mutation lint docs serve bench bench-gpu gpu-first kernels-report clean
+.PHONY: demo demo-ablation demo-circuit-breaker demo-domains demo-rl fast test test-hosts hosts test-sdks test-slow test-wide mutation lint compiled docs serve bench bench-gpu gpu-first kernels-report clean
 .DELETE_ON_ERROR:
 
 # HOST=ogx or HOST=0.7: on that host, in an environment of its own.
@@ -41,10 +41,16 @@ demo-rl: $(VENV)/.demo
 # A file's tests stay in one process, which has its server. Not by marks: pytest 9.2 overlooks xdist's groups.
 # llama.cpp comes from pip and npm, some 20 s; without npm it is built, some 13 minutes (`moe-train export setup`).
 # The tests of the other hosts are skipped, and say so, where their environments can't be made.
-test: lint $(VENV)/.llama_cpp
+test: $(VENV)/.dev $(VENV)/.llama_cpp
+	@$(MAKE) --no-print-directory -j 2 lint compiled
 	-@$(MAKE) --no-print-directory hosts
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -m "not gpu and not slow and not wide" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+
+# A new environment's modules are compiled when they are first imported. Here by one process beside mypy, which has one
+# too; three that run tests would each compile all of them.
+compiled: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --collect-only -qq > /dev/null 2>&1 || true
 
 # For use while you work: lint, and the tests that train no model, but for files that run whole servers, supervisors,
 # clusters or loads for more than a few seconds.
