@@ -114,7 +114,7 @@ def with_adapter(
         ModelError: the adapter does not fit the model.
     """
     extend_for(model, folder)
-    if read_object(folder / CONFIG_NAME).get("task_type") == "SEQ_CLS":
+    if (folder / CONFIG_NAME).is_file() and read_object(folder / CONFIG_NAME).get("task_type") == "SEQ_CLS":
         raise ModelError(f"adapter_folder: {str(folder)!r} is the adapter of a reward model, which writes no text; "
                          "expected one of a model that does")  # fmt: skip
     try:
