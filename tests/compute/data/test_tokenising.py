@@ -24,6 +24,7 @@ from llama_stack_provider_moe.control.supervisor.processes import in_session
 from llama_stack_provider_moe.errors import DataError
 from llama_stack_provider_moe.ground import liveness
 from tests.support import tiny_models
+from tests.support.chosen import few
 from tests.support.jobs_support import wait_for
 from tests.support.rows_support import closed_logs, session
 from tests.support.training_support import said
@@ -103,6 +104,7 @@ def test_several_processes_make_the_same_bytes(
     assert done[-1] == 1000
 
 
+@pytest.mark.wide
 def test_a_token_that_the_model_lacks_is_named_by_its_first_row(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +123,7 @@ def test_a_token_that_the_model_lacks_is_named_by_its_first_row(
         assert (misfit.row, misfit.token) == (expected, vocabulary)
 
 
-@pytest.mark.parametrize("helpers", [1, 2])
+@pytest.mark.parametrize("helpers", few([1, 2], 1))
 def test_a_start_after_a_kill_goes_on_where_it_ended(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, helpers: int
 ) -> None:
@@ -196,6 +198,7 @@ def test_a_calls_padding_does_not_change_the_fingerprint(tokenizer: PreTrainedTo
     assert recipe(padded).encode.fingerprint == recipe(tokenizer).encode.fingerprint
 
 
+@pytest.mark.wide
 def test_a_jobs_second_start_reuses_its_rows(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +222,7 @@ def test_a_jobs_second_start_reuses_its_rows(
     assert one.train.to_list() == first.train.to_list(), "the order does not depend on shards or processes"
 
 
+@pytest.mark.wide
 def test_a_failing_helper_ends_the_job_with_its_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +249,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", few([signal.SIGKILL, signal.SIGTERM], 1))
 def test_helpers_end_with_their_parent(tmp_path: Path, number: signal.Signals) -> None:
     rows_file(tmp_path, mixed(40_000))
     script = tmp_path / "job.py"

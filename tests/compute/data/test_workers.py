@@ -14,6 +14,7 @@ from llama_stack_provider_moe.control.supervisor.processes import in_session
 from llama_stack_provider_moe.jobdir.checkpoint_index import valid_checkpoints
 from llama_stack_provider_moe.jobdir.events import read
 from llama_stack_provider_moe.jobdir.folder import JobFolder
+from tests.support.chosen import few
 from tests.support.jobs_support import wait_for
 from tests.support.training_support import Run, Workshop, workshop
 
@@ -41,7 +42,7 @@ def assert_nothing_is_left(session: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "circuit_breaker"])
+@pytest.mark.parametrize("recipe", few(["dpo", "circuit_breaker"], 1))
 def test_batches_are_the_same_whoever_prepares_them(workshop: Workshop, recipe: str) -> None:
     settings: dict[str, Any] = {"training": {"batch_size": 4}}
     alone = workshop.run(recipe, "granitemoe", **settings)
@@ -55,6 +56,7 @@ def test_batches_are_the_same_whoever_prepares_them(workshop: Workshop, recipe: 
     assert "multi-threaded" not in folder.output.read_text(), "Python would warn of a fork in a process with threads"
 
 
+@pytest.mark.wide
 def test_a_job_with_workers_saves_when_it_is_cancelled(workshop: Workshop) -> None:
     """The signal goes to all processes of the job; the workers must not end before the step is done."""
     settings: dict[str, Any] = {"training": {"n_epochs": 1000, "batch_size": 4}, "options": {"dataloader_workers": 2}}
