@@ -84,7 +84,8 @@ def config(family: str, **text: Any) -> Any:
     if family == "llama4":
         values |= {"image_token_index": ids("<|patch|>"), "boi_token_index": ids("<|image_start|>"),
                    "eoi_token_index": ids("<|image_end|>")}  # fmt: skip
-        vision |= {"image_size": 56, "num_hidden_layers": 2, "intermediate_size": 128, "vision_output_dim": 32,
+        # The converter looks for the second matrix of the projector among as many names as there are layers.
+        vision |= {"image_size": 56, "num_hidden_layers": 3, "intermediate_size": 128, "vision_output_dim": 32,
                    "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
         layers = ("layer_types", "no_rope_layers", "moe_layers")
         values["text_config"] = {name: value for name, value in values["text_config"].items() if name not in layers}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_stack_provider_moe.compute.export import gguf
 from llama_stack_provider_moe.compute.export.gguf_file import read_header
-from llama_stack_provider_moe.compute.export.projector import NoProjector, check_projector
+from llama_stack_provider_moe.compute.export.projector import NoProjector, ProjectorCheck, check_projector
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
 from llama_stack_provider_moe.errors import ExportError, InvalidInput
 from llama_stack_provider_moe.jobdir.folder import Artifact, JobFolder
@@ -107,11 +107,12 @@ def test_the_projector_file_has_the_trained_tower_and_projector(
     names = {tensor.name for tensor in read_header(file).tensors}
     assert {"v.blk.1.attn_qkv.weight", "v.deepstack.0.fc1.weight", "mm.0.weight", "v.patch_embd.weight.1"} <= names
     assert not [name for name in names if not name.startswith(("v.", "mm."))]
-    before = check_projector(file, base)
-    assert 0 < before.same < before.numbers
-    assert "the converter changed the others" in before.text()
-    with pytest.raises(ExportError, match=r"[\d,]+ of its [\d,]+ numbers are those of other; expected all"):
-        check_projector(file, tiny_vlms.build(FAMILY, tmp_path / "other", seed=9))
+    found = ProjectorCheck.model_validate({name: figures[name] for name in ProjectorCheck.model_fields})
+    assert f"its {found.numbers:,} numbers are those of the folder's" in found.text()
+    assert "the converter changed the others" in found.model_copy(update={"same": found.numbers - 8}).text()
+    for other in (base, tiny_vlms.build(FAMILY, tmp_path / "other", seed=9)):  # another projector, another model
+        with pytest.raises(ExportError, match=rf"[\d,]+ of its [\d,]+ numbers are those of {other.name}; expected all"):
+            check_projector(file, other)
     narrow = tiny_vlms.build(FAMILY, tmp_path / "narrow")
     config = json.loads((narrow / "config.json").read_text())
     config["text_config"]["hidden_size"] = 64
