@@ -43,6 +43,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return smoke(tmp_path_factory.mktemp("smoke") / "found.json")
 
 
+@pytest.mark.wide
 def test_every_case_runs_and_agrees_with_the_truth(result: dict[str, Any]) -> None:
     assert [case["case"] for case in result["layers"]] == [case.name for case in tiny(TINY)]
     for case in result["layers"]:
@@ -59,6 +60,7 @@ def test_every_case_runs_and_agrees_with_the_truth(result: dict[str, Any]) -> No
             assert all(0 < each["p10"] <= each["median"] <= each["p90"] for each in one["ms"].values())
 
 
+@pytest.mark.wide
 def test_what_did_not_run_is_named(result: dict[str, Any]) -> None:
     assert {"unsloth", "axolotl"} <= set(result["skipped"])
     assert all("not installed" in why or "its own" in why for why in result["skipped"].values())

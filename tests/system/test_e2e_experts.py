@@ -269,6 +269,7 @@ def test_an_analysis_tells_the_next_job_what_to_train_and_to_mask(
     assert status["after"]["perplexity"]["value"] == pytest.approx(perplexity(tuned, server), rel=1e-4)
 
 
+@pytest.mark.wide
 def test_a_circuit_breaker_is_cancelled_and_goes_on_to_its_end(server: Server) -> None:
     name, deadline = "breaker-cancelled", time.monotonic() + LIMIT_S
     with asking(server) as http:

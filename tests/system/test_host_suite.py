@@ -74,6 +74,7 @@ def losses(server: Server, job_id: str) -> list[float]:
     return found
 
 
+@pytest.mark.wide
 def test_supervised_fine_tuning(server: Server) -> None:
     lora = LoraFinetuningConfig(
         type="LoRA", lora_attn_modules=["q_proj", "v_proj", "output_proj"], apply_lora_to_mlp=True,

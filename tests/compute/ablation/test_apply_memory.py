@@ -6,6 +6,7 @@ from benchmarks import ablation_apply
 from benchmarks.merge import Shape
 
 
+@pytest.mark.wide
 def test_memory_stays_near_the_largest_matrix(tmp_path: Path) -> None:
     """A checkpoint of 110 MB in several files; with what a process has anyhow taken off."""
     shape = Shape(layers=6, hidden=1024, inner=1536, experts=2)

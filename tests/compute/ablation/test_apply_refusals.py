@@ -199,6 +199,7 @@ apply.apply(sys.argv[1], plan("0-1"), found, Path(sys.argv[3]), progress=slow)
 """
 
 
+@pytest.mark.wide
 def test_a_kill_in_the_middle_leaves_nothing_half_written(tmp_path: Path) -> None:
     folder, found = subject()
     measurements.write(found, tmp_path / MEASUREMENTS_FILE)

@@ -143,6 +143,7 @@ def desk(workshop: Workshop) -> Iterator[Office]:
         yield made
 
 
+@pytest.mark.wide
 def test_a_lost_process_is_named_and_the_job_goes_on_bitwise(workshop: Workshop, desk: Office) -> None:
     """Each process writes its own answers; checkpoints among the steps of a generation have those of both."""
     more = {"rl": {"n_iterations": 2}, "training": {"n_epochs": 2}, "options": {"autosave_minutes": 1e-6}}

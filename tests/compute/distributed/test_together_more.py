@@ -72,6 +72,7 @@ def test_experts_whose_router_may_choose_none_are_divided(workshop: Workshop, de
     assert_alike(two(desk, job(workshop, "sft", folder, 2, resources=resources, **more)), one, ATOL)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("recipe", few(["dpo", "sft", "circuit_breaker"], 1))
 def test_helpers_prepare_the_batches_of_two_processes(workshop: Workshop, desk: Office, recipe: str) -> None:
     """A helper's pipe also carries ballast and the number of rows that count."""

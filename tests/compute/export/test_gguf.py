@@ -78,6 +78,7 @@ def test_each_quantised_type_is_read_back(
     assert 0.93 * size < gguf._estimate(entries, kind) + gguf._SLACK_BYTES < 1.5 * size + gguf._SLACK_BYTES
 
 
+@pytest.mark.wide
 def test_rows_that_do_not_fill_blocks_are_reported(tools: Toolchain, tmp_path: Path) -> None:
     """The whole way by `make`: the intermediate is made, verified and gone."""
     model = llama_support.build("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=96)

@@ -136,6 +136,7 @@ def test_a_model_judge_stands_behind_the_same_checks(
         assert second.value == float(refuses == (expect == "refusal")), "each keeps its own verdict"
 
 
+@pytest.mark.wide
 def test_the_command_and_the_server_run_what_needs_torch(root: Path, reward: Path, tmp_path: Path) -> None:
     grader = {"type": "reward_model", "name": "g", "model": str(reward)}
     (expected,) = graded(Sample(ROW, "Six minutes."), type="reward_model", model=str(reward))

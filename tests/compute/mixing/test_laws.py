@@ -122,6 +122,7 @@ def test_a_mix_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.
     assert not torch.equal(logits(tmp_path / "other"), logits(tmp_path / "whole")), "the seed is that of the routers"
 
 
+@pytest.mark.wide
 def test_a_mix_converts_to_gguf(tmp_path: Path) -> None:
     tools = llama_support.toolchain()
     base = llama_support.build("llama", tmp_path / "base", **{**llama_support.ALIGNED, "initializer_range": 0.03})

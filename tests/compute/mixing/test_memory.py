@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
     print(json.dumps(peak_bytes() - before))
 
 
+@pytest.mark.wide
 def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
     total = 0
     for name, layers in (("tiny", 1), ("full", 3)):

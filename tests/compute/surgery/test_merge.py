@@ -248,6 +248,7 @@ def test_it_trains_and_merges_an_adapter(family: str, tmp_path: Path) -> None:
     assert gap(logits(surgery_models.load(tmp_path / "whole")), expected) <= 1e-5
 
 
+@pytest.mark.wide
 def test_it_converts_to_gguf(tmp_path: Path) -> None:
     tools = llama_support.toolchain()
     base = llama_support.build("granitemoe", tmp_path / "base", initializer_range=0.03, num_local_experts=8, **ALIGNED)
