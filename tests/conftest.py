@@ -53,7 +53,7 @@ def widen(items: list[pytest.Item]) -> None:
                 cases.setdefault(test, {}).setdefault(str(item.callspec.params[name]), []).append(item)
     for test, models in cases.items():
         left_out = sorted(models, key=lambda model: sha256(f"{test} {model}".encode()).digest())[
-            max(FEW, len(models) // 5) :
+            max(FEW, len(models) // 10) :
         ]
         for item in (item for model in left_out for item in models[model]):
             item.add_marker(pytest.mark.wide)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import ablation_apply
 from benchmarks.merge import Shape
 

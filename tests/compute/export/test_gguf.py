@@ -23,6 +23,7 @@ from llama_stack_provider_moe.llama_cpp import Toolchain
 from llama_stack_provider_moe.spec.gguf_types import GGUF_TYPES, GgufType
 from llama_stack_provider_moe.spec.options import RopeScaling
 from tests.support import llama_support, tiny_models
+from tests.support.chosen import few
 from tests.support.llama_support import ALIGNED
 
 _MIXTURES = {"q2_k": "Q2_K", "q3_k_m": "Q3_K", "q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_s": "Q5_K", "q5_k_m": "Q5_K"}
@@ -204,7 +205,7 @@ def test_leftovers_of_a_killed_export_are_removed(made: Path, tools: Toolchain, 
     assert read_header(tmp_path / "out.gguf").type_counts()["Q5_0"]
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear"])
+@pytest.mark.parametrize("kind", few(["yarn", "linear"], 1))
 def test_a_longer_context_is_in_the_file(kind: Literal["yarn", "linear"], tmp_path: Path, tools: Toolchain) -> None:
     """llama.cpp's keys for scaled RoPE; it computes what transformers does from the same config."""
     model = llama_support.build("llama", tmp_path / "model", max_position_embeddings=64, **ALIGNED)
