@@ -20,6 +20,7 @@ def test_every_type_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not memory plan: sizes of tensors in its attention depend" in text
 
 
+@pytest.mark.wide
 def test_as_json() -> None:
     document = json.loads(moe_train("families", "--json").out)
     assert document["families"].keys() == types_with_experts().keys()

@@ -253,6 +253,7 @@ def test_peak_is_what_a_real_step_takes(case: Case) -> None:
     assert told.peak_bytes - told.static_bytes == pytest.approx(measured.dynamic, rel=0.15)
 
 
+@pytest.mark.wide
 def test_loaded_weights_give_the_same_report(tmp_path: Path) -> None:
     folder = tiny_models.build("granitemoe", tmp_path / "model")
     told = [

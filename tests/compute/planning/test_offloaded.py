@@ -105,6 +105,7 @@ def test_the_door_names_what_does_not_go_together(blocks: dict[str, Any], proble
         job(efficiency=OFFLOAD, **blocks)
 
 
+@pytest.mark.wide
 def test_the_template_for_12_gb_fits() -> None:
     config, _ = read_config(str(ROOT / "tests" / "configs" / "qwen3-30b-a3b.json"))
     body = json.loads((ROOT / "job_templates" / "qwen3_moe_12gb_sft.json").read_bytes())

@@ -180,6 +180,7 @@ def test_auto_is_the_first_that_fits(roomy: Planner) -> None:
     assert [option.strategy for option in roomy.plan(job(resources={"gpus": 1})).options] == ["ddp"]
 
 
+@pytest.mark.wide
 def test_every_suggested_change_fits(roomy: Planner) -> None:
     """Each change gives a valid job that fits; settings that are refused are never among them."""
     spec = job(adapter=None, training={"batch_size": 1}, resources={"gpus": 2, "strategy": "ddp"})

@@ -10,6 +10,7 @@ LORA = {"plan": "all_experts", "rank": 8}
 
 # Estimate over measured peak of these and more: ddp 1.013, ddp of all weights 1.005, ddp with checkpointing 0.997,
 # fsdp 1.013, fsdp with checkpointing 0.997, DPO under fsdp 1.017, gradients accumulated (one process) 1.016.
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "case",
     [

@@ -145,6 +145,7 @@ def rises(workshop: Workshop, **rl: Any) -> Run:
     return found
 
 
+@pytest.mark.wide
 def test_a_reward_rises_and_a_shuffled_one_does_not(workshop: Workshop) -> None:
     trained, control = rises(workshop), rises(workshop, shuffle_rewards=True)
     learnt, by_chance = trained.steps("reward"), control.steps("reward")

@@ -181,6 +181,7 @@ def test_routes_of_the_server_are_replayed(workshop: Workshop, server: SmallVllm
     assert changed[0] == changed[2] == 0 < max(changed)
 
 
+@pytest.mark.wide
 def test_a_server_that_keeps_its_weights_or_returns_no_routes_ends_the_job(
     workshop: Workshop, server: SmallVllm
 ) -> None:
@@ -214,18 +215,21 @@ def engine(server: SmallVllm, **fields: Any) -> VllmServer:
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [
-        ({"dev_mode": False}, "start it with VLLM_SERVER_DEV_MODE=1"),
-        ({"logprobs_mode": "raw_logprobs"}, "has --logprobs-mode raw_logprobs; expected processed_logprobs"),
-        ({"max_model_len": 64}, "options.max_length: 96 tokens don't fit"),
-        ({"body": "<html>"}, "answered /v1/completions with '<html>'; expected a JSON object"),
-        ({"body": {"choices": []}}, "gave 0 answers to a prompt; expected 2"),
-        ({"choice": {**ONE, "token_ids": [7, 400]}}, "gave token 400; expected ids below 384"),
-        ({"choice": {**ONE, "token_ids": [7]}}, "gave 1 tokens with 2 log-probabilities"),
-        ({"choice": {**ONE, "token_ids": None}}, "gave an answer that can't be read"),
-        ({"choice": {**ONE, "prompt_token_ids": [1]}}, "its prompt is another than the one that was sent"),
-        ({"choice": {**ONE, "logprobs": {"token_logprobs": [0.7, -1]}}}, "is above 0 or infinite"),
-    ],
+    few(
+        [
+            ({"dev_mode": False}, "start it with VLLM_SERVER_DEV_MODE=1"),
+            ({"logprobs_mode": "raw_logprobs"}, "has --logprobs-mode raw_logprobs; expected processed_logprobs"),
+            ({"max_model_len": 64}, "options.max_length: 96 tokens don't fit"),
+            ({"body": "<html>"}, "answered /v1/completions with '<html>'; expected a JSON object"),
+            ({"body": {"choices": []}}, "gave 0 answers to a prompt; expected 2"),
+            ({"choice": {**ONE, "token_ids": [7, 400]}}, "gave token 400; expected ids below 384"),
+            ({"choice": {**ONE, "token_ids": [7]}}, "gave 1 tokens with 2 log-probabilities"),
+            ({"choice": {**ONE, "token_ids": None}}, "gave an answer that can't be read"),
+            ({"choice": {**ONE, "prompt_token_ids": [1]}}, "its prompt is another than the one that was sent"),
+            ({"choice": {**ONE, "logprobs": {"token_logprobs": [0.7, -1]}}}, "is above 0 or infinite"),
+        ],
+        2,
+    ),
 )
 def test_a_server_that_is_of_no_use_is_named(
     workshop: Workshop, server: SmallVllm, asked: dict[str, Any], words: str
