@@ -62,7 +62,7 @@ def inlined(row: Mapping[str, object], number: int, read: Read | None) -> dict[s
         read: reads the files that it names; None: only bytes become URLs.
 
     Raises:
-        InvalidInput: there is no such file, or it isn't an image.
+        InvalidInput: the file is missing or isn't an image.
     """
     row_of = _Row(number, read)
     return {name: row_of.column(name, value) for name, value in row.items()}

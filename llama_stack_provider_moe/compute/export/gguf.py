@@ -214,7 +214,7 @@ def make_projector(model: Path, out: Path, tools: Toolchain, say: Say = lambda l
     """
     entries = vision_entries(model)
     if not entries:
-        raise NoProjector(f"{model.name} has no vision tower, so there is no projector file of it")
+        raise NoProjector(f"{model.name} has no vision tower, and so no projector file")
     _require_free(out, sum(entry.nbytes for entry in entries) + _SLACK_BYTES)
     type_ = lossless(model)
     with _making(out) as folder, liveness.stage("making the projector file"):

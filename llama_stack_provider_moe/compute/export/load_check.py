@@ -38,6 +38,7 @@ from llama_stack_provider_moe.compute.export.probe import Arithmetic, Probe, ask
 from llama_stack_provider_moe.compute.export.probe_images import saved_processor
 from llama_stack_provider_moe.compute.export.servers import family_of, read_kind, statements
 from llama_stack_provider_moe.compute.models.classifier import (
+    is_reward_adapter,
     is_saved_classifier,
     load_new_classifier,
     load_saved_classifier,
@@ -267,7 +268,7 @@ def _load(
     """
     device = _device()
     if coding is None:
-        is_reward = read_object(adapter / CONFIG_NAME).get("task_type") == "SEQ_CLS"
+        is_reward = is_reward_adapter(adapter)
         base = load_new_classifier(name, dtype, device, None) if is_reward else load_plain(name, dtype, device)
         layout = find_layout(base)
     else:

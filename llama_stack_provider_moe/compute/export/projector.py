@@ -34,7 +34,7 @@ _LEAST_SHARE = 0.5
 
 
 class NoProjector(ExportError):
-    """There is no projector file of a model: it has no vision tower, or the converter does not know its family's."""
+    """A model has no projector file: it has no vision tower, or the converter does not know its family's."""
 
 
 class ProjectorCheck(BaseModel):
@@ -89,7 +89,7 @@ def check_projector(file: Path, model: Path) -> ProjectorCheck:
     """Compare a projector file with the folder that it was made from.
 
     Raises:
-        ExportError: it is no projector file, is for a language model of another width, has numbers that are not
+        ExportError: it isn't a projector file, is for a language model of another width, has numbers that are not
             finite, or has the numbers of another model.
     """
     header = read_header(file)

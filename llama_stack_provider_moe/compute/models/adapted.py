@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_stack_provider_moe.compute.models.classifier import is_reward_adapter
 from llama_stack_provider_moe.compute.models.loader import load, pick_device
 from llama_stack_provider_moe.compute.models.quantized_loading import load_quantized
 from llama_stack_provider_moe.compute.models.rope import as_shipped, extend_for
@@ -22,7 +22,6 @@ from llama_stack_provider_moe.compute.moe.resolve_settings import apply_moe, res
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 from llama_stack_provider_moe.compute.moe.steering import restore_biases
 from llama_stack_provider_moe.errors import ModelError
-from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.spec import AblationMeasureSpec, Moe, PlaygroundSpec, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.ablation import MeasureTraining
 from llama_stack_provider_moe.spec.playground import PlaygroundTraining
@@ -114,7 +113,7 @@ def with_adapter(
         ModelError: the adapter does not fit the model.
     """
     extend_for(model, folder)
-    if (folder / CONFIG_NAME).is_file() and read_object(folder / CONFIG_NAME).get("task_type") == "SEQ_CLS":
+    if is_reward_adapter(folder):
         raise ModelError(f"adapter_folder: {str(folder)!r} is the adapter of a reward model, which writes no text; "
                          "expected one of a model that does")  # fmt: skip
     try:

@@ -3,13 +3,17 @@
 A job makes one of a model that writes text: its decoder layers stay, and a new head replaces its output head.
 """
 
+from pathlib import Path
+
 import torch
+from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.models.loader import DTYPES, load_weights, model_config, tokenizer_of, trusted
 from llama_stack_provider_moe.compute.moe.adapters import HEAD
 from llama_stack_provider_moe.compute.moe.model_types import classifier_config
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.spec import DType
 
 
@@ -48,6 +52,11 @@ def is_saved_classifier(folder: str) -> bool:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder))
     made_as = str((config.architectures or [""])[0])
     return made_as.endswith("ForSequenceClassification")
+
+
+def is_reward_adapter(folder: Path) -> bool:
+    """Whether an adapter's config says that it is one of a sequence classifier; a folder without an adapter is none."""
+    return (folder / CONFIG_NAME).is_file() and read_object(folder / CONFIG_NAME).get("task_type") == "SEQ_CLS"
 
 
 def load_saved_classifier(folder: str, dtype: DType, device: torch.device) -> PreTrainedModel:

@@ -9,7 +9,7 @@ Fields = Mapping[str, object]
 
 
 def of_one_kind(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
-    """Changes of one kind each, from the smallest to the largest."""
+    """Yield changes of one kind each, from the smallest to the largest."""
     training, resources = spec.training, spec.resources
     if resources.ranks > 1 and resources.strategy != "auto":
         yield [{"resources.strategy": "auto"}]

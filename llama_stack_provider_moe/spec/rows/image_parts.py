@@ -120,7 +120,7 @@ class ImageDoor:
         """Return the part of an uploaded file.
 
         Raises:
-            BadImage: there is no such file here, or jobs don't take such a file.
+            BadImage: the file isn't here, or jobs don't take such a file.
         """
         if self._fetch is None:
             raise BadImage(f"is file {shorten(file_id)}, but files are not read here; send {FORM}; {_SEND}")

@@ -280,7 +280,7 @@ class Files:
         return self._made(target, name, note, check.model_dump(mode="json"))
 
     def _make_projector(self) -> Done:
-        """The projector file; a family whose file the converter does not write is no failure."""
+        """Make the projector file; skip it for a family whose file the converter does not write."""
         target, name = self._projector, f"mmproj-{self._name(gguf.lossless(self._model))}"
         with _written(target, self._trained.entry.step) as folder:
             try:
