@@ -19,6 +19,7 @@ from tests.support.postgres_server import new_store_urls
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As below a shell that runs this in the background; programs that tests start and interrupt would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+ANSWERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 SLOW_LIMIT_S = 7200
 MODELS = ("family", "model_type")  # names of parameters that are a kind of model
@@ -100,6 +101,19 @@ def same_random_numbers() -> None:
     random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_at_first() -> Iterator[None]:
+    """A test or fixture that leaves its own answer to a signal fails; a later test that sends it would wait forever."""
+    yield
+    left = {number: signal.getsignal(number) for number in ANSWERS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & ANSWERS.keys()
+    if left != ANSWERS or blocked:
+        for number, answer in ANSWERS.items():
+            signal.signal(number, answer)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+        pytest.fail(f"left behind: {left}, blocked: {blocked}; at first: {ANSWERS}")
 
 
 @pytest.fixture

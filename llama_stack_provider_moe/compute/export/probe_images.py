@@ -34,14 +34,14 @@ def asked_about(processor: Any, drawing: Drawing) -> tuple[list[int], dict[str, 
 
 def drawn(drawing: Drawing) -> Any:
     """The picture, by whole numbers alone, so that it is the same everywhere."""
-    from PIL import Image  # in training environments with images alone
+    from llama_stack_provider_moe.compute.models.images import picture  # Pillow: where there are images alone
 
     pixels = bytearray()
     for y in range(_HEIGHT):
         for x in range(_WIDTH):
             is_inside = (x - 32) ** 2 + (y - 32) ** 2 < 400 if drawing == "disc" else (x + y) % 24 < 12
             pixels += bytes((220, 40, 30) if is_inside else (40, 90, 200 - y))
-    return Image.frombytes("RGB", (_WIDTH, _HEIGHT), bytes(pixels))
+    return picture(_WIDTH, _HEIGHT, bytes(pixels))
 
 
 def saved_processor(folder: Path) -> Any:

@@ -137,6 +137,11 @@ class Images:
         return f"image {image.sha256}"
 
 
+def picture(width: int, height: int, pixels: bytes) -> Pillow.Image:
+    """An image of drawn pixels: three bytes each (red, green, blue), row by row."""
+    return Pillow.frombytes("RGB", (width, height), pixels)
+
+
 def _part(row: Mapping[str, Any], sha256: str) -> str | None:
     """The path in a row of the part that is this image."""
     for column in ("messages", "prompt"):

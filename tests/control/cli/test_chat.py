@@ -91,6 +91,7 @@ def test_an_interrupt_ends_the_turn_of_both_sides(
     url: str, playground: Playground, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other side is not asked, and neither remembers the message."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     playground.held.set()
 
     def interrupt() -> None:
