@@ -37,7 +37,7 @@ from llama_stack_provider_moe.compute.evaluation import statistics
 
 STEPS, BATCH, GROUP = 6, 16, 8  # answers of a step, and to each prompt
 LR = 1e-3
-LONGEST = 28  # tokens of an answer in training
+LONGEST = 32  # tokens of an answer in training
 NEAR = 16  # about 12 words, in tokens
 SHORT_PROMPT = 60  # characters
 GOAL = 0.3  # rise of the rate on held-out prompts, over its start and over the control's end
