@@ -26,9 +26,9 @@ class RewardSpec(TrainingJob):
     @model_validator(mode="after")
     def _no_setting_is_without_effect(self) -> "RewardSpec":
         refuse_what_is_for_sft(self, self.recipe, "a reward model compares two answers to one prompt")
-        if self.resources.ranks > 1:
-            raise ValueError(f"resources: {self.resources.ranks} processes are not valid with recipe 'reward'; "
-                             "expected 1")  # fmt: skip
+        if self.resources.sharded:
+            raise ValueError(f"resources.strategy: {self.resources.strategy!r} is not valid with recipe 'reward', "
+                             "whose new head is not divided; expected 'ddp'")  # fmt: skip
         if self.moe.moe_load_balancing in ("aux_free", "expert_choice"):
             raise ValueError(f"moe.moe_load_balancing: {self.moe.moe_load_balancing!r} is not valid with recipe "
                              "'reward', whose model routes in graders as it came; expected 'switch' or "

@@ -36,7 +36,7 @@ def test_what_a_classifier_has_is_valid() -> None:
 @pytest.mark.parametrize(
     ("blocks", "told"),
     [
-        ({"resources": {"gpus": 2}}, "resources: 2 processes are not valid with recipe 'reward'; expected 1"),
+        ({"resources": {"gpus": 2, "strategy": "fsdp"}}, "resources.strategy: 'fsdp' is not valid with"),
         ({"moe": {"moe_load_balancing": "aux_free"}}, "moe.moe_load_balancing: 'aux_free' is not valid"),
         ({"moe": {"router_jitter": 0.1}}, "moe.router_jitter: is for SFT only; a reward model compares"),
         ({"data": {"dataset_id": "a", "packed": True}}, "data.packed: true is for SFT only"),

@@ -268,3 +268,19 @@ def local_metrics(accelerator: Any, share: int | None) -> Iterator[None]:
         yield
     finally:
         del accelerator.gather, accelerator.gather_for_metrics
+
+
+@contextmanager
+def ungathered(accelerator: Any) -> Iterator[None]:
+    """Inside, `gather` returns this process's values, of ballast too: for a figure that is left out afterwards.
+
+    TRL's smallest reward of ballast, of which `local_metrics` gathers nothing, is an error.
+    """
+    before = vars(accelerator).get("gather")
+    accelerator.gather = lambda value: value
+    try:
+        yield
+    finally:
+        del accelerator.gather
+        if before is not None:
+            accelerator.gather = before

@@ -13,6 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from llama_stack_provider_moe.compute.data.answers import RewardEncoder
+from llama_stack_provider_moe.compute.data.batch_sharing import ungathered
 from llama_stack_provider_moe.compute.data.datasets import dpo_rows
 from llama_stack_provider_moe.compute.methods.reward import bradley_terry
 from llama_stack_provider_moe.compute.models.determinism import without_dropout
@@ -50,7 +51,8 @@ class NamedFigures(RewardTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Loss:
         """TRL's loss, a mean over pairs."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with ungathered(self.accelerator):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         chosen_B, rejected_B = outputs.logits.detach().squeeze(-1).float().chunk(2)
         self.pair_nll = bradley_terry(chosen_B, rejected_B).mean().item()
         figures = self._metrics["train" if self.model.training else "eval"]

@@ -57,6 +57,9 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-domains": {"recipe": "dpo", "family": "granitemoe", "batch": 4, "domains": domains_of("dpo"),
                     "training": {"gradient_accumulation_steps": 2}},
     "sft-domains": {"recipe": "sft", "family": "granitemoe", "batch": 8, "domains": domains_of("sft")},
+    # Of a pair's two rewards; the head is drawn by each process.
+    "reward": {"recipe": "reward", "family": "mixtral", "batch": 4, "rows": dpo_rows(17), "center_rewards": 0.1,
+               "training": {"gradient_accumulation_steps": 2}, "moe": {"router_aux_loss_coef": 0.1}},
     # The teacher is the model with its adapter off.
     "sft-distill": {"recipe": "sft", "family": "mixtral", "batch": 4, "rows": sft_rows(17),
                     "distill": {"weight": 0.5, "temperature": 2}, "training": {"gradient_accumulation_steps": 2}},
@@ -67,9 +70,9 @@ CASES: dict[str, dict[str, Any]] = {
                                             "safe": {"dataset_id": "c", "validation_dataset_id": "d"}}},
 }  # fmt: skip
 # A breaker's first step has no gradient (the model is its base); Adam would scale its rounding to full steps.
-FIRST = ["sft", "dpo-uneven", "sft-aux-free", "sft-distill"]
+FIRST = ["sft", "dpo-uneven", "sft-aux-free", "sft-distill", "reward"]
 FROM_THE_START = few([*FIRST, *(case for case in CASES if case not in (*FIRST, "circuit-breaker"))], len(FIRST))
-RESUMED = few(["dpo", "sft-domains", "sft", "circuit-breaker"], 2)
+RESUMED = few(["dpo", "sft-domains", "sft", "circuit-breaker", "reward"], 2)
 
 
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
