@@ -36,12 +36,9 @@ class RewardSpec(TrainingJob):
         if self.eval is not None:
             raise ValueError("eval: is not valid with recipe 'reward': a classifier writes no answers that could be "
                              "evaluated; expected null")  # fmt: skip
-        if self.adapter is not None:
-            if self.adapter.apply_lora_to_output:
-                raise ValueError("adapter.apply_lora_to_output: true is not valid with recipe 'reward', whose head is "
-                                 "new and trains whole; expected false")  # fmt: skip
-            if self.adapter.quantize_base:
-                raise ValueError("adapter.quantize_base: true is not valid with recipe 'reward'; expected false")
+        if self.adapter is not None and self.adapter.apply_lora_to_output:
+            raise ValueError("adapter.apply_lora_to_output: true is not valid with recipe 'reward', whose head is new "
+                             "and trains whole; expected false")  # fmt: skip
         if self.export is not None:
             check_exports(self.export, "export.")
         return self

@@ -42,7 +42,6 @@ def test_what_a_classifier_has_is_valid() -> None:
         ({"data": {"dataset_id": "a", "packed": True}}, "data.packed: true is for SFT only"),
         ({"eval": {"refuse_dataset_id": "b"}}, "eval: is not valid with recipe 'reward'"),
         ({"adapter": {"apply_lora_to_output": True}}, "adapter.apply_lora_to_output: true is not valid"),
-        ({"adapter": {"quantize_base": True}}, "adapter.quantize_base: true is not valid"),
         ({"adapter": {}, "export": {"gguf": ["q8_0"]}}, "export.gguf: is not valid for a reward model"),
         ({"adapter": {}, "export": MERGED}, "export.merged: is not valid for a reward model, a sequence classifier: "
                                             "for a whole model set options.save_merged true"),

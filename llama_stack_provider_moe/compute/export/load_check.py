@@ -41,6 +41,7 @@ from llama_stack_provider_moe.compute.models.classifier import (
     is_reward_adapter,
     is_saved_classifier,
     load_new_classifier,
+    load_quantized_classifier,
     load_saved_classifier,
 )
 from llama_stack_provider_moe.compute.models.loader import DTYPES, load_plain, model_config
@@ -266,11 +267,12 @@ def _load(
     Raises:
         AdapterError: a tensor has no place in the model, or the file lacks a tensor that the adapter's config needs.
     """
-    device = _device()
+    device, is_reward = _device(), is_reward_adapter(adapter)
     if coding is None:
-        is_reward = is_reward_adapter(adapter)
         base = load_new_classifier(name, dtype, device, None) if is_reward else load_plain(name, dtype, device)
         layout = find_layout(base)
+    elif is_reward:
+        base, layout, _ = load_quantized_classifier(name, dtype, device, None, coding)
     else:
         base, layout, _ = read_quantized(name, model_config(name), DTYPES[dtype], device, coding)
     extend_for(base, adapter)

@@ -7,14 +7,24 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llama_stack_provider_moe.compute.models.loader import DTYPES, load_weights, model_config, tokenizer_of, trusted
+from llama_stack_provider_moe.compute.models.quantized_loading import Quantized, read_quantized
 from llama_stack_provider_moe.compute.moe.adapters import HEAD
+from llama_stack_provider_moe.compute.moe.codes import Coding
 from llama_stack_provider_moe.compute.moe.model_types import classifier_config
 from llama_stack_provider_moe.errors import ModelError
 from llama_stack_provider_moe.ground.small_files import read_object
 from llama_stack_provider_moe.spec import DType
+
+_FRESH = (f"{HEAD}.weight",)  # what the model has no weights for
 
 
 def load_classifier(
@@ -82,8 +92,34 @@ def load_new_classifier(name: str, dtype: DType, device: torch.device, pad_token
     Raises:
         ModelError: it can't be loaded, or its family has no classifier.
     """
+    kind = AutoModelForSequenceClassification
+    return load_weights(name, _new_config(name, pad_token_id), DTYPES[dtype], device, kind, fresh=_FRESH).eval()
+
+
+def load_quantized_classifier(
+    name: str, dtype: DType, device: torch.device, pad_token_id: int | None, coding: Coding, offload: bool = False
+) -> Quantized:
+    """Load a model as a reward model, its decoder layers quantised; the new head is not. See `load_new_classifier`.
+
+    Args:
+        name: a hub id or a folder.
+        dtype: of the weights that are not quantised.
+        device: where the weights go.
+        pad_token_id: of the tokenizer, or None.
+        coding: bits of the codes and of their scales.
+        offload: whether the codes of the experts stay in main memory.
+
+    Raises:
+        ModelError: it can't be loaded, or its family has no classifier.
+    """
+    config, kind = _new_config(name, pad_token_id), AutoModelForSequenceClassification
+    return read_quantized(
+        name, config, DTYPES[dtype], device, coding, offload=offload, model_class=kind, fresh=_FRESH
+    )  # fmt: skip
+
+
+def _new_config(name: str, pad_token_id: int | None) -> PreTrainedConfig:
     config = classifier_config(model_config(name), name)
     if pad_token_id is not None:
         config.pad_token_id = pad_token_id
-    kind = AutoModelForSequenceClassification
-    return load_weights(name, config, DTYPES[dtype], device, kind, fresh=(f"{HEAD}.weight",)).eval()
+    return config

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from llama_stack_provider_moe.compute.distributed.expert_parallel import share_experts
 from llama_stack_provider_moe.compute.models.adapter_start import start_from
 from llama_stack_provider_moe.compute.models.backend import backend_of
-from llama_stack_provider_moe.compute.models.classifier import load_new_classifier
+from llama_stack_provider_moe.compute.models.classifier import load_new_classifier, load_quantized_classifier
 from llama_stack_provider_moe.compute.models.loader import keeps_fp32, load, load_tokenizer, pick_device
 from llama_stack_provider_moe.compute.models.quantized_loading import coding_of, load_quantized
 from llama_stack_provider_moe.compute.models.rope import extend, extension
@@ -87,8 +87,7 @@ def load_base(session: AnySession, models_loss: bool = True, classifier: bool = 
     coding, quantized = coding_of(spec.adapter), None
     images = load_images(session)
     if classifier:
-        model, tokenizer = _load_classifier(session, device)
-        layout = find_layout(model)
+        (model, layout, quantized), tokenizer = _load_classifier(session, device)
     elif coding is None:
         model, tokenizer = load(spec, device, has_conversations(session) and images is None)
         layout = find_layout(model)
@@ -118,14 +117,22 @@ def load_base(session: AnySession, models_loss: bool = True, classifier: bool = 
     return Base(model, tokenizer, device, layout, resolved, shipped, steering, quantized, experts, images)
 
 
-def _load_classifier(session: AnySession, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    spec = session.spec
+def _load_classifier(
+    session: AnySession, device: torch.device
+) -> tuple[tuple[PreTrainedModel, ExpertLayout | None, QuantizeReport | None], PreTrainedTokenizerBase]:
+    spec, coding = session.spec, coding_of(session.spec.adapter)
     tokenizer = load_tokenizer(spec)
     set_seed(spec.options.seed)  # of the new head
-    model = load_new_classifier(spec.model, spec.training.dtype, device, tokenizer.pad_token_id)
-    head = model.get_submodule(HEAD).weight
+    name, dtype, pad = spec.model, spec.training.dtype, tokenizer.pad_token_id
+    found: tuple[PreTrainedModel, ExpertLayout | None, QuantizeReport | None]
+    if coding is None:
+        made = load_new_classifier(name, dtype, device, pad)
+        found = made, find_layout(made), None
+    else:
+        found = load_quantized_classifier(name, dtype, device, pad, coding, spec.efficiency.offload_experts)
+    head = found[0].get_submodule(HEAD).weight
     session.show(f"head      new: {HEAD}, {head.numel():,} numbers drawn at random; the output head is left out")
-    return model, tokenizer
+    return found, tokenizer
 
 
 def moe_now(session: AnySession) -> tuple[Moe, tuple[str, ...]]:

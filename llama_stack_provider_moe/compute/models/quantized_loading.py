@@ -9,14 +9,20 @@ Files are read, not mapped: a page of a mapped file counts as memory of the proc
 closed, and transformers closes files when all weights are loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -88,6 +94,8 @@ def read_quantized(
     coding: Coding,
     field: str = "adapter.quantize_base",
     offload: bool = False,
+    model_class: type[AutoModelForSequenceClassification] | None = None,
+    fresh: Collection[str] = (),
 ) -> Quantized:
     """Load a model by hub id or folder; see `load_quantized`.
 
@@ -99,9 +107,12 @@ def read_quantized(
         coding: bits of the codes and of their scales.
         field: the setting that asks for it, for errors.
         offload: whether the codes of the experts stay in main memory.
+        model_class: see `loader.load_weights`.
+        fresh: see `loader.load_weights`.
     """
+    more = {"quantization_config": _CodesConfig(coding, offload)}
     with _files_are_read():
-        model = load_weights(name, config, dtype, device, more={"quantization_config": _CodesConfig(coding, offload)})
+        model = load_weights(name, config, dtype, device, model_class, more, fresh)
     quantizer: _CodesQuantizer = model.hf_quantizer
     _forget(model, quantizer)
     report = quantize(model, quantizer.layout, coding, device, field, quantizer.codes)

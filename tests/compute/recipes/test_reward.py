@@ -128,6 +128,23 @@ def test_the_grader_ranks_with_what_was_saved(qwen: Run) -> None:
     assert all(good > bad for good, bad in zip(chosen, rejected, strict=True))
 
 
+@pytest.mark.parametrize("nested", [False, pytest.param(True, marks=pytest.mark.wide)])
+def test_a_base_in_four_bits(workshop: Workshop, nested: bool) -> None:
+    """The head stays whole and trains; the adapter is checked again on codes, and merged into the 16-bit weights."""
+    run = workshop.run("reward", "qwen3_moe", dpo_rows(16), dpo_rows(8, 100),
+                       adapter={"apply_lora_to_mlp": True, "quantize_base": True, "quantize_scales": nested},
+                       options={"save_merged": True}, training={"n_epochs": 6, "batch_size": BATCH})  # fmt: skip
+    assert run.exit_code == COMPLETED, run.reason
+    assert run.held_out("rewards/accuracies")[-1] == 1 > run.held_out("rewards/accuracies")[0]
+    adapter = run.adapter()
+    assert adapter["base_model.model.score.weight"].dtype == torch.float32
+    assert run.resolved["adapter"]["by_group"]["new head"] == adapter["base_model.model.score.weight"].numel()
+    found = check(run.folder.root)
+    assert found.rounding_of_base is not None
+    chosen, rejected = graded(run.folder.artifacts / "merged")
+    assert all(good > bad for good, bad in zip(chosen, rejected, strict=True))
+
+
 def test_a_family_without_a_classifier_is_refused_by_name(workshop: Workshop) -> None:
     run = workshop.run("reward", "olmoe")
     assert run.exit_code == FAILED
