@@ -94,7 +94,7 @@ def step(model: PeftModel, states: Callable[[], Any], pick: Callable[[Any], list
     here, there = pick(mine), pick(base)
     broken = reroute_loss([h[:half] for h in here], [h[:half] for h in there], mask[:half])
     kept = retain_loss([h[half:] for h in here], [h[half:] for h in there], mask[half:])
-    (broken + kept).backward()  # type: ignore[no-untyped-call]
+    (broken + kept).backward()
 
 
 def measure(checkpointing: bool) -> dict[str, float]:

@@ -129,7 +129,7 @@ def kernels(result: Result, arguments: argparse.Namespace, end: float) -> None:
     for kernel in [each for each in KERNELS if arguments.only in each]:
         found: list[dict[str, Any]] = []
         result["kernels"][kernel] = found
-        first = 0
+        first: int | None = 0
         while first is not None:
             if time.monotonic() > end:
                 result["left_out"].append(f"{kernel} from candidate {first} on")

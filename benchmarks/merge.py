@@ -72,7 +72,7 @@ def write_base(folder: Path, shape: Shape) -> int:
         "model.norm.weight": _random(shape.hidden),
         "lm_head.weight": _random(shape.vocabulary, shape.hidden),
     })  # fmt: skip
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts):
         file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})

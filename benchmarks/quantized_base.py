@@ -1,5 +1,6 @@
 """A real Mixture-of-Experts model over 4, 8 and 16 bits: bytes, and its loss, step by step.
 
+The 4 bits have scales of 32 or of 8 bits (double quantisation).
 SmolLM2-4x135M (380 million parameters) is the model of `make demo`; run that first. Bytes are those of weights and
 codes, and of a process's resident set before and after quantising. Then the same SFT job, LoRA on all experts, runs
 over each base, through the HTTP API: same rows, same order, same seed. Run
@@ -34,16 +35,20 @@ BASES: dict[str, dict[str, Any]] = {
     "16 bits": {},
     "8 bits": {"quantize_base": True, "quantize_bits": 8},
     "4 bits": {"quantize_base": True},
+    "4 bits, 8-bit scales": {"quantize_base": True, "quantize_scales": True},
 }
+CODINGS = {base: (adapter.get("quantize_bits", 4), adapter.get("quantize_scales", False))
+           for base, adapter in BASES.items() if adapter}  # fmt: skip
 BATCH = 4
 
 
-def weigh(model: Path, bits: int, pipe: Connection) -> None:
+def weigh(model: Path, base: str, pipe: Connection) -> None:
     """A process's work: load in bf16, quantise, and tell bytes of tensors and of the resident set."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from benchmarks.cpu_experts import status
+    from llama_stack_provider_moe.compute.moe.codes import Coding
     from llama_stack_provider_moe.compute.moe.derive import find_layout
     from llama_stack_provider_moe.compute.moe.quantize import quantize
 
@@ -54,17 +59,17 @@ def weigh(model: Path, bits: int, pipe: Connection) -> None:
         parameter.data = parameter.data.clone()
     gc.collect()
     before = status("VmRSS")
-    report = quantize(loaded, find_layout(loaded), 4 if bits == 4 else 8, torch.device("cpu"))
+    report = quantize(loaded, find_layout(loaded), Coding(*CODINGS[base]), torch.device("cpu"))
     gc.collect()
     after = status("VmRSS")
     pipe.send(report.as_json() | {"resident_before": before - bare, "resident_after": after - bare})
 
 
-def weighed(model: Path, bits: int) -> dict[str, Any]:
+def weighed(model: Path, base: str) -> dict[str, Any]:
     """In a process of its own, whose large blocks go back to the system at once."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=weigh, args=(model, bits, theirs))
+    process = spawn.Process(target=weigh, args=(model, base, theirs))
     process.start()
     found: dict[str, Any] = ours.recv()
     process.join()
@@ -73,7 +78,7 @@ def weighed(model: Path, bits: int) -> dict[str, Any]:
 
 def losses(server: Server, name: str, adapter: dict[str, Any], steps: int) -> dict[str, Any]:
     """Run the job and read its figures."""
-    job_id = name.replace(" ", "-")
+    job_id = name.replace(" ", "-").replace(",", "")
     body = {
         "recipe": "sft", "job_uuid": job_id, "model": str(server.state_dir / "models" / MODEL.name),
         "data": {"dataset_id": "train", "validation_dataset_id": "held-out"},
@@ -115,7 +120,7 @@ def main() -> None:
         parser.error(f"{arguments.model} is no model; `make demo` makes it")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the client SDK's import turns its lines on
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)
-    weights = {f"{bits} bits": weighed(arguments.model, bits) for bits in (8, 4)}
+    weights = {base: weighed(arguments.model, base) for base in CODINGS}
     print(json.dumps(weights, indent=2), flush=True)
     curves: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

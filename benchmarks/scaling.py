@@ -139,14 +139,17 @@ def trained_bytes() -> dict[str, int]:
 
     from llama_stack_provider_moe.compute.planning.meta_model import blank
     from llama_stack_provider_moe.compute.planning.per_process import process_memory, weights_of
-    from llama_stack_provider_moe.spec import Adapter, Moe
+    from llama_stack_provider_moe.spec import Adapter, Moe, Optimizer
     from tests.support import tiny_models
 
     config = tiny_models.config("mixtral", **SHAPE)
     lora = process_memory(
-        weights_of(blank(config, Adapter(plan="all_experts", rank=8), Moe(), dtype=torch.float32)), "ddp", 2, 2
+        weights_of(blank(config, Adapter(plan="all_experts", rank=8), Moe(), dtype=torch.float32)),
+        "ddp",
+        2,
+        Optimizer(),
     )
-    whole = process_memory(weights_of(blank(config, None, Moe(), dtype=torch.float32)), "ddp", 2, 2)
+    whole = process_memory(weights_of(blank(config, None, Moe(), dtype=torch.float32)), "ddp", 2, Optimizer())
     return {"lora_gradients": lora.gradients, "all_gradients": whole.gradients, "base": lora.weights}
 
 

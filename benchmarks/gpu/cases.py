@@ -92,9 +92,7 @@ def in_order() -> list[Case]:
 def tiny(shapes: tuple[Shape, ...]) -> list[Case]:
     """For a machine without a GPU: LoRA and full on every shape, each other thing on one; 16 tokens."""
     first = Case(shapes[0], 16, "Zipf", "LoRA", 4)
-    found = [
-        replace(first, shape=shape, **changes) for changes in ({}, {"mode": "full", "rank": 0}) for shape in shapes
-    ]
+    found = [replace(each, shape=shape) for each in (first, replace(first, mode="full", rank=0)) for shape in shapes]
     found += [replace(first, routing=routing) for routing in ("balanced", "one-hot")]
     return found + [replace(first, shape=shape, mode="4-bit LoRA") for shape in shapes[2:]]
 

@@ -57,7 +57,7 @@ class Subject:
         rows = self.made(self.rows, self.inputs) * self.inputs**0.5
         d_rows = self.made(self.rows, self.outputs) * self.outputs**0.5
         weight = self.made(self.experts, self.outputs, self.inputs)
-        return {
+        cases: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
             "forward": (self._forward, (rows, weight, *lora)),
             "forward, bias": (self._biased, (rows, weight, self.made(self.experts, self.outputs))),
             "gradient of rows": (self._turned, (d_rows, weight, *lora)),
@@ -73,7 +73,8 @@ class Subject:
             "gate": (self._gate, (d_rows,)),
             "gate backward": (self._gate_backward, (d_rows, self.made(self.rows, self.outputs // 2))),
             "sum of rows": (self._sum, (rows,)),
-        }[kernel]
+        }
+        return cases[kernel]
 
     def _forward(self, kernels: Any, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Results:
         return _whole(kernels.product(rows, weight, self.groups, a, b, index_S=self.index))
@@ -220,7 +221,7 @@ def _candidates(work: Callable[[], object]) -> tuple[Tiles | None, ...]:
         asked.append(candidates)
         raise _Asked
 
-    grouped.best = note
+    grouped.best = note  # type: ignore[assignment, attr-defined]
     try:
         work()
     except _Asked:
@@ -245,7 +246,7 @@ def _force(tiles: Tiles | None) -> list[int]:
                 each.fill_(torch.nan)  # memory that is not written must show
         return tiles
 
-    grouped.best = forced
+    grouped.best = forced  # type: ignore[assignment, attr-defined]
     return spills
 
 

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     """Tokens (T, D), their experts (T, K) and weights (T, K), and the gradient of what comes out (T, D)."""
 
     hidden: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not needed
     weights: Tensor
     upstream: Tensor
 

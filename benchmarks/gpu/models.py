@@ -162,7 +162,7 @@ class Steps:
         def step() -> None:
             with torch.autocast(device.type, self.dtype) if half else nullcontext():
                 loss = loss_of(model, ids)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
