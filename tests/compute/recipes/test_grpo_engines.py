@@ -86,7 +86,18 @@ def differences(server: SmallVllm, monkeypatch: pytest.MonkeyPatch) -> list[floa
 
 @pytest.mark.parametrize(
     ("family", "whole"),
-    few([("mixtral", True), ("granitemoe", False), ("qwen3_moe", False)], 1),
+    few(
+        [
+            ("mixtral", True),
+            ("granitemoe", False),
+            ("qwen3_moe", False),
+            ("gpt_oss", False),
+            ("gpt_oss", True),
+            ("deepseek_v3", False),
+            ("qwen3_5_moe", False),
+        ],
+        1,
+    ),
 )
 def test_the_server_has_the_policys_weights_after_every_step(
     workshop: Workshop, server: SmallVllm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, whole: bool,
