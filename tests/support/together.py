@@ -1,7 +1,7 @@
 """Jobs of several processes with a real supervisor in this process, whose forkserver imports the libraries once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -18,6 +18,7 @@ from tests.support.jobs_support import kill_children, new_supervisor
 from tests.support.training_support import Run, Workshop
 
 LIMIT_S = 600.0
+TRIES = 5
 CODES = {JobState.COMPLETED: COMPLETED, JobState.FAILED: FAILED, JobState.CANCELLED: STOPPED}
 
 
@@ -49,6 +50,20 @@ class Office:
     def cancel(self, folder: JobFolder) -> None:
         """As the service does."""
         self.store.request_cancel(folder.root.name, None)
+
+    def cancelled(self, make: Callable[[], JobFolder], steps: int) -> JobFolder:
+        """A job that `make` makes, cancelled after this number of steps.
+
+        On a busy machine a job may complete before the request reaches it; then another one is tried.
+        """
+        for _ in range(TRIES):
+            folder = make()
+            self.submit(folder)
+            self.after_steps(folder, steps)
+            self.cancel(folder)
+            if self.ended(folder).exit_code != COMPLETED:
+                return folder
+        raise AssertionError(f"each of {TRIES} jobs completed before it was cancelled")
 
     def resume(self, folder: JobFolder) -> None:
         """As the service does."""

@@ -136,10 +136,7 @@ def test_one_process_resumes_from_two_and_two_from_one(
 
 
 def test_a_cancelled_job_resumes_bitwise(workshop: Workshop, desk: Office, two: dict[str, Run]) -> None:
-    folder = job(workshop, "sft", 2)
-    desk.submit(folder)
-    desk.after_steps(folder, 2)
-    desk.cancel(folder)
+    folder = desk.cancelled(lambda: job(workshop, "sft", 2), 2)
     assert desk.ended(folder).exit_code == STOPPED
     desk.resume(folder)
     resumed = desk.ended(folder)

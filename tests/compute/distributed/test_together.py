@@ -213,10 +213,7 @@ def test_a_cancelled_job_resumes_bitwise(workshop: Workshop, desk: Office) -> No
     """With dropout and noise that differ between processes: each process restores its random state."""
     noisy = {"training": {"n_epochs": 4}, "moe": {"expert_dropout": 0.1, "router_jitter": 0.1, "train_router": True}}
     unbroken = run(desk, job(workshop, "sft", 2, **noisy))
-    folder = job(workshop, "sft", 2, **noisy)
-    desk.submit(folder)
-    desk.after_steps(folder, 4)
-    desk.cancel(folder)
+    folder = desk.cancelled(lambda: job(workshop, "sft", 2, **noisy), 4)
     assert (unbroken.exit_code, desk.ended(folder).exit_code) == (COMPLETED, STOPPED)
     assert not with_environment("MOE_JOB_FOLDER", str(folder.root))
     (step,) = {event.step for event in Run(folder, 0).events("cancelled")}
