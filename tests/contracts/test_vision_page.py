@@ -19,7 +19,7 @@ def test_accuracy_with_images_and_without_their_sense() -> None:
 
 
 def test_the_memory_of_many_rows() -> None:
-    few, many = newest("images_epoch")["figures"]
+    few, many = newest("epoch_images")["figures"]
     for found in (few, many):
         assert found["rows"] == found["rows_trained_on"] == found["images"]
         assert (

@@ -156,11 +156,9 @@ def report(
     config, notes = read_config(name)
     blanks = {each: blank(config, adapter, moe, each) for each in bits}
     targets = _targets(targets, len(decoder_layers(blanks[bits[0]].model)[1]))
+    counted = blanks[bits[0]]
     if load:
-        weights = load_weights(name, config, torch.bfloat16, torch.device("cpu"))
-        counted = adapt(weights, adapter, moe)
-    else:
-        counted = blanks[bits[0]]
+        counted = adapt(load_weights(name, config, torch.bfloat16, torch.device("cpu")), adapter, moe)
     # Before the estimate, which replaces the weights by fake ones.
     rows, beside = tuple(targets_of(counted)), trained_text(counted.model)
     memory, vision = list[MemoryEstimate](), None

@@ -1,10 +1,10 @@
 """An epoch over many rows with an image each: the memory of the server that receives them, and of the job.
 
-    python -m benchmarks.images_epoch [--rows 500 10000]
+    python -m benchmarks.epoch_images [--rows 500 10000]
 
 A server gets data sets of so many rows, one after the other, and trains a tiny random Qwen3-VL-MoE on each for one
 epoch, 32 rows a step. Each row has an image of its own, 24 x 16 pixels. The server's largest resident size is read
-after each job; a job's process tells its own with each step. Writes `benchmarks/results/images_epoch_DATE.json`.
+after each job; a job's process tells its own with each step. Writes `benchmarks/results/epoch_images_DATE.json`.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> None:
         "machine": machine() | {"load_average": {"before": load_before, "after": os.getloadavg()}},
         "versions": versions("llama-stack", "torch", "transformers", "trl", "torchvision", "pillow"),
     }
-    path = RESULTS / f"images_epoch_{events.now():%Y-%m-%d}.json"
+    path = RESULTS / f"epoch_images_{events.now():%Y-%m-%d}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
 
