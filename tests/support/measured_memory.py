@@ -5,7 +5,8 @@ profiler reports every allocation and release of torch's CPU allocator, also ins
 sum of them is what the step needs in addition. Nothing is sampled, and the same job gives the same bytes.
 
 In a job of two processes (gloo) everything allocated from the wrapping of the model to the end of the third step
-counts, in both: the buffers that average gradients are made before the first step. The larger one counts. Run
+counts, in both: the buffers that average gradients are made before the first step. The larger one counts. The pixels of
+a batch are made before the step, so they are in neither figure. Run
 
     python -m tests.support.measured_memory '{"recipe": "sft", "family": "llama", ...}'
 
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_stack_provider_moe.compute.runtime.threads import forbid_threads
+from llama_stack_provider_moe.jobdir.folder import JobFolder
+
+_MARKS = 40  # tokens of the template, of the question and around an image
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Case:
     accumulation: int = 1
     optimizer: dict[str, Any] = field(default_factory=dict)
     offload: bool = False  # experts in main memory
+    images: int = 0  # in each row; `family` is one of `tiny_vlms` then, and `changes` is empty
+    side: int = 64  # of each, in pixels
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,19 @@ def measure(case: Case) -> Measured:
 def estimated(case: Case) -> Any:
     """The planner's estimate (`compute.planning.memory.MemoryEstimate`) for one process, as in the report."""
     from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
+    from llama_stack_provider_moe.compute.planning.tower_inputs import ImageSize, assumed, processor_limits
     from llama_stack_provider_moe.spec import JOB_SPEC
-    from tests.support import tiny_models
+    from tests.support import tiny_models, tiny_vlms
 
     body = {"model": "tiny", "data": {"dataset_id": "rows"}, **_blocks(case), "recipe": case.recipe}
-    planner = Planner(tiny_models.config(case.family, **case.changes), Machine("cpu", 1 << 40))
+    if not case.images:
+        planner = Planner(tiny_models.config(case.family, **case.changes), Machine("cpu", 1 << 40))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_vlms.processor(case.family).save_pretrained(folder)
+            limits = processor_limits(Path(folder))
+        images = assumed(case.images, ImageSize(case.side, case.side), limits)
+        planner = Planner(tiny_vlms.config(case.family), Machine("cpu", 1 << 40), images)
     return planner.estimate(JOB_SPEC.validate_python(body), case.strategy or "ddp")[0]  # type: ignore[arg-type]
 
 
@@ -100,7 +114,7 @@ def run(case: Case) -> Measured:
 
     from llama_stack_provider_moe.compute.train import fit
     from llama_stack_provider_moe.compute.worker.main import train, train_together
-    from tests.support import tiny_models
+    from tests.support import tiny_models, tiny_vlms
     from tests.support.training_support import Run, Workshop
 
     own = fit.train_and_save
@@ -117,10 +131,14 @@ def run(case: Case) -> Measured:
 
         fit.train_and_save = watched
         workshop = Workshop(Path(folder))
+        rows = _rows(case, 3 * case.batch * case.accumulation * (1 if case.strategy is None else 2))
+        if case.images:
+            _put_images(rows, case, JobFolder(workshop.next_folder(case.recipe)))
+        build = tiny_vlms.build if case.images else tiny_models.build
         made = workshop.job(
             case.recipe,
-            tiny_models.build(case.family, Path(folder) / "model", **case.changes),
-            rows=_rows(case, 3 * case.batch * case.accumulation * (1 if case.strategy is None else 2)),
+            build(case.family, Path(folder) / "model", **case.changes),
+            rows=rows,
             data={"validation_dataset_id": None, "shuffle": False},
             **_blocks(case),
         )
@@ -135,11 +153,16 @@ def run(case: Case) -> Measured:
 
 
 def _rows(case: Case, count: int) -> list[Any]:
-    """Rows of full length, except the last of each batch, so that there is padding and a mask."""
+    """Rows of full length, except the last of each batch, so that there is padding and a mask.
+
+    Rows with images are never cut: theirs have about that length.
+    """
     rows: list[Any] = []
     for number in range(count):
         words = case.length // 4 if number % case.batch == case.batch - 1 else 2 * case.length
         prompt, answer = f"Of {number}?", " ".join(["Write a letter to a friend."] * words)
+        if case.images:
+            answer = "x" * (case.length - _image_tokens(case) - _MARKS - 4 * (number % 2))
         said = [{"role": "user", "content": prompt}]
         last = [{"role": "assistant", "content": answer}]
         if case.recipe == "sft":
@@ -147,6 +170,31 @@ def _rows(case: Case, count: int) -> list[Any]:
         else:
             rows.append({"prompt": said, "chosen": last, "rejected": [{**last[0], "content": "No. " + answer}]})
     return rows
+
+
+def _image_tokens(case: Case) -> int:
+    """Tokens of the images in a row."""
+    import torch
+
+    from llama_stack_provider_moe.compute.models.images import Images
+    from llama_stack_provider_moe.compute.models.row_images import Image
+    from tests.support import tiny_vlms
+
+    processor: Any = tiny_vlms.processor(case.family)
+    images = Images(processor, JobFolder(Path()), processor.image_token, torch.float32)
+    text = images.tokens(Image("", "png", case.side, case.side))
+    return case.images * len(processor.tokenizer(text)["input_ids"])
+
+
+def _put_images(rows: list[Any], case: Case, folder: JobFolder) -> None:
+    """Put images before the text of each row's question."""
+    from tests.support import tiny_vlms
+
+    for number, row in enumerate(rows):
+        files = [tiny_vlms.drawn("red", case.side, case.side, place=number + place) for place in range(case.images)]
+        [asked, *_] = row["messages" if case.recipe == "sft" else "prompt"]
+        asked["content"] = [*(tiny_vlms.put(folder, file) for file in files),
+                            {"type": "text", "text": asked["content"]}]  # fmt: skip
 
 
 class _Watch:

@@ -29,6 +29,7 @@ from llama_stack_provider_moe.compute.moe.layout import (
     DEFAULT_AUX_COEF,
     DOWN,
     GATE_UP,
+    SPLIT_MLP,
     UP,
     ExpertLayout,
     find_module,
@@ -49,7 +50,6 @@ from llama_stack_provider_moe.errors import LayoutError
 
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _GROUPS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"), ("n_groups", "topk_groups"))
-_SPLIT_MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 def find_layout(model: nn.Module) -> ExpertLayout | None:
@@ -189,4 +189,4 @@ def computes_balance_loss(model: PreTrainedModel) -> bool:
 def peft_renames_mlp(model: PreTrainedModel) -> bool:
     """Whether PEFT takes targets named as linear layers of an MLP for experts (peft 0.21)."""
     like = peft_conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
-    return bool(_SPLIT_MLP & set(peft_conversion._MOE_TARGET_MODULE_MAPPING.get(like, ())))
+    return bool(SPLIT_MLP & set(peft_conversion._MOE_TARGET_MODULE_MAPPING.get(like, ())))

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
         def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
 
 
+# The linear layers of an MLP, as most families name them.
+SPLIT_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
 @dataclass(frozen=True)
 class ExpertLayout:
     """Where the experts of one model are.

@@ -10,7 +10,7 @@ from typing import get_args
 
 from torch import nn
 
-from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
+from llama_stack_provider_moe.compute.moe.layout import SPLIT_MLP, ExpertLayout, decoder_layers, text_config
 from llama_stack_provider_moe.compute.moe.vision_parts import wanted_layers
 from llama_stack_provider_moe.errors import AdapterError
 from llama_stack_provider_moe.spec import Adapter, AdapterGroup, AttentionModule, numbers
@@ -109,10 +109,19 @@ def find_targets(model: nn.Module, adapter: Adapter, layout: ExpertLayout | None
     if adapter.layers is not None:
         _keep_layers(targets, model, adapter.layers)
     if adapter.vision != "off":
-        targets.modules |= wanted_layers(model, adapter.vision)
+        _add_vision(targets, model, adapter.vision, layout)
     if adapter.plan == "trunk" and layout is not None:
         targets.notes.append("experts are frozen (adapter.plan trunk)")
     return targets
+
+
+def _add_vision(targets: Targets, model: nn.Module, vision: str, layout: ExpertLayout | None) -> None:
+    for name, part in wanted_layers(model, vision).items():
+        # PEFT looks at the last part of a name alone, so it takes those of a tower for experts too.
+        if layout is not None and layout.peft_renames_mlp and name.rpartition(".")[2] in SPLIT_MLP:
+            targets.parameters[f"{name}.weight"] = part
+        else:
+            targets.modules[name] = part
 
 
 def layer_of(name: str) -> int | None:

@@ -125,13 +125,17 @@ class Rehearsal:
     Attributes:
         plain_head: its logits are computed whole (`compute.models.heads`), not in TRL's tiles.
         dtype: of the base.
+        model: with adapters.
+        mode: in which its weights are fake.
+        path: of its decoder layers, in the model without adapters.
+        device: that trains.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, device: Device, plain_head: bool = False) -> None:
         self.plain_head = plain_head or needs_plain_head(model)
-        self._model, self._device = model, device
-        self._mode = FakeTensorMode()
-        self._path, self._layers = decoder_layers(model)
+        self.model, self.device = model, device
+        self.mode = FakeTensorMode()
+        self.path, self._layers = decoder_layers(model)
         config = text_config(model)
         kinds = [_kind(layer, number, config) for number, layer in enumerate(self._layers)]
         self._kinds, self._first = kinds, {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
@@ -144,7 +148,7 @@ class Rehearsal:
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         if self.plain_head:
             set_plain_head(model)
-        _put_on(model, self._mode)
+        _put_on(model, self.mode)
         model.train()
 
     def run(self, batch: int, length: int, with_head: bool) -> DryRun:
@@ -162,19 +166,19 @@ class Rehearsal:
             return self._run(batch, length, with_head)
         except DynamicOutputShapeException as error:
             raise NotMeasurable(
-                f"the memory of a {text_config(self._model).model_type} model can't be estimated from its config: the "
+                f"the memory of a {text_config(self.model).model_type} model can't be estimated from its config: the "
                 "sizes of some tensors in its layers depend on the numbers in others"
             ) from error
 
     def _run(self, batch: int, length: int, with_head: bool) -> DryRun:
-        with _even_routing(self._device), self._mode:
+        with _even_routing(self.device), self.mode:
             ids, mask = torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.long)
             whole = partial(self._forward, ids, mask, with_head)
             beside: list[object] = []
             with _skipping(self._layers, set(self._first.values()), beside) as calls, torch.no_grad():
-                self._autocast(whole)
+                self.autocast(whole)
             with _skipping(self._layers, set(), beside):
-                ends = self._footprint(whole, self._model)
+                ends = self._footprint(whole, self.model)
             found = {kind: self._of_layer(number, calls[number]) for kind, number in self._first.items()}
         given = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
                  for call in calls.values() for tensor in _tensors((call.args, call.kwargs))}  # fmt: skip
@@ -182,10 +186,10 @@ class Rehearsal:
 
     def _forward(self, ids: Tensor, mask: Tensor, with_head: bool) -> Tensor:
         if not with_head:
-            trunk = without_adapters(self._model).get_submodule(self._path.rpartition(".")[0])
+            trunk = without_adapters(self.model).get_submodule(self.path.rpartition(".")[0])
             hidden: Tensor = trunk(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             return hidden
-        out = self._model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
+        out = self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
         log_probs: Tensor = out.log_probs
         return log_probs
 
@@ -201,12 +205,12 @@ class Rehearsal:
         return self._footprint(run, layer)
 
     def _footprint(self, run: Callable[[], Tensor], part: nn.Module) -> Footprint:
-        adapted = isinstance(self._model, PeftModel)
-        off = self._model.disable_adapter() if adapted else nullcontext()
+        adapted = isinstance(self.model, PeftModel)
+        off = self.model.disable_adapter() if adapted else nullcontext()
         with Meter() as alone, torch.no_grad(), off:
-            self._autocast(run)
+            self.autocast(run)
         with Meter() as meter:
-            out = self._autocast(run)
+            out = self.autocast(run)
             forward, output, shape, dtype = meter.peak, out.untyped_storage().nbytes(), out.shape, out.dtype
             # Not `out` itself: if autograd does not hold it, it is freed.
             edge = torch.autograd.graph.get_gradient_edge(out)
@@ -219,7 +223,8 @@ class Rehearsal:
             parameter.grad = None
         return Footprint(output, kept, forward, alone.peak, backward, gradients)
 
-    def _autocast(self, run: Callable[[], Tensor]) -> Tensor:
+    def autocast[T](self, run: Callable[[], T]) -> T:
+        """Run a part of the model as a trainer does."""
         # Accelerate uses it for the model's forward pass, and for nothing else.
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype in HALVES):
             return run()

@@ -24,12 +24,14 @@ from llama_stack_provider_moe.compute.moe.adapters import ADAPTER_NAME, below_la
 from llama_stack_provider_moe.compute.moe.layout import ExpertLayout, decoder_layers, text_config
 from llama_stack_provider_moe.compute.moe.vision_parts import trained_text
 from llama_stack_provider_moe.compute.planning.dry_run import Device, NotMeasurable
+from llama_stack_provider_moe.compute.planning.expected_images import USUAL_IMAGES, ExpectedImages, image_size
 from llama_stack_provider_moe.compute.planning.memory import SINGLE, Batch, MemoryEstimate, estimate, hidden_state_bytes
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, blank, read_config
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import Adapter, Moe, numbers
 from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.expected_images import IMAGE_SIZE
 
 Part = Literal["routed experts", "shared experts", "trunk"]
 CARDS_GB = (16, 24, 40, 48, 80, 96, 141, 192)  # memories of common GPUs, 1e9 bytes
@@ -133,6 +135,7 @@ def report(
     targets: tuple[int, ...] | None,
     device: Device,
     load: bool,
+    images: ExpectedImages = USUAL_IMAGES,
 ) -> Report:
     """Report on a model.
 
@@ -145,6 +148,7 @@ def report(
         targets: decoder blocks that circuit breakers compare; None: those at a third and two thirds of the depth.
         device: to estimate for.
         load: count on the loaded weights instead of only the config.
+        images: of the rows of recipes that take some.
 
     Raises:
         MoeError: the start of a job would fail too, or the model does not have a target.
@@ -152,22 +156,24 @@ def report(
     config, notes = read_config(name)
     blanks = {each: blank(config, adapter, moe, each) for each in bits}
     targets = _targets(targets, len(decoder_layers(blanks[bits[0]].model)[1]))
+    counted = blanks[bits[0]]
     if load:
-        weights = load_weights(name, config, torch.bfloat16, torch.device("cpu"))
-        counted = adapt(weights, adapter, moe)
-    else:
-        counted = blanks[bits[0]]
+        counted = adapt(load_weights(name, config, torch.bfloat16, torch.device("cpu")), adapter, moe)
     # Before the estimate, which replaces the weights by fake ones.
     rows, beside = tuple(targets_of(counted)), trained_text(counted.model)
-    memory: list[MemoryEstimate] = []
+    memory, vision = list[MemoryEstimate](), None
     try:
         for each, adapted in blanks.items():
-            memory += estimate(adapted, each, batch, targets, device)
+            seen = images.of(config, name) if each == 16 else None  # a quantised base takes text alone
+            found, told = estimate(adapted, each, batch, targets, device, seen)
+            memory, vision = [*memory, *found], vision or told
     except NotMeasurable as error:  # everything else is counted all the same
         notes = (*notes, str(error))
     stored = sum(row.bytes for row in rows) // SINGLE  # including the padding of experts with smaller ranks
     if beside is not None:
         notes = (*notes, f"vision: {beside}")
+    if vision is not None:
+        notes = (*notes, f"vision tower of sft with 16 bits: {vision.text()}")
     layers, hidden = len(decoder_layers(counted.model)[1]), text_config(counted.model).hidden_size
     parts = tuple(_sums(rows))
     return Report(
@@ -341,7 +347,8 @@ def _adapter(options: argparse.Namespace) -> Adapter:
     return Adapter.model_validate({**body, **{key: value for key, value in given.items() if value is not None}})
 
 
-def _report_of(argv: Sequence[str] | None) -> Report:
+def report_of(argv: Sequence[str] | None) -> Report:
+    """The report that a command line asks for."""
     parser = argparse.ArgumentParser(
         prog="lora_report", description="Report what LoRA reaches in a model, and the memory of a job."
     )
@@ -356,6 +363,8 @@ def _report_of(argv: Sequence[str] | None) -> Report:
     parser.add_argument("--targets", help="decoder blocks that circuit breakers compare, e.g. 10,20")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--load", action="store_true")
+    parser.add_argument("--images", type=int, help="images in each row; left out: one if the model sees images")
+    parser.add_argument("--image-size", default=IMAGE_SIZE, help="pixels of each, as 1024x768")
     options = parser.parse_args(argv)
     return report(
         local_names.on_base(options.model)[0],
@@ -366,13 +375,14 @@ def _report_of(argv: Sequence[str] | None) -> Report:
         None if options.targets is None else tuple(sorted(set(numbers(options.targets)))),
         options.device,
         options.load,
+        ExpectedImages(options.images, image_size(options.image_size)),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report as JSON, and return 0; or print the error, and return 2."""
     try:
-        print(json.dumps(asdict(_report_of(argv))))
+        print(json.dumps(asdict(report_of(argv))))
     except ValidationError as error:
         problems = [f"adapter.{'.'.join(map(str, each['loc']))}: {shorten(each['input'])}: {reason(each)}"
                     for each in error.errors()]  # fmt: skip

@@ -20,13 +20,15 @@ The step is divided into terms, and the answer states each of them:
     buckets       several processes: the buffers that average gradients, in addition to the gradients
     gathered      several processes: weights, gradients or tokens of others, while a layer or the head runs
     cache         GRPO: keys and values of the answers that the model writes, see `generation`
+    vision        rows with images: pixels, and what a vision tower and its projector take, see `tower_memory`
 
     peak = weights + adapter + optimizer + max over moments of the step (the other terms at that moment)
 
-The moments are the forward and backward of each layer, of the ends (embeddings and head), DPO's reference pass, the
-optimiser's step, and in GRPO the pass over prompts and the last token of answers. With gradient accumulation, all
-gradients exist at each moment of a step. Memory outside tensors is not included: the CUDA context (some 0.5 GiB), and
-what the allocator can't use because of fragmentation. `per_process` counts what each of several processes holds.
+The moments are the forward and backward of each layer, of the ends (embeddings and head), of a vision tower, DPO's
+reference pass, the optimiser's step, and in GRPO the pass over prompts and the last token of answers. With gradient
+accumulation, all gradients exist at each moment of a step. Memory outside tensors is not included: the CUDA context
+(some 0.5 GiB), and what the allocator can't use because of fragmentation. `per_process` counts what each of several
+processes holds.
 """
 
 from collections.abc import Iterator
@@ -45,7 +47,11 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     weights_of,
 )
 from llama_stack_provider_moe.compute.planning.teacher import TeacherMemory
+from llama_stack_provider_moe.compute.planning.tower_inputs import RowImages
+from llama_stack_provider_moe.compute.planning.tower_memory import TowerMemory
+from llama_stack_provider_moe.compute.planning.vision_plan import VisionPlan, vision_plan
 from llama_stack_provider_moe.spec import Optimizer, TrainingRecipe
+from llama_stack_provider_moe.spec.recipes import no_images
 from llama_stack_provider_moe.spec.row_sources import PAIRED
 
 HALF, SINGLE = 2, 4  # bytes of a number
@@ -71,6 +77,7 @@ class Terms:
     buckets: int = 0
     gathered: int = 0
     cache: int = 0
+    vision: int = 0
 
     @property
     def total(self) -> int:
@@ -113,9 +120,14 @@ class Batch:
 
 
 def estimate(
-    adapted: MetaModel, bits: Bits, batch: Batch, targets: tuple[int, ...], device: Device
-) -> list[MemoryEstimate]:
-    """The peak of each recipe, without and with checkpointing.
+    adapted: MetaModel,
+    bits: Bits,
+    batch: Batch,
+    targets: tuple[int, ...],
+    device: Device,
+    images: RowImages | None = None,
+) -> tuple[list[MemoryEstimate], VisionPlan | None]:
+    """The peak of each recipe, without and with checkpointing, and what images take in SFT.
 
     Args:
         adapted: a model on the meta device, at `bits`; its weights become fake.
@@ -123,15 +135,19 @@ def estimate(
         batch: the micro-batch.
         targets: decoder blocks, counted from 0, whose outputs circuit breakers compare.
         device: that trains; it decides which kernels run.
+        images: of the rows of recipes that take some; None: they have none.
     """
     static = process_memory(weights_of(adapted), "ddp", 1, Optimizer())
     rehearsal = Rehearsal(adapted.model, device)
-    found = []
+    found, of_sft = [], None
     for recipe in get_args(TrainingRecipe):
         run = rehearse(rehearsal, adapted, recipe, batch, device)
         step = step_of(adapted, recipe, run, targets, batch, bits, device)
+        if images is not None and no_images(recipe) is None:
+            vision = vision_plan(rehearsal, images, recipe, batch.sequences, batch.length)
+            step, of_sft = replace(step, towers=vision.towers), of_sft or vision
         found += [step.peak(static, bits, checkpointing) for checkpointing in (False, True)]
-    return found
+    return found, of_sft
 
 
 def rehearse(rehearsal: Rehearsal, adapted: MetaModel, recipe: TrainingRecipe, batch: Batch, device: Device) -> DryRun:
@@ -179,10 +195,11 @@ def step_of(
         device: that trains.
     """
     decoded = adapted.decoded if bits < 16 and device == "cuda" else 0
-    # A vision tower does not run in a dry run: its backward pass is the last, and leaves gradients with the others.
+    # A vision tower is no part of this dry run: its backward pass is the last, and leaves gradients with the others.
     beside = _vision_gradients(adapted)
     run = replace(run, ends=replace(run.ends, gradients=run.ends.gradients + beside))
-    return StepMoments(recipe, run, targets, _router_bytes(adapted, batch, recipe), decoded, in_place=device == "cuda")
+    routers = _router_bytes(adapted, batch, recipe)
+    return StepMoments(recipe, run, targets, routers, decoded, in_place=device == "cuda", of_vision=beside)
 
 
 def hidden_state_bytes(layers: int, hidden: int, batch: Batch) -> int:
@@ -245,6 +262,8 @@ class StepMoments:
         reference: one of the passes of DPO or KTO is that of the reference.
         teacher: what the teacher of a job that distils takes.
         generation: what it takes to write answers.
+        towers: what the vision tower takes, without and with checkpointing; None: no row has an image.
+        of_vision: bytes of the gradients of tower and projector, which are among those of the ends.
     """
 
     recipe: TrainingRecipe
@@ -258,6 +277,8 @@ class StepMoments:
     reference: bool = True
     teacher: TeacherMemory | None = None
     generation: GenerationMemory | None = None
+    towers: tuple[TowerMemory, TowerMemory] | None = None
+    of_vision: int = 0
 
     def peak(self, held: ProcessMemory, bits: Bits, checkpointing: bool) -> MemoryEstimate:
         """The moment that takes the most, in addition to what is needed all the time."""
@@ -281,7 +302,10 @@ class StepMoments:
         ends = self.run.ends
         kept = [layer.output if checkpointing else layer.kept for layer in layers]
         held = sum(kept)
-        base = Terms(routers=self.routers, hidden_states=self._hidden_states(layers[0].output) if breaker else 0)
+        tower = None if self.towers is None else self.towers[checkpointing]
+        held_of_tower, kept_of_tower = (tower.inputs + tower.held, tower.inputs + tower.kept) if tower else (0, 0)
+        hidden_states = self._hidden_states(layers[0].output) if breaker else 0
+        base = Terms(routers=self.routers, hidden_states=hidden_states, vision=held_of_tower)
         for number, layer in enumerate(layers):
             below = sum(kept[:number]) + (passes - 1) * held
             ready = Terms(gradients=sum(above.gradients for above in layers[number + 1 :]), decoded=self.decoded)
@@ -289,7 +313,7 @@ class StepMoments:
             # `backward` includes what is kept of the layer itself, and with checkpointing also its input.
             yield f"backward of layer {number}", replace(
                 base, activations=below, working=passes * self.run.shared + backward, gradients=ready.gradients,
-                decoded=ready.decoded, gathered=self.transient.layer + self.transient.reducing,
+                decoded=ready.decoded, gathered=self.transient.layer + self.transient.reducing, vision=kept_of_tower,
             )  # fmt: skip
             if not checkpointing:
                 yield (
@@ -304,9 +328,12 @@ class StepMoments:
             compared = 0 if self.teacher is None else self.teacher.logits + self.teacher.compared
             yield "head, forward", replace(all_held, working=ends.forward + compared, gathered=self.transient.head)
             gathered = self.transient.head + self.transient.ahead
-            yield "head, backward", replace(all_held, working=ends.backward + compared, gathered=gathered)
+            working = ends.backward + compared
+            yield "head, backward", replace(all_held, working=working, gathered=gathered, vision=kept_of_tower)
         if self.recipe in ("dpo", "kto") and self.reference:
             alone = self.run.shared + max(layer.without_graph for layer in layers)
+            if tower is not None:
+                all_held = replace(all_held, vision=kept_of_tower + tower.held_alone)
             for where, working, gathered in (
                 ("reference's layers", alone, self.transient.layer + self.transient.head),
                 ("reference's head", ends.without_graph, self.transient.head),
@@ -316,7 +343,24 @@ class StepMoments:
                     replace(all_held, working=ends.kept + working, decoded=self.decoded, gathered=gathered),
                 )
         gradients = sum(layer.gradients for layer in self.run.layers) + ends.gradients
+        if tower is not None:
+            yield from self._of_tower(tower, all_held, gradients - self.of_vision)
         yield "optimiser's step", Terms(gradients=gradients, working=scratch)
+
+    def _of_tower(self, tower: TowerMemory, all_held: Terms, gradients: int) -> Iterator[tuple[str, Terms]]:
+        """The moments of a vision tower: before the language model's pass, and after it.
+
+        Args:
+            tower: what it takes.
+            all_held: what exists when the reference's pass begins.
+            gradients: bytes of the language model's.
+        """
+        yield "vision tower, forward", Terms(vision=tower.inputs + tower.forward)
+        if tower.backward:
+            yield "vision tower, backward", Terms(vision=tower.inputs + tower.backward, gradients=gradients)
+        if self.recipe in ("dpo", "kto") and self.reference:
+            taken = replace(all_held, working=self.run.ends.kept, vision=tower.inputs + tower.kept + tower.alone)
+            yield "reference's vision tower", taken
 
     def _generating(self) -> Iterator[tuple[str, Terms]]:
         """The moments of writing answers, before a step has gradients."""

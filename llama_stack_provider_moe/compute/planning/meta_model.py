@@ -93,7 +93,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
         notes = (
             f"{config.model_type} is a composite model ({parts}): its language model trains, and what adapter.vision "
             "names",
-            "all weights count, and images as tokens of the length; what a vision tower takes while it runs does not",
+            "all weights count, and images as tokens of the length",
         )
     elif (text_config := config.get_text_config()) is not config:
         parts = ", ".join(config.sub_configs)

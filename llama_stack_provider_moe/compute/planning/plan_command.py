@@ -1,8 +1,9 @@
 """The half of `moe-train plan` that imports torch: a job's body on standard input -> its plan as one JSON object.
 
-    python -m llama_stack_provider_moe.compute.planning.plan_command --memory BYTES [--model CONFIG] [--rows N] < JOB
+    python -m llama_stack_provider_moe.compute.planning.plan_command --memory BYTES [--model CONFIG] [--rows N]
+        [--images N] [--image-size WxH] < JOB
 
-prints `{"job": ..., "plan": ..., "changes": [...], "time": ...}`, or `{"error": ...}`.
+prints `{"job": ..., "plan": ..., "changes": [...], "time": ..., "vision": ...}`, or `{"error": ...}`.
 """
 
 import argparse
@@ -15,16 +16,24 @@ from typing import get_args
 from pydantic import ValidationError
 
 from llama_stack_provider_moe.compute.planning.estimated_time import device_name, estimated
+from llama_stack_provider_moe.compute.planning.expected_images import USUAL_IMAGES, ExpectedImages, image_size
 from llama_stack_provider_moe.compute.planning.meta_model import read_config
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, shorten
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, TrainingSpec
 from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.expected_images import IMAGE_SIZE
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 
-def planned(body: object, memory_bytes: int, config: str | None = None, rows: int | None = None) -> dict[str, object]:
+def planned(
+    body: object,
+    memory_bytes: int,
+    config: str | None = None,
+    rows: int | None = None,
+    images: ExpectedImages = USUAL_IMAGES,
+) -> dict[str, object]:
     """The plan of a job.
 
     Args:
@@ -32,6 +41,7 @@ def planned(body: object, memory_bytes: int, config: str | None = None, rows: in
         memory_bytes: of each GPU; for a job on the CPU, of the machine.
         config: place of the model's config; None: the place of its weights.
         rows: of a whole epoch; None if unknown.
+        images: of its rows.
 
     Raises:
         MoeError, ValidationError: the job or its model is not valid.
@@ -44,8 +54,12 @@ def planned(body: object, memory_bytes: int, config: str | None = None, rows: in
     resources = training.resources
     on_cpu = resources.gpus == 0
     machine = Machine("cpu", memory_bytes // resources.ranks) if on_cpu else Machine("cuda", memory_bytes)
-    planner = Planner(read_config(local_names.on_base(config or training.model, option="model")[0])[0], machine)
+    place = local_names.on_base(config or training.model, option="model")[0]
+    model_config = read_config(place)[0]
+    seen, without = images.of_job(training, model_config, place)
+    planner = Planner(model_config, machine, seen)
     plan = planner.plan(training)
+    vision = without if plan.vision is None else plan.vision.text()
     changes = () if plan.verdict == "fits" else planner.changes(training)
     return {
         "job": {
@@ -61,6 +75,7 @@ def planned(body: object, memory_bytes: int, config: str | None = None, rows: in
         "plan": plan.as_json(),
         "changes": [{**asdict(change), "text": change.text()} for change in changes],
         "time": estimated(planner, training, device_name(training), rows),
+        "vision": vision,
     }
 
 
@@ -76,9 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=int, required=True, help="bytes of each GPU, or of the machine")
     parser.add_argument("--model", help="place of the model's config")
     parser.add_argument("--rows", type=int, help="number of training rows of a whole epoch")
+    parser.add_argument("--images", type=int, help="images in each row")
+    parser.add_argument("--image-size", default=IMAGE_SIZE, help="pixels of each, as 1024x768")
     options = parser.parse_args(argv)
     try:
-        print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model, options.rows)))
+        images = ExpectedImages(options.images, image_size(options.image_size))
+        print(json.dumps(planned(json.load(sys.stdin), options.memory, options.model, options.rows, images)))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc'][1:]))}: {shorten(each['input'])}: {reason(each)}"
                     for each in error.errors()]  # fmt: skip

@@ -40,11 +40,14 @@ from llama_stack_provider_moe.compute.planning.per_process import (
 )
 from llama_stack_provider_moe.compute.planning.smaller_settings import Fields, of_all_kinds, of_one_kind
 from llama_stack_provider_moe.compute.planning.teacher import compares, teacher_memory
-from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.compute.planning.tower_inputs import RowImages
+from llama_stack_provider_moe.compute.planning.vision_plan import VisionPlan, vision_plan
+from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
+from llama_stack_provider_moe.spec.image_limits import require_trainable_images
 from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.row_sources import PAIRED
 
@@ -115,6 +118,7 @@ class MemoryPlan:
         asked: `resources.strategy` of the job.
         chosen: None: no strategy is possible on this device.
         loading: what is needed while a quantised base is read; None: the base is not quantised.
+        vision: what the images of a micro-batch take; None: no row has an image.
     """
 
     asked: str
@@ -123,6 +127,7 @@ class MemoryPlan:
     options: tuple[Option, ...]
     chosen: Option | None
     loading: LoadingMemory | None = None
+    vision: VisionPlan | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -140,6 +145,7 @@ class MemoryPlan:
             "device_bytes": self.machine.memory_bytes,
             "usable_bytes": self.machine.usable_bytes,
             "loading": None if self.loading is None else asdict(self.loading),
+            "vision": None if self.vision is None else self.vision.as_json(),
             "options": [{**asdict(option), "peak_bytes": option.peak_bytes} for option in self.options],
         }
 
@@ -151,14 +157,22 @@ class _Rehearsed:
     step: StepMoments
     bits: Bits
     loading: tuple[LoadingMemory, LoadingMemory] | None  # with the experts on the device, and offloaded
+    vision: VisionPlan | None
 
 
 class Planner:
-    """Plans jobs on one model and machine; dry runs of steps are kept and reused."""
+    """Plans jobs on one model and machine; dry runs of steps are kept and reused.
 
-    def __init__(self, config: PreTrainedConfig, machine: Machine) -> None:
+    Args:
+        config: of the model.
+        machine: that trains.
+        images: of the rows; None: they have none.
+    """
+
+    def __init__(self, config: PreTrainedConfig, machine: Machine, images: RowImages | None = None) -> None:
         self.machine = machine
         self._config = config
+        self._images = images
         self._seen: dict[str, _Rehearsed] = {}
 
     def plan(self, spec: TrainingSpec) -> MemoryPlan:
@@ -177,9 +191,10 @@ class Planner:
         fitting = [option for option in open_to if option.verdict == "fits"]
         tight = sorted((option for option in open_to if option.verdict == "tight"), key=lambda each: each.peak_bytes)
         chosen = next(iter([*fitting, *tight]), None)
-        both = self._rehearsed(spec).loading
-        loading = None if both is None else both[spec.efficiency.offload_experts]
-        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading)
+        made = self._rehearsed(spec)
+        loading = None if made.loading is None else made.loading[spec.efficiency.offload_experts]
+        vision = None if made.vision is None else made.vision.of(spec.efficiency.enable_activation_checkpointing)
+        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading, vision)
 
     def estimate(self, spec: TrainingSpec, way: Way) -> tuple[MemoryEstimate, int]:
         """The peak of one device under a strategy, and the part of it that does not depend on the batch."""
@@ -239,7 +254,10 @@ class Planner:
 
     def _with(self, spec: TrainingSpec, fields: Fields) -> Change | None:
         try:
-            plan = self.plan(changed(spec, fields))
+            other = changed(spec, fields)
+            if self._images is not None:
+                require_trainable_images(other)
+            plan = self.plan(other)
         except (MoeError, ValueError):  # not valid together, or not with this model
             return None
         if plan.chosen is None or plan.verdict != "fits":
@@ -258,9 +276,13 @@ class Planner:
     def _refused(self, spec: TrainingSpec, way: Way) -> str | None:
         """The reason why the job can't use a strategy, in the same words as when it is submitted."""
         try:
-            changed(spec, {"resources.strategy": way})
+            other = changed(spec, {"resources.strategy": way})
+            if self._images is not None:
+                require_trainable_images(other)
         except ValidationError as error:
             return "; ".join(reason(each) for each in error.errors())
+        except InvalidInput as error:
+            return str(error)
         adapted, processes = self._rehearsed(spec).adapted, spec.resources.ranks
         layout = adapted.layout
         if layout is None and spec.efficiency.offload_experts:
@@ -303,9 +325,14 @@ class Planner:
         if bits < 16:
             loading = (loading_memory(adapted, device), loading_memory(adapted, device, offloaded_bytes(weights)))
         distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
-        run = rehearse(Rehearsal(adapted.model, device, plain_head=distils), adapted, spec.recipe, batch, device)
+        rehearsal = Rehearsal(adapted.model, device, plain_head=distils)
+        run = rehearse(rehearsal, adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
-        return _Rehearsed(adapted, weights, step, bits, loading)
+        vision = None
+        if self._images is not None:
+            vision = vision_plan(rehearsal, self._images, spec.recipe, batch.sequences, batch.length)
+            step = replace(step, towers=vision.towers)
+        return _Rehearsed(adapted, weights, step, bits, loading, vision)
 
 
 def refusal(plan: MemoryPlan, changes: tuple[Change, ...]) -> str:

@@ -24,6 +24,7 @@ from llama_stack_provider_moe.compute.models.loader import pick_device
 from llama_stack_provider_moe.compute.runtime.context import AnySession, Forecast
 from llama_stack_provider_moe.compute.train.optimizers import require_device
 from llama_stack_provider_moe.errors import MoeError, TrainingError, shorten
+from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import TrainingSpec
 
 # Shares of a CPU's memory. Weights stored in bf16 take eight times their files in fp32 with gradients and moments, and
@@ -49,7 +50,8 @@ def decided(session: AnySession) -> AnySession:
     require_device(session.spec.optimizer, device.type)
     # The smallest of all processes.
     memory = -int(session.peers.maximum(-_memory_bytes(device, session.peers.local_size)))
-    found = session.peers.agreed(_decide(session.spec, device.type, memory) if session.peers.leads else None)
+    mine = _decide(session.spec, device.type, memory, session.folder) if session.peers.leads else None
+    found = session.peers.agreed(mine)
     assert found is not None
     for warning in found.warnings:
         session.say(warning, "warning")
@@ -58,17 +60,20 @@ def decided(session: AnySession) -> AnySession:
     return replace(session, spec=spec, forecast=found.forecast)
 
 
-def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
+def _decide(spec: TrainingSpec, device: str, memory_bytes: int, folder: JobFolder | None = None) -> _Decided:
     asked = spec.resources.strategy
     unplanned = "ddp" if asked == "auto" else asked
     if (device == "cpu" and _is_small(spec, memory_bytes)) or not backend_of(spec).has_memory_estimate:
         return _Decided(unplanned, None)
     # These imports take time, and most jobs on a CPU return above.
+    from llama_stack_provider_moe.compute.planning.expected_images import images_of_rows
     from llama_stack_provider_moe.compute.planning.meta_model import read_config
     from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, refusal
 
     try:
-        planner = Planner(read_config(spec.model)[0], Machine("cuda" if device == "cuda" else "cpu", memory_bytes))
+        machine = Machine("cuda" if device == "cuda" else "cpu", memory_bytes)
+        images = None if folder is None else images_of_rows(spec, folder)
+        planner = Planner(read_config(spec.model)[0], machine, images)
         plan = planner.plan(spec)
     except (MoeError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError) as error:
         # A model's code may fail on tensors without numbers. An error in the job itself comes up again when it loads.
@@ -88,6 +93,8 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int) -> _Decided:
     )
     if estimate.offloaded_bytes:
         text += f"; {estimate.offloaded_bytes / 1e9:.2f} GB of experts in the machine's memory"
+    if plan.vision is not None:
+        text += f"; vision tower: {plan.vision.text()}"
     if plan.loading is not None:
         text += f"; {plan.loading.host_bytes / 1e9:.2f} GB of main memory at most while the base is read"
     warnings = []

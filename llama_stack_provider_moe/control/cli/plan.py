@@ -20,6 +20,7 @@ from llama_stack_provider_moe.control.cli.show import duration, size
 from llama_stack_provider_moe.control.cli.template import read_template, training_job
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.counting import number_of
+from llama_stack_provider_moe.spec.expected_images import IMAGE_SIZE, MOST_IMAGES, sides_of
 from llama_stack_provider_moe.spec.run_time import RunTime
 
 _MODULE = "llama_stack_provider_moe.compute.planning.plan_command"
@@ -64,6 +65,8 @@ def shown(document: PlanDocument) -> RenderableType:
     if (loading := found["loading"]) is not None:
         on_device = f", {size(loading['device_bytes'])} of the GPU" if loading["device_bytes"] else ""
         facts.append(("loading", f"{size(loading['host_bytes'])} of main memory at most{on_device}, for each process"))
+    if (vision := document["vision"]) is not None:
+        facts.append(("vision tower", vision))
     facts.append(("training", timed(document["time"])))
     grid = Table.grid(padding=(0, 2))
     for name, value in facts:
@@ -149,6 +152,17 @@ def plan(
     provider_id: Annotated[
         str | None, typer.Option(metavar="ID", help="Id of the inline::moe provider, if the YAML has several.")
     ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MOST_IMAGES,
+            help="Number of images in each row; default: 1 if the job and its model can train on images.",
+        ),
+    ] = None,
+    image_size: Annotated[
+        str, typer.Option(metavar="WxH", help="Width and height of each image in pixels.")
+    ] = IMAGE_SIZE,
     as_json: Json = False,
 ) -> None:
     """Check whether a job fits on your GPUs, with which strategy, and what would make it fit. Needs torch."""
@@ -166,7 +180,9 @@ def plan(
             model_checks.planned(named, "model")
         if model is not None:
             model_checks.planned(model, "--model")
+        sides_of(image_size)
         words = ["--memory", str(memory_bytes), *([] if model is None else ["--model", model])]
+        words += ["--image-size", image_size, *([] if images is None else ["--images", str(images)])]
         document = answer_of(PlanDocument, _MODULE, words, json.dumps(body))
         if screen.as_json:
             screen.document(document)

@@ -144,3 +144,4 @@ class PlanDocument(TypedDict):
     plan: Plan
     changes: list[Change]
     time: RunTime
+    vision: str | None  # what the images take, or why none are counted; None: a text model

@@ -19,6 +19,7 @@ from llama_stack_provider_moe.control.cli.planning_documents import Report
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import size
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
+from llama_stack_provider_moe.spec.expected_images import IMAGE_SIZE, MOST_IMAGES, sides_of
 
 _MODULE = "llama_stack_provider_moe.compute.planning.lora_report"
 _NEEDED = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -36,6 +37,7 @@ TERMS = (
     "buckets",
     "gathered",
     "cache",
+    "vision",
 )
 
 
@@ -213,6 +215,14 @@ def _lora(
     ] = None,
     device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Device for training.")] = "cuda",
     load: Annotated[bool, typer.Option("--load", help="Load and count the weights as well.")] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_IMAGES, help="Number of images in each row of SFT and DPO; default: 1 if the "
+                     "model sees images."),
+    ] = None,
+    image_size: Annotated[
+        str, typer.Option(metavar="WxH", help="Width and height of each image in pixels.")
+    ] = IMAGE_SIZE,
     out: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="File to write JSON to; - for standard output.")
     ] = None,
@@ -224,11 +234,12 @@ def _lora(
                                      f"{', '.join(str(each) for each in known if each is not None)}")  # fmt: skip
     question = Question(
         model, plan=plan, rank=rank, adapter=adapter, train_router=train_router, bits=bits, batch=batch,
-        length=length, targets=targets, device=device, load=load,
+        length=length, targets=targets, device=device, load=load, images=images, image_size=image_size,
     )  # fmt: skip
 
     def act(screen: Screen) -> Exit:
         model_checks.planned(model, "MODEL")
+        sides_of(image_size)
         return lora(screen, question, out)
 
     end(out == "-", act)

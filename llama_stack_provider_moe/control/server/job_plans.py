@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 _planning = Pool("moe-plans", 1, 16, "memory plans")
 
 
-async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: int | None = None) -> dict[str, Any]:
+async def plan(
+    spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: int | None = None, images: int | None = None
+) -> dict[str, Any]:
     """Return the plan of a job that was checked.
 
     Args:
@@ -31,6 +33,7 @@ async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: i
         memory_bytes: memory of each GPU; for a job on the CPU, of the machine.
         config: has the interpreter of training processes.
         rows: of a whole epoch; None if unknown.
+        images: in each row; None: one, if the job and its model can train on images.
 
     Raises:
         InvalidInput: the job does not train, or the model's configuration can't be read.
@@ -39,13 +42,14 @@ async def plan(spec: JobSpec, memory_bytes: int, config: ProviderConfig, rows: i
     if not isinstance(spec, TrainingSpec):
         trained = ", ".join(recipe.name for recipe in RECIPES.values() if recipe.trains)
         raise InvalidInput("recipe", spec.recipe, f"one that trains: {trained}")
-    return await _planning.run(_planned, spec, memory_bytes, config, rows)
+    words = [*_words("--rows", rows), *_words("--images", images)]
+    return await _planning.run(_planned, spec, memory_bytes, config, words)
 
 
-def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig, rows: int | None) -> dict[str, Any]:
+def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig, words: list[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [config.training_python, "-m", _MODULE, "--memory", str(memory_bytes), *_words(rows)],
+            [config.training_python, "-m", _MODULE, "--memory", str(memory_bytes), *words],
             check=False, input=spec.model_dump_json(), capture_output=True, text=True, errors="replace",
             timeout=LIMIT_S, env=training_environment(os.environ, config), cwd=config.state_dir,
         )  # fmt: skip
@@ -61,5 +65,5 @@ def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig, rows
     return document
 
 
-def _words(rows: int | None) -> list[str]:
-    return [] if rows is None else ["--rows", str(rows)]
+def _words(option: str, value: int | None) -> list[str]:
+    return [] if value is None else [option, str(value)]

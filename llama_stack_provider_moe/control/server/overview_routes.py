@@ -105,12 +105,14 @@ def add_overview(router: APIRouter, impl: PostTrainingService) -> None:
         ] = 80 * 10**9,
     ) -> JsonObject:
         spec = await impl.checked(Draft(body, may_wait=False), len(await request.body()))
-        rows = None
+        rows = images = None
         if isinstance(spec, TrainingSpec):
             owner = callers.owner()
             counts = [await impl.datasets.row_count(owner, each) for each in spec.data.training_ids]
             rows = rows_in_epoch(spec, counts)
-        document = await job_plans.plan(spec, memory_bytes, impl.config, rows)
+            with_images = [await impl.datasets.has_images(owner, each) for each in spec.data.training_ids]
+            images = 0 if all(each is False for each in with_images) else None
+        document = await job_plans.plan(spec, memory_bytes, impl.config, rows, images)
         model = allowed_paths.model_of(spec, impl.config)
         time = await impl.guard.run(measured, spec, model, impl.store, callers.owner(), rows)
         return document if time is None else document | {"time": time}

@@ -35,6 +35,7 @@ from llama_stack_provider_moe.control.server.wire_datasets import (
 from llama_stack_provider_moe.control.store import dataset_files
 from llama_stack_provider_moe.control.store.audit import Audit
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetTable, DatasetVersion, Overview
+from llama_stack_provider_moe.control.store.image_folder import beside
 from llama_stack_provider_moe.errors import InvalidInput, NotFound
 from llama_stack_provider_moe.jobdir.row_sources import DataSource, SourceKind
 from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN
@@ -236,14 +237,24 @@ class OwnDatasets:
 
     async def row_count(self, owner: str, dataset_id: str) -> int | None:
         """Return the number of rows of what a job's `dataset_id` means; None if it is not the caller's own data set."""
+        found = await self._version(owner, dataset_id)
+        return None if found is None else found.rows
+
+    async def has_images(self, owner: str, dataset_id: str) -> bool | None:
+        """Return whether rows of what a job's `dataset_id` means have images; None if it is not the caller's own."""
+        found = await self._version(owner, dataset_id)
+        if found is None:
+            return None
+        return await self._guard.in_state_dir(beside(dataset_files.rows_of(self._config, found.id)).is_dir)
+
+    async def _version(self, owner: str, dataset_id: str) -> DatasetVersion | None:
         name, at, version = dataset_id.removeprefix(OWN).partition("@")
         if dataset_id.startswith(HOSTS) or not _NAME.fullmatch(name):
             return None
         try:
-            found = await self._guard.run(self._table().get, owner, name, version if at else None)
+            return await self._guard.run(self._table().get, owner, name, version if at else None)
         except (NotFound, InvalidInput):  # it may be the host's
             return None
-        return found.rows
 
     async def _own(self, owner: str, name: str, version: str | None) -> Found:
         found = await self._guard.run(self._table().get, owner, name, version)

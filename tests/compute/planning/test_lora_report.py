@@ -196,7 +196,7 @@ def test_terms_of_the_estimate() -> None:
     for bits in (16, 4):
         adapted = blank(config, Adapter(rank=4), Moe(), bits)
         trainable = adapted.report.trainable_parameters
-        found = estimate(adapted, bits, batch, (0,), "cuda")
+        found, _ = estimate(adapted, bits, batch, (0,), "cuda")
         by_bits[bits] = {(each.recipe, each.checkpointing): each for each in found}
         for each in found:
             assert each.terms.adapter == 4 * trainable

@@ -272,6 +272,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "it fits, with ddp (resources.strategy auto)" in done.out
     assert "2 GPUs of 1 GB" in done.out
     assert "time not known: no job like it was measured" in done.out
+    assert "vision tower" not in done.out
     for body, problem in (
         ({**job().model_dump(mode="json"), "model": "/nowhere"}, "model: the config of '/nowhere'"),
         ({"recipe": "sft", "model": "a/b"}, "data: "),

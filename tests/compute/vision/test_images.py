@@ -263,7 +263,9 @@ def test_a_cancelled_job_finishes_its_step_and_leaves_a_checkpoint(workshop: Wor
     assert verify(Path(saved["path"])) is None
 
 
-@pytest.mark.parametrize(("family", "vision"), [("qwen3_vl_moe", "projector"), ("llama4", "tower")])
+@pytest.mark.parametrize(
+    ("family", "vision"), [("qwen3_vl_moe", "projector"), ("llama4", "tower"), ("glm4v_moe", "tower")]
+)
 def test_tower_and_projector_train_when_asked(family: str, vision: str, workshop: Workshop) -> None:
     job = run(workshop, family, adapter={"vision": vision})
     assert job.exit_code == COMPLETED, job.reason

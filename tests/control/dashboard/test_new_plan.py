@@ -21,6 +21,7 @@ PLAN = {
         "device_bytes": 80e9, "usable_bytes": 76e9, "options": [],
     },
     "changes": [],
+    "vision": "assumed: 1 image of 1,024 x 1,024 pixels in each row",
 }  # fmt: skip
 
 
@@ -50,6 +51,9 @@ def test_a_plan_says_how_long_it_takes_and_how_it_knows(visitor: Visitor, source
         f"{source} Training takes about 1 h 30 min at 5,230 tokens a second ({basis})."
     )
     expect(page.locator(".time .pill")).to_have_text(source)
+    expect(page.locator("#content")).to_contain_text(
+        "Vision tower: assumed: 1 image of 1,024 x 1,024 pixels in each row."
+    )
     visitor.must_be_accessible()
 
 

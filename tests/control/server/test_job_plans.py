@@ -17,6 +17,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, TrainingSpec
 from llama_stack_provider_moe.spec.run_time import RunTime
 from tests.support.dashboard_jobs import Workshop
 from tests.support.host_support import ask, folder_of, serving_in_process, submit
+from tests.support.image_bytes import asked, part
 
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128,
@@ -112,7 +113,10 @@ def test_a_time_is_measured_on_jobs_like_it(tmp_path: Path) -> None:
 
 
 def test_the_route_tells_the_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def plan(*_: object) -> dict[str, object]:  # the planner has tests of its own
+    given: list[object] = []
+
+    async def plan(*asked: object) -> dict[str, object]:  # the planner has tests of its own
+        given[:] = asked
         return {"plan": {}, "time": None}
 
     monkeypatch.setattr(job_plans, "plan", plan)
@@ -125,3 +129,9 @@ def test_the_route_tells_the_measured_time(tmp_path: Path, monkeypatch: pytest.M
         completed(service, "one", 2000, 400)
         found = ask(service, "POST", "/jobs/plan", json=body).json()["time"]
         assert (found["seconds"], found["source"]) == (7 * 100 / 2000, "measured")
+        assert given[-1] == 0, "rows without images"
+        seen = json.dumps(asked(part())).encode() + b"\n"
+        assert ask(service, "PUT", "/datasets/seen", content=seen * 8).status_code == 200
+        for dataset_id in ("data:seen", "elsewhere"):
+            ask(service, "POST", "/jobs/plan", json=body | {"data": {"dataset_id": dataset_id}})
+            assert given[-1] is None, "the planner assumes some"

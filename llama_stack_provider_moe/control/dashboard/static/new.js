@@ -85,12 +85,13 @@ function shownTime(time) {
     " Training takes about ", h("strong", {}, duration(time.seconds)), typeof time.tokens_per_s === "number" ? ` at ${figure(time.tokens_per_s)} tokens a second` : "", ` (${time.basis}).`);
 }
 
-function shownPlan({ job, plan, changes, time }, hasGpu) {
+function shownPlan({ job, plan, changes, time, vision }, hasGpu) {
   const words = { fits: ["good", `It fits, with ${plan.strategy}.`], tight: ["warn", "It may not fit: the estimate is more than the usable memory."] };
   const [kind, text] = words[plan.verdict] ?? ["bad", "It can't fit: what is certain alone is more than the memory."];
   return h("section", { class: "card" }, h("h2", {}, "Memory plan"), note(kind, text),
     plan.device === "cuda" && !hasGpu ? note("warn", `The plan is for GPUs of ${bytes(plan.device_bytes)}, and this server has none.`) : null, shownTime(time),
     h("p", {}, `${job.recipe} of ${job.model}, ${job.trains}; micro-batches of ${job.batch_size} rows with ${job.max_length} tokens, ${job.dtype}. ${plan.processes} ${plan.processes === 1 ? "process" : "processes"} of ${bytes(plan.device_bytes)}, of which ${bytes(plan.usable_bytes)} can be used.`),
+    vision ? h("p", {}, `Vision tower: ${vision}.`) : null,
     table("Memory by strategy", ["Strategy", "Verdict", "Peak", "Certain", "Largest parts"], plan.options.map((option) => [option.strategy, option.verdict,
       option.estimate ? bytes(option.peak_bytes) : "–", option.estimate ? bytes(option.certain_bytes) : option.refused ?? "",
       option.estimate ? Object.entries(option.estimate.terms).filter(([, value]) => value).sort(([, one], [, other]) => other - one).slice(0, 3).map(([name, value]) => `${name.replaceAll("_", " ")} ${bytes(value)}`).join(", ") : ""])),
