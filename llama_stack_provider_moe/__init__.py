@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from llama_stack_provider_moe.control.server.compat import Deps, Policy
-    from llama_stack_provider_moe.control.server.service import PostTrainingService
+    from llama_stack_provider_moe.control.server.late_service import LateService
     from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 
@@ -28,7 +28,7 @@ class PostTraining(Protocol):
         """Close the store; jobs continue."""
 
 
-async def get_provider_impl(config: "ProviderConfig", deps: "Deps", policy: "Policy" = ()) -> "PostTrainingService":
+async def get_provider_impl(config: "ProviderConfig", deps: "Deps", policy: "Policy" = ()) -> "LateService":
     """Return the provider, ready to serve.
 
     Args:
@@ -36,9 +36,9 @@ async def get_provider_impl(config: "ProviderConfig", deps: "Deps", policy: "Pol
         deps: the host's APIs by `Api`: `datasetio` and `datasets`, or `files`.
         policy: the run YAML's access policy; a host passes it to providers that have an argument of this name.
     """
-    from llama_stack_provider_moe.control.server.service import PostTrainingService
+    from llama_stack_provider_moe.control.server.late_service import LateService
 
-    impl = PostTrainingService(config, deps, policy)
+    impl = LateService(config, deps, policy)
     await impl.initialize()
     return impl
 
@@ -50,8 +50,6 @@ def available_providers() -> list[object]:
     return [post_training_spec()]
 
 
-def create_router(impl: "PostTrainingService") -> "APIRouter":
+def create_router(impl: "LateService") -> "APIRouter":
     """Return a router with all routes of `impl`."""
-    from llama_stack_provider_moe.control.server import routes
-
-    return routes.create_router(impl)
+    return impl.router()

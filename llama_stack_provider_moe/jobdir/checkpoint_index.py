@@ -10,13 +10,17 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError
 
 from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir.folder import JobFolder, write_atomic
 from llama_stack_provider_moe.jobdir.reading import read_as
-from llama_stack_provider_moe.spec import Block, JobSpec
+from llama_stack_provider_moe.spec.blocks import Block
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.spec import JobSpec
 
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"  # a folder without it has weights, but training can't resume from it
@@ -119,7 +123,7 @@ def verify_files(folder: Path, deep: bool = True) -> str | None:
     return None
 
 
-def checkpoint_folders(folder: JobFolder, spec: JobSpec) -> list[Path]:
+def checkpoint_folders(folder: JobFolder, spec: "JobSpec") -> list[Path]:
     """Return the job's checkpoint folders, valid or not, the latest step first."""
     try:
         found = [path for path in folder.checkpoints(spec).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -128,7 +132,7 @@ def checkpoint_folders(folder: JobFolder, spec: JobSpec) -> list[Path]:
     return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
 
 
-def valid_checkpoints(folder: JobFolder, spec: JobSpec, deep: bool = True) -> list[Path]:
+def valid_checkpoints(folder: JobFolder, spec: "JobSpec", deep: bool = True) -> list[Path]:
     """Return the checkpoints that training can resume from, the latest first."""
     return [path for path in checkpoint_folders(folder, spec) if verify(path, deep) is None]
 

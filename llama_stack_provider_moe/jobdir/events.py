@@ -10,17 +10,16 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
 
+from llama_stack_provider_moe.ground.clock import now as now
 from llama_stack_provider_moe.ground.redaction import scrubbed
 from llama_stack_provider_moe.jobdir.attempt import require_current
 from llama_stack_provider_moe.jobdir.routing_figures import LayerFigures, LayerRouting, figures_of, mutual_information
-
-StoppedBy = Literal["time_budget", "early_stopping", "no_reward_spread"]
+from llama_stack_provider_moe.jobdir.state import StoppedBy as StoppedBy
 
 # If an earlier start of a job wrote one of these, it says nothing about the current start.
 ENDS = ("failed", "finished", "cancelled")
@@ -28,14 +27,9 @@ ENDS = ("failed", "finished", "cancelled")
 LINE_LIMIT_BYTES = 4 << 20
 
 
-def now() -> datetime:
-    """Return the current time in UTC; all our times are aware."""
-    return datetime.now(UTC)
-
-
 class _Event(BaseModel):
     # Readers must see a loss that became NaN. By default it is written as null, which is not a float.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings", defer_build=True)
 
     time: AwareDatetime = Field(default_factory=now)
 
@@ -233,7 +227,7 @@ Event = Annotated[
     | Cancelled,
     Discriminator("type"),
 ]
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event, config=ConfigDict(defer_build=True))
 
 
 class Unknown(_Event):

@@ -43,15 +43,18 @@ import os
 import uuid
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from llama_stack_provider_moe.jobdir.attempt import ATTEMPT_FILE, require_current
-from llama_stack_provider_moe.jobdir.events import StoppedBy
 from llama_stack_provider_moe.jobdir.later import LATER_FILE
 from llama_stack_provider_moe.jobdir.reading import read_as, read_with, unknown_fields
-from llama_stack_provider_moe.spec import JOB_SPEC, Block, JobSpec, TrainingSpec
+from llama_stack_provider_moe.jobdir.state import StoppedBy
+from llama_stack_provider_moe.spec.blocks import Block
+
+if TYPE_CHECKING:  # every model of a job; whoever reads one has it, and others need not load it
+    from llama_stack_provider_moe.spec import JobSpec
 
 ArtifactKind = Literal["checkpoint", "adapter", "model", "merged", "analysis", "evaluation", "gguf"]
 
@@ -145,18 +148,22 @@ class JobFolder:
         """Return the file with the domain of each row of a part, where a column names it (`jobdir.row_domains`)."""
         return self.data / f"{part}.domains"
 
-    def checkpoints(self, spec: JobSpec) -> Path:
+    def checkpoints(self, spec: "JobSpec") -> Path:
         """Return the folder of the checkpoints. Inside a `checkpoint_dir`, each job has its own folder."""
+        from llama_stack_provider_moe.spec import TrainingSpec
+
         if not isinstance(spec, TrainingSpec) or spec.checkpoint_dir is None:
             return self.root / "checkpoints"
         return Path(spec.checkpoint_dir) / self.root.name
 
-    def read_spec(self) -> JobSpec:
+    def read_spec(self) -> "JobSpec":
         """Read the submitted job with all defaults; fields that only a later version knows are left out.
 
         Raises:
             ValidationError: It is damaged, or a known field has a value that this version does not know.
         """
+        from llama_stack_provider_moe.spec import JOB_SPEC
+
         return read_with(JOB_SPEC, self.spec.read_bytes())
 
     def unknown_settings(self) -> list[str]:

@@ -1,8 +1,12 @@
 """The states of a job and the legal moves between them, defined only here."""
 
 from enum import StrEnum
+from typing import Literal
 
 from llama_stack_provider_moe.errors import Conflict
+
+# What ended a job's training before its last step, other than a request.
+StoppedBy = Literal["time_budget", "early_stopping", "no_reward_spread"]
 
 
 class JobState(StrEnum):

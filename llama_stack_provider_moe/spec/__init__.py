@@ -3,78 +3,91 @@
 Every default, range and one-line meaning of a job's options is defined here and nowhere else. A template states the few
 fields that differ from the defaults; `spec.json` in the job's folder states all of them. A default of `None` means
 "decide from the model"; the training process writes what it decided to `resolved.json`.
+
+Importing this package loads none of its modules: each name loads its own. A server needs few of them at its start, and
+pydantic takes most of the time of importing the others.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Discriminator, TypeAdapter
+from llama_stack_provider_moe.ground.lazy_package import loader
 
-from llama_stack_provider_moe.spec.ablation_jobs import AblationMeasureSpec, AblationSpec
-from llama_stack_provider_moe.spec.adapter import (
-    Adapter,
-    AdapterGroup,
-    AttentionModule,
-    ExpertRule,
-    FromAnalysis,
-    RulesFrom,
-)
-from llama_stack_provider_moe.spec.blocks import (
-    JOB_ID_PATTERN,
-    Block,
-    DType,
-    Efficiency,
-    Optimizer,
-    Resources,
-    RowFormat,
-    Training,
-    numbers,
-    ranges,
-)
-from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
-from llama_stack_provider_moe.spec.data import Data, Domain
-from llama_stack_provider_moe.spec.defaults import JobDefaults
-from llama_stack_provider_moe.spec.distill import Distill
-from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
-from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
-from llama_stack_provider_moe.spec.inference_jobs import (
-    AnalysisJob,
-    InferenceJob,
-    PlaygroundSpec,
-    RoutingAnalysisSpec,
-)
-from llama_stack_provider_moe.spec.mixing import MixSpec
-from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
-from llama_stack_provider_moe.spec.options import (
-    PROJECT_PATTERN,
-    DPOOptions,
-    MLflow,
-    Options,
-    RLOptions,
-    TensorBoard,
-    Trackers,
-    Trackio,
-    WandB,
-)
-from llama_stack_provider_moe.spec.playground import Playground
-from llama_stack_provider_moe.spec.preference_jobs import KTOSpec
-from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
-from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
-from llama_stack_provider_moe.spec.rl import RL
-from llama_stack_provider_moe.spec.rl_jobs import GRPOSpec
-from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
-from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
-from llama_stack_provider_moe.spec.surgery_jobs import SurgerySpec
-from llama_stack_provider_moe.spec.training_jobs import (
-    DPO_LOSSES,
-    SMOOTHED_LOSSES,
-    BreakerSpec,
-    DPOLoss,
-    DPOSpec,
-    SFTSpec,
-    TrainingJob,
-    TrainingRecipe,
-)
-from llama_stack_provider_moe.spec.unsloth_limits import Loader
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.spec.ablation_jobs import AblationMeasureSpec, AblationSpec
+    from llama_stack_provider_moe.spec.adapter import (
+        Adapter,
+        AdapterGroup,
+        AttentionModule,
+        ExpertRule,
+        FromAnalysis,
+        RulesFrom,
+    )
+    from llama_stack_provider_moe.spec.blocks import (
+        JOB_ID_PATTERN,
+        Block,
+        DType,
+        Efficiency,
+        Optimizer,
+        Resources,
+        RowFormat,
+        Training,
+        numbers,
+        ranges,
+    )
+    from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedData, RepBend
+    from llama_stack_provider_moe.spec.data import Data, Domain
+    from llama_stack_provider_moe.spec.defaults import JobDefaults
+    from llama_stack_provider_moe.spec.distill import Distill
+    from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
+    from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
+    from llama_stack_provider_moe.spec.inference_jobs import (
+        AnalysisJob,
+        InferenceJob,
+        PlaygroundSpec,
+        RoutingAnalysisSpec,
+    )
+    from llama_stack_provider_moe.spec.job_spec import (
+        JOB_SPEC,
+        AnalysisSpec,
+        EditingSpec,
+        JobSpec,
+        LoadingSpec,
+        Recipe,
+        TrainingSpec,
+    )
+    from llama_stack_provider_moe.spec.mixing import MixSpec
+    from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
+    from llama_stack_provider_moe.spec.options import (
+        PROJECT_PATTERN,
+        DPOOptions,
+        MLflow,
+        Options,
+        RLOptions,
+        TensorBoard,
+        Trackers,
+        Trackio,
+        WandB,
+    )
+    from llama_stack_provider_moe.spec.playground import Playground
+    from llama_stack_provider_moe.spec.preference_jobs import KTOSpec
+    from llama_stack_provider_moe.spec.probe import Probe, ProbeSpec
+    from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
+    from llama_stack_provider_moe.spec.rl import RL
+    from llama_stack_provider_moe.spec.rl_jobs import GRPOSpec
+    from llama_stack_provider_moe.spec.routing import Analysis, AnalysisData, AnalysisOptions, AnalysisTraining
+    from llama_stack_provider_moe.spec.row_sources import RowKind, RowSource
+    from llama_stack_provider_moe.spec.surgery_jobs import SurgerySpec
+    from llama_stack_provider_moe.spec.training_jobs import (
+        DPO_LOSSES,
+        SMOOTHED_LOSSES,
+        BreakerSpec,
+        DPOLoss,
+        DPOSpec,
+        SFTSpec,
+        TrainingJob,
+        TrainingRecipe,
+    )
+    from llama_stack_provider_moe.spec.unsloth_limits import Loader
 
 __all__ = [
     "DPO_LOSSES",
@@ -156,19 +169,64 @@ __all__ = [
     "ranges",
 ]
 
-# The names for type checkers; at run time `spec.recipes.RECIPES` has them, with their classes.
-Recipe = Literal[
-    TrainingRecipe, "routing_analysis", "ablation_measure", "probe", "ablation", "mix", "surgery", "playground",
-    "export",
-]  # fmt: skip
+# Module -> the names that it has for this package.
+_NAMES = {
+    "ablation_jobs": ("AblationMeasureSpec", "AblationSpec"),
+    "adapter": ("Adapter", "AdapterGroup", "AttentionModule", "ExpertRule", "FromAnalysis", "RulesFrom"),
+    "blocks": (
+        "Block",
+        "DType",
+        "Efficiency",
+        "JOB_ID_PATTERN",
+        "Optimizer",
+        "Resources",
+        "RowFormat",
+        "Training",
+        "numbers",
+        "ranges",
+    ),
+    "breaker": ("CircuitBreaker", "Curve", "MixedData", "RepBend"),
+    "data": ("Data", "Domain"),
+    "defaults": ("JobDefaults",),
+    "distill": ("Distill",),
+    "evaluation": ("Gate", "RefusalJudge", "SafetyEvaluation"),
+    "exports": ("ExportSpec", "Exports"),
+    "inference_jobs": ("AnalysisJob", "InferenceJob", "PlaygroundSpec", "RoutingAnalysisSpec"),
+    "job_spec": ("AnalysisSpec", "EditingSpec", "JOB_SPEC", "JobSpec", "LoadingSpec", "Recipe", "TrainingSpec"),
+    "mixing": ("MixSpec",),
+    "moe": ("LoadBalancing", "Moe"),
+    "options": (
+        "DPOOptions",
+        "MLflow",
+        "Options",
+        "PROJECT_PATTERN",
+        "RLOptions",
+        "TensorBoard",
+        "Trackers",
+        "Trackio",
+        "WandB",
+    ),
+    "playground": ("Playground",),
+    "preference_jobs": ("KTOSpec",),
+    "probe": ("Probe", "ProbeSpec"),
+    "reward_jobs": ("RewardSpec",),
+    "rl": ("RL",),
+    "rl_jobs": ("GRPOSpec",),
+    "routing": ("Analysis", "AnalysisData", "AnalysisOptions", "AnalysisTraining"),
+    "row_sources": ("RowKind", "RowSource"),
+    "surgery_jobs": ("SurgerySpec",),
+    "training_jobs": (
+        "BreakerSpec",
+        "DPOLoss",
+        "DPOSpec",
+        "DPO_LOSSES",
+        "SFTSpec",
+        "SMOOTHED_LOSSES",
+        "TrainingJob",
+        "TrainingRecipe",
+    ),
+    "unsloth_limits": ("Loader",),
+}
 
-# The paired and unpaired losses of TRL's DPOTrainer that were tested with the pinned version. The post-training
-# API also names `kto_pair`, which TRL does not implement.
-
-
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec
-AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
-EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
-LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
-JobSpec = Annotated[TrainingSpec | AnalysisSpec | EditingSpec | PlaygroundSpec | ExportSpec, Discriminator("recipe")]
-JOB_SPEC: TypeAdapter[TrainingSpec | AnalysisSpec | EditingSpec | PlaygroundSpec | ExportSpec] = TypeAdapter(JobSpec)
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+    __getattr__ = loader(__name__, _NAMES, globals())

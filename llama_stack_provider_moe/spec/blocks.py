@@ -124,7 +124,14 @@ class NoBoolAsNumber(BaseModel):
 class Block(NoBoolAsNumber):
     """Base of every block: unknown keys are errors, numbers are finite, and nothing is converted silently."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=False)
+    # Validators are built when a block is first used: a process imports many more blocks than it needs.
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=False, defer_build=True
+    )
+
+
+# For a block that a route takes as it is: FastAPI would build its validator at the first request, on the event loop.
+BUILT_AT_ONCE = ConfigDict(defer_build=False)
 
 
 class Training(Block):

@@ -1,45 +1,32 @@
-"""A server's defaults for jobs, `defaults:` in its configuration."""
+"""A server's defaults for jobs, `defaults:` in its configuration.
 
+A server reads its configuration when it starts, so this module loads the blocks of jobs only where it needs them.
+"""
+
+from importlib import import_module
 from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from llama_stack_provider_moe.spec.ablation import MeasureTraining
-from llama_stack_provider_moe.spec.ablation_jobs import EvaluatedModels
-from llama_stack_provider_moe.spec.adapter import Adapter
-from llama_stack_provider_moe.spec.blocks import Block, Efficiency, Optimizer, Training
-from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS, SafetyEvaluation
-from llama_stack_provider_moe.spec.exports import Exports
-from llama_stack_provider_moe.spec.mixing import MixOptions
-from llama_stack_provider_moe.spec.moe import Moe
-from llama_stack_provider_moe.spec.options import Options, Trackers
-from llama_stack_provider_moe.spec.playground import PlaygroundOptions, PlaygroundTraining
-from llama_stack_provider_moe.spec.routing import AnalysisOptions, AnalysisTraining, WholeRowOptions
-from llama_stack_provider_moe.spec.surgery import SurgeryOptions, SurgeryTraining
+from llama_stack_provider_moe.spec.blocks import Block
 
-# The fields of `eval` that name something to measure, and those that fit one model only.
-MEASURED = (*GATE_NEEDS.values(), "tasks")
+# The fields of `eval` that fit one model only.
 OF_ONE_MODEL = ("masked_experts", "masked_from_analysis", "masked_from", "ablated")
 
 # Some fields of a block, as they are in JSON; the block itself checks them.
 Part = dict[str, Any]
 
-# The block of a job that each part belongs to.
-DEFAULT_BLOCKS: dict[str, type[Block]] = {
-    "training": Training, "optimizer": Optimizer, "efficiency": Efficiency, "adapter": Adapter, "moe": Moe,
-    "options": Options, "trackers": Trackers, "eval": SafetyEvaluation, "export": Exports,
+# The names of blocks in `spec`, which loads a block by its name; `default_blocks` has all of them.
+_BLOCKS = {
+    "training": "Training", "optimizer": "Optimizer", "efficiency": "Efficiency", "adapter": "Adapter", "moe": "Moe",
+    "options": "Options", "trackers": "Trackers", "eval": "SafetyEvaluation", "export": "Exports",
 }  # fmt: skip
 
-# Recipes with few of the blocks, and few of their fields.
-_FEW_BLOCKS: dict[str, dict[str, type[Block]]] = {
-    "routing_analysis": {"training": AnalysisTraining, "options": AnalysisOptions},
-    "ablation_measure": {"training": MeasureTraining, "options": WholeRowOptions},
-    "probe": {"training": AnalysisTraining, "options": WholeRowOptions},
-    "ablation": {"training": EvaluatedModels, "options": AnalysisOptions, "eval": SafetyEvaluation},
-    "mix": {"training": AnalysisTraining, "options": MixOptions},
-    "surgery": {"training": SurgeryTraining, "options": SurgeryOptions},
-    "playground": {"training": PlaygroundTraining, "options": PlaygroundOptions},
-}
+
+def block_of(part: str) -> type[Block]:
+    """Return the block of a job that a part of the defaults belongs to."""
+    found: type[Block] = getattr(import_module("llama_stack_provider_moe.spec"), _BLOCKS[part])
+    return found
 
 
 class JobDefaults(Block):
@@ -73,7 +60,7 @@ class JobDefaults(Block):
     @field_validator("training", "optimizer", "efficiency", "adapter", "moe", "options", "trackers", mode="after")
     @classmethod
     def _part_is_valid(cls, part: Part | None, info: ValidationInfo) -> Part | None:
-        DEFAULT_BLOCKS[str(info.field_name)].model_validate(part or {})
+        block_of(str(info.field_name)).model_validate(part or {})
         if info.field_name == "adapter" and "init_from" in (part or {}):
             raise ValueError(
                 "init_from: fits one base model only, so a server can't have a default for it; set it in jobs"
@@ -83,7 +70,7 @@ class JobDefaults(Block):
     @field_validator("export", mode="after")
     @classmethod
     def _export_is_valid(cls, part: Part) -> Part:
-        Exports.model_validate({"merged": True, **part})  # a part alone need not export anything
+        block_of("export").model_validate({"merged": True, **part})  # a part alone need not export anything
         return part
 
     @field_validator("eval", mode="after")
@@ -94,9 +81,11 @@ class JobDefaults(Block):
                 raise ValueError(
                     f"{name}: fits one model only, so a server can't have a default for it; set it in jobs"
                 )
+        from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS
+
         # Parts without a set to measure, gates included, get theirs from a job: they must be valid once all are named.
         sets = {} if _names_a_set(part) else dict.fromkeys(GATE_NEEDS.values(), "any")
-        SafetyEvaluation.model_validate({**part, **sets})
+        block_of("eval").model_validate({**part, **sets})
         return part
 
     @property
@@ -108,10 +97,12 @@ class JobDefaults(Block):
 
         `"adapter": null` in a body is a choice (train all weights) and stays null, as does `"eval": null`.
         """
+        from llama_stack_provider_moe.spec.default_blocks import FEW_BLOCKS
+
         merged = dict(body)
         for name in type(self).model_fields:
             defaults = getattr(self, name)
-            few = _FEW_BLOCKS.get(str(body.get("recipe")))
+            few = FEW_BLOCKS.get(str(body.get("recipe")))
             if few is not None:
                 known = few[name].model_fields if name in few else {}
                 defaults = {key: value for key, value in (defaults or {}).items() if key in known} or None
@@ -128,4 +119,6 @@ class JobDefaults(Block):
 
 
 def _names_a_set(evaluation: Part) -> bool:
-    return any(evaluation.get(name) for name in MEASURED)
+    from llama_stack_provider_moe.spec.evaluation import GATE_NEEDS
+
+    return any(evaluation.get(name) for name in (*GATE_NEEDS.values(), "tasks"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block
+from llama_stack_provider_moe.spec.blocks import BUILT_AT_ONCE, JOB_ID_PATTERN, Block
 from llama_stack_provider_moe.spec.labels import MAX_LABELS, Labels
 from llama_stack_provider_moe.spec.notify import PipelineNotify
 
@@ -50,6 +50,8 @@ class PipelinePart(Block):
 
 class PipelineSpec(Block):
     """A pipeline: jobs that run as soon as the parts that they name have completed."""
+
+    model_config = BUILT_AT_ONCE
 
     pipeline_uuid: str | None = Field(
         default=None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_stack_provider_moe.spec.blocks import JOB_ID_PATTERN, Block
+from llama_stack_provider_moe.spec.blocks import BUILT_AT_ONCE, JOB_ID_PATTERN, Block
 from llama_stack_provider_moe.spec.notify import SweepNotify
 
 MAX_VALUES = 1000
@@ -56,6 +56,8 @@ class Halving(Block):
 
 class SweepSpec(Block):
     """A sweep: jobs that differ in some settings, compared by a held-out figure."""
+
+    model_config = BUILT_AT_ONCE
 
     sweep_uuid: str | None = Field(
         default=None,

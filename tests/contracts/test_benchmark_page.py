@@ -58,10 +58,24 @@ def loading() -> list[str]:
     return [whole, f"took {peaks[0]}", f"takes {peaks[1]}, with 8-bit scales {peaks[2]}, and {peaks[3]} in 8 bits"]
 
 
+def server() -> list[str]:
+    found = newest("server_start")
+    compared, spread = found["with_to_without"], found["min_median_max"]
+    assert compared["cpu_s"]["ratio_of_medians"] <= 1.1
+    assert spread["with_provider"]["idle_cpu_share_median"][1] == 0
+    memory = [round(spread[side]["rss_mib"][1]) for side in ("with_provider", "without_provider")]
+    return [
+        f"{compared['cpu_s']['ratio_of_medians']:.2f} times the processor time",
+        f"{compared['rss_mib']['ratio_of_medians']:.2f} times the memory ({memory[0]} against {memory[1]} MiB)",
+    ]
+
+
 def start() -> list[str]:
     found = newest("job_start")["min_median_max"]
+    longest = max(found[way]["last_step_to_completed_s"][2] for way in ("warm", "cold"))
+    assert longest <= 3
     return [f"{found['warm']['first_step_s'][1]:.1f} s from the forkserver",
-            f"{found['cold']['first_step_s'][1]:.0f} s without it"]  # fmt: skip
+            f"{found['cold']['first_step_s'][1]:.0f} s without it", f"{longest:.1f} s passed at most"]  # fmt: skip
 
 
 def against_trl() -> list[str]:
@@ -225,8 +239,8 @@ def telemetry() -> list[str]:
 @pytest.mark.parametrize(
     "claims",
     [
-        rows_of_experts, quantized, loading, start, against_trl, store, memory, saving_memory, merging, ablating,
-        bringing, images_of_rows, file_in_s3, following, polling, telemetry,
+        rows_of_experts, quantized, loading, server, start, against_trl, store, memory, saving_memory, merging,
+        ablating, bringing, images_of_rows, file_in_s3, following, polling, telemetry,
     ],
 )  # fmt: skip
 def test_figures_are_those_of_the_results(claims: Callable[[], list[str]]) -> None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from llama_stack_provider_moe.errors import InvalidConfig
 from llama_stack_provider_moe.ground.redaction import HIDDEN, names_secret, without_passwords
-from llama_stack_provider_moe.spec.defaults import DEFAULT_BLOCKS
+from llama_stack_provider_moe.spec.default_blocks import DEFAULT_BLOCKS
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.validation_errors import invalid_body
 

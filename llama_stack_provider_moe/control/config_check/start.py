@@ -12,8 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from llama_stack_provider_moe.control.config_check import run_yaml, surroundings
-from llama_stack_provider_moe.control.config_check.problems import lines
+from llama_stack_provider_moe.control.config_check import surroundings
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -30,16 +29,26 @@ class HostConfig(ProviderConfig):
             try:
                 super().__init__(**settings)
             except ValidationError as error:
+                from llama_stack_provider_moe.control.config_check.problems import lines
+
                 raise InvalidConfig(where_of(settings), lines(error)) from None
 
 
-def require(config: ProviderConfig, where: str) -> None:
-    """Raise InvalidConfig if this machine lacks something that a server or supervisor needs; log warnings."""
+def require(config: ProviderConfig, where: str | None = None) -> None:
+    """Raise InvalidConfig if this machine lacks something that a server or supervisor needs; log warnings.
+
+    Args:
+        config: configuration of the provider.
+        where: names it in errors; None: by the host's run YAML.
+    """
     found = surroundings.check(config, os.environ)
+    if not found.problems and not found.warnings:
+        return
+    named = where_of(None) if where is None else where
     if found.problems:
-        raise InvalidConfig(where, found.problems)
+        raise InvalidConfig(named, found.problems)
     for warning in found.warnings:
-        log.warning("%s: %s", where, warning)
+        log.warning("%s: %s", named, warning)
 
 
 @contextmanager
@@ -50,7 +59,7 @@ def plain_start_errors(config: ProviderConfig) -> Iterator[None]:
         InvalidConfig: the server can't start with this configuration.
     """
     with without_traceback():
-        require(config, where_of(None))
+        require(config)
         try:
             yield
         except (SQLAlchemyError, OSError, InvalidInput) as error:
@@ -80,8 +89,14 @@ def without_traceback() -> Iterator[None]:
         raise
 
 
-def where_of(settings: Mapping[str, object] | None, kind: str = run_yaml.PROVIDER_TYPE) -> str:
-    """Return file and provider of `settings`, whose variables the host has filled in; None: of the only provider."""
+def where_of(settings: Mapping[str, object] | None, kind: str | None = None) -> str:
+    """Return file and provider of `settings`, whose variables the host has filled in; None: of the only provider.
+
+    `kind` is the type of the provider; None: `inline::moe`.
+    """
+    from llama_stack_provider_moe.control.config_check import run_yaml  # not at a start that succeeds
+
+    kind = kind or run_yaml.PROVIDER_TYPE
     file = os.environ.get(_FILE)
     found: list[run_yaml.ProviderEntry] = []
     if file:

@@ -19,17 +19,20 @@ from functools import partial
 from http.client import HTTPException
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from fastapi.responses import StreamingResponse
 
-from llama_stack_provider_moe.control.server import csv_rows, host_files, hub_rows
+from llama_stack_provider_moe.control.server import csv_rows, hub_rows
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.errors import InvalidInput, NotFound, Unavailable
 from llama_stack_provider_moe.ground.redaction import passwords_in, scrubbed, without_passwords
 from llama_stack_provider_moe.ground.small_files import open_regular
-from llama_stack_provider_moe.jobdir.row_sources import SourceKind
-from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
+
+if TYPE_CHECKING:  # a host imports this module at its start, and these bring every model of a job with them
+    from llama_stack_provider_moe.control.server import host_files
+    from llama_stack_provider_moe.jobdir.row_sources import SourceKind
+    from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 
 
 class _Source(Protocol):
@@ -180,7 +183,7 @@ def is_stopping() -> bool:
     return getattr(server, "should_exit", False) is True
 
 
-def rows_kind(deps: Deps, dataset_id: str) -> SourceKind:
+def rows_kind(deps: Deps, dataset_id: str) -> "SourceKind":
     """Return what the host has under such an id. Nobody is asked: where hosts have both, files have ids of a form."""
     is_file = not _HAS_DATASETS or (Api.files in deps and _FILE_ID.fullmatch(dataset_id) is not None)
     return "host file" if is_file else "host data set"
@@ -205,7 +208,7 @@ async def dataset_pages(
     rows_per_page: int,
     field: str,
     admit: Callable[[str], None],
-    images: ImageDoor | None = None,
+    images: "ImageDoor | None" = None,
 ) -> AsyncIterator[list[object]]:
     """Yield the rows of a data set in pages, as the host gives them.
 
@@ -298,8 +301,10 @@ async def _csv_pages(uri: str, why_not: str, rows_per_page: int) -> AsyncIterato
 
 
 async def _file_pages(
-    deps: Deps, file_id: str, rows_per_page: int, field: str, images: ImageDoor | None
+    deps: Deps, file_id: str, rows_per_page: int, field: str, images: "ImageDoor | None"
 ) -> AsyncIterator[list[object]]:
+    from llama_stack_provider_moe.control.server import host_files
+
     try:
         name = (await _file_info(deps, file_id)).filename
         pieces = await _file_pieces(cast("_Files", deps[Api.files]), file_id)
@@ -358,6 +363,8 @@ async def _file_pieces(files: _Files, file_id: str) -> AsyncGenerator[bytes]:
     So those two of the host's providers are read here, through names of theirs that the pins of our extras fix and
     `test_hosts` covers; any other is asked by the official call.
     """
+    from llama_stack_provider_moe.control.server import host_files
+
     host: Any = files
     of = f"{type(files).__module__}.{type(files).__name__}"
     if of == f"{HOST}.providers.inline.files.localfs.files.LocalfsFilesImpl":
@@ -370,7 +377,7 @@ async def _file_pieces(files: _Files, file_id: str) -> AsyncGenerator[bytes]:
     return _answered(answer)
 
 
-def _s3_body(client: Any, bucket: str, key: str) -> host_files.Stream:
+def _s3_body(client: Any, bucket: str, key: str) -> "host_files.Stream":
     return cast("host_files.Stream", client.get_object(Bucket=bucket, Key=key)["Body"])
 
 

@@ -1,8 +1,13 @@
 """The registry of models of the host: `deps[Api.models]`, on every host the routing table of its inference API."""
 
+import logging
 from typing import Protocol, cast
 
 from llama_stack_provider_moe.control.server.compat import Api, Deps, HostError
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.serving_config import ServingConfig
+
+log = logging.getLogger(__name__)
 
 
 class _Model(Protocol):
@@ -27,10 +32,16 @@ class _Models(Protocol):
     async def unregister_model(self, *, model_id: str) -> None: ...
 
 
-def providers(deps: Deps) -> set[str] | None:
-    """Return the names of the host's inference providers; None if it has no inference."""
+def must_have_provider(serving: ServingConfig | None, deps: Deps) -> None:
+    """Raise `InvalidInput` if the host has no inference provider of the configured name."""
+    if serving is None:
+        return
     table = _table(deps)
-    return None if table is None else set(table.impls_by_provider_id)
+    if table is None:
+        log.warning("serving: this host has no inference; results are served, and reached without this host")
+    elif serving.provider_id not in table.impls_by_provider_id:
+        there = ", ".join(map(repr, sorted(table.impls_by_provider_id))) or "none"
+        raise InvalidInput("serving.provider_id", serving.provider_id, f"a provider of providers.inference ({there})")
 
 
 async def register(deps: Deps, provider_id: str, name: str) -> str | None:

@@ -10,9 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
-from opentelemetry.metrics import Meter, get_meter
+from opentelemetry.metrics import Meter
 
-from llama_stack_provider_moe.control.config_check.start import plain_start_errors
 from llama_stack_provider_moe.control.server import (
     allowed_paths,
     callers,
@@ -39,18 +38,14 @@ from llama_stack_provider_moe.control.server.creation import Creation
 from llama_stack_provider_moe.control.server.grader_tries import GraderTries
 from llama_stack_provider_moe.control.server.guard import Guard, health
 from llama_stack_provider_moe.control.server.job_rows import RowReader
+from llama_stack_provider_moe.control.server.opening import Opened, opened
 from llama_stack_provider_moe.control.server.own_datasets import OwnDatasets
 from llama_stack_provider_moe.control.server.pipelines import Pipelines
 from llama_stack_provider_moe.control.server.quotas import Quotas
 from llama_stack_provider_moe.control.server.sweeps import Sweeps
-from llama_stack_provider_moe.control.server.telemetry import METER, Telemetry
 from llama_stack_provider_moe.control.server.template_check import TemplateChecker
-from llama_stack_provider_moe.control.store import dataset_files, intake, state_layout
 from llama_stack_provider_moe.control.store.audit import Audit
-from llama_stack_provider_moe.control.store.state_folder import claim_state_folder
 from llama_stack_provider_moe.control.store.store import Job, JobStore
-from llama_stack_provider_moe.control.supervisor import removal
-from llama_stack_provider_moe.control.supervisor.supervisor_keeper import SupervisorKeeper
 from llama_stack_provider_moe.errors import Forbidden, Unavailable
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -83,9 +78,9 @@ class PostTrainingService:
         self, config: ProviderConfig, deps: compat.Deps, policy: compat.Policy = (), meter: Meter | None = None
     ) -> None:
         self.config = config
-        self._meter = get_meter(METER) if meter is None else meter
+        self._deps = deps
+        self._meter = meter
         self._policy = policy
-        self._staging = config.state_dir / "staging"
         self.guard = Guard(config, lambda: health(self.store, config.state_dir))
         self.quotas = Quotas(config, lambda: self.store)
         self.audit = Audit(config)
@@ -105,29 +100,11 @@ class PostTrainingService:
 
     async def initialize(self) -> None:
         """Make the state folder, open the store, and start a supervisor for the jobs that an earlier server left."""
-        await asyncio.to_thread(self._open)
+        self.serve(await asyncio.to_thread(opened, self.config, self._deps, self._meter))
 
-    def _open(self) -> None:
-        with plain_start_errors(self.config):
-            self._open_all()
-
-    def _open_all(self) -> None:
-        self.offers.check()
-        state_layout.tighten(self.config.state_dir, self.config.privacy, log.warning)
-        for folder in (self.config.jobs_dir, self.config.models_dir, self._staging, removal.deleted_dir(self.config)):
-            self.config.privacy.make_folder(folder)
-        self.store = JobStore(self.config.url)
-        try:
-            claim_state_folder(self.config, self.store)
-            removal.sweep(self.store, self.config)
-            dataset_files.sweep(self.config, self.store.datasets)
-        except BaseException:
-            self.store.close()
-            raise
-        self._telemetry = Telemetry(self._meter, self.store, self.config.state_dir / "telemetry.lock")
-        intake.remove_stale(self._staging)
-        self._keeper = SupervisorKeeper(self.config, self.store)
-        self._keeper.start()
+    def serve(self, found: Opened) -> None:
+        """Serve what is open already; `shutdown` closes it."""
+        self.store, self._telemetry, self._keeper = found.store, found.telemetry, found.keeper
 
     async def shutdown(self) -> None:
         """Close the store; the supervisor and its jobs continue."""

@@ -149,17 +149,6 @@ class Offers:
         self._deps = deps
         self._known: set[str] = set()  # registered by this process
 
-    def check(self) -> None:
-        """Raise `InvalidInput` if the host has no inference provider of the configured name."""
-        if self._config.serving is None:
-            return
-        wanted, found = self._config.serving.provider_id, host_models.providers(self._deps)
-        if found is None:
-            log.warning("serving: this host has no inference; results are served, and reached without this host")
-        elif wanted not in found:
-            there = ", ".join(map(repr, sorted(found))) or "none"
-            raise InvalidInput("serving.provider_id", wanted, f"a provider of providers.inference ({there})")
-
     async def registered(self, model: str, owner: str) -> None:
         """Register a model with the host if the caller is its owner; a failure is logged.
 

@@ -22,10 +22,9 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from llama_stack_provider_moe.control.store.job_counts import JobCounts
 from llama_stack_provider_moe.control.store.store import Job, JobStore
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.ground.private import Privacy
-from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.state import JobState
-from llama_stack_provider_moe.spec.recipes import RECIPES
 
 METER = "llama_stack_provider_moe"
 ACTIVE = (JobState.SCHEDULED, JobState.IN_PROGRESS)
@@ -90,6 +89,8 @@ class Telemetry:
         job_counts = self._store.job_counts(self._last_read - OVERLAP)
         self._record(job_counts)
         self._last_read = moment
+        from llama_stack_provider_moe.spec.recipes import RECIPES  # not at a start: it loads every model of a job
+
         known = {*RECIPES, *(recipe for recipe, _ in job_counts.groups)}
         return [
             Observation(group.jobs if group else 0, _about(recipe, state))

@@ -4,18 +4,22 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from llama_stack_provider_moe.spec.blocks import Block
+from llama_stack_provider_moe.spec.blocks import BUILT_AT_ONCE, Block
 from llama_stack_provider_moe.spec.graders import Grader
 
 
 class ValidateGraderRequest(Block):
     """A grader to check."""
 
+    model_config = BUILT_AT_ONCE
+
     grader: Grader = Field(description="Grader, an object with `type` and `name`.")
 
 
 class RunGraderRequest(ValidateGraderRequest):
     """A grader, and an answer to try it on."""
+
+    model_config = BUILT_AT_ONCE
 
     model_sample: str = Field(max_length=1 << 20, description="Answer to grade; templates call it `sample`.")
     item: dict[str, Any] = Field(default_factory=dict, description="Row that it answers; templates call it `item`.")

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, delete, 
 
 from llama_stack_provider_moe.control.store.schema import TableRow, datasets_table
 from llama_stack_provider_moe.errors import InvalidInput, NotFound, TooLarge
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 
 _T = datasets_table.c
 VERSION_EXPECTED = "6 to 64 hexadecimal digits, the beginning of a version's SHA-256"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from sqlalchemy import Column, Connection, select, update
 
 from llama_stack_provider_moe.control.store.owners import belongs_to
@@ -16,7 +16,7 @@ from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.reading import read_each, why_unreadable
 from llama_stack_provider_moe.jobdir.state import JobState
 
-ARTIFACTS: TypeAdapter[tuple[Artifact, ...]] = TypeAdapter(tuple[Artifact, ...])
+ARTIFACTS: TypeAdapter[tuple[Artifact, ...]] = TypeAdapter(tuple[Artifact, ...], config=ConfigDict(defer_build=True))
 
 
 @dataclass(frozen=True)

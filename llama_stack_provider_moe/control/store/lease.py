@@ -8,7 +8,7 @@ from sqlalchemy import Connection, select, update
 from llama_stack_provider_moe.control.store import trial_rows
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table, webhooks_table
 from llama_stack_provider_moe.errors import LeaseLost
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import UNFINISHED
 
 MESSAGE_WAITS = "waiting"  # state of a message that was not delivered yet, see `outbox`

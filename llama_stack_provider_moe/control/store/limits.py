@@ -17,7 +17,7 @@ from sqlalchemy import Connection, delete, func, insert, select
 
 from llama_stack_provider_moe.control.store.schema import TableRow, gpu_use_table, jobs_table
 from llama_stack_provider_moe.errors import OverLimit
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 

@@ -21,7 +21,7 @@ from llama_stack_provider_moe.control.store.parent_jobs import NewJob
 from llama_stack_provider_moe.control.store.schema import jobs_table, supervisor_table
 from llama_stack_provider_moe.control.store.transitions import WAITS, Fence, First
 from llama_stack_provider_moe.errors import Conflict
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.folder import Artifact
 from llama_stack_provider_moe.jobdir.state import ENDED, JobState, check_move
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig

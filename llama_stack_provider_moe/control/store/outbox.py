@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from llama_stack_provider_moe.control.store import lease
 from llama_stack_provider_moe.control.store.schema import TableRow, webhooks_table
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.notify import Notify, NotifyEvent

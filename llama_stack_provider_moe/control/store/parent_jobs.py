@@ -23,7 +23,7 @@ from llama_stack_provider_moe.control.store.schema import (
 )
 from llama_stack_provider_moe.control.store.wait_rows import Wait
 from llama_stack_provider_moe.errors import Conflict, NotFound
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import JobState
 
 _SHOWN = 10  # how many dependents an error names

@@ -27,7 +27,7 @@ from llama_stack_provider_moe.control.store.part_rows import Part
 from llama_stack_provider_moe.control.store.pipeline_ends import PipelineState, as_pipeline
 from llama_stack_provider_moe.control.store.schema import jobs_table, parts_table, pipelines_table
 from llama_stack_provider_moe.errors import Conflict
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 

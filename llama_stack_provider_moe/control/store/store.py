@@ -36,7 +36,7 @@ from llama_stack_provider_moe.control.store.schema import identity_table, jobs_t
 from llama_stack_provider_moe.control.store.sweep_rows import SweepTable
 from llama_stack_provider_moe.control.store.wait_table import WaitTable
 from llama_stack_provider_moe.errors import Conflict, NotFound
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import JobState, check_move
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 

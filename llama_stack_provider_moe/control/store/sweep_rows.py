@@ -35,7 +35,7 @@ from llama_stack_provider_moe.control.store.schema import (
 )
 from llama_stack_provider_moe.control.store.trial_rows import Trial
 from llama_stack_provider_moe.errors import Conflict
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.reading import read_as
 from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig

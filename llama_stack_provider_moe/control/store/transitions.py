@@ -14,7 +14,7 @@ from llama_stack_provider_moe.control.store import lease, queue, trial_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job, change, find
 from llama_stack_provider_moe.control.store.schema import TableRow, jobs_table, supervisor_table
 from llama_stack_provider_moe.errors import Conflict, NotFound, Superseded
-from llama_stack_provider_moe.jobdir.events import now
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir.state import JobState, check_move
 from llama_stack_provider_moe.spec.limits_config import LimitsConfig
 

@@ -1,17 +1,19 @@
 """`WaitTable`: jobs that wait for other jobs, for the supervisor and for answers; see `wait_rows`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import Engine, delete, insert, select
 
 from llama_stack_provider_moe.control.store import wait_rows
 from llama_stack_provider_moe.control.store.job_row import Job, as_job
-from llama_stack_provider_moe.control.store.references import Uses
 from llama_stack_provider_moe.control.store.schema import jobs_table, uses_table, waits_table
 from llama_stack_provider_moe.control.store.transitions import Fence, locked
 from llama_stack_provider_moe.errors import Conflict
 from llama_stack_provider_moe.jobdir.state import JobState
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.control.store.references import Uses
 
 _J, _W = jobs_table.c, waits_table.c
 
@@ -61,7 +63,7 @@ class WaitTable:
                     found.ready.append(as_job(row))
         return found
 
-    def resolved(self, job: Job, uses: Uses, fence: Fence) -> None:
+    def resolved(self, job: Job, uses: "Uses", fence: Fence) -> None:
         """Have a job wait no longer: its names are resolved.
 
         Args:

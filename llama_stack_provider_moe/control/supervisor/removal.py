@@ -24,9 +24,9 @@ from llama_stack_provider_moe.control.store.store import Job, Jobs, JobStore
 from llama_stack_provider_moe.control.supervisor import withdrawal
 from llama_stack_provider_moe.control.supervisor.watchdog import WallClock
 from llama_stack_provider_moe.errors import Conflict, NotFound
+from llama_stack_provider_moe.ground.clock import now
 from llama_stack_provider_moe.jobdir import readers
 from llama_stack_provider_moe.jobdir.attempt import read_attempt
-from llama_stack_provider_moe.jobdir.events import now
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.jobdir.mirror import Mirror, read_places
 from llama_stack_provider_moe.jobdir.reading import why_unreadable

@@ -6,11 +6,18 @@ import sys
 import threading
 from contextlib import suppress
 
-from llama_stack_provider_moe.control.store.store import JobStore
-from llama_stack_provider_moe.control.supervisor import supervisor
+from llama_stack_provider_moe.control.store.store import JobStore, LiveSupervisor
+from llama_stack_provider_moe.control.supervisor.processes import ProcessName
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
 LOG_LIMIT_BYTES = 5 << 20
+_MODULE = f"{__package__}.supervisor"  # not imported: servers import this module when they start
+
+
+def has_ended(holder: LiveSupervisor) -> bool:
+    """Return whether the process that holds the lease is known to have ended."""
+    name = ProcessName.parse(holder.id)
+    return name is not None and name.has_ended()
 
 
 def ensure_supervisor(config: ProviderConfig, store: JobStore) -> bool:
@@ -24,7 +31,7 @@ def ensure_supervisor(config: ProviderConfig, store: JobStore) -> bool:
         Whether a supervisor was started.
     """
     holder = store.live_supervisor()
-    if not config.supervisor.start or (holder is not None and not supervisor.has_ended(holder)):
+    if not config.supervisor.start or (holder is not None and not has_ended(holder)):
         return False
     config.privacy.make_folder(config.state_dir)
     with config.privacy.appended(config.state_dir / "supervisor.starting") as lock:
@@ -43,7 +50,7 @@ def _start(config: ProviderConfig, lock: int) -> None:
         path.replace(path.with_suffix(".log.1"))
     with config.privacy.appended(path) as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", supervisor.__name__, str(lock)],
+            [sys.executable, "-m", _MODULE, str(lock)],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=output,

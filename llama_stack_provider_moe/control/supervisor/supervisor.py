@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llama_stack_provider_moe.control.store import disk
 from llama_stack_provider_moe.control.store.state_folder import claim_state_folder, require_same_store
-from llama_stack_provider_moe.control.store.store import CANCELLED_WAITING, Job, JobStore, LiveSupervisor, NewJob
+from llama_stack_provider_moe.control.store.store import CANCELLED_WAITING, Job, JobStore, NewJob
 from llama_stack_provider_moe.control.store.transitions import Fence, First
 from llama_stack_provider_moe.control.supervisor.devices import given_out
 from llama_stack_provider_moe.control.supervisor.executors import Child, Executor, Exit
@@ -31,6 +31,7 @@ from llama_stack_provider_moe.control.supervisor.outcome import REASON_LIMIT, Ou
 from llama_stack_provider_moe.control.supervisor.playground_room import PlaygroundRoom
 from llama_stack_provider_moe.control.supervisor.processes import PidScope, ProcessName
 from llama_stack_provider_moe.control.supervisor.removal import Retention
+from llama_stack_provider_moe.control.supervisor.starting import has_ended
 from llama_stack_provider_moe.control.supervisor.sweep_watch import SweepWatch
 from llama_stack_provider_moe.control.supervisor.watchdog import Watchdog
 from llama_stack_provider_moe.control.supervisor.webhooks import WebhookSender
@@ -341,12 +342,6 @@ class Supervisor:
 
 def _not_exported(end: Outcome, error: Exception) -> Outcome:
     return end._replace(reason=f"completed, but not exported: {error}"[:REASON_LIMIT])
-
-
-def has_ended(holder: LiveSupervisor) -> bool:
-    """Return whether the process that holds the lease is known to have ended."""
-    name = ProcessName.parse(holder.id)
-    return name is not None and name.has_ended()
 
 
 def supervise(config: ProviderConfig, lock: int | None = None) -> int:

@@ -20,7 +20,8 @@ from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.control.supervisor.executors.local import child_environment
 from llama_stack_provider_moe.control.supervisor.supervisor import supervise
 from llama_stack_provider_moe.errors import InvalidConfig, InvalidInput
-from llama_stack_provider_moe.spec.defaults import DEFAULT_BLOCKS, JobDefaults
+from llama_stack_provider_moe.spec.default_blocks import DEFAULT_BLOCKS
+from llama_stack_provider_moe.spec.defaults import JobDefaults, block_of
 from llama_stack_provider_moe.spec.engines_config import ENGINES, ENGINES_VARIABLE
 from llama_stack_provider_moe.spec.server_config import ProviderConfig, SupervisorConfig
 from tests.control.cli.test_words import moe_train
@@ -103,6 +104,10 @@ def test_the_folder_that_is_left_out_is_the_users_own(tmp_path: Path, monkeypatc
     """Once, it was `~/.llama/moe` below the folder that the server was started in."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert ProviderConfig().state_dir == tmp_path / ".llama" / "moe"
+
+
+def test_each_default_belongs_to_its_block() -> None:
+    assert {part: block_of(part) for part in JobDefaults.model_fields} == DEFAULT_BLOCKS
 
 
 @pytest.mark.parametrize("block", list(DEFAULT_BLOCKS))

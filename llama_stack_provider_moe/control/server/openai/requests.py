@@ -17,7 +17,7 @@ from llama_stack_provider_moe.control.server.openai.reinforcement import (
 )
 from llama_stack_provider_moe.control.server.wire import JsonObject
 from llama_stack_provider_moe.errors import InvalidInput
-from llama_stack_provider_moe.spec.blocks import Block, Resources
+from llama_stack_provider_moe.spec.blocks import BUILT_AT_ONCE, Block, Resources
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from llama_stack_provider_moe.spec.serving_config import gguf_of
 from llama_stack_provider_moe.spec.validation_errors import validated
@@ -89,6 +89,8 @@ class IntegrationRequest(Block):
 
 class FineTuningRequest(Block):
     """The body of a request for a fine-tuning job."""
+
+    model_config = BUILT_AT_ONCE
 
     model: str = Field(description="Model to load: a hub id, the result of one of your jobs, or an allowed folder.")
     training_file: str = Field(
