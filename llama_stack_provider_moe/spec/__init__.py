@@ -34,8 +34,10 @@ from llama_stack_provider_moe.spec.breaker import CircuitBreaker, Curve, MixedDa
 from llama_stack_provider_moe.spec.data import Data, Domain
 from llama_stack_provider_moe.spec.defaults import JobDefaults
 from llama_stack_provider_moe.spec.distill import Distill
+from llama_stack_provider_moe.spec.distill_jobs import DistillSpec
 from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
 from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
+from llama_stack_provider_moe.spec.generation import Generation
 from llama_stack_provider_moe.spec.inference_jobs import (
     AnalysisJob,
     InferenceJob,
@@ -104,6 +106,7 @@ __all__ = [
     "DType",
     "Data",
     "Distill",
+    "DistillSpec",
     "Domain",
     "EditingSpec",
     "Efficiency",
@@ -113,6 +116,7 @@ __all__ = [
     "FromAnalysis",
     "GRPOSpec",
     "Gate",
+    "Generation",
     "InferenceJob",
     "JobDefaults",
     "JobSpec",
@@ -152,6 +156,7 @@ __all__ = [
     "TrainingRecipe",
     "TrainingSpec",
     "WandB",
+    "WritingSpec",
     "numbers",
     "ranges",
 ]
@@ -166,7 +171,8 @@ Recipe = Literal[
 # API also names `kto_pair`, which TRL does not implement.
 
 
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec | DistillSpec
+WritingSpec = GRPOSpec | DistillSpec  # the jobs that learn from answers which the model writes
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model
