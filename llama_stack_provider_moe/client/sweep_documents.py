@@ -123,7 +123,7 @@ class Activity(TypedDict):
 
 
 class GeneratedSample(TypedDict):
-    """An answer that a job generated, and its rewards by grader; null: a grader has none for it."""
+    """An answer that a job generated, and its rewards by grader; null: there is none for it."""
 
     step: int
     group: int
@@ -134,7 +134,7 @@ class GeneratedSample(TypedDict):
     rewards: dict[str, float | None]
     failures: dict[str, str]
     reward: float | None
-    advantage: float
+    advantage: float | None
 
 
 class GeneratedSamples(TypedDict):

@@ -60,7 +60,7 @@ class SweepMethods(PipelineMethods):
         return self._send(calls.routing_shares(job_id))
 
     def samples(self, job_id: str, step: int | None = None, limit: int = 50) -> GeneratedSamples:
-        """Return answers that a GRPO job generated, with their rewards, the newest first or those of a step."""
+        """Return answers that a GRPO or distill job generated, the newest first or those of a step."""
         return self._send(calls.samples(job_id, step, limit))
 
     def activity(self) -> Activity:
@@ -103,7 +103,7 @@ class AsyncSweepMethods(AsyncPipelineMethods):
         return await self._send(calls.routing_shares(job_id))
 
     async def samples(self, job_id: str, step: int | None = None, limit: int = 50) -> GeneratedSamples:
-        """Return answers that a GRPO job generated; see `Client.samples`."""
+        """Return answers that a job generated; see `Client.samples`."""
         return await self._send(calls.samples(job_id, step, limit))
 
     async def activity(self) -> Activity:

@@ -10,7 +10,7 @@ jobs/<job_uuid>/
   data/images/<sha256>.<png|jpg|webp>  images of the rows, once each       written by the server
   data/report.json       what the rows have (`jobdir.row_reports`)              written by the server
   data/sources.json      where the rows came from (`jobdir.row_sources`)        written by the server
-  samples/<step>.jsonl   answers of a GRPO job (`jobdir.samples`)               written by the training process
+  samples/<step>.jsonl   answers of a GRPO or distill job (`jobdir.samples`)    written by the training process
   resolved.json          what was decided from the model (layout, targets ...)  written by the training process
   events.jsonl           typed events, one per line                             written by the training process
   output.log             standard output and error of the training process      written by the training process

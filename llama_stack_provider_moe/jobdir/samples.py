@@ -9,7 +9,7 @@ MOST_CHARACTERS = 20_000  # of a text that is read back
 
 
 class GeneratedSample(BaseModel):
-    """One answer and its rewards."""
+    """One answer, and its rewards if the job has graders."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -19,10 +19,16 @@ class GeneratedSample(BaseModel):
     completion: str = Field(description="Answer, without special tokens.")
     tokens: int = Field(description="Number of the answer's tokens.")
     truncated: bool = Field(description="Whether it reached the largest length.")
-    rewards: dict[str, float | None] = Field(description="Value by grader; null: it has none for this answer.")
+    rewards: dict[str, float | None] = Field(
+        description="Value by grader; null: it has none for this answer. {}: the job has no graders."
+    )
     failures: dict[str, str] = Field(default_factory=dict, description="Reason by grader that gave no value.")
-    reward: float | None = Field(description="Weighted sum; null: a grader gave no value, so nothing is learnt.")
-    advantage: float = Field(description="What the answer's tokens are weighted by in the loss.")
+    reward: float | None = Field(
+        description="Weighted sum; null: a grader gave no value, so nothing is learnt, or the job has no graders."
+    )
+    advantage: float | None = Field(
+        description="What the answer's tokens are weighted by in the loss; null: the job has no graders."
+    )
 
 
 def steps(folder: Path) -> list[int]:

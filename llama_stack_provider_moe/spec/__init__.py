@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from llama_stack_provider_moe.spec.data import Data, Domain
     from llama_stack_provider_moe.spec.defaults import JobDefaults
     from llama_stack_provider_moe.spec.distill import Distill
+    from llama_stack_provider_moe.spec.distill_jobs import DistillSpec
     from llama_stack_provider_moe.spec.evaluation import Gate, RefusalJudge, SafetyEvaluation
     from llama_stack_provider_moe.spec.exports import Exports, ExportSpec
+    from llama_stack_provider_moe.spec.generation import Generation
     from llama_stack_provider_moe.spec.inference_jobs import (
         AnalysisJob,
         InferenceJob,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         LoadingSpec,
         Recipe,
         TrainingSpec,
+        WritingSpec,
     )
     from llama_stack_provider_moe.spec.mixing import MixSpec
     from llama_stack_provider_moe.spec.moe import LoadBalancing, Moe
@@ -117,6 +120,7 @@ __all__ = [
     "DType",
     "Data",
     "Distill",
+    "DistillSpec",
     "Domain",
     "EditingSpec",
     "Efficiency",
@@ -126,6 +130,7 @@ __all__ = [
     "FromAnalysis",
     "GRPOSpec",
     "Gate",
+    "Generation",
     "InferenceJob",
     "JobDefaults",
     "JobSpec",
@@ -165,6 +170,7 @@ __all__ = [
     "TrainingRecipe",
     "TrainingSpec",
     "WandB",
+    "WritingSpec",
     "numbers",
     "ranges",
 ]
@@ -189,10 +195,21 @@ _NAMES = {
     "data": ("Data", "Domain"),
     "defaults": ("JobDefaults",),
     "distill": ("Distill",),
+    "distill_jobs": ("DistillSpec",),
     "evaluation": ("Gate", "RefusalJudge", "SafetyEvaluation"),
     "exports": ("ExportSpec", "Exports"),
+    "generation": ("Generation",),
     "inference_jobs": ("AnalysisJob", "InferenceJob", "PlaygroundSpec", "RoutingAnalysisSpec"),
-    "job_spec": ("AnalysisSpec", "EditingSpec", "JOB_SPEC", "JobSpec", "LoadingSpec", "Recipe", "TrainingSpec"),
+    "job_spec": (
+        "AnalysisSpec",
+        "EditingSpec",
+        "JOB_SPEC",
+        "JobSpec",
+        "LoadingSpec",
+        "Recipe",
+        "TrainingSpec",
+        "WritingSpec",
+    ),
     "mixing": ("MixSpec",),
     "moe": ("LoadBalancing", "Moe"),
     "options": (

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, TypeAdapter
 
 from llama_stack_provider_moe.spec.ablation_jobs import AblationMeasureSpec, AblationSpec
+from llama_stack_provider_moe.spec.distill_jobs import DistillSpec
 from llama_stack_provider_moe.spec.exports import ExportSpec
 from llama_stack_provider_moe.spec.inference_jobs import PlaygroundSpec, RoutingAnalysisSpec
 from llama_stack_provider_moe.spec.mixing import MixSpec
@@ -21,7 +22,8 @@ Recipe = Literal[
     "export",
 ]  # fmt: skip
 
-TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec
+TrainingSpec = SFTSpec | DPOSpec | BreakerSpec | GRPOSpec | KTOSpec | RewardSpec | DistillSpec
+WritingSpec = GRPOSpec | DistillSpec  # the jobs that learn from answers which the model writes
 AnalysisSpec = RoutingAnalysisSpec | AblationMeasureSpec | ProbeSpec
 EditingSpec = AblationSpec | MixSpec | SurgerySpec  # the jobs that write a changed model and train nothing
 LoadingSpec = TrainingSpec | AnalysisSpec | PlaygroundSpec  # the jobs whose process loads the model

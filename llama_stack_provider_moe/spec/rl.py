@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llama_stack_provider_moe.spec.blocks import Block
+from llama_stack_provider_moe.spec.generation import Generation
 from llama_stack_provider_moe.spec.rl_engines import Engine, TransformersEngine
 
 RLLoss = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "gspo"]
@@ -16,7 +16,7 @@ EPSILON_HIGH: dict[str, float] = {"dapo": 0.28, "cispo": 5.0, "gspo": 4e-4}
 EPSILON: dict[str, float] = {"gspo": 3e-4}
 
 
-class RL(Block):
+class RL(Generation):
     """How answers are generated, and what is learnt from their rewards."""
 
     engine: Engine = Field(
@@ -34,14 +34,6 @@ class RL(Block):
         default=1, ge=1, le=64, description="Number of times that each answer is learnt from; above 1, ratios are "
         "clipped against the model that wrote it."
     )  # fmt: skip
-    temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature of the answers.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus: least share of probability to sample from.")
-    max_completion_length: int = Field(
-        default=256,
-        ge=1,
-        le=1 << 16,
-        description="Largest number of tokens of an answer; a prompt has what is left of `options.max_length`.",
-    )
     beta: float = Field(
         default=0.0,
         ge=0,
@@ -104,12 +96,6 @@ class RL(Block):
         le=1_000_000,
         description="Generations in a row whose groups all have equal rewards after which the job stops, because "
         "nothing is learnt; it warns after half of them.",
-    )
-    keep_samples: int = Field(
-        default=512,
-        ge=0,
-        le=100_000,
-        description="Newest answers that the job keeps in its folder, with their rewards; 0: none.",
     )
 
     @property

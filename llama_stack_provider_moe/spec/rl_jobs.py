@@ -1,9 +1,10 @@
 """The jobs that learn from rewards: GRPO."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llama_stack_provider_moe.spec.generation import Generation, least_rows, refuse_moving_routers, refuse_no_room
 from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Refusal, RewardModel
 from llama_stack_provider_moe.spec.options import RLOptions
 from llama_stack_provider_moe.spec.rewards import Grading, Rewards
@@ -12,15 +13,11 @@ from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.training_jobs import TrainingJob
 
-_WHY_BALANCING = {
-    "expert_choice": "whose experts choose among the tokens of a batch, so that a model would generate with one router "
-    "and learn with another",
-    "aux_free": "which moves the routers' biases between generating an answer and learning from it",
-}
-
 
 class GRPOSpec(TrainingJob):
     """Group relative policy optimisation (arXiv 2402.03300), with rewards by graders."""
+
+    generating_block: ClassVar[str] = "rl"  # name of the block that says how answers are written
 
     recipe: Literal["grpo"] = Field(description="Reinforcement learning: answers of the model, rewarded by graders.")
     rl: RL = Field(default_factory=RL)
@@ -40,9 +37,7 @@ class GRPOSpec(TrainingJob):
         if training.max_steps_per_epoch % rl.steps_a_generation:
             raise ValueError(f"training.max_steps_per_epoch: {training.max_steps_per_epoch} is not valid; expected a "
                              f"multiple of {rl.steps_a_generation}, the steps of one generation")  # fmt: skip
-        if rl.max_completion_length >= self.options.max_length:
-            raise ValueError(f"rl.max_completion_length: {rl.max_completion_length} is not valid; expected less than "
-                             f"options.max_length, {self.options.max_length}, which has the prompt too")  # fmt: skip
+        refuse_no_room(self, self.generating_block, rl)
         return self
 
     @model_validator(mode="after")
@@ -65,9 +60,7 @@ class GRPOSpec(TrainingJob):
         for name in ("expert_dropout", "router_jitter"):
             if getattr(moe, name) > 0:
                 raise ValueError(f"moe.{name}: is for SFT only; a model that generates must learn as it generated")
-        if moe.moe_load_balancing in _WHY_BALANCING:
-            raise ValueError(f"moe.moe_load_balancing: {moe.moe_load_balancing!r} is not valid with recipe 'grpo', "
-                             f"{_WHY_BALANCING[moe.moe_load_balancing]}; expected 'switch' or 'gshard'")  # fmt: skip
+        refuse_moving_routers(self, self.recipe)
         if self.data.packed or self.data.train_on_input:
             raise ValueError("data: packed and train_on_input are for SFT only; GRPO learns from generated answers")
         if self.data.domains is not None or self.data.domain_column is not None:
@@ -85,6 +78,11 @@ class GRPOSpec(TrainingJob):
         if self.options.turns != "all":
             raise ValueError("options.turns: is for SFT only; GRPO learns from generated answers")
         return self
+
+    @property
+    def generating(self) -> Generation:
+        """How answers are written."""
+        return self.rl
 
     def grader_models(self) -> dict[str, str]:
         """Dotted name of each field of a grader that names a model or a probe -> its value."""
@@ -120,17 +118,6 @@ class GRPOSpec(TrainingJob):
         rl, training = self.rl, self.training
         step = training.batch_size * training.gradient_accumulation_steps * self.resources.ranks
         prompts = step * rl.steps_per_generation // rl.n_generations
-        share = 0.0 if self.data.has_validation_sets else self.options.validation_split
-        least = prompts if share == 0 else max(2, int(prompts / (1 - share)) - 1)
-        while least - held_out_of(least, share) < prompts:
-            least += 1
-        held = held_out_of(least, share)
-        why = f"at least {least:,} rows: {prompts:,} fill one generation (training.batch_size {training.batch_size} x "
-        why += f"gradient_accumulation_steps {training.gradient_accumulation_steps} x rl.steps_per_generation "
-        why += f"{rl.steps_per_generation} / rl.n_generations {rl.n_generations})"
-        return least, why + (f", and {held:,} are held out (options.validation_split {share:g})" if held else "")
-
-
-def held_out_of(rows: int, share: float) -> int:
-    """Number of the rows that `options.validation_split` holds out: at least one of two."""
-    return 0 if share == 0 or rows < 2 else max(1, round(rows * share))
+        product = f"training.batch_size {training.batch_size} x gradient_accumulation_steps "
+        product += f"{training.gradient_accumulation_steps} x rl.steps_per_generation {rl.steps_per_generation} / "
+        return least_rows(self, prompts, f"{product}rl.n_generations {rl.n_generations}")

@@ -39,8 +39,8 @@ def refuse_beside_sharding(job: "TrainingJob") -> None:
             _reference_ahead(job)
         ),
         "an eval block, which a single process runs": job.eval is not None,
-        "recipe 'grpo', whose processes write answers of unequal lengths, while a divided model needs all of them in "
-        "every pass (expected 'ddp')": isinstance(job.options, RLOptions),
+        f"recipe {getattr(job, 'recipe', None)!r}, whose processes write answers of unequal lengths, while a divided "
+        "model needs all of them in every pass (expected 'ddp')": isinstance(job.options, RLOptions),
         "a distill block, whose teacher is not divided": getattr(job, "distill", None) is not None,
         **(_against_fsdp(job) if strategy == "fsdp" else _against_ep(job)),
     }

@@ -26,6 +26,7 @@ _OF_RECIPE = {
     "dpo": (*_EVERY, "rewards/accuracies", "rewards/margins"),
     "kto": (*_EVERY, "rewards/margins"),
     "reward": (*_EVERY, "rewards/accuracies", "rewards/margins"),
+    "distill": ("validation_loss", "perplexity", "completions/mean_length", "completions/clipped_ratio"),
     # The mean reward by grader too, `rewards/NAME/mean`; the loss of a policy says nothing, and the one on held-out
     # prompts is their reward, negated.
     "grpo": ("validation_loss", "perplexity", "reward", "kl", "completions/mean_length", "completions/clipped_ratio"),

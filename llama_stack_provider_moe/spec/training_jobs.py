@@ -29,7 +29,7 @@ from llama_stack_provider_moe.spec.row_sources import DomainColumn, RowSource
 from llama_stack_provider_moe.spec.strategy_limits import refuse_beside_offload, refuse_beside_sharding
 from llama_stack_provider_moe.spec.unsloth_limits import Loader, refuse_beside_unsloth
 
-TrainingRecipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"]
+TrainingRecipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward", "distill"]
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
@@ -134,6 +134,14 @@ class TrainingJob(EvaluatedJob):
                                  "domains have one; name one, or set options.validation_split > 0")  # fmt: skip
         return self
 
+    def teacher_named(self) -> tuple[str, str] | None:
+        """The field that names another model as the teacher, by its dotted name, and its value; None: none does."""
+        return None
+
+    def with_teacher(self, model: str) -> dict[str, object]:
+        """The fields of a job that names a teacher with another name of it."""
+        raise AssertionError("the job names no teacher")
+
     def row_sources(self) -> list[RowSource]:
         """The data sets that the job reads; the server copies each into the job's folder."""
         return [*self._training_sources(), *self.evaluation_sources()]
@@ -183,6 +191,17 @@ class SFTSpec(TrainingJob):
     def _teacher_is_possible(self) -> "SFTSpec":
         check_distill(self)
         return self
+
+    def teacher_named(self) -> tuple[str, str] | None:
+        """The field that names another model as the teacher, and its value; None: there is none, or it is this one."""
+        if self.distill is None or self.distill.model is None:
+            return None
+        return "distill.model", self.distill.model
+
+    def with_teacher(self, model: str) -> dict[str, object]:
+        """The fields of the job with another name of the teacher."""
+        assert self.distill is not None, "the job names a teacher"
+        return {"distill": self.distill.model_copy(update={"model": model})}
 
 
 class DPOSpec(TrainingJob):

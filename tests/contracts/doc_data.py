@@ -40,6 +40,7 @@ BASES: list[dict[str, Any]] = [
     {"recipe": "dpo", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "kto", "model": "m", "data": {"dataset_id": "d"}},
     {"recipe": "reward", "model": "m", "data": {"dataset_id": "d"}},
+    {"recipe": "distill", "model": "m", "teacher": "t", "data": {"dataset_id": "d"}},
     {"recipe": "circuit_breaker", "model": "m", "data": {"dataset_id": "d"},
      "circuit_breaker": {"retain": {"dataset_id": "r"}, "target_layers": "1,2"}},
     {"recipe": "routing_analysis", "model": "m", "data": {"sets": {"a": "d", "b": "e"}}},

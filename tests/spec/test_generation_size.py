@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.spec import JOB_SPEC
-from llama_stack_provider_moe.spec.rl_jobs import held_out_of
+from llama_stack_provider_moe.spec.generation import held_out_of
 from llama_stack_provider_moe.spec.row_sources import RowSource
 
 

@@ -31,6 +31,7 @@ def test_a_job_is_validated_by_its_recipes_class(name: str) -> None:
         "surgery": {"surgery": {"action": "prune", "drop": {"all": "1"}}},
         "export": {"of": "a", "export": {"merged": True}},
         "grpo": {"reward": [{"grader": {"type": "length", "name": "short", "most": 9}}]},
+        "distill": {"teacher": "t"},
     }
     body: dict[str, Any] = {"recipe": name, "model": "m", "data": {"dataset_id": "a"}} | blocks.get(name, {})
     if name in ("export", "playground", "ablation", "mix"):

@@ -1,4 +1,4 @@
-"""GRPO jobs whose answers are given, not sampled: `python -m tests.support.given_answers JOB_FOLDER ...`.
+"""Jobs whose answers are given, not sampled: `python -m tests.support.given_answers JOB_FOLDER ...`.
 
 Sampling differs between one process and two. Given answers depend on the prompt, the step and the place in the group,
 so that the rest of a job is comparable. Each job runs in forks of this process, which imports the libraries once.
@@ -16,7 +16,7 @@ from llama_stack_provider_moe.jobdir.folder import JobFolder
 
 def given(trainer: Any, prompts: list[list[int]], *_: object, **__: object) -> tuple[list[list[int]], None]:
     """Answers of 1 to 6 tokens; those that are shorter end."""
-    training, size = trainer.model.training, trainer.spec.rl.n_generations
+    training, size = trainer.model.training, trainer.generations.answers
     first = trainer.peers.rank * len(prompts)
     answers = []
     for at, prompt in enumerate(prompts, start=first):
@@ -29,9 +29,10 @@ def given(trainer: Any, prompts: list[list[int]], *_: object, **__: object) -> t
 if __name__ == "__main__":
     folders = [JobFolder(Path(each)) for each in sys.argv[1:]]
     be_quiet(folders[0])
-    from llama_stack_provider_moe.compute.recipes import grpo
+    from llama_stack_provider_moe.compute.recipes import distill, grpo
 
     grpo.GRPO._generate_single_turn = given  # type: ignore[method-assign, assignment]
+    distill.OnPolicyDistillation._generate_single_turn = lambda *asked: given(*asked)[0]  # type: ignore[method-assign]
     for folder in folders:
         pid = os.fork()
         if pid == 0:

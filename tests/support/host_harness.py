@@ -30,7 +30,8 @@ API = "/v1alpha/post-training"
 # The models of the tests' jobs and of the templates.
 HUB_MODELS = {
     "owner/name", "plan/completes", "plan/fails", "plan/talks", "plan/goes-on",
-    *(json.loads(path.read_text(encoding="utf-8")).get("model", "owner/name") for path in TEMPLATES.glob("*.json")),
+    *(json.loads(path.read_text(encoding="utf-8")).get(name, "owner/name")
+      for path in TEMPLATES.glob("*.json") for name in ("model", "teacher")),
 }  # fmt: skip
 STOP_LIMIT_S = 120.0
 START_LIMIT_S = 600.0  # the imports take some 9 CPU-seconds, on a core that others may use too

@@ -183,7 +183,9 @@ class Workshop:
         **blocks: Any,
     ) -> JobFolder:
         """The folder of such a job, which has not started."""
-        make = {"dpo": dpo_rows, "grpo": prompt_rows, "kto": kto_rows, "reward": dpo_rows}.get(recipe, sft_rows)
+        make = {"dpo": dpo_rows, "grpo": prompt_rows, "distill": prompt_rows, "kto": kto_rows, "reward": dpo_rows}.get(
+            recipe, sft_rows
+        )
         self.jobs += 1
         folder = JobFolder(self.root / "jobs" / f"{recipe}-{self.jobs}")
         folder.data.mkdir(parents=True, exist_ok=True)
@@ -203,6 +205,9 @@ class Workshop:
         if recipe == "grpo":  # four groups of two short answers, of which a tiny model gives some the reward
             body["rl"] = {"n_generations": 2, "max_completion_length": 6}
             body["reward"] = [{"grader": {"type": "regex", "name": "has e", "pattern": "e"}}]
+        if recipe == "distill":  # from another model of the family
+            body["teacher"] = str(self.model("granitemoe", seed=5))
+            body["generation"] = {"max_completion_length": 6}
         for name, block in blocks.items():
             inside = isinstance(block, dict) and isinstance(body.get(name), dict)
             body[name] = {**body[name], **block} if inside else block

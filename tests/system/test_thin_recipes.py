@@ -1,4 +1,4 @@
-"""KTO and reward models over HTTP: rows, a result, its export and a grader; and what is refused."""
+"""KTO, reward models and on-policy distillation over HTTP: rows, a result, and what is refused."""
 
 import time
 from collections.abc import Iterator
@@ -30,6 +30,9 @@ PAIRS = [
 ]
 REWARD: dict[str, Any] = {**KTO, "recipe": "reward", "data": {"dataset_id": "pairs"},
                           "options": {"max_length": 64, "save_merged": True}}  # fmt: skip
+PROMPTS = [{"prompt": f"Say {number}.", "completion": "Five."} for number in range(24)]
+DISTILL: dict[str, Any] = {**KTO, "recipe": "distill", "data": {"dataset_id": "prompts"}, "teacher": "teacher",
+                           "generation": {"max_completion_length": 8}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = run_config(QUICKSTART, folder, provider={"child_env": child_env, "supervisor": {"poll_s": 1}})
     with serving(config, folder / "state") as running:
         tiny_models.build("qwen3_moe", running.state_dir / "models" / "qwen3_moe")
+        tiny_models.build("granitemoe", running.state_dir / "models" / "teacher")
+        running.register("prompts", PROMPTS)
         running.register("thumbs", THUMBS)
         running.register("pairs", PAIRS)
         running.register("only-up", [row | {"thumbs_up": True} for row in THUMBS])
@@ -67,6 +72,25 @@ def test_a_kto_job_completes(server: Server) -> None:
     manifest = folder.read_manifest()
     assert manifest is not None
     assert [artifact.kind for artifact in manifest.artifacts].count("adapter") == 1
+
+
+def test_a_model_learns_from_a_teacher_and_its_answers_are_shown(server: Server) -> None:
+    folder = submitted(server, DISTILL, "taught")
+    (*_, last) = scan(folder.events, events.Step)
+    assert {"divergence", "entropy", "completions/mean_length", "aux_loss"} <= last.metrics.keys()
+    assert folder.read_spec().teacher == str(server.state_dir / "models" / "teacher")  # type: ignore[union-attr]
+    with server.http() as http:
+        shown = http.get("/jobs/taught/samples", params={"limit": 100}).json()
+        assert shown["steps"] == [1, 2]
+        assert all(each["rewards"] == {} and each["advantage"] is None for each in shown["data"])
+        assert "Say " in shown["data"][0]["prompt"]
+        assert "Five." not in shown["data"][0]["prompt"]
+        moving = http.post("/jobs", json={**DISTILL, "model": "qwen3_moe", "moe": {"moe_load_balancing": "aux_free"}})
+        assert moving.status_code == 400, moving.text
+        assert "moe.moe_load_balancing: 'aux_free' is not valid with recipe 'distill'" in moving.text
+        absent = http.post("/jobs", json={**DISTILL, "model": "qwen3_moe", "teacher": "nobody/has-it"})
+        assert absent.status_code == 400, absent.text
+        assert "teacher: 'nobody/has-it' is not valid" in absent.text
 
 
 def test_a_reward_model_is_trained_and_grades(server: Server) -> None:

@@ -35,8 +35,8 @@ from llama_stack_provider_moe.ground import liveness
 from llama_stack_provider_moe.jobdir import row_domains
 from llama_stack_provider_moe.jobdir.row_domains import DomainsOfRows
 from llama_stack_provider_moe.spec import Data as SpecData
-from llama_stack_provider_moe.spec import Domain, DPOSpec, GRPOSpec, MixedData, RewardSpec, SFTSpec
-from llama_stack_provider_moe.spec.rl_jobs import held_out_of
+from llama_stack_provider_moe.spec import Domain, DPOSpec, MixedData, RewardSpec, SFTSpec, WritingSpec
+from llama_stack_provider_moe.spec.generation import held_out_of
 
 if TYPE_CHECKING:
     from llama_stack_provider_moe.compute.models.images import Images
@@ -370,8 +370,9 @@ class Maker:
         options, dropped = self.session.spec.options, counts.dropped.count
         if dropped > options.max_dropped * counts.source:
             more_room = "Raise options.max_length"
-            if isinstance(self.session.spec, GRPOSpec):
-                more_room = "Lower rl.max_completion_length, raise options.max_length"
+            if isinstance(self.session.spec, WritingSpec):
+                block = self.session.spec.generating_block
+                more_room = f"Lower {block}.max_completion_length, raise options.max_length"
             raise DataError(
                 f"dataset {dataset_id!r}: {dropped} of {counts.source} rows ({dropped / counts.source:.1%}) would be "
                 f"left out, more than options.max_dropped = {options.max_dropped:g} allows: {counts.dropped.text()}. "

@@ -38,6 +38,15 @@ class Generations:
             count = min(count, training.max_steps_per_epoch // steps)
         return Generations(each, rl.n_generations, steps * training.gradient_accumulation_steps, steps, count)
 
+    @staticmethod
+    def of_a_step(training: Training, prompts: int, processes: int) -> "Generations":
+        """The generations of an epoch over so many prompts, if each step learns from one answer to each of its own."""
+        each = rows_a_step(training, processes)
+        count = prompts // each
+        if training.max_steps_per_epoch:
+            count = min(count, training.max_steps_per_epoch)
+        return Generations(each, 1, training.gradient_accumulation_steps, 1, count)
+
 
 class GroupSampler(Sampler[int]):
     """Indices of prompts: those of a generation, each `answers` times, and all that once for each micro-batch.

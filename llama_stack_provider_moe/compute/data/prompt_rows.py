@@ -1,4 +1,4 @@
-"""The rows of a job that generates: each prompt as it is sent to the model, and what graders read of its row."""
+"""The rows of a job that generates: each prompt as it is sent to the model, and what any graders read of its row."""
 
 import json
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from llama_stack_provider_moe.compute.data.encoding import (
 )
 from llama_stack_provider_moe.compute.data.rendering import Rendering, Tokens
 from llama_stack_provider_moe.compute.runtime.context import Session
-from llama_stack_provider_moe.spec import GRPOSpec
+from llama_stack_provider_moe.spec import WritingSpec
 from llama_stack_provider_moe.spec.rows import CanonicalRow, Conversation, PromptRow
 
 FEATURES = Features({"prompt_ids": List(Value("int32")), "item": Value("large_string")})
 
 
-def prompt_rows(session: Session[GRPOSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
+def prompt_rows(session: Session[WritingSpec], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rows:
     """Rows with columns `prompt_ids` and `item`, the row's columns as JSON.
 
     Args:
@@ -46,11 +46,12 @@ def prompt_rows(session: Session[GRPOSpec], tokenizer: PreTrainedTokenizerBase, 
     return Rows(train, validation, maker.counts, ends_of(encoder, maker.counts), domains)
 
 
-def prompt_limit(spec: GRPOSpec) -> Limit:
+def prompt_limit(spec: WritingSpec) -> Limit:
     """The largest number of tokens of a prompt: what an answer leaves."""
-    most, answer, truncate = spec.options.max_length, spec.rl.max_completion_length, spec.options.truncate
+    most, answer, truncate = spec.options.max_length, spec.generating.max_completion_length, spec.options.truncate
     room = most - answer
-    told = f"{room} tokens, which rl.max_completion_length {answer} leaves of options.max_length {most}"
+    setting = f"{spec.generating_block}.max_completion_length"
+    told = f"{room} tokens, which {setting} {answer} leaves of options.max_length {most}"
     return Limit(room, truncate, told)
 
 

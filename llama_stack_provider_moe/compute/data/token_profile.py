@@ -38,7 +38,7 @@ from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an
 from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
 from llama_stack_provider_moe.compute.models.rope import scaled_config
 from llama_stack_provider_moe.errors import MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, GRPOSpec, KTOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, KTOSpec, SFTSpec, TrainingSpec, WritingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.rows import CanonicalRow
@@ -82,7 +82,7 @@ class Sequences:
         self._has_conversations = False
         self._lengths = Tally()
         self._positions = positions
-        self._answer = spec.rl.max_completion_length if isinstance(spec, GRPOSpec) else 0
+        self._answer = spec.generating.max_completion_length if isinstance(spec, WritingSpec) else 0
         self._beyond: list[int] = []  # numbers of rows, each as often as it has such sequences
         self._refused, self._dropped = Reasons(), Reasons()
         self._truncated = self._tokens = self._learnt = self._sequences = 0
@@ -163,7 +163,7 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     if isinstance(spec, BreakerSpec):
         block = spec.circuit_breaker
         return BreakEncoder(tokenizer, rendering, limit, block.request_length, block.response_length)
-    if isinstance(spec, GRPOSpec):
+    if isinstance(spec, WritingSpec):
         return PromptEncoder(tokenizer, rendering, prompt_limit(spec))
     assert isinstance(spec, SFTSpec)
     return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input)

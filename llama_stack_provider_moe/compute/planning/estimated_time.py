@@ -2,11 +2,24 @@
 
 import torch
 
-from llama_stack_provider_moe.compute.planning.generation import BANDWIDTH_SHARE, answers_at_once, decode_bytes
+from llama_stack_provider_moe.compute.planning.generation import (
+    BANDWIDTH_SHARE,
+    answers_at_once,
+    decode_bytes,
+    writes_itself,
+)
 from llama_stack_provider_moe.compute.planning.planner import Planner, changed
+from llama_stack_provider_moe.compute.planning.teacher import distils
 from llama_stack_provider_moe.compute.planning.throughput import bandwidth, count_flops, peak_flops
-from llama_stack_provider_moe.spec import BreakerSpec, GRPOSpec, KTOSpec, RewardSpec, SFTSpec, TrainingSpec
-from llama_stack_provider_moe.spec.rl_engines import TransformersEngine
+from llama_stack_provider_moe.spec import (
+    BreakerSpec,
+    DistillSpec,
+    GRPOSpec,
+    KTOSpec,
+    RewardSpec,
+    TrainingSpec,
+    WritingSpec,
+)
 from llama_stack_provider_moe.spec.row_sources import PAIRED
 from llama_stack_provider_moe.spec.run_time import RunTime, rows_in_run, run_time, unknown_time
 
@@ -33,12 +46,14 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
         spec = changed(spec, {"adapter.quantize_base": False, "adapter.quantize_bits": 4,
                               "adapter.quantize_scales": False, "efficiency.offload_experts": False})  # fmt: skip
     adapted = planner.adapted(spec)
-    distils = isinstance(spec, SFTSpec) and spec.distill is not None  # by another model: as if it were as large
-    references = float(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or distils)
+    # A teacher that is another model counts as if it were as large.
+    references = float(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or distils(spec))
     if isinstance(spec, KTOSpec):
         references = 3  # both models also run over mismatched answers
     if isinstance(spec, GRPOSpec):
         references = _passes_beside(spec)
+    if isinstance(spec, DistillSpec):  # the model's pass over the prompt too
+        references += 1 - spec.generation.max_completion_length / spec.options.max_length
     step = count_flops(adapted.model, adapted.layout, references, head=not isinstance(spec, RewardSpec))
     return step.of([spec.options.max_length]) / spec.options.max_length
 
@@ -46,7 +61,7 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
 def _passes_beside(spec: GRPOSpec) -> float:
     """Passes without gradients over a row that is learnt from: the reference's, the old policy's, and its prompt's."""
     rl, length = spec.rl, spec.options.max_length
-    writes = isinstance(rl.engine, TransformersEngine)
+    writes = writes_itself(spec)
     prompt = (length - rl.max_completion_length) / length if writes else 0.0
     return (int(rl.beta > 0) + int(rl.steps_a_generation > 1 or not writes) + prompt) / rl.n_iterations
 
@@ -67,7 +82,7 @@ def estimated(planner: Planner, spec: TrainingSpec, device: str | None, rows: in
         in_dtype = f"{device} in {spec.training.dtype}"
         return unknown_time(f"no job like it was measured, and the peak of {in_dtype} is not known")
     speed = UTILISATION * peak * spec.resources.ranks / flops_a_token(planner, spec)
-    if isinstance(spec, GRPOSpec):
+    if isinstance(spec, WritingSpec):
         return _with_answers(planner, spec, device, speed, rows)
     pair = 2 if spec.recipe in PAIRED else 1
     basis = (
@@ -77,7 +92,7 @@ def estimated(planner: Planner, spec: TrainingSpec, device: str | None, rows: in
     return run_time(speed, rows_in_run(spec, rows), pair * spec.options.max_length, "estimated", basis)
 
 
-def _with_answers(planner: Planner, spec: GRPOSpec, device: str, speed: float, rows: int | None) -> RunTime:
+def _with_answers(planner: Planner, spec: WritingSpec, device: str, speed: float, rows: int | None) -> RunTime:
     """The time of a job that also writes answers, unless an engine of its own does.
 
     Args:
@@ -87,21 +102,22 @@ def _with_answers(planner: Planner, spec: GRPOSpec, device: str, speed: float, r
         speed: tokens of prompts and answers a second of a job that only learns.
         rows: of a whole epoch; None if unknown.
     """
-    rl, length = spec.rl, spec.options.max_length
+    length, answer = spec.options.max_length, spec.generating.max_completion_length
     basis = (
         f"estimated from the operations of a token, at {UTILISATION:.0%} of the peak of {device}, with every prompt "
         f"and answer as long as {length:,} tokens together"
     )
-    written = bandwidth(device) if isinstance(rl.engine, TransformersEngine) else None
+    written = bandwidth(device) if writes_itself(spec) else None
     if written is None:
         basis += ", without the time that writing answers takes, which is not known"
     else:
-        learnt = answers_at_once(spec) * spec.resources.ranks * rl.n_iterations * length  # tokens, of a generation
+        times = spec.rl.n_iterations if isinstance(spec, GRPOSpec) else 1
+        learnt = answers_at_once(spec) * spec.resources.ranks * times * length  # tokens, of a generation
         read = decode_bytes(spec, planner.adapted(spec), planner.weights(spec))
         decoding_s = read / (BANDWIDTH_SHARE * written)
         speed = learnt / (learnt / speed + decoding_s)
         basis += (
-            f", and for answers of {rl.max_completion_length:,} tokens from the bytes that each token's step reads, at "
+            f", and for answers of {answer:,} tokens from the bytes that each token's step reads, at "
             f"{BANDWIDTH_SHARE:.0%} of its memory's bandwidth"
         )
     return run_time(speed, rows_in_run(spec, rows), length, "estimated", basis)

@@ -1,4 +1,4 @@
-"""Memory and time that GRPO's answers take where the trained model itself writes them (`rl.engine` transformers).
+"""Memory and time that answers take which the trained model itself writes: distill, and GRPO without another engine.
 
 One call of transformers' `generate` writes all answers of a process's part of a generation, B of them, to prompts of P
 tokens with at most C tokens each:
@@ -18,6 +18,7 @@ bandwidth, of which a job is assumed to reach `BANDWIDTH_SHARE`. No GPU was meas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -25,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
 from llama_stack_provider_moe.compute.planning.per_process import Weight
-from llama_stack_provider_moe.spec import GRPOSpec, TrainingSpec
+from llama_stack_provider_moe.spec import DistillSpec, GRPOSpec, TrainingSpec, WritingSpec
 from llama_stack_provider_moe.spec.rl_engines import TransformersEngine
 
 BANDWIDTH_SHARE = 0.5
@@ -53,10 +54,18 @@ class GenerationMemory:
     share: float
 
 
-def answers_at_once(spec: GRPOSpec) -> int:
+def writes_itself(spec: TrainingSpec) -> TypeGuard[WritingSpec]:
+    """Whether the trained model writes the answers that it learns from, not another engine."""
+    return isinstance(spec, DistillSpec) or (
+        isinstance(spec, GRPOSpec) and isinstance(spec.rl.engine, TransformersEngine)
+    )
+
+
+def answers_at_once(spec: WritingSpec) -> int:
     """B, the answers that one process writes together."""
     training = spec.training
-    return training.batch_size * training.gradient_accumulation_steps * spec.rl.steps_per_generation
+    steps = spec.rl.steps_per_generation if isinstance(spec, GRPOSpec) else 1
+    return training.batch_size * training.gradient_accumulation_steps * steps
 
 
 def generation_memory(spec: TrainingSpec, config: PreTrainedConfig) -> GenerationMemory | None:
@@ -66,15 +75,15 @@ def generation_memory(spec: TrainingSpec, config: PreTrainedConfig) -> Generatio
         spec: the job.
         config: of its model.
     """
-    if not isinstance(spec, GRPOSpec) or not isinstance(spec.rl.engine, TransformersEngine):
+    if not writes_itself(spec):
         return None
-    rl, length = spec.rl, spec.options.max_length
+    asked, length = spec.generating, spec.options.max_length
     size, rows = DTYPES[spec.training.dtype].itemsize, answers_at_once(spec)
-    prompt = length - rl.max_completion_length
+    prompt = length - asked.max_completion_length
     token = rows * size * cached_numbers(config)
     kept = [_least(length - 1, window) for window in windows_of(config)]  # the last token is never run
-    top_p = _TOP_P if rl.top_p < 1 else 0
-    sampled = _SAMPLED + top_p + (_TEMPERATURE if rl.temperature != 1 else 0)
+    top_p = _TOP_P if asked.top_p < 1 else 0
+    sampled = _SAMPLED + top_p + (_TEMPERATURE if asked.temperature != 1 else 0)
     return GenerationMemory(
         prompts=token * prompt * len(kept),
         answers=token * sum(kept),
@@ -103,7 +112,7 @@ def windows_of(config: PreTrainedConfig) -> list[int | None]:
     ]
 
 
-def decode_bytes(spec: GRPOSpec, adapted: MetaModel, weights: Sequence[Weight]) -> float:
+def decode_bytes(spec: WritingSpec, adapted: MetaModel, weights: Sequence[Weight]) -> float:
     """Bytes that all decode steps of a generation read in one process.
 
     An expert is read if any of the B answers' tokens chose it: of even choices 1 - (1 - K / E)^B of all experts.
@@ -118,7 +127,7 @@ def decode_bytes(spec: GRPOSpec, adapted: MetaModel, weights: Sequence[Weight]) 
     hit = 1.0 if layout is None else 1 - (1 - layout.top_k / layout.num_experts) ** rows
     held = sum(each.bytes * (hit if each.kind == "expert" else 1.0) for each in weights if each.kind != "embedding")
     last = spec.options.max_length - 1  # tokens that are run; the first of an answer follows from its prompt's pass
-    steps = range(last - spec.rl.max_completion_length + 2, last + 1)
+    steps = range(last - spec.generating.max_completion_length + 2, last + 1)
     cached = sum(_least(tokens, window) for window in windows_of(config) for tokens in steps)
     return len(steps) * held + rows * size * cached_numbers(config) * cached
 

@@ -19,16 +19,16 @@ The step is divided into terms, and the answer states each of them:
                   are decoded and joined
     buckets       several processes: the buffers that average gradients, in addition to the gradients
     gathered      several processes: weights, gradients or tokens of others, while a layer or the head runs
-    cache         GRPO: keys and values of the answers that the model writes, see `generation`
+    cache         GRPO and distill: keys and values of the answers that the model writes, see `generation`
     vision        rows with images: pixels, and what a vision tower and its projector take, see `tower_memory`
 
     peak = weights + adapter + optimizer + max over moments of the step (the other terms at that moment)
 
 The moments are the forward and backward of each layer, of the ends (embeddings and head), of a vision tower, DPO's
-reference pass, the optimiser's step, and in GRPO the pass over prompts and the last token of answers. With gradient
-accumulation, all gradients exist at each moment of a step. Memory outside tensors is not included: the CUDA context
-(some 0.5 GiB), and what the allocator can't use because of fragmentation. `per_process` counts what each of several
-processes holds.
+reference pass, the optimiser's step, and in GRPO and distill the pass over prompts and the last token of answers. With
+gradient accumulation, all gradients exist at each moment of a step. Memory outside tensors is not included: the CUDA
+context (some 0.5 GiB), and what the allocator can't use because of fragmentation. `per_process` counts what each of
+several processes holds.
 """
 
 from collections.abc import Iterator

@@ -39,12 +39,12 @@ from llama_stack_provider_moe.compute.planning.per_process import (
     with_offloaded,
 )
 from llama_stack_provider_moe.compute.planning.smaller_settings import Fields, of_all_kinds, of_one_kind
-from llama_stack_provider_moe.compute.planning.teacher import compares, teacher_memory
+from llama_stack_provider_moe.compute.planning.teacher import compares, distils, teacher_memory
 from llama_stack_provider_moe.compute.planning.tower_inputs import RowImages
 from llama_stack_provider_moe.compute.planning.vision_plan import VisionPlan, vision_plan
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.ground.counting import number_of
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, TrainingSpec
 from llama_stack_provider_moe.spec.blocks import Strategy
 from llama_stack_provider_moe.spec.error_words import reason
 from llama_stack_provider_moe.spec.image_limits import require_trainable_images
@@ -300,9 +300,10 @@ class Planner:
         batch = Batch(spec.training.batch_size, spec.options.max_length)
         adapter = None if spec.adapter is None else spec.adapter.model_dump()
         breaker = spec.circuit_breaker.model_dump() if isinstance(spec, BreakerSpec) else None
-        distils = isinstance(spec, SFTSpec) and spec.distill is not None
         rope = spec.options.rope_scaling
-        key = repr((spec.recipe, distils, rope, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch))
+        key = repr(
+            (spec.recipe, distils(spec), rope, adapter, spec.moe.model_dump(), breaker, spec.training.dtype, batch)
+        )
         if key not in self._seen:
             self._seen[key] = self._rehearse(spec, batch)
         return self._seen[key]
@@ -324,8 +325,7 @@ class Planner:
         loading = None
         if bits < 16:
             loading = (loading_memory(adapted, device), loading_memory(adapted, device, offloaded_bytes(weights)))
-        distils = isinstance(spec, SFTSpec) and spec.distill is not None  # then the head's logits are whole
-        rehearsal = Rehearsal(adapted.model, device, plain_head=distils)
+        rehearsal = Rehearsal(adapted.model, device, plain_head=distils(spec))
         run = rehearse(rehearsal, adapted, spec.recipe, batch, device)
         step = step_of(adapted, spec.recipe, run, targets, batch, bits, device)
         vision = None

@@ -8,10 +8,19 @@ from transformers import PreTrainedConfig
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
 from llama_stack_provider_moe.compute.planning.meta_model import read_config
-from llama_stack_provider_moe.spec import GRPOSpec, SFTSpec, TrainingSpec
+from llama_stack_provider_moe.spec import DistillSpec, GRPOSpec, SFTSpec, TrainingSpec
 
 # In fp32, of each logit: log-probabilities of both, the teacher's probabilities, and two products.
 _COMPARED = 5 * 4
+# On-policy distillation compares so many tokens at a time, in backward again. In fp32, of each logit: the gradients and
+# log-probabilities of both and of their mixture, the probabilities of both, and the products of each with a difference.
+TILE = 256
+_COMPARED_OF_TILE = 12 * 4
+
+
+def distils(spec: TrainingSpec) -> bool:
+    """Whether the job learns from a teacher's probabilities: then the head's logits are whole."""
+    return isinstance(spec, DistillSpec) or (isinstance(spec, SFTSpec) and spec.distill is not None)
 
 
 def compares(spec: TrainingSpec) -> bool:
@@ -37,7 +46,7 @@ class TeacherMemory:
 
 
 def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemory | None:
-    """What a job's teacher takes; None: it has none. Every token of a micro-batch counts as learnt.
+    """What a job's teacher takes; None: it has none. Every token of a micro-batch, or of its answers, counts as learnt.
 
     Args:
         spec: the job.
@@ -46,14 +55,18 @@ def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemor
     Raises:
         ModelError: the teacher's config can't be read.
     """
-    if not isinstance(spec, SFTSpec) or spec.distill is None:
+    if not distils(spec):
         return None
-    size = DTYPES[spec.training.dtype].itemsize
-    logits = spec.training.batch_size * spec.options.max_length * int(config.get_text_config().vocab_size)
+    size, vocabulary = DTYPES[spec.training.dtype].itemsize, int(config.get_text_config().vocab_size)
     weights = 0
-    if spec.distill.model is not None:
+    if (named := spec.teacher_named()) is not None:
         with torch.device("meta"):
-            teacher = blank_model(read_config(spec.distill.model)[0])
+            teacher = blank_model(read_config(named[1])[0])
         weights = size * sum(each.numel() for each in teacher.parameters())
-    copies = int(spec.distill.model is None and spec.adapter is None)
-    return TeacherMemory(copies, weights, logits * size, logits * _COMPARED)
+    copies = int(named is None and spec.adapter is None)
+    if isinstance(spec, DistillSpec):
+        tokens = spec.training.batch_size * spec.generation.max_completion_length
+        compared = min(tokens, TILE) * vocabulary * _COMPARED_OF_TILE
+        return TeacherMemory(copies, weights, tokens * vocabulary * size, compared)
+    tokens = spec.training.batch_size * spec.options.max_length
+    return TeacherMemory(copies, weights, tokens * vocabulary * size, tokens * vocabulary * _COMPARED)

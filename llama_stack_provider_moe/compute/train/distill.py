@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.methods.distillation import distilled_log_prob, kl_from_teacher
 from llama_stack_provider_moe.compute.models.heads import base_of, token_figures
@@ -25,7 +25,7 @@ from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.prepared import Batch
 from llama_stack_provider_moe.errors import ModelError
-from llama_stack_provider_moe.spec import SFTSpec
+from llama_stack_provider_moe.spec import DType, SFTSpec
 from llama_stack_provider_moe.spec.distill import Distill
 
 # Text in which tokenizers with equal vocabularies but other rules would differ.
@@ -132,14 +132,10 @@ def distillation_of(session: Session[SFTSpec], base: Base) -> Distillation | Non
     if spec.distill is None:
         return None
     asked, teacher = spec.distill, None
-    if asked.model is not None or spec.adapter is None:
-        name = asked.model or spec.model
-        config = model_config(name)
-        if asked.model is not None:
-            _check_vocabulary(name, int(config.get_text_config().vocab_size), base)
-            _check_tokenizer(name, tokenizer_of(name, None, template_needed=False), base.tokenizer)
-        teacher = load_weights(name, config, DTYPES[spec.training.dtype], base.device).eval().requires_grad_(False)
-        text_config(teacher).output_router_logits = False
+    if asked.model is not None:
+        teacher = load_teacher(asked.model, "distill.model", spec.training.dtype, base)
+    elif spec.adapter is None:
+        teacher = _frozen(spec.model, model_config(spec.model), spec.training.dtype, base)
     made = Distillation(asked, teacher)
     held = 0 if teacher is None else sum(each.nbytes for each in teacher.parameters())
     session.say(f"distilling from {made.kind} ({held:,} bytes more): weight {asked.weight:g}, temperature "
@@ -147,14 +143,38 @@ def distillation_of(session: Session[SFTSpec], base: Base) -> Distillation | Non
     return made
 
 
-def _check_vocabulary(name: str, theirs: int, base: Base) -> None:
+def load_teacher(name: str, field: str, dtype: DType, base: Base) -> PreTrainedModel:
+    """Load another model, frozen and in evaluation mode, whose probabilities are of the same tokens.
+
+    Args:
+        name: a folder or hub id.
+        field: of the job that names it, for errors.
+        dtype: of its weights.
+        base: the job's loaded model.
+
+    Raises:
+        ModelError: it can't be loaded, or has another tokenizer or vocabulary.
+    """
+    config = model_config(name)
+    _check_vocabulary(name, field, int(config.get_text_config().vocab_size), base)
+    _check_tokenizer(name, field, tokenizer_of(name, None, template_needed=False), base.tokenizer)
+    return _frozen(name, config, dtype, base)
+
+
+def _frozen(name: str, config: PreTrainedConfig, dtype: DType, base: Base) -> PreTrainedModel:
+    teacher = load_weights(name, config, DTYPES[dtype], base.device).eval().requires_grad_(False)
+    text_config(teacher).output_router_logits = False
+    return teacher
+
+
+def _check_vocabulary(name: str, field: str, theirs: int, base: Base) -> None:
     if theirs != base.vocabulary:
-        raise ModelError(f"distill.model: {name!r} has a vocabulary of {theirs:,}, and the model one of "
+        raise ModelError(f"{field}: {name!r} has a vocabulary of {theirs:,}, and the model one of "
                          f"{base.vocabulary:,}; expected the same")  # fmt: skip
 
 
-def _check_tokenizer(name: str, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(name: str, field: str, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> None:
     same = theirs.get_vocab() == ours.get_vocab()
     if not same or theirs(_SAMPLE)["input_ids"] != ours(_SAMPLE)["input_ids"]:
-        raise ModelError(f"distill.model: {name!r} has another tokenizer than the model, so its probabilities are of "
+        raise ModelError(f"{field}: {name!r} has another tokenizer than the model, so its probabilities are of "
                          "other tokens; expected the same")  # fmt: skip

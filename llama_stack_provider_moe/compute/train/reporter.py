@@ -251,8 +251,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _line(step: Step) -> str:
     first = (
-        "loss", "ce", "preference_loss", "policy_loss", "reroute_loss", "retain_loss", "aux_loss", "router_z_loss",
-        "rewards/accuracies", "rewards/margins", "reward", "kl", "entropy",
+        "loss", "ce", "preference_loss", "divergence", "policy_loss", "reroute_loss", "retain_loss", "aux_loss",
+        "router_z_loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "entropy",
     )  # fmt: skip
     shown = [
         f"{name} {step.metrics[name]:.4g}" for name in (*first, "grad_norm", "learning_rate") if name in step.metrics

@@ -31,7 +31,7 @@ _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
 # Graders of a job without a job file: this one reads nothing of a row.
 _REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
-Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward", "distill"]
 
 
 def check(
@@ -49,7 +49,7 @@ def check(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            metavar="sft|dpo|circuit_breaker|grpo|kto|reward",
+            metavar="sft|dpo|circuit_breaker|grpo|kto|reward|distill",
             help="Recipe of the job; default: the job file's, or sft. For grpo, --job names the rewards whose "
             "columns rows need.",
         ),
@@ -136,6 +136,8 @@ def _job(
         body.setdefault("circuit_breaker", {"retain": dict(_ROWS)})
     if body["recipe"] == "grpo":
         body.setdefault("reward", _REWARD)
+    if body["recipe"] == "distill":
+        body.setdefault("teacher", "none")
     return template.training_job(body), has_model
 
 

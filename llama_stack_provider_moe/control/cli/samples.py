@@ -31,7 +31,7 @@ def samples(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Show answers that a GRPO job generated, with the value of each grader."""
+    """Show answers that a GRPO or distill job generated, with the value of each grader."""
 
     def act(server: Client, screen: Screen) -> Exit:
         return answer(screen, server.samples(job_id, step, limit), shown)
@@ -42,14 +42,19 @@ def samples(
 def shown(document: GeneratedSamples) -> RenderableType:
     """Render answers, one row each."""
     if not document["data"]:
-        return text(f"job {document['job_uuid']} has no answers; GRPO jobs with rl.keep_samples above 0 keep some")
+        return text(
+            f"job {document['job_uuid']} has no answers; GRPO jobs with rl.keep_samples above 0 keep some, and distill "
+            "jobs with generation.keep_samples above 0"
+        )
     graders = list(document["data"][0]["rewards"])
-    table = Table("step", "group", "tokens", "reward", *graders, "advantage", "answer", box=None, padding=(0, 2, 0, 0))
+    graded = ("reward", *graders, "advantage") if graders else ()
+    table = Table("step", "group", "tokens", *graded, "answer", box=None, padding=(0, 2, 0, 0))
     for each in document["data"]:
+        figures = [_figure(each["reward"]), *(_figure(each["rewards"].get(name)) for name in graders)]
+        figures.append("-" if each["advantage"] is None else f"{each['advantage']:+.2f}")
         table.add_row(
             str(each["step"]), str(each["group"]), f"{each['tokens']}{' (cut)' * each['truncated']}",
-            _figure(each["reward"]), *(_figure(each["rewards"].get(name)) for name in graders),
-            f"{each['advantage']:+.2f}", text(" ".join(each["completion"].split())[:SHOWN]),
+            *(figures if graders else ()), text(" ".join(each["completion"].split())[:SHOWN]),
         )  # fmt: skip
     steps = document["steps"]
     return Group(table, text(f"answers of {len(steps)} steps are there, {steps[0]} to {steps[-1]}"))

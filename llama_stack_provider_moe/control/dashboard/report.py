@@ -19,7 +19,7 @@ POINTS, COLUMNS = 600, 100  # most steps of a curve, and of a map of the experts
 # perplexity by position of a longer context.
 SHOWN = {"evaluation": "eval.json", "domains": "routing.json", "positions": "positions.json"}
 SHOWN_BYTES = 16 << 20  # a larger file is left out
-_LOSSES = ("ce", "preference_loss", "breaker_loss")
+_LOSSES = ("ce", "preference_loss", "breaker_loss", "divergence")
 _CLIPPED = ("clip_ratio/region_mean", "cispo_clip_ratio")
 _LENGTHS = ("completions/mean_length", "completions/max_length")
 _PER_GRADER = re.compile("rewards/.+/mean")

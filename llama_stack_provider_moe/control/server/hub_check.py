@@ -16,7 +16,7 @@ from llama_stack_provider_moe.control.supervisor.executors.local import training
 from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.ground.hub_cache import home_folder, is_cached, offline_variable
 from llama_stack_provider_moe.ground.redaction import without_passwords
-from llama_stack_provider_moe.spec import GRPOSpec, JobSpec, LoadingSpec, SFTSpec
+from llama_stack_provider_moe.spec import GRPOSpec, JobSpec, LoadingSpec, TrainingSpec
 from llama_stack_provider_moe.spec.evaluated_job import EvaluatedJob
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -43,8 +43,8 @@ async def check(request: Draft, spec: JobSpec, config: ProviderConfig, guard: Gu
     named = {"model": spec.model}
     if isinstance(spec, EvaluatedJob) and spec.eval is not None and spec.eval.judge.model is not None:
         named["eval.judge.model"] = spec.eval.judge.model
-    if isinstance(spec, SFTSpec) and spec.distill is not None and spec.distill.model is not None:
-        named["distill.model"] = spec.distill.model
+    if isinstance(spec, TrainingSpec) and (teacher := spec.teacher_named()) is not None:
+        named |= dict([teacher])
     if isinstance(spec, GRPOSpec):
         named |= spec.grader_models()
     for path, model in named.items():

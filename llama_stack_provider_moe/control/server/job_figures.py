@@ -18,7 +18,13 @@ from llama_stack_provider_moe.jobdir.state import JobState
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 _KEPT = 4096  # jobs whose figures are remembered: those of a job that has ended never change
-_TRAIN_LOSS = ("ce", "preference_loss", "breaker_loss", "loss")  # a recipe's own, without balance terms, is first
+_TRAIN_LOSS = (
+    "ce",
+    "preference_loss",
+    "breaker_loss",
+    "divergence",
+    "loss",
+)  # a recipe's own, without balance terms, is first
 
 
 def overview(store: JobStore, whose: str | None) -> Overview:

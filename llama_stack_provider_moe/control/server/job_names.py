@@ -16,7 +16,7 @@ from llama_stack_provider_moe.errors import InvalidInput
 from llama_stack_provider_moe.spec import JobSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
-MODEL_FIELDS = ("model", "eval.judge.model", "distill.model", "surgery.add.mlp_from")
+MODEL_FIELDS = ("model", "eval.judge.model", "distill.model", "teacher", "surgery.add.mlp_from")
 MODELS_LIMIT_S = 5.0  # some hosts ask their inference servers for a list of models
 _TAGGED = re.compile(r"[A-Za-z0-9][\w./-]*:[\w.-]+")  # Ollama's names
 

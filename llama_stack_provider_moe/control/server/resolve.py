@@ -22,7 +22,6 @@ from llama_stack_provider_moe.spec import (
     MixSpec,
     PlaygroundSpec,
     SafetyEvaluation,
-    SFTSpec,
     SurgerySpec,
     TrainingSpec,
 )
@@ -112,9 +111,9 @@ def resolve_names(
         found["checkpoint_dir"] = allowed_paths.resolve_checkpoint_dir(
             spec.checkpoint_dir, job_id, request.name("checkpoint_dir"), config
         )
-    if isinstance(spec, SFTSpec) and spec.distill is not None and (teacher := spec.distill.model) is not None:
-        teacher = names.whole_model(teacher, "distill.model")
-        found["distill"] = spec.distill.model_copy(update={"model": teacher})
+    if (named := spec.teacher_named()) is not None:
+        field, teacher = named
+        found |= spec.with_teacher(names.whole_model(teacher, field))
     if isinstance(spec, GRPOSpec):
         _check_engine(spec, request, config)
         found["reward"] = _rewards(spec, GraderNames(request, config, store, whose))
@@ -149,10 +148,9 @@ def named_folders(spec: NamingSpec) -> str:
     found = {field: getattr(spec, field, None) for field in ("model", "adapter_folder", "checkpoint_dir")}
     if isinstance(spec, TrainingSpec):
         found["adapter.init_from"] = None if spec.adapter is None else spec.adapter.init_from
+        found |= dict([spec.teacher_named() or ("teacher", None)])
     if isinstance(spec, MixSpec):
         found |= {f"branches.{at}.model": spec.branches[at].model for at in spec.kept}
-    if isinstance(spec, SFTSpec):
-        found["distill.model"] = None if spec.distill is None else spec.distill.model
     if isinstance(spec, GRPOSpec):
         found |= spec.grader_models()
     if isinstance(spec, SurgerySpec):

@@ -15,12 +15,12 @@ from llama_stack_provider_moe.spec import (
     AnalysisSpec,
     BreakerSpec,
     DPOSpec,
-    GRPOSpec,
     InferenceJob,
     JobSpec,
     KTOSpec,
     LoadingSpec,
     RewardSpec,
+    WritingSpec,
 )
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -49,7 +49,7 @@ def kind_of(spec: JobSpec, source: RowSource) -> Kind | None:
         return "whole" if source.answered else "prompt"
     if isinstance(spec, AnalysisSpec):
         return "whole"
-    if isinstance(spec, GRPOSpec):
+    if isinstance(spec, WritingSpec):
         return "prompt"
     if isinstance(spec, DPOSpec | RewardSpec):
         return "pair"

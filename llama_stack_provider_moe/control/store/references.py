@@ -12,7 +12,6 @@ from llama_stack_provider_moe.spec import (
     JobSpec,
     MixSpec,
     ProbeSpec,
-    SFTSpec,
     SurgerySpec,
     TrainingSpec,
 )
@@ -93,10 +92,9 @@ def _resolved(spec: JobSpec) -> list[str]:
         found.append(spec.adapter_folder or "")
     if isinstance(spec, TrainingSpec):
         found.append("" if spec.adapter is None else spec.adapter.init_from or "")
+        found += [] if (teacher := spec.teacher_named()) is None else [teacher[1]]
     if isinstance(spec, MixSpec):
         found += [spec.branches[at].model for at in spec.kept]
-    if isinstance(spec, SFTSpec):
-        found.append("" if spec.distill is None else spec.distill.model or "")
     if isinstance(spec, GRPOSpec):
         found += spec.grader_models().values()
     if isinstance(spec, SurgerySpec):

@@ -21,9 +21,8 @@ def prompt_of(found: Conversation, row: Mapping[str, object]) -> PromptRow:
     Raises:
         BadRow: the row has a `gold` column beside an answer, or nothing stands before the answer.
     """
-    messages, item = found["messages"], cast(dict[str, object], to_jsonable_python(dict(row), fallback=str))
-    if messages[-1]["role"] == "assistant":
-        answer, messages = messages[-1], messages[:-1]
+    item = cast(dict[str, object], to_jsonable_python(dict(row), fallback=str))
+    if (answer := found["messages"][-1])["role"] == "assistant":
         calls = [dict(call["function"]) for call in answer.get("tool_calls", ())]
         for name, value in ((GOLD, answer["content"]), (CALLS, calls)):
             if not value:
@@ -32,7 +31,19 @@ def prompt_of(found: Conversation, row: Mapping[str, object]) -> PromptRow:
                 raise BadRow(name, f"is {shorten(item[name])} beside an answer at the conversation's end, which takes "
                              "its place; leave one out")  # fmt: skip
             item[name] = value
+    return cast(PromptRow, {**without_answer(found), "item": item})
+
+
+def without_answer(found: Conversation) -> Conversation:
+    """Cut off the assistant's turn at a conversation's end.
+
+    Raises:
+        BadRow: nothing to answer stands before it.
+    """
+    messages = found["messages"]
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         last = messages[-1]["role"] if messages else "nothing"
         raise BadRow("messages", f"has {last} before the answer; expected a prompt that ends with user or tool")
-    return cast(PromptRow, {**found, "messages": messages, "item": item})
+    return cast(Conversation, {**found, "messages": messages})

@@ -14,8 +14,8 @@ from llama_stack_provider_moe.spec.recipes import no_images
 from llama_stack_provider_moe.spec.row_needs import RowNeeds
 from llama_stack_provider_moe.spec.row_sources import DOWN, PAIRED, UP
 from llama_stack_provider_moe.spec.rows.formats import CHATS, PREFERENCES, Columns
-from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation
-from llama_stack_provider_moe.spec.rows.prompts import prompt_of
+from llama_stack_provider_moe.spec.rows.messages import CanonicalRow, Conversation, PromptRow
+from llama_stack_provider_moe.spec.rows.prompts import prompt_of, without_answer
 from llama_stack_provider_moe.spec.rows.recognition import read
 from llama_stack_provider_moe.spec.rows.report import RowsReport
 from llama_stack_provider_moe.spec.rows.thumbs import label_of, thumb_row
@@ -71,7 +71,7 @@ def canonical(
             as missing.
         number: the row's number from 1, for the problem's text.
         recipe: `dpo` and `reward` take preferences, `sft` and `surgery` conversations and texts, every other recipe
-            conversations, of which `grpo` keeps all columns and `kto` needs a label.
+            conversations, of which `grpo` keeps all columns, `distill` only the prompt, and `kto` needs a label.
         row_format: the format that the job states; a row of another format is a problem.
         answered: whether a conversation must end with the assistant's turn.
         columns: the data's name of a column by the format's name.
@@ -99,6 +99,9 @@ def canonical(
             if lacks is not None:
                 return lacks._replace(field=_by_its_own_name(lacks.field, renamed))
             found = prompt
+        elif recipe == "distill":
+            found = cast(PromptRow, {**without_answer(cast(Conversation, found)), "item": {}})
+            not_read = _not_read(present, shadowed, source, name)
         else:
             if label is not None:
                 found = thumb_row(cast(Conversation, found), label)

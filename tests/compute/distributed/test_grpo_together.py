@@ -1,4 +1,5 @@
-"""GRPO in two processes: the same as in one for the same answers; graded, kept, stopped and resumed together."""
+"""GRPO and on-policy distillation in two processes: the same as in one for the same answers; graded, kept, stopped and
+resumed together."""
 
 import os
 import signal
@@ -52,6 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
     "nothing": {"training": {"n_epochs": 2}, "rl": {"no_spread_generations": 2}, "reward": [
         {"grader": {"type": "regex", "name": "never", "pattern": "never in an answer"}}]},
     "replayed": {"adapter": None, "rl": {"n_iterations": 2, "routing_replay": "policy"}},
+    "distill": {"recipe": "distill", "rows": prompt_rows(32), "beta": 0.5,
+                "training": {"gradient_accumulation_steps": 2},
+                "moe": {"train_router": True, "router_z_loss_coef": 0.01, "router_aux_loss_coef": 0.1}},
     "few fail": {**FAILING, "grading": {"max_failed_share": 0.3}},
     "many fail": {**FAILING, "grading": {"max_failed_share": 0.2}},
 }  # fmt: skip
@@ -60,9 +64,11 @@ CASES: dict[str, dict[str, Any]] = {
 def job(workshop: Workshop, case: str, processes: int, **more: Any) -> JobFolder:
     settings = {"rows": prompt_rows(8), **CASES.get(case, {}), **more}
     training = {"batch_size": 8 // processes, **settings.pop("training", {})}
-    settings = {"reward": [HAS_E], "optimizer": {"optimizer_type": "sgd", "lr": 0.2}, **settings}
+    recipe = settings.pop("recipe", "grpo")
+    graders = {"reward": [HAS_E]} if recipe == "grpo" else {}
+    settings = {**graders, "optimizer": {"optimizer_type": "sgd", "lr": 0.2}, **settings}
     rows, held_out = settings.pop("rows"), prompt_rows(9, first=100)
-    return workshop.job("grpo", "granitemoe", rows, held_out, training=training,
+    return workshop.job(recipe, "granitemoe", rows, held_out, training=training,
                         resources=TWO if processes == 2 else {}, **settings)  # fmt: skip
 
 
@@ -105,6 +111,17 @@ def test_two_processes_leave_the_same_as_one(ran: Ran, case: str) -> None:
             assert each.advantage == pytest.approx(other.advantage, abs=1e-5)
             assert each.model_copy(update={"advantage": 0}) == other.model_copy(update={"advantage": 0})
     assert len({each.reward for _, answers in samples(two) for each in answers}) > 1
+
+
+def test_two_processes_distil_as_one(ran: Ran) -> None:
+    """A teacher's divergence, balance terms, gradients and held-out figures, over answers of unequal lengths."""
+    one, two = ran.runs["distill", 1], ran.runs["distill", 2]
+    assert one.exit_code == COMPLETED, one.reason
+    assert_alike(two, one, atol=1e-4)
+    assert max(one.steps("grad_norm")) > 1e-3
+    assert samples(two) == samples(one)
+    # A process without a row of a run answers another one's, which its routers do not count.
+    assert two.held_out("aux_loss") == pytest.approx(one.held_out("aux_loss"), rel=1e-5)  # measured: 2e-6
 
 
 def test_changed_routes_and_the_balance_loss_over_them_are_those_of_all_processes(ran: Ran) -> None:

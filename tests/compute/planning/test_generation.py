@@ -55,6 +55,19 @@ def test_the_cache_and_the_logits_by_hand() -> None:
     assert generation_memory(job(rl={"engine": {"type": "vllm_server", "server": "x"}}), CONFIG) is None
 
 
+def test_distillation_writes_an_answer_to_each_prompt_of_a_step() -> None:
+    body = {
+        "recipe": "distill", "teacher": "t", "generation": {"max_completion_length": 40},
+        **job().model_dump(mode="json", include={"model", "data", "training", "adapter", "resources"}),
+        "options": {"max_length": 64},
+    }  # fmt: skip
+    found, grpo = generation_memory(JOB_SPEC.validate_python(body), CONFIG), generation_memory(job(), CONFIG)
+    assert found is not None
+    assert grpo is not None
+    assert 3 * found.answers == grpo.answers, "no steps share a generation"
+    assert (3 * found.logits, 3 * found.share) == (grpo.logits, grpo.share)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_moe", "granitemoehybrid"])
 def test_the_cache_is_what_a_model_keeps(family: str) -> None:
     """Of 20 tokens, by layer: all, a window of 8, latent attention, and layers without keys."""

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from llama_stack_provider_moe.compute.planning.memory import Batch, estimate, hi
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
 from llama_stack_provider_moe.control.cli.report import shown
 from llama_stack_provider_moe.errors import ModelError
-from llama_stack_provider_moe.spec import Adapter, Moe
+from llama_stack_provider_moe.spec import Adapter, Moe, TrainingRecipe
 from tests.support import tiny_models
 from tests.support.chosen import few
 from tests.support.cli_support import moe_train
@@ -304,7 +304,7 @@ def test_the_command_line_shows_it_and_writes_json(tmp_path: Path) -> None:
     document = json.loads(out.read_text())
     assert "mlp.experts.gate_up_proj" in told.out
     assert f"{document['trainable_parameters']:,} parameters" in told.out
-    assert {each["recipe"] for each in document["memory"]} == {"sft", "dpo", "circuit_breaker", "grpo", "kto", "reward"}
+    assert {each["recipe"] for each in document["memory"]} == {*get_args(TrainingRecipe)}
     refused = moe_train("report", "lora", str(tmp_path), "--bits", "8")
     assert (refused.code, refused.out) == (2, "")
     assert "--bits: 8" in refused.err

@@ -1,11 +1,13 @@
 """What distilling takes, by the planner: a teacher's weights, and logits of both models where they compare."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
+from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.compute.planning.test_planner import CONFIG, job
 from tests.support import tiny_models
 
@@ -25,6 +27,22 @@ def test_another_model_takes_its_weights(tmp_path: Path) -> None:
     found = teacher_memory(job(distill={"model": str(other)}), CONFIG)
     assert found is not None
     assert found.weights == 2 * sum(each.numel() for each in tiny_models.model("llama").parameters())
+
+
+def test_on_policy_distillation_compares_answers_a_tile_at_a_time(tmp_path: Path) -> None:
+    other = tiny_models.build("llama", tmp_path / "other")
+    changes: dict[str, Any] = {"recipe": "distill", "teacher": str(other), "resources": {"gpus": 1},
+                               "options": {"max_length": 64}}  # fmt: skip
+    body = job().model_dump(mode="json", exclude={"recipe", "distill", "options", "resources"}) | changes
+    spec = JOB_SPEC.validate_python(body | {"generation": {"max_completion_length": 40}})
+    found = teacher_memory(spec, CONFIG)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.weights == 2 * sum(each.numel() for each in tiny_models.model("llama").parameters())
+    assert (found.copies, found.logits) == (0, 8 * 40 * 384 * 2)
+    assert found.compared == 256 * 384 * 48, "of 320 tokens"
+    planner = Planner(CONFIG, Machine("cuda", 80 * 10**9))
+    plain, held = (planner.estimate(each, "ddp") for each in (job(resources={"gpus": 1}), spec))  # type: ignore[arg-type]
+    assert held[1] - plain[1] == found.weights
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

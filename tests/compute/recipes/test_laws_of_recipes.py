@@ -15,7 +15,7 @@ from llama_stack_provider_moe.compute.models.backend import Transformers, Unslot
 from llama_stack_provider_moe.compute.models.hidden_states import EMBEDDINGS
 from llama_stack_provider_moe.compute.models.unsloth import base as unsloth_base
 from llama_stack_provider_moe.compute.planning.throughput import count_flops
-from llama_stack_provider_moe.compute.recipes import circuit_breaker, dpo, kto, reward, sft
+from llama_stack_provider_moe.compute.recipes import circuit_breaker, distill, dpo, kto, reward, sft
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.runtime.peers import ALONE, Peers
 from llama_stack_provider_moe.compute.train import fit
@@ -31,6 +31,7 @@ RECIPES: dict[str, ModuleType] = {
     "dpo": dpo,
     "kto": kto,
     "reward": reward,
+    "distill": distill,
     "circuit_breaker": circuit_breaker,
 }
 
@@ -108,11 +109,11 @@ def test_a_trainer_has_what_was_loaded_and_decided(make: Maker, recipe: str) -> 
         parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
     )
     work: dict[str, Any] = {"sft": {}, "dpo": {"references": 1}, "kto": {"references": 3}, "reward": {"head": False},
-                            "circuit_breaker": {"references": 1, "head": False}}[recipe]  # fmt: skip
+                            "distill": {}, "circuit_breaker": {"references": 1, "head": False}}[recipe]  # fmt: skip
     assert trainer.work == count_flops(trainer.model, trainer.layout, **work)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "distill"])
 def test_the_models_own_balance_loss_has_its_coefficient(make: Maker, recipe: str) -> None:
     assert make(recipe, moe={"router_aux_loss_coef": 0.25}).trainer.router_aux_loss_coef == 0.25
     ours = make(recipe, moe={"router_aux_loss_coef": 0.25, "moe_load_balancing": "gshard"})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from llama_stack_provider_moe.compute.surgery.report import SurgeryReport
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.server.service import PostTrainingService
-from llama_stack_provider_moe.errors import Forbidden, InvalidInput
+from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidInput
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.surgery import REPORT_FILE
 from tests.compute.recipes.test_routing_analysis import GARDEN, SFT, SUMS, reason, run
@@ -176,6 +176,25 @@ def test_a_teacher_is_a_model_that_the_caller_may_use(service: PostTrainingServi
     assert "distill.model" in str(caught.value)
     with caller("bob"), pytest.raises(InvalidInput, match=r"distill.model: 'pruned' is not valid"):
         asyncio.run(service.validate(SFT | {"model": "eight", "distill": {"model": pruned}}))
+
+
+def test_a_teacher_of_on_policy_distillation_is_named_in_the_same_way(
+    service: PostTrainingService, pruned: str
+) -> None:
+    body = {**SFT, "recipe": "distill", "model": "eight", "teacher": pruned, "adapter": {"rank": 2},
+            "training": {"batch_size": 2}, "options": {"max_length": 64},
+            "generation": {"max_completion_length": 8}}  # fmt: skip
+    with caller("ann"):
+        own = asyncio.run(service.validate(body)).spec
+        assert own["teacher"] == str(folder_of(service, pruned).model)
+        with pytest.raises(Forbidden, match="teacher"):
+            asyncio.run(service.submit(body | {"teacher": "/etc"}))
+        submitted = asyncio.run(service.submit(body | {"job_uuid": "later"}))
+        with pytest.raises(Conflict, match="later"):
+            asyncio.run(service.delete(pruned))
+        asyncio.run(service.cancel(submitted.job_uuid))
+    with caller("bob"), pytest.raises(InvalidInput, match=r"teacher: 'pruned' is not valid"):
+        asyncio.run(service.validate(body))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ CASES: dict[str, dict[str, Any]] = {
     # A request to stop comes among the steps that learn from one generation.
     "grpo-lora": {"recipe": "grpo", "family": "granitemoe", "training": {"n_epochs": 3, "batch_size": 4},
                   "rl": {"n_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "routing_replay": "rollout"}},
+    "distill-lora": {"recipe": "distill", "family": "granitemoe", "adapter": {"rank": 4, "dropout": 0.1},
+                     "training": {"n_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2}},
     "grpo-whole": {"recipe": "grpo", "family": "qwen3_moe", "adapter": None, "optimizer": {"lr": 1e-3},
                    "training": {"n_epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2},
                    "moe": {"router_z_loss_coef": 0.001}},

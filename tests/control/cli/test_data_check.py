@@ -75,6 +75,14 @@ def test_prompts_of_grpo_and_what_graders_read(tmp_path: Path) -> None:
     assert "row 13: answer is missing; grader 'right' reads {{item.answer}}" in " ".join(refused.out.split())
 
 
+def test_prompts_of_distillation_fill_a_step(tmp_path: Path) -> None:
+    whole = written(tmp_path / "rows.jsonl", [{"prompt": f"{number} + 1?"} for number in range(12)])
+    assert moe_train("data", "check", whole, "--recipe", "distill").code == Exit.OK
+    few = moe_train("data", "check", whole, "--recipe", "distill", "--set", "training.batch_size=16")
+    assert few.code == Exit.FAILED
+    assert "16 fill one generation" in few.out
+
+
 def test_rows_that_a_job_refuses(tmp_path: Path) -> None:
     done = moe_train("data", "check", written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "only"}]))
     assert done.code == Exit.FAILED

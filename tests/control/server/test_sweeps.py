@@ -144,6 +144,13 @@ def test_jobs_that_learn_from_rewards_are_ranked_by_a_held_out_reward(service: P
     assert found == [("reward", "maximize"), ("eval_rewards/short/mean", "maximize"), ("kl", "minimize")]
 
 
+def test_on_policy_distillation_is_ranked_by_its_divergence(service: PostTrainingService) -> None:
+    job = {**BODY, "recipe": "distill", "teacher": BODY["model"]}
+    assert create(service, job=job, sweep_uuid="taught").status_code == 200
+    refused = create(service, job=job, sweep_uuid="not", metric="kl")
+    assert "a figure that recipe 'distill' measures: validation_loss, perplexity" in message(refused)
+
+
 @pytest.mark.parametrize(("changes", "said"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
 def test_a_mistake_is_named_and_leaves_nothing(
     service: PostTrainingService, changes: dict[str, Any], said: str

@@ -12,46 +12,37 @@ follows from the rewards is over all of them: advantages, the steps that nothing
 """
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from llama_stack_provider_moe.compute.data import batch_sharing
-from llama_stack_provider_moe.compute.data.batch_sharing import Ballast, SharedBatches, as_if_alike
-from llama_stack_provider_moe.compute.data.groups import Generations, GroupSampler
+from llama_stack_provider_moe.compute.data.batch_sharing import Ballast
+from llama_stack_provider_moe.compute.data.groups import Generations
 from llama_stack_provider_moe.compute.data.prompt_rows import prompt_rows
-from llama_stack_provider_moe.compute.data.sampling import EpochSampler
 from llama_stack_provider_moe.compute.grading.opening import open_rewards
 from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.determinism import require_determinism, without_dropout
 from llama_stack_provider_moe.compute.models.heads import needs_plain_head, set_plain_head
-from llama_stack_provider_moe.compute.moe.layout import text_config
-from llama_stack_provider_moe.compute.recipes.grpo import rollouts
 from llama_stack_provider_moe.compute.recipes.grpo.answering import AnsweringTrainer, opened, require_engine
 from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
-from llama_stack_provider_moe.compute.recipes.grpo.interrupting import interruptible
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import SHOWN, require_routing_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import Routes
 from llama_stack_provider_moe.compute.recipes.grpo.safety import tell_unmeasured
-from llama_stack_provider_moe.compute.recipes.grpo.samples import SampleFiles
 from llama_stack_provider_moe.compute.recipes.grpo.shuffled import FIGURE, WARNING, shuffled
 from llama_stack_provider_moe.compute.recipes.grpo.spread import Spread
+from llama_stack_provider_moe.compute.recipes.on_policy import rollouts
+from llama_stack_provider_moe.compute.recipes.on_policy.trainer import Row
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.fit import arguments, fit
 from llama_stack_provider_moe.compute.train.held_out import HeldOut
-from llama_stack_provider_moe.compute.train.prepared import Batch, Outcome, Prepared, prepare
+from llama_stack_provider_moe.compute.train.prepared import Batch, Prepared, prepare
 from llama_stack_provider_moe.compute.train.reference import load_reference
-from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.errors import DataError
 from llama_stack_provider_moe.graders.panel import Graded, Panel
 from llama_stack_provider_moe.graders.samples import Sample
@@ -60,8 +51,6 @@ from llama_stack_provider_moe.jobdir.folder import Manifest
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from llama_stack_provider_moe.spec import GRPOSpec
 from llama_stack_provider_moe.spec.rl_engines import TransformersEngine
-
-Row = dict[str, object]  # of the data set: prompt_ids, item
 
 
 class GRPO(AnsweringTrainer, GRPOTrainer):
@@ -76,31 +65,18 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
 
     loss_name = "policy_loss"
     spec: GRPOSpec
-    generation_config: GenerationConfig  # TRL's
-    _buffered_inputs: list[rollouts.Rollout] | None  # TRL's
 
     def __init__(
         self, prepared: Prepared[GRPOSpec], args: GRPOConfig, panel: Panel, reference: PreTrainedModel | None
     ) -> None:
         session = prepared.session
         rl = session.spec.rl
-        self.session = session
-        self.head_temperature = rl.temperature
         self.panel = panel
-        self.samples = SampleFiles(session.folder.samples, rl.keep_samples)
         self.spread = Spread(session, rl.no_spread_generations)
-        self.generations = Generations.of(rl, session.spec.training, len(prepared.rows.train), session.peers.size)
-        self._is_ballast = False  # the answers that are being made: a held-out row of another process
-        self._counted = 0  # their tokens that are learnt from
-        self._asked: list[list[int]] = []  # the prompts of the generation that is being made
-        self._answers: list[Sample] = []
-        self._seen_before: int | None = None  # tokens of earlier starts
-        self._graded: list[Graded] = []  # its answers' rewards
-        super().__init__(prepared, args, reward_funcs=[_named(name) for name in panel.names])
-        if self.layout is not None:
-            # TRL asks for router logits where it wants a balance loss. By the config, generating would compute one too,
-            # which fails with a cache.
-            text_config(self.model).output_router_logits = False
+        self._answers: list[Sample] = []  # of the generation that is being made
+        self._graded: list[Graded] = []  # their rewards
+        made = Generations.of(rl, session.spec.training, len(prepared.rows.train), session.peers.size)
+        super().__init__(prepared, args, made, reward_funcs=[_named(name) for name in panel.names])
         self.beta = rl.beta
         self.ref_model = reference
         if self.layout is not None and rl.routing_replay != "off":
@@ -111,86 +87,23 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
             add_fused_lm_head(reference, temperature=rl.temperature)
             if needs_plain_head(reference, rl.temperature):
                 set_plain_head(reference, rl.temperature)
-        sampled = self.generation_config
-        self._greedy = GenerationConfig(
-            max_new_tokens=rl.max_completion_length, do_sample=False, pad_token_id=sampled.pad_token_id,
-            bos_token_id=sampled.bos_token_id, eos_token_id=self.eos_token_ids, disable_compile=True,
-        )  # fmt: skip
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "item"]
 
     @property
     def sequences(self) -> int:
         """Answers that are learnt from in a full epoch, each as often as it is."""
-        made = self.generations
-        return made.count * made.prompts * made.answers * self.spec.rl.n_iterations
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
-        rows = len(self.train_dataset)
-        return GroupSampler(EpochSampler(rows, rows, self.spec.data.shuffle, self.spec.options.seed), self.generations)
-
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """TRL's loader, or one of this process's part of each generation."""
-        if self.peers.size == 1:
-            loader: DataLoader[Batch] = super().get_train_dataloader()
-            return loader
-        answers = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        return self._share(self.train_dataset, SharedBatches(self._get_train_sampler(), answers, self.peers))
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
-        """Transformers' micro-batches. TRL's loss knows the step's tokens, so that nothing is to divide it again."""
-        if self._seen_before is None:
-            self._seen_before = self.state.num_input_tokens_seen
-        batches, _ = super(RecordingTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, torch.ones((), device=device)
-
-    def _prepare_inputs(self, generation_batch: object) -> Batch:
-        inputs: Batch = super()._prepare_inputs(generation_batch)
-        if not self.model.training or not isinstance(generation_batch, list):
-            return inputs
-        steps = self.args.gradient_accumulation_steps
-        assert self._buffered_inputs is not None, "the answers of this step"
-        first = self._step % self.args.steps_per_generation // steps * steps
-        learnt: list[Mapping[str, Tensor | None]] = [inputs, *self._buffered_inputs[first : first + steps]]
-        mine, *others = self.peers.sums([float(_mask(each).sum()) for each in learnt])
-        share = torch.tensor(mine / sum(others), dtype=torch.float64)
-        self.flops += self.work.of(_mask(inputs).sum(dim=1).tolist())
-        return {**inputs, batch_sharing.TOKEN_SHARE: share}
-
-    def token_mask(self, inputs: Batch, share: int | None) -> Tensor | None:
-        """The tokens of prompts and answers; none of an answer that the overlong filter leaves out."""
-        return _mask(inputs)
+        return super().sequences * self.spec.rl.n_iterations
 
     def _generate_and_score_completions(self, inputs: Sequence[Mapping[str, object] | Ballast]) -> Batch:
-        self.rest()  # generating is no part of a training step
-        self._is_ballast = isinstance(inputs[0], Ballast)
-        given = [cast(Row, row.of) if isinstance(row, Ballast) else row for row in inputs]
-        self._asked = [list(row["prompt_ids"]) for row in given]  # type: ignore[call-overload]
-        texts = self.processing_class.batch_decode(self._asked)
-        rows = [{"prompt": text, "item": row["item"]} for text, row in zip(texts, given, strict=True)]
+        rows = self.begin_generation(inputs)
         batch = super()._generate_and_score_completions(rows)
-        mask = batch["completion_mask"]
-        assert mask is not None
-        self._counted = int(mask.sum())
+        self.end_generation(batch)
         if self.model.training:
-            self._note_generation(texts)
+            self._note_generation([str(row["prompt"]) for row in rows])
         return batch
 
-    def _tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[list[int]], None, dict[str, object]]:
-        return self._asked, None, {}
-
     def _generate_single_turn(self, prompt_ids: list[list[int]], *arguments: object, **keywords: object) -> object:
-        sampled = self.generation_config
-        if not self.model.training:  # the likeliest answers, so that evaluations differ by the model alone
-            self.generation_config = self._greedy
-        try:
-            with interruptible(self.model, self.session, self.args.device):
-                return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
-        finally:
-            self.generation_config = sampled
+        with self.writing():
+            return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
 
     def _calculate_rewards(
         self, inputs: Sequence[Row], prompts: Sequence[str], completions: Sequence[str], ids: Sequence[Sequence[int]]
@@ -231,36 +144,14 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
             for at, (text, sample, graded, advantage) in enumerate(
                 zip(texts, self._answers, self._graded, advantages, strict=True), start=first)
         ]  # fmt: skip
-        if self.spec.rl.keep_samples:
-            written = [*chain(*self.peers.gathered(kept))]
-            if self.peers.leads:
-                self.samples.keep(step, written)
+        self.keep(kept)
         nothing = self._metrics["train"]["frac_reward_zero_std"][-1] == 1 or not self.peers.any(self._counted > 0)
         if self.spread.is_over(nothing, step):
             self.ended_by = "no_reward_spread"
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Call TRL's, in an evaluation without its figures: they are means of this process's batches (`tally`).
-
-        A mean over nothing, such as the entropy where the overlong filter left all answers out, is no figure.
-        """
-        mode = "train" if self.model.training else "eval"
-        figures = self._metrics[mode]
-        for name, values in list(figures.items()):
-            if mode == "eval" or name == "step_time" or all(map(math.isnan, values)):
-                del figures[name]
-        if mode == "train":  # TRL has it only in steps that generate
-            figures["num_tokens"] = [float(self.state.num_input_tokens_seen - (self._seen_before or 0))]
-        super().log(logs, start_time)
-
     def new_held_out(self) -> HeldOutRewards:
         """The sums of a new evaluation."""
         return HeldOutRewards()
-
-    def prediction_step(self, model: nn.Module, inputs: Batch, *arguments: object, **keywords: object) -> Outcome:
-        """Call TRL's on this process's rows, which may be fewer than another's."""
-        with as_if_alike(self.accelerator, self.peers.size):
-            return super().prediction_step(model, inputs, *arguments, **keywords)
 
     def tally(self, held_out: HeldOut, inputs: Batch, loss: float) -> None:
         """Add held-out answers: their loss is their reward, negated; their perplexity is by their own entropy."""
@@ -269,26 +160,10 @@ class GRPO(AnsweringTrainer, GRPOTrainer):
         figures = self._metrics["eval"]
         held_out.add_tokens(self._counted, {name: figures[name][-1] for name in ("entropy", "kl") if name in figures})
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
-        step = self.state.global_step
-        goes_on = step % self.spec.rl.steps_a_generation != 0
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        micro_step = step * self.args.gradient_accumulation_steps
-        rollouts.write(folder, self.peers, micro_step, self._buffered_inputs if goes_on else None)
-
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read a checkpoint's weights, and the answers that the next steps learn from."""
         super().restore(model, folder)
-        self._step, self._buffered_inputs = rollouts.read(folder, self.peers, self.args.device)
         self.require_routes(rollouts.file_of(folder, self.peers.rank), self._buffered_inputs)
-
-
-def _mask(inputs: Mapping[str, Tensor | None]) -> Tensor:
-    prompt, completion = inputs["prompt_mask"], inputs["completion_mask"]
-    assert prompt is not None
-    assert completion is not None
-    return torch.cat([prompt, completion], dim=1)
 
 
 def _named(name: str) -> object:

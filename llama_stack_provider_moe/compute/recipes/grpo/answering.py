@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from llama_stack_provider_moe.compute.models.upcycle import model_folder
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.recipes.grpo.engines import Answer, Engine, Sampling
-from llama_stack_provider_moe.compute.recipes.grpo.interrupting import end_if_asked
 from llama_stack_provider_moe.compute.recipes.grpo.policy_folder import PolicyFolder, alone_in
 from llama_stack_provider_moe.compute.recipes.grpo.replaying import ReplayingTrainer
 from llama_stack_provider_moe.compute.recipes.grpo.vllm_colocate import ColocatedVllm, require_vllm
 from llama_stack_provider_moe.compute.recipes.grpo.vllm_server import VllmServer, server_named
+from llama_stack_provider_moe.compute.recipes.on_policy.interrupting import end_if_asked
 from llama_stack_provider_moe.compute.train.prepared import Batch, Loss, Prepared
 from llama_stack_provider_moe.errors import EngineFailed
 from llama_stack_provider_moe.ground import liveness
@@ -84,7 +84,6 @@ class AnsweringTrainer(ReplayingTrainer):
     """Mixin over TRL's trainer."""
 
     use_vllm: bool  # TRL's: log-probabilities of sampling come with the answers
-    eos_token_ids: list[int]  # TRL's
     _opened: Opened | None = None  # None: the model generates itself
     _in_engine: int | None = None  # the step whose weights it has
 

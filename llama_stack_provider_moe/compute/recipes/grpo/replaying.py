@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.moe.replay import require_replay
 from llama_stack_provider_moe.compute.recipes.grpo.routes import KEY, NONE, Routes
+from llama_stack_provider_moe.compute.recipes.on_policy.trainer import WritingTrainer
 from llama_stack_provider_moe.compute.train.prepared import Batch, Loss
-from llama_stack_provider_moe.compute.train.trainer import RecordingTrainer
 from llama_stack_provider_moe.errors import CheckpointError, ModelError
 from llama_stack_provider_moe.spec import GRPOSpec
 
@@ -38,13 +38,12 @@ def require_routing_replay(spec: GRPOSpec, base: Base) -> None:
     require_replay(base.model, base.layout)
 
 
-class ReplayingTrainer(RecordingTrainer):
+class ReplayingTrainer(WritingTrainer):
     """Mixin over TRL's trainer. Evaluations, generating and a reference's passes are never steered."""
 
     spec: GRPOSpec
     use_vllm: bool  # TRL's
     routes: Routes | None = None  # None: routers choose in each pass
-    _metrics: dict[str, dict[str, list[float]]]  # TRL's
     _found: Tensor | None = None  # routes of the generation that is being made
     _old_pass_is_next = False
 

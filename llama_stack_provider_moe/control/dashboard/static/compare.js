@@ -16,11 +16,11 @@ const POINTS = 500;
 const FIGURES = new Map([
   ["reward", "Reward"], ["reward_std", "Spread of the rewards"], ["kl", "KL divergence from the model before training"],
   ["validation_loss", "Held-out loss"], ["perplexity", "Perplexity on held-out rows"], ["loss", "Training loss, with balance terms"],
-  ["ce", "Training loss"], ["preference_loss", "Training loss"], ["breaker_loss", "Training loss"], ["rewards/margins", "Reward margin"],
+  ["ce", "Training loss"], ["preference_loss", "Training loss"], ["breaker_loss", "Training loss"], ["divergence", "Training loss"], ["rewards/margins", "Reward margin"],
   ["rewards/accuracies", "Reward accuracy"], ["mean_token_accuracy", "Token accuracy"], ["train_seconds", "Seconds of training"],
   ["tokens_per_s", "Tokens a second"], ["memory_bytes", "Peak memory"], ["learning_rate", "Learning rate"], ["grad_norm", "Norm of the gradient"],
 ]);
-const LOSS = ["ce", "preference_loss", "breaker_loss", "policy_loss", "loss"];
+const LOSS = ["ce", "preference_loss", "breaker_loss", "divergence", "policy_loss", "loss"];
 const CURVES = [
   ["Reward", () => "reward", false],
   ["Reward on held-out prompts", () => "reward", true],

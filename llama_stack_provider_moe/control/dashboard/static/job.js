@@ -24,7 +24,7 @@ const TABS = {
   settings: ["Settings", settings], data: ["Data", data], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
 };
 // A tab that not each recipe has.
-const fits = (name) => (name === "samples" ? job.recipe === "grpo" : job.recipe !== "export" || !["curves", "experts", "evaluation", "data"].includes(name));
+const fits = (name) => (name === "samples" ? ["grpo", "distill"].includes(job.recipe) : job.recipe !== "export" || !["curves", "experts", "evaluation", "data"].includes(name));
 let job = null;
 let close = () => {};
 

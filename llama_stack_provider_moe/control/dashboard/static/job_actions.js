@@ -6,7 +6,7 @@ import { actButton } from "./pieces.js";
 import { BASE, jobPath, question, toast } from "./shell.js";
 import { kind, schema } from "./schema.js";
 
-const TRAINS = ["sft", "dpo", "circuit_breaker", "kto"];
+const TRAINS = ["sft", "dpo", "circuit_breaker", "kto", "distill"];
 
 export function actions(job, changed) {
   const id = part(job.job_uuid);

@@ -7,7 +7,7 @@ import { bytes } from "./format.js";
 import { problem } from "./shell.js";
 
 const MOST_POINTS = 1000;
-const LOSSES = ["ce", "preference_loss", "breaker_loss", "reroute_loss", "retain_loss"];
+const LOSSES = ["ce", "preference_loss", "breaker_loss", "divergence", "reroute_loss", "retain_loss"];
 const CLIPPED = ["clip_ratio/region_mean", "cispo_clip_ratio"];
 const LENGTHS = ["completions/mean_length", "completions/max_length"];
 const perGrader = (name) => /^rewards\/.+\/mean$/.test(name);
@@ -24,7 +24,7 @@ const GROUPS = [
   ["Length of the answers, tokens", (name) => LENGTHS.includes(name), (name) => name === LENGTHS[0], {}],
   ["Answers cut at the largest length", (name) => name === "completions/clipped_ratio", (name) => name === "completions/clipped_ratio", {}],
   ["Policy loss", (name) => name === "policy_loss", () => false, {}],
-  ["Loss", (name) => LOSSES.slice(0, 3).includes(name), (name) => name === "validation_loss", {}],
+  ["Loss", (name) => LOSSES.slice(0, 4).includes(name), (name) => name === "validation_loss", {}],
   ["Loss by domain", starts("loss/"), starts("validation_loss/"), {}],
   ["Perplexity by domain", () => false, starts("perplexity/"), {}],
   ["Rewards", (name) => ["rewards/chosen", "rewards/rejected", "rewards/margins"].includes(name), () => false, {}],
@@ -40,7 +40,7 @@ const GROUPS = [
   ["Token accuracy", (name) => name === "mean_token_accuracy", (name) => name === "mean_token_accuracy", {}],
 ];
 const NAMES = {
-  ce: "training", preference_loss: "training", breaker_loss: "training", policy_loss: "training", reward: "training", validation_loss: "held out",
+  ce: "training", preference_loss: "training", breaker_loss: "training", divergence: "training", policy_loss: "training", reward: "training", validation_loss: "held out",
   reward_std: "deviation", frac_reward_zero_std: "share of the groups", kl: "training", "clip_ratio/region_mean": "share", cispo_clip_ratio: "share",
   "routing/changed": "share of tokens and layers", "completions/mean_length": "mean", "completions/max_length": "longest", "completions/clipped_ratio": "training",
 };

@@ -14,6 +14,7 @@ const ORDERS = {
 };
 // Answers without a reward come last in both orders; equal infinities have no difference.
 const worth = ({ reward }, none) => (typeof reward === "number" ? reward : Math.sign(none) * Number.MAX_VALUE);
+const graded = ({ rewards }) => Object.keys(rewards).length > 0; // else its job has no graders
 const number = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
 
 export function samples(panel, { path, job }) {
@@ -80,14 +81,14 @@ function numbered(answers) {
 }
 
 function why(job) {
-  if (job.spec?.rl?.keep_samples === 0) return "This job keeps no answers: its rl.keep_samples is 0.";
+  for (const block of ["rl", "generation"]) if (job.spec?.[block]?.keep_samples === 0) return `This job keeps no answers: its ${block}.keep_samples is 0.`;
   return ["scheduled", "in_progress"].includes(job.status) ? "No answers yet. They come with the first step." : "This job has no answers: it generated none.";
 }
 
 function told(step, found) {
   const rewards = found.map(({ reward }) => reward).filter((each) => typeof each === "number");
   const mean = rewards.reduce((sum, each) => sum + each, 0) / rewards.length;
-  const spread = rewards.length ? ` Mean reward ${figure(mean)}, from ${figure(Math.min(...rewards))} to ${figure(Math.max(...rewards))}.` : " None has a reward.";
+  const spread = rewards.length ? ` Mean reward ${figure(mean)}, from ${figure(Math.min(...rewards))} to ${figure(Math.max(...rewards))}.` : found.some(graded) ? " None has a reward." : "";
   const without = found.length - rewards.length;
   const prompts = new Set(found.map(({ group }) => group)).size;
   return `Step ${step.toLocaleString("en")}: ${number(found.length, "answer")} to ${number(prompts, "prompt")}.${spread}`
@@ -102,7 +103,7 @@ function card(each, withPrompt) {
     h("h3", {}, `Answer ${each.number}`),
     h("pre", { class: "answer", tabindex: 0, "aria-label": name }, each.completion),
     h("div", { class: "graded" },
-      facts([["Reward", figure(each.reward)], ["Advantage", `${each.advantage > 0 ? "+" : ""}${figure(each.advantage)}`],
+      facts([...(graded(each) ? [["Reward", figure(each.reward)], ["Advantage", `${each.advantage > 0 ? "+" : ""}${figure(each.advantage)}`]] : []),
         ["Tokens", `${each.tokens.toLocaleString("en")}${each.truncated ? ", cut at the largest length" : ""}`]]),
       rows.length ? table(`Graders of answer ${each.number} to prompt ${each.group + 1}`, ["Grader", "Value", ...(Object.keys(each.failures).length ? ["Why it has none"] : [])],
         Object.keys(each.failures).length ? rows : rows.map((row) => row.slice(0, 2))) : null));

@@ -257,7 +257,7 @@ async function load() {
   try {
     job = await find();
     const done = await get("jobs", { state: "completed", limit: 200 });
-    put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker", "kto"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
+    put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker", "kto", "distill"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
     const about = await look();
     if (wanted && about && state.is_open && !isOf(wanted, about.model)) offerToReplace(wanted, about.model);
     await offerServed(wanted);

@@ -1,4 +1,4 @@
-"""The newest answers of a job, with their rewards, in files of its folder: one for each generation."""
+"""The newest answers of a job in files of its folder: one for each generation."""
 
 from collections.abc import Sequence
 from pathlib import Path

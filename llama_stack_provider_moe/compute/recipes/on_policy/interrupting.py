@@ -10,10 +10,10 @@ from torch import nn
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.saver import Interrupted
 from llama_stack_provider_moe.ground import liveness
-from llama_stack_provider_moe.spec import GRPOSpec
+from llama_stack_provider_moe.spec import WritingSpec
 
 
-def end_if_asked(session: Session[GRPOSpec]) -> None:
+def end_if_asked(session: Session[WritingSpec]) -> None:
     """End a wait inside `interruptible`.
 
     Raises:
@@ -24,7 +24,7 @@ def end_if_asked(session: Session[GRPOSpec]) -> None:
 
 
 @contextmanager
-def interruptible(model: nn.Module, session: Session[GRPOSpec], device: torch.device) -> Iterator[None]:
+def interruptible(model: nn.Module, session: Session[WritingSpec], device: torch.device) -> Iterator[None]:
     """Around a generation: report each token, and end with the first token after a request to stop.
 
     Processes write answers of unequal lengths, and meet after them: all go on, or none.
@@ -41,7 +41,9 @@ def interruptible(model: nn.Module, session: Session[GRPOSpec], device: torch.de
     # Generation runs the model below an adapter, whose own forward is not called.
     spoken = model.get_base_model() if isinstance(model, PeftModel) else model
     state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
-    with liveness.stage("generating", session.spec.rl.max_completion_length, "tokens of each answer") as counter:
+    with liveness.stage(
+        "generating", session.spec.generating.max_completion_length, "tokens of each answer"
+    ) as counter:
 
         def at_token(*_: object) -> None:
             counter.advance()
