@@ -62,7 +62,8 @@ def test_a_run_equals_a_loop_of_the_papers_formula(workshop: Workshop) -> None:
     for step in range(3):
         loss = (4 * loss_of(policy, reference, tokenizer, rows[:4])
                 + 2 * loss_of(policy, reference, tokenizer, rows[4:])) / 6  # fmt: skip
-        assert run.steps("preference_loss")[step] == pytest.approx(loss.item(), abs=1e-6)
+        # Sums of log-probabilities are some -400 nats, whose spacing in fp32 is 3e-5: processors differ by some 1e-6.
+        assert run.steps("preference_loss")[step] == pytest.approx(loss.item(), abs=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
