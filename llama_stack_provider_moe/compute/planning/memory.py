@@ -111,6 +111,10 @@ class MemoryEstimate:
         return self.terms.weights + self.terms.adapter + self.terms.optimizer
 
 
+# Not `distill`, whose memory is its teacher's too: only a job names one, so `Planner` counts it.
+REPORTED: tuple[TrainingRecipe, ...] = tuple(each for each in get_args(TrainingRecipe) if each != "distill")
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch: `sequences` (DPO: pairs; circuit breakers: from each of two sets), padded to `length` tokens."""
@@ -127,7 +131,7 @@ def estimate(
     device: Device,
     images: RowImages | None = None,
 ) -> tuple[list[MemoryEstimate], VisionPlan | None]:
-    """The peak of each recipe, without and with checkpointing, and what images take in SFT.
+    """The peak of each recipe but `distill`, without and with checkpointing, and what images take in SFT.
 
     Args:
         adapted: a model on the meta device, at `bits`; its weights become fake.
@@ -140,7 +144,7 @@ def estimate(
     static = process_memory(weights_of(adapted), "ddp", 1, Optimizer())
     rehearsal = Rehearsal(adapted.model, device)
     found, of_sft = [], None
-    for recipe in get_args(TrainingRecipe):
+    for recipe in REPORTED:
         run = rehearse(rehearsal, adapted, recipe, batch, device)
         step = step_of(adapted, recipe, run, targets, batch, bits, device)
         if images is not None and no_images(recipe) is None:

@@ -161,7 +161,7 @@ def plan(
         ),
     ] = None,
     image_size: Annotated[
-        str, typer.Option(metavar="WxH", help="Width and height of each image in pixels.")
+        str, typer.Option(metavar="PIXELS", help="Width and height of each image in pixels, e.g. 640x480.")
     ] = IMAGE_SIZE,
     as_json: Json = False,
 ) -> None:

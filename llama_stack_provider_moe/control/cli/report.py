@@ -221,7 +221,7 @@ def _lora(
                      "model sees images."),
     ] = None,
     image_size: Annotated[
-        str, typer.Option(metavar="WxH", help="Width and height of each image in pixels.")
+        str, typer.Option(metavar="PIXELS", help="Width and height of each image in pixels, e.g. 640x480.")
     ] = IMAGE_SIZE,
     out: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="File to write JSON to; - for standard output.")
