@@ -61,7 +61,7 @@ def loading() -> list[str]:
 def server() -> list[str]:
     found = newest("server_start")
     compared, spread = found["with_to_without"], found["min_median_max"]
-    assert compared["cpu_s"]["ratio_of_medians"] <= 1.1
+    assert compared["cpu_s"]["ratio_of_medians"] <= 1.05
     assert spread["with_provider"]["idle_cpu_share_median"][1] == 0
     memory = [round(spread[side]["rss_mib"][1]) for side in ("with_provider", "without_provider")]
     return [
