@@ -115,7 +115,7 @@ def run(case: Case) -> Measured:
     from llama_stack_provider_moe.compute.train import fit
     from llama_stack_provider_moe.compute.worker.main import train, train_together
     from tests.support import tiny_models, tiny_vlms
-    from tests.support.training_support import Run, Workshop, _signals_put_back
+    from tests.support.training_support import Run, Workshop, signals_put_back
 
     own = fit.train_and_save
     tqdm.monitor_interval = 0  # it would start a thread, which no fork would have
@@ -143,7 +143,7 @@ def run(case: Case) -> Measured:
             **_blocks(case),
         )
         try:
-            with _signals_put_back():
+            with signals_put_back():
                 code = train(made) if case.strategy is None else train_together(made, 2)
         finally:
             fit.train_and_save = own

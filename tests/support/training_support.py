@@ -230,7 +230,7 @@ class Workshop:
 
     def again(self, run: Run) -> Run:
         """Start a job's process again, as a supervisor does after it was lost."""
-        with _signals_put_back():
+        with signals_put_back():
             return Run(run.folder, train(run.folder))
 
     def next_folder(self, recipe: str) -> Path:
@@ -253,7 +253,7 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 
 @contextmanager
-def _signals_put_back() -> Iterator[None]:
+def signals_put_back() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -274,7 +274,7 @@ def local_metrics(accelerator: Any, share: int | None) -> Iterator[None]:
 def ungathered(accelerator: Any) -> Iterator[None]:
     """Inside, `gather` returns this process's values, of ballast too: for a figure that is left out afterwards.
 
-    TRL's smallest reward of ballast, of which `local_metrics` gathers nothing, is an error.
+    `local_metrics` gathers nothing of ballast, and TRL fails on the smallest of no rewards.
     """
     before = vars(accelerator).get("gather")
     accelerator.gather = lambda value: value

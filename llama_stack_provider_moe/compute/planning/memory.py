@@ -199,7 +199,7 @@ def step_of(
         device: that trains.
     """
     decoded = adapted.decoded if bits < 16 and device == "cuda" else 0
-    # A vision tower is no part of this dry run: its backward pass is the last, and leaves gradients with the others.
+    # This dry run leaves a vision tower out: its backward pass is the last, and leaves gradients with the others.
     beside = _vision_gradients(adapted)
     run = replace(run, ends=replace(run.ends, gradients=run.ends.gradients + beside))
     routers = _router_bytes(adapted, batch, recipe)

@@ -5,8 +5,8 @@ FastAPI builds a validator for each model that they take or answer. A host asks 
 which paths there are, with which methods, and which of them are public. `route_table` has that, and a test compares it
 with the routes themselves.
 
-The first request to one of ours has the routes built, in a thread, while other requests go on. So does whoever asks a
-route for anything else, such as FastAPI for the OpenAPI document: it gets what the built route has.
+The first request to one of ours builds the routes in a thread, while the server answers other requests. Code that asks
+a route for anything else, such as FastAPI for the OpenAPI document, builds them too, and gets what the built route has.
 """
 
 import asyncio

@@ -26,7 +26,7 @@ from tests.compute.recipes.test_routing_analysis import ANALYSIS, SFT, reason, r
 from tests.support import tiny_models
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
 from tests.support.routing_reports import report_of
-from tests.support.training_support import _signals_put_back
+from tests.support.training_support import signals_put_back
 
 COOKING = [{"prompt": f"Boil {i} eggs."} for i in range(7)]
 OTHER = [{"prompt": f"Add {i} and 3 4 5 6 7 8 9", "completion": "It is so."} for i in range(9)]
@@ -302,7 +302,7 @@ def test_a_job_measures_before_and_after(service: PostTrainingService, measured:
     assert "eval.fail_if.capability_drop" in reason(folder_of(service, gated))
     failed = folder_of(service, gated)
     first = failed.before.read_bytes()
-    with _signals_put_back():
+    with signals_put_back():
         assert train(failed) == FAILED, "a resumed job edits and measures again"
     assert failed.before.read_bytes() == first, "the base is not measured again"
     assert {each.kind for each in saved_artifacts(failed)} == {"model", "evaluation"}, "both are kept"

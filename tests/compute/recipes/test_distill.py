@@ -163,6 +163,7 @@ def test_a_four_bit_base_is_its_own_teacher(workshop: Workshop) -> None:
     assert run.held_out("distill_kl")[-1] > 0
 
 
+@pytest.mark.parametrize(("recipe", "field"), [("sft", "distill.model"), ("distill", "teacher")])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -171,17 +172,19 @@ def test_a_four_bit_base_is_its_own_teacher(workshop: Workshop) -> None:
     ],
 )
 def test_a_teacher_of_other_tokens_is_refused(
-    workshop: Workshop, changes: dict[str, Any], expected: str, tmp_path: Path
+    workshop: Workshop, changes: dict[str, Any], expected: str, recipe: str, field: str, tmp_path: Path
 ) -> None:
+    """By the recipe `distill`, and by the block of SFT."""
     other = tiny_models.build("llama", tmp_path / "other", **changes)
     if not changes:
         tokenizer = AutoTokenizer.from_pretrained(other)
         tokenizer.add_tokens(["garden"])
         tokenizer.save_pretrained(other)
-    run = workshop.run("sft", "granitemoe", distill={"model": str(other)})
+    teacher: dict[str, Any] = {"distill": {"model": str(other)}} if recipe == "sft" else {"teacher": str(other)}
+    run = workshop.run(recipe, "granitemoe", **teacher)
     assert run.exit_code == FAILED
-    assert "distill.model" in run.reason
-    assert expected in run.reason
+    assert f"{field}: {str(other)!r} {expected}" in run.reason
+    assert not run.events("step")
 
 
 @pytest.mark.parametrize(

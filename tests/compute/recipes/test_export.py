@@ -29,7 +29,7 @@ from llama_stack_provider_moe.jobdir.scan import saved_artifacts
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.support.export_support import by_peft, gap, logits, tensors
 from tests.support.jobs_support import FORK
-from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
+from tests.support.training_support import Run, Workshop, signals_put_back, workshop
 
 __all__ = ["workshop"]
 MOST_KILLS = 60
@@ -56,7 +56,7 @@ def asked(of: Run, name: str, **block: Any) -> JobFolder:
 
 def done(folder: JobFolder) -> int:
     """Run the process of an export job, and return its exit code."""
-    with _signals_put_back():
+    with signals_put_back():
         return train(folder)
 
 

@@ -38,7 +38,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC
 from llama_stack_provider_moe.spec.playground import MIN_TEMPERATURE, ROUTED_TOKENS, PromptRequest
 from tests.support import tiny_models
 from tests.support.chosen import few
-from tests.support.training_support import Run, Workshop, _signals_put_back, workshop
+from tests.support.training_support import Run, Workshop, signals_put_back, workshop
 
 __all__ = ["workshop"]
 QUESTION = [{"role": "user", "content": "Write 3 words about friend."}]
@@ -76,7 +76,7 @@ def ask(folder: JobFolder, **fields: Any) -> int:
 
 
 def run(folder: JobFolder) -> None:
-    with _signals_put_back():
+    with signals_put_back():
         code = train(folder)
     assert code == COMPLETED, [event for event in events.read(folder.events).events if event.type == "failed"]
 
@@ -338,7 +338,7 @@ def test_a_cancelled_playground_ends_its_answer_and_answers_the_rest_when_resume
 
     cancelling = threading.Thread(target=cancel)
     cancelling.start()
-    with _signals_put_back():
+    with signals_put_back():
         assert train(folder) == STOPPED
     cancelling.join()
     ended = answer(folder, number)[-1]

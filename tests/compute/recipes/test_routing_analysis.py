@@ -21,7 +21,7 @@ from llama_stack_provider_moe.spec import JOB_SPEC, JobDefaults, numbers
 from llama_stack_provider_moe.spec.routing import REPORT_FILE, RoutingReport, resolve_adapter
 from tests.support import tiny_models
 from tests.support.host_support import Datasets, ask, caller, folder_of, serving_in_process
-from tests.support.training_support import _signals_put_back
+from tests.support.training_support import signals_put_back
 
 GARDEN = [{"prompt": f"Write {i} words about the garden.", "completion": "In spring."} for i in range(8)]
 SUMS = [{"prompt": f"Add {i} and 3 4 5 6 7 8 9"} for i in range(9)]
@@ -53,7 +53,7 @@ def run(service: PostTrainingService, body: dict[str, Any]) -> tuple[str, int]:
     """Submit a job and run it; its id and exit code."""
     job_id = asyncio.run(service.submit(body)).job_uuid
     folder = folder_of(service, job_id)
-    with _signals_put_back():
+    with signals_put_back():
         code = train(folder)
     assert service.store.claim("me/1/1/1/1") is not None
     if code == COMPLETED:

@@ -130,7 +130,7 @@ class WritingTrainer(RecordingTrainer):
         Args:
             inputs: rows of the data set.
         """
-        self.rest()  # generating is no part of a training step
+        self.rest()  # a training step does not include generating
         self._is_ballast = isinstance(inputs[0], Ballast)
         given = [cast(Row, row.of) if isinstance(row, Ballast) else row for row in inputs]
         self._asked = [list(row["prompt_ids"]) for row in given]  # type: ignore[call-overload]
