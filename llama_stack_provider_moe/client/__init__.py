@@ -7,8 +7,21 @@
 Documents are dictionaries as the server sends them; `documents` has their types.
 """
 
-from llama_stack_provider_moe.client.async_client import AsyncClient
+from typing import TYPE_CHECKING
+
 from llama_stack_provider_moe.client.sync_client import Client
 from llama_stack_provider_moe.errors import InvalidInput, MoeError, ServerLost, ServerRefused
 
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.client.async_client import AsyncClient
+
 __all__ = ["AsyncClient", "Client", "InvalidInput", "MoeError", "ServerLost", "ServerRefused"]
+
+
+def __getattr__(name: str) -> type["AsyncClient"]:
+    # Commands use the other client, and asyncio takes them longer to import than most of them run.
+    if name == "AsyncClient":
+        from llama_stack_provider_moe.client.async_client import AsyncClient
+
+        return AsyncClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
