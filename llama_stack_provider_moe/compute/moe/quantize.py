@@ -200,14 +200,60 @@ def quantize(
     return report
 
 
-def dequantize(model: nn.Module, layout: ExpertLayout | None) -> None:
-    """Replace the codes of a quantised model by plain weights in their first dtype; a plain model does not change.
+@dataclass(frozen=True)
+class MergeMemory:
+    """Bytes that a quantised model takes, beside what it holds, while it is decoded and its adapter is merged.
 
-    A model whose experts are offloaded goes to main memory: decoded it would not fit on the device.
+    Attributes:
+        codes: of all codes, which are dropped one after the other.
+        decoded: of all weights that have codes, in their first dtype.
+        merging: of the largest of them: its copy, and in fp32 B A before and after it is scaled.
     """
+
+    codes: int
+    decoded: int
+    merging: int
+
+    @property
+    def total(self) -> int:
+        """At most; the codes are not subtracted."""
+        return self.decoded + self.merging
+
+
+def merge_memory(model: nn.Module) -> MergeMemory:
+    """What `dequantize` and a merge by PEFT take; also for a model on the meta device."""
+    codes = list(_codes(without_adapters(model)))
+    numbers = [(math.prod(code.shape), code.dtype.itemsize) for code in codes]
+    fp32 = torch.float32.itemsize
+    return MergeMemory(
+        sum(code.nbytes for code in codes),
+        sum(count * size for count, size in numbers),
+        max((count * (size + 2 * fp32) for count, size in numbers), default=0),
+    )
+
+
+def decoded_on(model: nn.Module, room_bytes: float) -> torch.device:
+    """Where `dequantize` puts the model."""
     base = without_adapters(model)
     streamed = any(isinstance(code, Streamed) for code in _codes(base))
-    device = torch.device("cpu") if streamed else base.get_input_embeddings().weight.device
+    if streamed or merge_memory(model).total > room_bytes:
+        return torch.device("cpu")
+    found: torch.device = base.get_input_embeddings().weight.device
+    return found
+
+
+def dequantize(model: nn.Module, layout: ExpertLayout | None, room_bytes: float = math.inf) -> None:
+    """Replace the codes of a quantised model by plain weights in their first dtype; a plain model does not change.
+
+    A model whose experts are offloaded, or that would take more than `room_bytes` (`merge_memory`), goes to main
+    memory.
+
+    Args:
+        model: with codes, and with or without an adapter.
+        layout: where its experts are; None: a dense model.
+        room_bytes: free memory of its device.
+    """
+    base, device = without_adapters(model), decoded_on(model, room_bytes)
     modules = (layout.experts(model) if layout is not None else {}).values()
     for module in liveness.counted("decoding the base", modules, len(modules), "layers"):
         for name in (layout.gate_up, layout.down) if layout is not None else ():
@@ -224,9 +270,8 @@ def dequantize(model: nn.Module, layout: ExpertLayout | None) -> None:
     ]
     for parent, name, layer in liveness.counted("decoding the base", coded, len(coded), "linear layers"):
         setattr(parent, name, layer.decoded().to(device))
-    if streamed:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data = tensor.data.to(device)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.to(device)
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -27,6 +27,7 @@ from llama_stack_provider_moe.compute.planning.engine_memory import engine_bytes
 from llama_stack_provider_moe.compute.planning.generation import generation_memory
 from llama_stack_provider_moe.compute.planning.loading import LoadingMemory, loading_memory
 from llama_stack_provider_moe.compute.planning.memory import Batch, MemoryEstimate, StepMoments, rehearse, step_of
+from llama_stack_provider_moe.compute.planning.merging import merging_bytes
 from llama_stack_provider_moe.compute.planning.meta_model import Bits, MetaModel, adapt, bare
 from llama_stack_provider_moe.compute.planning.per_process import (
     Way,
@@ -119,6 +120,7 @@ class MemoryPlan:
         chosen: None: no strategy is possible on this device.
         loading: what is needed while a quantised base is read; None: the base is not quantised.
         vision: what the images of a micro-batch take; None: no row has an image.
+        merging_bytes: of the GPU or of main memory at the job's end; None: the job merges no quantised base.
     """
 
     asked: str
@@ -128,6 +130,7 @@ class MemoryPlan:
     chosen: Option | None
     loading: LoadingMemory | None = None
     vision: VisionPlan | None = None
+    merging_bytes: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -145,6 +148,7 @@ class MemoryPlan:
             "device_bytes": self.machine.memory_bytes,
             "usable_bytes": self.machine.usable_bytes,
             "loading": None if self.loading is None else asdict(self.loading),
+            "merging_bytes": self.merging_bytes,
             "vision": None if self.vision is None else self.vision.as_json(),
             "options": [{**asdict(option), "peak_bytes": option.peak_bytes} for option in self.options],
         }
@@ -194,7 +198,8 @@ class Planner:
         made = self._rehearsed(spec)
         loading = None if made.loading is None else made.loading[spec.efficiency.offload_experts]
         vision = None if made.vision is None else made.vision.of(spec.efficiency.enable_activation_checkpointing)
-        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading, vision)
+        merging = merging_bytes(made.adapted) if made.bits < 16 and spec.options.save_merged else None
+        return MemoryPlan(resources.strategy, self.machine, resources.ranks, options, chosen, loading, vision, merging)
 
     def estimate(self, spec: TrainingSpec, way: Way) -> tuple[MemoryEstimate, int]:
         """The peak of one device under a strategy, and the part of it that does not depend on the batch."""
@@ -233,6 +238,10 @@ class Planner:
     def weights(self, spec: TrainingSpec) -> tuple[Weight, ...]:
         """Its weights, as one process holds them."""
         return self._rehearsed(spec).weights
+
+    def vision(self, spec: TrainingSpec) -> VisionPlan | None:
+        """The images of a micro-batch, without checkpointing; None: no row has one."""
+        return self._rehearsed(spec).vision
 
     def changes(self, spec: TrainingSpec) -> tuple[Change, ...]:
         """The changes that make the job fit: single settings if any are enough, else several at once; () if none are.

@@ -1,5 +1,6 @@
 """A run from its trainer's arguments to its manifest: announce, train, save."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from llama_stack_provider_moe.compute.models.backend import backend_of
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.models.prepare import Base
 from llama_stack_provider_moe.compute.models.rope import extension_of
-from llama_stack_provider_moe.compute.moe.quantize import dequantize
+from llama_stack_provider_moe.compute.moe.quantize import dequantize, merge_memory
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.compute.train.announce import announce
 from llama_stack_provider_moe.compute.train.by_position import ByPosition
@@ -237,9 +238,23 @@ def _save_merged(
         session.say("options.save_merged: all weights were trained, so artifacts/model is already the whole model")
         return []
     if base.quantized is not None:
-        dequantize(trainer.model, base.layout)
+        room, needed = _free_bytes(base.device), merge_memory(trainer.model).total
+        if needed > room:
+            session.say(
+                f"options.save_merged: the base is decoded in main memory; that takes {needed / 1e9:.1f} GB, and the "
+                f"GPU has {room / 1e9:.1f} GB free"
+            )
+        dequantize(trainer.model, base.layout, room)
     card = _card(session, "merged", last, summary)
     return [_keep(session, base, "merged", merge(trainer.model), last, card)]
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Of a GPU; a CPU has no other memory to go to."""
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _card(session: AnySession, kind: Kind, last: Artifact, summary: Mapping[str, float]) -> Callable[[Path], str]:

@@ -84,6 +84,8 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int, folder: JobFolde
         raise TrainingError(refusal(plan, planner.changes(spec)))
     assert chosen.estimate is not None
     estimate = chosen.estimate
+    if plan.merging_bytes is not None:
+        _require_room_to_merge(plan.merging_bytes, memory_bytes if device == "cuda" else 0)
     terms = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in vars(estimate.terms).items()
                       if value)  # fmt: skip
     by_itself = " (auto)" if asked == "auto" and plan.processes > 1 else ""
@@ -97,6 +99,8 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int, folder: JobFolde
         text += f"; vision tower: {plan.vision.text()}"
     if plan.loading is not None:
         text += f"; {plan.loading.host_bytes / 1e9:.2f} GB of main memory at most while the base is read"
+    if plan.merging_bytes is not None:
+        text += f"; {plan.merging_bytes / 1e9:.2f} GB while the base is decoded and merged"
     warnings = []
     if plan.verdict == "tight":
         warnings.append(
@@ -105,6 +109,18 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int, folder: JobFolde
             "can be used (`moe-train plan` shows what would fit)"
         )
     return _Decided(chosen.strategy, Forecast(text, plan.as_json()), tuple(warnings))
+
+
+def _require_room_to_merge(needed: int, device_bytes: int) -> None:
+    """Refuse now what would fail after the last step."""
+    there = _machine_bytes()
+    if needed > max(device_bytes, there):
+        gpu = f" and the GPU has {device_bytes / 1e9:.1f} GB" if device_bytes else ""
+        raise TrainingError(
+            "options.save_merged: true is not possible here: the base in 16 bits and the merge take "
+            f"{needed / 1e9:.1f} GB; the machine has {there / 1e9:.1f} GB{gpu}. Leave it out, and merge on disk when "
+            "the job has completed (moe-train export merge)"
+        )
 
 
 def _memory_bytes(device: torch.device, processes: int) -> int:

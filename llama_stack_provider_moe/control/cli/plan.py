@@ -65,6 +65,9 @@ def shown(document: PlanDocument) -> RenderableType:
     if (loading := found["loading"]) is not None:
         on_device = f", {size(loading['device_bytes'])} of the GPU" if loading["device_bytes"] else ""
         facts.append(("loading", f"{size(loading['host_bytes'])} of main memory at most{on_device}, for each process"))
+    if (merging := found["merging_bytes"]) is not None:
+        where = "of the GPU if it has that much free, else of main memory" if what == "device" else "of main memory"
+        facts.append(("merging", f"{size(merging)} {where}, at the end"))
     if (vision := document["vision"]) is not None:
         facts.append(("vision tower", vision))
     facts.append(("training", timed(document["time"])))

@@ -115,6 +115,7 @@ class Plan(TypedDict):
     strategy: str
     verdict: str
     loading: Loading | None
+    merging_bytes: int | None
     options: list[Option]
 
 

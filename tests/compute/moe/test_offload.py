@@ -1,5 +1,6 @@
 """Experts in main memory: two layers at most are on the device, and results are those of experts that stay there."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,13 +11,17 @@ from llama_stack_provider_moe.compute.moe import offload as module
 from llama_stack_provider_moe.compute.moe.backend import code_of
 from llama_stack_provider_moe.compute.moe.codes import Code, Coding
 from llama_stack_provider_moe.compute.moe.offload import ExpertStream, Streamed, offload_experts
-from llama_stack_provider_moe.compute.moe.quantize import dequantize, resident_bytes
+from llama_stack_provider_moe.compute.moe.quantize import decoded_on, dequantize, merge_memory, resident_bytes
+from llama_stack_provider_moe.compute.planning.meta_model import blank
 from llama_stack_provider_moe.compute.train.checkpoints import merge
 from llama_stack_provider_moe.compute.train.fit import CHECKPOINTING
 from llama_stack_provider_moe.errors import ModelError
+from llama_stack_provider_moe.spec import Adapter, Moe
 from tests.compute.moe.test_quantize import CPU, adapted, learnt, quantized
+from tests.support import tiny_models
 
 CODINGS = (Coding(4), Coding(4, nested=True), Coding(8))
+ALL = Adapter(quantize_base=True, plan="all_experts")
 DEEP = {"num_hidden_layers": 5}
 
 
@@ -149,6 +154,18 @@ def test_offloaded_experts_merge_like_others() -> None:
         dequantize(made, layout)
         merged.append(merge(made).state_dict())
     assert all(torch.equal(each, merged[1][name]) for name, each in merged[0].items())
+
+
+def test_a_base_is_decoded_where_it_has_room() -> None:
+    model, layout, _ = quantized("mixtral", Coding(4), **DEEP)
+    made = adapted(model, layout, plan="all_experts").model
+    needed = merge_memory(made).total
+    assert [decoded_on(made, room) for room in (needed - 1, needed)] == [CPU, CPU], "its device is the CPU"
+    blank_one = blank(tiny_models.config("mixtral", **DEEP), ALL, Moe(), 4).model
+    needed = merge_memory(blank_one).total
+    assert [decoded_on(blank_one, room) for room in (needed - 1, needed)] == [CPU, torch.device("meta")]
+    offload_experts(model, layout, CPU)
+    assert decoded_on(made, math.inf) == CPU
 
 
 def test_a_dense_model_is_refused() -> None:
