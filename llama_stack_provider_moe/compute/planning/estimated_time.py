@@ -2,6 +2,7 @@
 
 import torch
 
+from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.planning.generation import (
     BANDWIDTH_SHARE,
     answers_at_once,
@@ -9,7 +10,7 @@ from llama_stack_provider_moe.compute.planning.generation import (
     writes_itself,
 )
 from llama_stack_provider_moe.compute.planning.planner import Planner, changed
-from llama_stack_provider_moe.compute.planning.teacher import distils
+from llama_stack_provider_moe.compute.planning.teacher import blank_teacher, distils
 from llama_stack_provider_moe.compute.planning.throughput import bandwidth, count_flops, peak_flops
 from llama_stack_provider_moe.spec import (
     BreakerSpec,
@@ -35,7 +36,7 @@ def device_name(spec: TrainingSpec) -> str | None:
 
 
 def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
-    """Operations of one token in a row of full length; see `throughput`.
+    """Operations of one token in a row of full length; see `throughput`. Images' tower is spread over the tokens.
 
     Args:
         planner: has the model's config.
@@ -46,8 +47,8 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
         spec = changed(spec, {"adapter.quantize_base": False, "adapter.quantize_bits": 4,
                               "adapter.quantize_scales": False, "efficiency.offload_experts": False})  # fmt: skip
     adapted = planner.adapted(spec)
-    # A teacher that is another model counts as if it were as large.
-    references = float(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or distils(spec))
+    teacher = blank_teacher(spec)
+    references = float(spec.recipe == "dpo" or isinstance(spec, BreakerSpec) or (distils(spec) and teacher is None))
     if isinstance(spec, KTOSpec):
         references = 3  # both models also run over mismatched answers
     if isinstance(spec, GRPOSpec):
@@ -55,7 +56,18 @@ def flops_a_token(planner: Planner, spec: TrainingSpec) -> float:
     if isinstance(spec, DistillSpec):  # the model's pass over the prompt too
         references += 1 - spec.generation.max_completion_length / spec.options.max_length
     step = count_flops(adapted.model, adapted.layout, references, head=not isinstance(spec, RewardSpec))
-    return step.of([spec.options.max_length]) / spec.options.max_length
+    row = [spec.options.max_length]
+    taught = 0.0 if teacher is None else count_flops(teacher, find_layout(teacher)).of(row)
+    return (step.of(row) + taught + _of_tower(planner, spec, references)) / spec.options.max_length
+
+
+def _of_tower(planner: Planner, spec: TrainingSpec, references: float) -> float:
+    """Operations for the images of a row (of one text of a pair); a reference's pass runs the tower again."""
+    vision = planner.vision(spec)
+    if vision is None or vision.operations is None:
+        return 0.0
+    texts = spec.training.batch_size * (2 if spec.recipe in PAIRED else 1)
+    return (vision.operations.learning + references * vision.operations.alone) / texts
 
 
 def _passes_beside(spec: GRPOSpec) -> float:

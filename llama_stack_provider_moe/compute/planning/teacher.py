@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llama_stack_provider_moe.compute.models.loader import DTYPES
 from llama_stack_provider_moe.compute.moe.model_types import blank_model
@@ -21,6 +21,20 @@ _COMPARED_OF_TILE = 12 * 4
 def distils(spec: TrainingSpec) -> bool:
     """Whether the job learns from a teacher's probabilities: then the head's logits are whole."""
     return isinstance(spec, DistillSpec) or (isinstance(spec, SFTSpec) and spec.distill is not None)
+
+
+def blank_teacher(spec: TrainingSpec) -> PreTrainedModel | None:
+    """The frozen model without weights that a job names as its teacher; None: it names none.
+
+    Raises:
+        ModelError: the teacher's config can't be read.
+    """
+    if (named := spec.teacher_named()) is None:
+        return None
+    with torch.device("meta"):
+        teacher = blank_model(read_config(named[1])[0])
+    teacher.requires_grad_(False)
+    return teacher
 
 
 def compares(spec: TrainingSpec) -> bool:
@@ -58,12 +72,9 @@ def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemor
     if not distils(spec):
         return None
     size, vocabulary = DTYPES[spec.training.dtype].itemsize, int(config.get_text_config().vocab_size)
-    weights = 0
-    if (named := spec.teacher_named()) is not None:
-        with torch.device("meta"):
-            teacher = blank_model(read_config(named[1])[0])
-        weights = size * sum(each.numel() for each in teacher.parameters())
-    copies = int(named is None and spec.adapter is None)
+    teacher = blank_teacher(spec)
+    weights = 0 if teacher is None else size * sum(each.numel() for each in teacher.parameters())
+    copies = int(teacher is None and spec.adapter is None)
     if isinstance(spec, DistillSpec):
         tokens = spec.training.batch_size * spec.generation.max_completion_length
         compared = min(tokens, TILE) * vocabulary * _COMPARED_OF_TILE

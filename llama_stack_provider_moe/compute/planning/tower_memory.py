@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_stack_provider_moe.compute.moe.layout import without_adapters
@@ -68,6 +70,18 @@ class TowerMemory:
         return self.inputs + max(self.forward, self.held, self.backward)
 
 
+class TowerOperations(NamedTuple):
+    """Floating-point operations of a tower and its projector on the images of a micro-batch.
+
+    Attributes:
+        learning: of a forward pass, and of a backward pass if anything of it trains.
+        alone: of a forward pass with the adapter off.
+    """
+
+    learning: int
+    alone: int
+
+
 def tower_memory(rehearsal: Rehearsal, given: TowerInputs, length: int, checkpointing: bool) -> TowerMemory:
     """Measure the tower on the images of a micro-batch.
 
@@ -81,9 +95,30 @@ def tower_memory(rehearsal: Rehearsal, given: TowerInputs, length: int, checkpoi
         NotMeasurable: the sizes of its tensors depend on their numbers, or it takes other inputs.
     """
     run = _TowerRun(rehearsal, given, length)
+    with _measurable(rehearsal), _checkpointed(rehearsal) if checkpointing else nullcontext():
+        return run.measured()
+
+
+def tower_operations(rehearsal: Rehearsal, given: TowerInputs, length: int) -> TowerOperations:
+    """Count the operations of the tower on the images of a micro-batch.
+
+    Args:
+        rehearsal: the model, ready to be measured.
+        given: the images.
+        length: tokens of each row, padding included.
+
+    Raises:
+        NotMeasurable: as in `tower_memory`.
+    """
+    run = _TowerRun(rehearsal, given, length)
+    with _measurable(rehearsal):
+        return run.counted()
+
+
+@contextmanager
+def _measurable(rehearsal: Rehearsal) -> Iterator[None]:
     try:
-        with _checkpointed(rehearsal) if checkpointing else nullcontext():
-            return run.measured()
+        yield
     except (DynamicOutputShapeException, RuntimeError, *_OF_OTHER_INPUTS) as error:
         kind = without_adapters(rehearsal.model).config.model_type
         raise NotMeasurable(f"the memory of a vision tower of {kind} can't be estimated from its config") from error
@@ -146,6 +181,23 @@ class _TowerRun:
             held_alone=held_alone,
             tokens=sum(map(sum, self._given.tokens)),
         )
+
+    def counted(self) -> TowerOperations:
+        """Operations, in passes of their own: torch's counter keeps tensors alive."""
+        model, mode = self._rehearsal.model, self._rehearsal.mode
+        with mode, _WholeNumbers(mode):
+            run = partial(self._forward, torch.empty(self._given.pixels, dtype=self._rehearsal.dtype))
+            off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+            with FlopCounterMode(display=False) as alone, torch.no_grad(), off, Meter() as meter:
+                self._until_language_model(run, meter)
+            with FlopCounterMode(display=False) as learning, Meter() as meter:
+                reached, _ = self._until_language_model(run, meter)
+                given = [each for each in _tensors(reached) if each.requires_grad]
+                if given:
+                    torch.autograd.backward(given, [torch.empty_like(each) for each in given])
+        for parameter in model.parameters():
+            parameter.grad = None
+        return TowerOperations(learning.get_total_flops(), alone.get_total_flops())
 
     def _placing(self, placed: torch.autograd.graph.Node) -> int:
         """Bytes a number of the embeddings, behind which images' tokens were placed, if these have gradients."""

@@ -5,7 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from llama_stack_provider_moe.compute.moe.layout import without_adapters
 from llama_stack_provider_moe.compute.planning.dry_run import NotMeasurable, Rehearsal
 from llama_stack_provider_moe.compute.planning.tower_inputs import ImageSize, RowImages, Rows, tower_inputs, within
-from llama_stack_provider_moe.compute.planning.tower_memory import TowerMemory, tower_memory
+from llama_stack_provider_moe.compute.planning.tower_memory import (
+    TowerMemory,
+    TowerOperations,
+    tower_memory,
+    tower_operations,
+)
 from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec import TrainingRecipe
 from llama_stack_provider_moe.spec.row_sources import PAIRED
@@ -20,6 +25,7 @@ class VisionPlan:
         basis: where their number and sizes are from.
         tokens: that stand for the images of a row, at most; 0: not known.
         towers: without and with checkpointing; None: it can't be estimated.
+        operations: of the micro-batch's images; None: likewise.
         unknown: why it can't.
         checkpointing: which of both the job has.
     """
@@ -28,6 +34,7 @@ class VisionPlan:
     basis: str
     tokens: int = 0
     towers: tuple[TowerMemory, TowerMemory] | None = None
+    operations: TowerOperations | None = None
     unknown: str | None = None
     checkpointing: bool = False
 
@@ -84,9 +91,10 @@ def vision_plan(
         given = tower_inputs(config, rows * 2 if recipe in PAIRED else rows, limits)
         plain = tower_memory(rehearsal, given, length, checkpointing=False)
         towers = plain, tower_memory(rehearsal, given, length, checkpointing=True)
+        operations = tower_operations(rehearsal, given, length)
     except NotMeasurable as error:
         return VisionPlan(sum(map(len, asked)), _basis(images, asked, asked), unknown=str(error))
-    return VisionPlan(count, basis, max(map(sum, given.tokens)), towers)
+    return VisionPlan(count, basis, max(map(sum, given.tokens)), towers, operations)
 
 
 def _basis(images: RowImages, asked: Rows, rows: Rows) -> str:

@@ -3,6 +3,7 @@
 With a `distill` block the loss of a token also has the KL divergence from a teacher (`train.distill`).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llama_stack_provider_moe.compute.data.datasets import sft_rows
 from llama_stack_provider_moe.compute.models.backend import backend_of
+from llama_stack_provider_moe.compute.moe.derive import find_layout
 from llama_stack_provider_moe.compute.planning.throughput import StepFlops, count_flops
 from llama_stack_provider_moe.compute.runtime.context import Session
 from llama_stack_provider_moe.compute.train.distill import Distillation, distillation_of
@@ -34,6 +36,9 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
     def __init__(self, prepared: Prepared[SFTSpec], args: SFTConfig, distillation: Distillation | None) -> None:
         self.distillation = distillation
         super().__init__(prepared, args)
+        self.teachers_work: StepFlops | None = None
+        if distillation is not None and distillation.asked.model is not None and distillation.teacher is not None:
+            self.teachers_work = count_flops(distillation.teacher, find_layout(distillation.teacher))
         if distillation is not None:
             self.loss_name = "distilled_loss"
             distillation.set_head(self.model, self._note_distillation)
@@ -42,6 +47,10 @@ class SFT(RecordingTrainer, StepFigures, SFTTrainer):
         """The model's pass, and the teacher's where that is the same model."""
         asked = self.spec.distill
         return count_flops(self.model, self.layout, references=int(asked is not None and asked.model is None))
+
+    def operations(self, lengths: Sequence[int]) -> float:
+        """Operations of learning from rows of these lengths, with the pass of a teacher that is another model."""
+        return super().operations(lengths) + (0.0 if self.teachers_work is None else self.teachers_work.of(lengths))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None

@@ -225,7 +225,7 @@ class RecordingTrainer(EvaluatingTrainer):
         items: Tensor | None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.flops += sum(
-            self.work.of(throughput.lengths_of(batch)) for batch in batches if batch_sharing.counts(batch)
+            self.operations(throughput.lengths_of(batch)) for batch in batches if batch_sharing.counts(batch)
         )
         if self.resolved.z_coef and batches:
             tokens = self.peers.sums([batch_sharing.tokens(batch) for batch in batches])
@@ -303,6 +303,10 @@ class RecordingTrainer(EvaluatingTrainer):
     def step_flops(self) -> throughput.StepFlops:
         """Operations of a training step, see `StepFlops`."""
         return throughput.count_flops(self.model, self.layout)
+
+    def operations(self, lengths: Sequence[int]) -> float:
+        """Operations of learning from rows of these lengths, in tokens."""
+        return self.work.of(lengths)
 
     def take_flops(self) -> float:
         """Operations of all processes since the last call."""

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from llama_stack_provider_moe.compute.planning.estimated_time import flops_a_token
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
+from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.compute.planning.test_planner import CONFIG, job
 from tests.support import tiny_models
@@ -57,6 +59,19 @@ def test_the_plan_counts_it(device: str) -> None:
     weights = 2 * sum(each.numel() for each in tiny_models.model("mixtral", hidden_size=512, intermediate_size=1024)
                       .parameters())  # fmt: skip
     assert copied[1] - plain[1] == pytest.approx(weights, rel=0.01)
+
+
+def test_the_time_has_the_pass_of_a_teacher_of_its_own_size(tmp_path: Path) -> None:
+    """A teacher counted as large as the model, whatever it was."""
+    planner = Planner(CONFIG, Machine("cuda", 80 * 10**9))
+    plain = flops_a_token(planner, job())
+    same = flops_a_token(planner, job(distill={})) - plain
+    for layers in (1, 4):
+        other = tiny_models.build("llama", tmp_path / f"{layers} layers", num_hidden_layers=layers)
+        taught = flops_a_token(planner, job(distill={"model": str(other)})) - plain
+        teacher = tiny_models.model("llama", num_hidden_layers=layers).requires_grad_(False)
+        assert taught * 64 == pytest.approx(count_flops(teacher, None).of([64]))
+        assert taught < same / 2
 
 
 def test_no_strategy_divides_it() -> None:

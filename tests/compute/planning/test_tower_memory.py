@@ -1,5 +1,6 @@
 """What a vision tower takes, by the planner: against the processors, against real tensors and against real jobs."""
 
+import gc
 import io
 import json
 import math
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama_stack_provider_moe.compute.models.images import Images
 from llama_stack_provider_moe.compute.models.row_images import Image
 from llama_stack_provider_moe.compute.moe.layout import decoder_layers, without_adapters
 from llama_stack_provider_moe.compute.planning.dry_run import Rehearsal
+from llama_stack_provider_moe.compute.planning.estimated_time import flops_a_token
 from llama_stack_provider_moe.compute.planning.expected_images import ExpectedImages, images_of_rows
 from llama_stack_provider_moe.compute.planning.meta_model import adapt, blank
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
@@ -27,7 +30,7 @@ from llama_stack_provider_moe.compute.planning.tower_inputs import (
     tower_inputs,
     within,
 )
-from llama_stack_provider_moe.compute.planning.tower_memory import tower_memory
+from llama_stack_provider_moe.compute.planning.tower_memory import tower_memory, tower_operations
 from llama_stack_provider_moe.compute.train.fit import CHECKPOINTING
 from llama_stack_provider_moe.control.cli.plan import shown
 from llama_stack_provider_moe.errors import InvalidInput
@@ -123,6 +126,8 @@ def changes_until(stop: str, model: Any, batch: dict[str, torch.Tensor]) -> list
 
     trunk.forward = caught
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    gc.collect()
+    gc.disable()  # it would release tensors of other tests in the middle of the pass
     profiler.start()
     try:
         model(**batch, use_cache=False)
@@ -140,6 +145,7 @@ def changes_until(stop: str, model: Any, batch: dict[str, torch.Tensor]) -> list
         if stop == "backward" and edges:
             torch.autograd.backward(edges, [torch.empty(shape) for shape in shapes])
         profiler.stop()
+    gc.enable()
     model.zero_grad(set_to_none=True)
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     return [
@@ -183,6 +189,41 @@ def test_a_tower_takes_what_a_real_one_does(family: str, vision: Any, checkpoint
             assert getattr(told, name) == pytest.approx(value, rel=0.15, abs=4000), (name, told, found)
 
 
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_a_towers_operations_are_a_real_ones(family: str, tmp_path: Path) -> None:
+    limits, counted = limits_of(family, tmp_path), {}
+    for vision in ("off", "tower"):
+        adapter = Adapter(rank=4, vision=vision)  # type: ignore[arg-type]
+        rehearsal = Rehearsal(blank(tiny_vlms.config(family), adapter, Moe(), dtype=torch.float32).model, "cpu")
+        told = tower_operations(rehearsal, tower_inputs(tiny_vlms.config(family), LARGE, limits), LENGTH)
+        real = adapt(tiny_vlms.model(family), adapter, Moe()).model.train()
+        with FlopCounterMode(display=False) as counter:
+            changes_until("backward", real, batch_of(family, LARGE, LENGTH))
+        assert told.learning == counter.get_total_flops() > 0
+        counted[vision] = told
+    assert counted["off"].learning == counted["off"].alone, "no backward pass, and no adapter"
+    trained = counted["tower"]
+    assert trained.alone == counted["off"].alone
+    assert 1.9 < trained.learning / trained.alone < 3.5, "gradients of inputs, and of LoRA's matrices"
+
+
+def test_the_time_of_a_job_has_the_towers(tmp_path: Path) -> None:
+    family = "qwen3_vl_moe"
+    limits, config = limits_of(family, tmp_path), tiny_vlms.config(family)
+    machine = Machine("cuda", 80 * 10**9)
+    body = {"recipe": "sft", "model": "a/b", "data": {"dataset_id": "d"}, "training": {"batch_size": 2},
+            "options": {"max_length": LENGTH}, "adapter": {"rank": 4}, "resources": {"gpus": 1}}  # fmt: skip
+    for recipe, passes in (("sft", 1), ("dpo", 2)):
+        spec: Any = JOB_SPEC.validate_python(body | {"recipe": recipe})
+        shown_once = Planner(config, machine, assumed(1, ImageSize(64, 64), limits))
+        plain, seeing = (flops_a_token(planner, spec) for planner in (Planner(config, machine), shown_once))
+        vision = shown_once.vision(spec)
+        assert vision is not None
+        assert vision.operations is not None
+        once = vision.operations.alone / (2 if recipe == "sft" else 4)  # texts of a micro-batch
+        assert (seeing - plain) * LENGTH == pytest.approx(passes * once)
+
+
 # Estimate over measured peak of these: 0.99 (checkpointed), 1.09 (pairs, shown beside the head), 1.11 (dense).
 JOBS = {
     "checkpointed": Case("sft", "llama4", images=3, adapter={"rank": 4, "vision": "tower"}, length=160,
@@ -192,7 +233,8 @@ JOBS = {
     "pairs": Case("dpo", "glm4v_moe", images=1, adapter={"rank": 4, "vision": "tower"}, length=128, batch=2),
     "dense": Case("sft", "qwen3_vl", images=1, adapter={"rank": 4, "vision": "tower"}, length=128),
 }  # fmt: skip
-BESIDE_THE_HEAD = ("pairs", "dense")  # a tile of its logits is larger than a tiny tower
+# A tile of the head's logits is larger than a tiny tower, and than what a frozen one leaves for the language model.
+BESIDE_THE_HEAD = ("pairs", "dense", "frozen")
 
 
 @pytest.mark.parametrize("name", [each if each == "checkpointed" else pytest.param(each, marks=pytest.mark.wide)

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llama_stack_provider_moe.compute.methods.distillation import distilled_log_prob, kl_from_teacher
 from llama_stack_provider_moe.compute.models.adapted import with_adapter
+from llama_stack_provider_moe.compute.moe.derive import find_layout
+from llama_stack_provider_moe.compute.planning.throughput import count_flops
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.support import tiny_models
@@ -76,6 +78,21 @@ def test_another_teacher(workshop: Workshop, teacher: Path, weight: float, tempe
     assert first["validation_loss"] == pytest.approx((1 - weight) * ce + weight * temperature**2 * kl, rel=1e-4)
     assert first["perplexity"] == pytest.approx(math.exp(ce), rel=1e-4)
     assert run.resolved["distill"] == {"teacher": str(teacher), **asked}
+
+
+def test_the_operations_of_a_step_have_those_of_another_teacher(workshop: Workshop, teacher: Path) -> None:
+    """They did not: the figure of such a job was that of a job without a teacher."""
+    runs = [
+        done(workshop.run("sft", "granitemoe", **more, **ONE_STEP))
+        for more in ({}, {"distill": {"model": str(teacher)}})
+    ]
+    (plain,), (taught,) = (run.events("step") for run in runs)
+    each = [step.metrics["tflops_per_device"] * 1e12 / step.metrics["tokens_per_s"] for step in (plain, taught)]
+    other, tokenizer = load(teacher).requires_grad_(False), AutoTokenizer.from_pretrained(teacher)
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in sft_rows(16)]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    work = count_flops(other, find_layout(other))
+    assert each[1] - each[0] == pytest.approx(work.of(lengths) / sum(lengths), rel=1e-3)
 
 
 def test_the_last_model_is_nearer_to_its_teacher(workshop: Workshop, teacher: Path) -> None:

@@ -115,10 +115,6 @@ class WritingTrainer(RecordingTrainer):
         self.flops += self.operations(whole_mask(inputs).sum(dim=1).tolist())
         return {**inputs, batch_sharing.TOKEN_SHARE: share}
 
-    def operations(self, lengths: Sequence[int]) -> float:
-        """Operations of learning from prompts and answers of these lengths, in tokens."""
-        return self.work.of(lengths)
-
     def token_mask(self, inputs: Batch, share: int | None) -> Tensor | None:
         """The tokens of prompts and answers; none of an answer that the overlong filter leaves out, nor of ballast."""
         mask_BT = whole_mask(inputs)
