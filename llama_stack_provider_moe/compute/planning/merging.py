@@ -11,5 +11,5 @@ from llama_stack_provider_moe.compute.planning.meta_model import MetaModel
 def merging_bytes(adapted: MetaModel) -> int:
     """Bytes of one memory at most, for a model whose base is quantised."""
     needed = merge_memory(adapted.model)
-    adapter = sum(weight.nbytes for weight in adapted.model.parameters() if weight.requires_grad)
+    adapter: int = sum(weight.nbytes for weight in adapted.model.parameters() if weight.requires_grad)
     return adapted.weight_bytes - needed.codes + needed.total + adapter

@@ -7,8 +7,8 @@ a warning.
 
 Two kinds of jobs are not estimated: small models on a CPU, where a step takes less time than the estimate, and models
 that Unsloth runs, because its kernels keep other tensors than ours. A model is small for its job if weights, gradients
-and optimiser take an eighth of the memory at most; with an adapter, if the weights take a sixteenth and a micro-batch
-is short, so that activations are not what fills the memory.
+and optimiser take an eighth of the memory at most, a teacher's weights counted like its own; with an adapter, if the
+weights take a sixteenth and a micro-batch is short, so that activations are not what fills the memory.
 """
 
 import math
@@ -143,7 +143,9 @@ def _machine_bytes() -> int:
 def _is_small(spec: TrainingSpec, memory_bytes: int) -> bool:
     is_short = spec.training.batch_size * spec.options.max_length <= SHORT_TOKENS
     share = SMALL_ADAPTED if spec.adapter is not None and is_short else SMALL
-    return _weights_on_disk(spec.model) <= share * memory_bytes
+    teacher = spec.teacher_named()
+    weights = _weights_on_disk(spec.model) + (0 if teacher is None else _weights_on_disk(teacher[1]))
+    return weights <= share * memory_bytes
 
 
 def _weights_on_disk(model: str) -> float:

@@ -19,7 +19,7 @@ from llama_stack_provider_moe.compute.train import strategy
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.cli.plan import bytes_of, timed
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
-from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Moe, Optimizer, TrainingSpec
+from llama_stack_provider_moe.spec import JOB_SPEC, Adapter, Distill, Moe, Optimizer, TrainingSpec
 from tests.support import tiny_models
 from tests.support.cli_support import moe_train
 from tests.support.every_family import tiny_config
@@ -243,6 +243,8 @@ def test_a_job_that_can_not_fit_ends_before_its_weights_are_read(
 def test_a_small_job_on_a_cpu_is_not_estimated(workshop: Workshop) -> None:
     spec = workshop.job("sft", FAMILY).read_spec()
     assert strategy._decide(spec, "cpu", strategy._machine_bytes()) == ("ddp", None, ())  # type: ignore[arg-type]
+    taught = spec.model_copy(update={"distill": Distill(model="a/large-one")})  # type: ignore[union-attr]
+    assert not strategy._is_small(taught, strategy._machine_bytes()), "a teacher whose size is not known"  # type: ignore[arg-type]
     told = strategy._decide(job(), "cuda", 80 * 10**9)  # no such model
     assert (told.strategy, told.forecast) == ("ddp", None)
     assert told.warnings[0].startswith("memory could not be estimated (ModelError: model: the config of")
