@@ -48,7 +48,7 @@ def _all(arch: int, dtype: str) -> Iterator[Compiled]:
         if kernel is not ragged.outer:
             continue
         for outputs, inputs in product(SIDES[1:] if constants["DROPS"] else SIDES, SIDES):
-            for each in for_outers(outputs, inputs, DTYPES[dtype]):
+            for each in for_outers(outputs, inputs, DTYPES[dtype], arch >= 90):
                 yield f"{kind}: {_spelled(each)}", kernel, constants | _sizes(each), _options(each)
     for kind, kernel, constants, options in variants(arch, dtype):
         if kernel not in (ragged.times, ragged.outer):

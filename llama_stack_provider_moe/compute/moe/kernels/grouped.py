@@ -266,7 +266,8 @@ def rows_by_rows(
         left_index_S is not None, right_index_S is not None, drop is not None,
     )  # fmt: skip
     call = Call(run, (out_EOI,), twin)
-    run(best("outer", asked, for_outers(outputs, inputs, left_SO.dtype), left_SO.device, call))
+    found = for_outers(outputs, inputs, left_SO.dtype, has_descriptors(left_SO.device))
+    run(best("outer", asked, found, left_SO.device, call))
     return out_EOI
 
 

@@ -114,22 +114,23 @@ def for_products(
         return (Tiles(min(64, tall), wide, 32),)
     depth = 64
     if wide <= 64:  # a thin product, such as LoRA's first: bound by reading its rows once, whatever the tile
-        return tuple(dict.fromkeys((Tiles(tall, wide, depth, 4, 4), Tiles(max(16, tall // 2), wide, depth, 4, 4))))
-    # With four warps these spill; so do 16 rows in four stages, and 32 in three.
+        halves = max(16, tall // 2)
+        # On sm_100 two accumulators of 64 x 64 spill in four stages.
+        return tuple(dict.fromkeys(
+            Tiles(rows, wide, depth, 4, 3 if separate and rows == wide == 64 else 4) for rows in (tall, halves)
+        ))  # fmt: skip
     if turned and (tall <= 32 or rank > 32 or separate):
-        wide = min(wide, 64) if separate and tall <= 32 else wide  # two accumulators of few rows spill, too
-        found = [Tiles(tall, wide, depth, 8, 4 if tall == 32 else 3)]
-        found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
-        if separate and not described:
-            found.reverse()  # 128 rows with two accumulators spill on sm_80
-        return tuple(found + ([Tiles(tall, wide, depth, 8, 3 if tall == 16 else 4, True)] if described else []))
+        return _turned(tall, wide, depth, described, separate)
+    if rank > 32 and tall > 32 and not described:  # sm_80 has room for a thin accumulator beside a narrow one only
+        return Tiles(tall, 64, depth, 8 if tall > 64 else 4, 3), Tiles(32, wide, depth, 8, 3)
     found = [Tiles(tall, wide, depth, 8 if tall * wide >= 128 * 128 else 4)]
     roomy = rank <= 32  # beside a wider thin accumulator the tiles with the most numbers per thread spill
-    if (roomy and not turned) or tall * wide < 128 * 128:
+    two = rank > 0 and separate
+    if tall * wide < 128 * 128 or (roomy and described and not turned and not two):
         found.append(Tiles(tall, wide, depth, 4, 4))
-    # With few rows a broad tile is computed without wgmma, and spills. Two broad accumulators and a thin one are more
-    # than the 512 columns of tensor memory of sm_100.
-    fits = roomy and tall > 32 and not (rank and separate)
+    # With few rows a broad tile is computed without wgmma, and spills; on sm_80 all broad ones do. Two broad
+    # accumulators and a thin one are more than the 512 columns of tensor memory of sm_100.
+    fits = roomy and tall > 32 and described and not two
     broads = [min(256, _power_of_two(outputs))] if fits else []
     found += [Tiles(tall, broad, depth, 8, 3) for broad in broads if not turned]
     if tall > (64 if turned else 32):
@@ -140,15 +141,39 @@ def for_products(
     return tuple(dict.fromkeys(found))
 
 
+def _turned(tall: int, wide: int, depth: int, described: bool, separate: bool) -> tuple[Tiles, ...]:
+    """For turned weights and few rows, or large accumulators.
+
+    With four warps these spill; so do 16 rows in four stages, 32 in three, and two accumulators of few rows.
+    """
+    wide = min(wide, 64) if separate and tall <= 32 else wide
+    narrow = separate and not described and tall > 64  # 128 x 128 with two accumulators spill on sm_80
+    found = [Tiles(tall, min(wide, 64) if narrow else wide, depth, 8, 4 if tall == 32 else 3)]
+    found += [Tiles(tall // 2, wide, depth, 8, 4)] if tall > 64 else []
+    if described and tall == 16:
+        found.append(Tiles(tall, wide, depth, 4 if separate else 8, 3, True))
+    elif described:
+        found.append(Tiles(tall, wide, depth, 8, 4, True))
+    return tuple(found)
+
+
 @lru_cache(maxsize=1024)
-def for_outers(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
-    """Candidates for sums of outer products, the safest first."""
+def for_outers(outputs: int, inputs: int, dtype: torch.dtype, newer: bool = True) -> tuple[Tiles, ...]:
+    """Candidates for sums of outer products, the safest first.
+
+    Args:
+        outputs: the largest useful height of a tile.
+        inputs: its largest useful width.
+        dtype: of what is multiplied.
+        newer: the device is of sm_90 or newer; on sm_80 four warps with 128 x 128 sums spill.
+    """
     high, wide = min(128, _power_of_two(outputs)), min(128, _power_of_two(inputs))
     if INTERPRETED:
         return (Tiles(32 if dtype == torch.float32 else 64, high, wide),)
     depth = 32 if dtype == torch.float32 else 64
     warps = 8 if high * wide >= 128 * 128 else 4
-    found = [Tiles(depth, high, wide, warps), Tiles(depth, high, wide, 4, 4)]
+    few = wide if newer else min(wide, 64)
+    found = [Tiles(depth, high, wide, warps), Tiles(depth, high, few if high == 128 else wide, 4, 4)]
     if dtype != torch.float32 and min(high, wide) < 64:  # a thin side: the loop over rows dominates
         found.append(Tiles(128, high, wide, 4, 3))
     return tuple(dict.fromkeys(found))

@@ -14,6 +14,7 @@ from llama_stack_provider_moe.compute.moe.kernels.groups import Groups
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
+ROOT = Path(__file__).parents[4]
 # fp32 stores to bf16 are cut off, not rounded, by triton 3.9's interpreter: twice the error, and more of two in a row.
 NO_WORSE = {"fp32": 1.5, "fp16": 1.5, "bf16": 3.5}
 # Cut-off numbers err in one direction, so that a dot product of few of them does too: three in a row, 2^-8 each.
@@ -89,6 +90,24 @@ def test_compiled_for_three_generations_without_spills() -> None:
         # wgmma takes 64 rows at least, and the rank of A's gradient is 16.
         large = kind.startswith(("times", "outer")) and kind != "outer, dropout"
         assert (case["wgmma"] > 0) is (arch == "sm_90" and dtype != "fp32" and large), case
+
+
+LISTED = """
+import json
+from benchmarks.gpu.compiled import ARCHITECTURES, candidates
+print(json.dumps([[f"sm_{arch}", each[0]] for arch in ARCHITECTURES for each in candidates(arch, "bf16")]))
+"""
+
+
+def test_every_candidate_was_compiled_for_three_generations_without_spills() -> None:
+    """The committed result of `make gpu-first MODE=--compile` is of today's candidates."""
+    done = subprocess.run(
+        [sys.executable, "-c", LISTED], capture_output=True, text=True, timeout=300, check=True, cwd=ROOT
+    )
+    result = json.loads(max((ROOT / "benchmarks" / "results").glob("gpu_first_compile_*.json")).read_bytes())
+    assert [[case["arch"], case["candidate"]] for case in result["compiled"]] == json.loads(done.stdout)
+    assert (result["faults"], result["left_out"]) == ([], [])
+    assert {case["stack_bytes"] for case in result["compiled"]} == {0}
 
 
 def test_a_choice_of_tiles_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
