@@ -46,6 +46,8 @@ def image_files(images: str | None) -> Iterator[Read | None]:
     if root.is_dir():
         yield _of_folder(root.resolve())
         return
+    if root.exists() and not root.is_file():  # a pipe would wait for its writer
+        raise InvalidInput(OPTION, images, "a folder, or a tar file that is not compressed")
     try:
         with tarfile.open(root, "r:") as tar:
             yield _of_tar(tar, _members(tar, images))
@@ -118,7 +120,8 @@ class _Row:
         elif content[_WEBP] == b"WEBP":
             kind = "webp"
         else:
-            raise InvalidInput(OPTION, name, f"a PNG, JPEG or WebP image (row {self._number})")
+            place = "FILE" if self._read is None else OPTION
+            raise InvalidInput(place, name, f"a PNG, JPEG or WebP image (row {self._number})")
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -164,6 +167,9 @@ def _members(tar: tarfile.TarFile, images: str) -> dict[PurePosixPath, tarfile.T
             raise InvalidInput(OPTION, images, "a tar file of plain files and folders below its own; it has "
                                f"{shorten(member.name)}, a link, a device or a path out of it")  # fmt: skip
         if member.isreg():
+            if path in found:
+                raise InvalidInput(OPTION, images, "a tar file with each name once; it has "
+                                   f"{shorten(member.name)} twice")  # fmt: skip
             found[path] = member
     return found
 
