@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,6 +120,11 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a PNG without IEND": (part(png()[:-12]), "is an image whose file is cut short"),
     "a PNG with a changed byte": (
         part(png()[:20] + b"\x09" + png()[21:]), "is a PNG image with damage: chunk 'IHDR' has another checksum"
+    ),
+    "a PNG without its palette": (
+        part(png()[:25] + b"\3" + png()[26:29] + struct.pack(">I", zlib.crc32(png()[12:25] + b"\3" + png()[26:29]))
+             + png()[33:]),
+        "is a PNG image with damage: its colours are those of a palette",
     ),
     "an animated PNG": (part(png(extra=chunk(b"acTL", bytes(8)))), "is an animated PNG image"),
     "a PNG with more behind it": (part(png() + b"PK\3\4"), "is a PNG image with 4 bytes behind its end"),
