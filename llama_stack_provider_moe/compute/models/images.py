@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
+from PIL import ImageChops, UnidentifiedImageError
 from torch import Tensor
 
 from llama_stack_provider_moe.compute.models.row_images import Image, Unseen
@@ -149,10 +148,14 @@ def in_rgb(file: Pillow.Image) -> Pillow.Image:
     Pillow alone shows what a file hides below transparency, and makes each grey above 255 of 65,535 white.
     """
     if file.mode.startswith("I"):
-        grey = np.asarray(file)
+        greys = file.convert("I;16").tobytes()  # the high byte of each comes second
+        low, high = (Pillow.frombytes("L", file.size, greys[first::2]) for first in (0, 1))
         hidden = file.info.get("transparency")
-        whole = (grey // 256).astype(np.uint8)
-        return Pillow.fromarray(whole if hidden is None else np.where(grey == hidden, 255, whole)).convert("RGB")
+        if isinstance(hidden, int):
+            bytes_of = ((low, hidden % 256), (high, hidden // 256))
+            alike = [half.point([255 * (byte == value) for byte in range(256)]) for half, value in bytes_of]
+            high.paste(255, mask=ImageChops.darker(*alike))
+        return high.convert("RGB")
     if not file.has_transparency_data:
         return file.convert("RGB")
     white = Pillow.new("RGBA", file.size, "white")

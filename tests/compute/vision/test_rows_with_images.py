@@ -172,6 +172,9 @@ def test_greys_of_16_bits_stay_apart(folder: JobFolder) -> None:
     part = tiny_vlms.put(folder, _saved(greys))
     seen = images_in(folder).opened(images_of([said("user", [part])])[0])
     assert [seen.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in (0, 0, 7, 255)]
+    hidden = tiny_vlms.put(folder, _saved(greys, transparency=256 * 7))
+    seen = images_in(folder).opened(images_of([said("user", [hidden])])[0])
+    assert [seen.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in (0, 0, 255, 255)]
 
 
 def test_an_image_that_the_processor_does_not_take_is_named(folder: JobFolder) -> None:
