@@ -7,7 +7,7 @@ A folder, or a tar file that is not compressed. A row names a file by its path i
     {"type": "image_url", "image_url": {"url": "cats/1.png"}}
     {"images": ["cats/1.png", ...]}                        a column, for parts {"type": "image"}; or "image"
 
-Parquet files have the bytes themselves, in values {"bytes": ..., "path": ...}.
+Parquet files have the bytes themselves, in values {"bytes": ..., "path": ...} or alone in such a column.
 """
 
 import base64
@@ -103,6 +103,8 @@ class _Row:
 
     def _value(self, value: object) -> object:
         """An item of a column of images."""
+        if isinstance(value, bytes):
+            return {"url": self._url(value, "its bytes")}
         if isinstance(value, dict):
             content, path = value.get("bytes"), value.get("path")
             if isinstance(content, bytes):

@@ -85,6 +85,10 @@ def test_parquet_has_the_bytes_itself(tmp_path: Path) -> None:
     (found,) = sent(tmp_path / "rows.parquet", None)
     assert found["messages"][0]["content"][0]["width"] == 2
     assert "images" not in found
+    bare = {"prompt": "What is it?", "completion": "A square."}
+    parquet.write_table(arrow.Table.from_pylist([bare | {"image": RED}]), tmp_path / "bare.parquet")
+    parquet.write_table(arrow.Table.from_pylist([bare | {"images": [RED]}]), tmp_path / "list.parquet")
+    assert sent(tmp_path / "bare.parquet", None) == sent(tmp_path / "list.parquet", None)
     moving = {"prompt": "What is it?", "completion": "A cat.", "image": {"bytes": b"GIF89a", "path": "a.gif"}}
     parquet.write_table(arrow.Table.from_pylist([moving]), tmp_path / "gif.parquet")
     with pytest.raises(InvalidInput, match=r"^FILE: 'a.gif' is not valid; expected a PNG, JPEG or WebP image"):
