@@ -300,12 +300,7 @@ def _converter_error(architecture: str, ended: Ended, tools: Toolchain, projecto
 
 
 def _architecture(model: Path, has_experts: bool) -> str:
-    """Name of the model's class by its config; checks that there are weights beside it.
-
-    Args:
-        model: its folder.
-        has_experts: whether the file to make has the experts of the model.
-    """
+    """Name of a model's class by its config; checks that a file with, or without, its experts can be made of it."""
     try:
         config = read_config(model / "config.json")
         architecture = str(config["architectures"][0])
