@@ -7,7 +7,7 @@ A folder, or a tar file that is not compressed. A row names a file by its path i
     {"type": "image_url", "image_url": {"url": "cats/1.png"}}
     {"images": ["cats/1.png", ...]}                        a column, for parts {"type": "image"}; or "image"
 
-Parquet files have the bytes themselves, in values {"bytes": ..., "path": ...}.
+Parquet files have the bytes themselves, in values {"bytes": ..., "path": ...} or alone in such a column.
 """
 
 import base64
@@ -46,6 +46,8 @@ def image_files(images: str | None) -> Iterator[Read | None]:
     if root.is_dir():
         yield _of_folder(root.resolve())
         return
+    if root.exists() and not root.is_file():  # a pipe would wait for its writer
+        raise InvalidInput(OPTION, images, "a folder, or a tar file that is not compressed")
     try:
         with tarfile.open(root, "r:") as tar:
             yield _of_tar(tar, _members(tar, images))
@@ -101,6 +103,8 @@ class _Row:
 
     def _value(self, value: object) -> object:
         """An item of a column of images."""
+        if isinstance(value, bytes):
+            return {"url": self._url(value, "its bytes")}
         if isinstance(value, dict):
             content, path = value.get("bytes"), value.get("path")
             if isinstance(content, bytes):
@@ -118,7 +122,8 @@ class _Row:
         elif content[_WEBP] == b"WEBP":
             kind = "webp"
         else:
-            raise InvalidInput(OPTION, name, f"a PNG, JPEG or WebP image (row {self._number})")
+            place = "FILE" if self._read is None else OPTION
+            raise InvalidInput(place, name, f"a PNG, JPEG or WebP image (row {self._number})")
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -164,6 +169,9 @@ def _members(tar: tarfile.TarFile, images: str) -> dict[PurePosixPath, tarfile.T
             raise InvalidInput(OPTION, images, "a tar file of plain files and folders below its own; it has "
                                f"{shorten(member.name)}, a link, a device or a path out of it")  # fmt: skip
         if member.isreg():
+            if path in found:
+                raise InvalidInput(OPTION, images, "a tar file with each name once; it has "
+                                   f"{shorten(member.name)} twice")  # fmt: skip
             found[path] = member
     return found
 

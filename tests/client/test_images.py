@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_parquet_has_the_bytes_itself(tmp_path: Path) -> None:
     (found,) = sent(tmp_path / "rows.parquet", None)
     assert found["messages"][0]["content"][0]["width"] == 2
     assert "images" not in found
+    bare = {"prompt": "What is it?", "completion": "A square."}
+    parquet.write_table(arrow.Table.from_pylist([bare | {"image": RED}]), tmp_path / "bare.parquet")
+    parquet.write_table(arrow.Table.from_pylist([bare | {"images": [RED]}]), tmp_path / "list.parquet")
+    assert sent(tmp_path / "bare.parquet", None) == sent(tmp_path / "list.parquet", None)
+    moving = {"prompt": "What is it?", "completion": "A cat.", "image": {"bytes": b"GIF89a", "path": "a.gif"}}
+    parquet.write_table(arrow.Table.from_pylist([moving]), tmp_path / "gif.parquet")
+    with pytest.raises(InvalidInput, match=r"^FILE: 'a.gif' is not valid; expected a PNG, JPEG or WebP image"):
+        sent(tmp_path / "gif.parquet", None)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +131,21 @@ def test_a_tar_has_plain_files_alone(folder: Path, tmp_path: Path, member: tarfi
         sent(file, tar_of(folder, member))
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "./photo.jpg"])
+def test_a_tar_names_each_file_once(folder: Path, tmp_path: Path, name: str) -> None:
+    """Else a row would get the last of two images."""
+    file = rows_file(tmp_path, asked({"type": "image_file", "image_file": "photo.jpg"}))
+    with pytest.raises(InvalidInput, match=r"photo\.jpg' twice"):
+        sent(file, tar_of(folder, odd(name, tarfile.REGTYPE)))
+
+
 def test_what_is_no_folder_of_images(folder: Path, tmp_path: Path) -> None:
     file = rows_file(tmp_path, asked())
     with pytest.raises(InvalidInput, match="a folder, or a tar file that is not compressed"):
         sent(file, folder / "words.png")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidInput, match="a folder, or a tar file that is not compressed"):
+        sent(file, tmp_path / "pipe")
     (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")
     with pytest.raises(InvalidInput, match="a cell of CSV holds no list of parts"):
         sent(tmp_path / "rows.csv", folder)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,6 +121,11 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a PNG with a changed byte": (
         part(png()[:20] + b"\x09" + png()[21:]), "is a PNG image with damage: chunk 'IHDR' has another checksum"
     ),
+    "a PNG without its palette": (
+        part(png()[:25] + b"\3" + png()[26:29] + struct.pack(">I", zlib.crc32(png()[12:25] + b"\3" + png()[26:29]))
+             + png()[33:]),
+        "is a PNG image with damage: its colours are those of a palette",
+    ),
     "an animated PNG": (part(png(extra=chunk(b"acTL", bytes(8)))), "is an animated PNG image"),
     "a PNG with more behind it": (part(png() + b"PK\3\4"), "is a PNG image with 4 bytes behind its end"),
     "a PNG of no width": (part(png(0, 5)), "is an image of 0 x 5 pixels; expected at least one"),
@@ -202,7 +208,7 @@ def test_images_beyond_the_limit_are_not_stored() -> None:
 
 
 def test_counts_of_the_column_and_the_parts_must_agree() -> None:
-    with pytest.raises(InvalidRows, match="images: has 2 images, but the user messages have 1 parts of type image"):
+    with pytest.raises(InvalidRows, match="images: has 2 images, but the user messages have 1 part of type image"):
         read(lines(asked({"type": "image"}) | {"images": [url(png())] * 2}), Store())
     with pytest.raises(InvalidRows, match="image: is beside images; keep one of them"):
         read(lines(asked() | {"images": [url(png())], "image": url(png())}), Store())
@@ -239,6 +245,52 @@ def test_images_stand_before_the_first_users_text_where_contents_are_texts() -> 
         read(lines({"messages": talk}, {"messages": listed, "images": images}), store)
     with pytest.raises(InvalidRows, match="row 1: images: has 2 images, but the user messages have 0 parts of type"):
         read(lines({"messages": talk[::2], "images": images}), store)
+
+
+PROMPTS: dict[str, Any] = {
+    "a prompt": {"prompt": "What is it?", "completion": "A square."},
+    "a pair": {"prompt": "What is it?", "chosen": "A square.", "rejected": "A disc."},
+}
+
+
+@pytest.mark.parametrize("form", PROMPTS)
+def test_images_stand_before_a_prompt_of_text(form: str) -> None:
+    """As in most data sets of questions about images; an answer may not be a conversation that has the prompt again."""
+    row = PROMPTS[form]
+    (found,) = read(lines(row | {"image": url(png())}), Store())
+    (usual,) = read(lines(asked(part())), Store())
+    assert found == row | {"prompt": usual["messages"][:1]}
+    recipe: Recipe = "dpo" if "chosen" in row else "sft"
+    taken = canonical(found, 1, recipe, "auto")
+    assert not isinstance(taken, RowProblem), taken
+    assert len(images_in(taken)) == 1
+    whole = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A square."}]
+    with pytest.raises(InvalidRows, match="image: has 1 image, but the user messages have 0 parts of type image"):
+        read(lines(row | {"image": url(png()), "chosen": whole}), Store())
+
+
+@pytest.mark.parametrize("column", ["messages", "dialog", "chat_completion_input"])
+def test_images_in_json_text_are_refused_when_they_arrive(column: str) -> None:
+    """A job could not find them; a text that only speaks of them is a text."""
+    text = json.dumps(asked(part())["messages"])
+    with pytest.raises(InvalidRows, match=f"row 1: {column}: is JSON text with an image; expected a list of messages"):
+        read(lines({column: text, "expected_answer": "A square."}), Store())
+    spoken = json.dumps(asked(text='What does "image" mean?')["messages"])
+    assert read(lines({column: spoken}), Store()) == [{column: spoken}]
+
+
+@pytest.mark.parametrize("value", [7, [7], {"bytes": "text", "path": None}, [{"bytes": "text"}]])
+def test_what_is_no_image_is_named_in_words(value: Any) -> None:
+    with pytest.raises(InvalidRows) as refused:
+        read(lines({"messages": asked({"type": "image"})["messages"], "images": value}), Store())
+    (problem,) = refused.value.problems
+    assert problem.reason.startswith("is not text; expected data:image/png;base64")
+
+
+def test_a_scheme_may_be_in_capitals() -> None:
+    (row,) = read(lines(asked(part("DATA:IMAGE/PNG" + url(png())[len("data:image/png") :]))), Store())
+    (usual,) = read(lines(asked(part())), Store())
+    assert row == usual
 
 
 def test_an_image_where_none_stands_is_refused() -> None:

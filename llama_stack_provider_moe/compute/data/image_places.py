@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_stack_provider_moe.compute.data.chat_template import Span
-from llama_stack_provider_moe.compute.models.row_images import Image
+from llama_stack_provider_moe.compute.models.row_images import Image, Unseen
 from llama_stack_provider_moe.ground.counting import number_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def with_images(
         known: says which tokens stand for each.
 
     Raises:
-        Unrenderable: the template did not write one token for each image, or somebody typed one.
+        Unrenderable: the template did not write one token for each image, or the processor does not take one.
     """
     places = [found.span() for found in re.finditer(re.escape(known.token), text)]
     places = [place for place in places if place not in set(typed)]
@@ -42,8 +42,11 @@ def with_images(
     pictured: list[Span] = []
     moves: list[tuple[int, int]] = []  # from this character on, everything moves by so much
     done = moved = 0
-    for (start, end), image in zip(places, images, strict=True):
-        tokens = known.tokens(image)
+    for number, ((start, end), image) in enumerate(zip(places, images, strict=True), start=1):
+        try:
+            tokens = known.tokens(image)
+        except Unseen as error:
+            raise Unrenderable(f"image {number} of {len(images)}: {error}") from None
         pieces += [text[done:start], tokens]
         pictured.append((start + moved, start + moved + len(tokens)))
         moved += len(tokens) - (end - start)

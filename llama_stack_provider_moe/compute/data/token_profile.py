@@ -11,11 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import batched
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -35,14 +35,20 @@ from llama_stack_provider_moe.compute.data.positions import by_config
 from llama_stack_provider_moe.compute.data.prompt_rows import PromptEncoder, prompt_limit
 from llama_stack_provider_moe.compute.data.rendering import Rendering
 from llama_stack_provider_moe.compute.data.sampling import rows_a_step, steps_an_epoch
-from llama_stack_provider_moe.compute.models.loader import tokenizer_of, trusted
+from llama_stack_provider_moe.compute.models.loader import DTYPES, tokenizer_of, trusted
 from llama_stack_provider_moe.compute.models.rope import scaled_config
+from llama_stack_provider_moe.compute.models.row_images import images_of
+from llama_stack_provider_moe.compute.models.vision import images_of_model, use_template
 from llama_stack_provider_moe.errors import MoeError
+from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, KTOSpec, SFTSpec, TrainingSpec, WritingSpec
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.rows import CanonicalRow
 from llama_stack_provider_moe.spec.rows.profiling import SHOWN, Reasons, Tally
+
+if TYPE_CHECKING:
+    from llama_stack_provider_moe.compute.models.images import Images
 
 CHUNK = 256  # rows that are rendered and tokenised together
 NO_LIMIT = 1 << 30  # tokens
@@ -151,11 +157,11 @@ class Sequences:
         )
 
 
-def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase, images: "Images | None" = None) -> Encoder:
     """The encoder of the rows that a job trains on (`data`; of a circuit breaker, the break rows)."""
     rendering, limit = Rendering.of(spec.options), Limit(spec.options.max_length, spec.options.truncate)
     if isinstance(spec, DPOSpec):
-        return DpoEncoder(tokenizer, rendering, limit)
+        return DpoEncoder(tokenizer, rendering, limit, images=images)
     if isinstance(spec, RewardSpec):
         return RewardEncoder(tokenizer, rendering, limit)
     if isinstance(spec, KTOSpec):
@@ -166,7 +172,7 @@ def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase) -> Encode
     if isinstance(spec, WritingSpec):
         return PromptEncoder(tokenizer, rendering, prompt_limit(spec))
     assert isinstance(spec, SFTSpec)
-    return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input)
+    return SftEncoder(tokenizer, rendering, limit, spec.data.train_on_input, images=images)
 
 
 def profile(request: Request) -> dict[str, object]:
@@ -178,8 +184,11 @@ def profile(request: Request) -> dict[str, object]:
     spec = cast("TrainingSpec", JOB_SPEC.validate_python(request["job"]))
     tokenizer = tokenizer_of(spec.model, spec.options.chat_template)
     path = Path(request["rows"])
-    with path.open("rb") as file:
-        total = sum(1 for _ in file)
+    with path.open(encoding="utf-8") as file:
+        total, has_images = _look(file)
+    images = images_of_model(spec.model, JobFolder(path.parent), DTYPES[spec.training.dtype]) if has_images else None
+    if images is not None:
+        use_template(tokenizer, images)
     held = frozenset[int]()
     if spec.data.validation_dataset_id is None:
         share, seed = spec.options.validation_split, spec.options.seed
@@ -191,7 +200,7 @@ def profile(request: Request) -> dict[str, object]:
     config = AutoConfig.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
     positions = by_config(scaled_config(config.get_text_config(), spec.options.rope_scaling))
     most = None if positions is None else positions.most
-    counted = Sequences(encoder_of(spec, tokenizer), spec, held, request["show"], most)
+    counted = Sequences(encoder_of(spec, tokenizer, images), spec, held, request["show"], most)
     done, said_s = 0, time.monotonic()
     with path.open(encoding="utf-8") as file:
         for lines in batched(file, CHUNK):
@@ -202,6 +211,17 @@ def profile(request: Request) -> dict[str, object]:
                 print(f"tokenised {done:,} of {total:,} rows", file=sys.stderr, flush=True)
     shown = [each.model_dump(mode="json") for each in counted.shown]
     return {"tokens": counted.figures().model_dump(mode="json"), "shown": shown}
+
+
+def _look(lines: Iterable[str]) -> tuple[int, bool]:
+    """The number of rows, and whether any has an image."""
+    total, has_images = 0, False
+    for line in lines:
+        total += 1
+        if not has_images and '"sha256"' in line:  # else no part is an image
+            row = json.loads(line)[1]
+            has_images = bool(images_of([*row.get("messages", ()), *row.get("prompt", ())]))
+    return total, has_images
 
 
 def main() -> int:

@@ -263,7 +263,7 @@ def _by_converter(
             f"llama.cpp's converter needs {', '.join(missing)}, which {sys.executable} lacks; "
             "pip install 'llama-stack-provider-moe[export]'"
         )
-    architecture = _architecture(model)
+    architecture = _architecture(model, has_experts="--mmproj" not in options)
     # The converter's own `gguf` package: PyPI's of the same version lacks functions that the converter uses.
     paths = [str(tools.converter / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ended = run_bounded(
@@ -299,8 +299,8 @@ def _converter_error(architecture: str, ended: Ended, tools: Toolchain, projecto
     return failure(f"the converter of {version}, on {architecture},", ended)
 
 
-def _architecture(model: Path) -> str:
-    """Name of the model's class by its config; checks that there are weights beside it."""
+def _architecture(model: Path, has_experts: bool) -> str:
+    """Name of a model's class by its config; checks that a file with, or without, its experts can be made of it."""
     try:
         config = read_config(model / "config.json")
         architecture = str(config["architectures"][0])
@@ -315,7 +315,7 @@ def _architecture(model: Path) -> str:
             f"llama.cpp computes every {text['model_type']} model with {name} {json.dumps(value)}, but the config of "
             f"this one says {json.dumps(text[name])}: its GGUF file would be a different model"
         )
-    if architecture in _TRANSPOSED:
+    if has_experts and architecture in _TRANSPOSED:
         _require_published_order(model, architecture, int(text["hidden_size"]))
     return architecture
 

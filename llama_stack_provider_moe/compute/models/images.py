@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
+from PIL import ImageChops, UnidentifiedImageError
 from torch import Tensor
 
-from llama_stack_provider_moe.compute.models.row_images import Image
+from llama_stack_provider_moe.compute.models.row_images import Image, Unseen
 from llama_stack_provider_moe.errors import DataError, ModelError
 from llama_stack_provider_moe.jobdir.folder import JobFolder
 
@@ -54,12 +54,17 @@ class Images:
 
         Raises:
             ModelError: the processor does not say.
+            Unseen: the processor takes no image of this size.
         """
         size = (image.width, image.height)
         if size not in self._tokens:
             if len(self._tokens) >= _SIZES:
                 self._tokens.clear()
-            self._tokens[size] = self._replacements([Pillow.new("RGB", size)])[0]
+            try:
+                self._tokens[size] = self._replacements([Pillow.new("RGB", size)])[0]
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                raise Unseen(f"{type(self.processor).__name__} does not take an image of {image.width} x "
+                             f"{image.height} pixels: {error}") from error  # fmt: skip
         return self._tokens[size]
 
     def ids(self, images: Sequence[Image]) -> set[int]:
@@ -120,7 +125,7 @@ class Images:
                     if file.size != (image.width, image.height):
                         raise DataError(f"{self._where(image)}: is {file.size[0]} x {file.size[1]} pixels; the row "
                                         f"says {image.width} x {image.height}")  # fmt: skip
-                    return file.convert("RGB")
+                    return in_rgb(file)
         except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
             most = Pillow.MAX_IMAGE_PIXELS
             raise DataError(f"{self._where(image)}: has more than {most:,} pixels, the most that is decoded") from None
@@ -135,6 +140,26 @@ class Images:
                     if image.sha256 in line and (part := _part(json.loads(line), image.sha256)):
                         return f"{path.name}, row {number}: {part}: the image"
         return f"image {image.sha256}"
+
+
+def in_rgb(file: Pillow.Image) -> Pillow.Image:
+    """An image in RGB: what is transparent is white, as in transformers' own conversion, and 16 bits of grey become 8.
+
+    Pillow alone shows what a file hides below transparency, and makes each grey above 255 of 65,535 white.
+    """
+    if file.mode.startswith("I"):
+        greys = file.convert("I;16").tobytes()  # the high byte of each comes second
+        low, high = (Pillow.frombytes("L", file.size, greys[first::2]) for first in (0, 1))
+        hidden = file.info.get("transparency")
+        if isinstance(hidden, int):
+            bytes_of = ((low, hidden % 256), (high, hidden // 256))
+            alike = [half.point([255 * (byte == value) for byte in range(256)]) for half, value in bytes_of]
+            high.paste(255, mask=ImageChops.darker(*alike))
+        return high.convert("RGB")
+    if not file.has_transparency_data:
+        return file.convert("RGB")
+    white = Pillow.new("RGBA", file.size, "white")
+    return Pillow.alpha_composite(white, file.convert("RGBA")).convert("RGB")
 
 
 def picture(width: int, height: int, pixels: bytes) -> Pillow.Image:

@@ -6,6 +6,10 @@ from typing import NamedTuple, cast
 from llama_stack_provider_moe.spec.rows import Message
 
 
+class Unseen(Exception):
+    """A processor does not take an image of this size."""
+
+
 class Image(NamedTuple):
     """An image that a row names.
 

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_stack_provider_moe.compute.models.loader import DTYPES, trusted
@@ -10,6 +11,7 @@ from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.moe.vision_parts import vision_layers
 from llama_stack_provider_moe.compute.runtime.context import AnySession
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, shorten
+from llama_stack_provider_moe.jobdir.folder import JobFolder
 from llama_stack_provider_moe.spec.image_limits import require_trainable_images
 
 if TYPE_CHECKING:
@@ -37,6 +39,20 @@ def load_images(session: AnySession) -> "Images | None":
             raise InvalidInput("adapter.vision", spec.adapter.vision, "'off', because no row has an image")
         return None
     require_trainable_images(spec)
+    return images_of_model(spec.model, session.folder, DTYPES[spec.training.dtype])
+
+
+def images_of_model(model: str, folder: JobFolder, dtype: torch.dtype) -> "Images":
+    """What turns images into tokens and tensors of a model.
+
+    Args:
+        model: folder or hub id.
+        folder: has the images.
+        dtype: of the tensors.
+
+    Raises:
+        ModelError: a library is missing, or the model has no processor of images.
+    """
     for module in NEEDED:
         if find_spec(module) is None:
             raise ModelError(
@@ -46,17 +62,29 @@ def load_images(session: AnySession) -> "Images | None":
     from llama_stack_provider_moe.compute.models.images import Images
 
     try:
-        processor = AutoProcessor.from_pretrained(spec.model, trust_remote_code=trusted(spec.model))
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trusted(model))
     except (OSError, ValueError, ImportError) as error:
         text = shorten(" ".join(str(error).split()), 300)[1:-1]
-        raise ModelError(f"model: the processor of images of {spec.model!r} can't be loaded: {text}") from error
+        raise ModelError(f"model: the processor of images of {model!r} can't be loaded: {text}") from error
     if isinstance(processor, PreTrainedTokenizerBase) or getattr(processor, "image_processor", None) is None:
-        raise ModelError(f"data: the rows have images, and {spec.model!r} has no processor of images; expected a "
+        raise ModelError(f"data: the rows have images, and {model!r} has no processor of images; expected a "
                          "vision-language model, or rows of text")  # fmt: skip
     if getattr(processor, "image_token", None) is None:
         raise ModelError(f"data: the rows have images, and {type(processor).__name__} has no token for one; models of "
                          "this family train on text alone")  # fmt: skip
-    return Images(processor, session.folder, processor.image_token, DTYPES[spec.training.dtype])
+    return Images(processor, folder, processor.image_token, dtype)
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, images: "Images") -> None:
+    """Give a tokenizer the processor's chat template: in older repositories the tokenizer's knows no images.
+
+    Raises:
+        ModelError: there is no chat template.
+    """
+    if images.processor.chat_template is not None:
+        tokenizer.chat_template = images.processor.chat_template
+    if tokenizer.chat_template is None:
+        raise ModelError("model: neither its processor nor its tokenizer has a chat template, which places the images")
 
 
 def require_tower(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, images: "Images") -> str:
@@ -68,8 +96,5 @@ def require_tower(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, im
     if text_config(model) is model.config or not vision_layers(model):
         raise ModelError(f"data: the rows have images, and {type(model).__name__} is a text model; expected a "
                          "vision-language model, or rows of text")  # fmt: skip
-    if images.processor.chat_template is not None:  # in older repositories the tokenizer's knows no images
-        tokenizer.chat_template = images.processor.chat_template
-    if tokenizer.chat_template is None:
-        raise ModelError("model: neither its processor nor its tokenizer has a chat template, which places the images")
+    use_template(tokenizer, images)
     return f"images    {type(images.processor).__name__}: {images.token!r} in the chat template stands for one"

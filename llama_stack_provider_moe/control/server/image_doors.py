@@ -97,10 +97,13 @@ async def check(
         guard: runs the parts that may block.
 
     Raises:
-        InvalidInput: its rows have images, and a setting or the model is for text alone.
+        InvalidInput: its rows have images, and a setting or the model is for text alone; or the other way round.
     """
     with_images = sum(report.notes.get(IMAGES_NOTE, 0) for report in reports.values())
     if not with_images:
+        vision = spec.adapter.vision if isinstance(spec, TrainingSpec) and spec.adapter is not None else "off"
+        if vision != "off":
+            raise InvalidInput(request.name("adapter.vision"), vision, "'off', because no row has an image")
         return
     because = f"because {with_images:,} of the rows have images"
     if isinstance(spec, TrainingSpec) and spec.data.packed:
@@ -134,4 +137,5 @@ def _config_of(model: str, environment: Mapping[str, str]) -> Mapping[str, objec
 
 def _reads_images(config: Mapping[str, object]) -> bool:
     thinker = config.get("thinker_config")  # of models that also speak
-    return "vision_config" in config or (isinstance(thinker, dict) and "vision_config" in thinker)
+    parts = (config, thinker if isinstance(thinker, dict) else {})
+    return any(part.get("vision_config") is not None for part in parts)

@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 from llama_stack_provider_moe.spec.rows.images import ImageFormat, ImageLimits, ImagePart
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
+_COLOURS_AT: Final = 25  # in a PNG: its kind of colours
+_OF_PALETTE: Final = 3
 # Pieces of other files that people take for images, and their names.
 _OTHERS: Final = (
     (re.compile(rb"GIF8[79]a"), "GIF"),
@@ -97,7 +99,8 @@ def header(content: bytes) -> Header:
 
 def _png(content: bytes) -> Header:
     found: Header | None = None
-    has_data, at = False, len(_PNG)
+    has_data = has_palette = False
+    at = len(_PNG)
     while True:
         size, kind = struct.unpack_from(">I4s", content, at)
         end = at + 12 + size
@@ -109,7 +112,11 @@ def _png(content: bytes) -> Header:
             found = _png_header(content, kind, size, at + 8)
         elif kind == b"acTL":
             raise BadImage("is an animated PNG image; expected one that stands still")
+        elif kind == b"PLTE":
+            has_palette = True
         elif kind == b"IDAT":
+            if content[_COLOURS_AT] == _OF_PALETTE and not has_palette:
+                raise BadImage("is a PNG image with damage: its colours are those of a palette, and it has none (PLTE)")
             has_data = True
         elif kind == b"IEND":
             if not has_data:
@@ -117,7 +124,7 @@ def _png(content: bytes) -> Header:
             if end != len(content):
                 raise BadImage(f"is a PNG image with {len(content) - end:,} bytes behind its end")
             return found
-        elif not kind[0] & 0x20 and kind != b"PLTE":  # a capital letter: nobody can show it without that chunk
+        elif not kind[0] & 0x20:  # a capital letter: nobody can show it without that chunk
             raise BadImage(f"is a PNG image with a chunk of unknown meaning, {_shown(kind)}")
         at = end
 

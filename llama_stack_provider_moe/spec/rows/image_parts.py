@@ -2,7 +2,8 @@
 
 In user messages: OpenAI's `image_url` with a `data:` URL and `image_file` with the id of an uploaded file; parts
 `{"type": "image"}` that take the row's `images` (or `image`) in order, as TRL's and Hugging Face's data sets have them.
-Where all contents are texts, a row's images go before the first user's text, as TRL puts them.
+Where all contents are texts, a row's images go before the first user's text, as TRL puts them, or before a prompt that
+is a text.
 `image_url` may have a `detail`, which is ignored: the model's processor decides the resolution.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final, cast
 
 from llama_stack_provider_moe.errors import shorten
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.spec.rows.image_files import BadImage, read_image
 from llama_stack_provider_moe.spec.rows.image_urls import FORM, UrlReader, UrlTaker, read_url
 from llama_stack_provider_moe.spec.rows.images import ImageLimits, ImagePart, image_part
@@ -21,6 +23,8 @@ from llama_stack_provider_moe.spec.rows.values import BadRow, absent, blank
 COLUMNS: Final = ("images", "image")  # of a row, in the order of its parts `{"type": "image"}`
 _TYPES: Final = ("image_url", "image_file", "image")
 _CONVERSATIONS: Final = ("messages", "prompt")  # columns whose first user's text gets the images of the row
+_JSON_TEXTS: Final = ("messages", "dialog", "chat_completion_input")  # columns that may be JSON text
+_IMAGE_TYPE: Final = re.compile(r'"image(?:_url|_file)?"')
 _DETAILS: Final = (None, "auto", "low", "high")
 _SEND: Final = "`moe-train data push --images FOLDER` sends the files that rows name"
 _REMOTE: Final = re.compile(r"(?:https?|ftp|s3|gs):", re.IGNORECASE)
@@ -67,6 +71,10 @@ class ImageDoor:
         Raises:
             BadRow: an image can't be taken.
         """
+        for name in _JSON_TEXTS:
+            if isinstance(text := row.get(name), str) and _is_text_of_images(text):
+                raise BadRow(name, "is JSON text with an image; expected a list of messages, in JSON Lines or Parquet: "
+                             "no image is read in a text, such as a cell of CSV")  # fmt: skip
         return _Row(self, row).converted() if _may_have_images(row) else row
 
     def whole(self, row: Mapping[str, object]) -> Mapping[str, object]:
@@ -171,9 +179,9 @@ class _Row:
                 made = self._before_text(made)
             left = sum(1 for _ in self._waiting)
             if left:
-                has = self._images + left
-                raise BadRow(self._column, f"has {has} images, but the user messages have {self._images} parts of type "
-                             'image; each image needs its {"type": "image"}')  # fmt: skip
+                raise BadRow(self._column, f"has {number_of(self._images + left, 'image')}, but the user messages have "
+                             f"{number_of(self._images, 'part')} of type image; each image needs its "
+                             '{"type": "image"}')  # fmt: skip
         return made if self._images else self._row
 
     def _before_text(self, row: Mapping[str, object]) -> dict[str, object]:
@@ -181,6 +189,8 @@ class _Row:
         assert self._column is not None
         name = next((each for each in _CONVERSATIONS if isinstance(row.get(each), list)), None)
         messages = cast("list[object]", row[name]) if name is not None else []
+        if name is None and isinstance(row.get("prompt"), str) and not any(map(_has_messages, row.values())):
+            name, messages = "prompt", [{"role": "user", "content": row["prompt"]}]
         asked = [at for at, each in enumerate(messages) if isinstance(each, Mapping) and each.get("role") == "user"]
         contents = [cast("Mapping[str, object]", messages[at]).get("content") for at in asked]
         if name is None or not asked or not all(isinstance(content, str) for content in contents):
@@ -284,14 +294,31 @@ class _Row:
             content = value.get("bytes")
             if isinstance(content, bytes | bytearray):
                 return self._door.of_bytes(bytes(content))
-            value = value.get("url")
+            value = value.get("url") or value.get("path")
         if not isinstance(value, str):
-            raise BadRow(where, f"is {type(value).__name__}; expected {FORM}, or an object with the file's bytes")
+            raise BadRow(where, f"is not text; expected {FORM}; {_SEND}, and the bytes in Parquet files")
         return self._door.of_url(value)
 
 
 def _says_nothing(value: object) -> bool:
     return absent(value) or blank(value)
+
+
+def _has_messages(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(each, Mapping) and "role" in each for each in value)
+
+
+def _is_text_of_images(text: str) -> bool:
+    """Whether a text is a list of messages as JSON, of which one has a part that is an image."""
+    if not (text.lstrip().startswith("[") and _IMAGE_TYPE.search(text)):
+        return False
+    try:
+        messages = json.loads(text)
+    except ValueError:
+        return False
+    parts = [part for each in messages if isinstance(each, Mapping) and isinstance(each.get("content"), list)
+             for part in each["content"]]  # fmt: skip
+    return any(isinstance(part, Mapping) and part.get("type") in _TYPES for part in parts)
 
 
 def _may_have_images(row: Mapping[str, object]) -> bool:

@@ -101,7 +101,7 @@ def _odd(text: bytes) -> str:
 
 def _format_of(head: str) -> ImageFormat:
     found = _HEAD.match(head)
-    named = head.removeprefix("data:").partition(";")[0].lower()
+    named = head[len("data:") :].partition(";")[0].lower()  # a scheme may be in capitals
     if named.startswith("image/svg"):
         raise BadImage("is SVG, a drawing and not pixels; expected PNG, JPEG or WebP")
     if named not in _FORMATS:

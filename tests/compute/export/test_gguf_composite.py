@@ -150,6 +150,15 @@ def test_a_family_that_the_converter_does_not_know_is_named(base: Path, tmp_path
         gguf.make_projector(text, tmp_path / "out.gguf", llama_support.toolchain())
 
 
+def test_a_projector_file_does_not_ask_for_the_order_of_experts(tmp_path: Path) -> None:
+    """It has none of them; the language model's file does."""
+    model = build(FAMILY, tmp_path / "model")
+    found = gguf.make_projector(model, tmp_path / "out.gguf", llama_support.toolchain())
+    assert found.numbers == found.same == found.in_folder > 10_000
+    with pytest.raises(ExportError, match="has the order of transformers 5"):
+        gguf.convert(model, tmp_path / "language.gguf", "f32", llama_support.toolchain())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_vl", "glm4v_moe", "llama4"])
 def test_projector_files_of_other_families(family: str, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Laws of rows with images before anything trains: tokens, labels, lengths, files that can't be decoded, refusals."""
 
+import io
 import json
 import pickle
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from llama_stack_provider_moe.compute.data.answers import DpoEncoder
 from llama_stack_provider_moe.compute.data.encoding import Limit, Problem, SftEncoder
 from llama_stack_provider_moe.compute.data.image_collator import ImageCollator
 from llama_stack_provider_moe.compute.data.rendering import Rendering
+from llama_stack_provider_moe.compute.data.token_profile import profile
 from llama_stack_provider_moe.compute.models.images import Images
 from llama_stack_provider_moe.compute.models.row_images import image_of, images_of
 from llama_stack_provider_moe.compute.worker.main import FAILED
@@ -137,6 +140,72 @@ def test_a_file_that_cannot_be_decoded_names_row_and_part(
     with pytest.raises(DataError, match=r"train\.jsonl, row 2: messages\[0\]\.content\[1\]: the image") as caught:
         images_in(folder).opened(image)
     assert expected.get(how, "can't be decoded") in str(caught.value)
+
+
+def _saved(picture: Image.Image, **more: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", **more)
+    return file.getvalue()
+
+
+def _clear() -> dict[str, bytes]:
+    """Files with a red pixel and a black one that is transparent, in each form of PNG."""
+    drawing = Image.new("RGBA", (2, 1))
+    drawing.putpixel((0, 0), (255, 0, 0, 255))
+    named = drawing.convert("RGB")
+    table = Image.new("P", (2, 1))
+    table.putpalette([0, 0, 0, 255, 0, 0])
+    table.putpixel((0, 0), 1)
+    return {"RGBA": _saved(drawing), "RGB": _saved(named, transparency=(0, 0, 0)), "P": _saved(table, transparency=0)}
+
+
+@pytest.mark.parametrize("mode", _clear())
+def test_what_is_transparent_is_white(mode: str, folder: JobFolder) -> None:
+    """As transformers' processors have it, and not the colour that the file hides there."""
+    part = tiny_vlms.put(folder, _clear()[mode])
+    seen = images_in(folder).opened(images_of([said("user", [part])])[0])
+    assert [seen.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_greys_of_16_bits_stay_apart(folder: JobFolder) -> None:
+    greys = Image.fromarray(np.array([[0, 255, 256 * 7, 65535]], dtype=np.uint16))
+    part = tiny_vlms.put(folder, _saved(greys))
+    seen = images_in(folder).opened(images_of([said("user", [part])])[0])
+    assert [seen.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in (0, 0, 7, 255)]
+    hidden = tiny_vlms.put(folder, _saved(greys, transparency=256 * 7))
+    seen = images_in(folder).opened(images_of([said("user", [hidden])])[0])
+    assert [seen.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in (0, 0, 255, 255)]
+
+
+def test_an_image_that_the_processor_does_not_take_is_named(folder: JobFolder) -> None:
+    """Qwen's processors refuse one that is 200 times as wide as high."""
+    wide = row(folder)
+    wide["messages"][0]["content"].append(tiny_vlms.put(folder, tiny_vlms.drawn("red", 3000, 5)))
+    [problem, fine] = encoder(images_in(folder))([wide, row(folder)])
+    assert isinstance(problem, Problem)
+    told = "image 2 of 2: Qwen3VLProcessor does not take an image of 3000 x 5 pixels: absolute aspect ratio"
+    assert problem.reason.startswith(told)
+    assert not isinstance(fine, Problem)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_a_profile_counts_the_tokens_of_images(recipe: str, folder: JobFolder, tmp_path: Path) -> None:
+    """As a job does: the same lengths, and the same rows refused."""
+    model = tiny_vlms.build("qwen3_vl_moe", tmp_path / "model")
+    rows: list[Any] = [row(folder), row(folder, width=160)]
+    if recipe == "dpo":
+        rows = [{"prompt": one["messages"][:1], "chosen": one["messages"][1:], "rejected": [said("assistant", "Red.")]}
+                for one in rows]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps([at, one]) + "\n" for at, one in enumerate(rows, start=1)))
+    job = {"recipe": recipe, "model": str(model), "data": {"dataset_id": "x"}, "options": {"max_length": 64}}
+    found = profile({"job": job, "rows": str(path), "show": 1})
+    shown, tokens = found["shown"], found["tokens"]
+    assert isinstance(shown, list)
+    assert isinstance(tokens, dict)
+    assert shown[0]["pieces"].count("<|image_pad|>") == 6
+    [refused] = tokens["refused_rows"]
+    assert (refused["row"], "40 of them for images" in refused["reason"]) == (2, True)
 
 
 def test_a_collator_reaches_other_processes(folder: JobFolder) -> None:

@@ -112,6 +112,10 @@ def test_a_job_that_can_not_use_the_images_is_refused_by_name(service: PostTrain
         "expected a model that reads images, because 2 of the rows have images; this one (qwen3_moe) reads text alone"
     )
     submitted(service, model="sights")
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"vision_config": None}))
+    assert submitted(service, 400, model="sights").endswith("this one (qwen3_moe) reads text alone")
+    blind = submitted(service, 400, data={"dataset_id": "good"}, adapter={"rank": 4, "vision": "projector"})
+    assert blind == "adapter.vision: 'projector' is not valid; expected 'off', because no row has an image"
     breaker = {"retain": {"dataset_id": "data:mine"}}
     assert "is an image; recipe circuit_breaker takes text only, and sft and dpo take images" in submitted(
         service, 400, recipe="circuit_breaker", circuit_breaker=breaker
