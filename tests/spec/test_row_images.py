@@ -275,6 +275,8 @@ def test_images_in_json_text_are_refused_when_they_arrive(column: str) -> None:
     text = json.dumps(asked(part())["messages"])
     with pytest.raises(InvalidRows, match=f"row 1: {column}: is JSON text with an image; expected a list of messages"):
         read(lines({column: text, "expected_answer": "A square."}), Store())
+    for nested in ("[" * 100_000 + '"image"', '["image"'):
+        assert read(lines({column: nested}), Store()) == [{column: nested}], "whoever reads the text refuses it"
     spoken = json.dumps(asked(text='What does "image" mean?')["messages"])
     assert read(lines({column: spoken}), Store()) == [{column: spoken}]
 

@@ -314,7 +314,7 @@ def _is_text_of_images(text: str) -> bool:
         return False
     try:
         messages = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # whoever reads the text says what is wrong with it
         return False
     parts = [part for each in messages if isinstance(each, Mapping) and isinstance(each.get("content"), list)
              for part in each["content"]]  # fmt: skip

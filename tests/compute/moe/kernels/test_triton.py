@@ -95,19 +95,32 @@ def test_compiled_for_three_generations_without_spills() -> None:
 LISTED = """
 import json
 from benchmarks.gpu.compiled import ARCHITECTURES, candidates
-print(json.dumps([[f"sm_{arch}", each[0]] for arch in ARCHITECTURES for each in candidates(arch, "bf16")]))
+from benchmarks.gpu.kernels_alone import KERNELS
+every = [[f"sm_{arch}", each[0]] for arch in ARCHITECTURES for each in candidates(arch, "bf16")]
+print(json.dumps([every, list(KERNELS)]))
 """
 
 
+def newest(what: str) -> Any:
+    found = json.loads(max((ROOT / "benchmarks" / "results").glob(f"gpu_first_{what}_*.json")).read_bytes())
+    assert (found["faults"], found["left_out"]) == ([], [])
+    return found
+
+
 def test_every_candidate_was_compiled_for_three_generations_without_spills() -> None:
-    """The committed result of `make gpu-first MODE=--compile` is of today's candidates."""
+    """The committed results of `make gpu-first MODE=--compile` and `MODE=--interpret` are of today's candidates."""
     done = subprocess.run(
         [sys.executable, "-c", LISTED], capture_output=True, text=True, timeout=300, check=True, cwd=ROOT
     )
-    result = json.loads(max((ROOT / "benchmarks" / "results").glob("gpu_first_compile_*.json")).read_bytes())
-    assert [[case["arch"], case["candidate"]] for case in result["compiled"]] == json.loads(done.stdout)
-    assert (result["faults"], result["left_out"]) == ([], [])
-    assert {case["stack_bytes"] for case in result["compiled"]} == {0}
+    every, kernels = json.loads(done.stdout)
+    compiled = newest("compile")["compiled"]
+    assert [[case["arch"], case["candidate"]] for case in compiled] == every
+    assert {case["stack_bytes"] for case in compiled} == {0}
+    interpreted = newest("interpret")
+    assert list(interpreted["kernels"]) == kernels
+    assert all(case["right"] for cases in interpreted["kernels"].values() for case in cases)
+    assert interpreted["layers"]["layers"]
+    assert interpreted["end_to_end"]["end_to_end"]
 
 
 def test_a_choice_of_tiles_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
