@@ -365,3 +365,23 @@ def test_a_wrong_configuration_ends_the_start(host: HostUnderTest, tmp_path: Pat
     with pytest.raises(AssertionError, match="on_failure: is missing") as ended, start:
         pass
     assert "Traceback" not in str(ended.value)
+
+
+@pytest.mark.parametrize("host", hosts(HostName.OGX))
+def test_rules_alone_need_no_model_and_no_probe(host: HostUnderTest, tmp_path: Path) -> None:
+    required(host)
+    name = HOSTS[host.name].guarded[1]
+    done = moe_train("init", str(tmp_path / "new"), "--server", name, "--host", host.name)
+    assert done.code == 0, done.err
+    start = serving(tmp_path / "new" / f"{name}.yaml", tmp_path / "state", "/v1/safety/health", command=host.command)
+    with start as server:
+        found = httpx.get(f"{server.url}/v1/safety/health", timeout=60).json()
+        assert (found["status"], found["scorer"]) == ("ok", "none")
+        assert [
+            child for child in psutil.Process(server.process.pid).children() if "scorer" in str(child.cmdline())
+        ] == []
+        bad, good = tmp_path / "bad.json", tmp_path / "good.json"
+        bad.write_text(json.dumps(calling("read_file", {"path": "/etc/passwd"})))
+        good.write_text(json.dumps(calling("read_file", {"path": "/srv/docs/a.txt"})))
+        codes = [moe_train("guard", "run", str(file), "--url", server.url).code for file in (bad, good)]
+        assert codes == [1, 0]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from llama_stack_provider_moe.control.config_check.guard_start import HostGuardConfig, plain_guard_errors
 from llama_stack_provider_moe.errors import InvalidConfig
 from tests.support.cli_support import moe_train
@@ -119,13 +120,14 @@ def test_flagged_conversations_that_jobs_do_not_find(tmp_path: Path, of_jobs: st
     assert [warns.format(tmp_path) in each for each in guard["warnings"]] == [True] if warns else not guard["warnings"]
 
 
-@pytest.mark.parametrize("name", ["guarded", "ogx_guarded"])
+@pytest.mark.parametrize("name", sorted({name for host in HOSTS.values() for name in host.guarded}))
 def test_our_run_configs_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_card(tmp_path / "probe")
     monkeypatch.setenv("MOE_PROBE", str(tmp_path / "probe"))
     monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path / "state"))
     done = moe_train("config", "check", str(RUN_CONFIGS / f"{name}.yaml"), "--json")
     assert done.code == Exit.OK, done.err
+    probes = [] if name.endswith("tool_guard") else ["refused"]
     assert done.document["guards"] == [
-        {"provider_id": "moe-guard", "on_failure": "block", "rules": ["default"], "probes": ["refused"], "warnings": []}
+        {"provider_id": "moe-guard", "on_failure": "block", "rules": ["default"], "probes": probes, "warnings": []}
     ]
