@@ -18,7 +18,7 @@ MOST = 1 << 20
 def line(text: str, shield: str = "s", role: str = "user") -> bytes:
     row = {"at": "2026-01-01T00:00:00+00:00", "shield": shield, "messages": [{"role": "user", "content": text}]}
     if role == "assistant":
-        row["messages"] = [*row["messages"], {"role": role, "content": text}]  # type: ignore[misc]
+        row["messages"] = [*row["messages"], {"role": role, "content": text}]
     return json.dumps(row).encode() + b"\n"
 
 
@@ -139,4 +139,4 @@ def test_what_a_job_could_not_take_is_left_out_and_counted(tmp_path: Path, argum
     assert kept(tmp_path, ANN)[:2] == (1, 1)
     assert kept(tmp_path, ANN).left_out == 1
     for only in ("all", "answered"):
-        assert [json.loads(each)["messages"][0]["content"] for each in pieces(tmp_path, ANN, only)] == ["y"]  # type: ignore[arg-type]
+        assert [json.loads(each)["messages"][0]["content"] for each in pieces(tmp_path, ANN, only)] == ["y"]
