@@ -74,6 +74,7 @@ class KeptFeedback(TypedDict):
     rows: int
     answered: int
     bytes: int
+    left_out: int
 
 
 class ErasedFeedback(TypedDict):

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.linear_patterns import matcher
 
 _POINTER = re.compile(r"(/([^~/*]|~[01])+|/\*)+")
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _CONTROL = {chr(code) for code in (*range(32), 127)}
 
 
@@ -86,6 +87,15 @@ class ArgumentRule(Block):
     def _absolute(cls, given: str | None) -> str | None:
         if given is not None and not (given.startswith("/") and posixpath.normpath(given) == given):
             raise ValueError(f"{given!r} is not valid; expected an absolute folder such as /srv/docs")
+        return given
+
+    @field_validator("hosts", mode="after")
+    @classmethod
+    def _are_hosts(cls, given: list[str] | None) -> list[str] | None:
+        for each in given or ():
+            if not _HOST.fullmatch(each):
+                raise ValueError(f"{each!r} is not valid; expected a host such as docs.example.org or *.example.org, "
+                                 "without scheme, port and path")  # fmt: skip
         return given
 
     @model_validator(mode="after")

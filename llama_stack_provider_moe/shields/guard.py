@@ -105,19 +105,7 @@ class Guard:
         Raises:
             InvalidInput: they are not valid, or name rules or a probe that this server does not have.
         """
-        kind = (given or {}).get("type")
-        if not isinstance(kind, str) or kind not in PARAMS:
-            raise InvalidInput(f"{field}.type", kind, f"one of {', '.join(PARAMS)}")
-        try:
-            found = SHIELD_PARAMS.validate_python(given)
-        except ValidationError as error:
-            errors = [{**each, "loc": each["loc"][1:]} for each in error.errors(include_url=False)]
-            raise invalid_body(errors, PARAMS[kind], lambda path: f"{field}.{path}".rstrip(".")) from None
-        try:
-            self.config.must_have(found, field)
-        except ValueError as error:
-            raise InvalidBody([str(error)]) from None
-        return found
+        return params_of(self.config, given, field)
 
     async def verdict(
         self, shield_id: str, params: ShieldParams, conversation: Conversation, who: Who, lookup: Lookup
@@ -194,6 +182,29 @@ class Guard:
                 found = violation._replace(metadata={**violation.metadata, "shield_id": name})
         why = next((each.failed for each in verdicts.values() if each.failed is not None), None)
         return Verdict(found, turn_score, categories, why)
+
+
+def params_of(config: GuardConfig, given: Mapping[str, object] | None, field: str = "params") -> ShieldParams:
+    """Return the parameters of a shield; see `Guard.params`.
+
+    Args:
+        config: has the rules and probes that they may name.
+        given: as a caller wrote them.
+        field: the caller's name for them.
+    """
+    kind = (given or {}).get("type")
+    if not isinstance(kind, str) or kind not in PARAMS:
+        raise InvalidInput(f"{field}.type", kind, f"one of {', '.join(PARAMS)}")
+    try:
+        found = SHIELD_PARAMS.validate_python(given)
+    except ValidationError as error:
+        errors = [{**each, "loc": each["loc"][1:]} for each in error.errors(include_url=False)]
+        raise invalid_body(errors, PARAMS[kind], lambda path: f"{field}.{path}".rstrip(".")) from None
+    try:
+        config.must_have(found, field)
+    except ValueError as error:
+        raise InvalidBody([str(error)]) from None
+    return found
 
 
 def scored_views(params: RepMonitorParams, conversation: Conversation) -> list[list[dict[str, str]]]:

@@ -26,6 +26,8 @@ def impossible(schema: Mapping[str, object], closes: bool) -> Iterator[tuple[str
             if isinstance(name, str) and name not in properties and _takes_no_others(schema):
                 yield "required", name, f"keys that `properties` name: {shorten(list(properties), 200)}; a closed " \
                     "object takes no others, so no call could pass"  # fmt: skip
+    if schema.get("enum") == []:
+        yield "enum", [], "at least one value; no value could pass"
     for low, high in _BOUNDS:
         least, most = schema.get(low), schema.get(high)
         if _is_number(least) and _is_number(most) and least > most:

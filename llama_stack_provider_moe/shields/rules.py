@@ -14,7 +14,7 @@ from llama_stack_provider_moe.ground.small_files import open_regular
 from llama_stack_provider_moe.shields.argument_tests import ArgumentRule, is_pointer
 from llama_stack_provider_moe.shields.closed_schema import ClosedSchema
 from llama_stack_provider_moe.shields.lookalikes import skeleton
-from llama_stack_provider_moe.shields.possible_schema import COMPOSED
+from llama_stack_provider_moe.shields.rule_places import check_rule
 from llama_stack_provider_moe.shields.verdict import Level
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.validation_errors import validated
@@ -159,7 +159,7 @@ def _problems_of_tools(content: Mapping[str, object]) -> list[str]:
         for number, rule in enumerate(rules if isinstance(rules, list) else ()):
             argument = rule.get("argument") if isinstance(rule, dict) else None
             if isinstance(argument, str) and is_pointer(argument):
-                found += _problems(_must_be_named, parameters, argument, f"{field}.rules.{number}.argument")
+                found += _problems(check_rule, parameters, rule, f"{field}.rules.{number}")
     return found
 
 
@@ -169,18 +169,3 @@ def _problems[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwargs
     except InvalidInput as error:
         return list(getattr(error, "problems", (str(error),)))
     return []
-
-
-def _must_be_named(schema: Mapping[str, object], argument: str, field: str) -> None:
-    """Refuse a rule on an argument that the schema does not name: it would never hold or break."""
-    first = argument.split("/")[1].replace("~1", "/").replace("~0", "~")
-    properties = schema.get("properties")
-    named = list(properties) if isinstance(properties, dict) else []
-    if (
-        first == "*"
-        or first in named
-        or COMPOSED & set(schema)
-        or schema.get("additionalProperties") not in (None, False)
-    ):
-        return
-    raise InvalidInput(field, argument, f"an argument that `parameters` names: {shorten(named, 200)}")

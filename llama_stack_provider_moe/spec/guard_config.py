@@ -161,7 +161,7 @@ class GuardConfig(Block):
         default=False, description="Write flagged conversations to the server's log; false: only counts and rules."
     )
     max_body_bytes: int = Field(
-        default=8 << 20, ge=1 << 10, le=1 << 28, description="Largest body of a request on OGX, in bytes."
+        default=8 << 20, ge=1 << 10, le=1 << 28, description="Largest body of a request, in bytes."
     )
     allowed_hosts: list[Annotated[str, Field(pattern=HOST_NAME_PATTERN, max_length=253)]] = Field(
         default_factory=list,

@@ -70,6 +70,64 @@ BAD: list[tuple[Any, str]] = [
     (with_tool(rules=[{"argument": "/pth", "max_length": 1}]), "an argument that `parameters` names: ['path']"),
 ]
 
+# What a call may have, for rules that could never hold or never break.
+PLACES = {
+    "text": {"type": "string", "maxLength": 9}, "whole": {"type": "integer"}, "share": {"type": "number"},
+    "on": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}, "maybe": {"type": ["string", "null"], "maxLength": 9},
+    "inner": {"properties": {"key": {"type": "string", "maxLength": 9}}}, "open": {"additionalProperties": True},
+    "texts": {"type": "array", "items": {"type": "string", "maxLength": 9}}, "any": {},
+    "pair": {"prefixItems": [{"type": "string", "maxLength": 9}, {"type": "integer"}], "items": False},
+    "either": {"anyOf": [{"type": "string", "maxLength": 9}, {"type": "integer"}]},
+}  # fmt: skip
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"argument": "/inner/kee", "inside": "/srv"}, "an argument that `parameters` names: ['key']"),
+    ({"argument": "/inner/key/*", "inside": "/srv"}, "argument: '/inner/key/*' is not valid"),
+    ({"argument": "/texts/key", "matches": "a"}, "argument: '/texts/key' is not valid"),
+    ({"argument": "/text/0", "matches": "a"}, "argument: '/text/0' is not valid"),
+    ({"argument": "/pair/2", "matches": "a"}, "argument: '/pair/2' is not valid"),
+    ({"argument": "/pair/1", "matches": "a"}, "rules.0.matches: 'a' is not valid"),
+    ({"argument": "/text", "at_least": 3}, "rules.0.at_least: 3 is not valid"),
+    ({"argument": "/whole", "matches": "3"}, "of type integer; no value could pass"),
+    ({"argument": "/whole", "does_not_match": "3"}, "rules.0.does_not_match: '3' is not valid"),
+    ({"argument": "/whole", "max_length": 3}, "rules.0.max_length: 3 is not valid"),
+    ({"argument": "/on", "at_most": 1}, "rules.0.at_most: 1 is not valid"),
+    ({"argument": "/texts", "inside": "/srv"}, "rules.0.inside: '/srv' is not valid"),
+    ({"argument": "/texts/*", "at_most": 1}, "rules.0.at_most: 1 is not valid"),
+    ({"argument": "/whole", "none_of": [7, "8"]}, "rules.0.none_of: '8' is not valid; expected a value that '/whole'"),
+    ({"argument": "/whole", "none_of": [1.5]}, "rules.0.none_of: 1.5 is not valid"),
+    ({"argument": "/on", "none_of": ["true"]}, "rules.0.none_of: 'true' is not valid"),
+    ({"argument": "/on", "none_of": [1]}, "rules.0.none_of: 1 is not valid"),
+    ({"argument": "/kind", "one_of": [3]}, "rules.0.one_of: 3 is not valid"),
+    ({"argument": "/text", "hosts": ["https://a.org"]}, "'https://a.org' is not valid; expected a host such as"),
+    ({"argument": "/text", "hosts": ["a.org:443"]}, "without scheme, port and path"),
+    ({"argument": "/text", "hosts": ["a.*.org"]}, "without scheme, port and path"),
+    ({"argument": "/text", "hosts": ["*"]}, "without scheme, port and path"),
+]
+BUSY: list[dict[str, Any]] = [
+    {"argument": "/inner/key", "inside": "/srv"}, {"argument": "/inner/*", "matches": "a"},
+    {"argument": "/open/x/y", "at_most": 3}, {"argument": "/any/0", "at_most": 3}, {"argument": "/any", "matches": "a"},
+    {"argument": "/texts/0", "matches": "a"}, {"argument": "/texts", "max_length": 3},
+    {"argument": "/pair/*", "at_most": 3},
+    {"argument": "/either", "at_most": 3}, {"argument": "/either/x", "at_most": 3},
+    {"argument": "/share", "none_of": [1, 1.5]}, {"argument": "/whole", "none_of": [1.0]},
+    {"argument": "/maybe", "none_of": [None, "x"]}, {"argument": "/*", "matches": "a"},
+    {"argument": "/text", "hosts": ["A.org", "*.b.org", "localhost", "10.0.0.1"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "says"), IDLE, ids=lambda each: str(each)[:40])
+def test_a_rule_that_never_holds_or_never_breaks_is_refused(tmp_path: Path, rule: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidConfig) as refused:
+        read_rules(written(tmp_path, with_tool(parameters={"properties": PLACES}, rules=[rule])))
+    (problem,) = refused.value.problems
+    assert problem.startswith("tools.read.rules.0."), problem
+    assert says in problem
+
+
+@pytest.mark.parametrize("rule", BUSY, ids=str)
+def test_a_rule_that_may_hold_and_may_break_is_taken(tmp_path: Path, rule: dict[str, Any]) -> None:
+    read_rules(written(tmp_path, with_tool(parameters={"properties": PLACES}, rules=[rule])))
+
 
 @pytest.mark.parametrize(("content", "says"), BAD, ids=[str(number) for number in range(len(BAD))])
 def test_a_wrong_file_is_refused(tmp_path: Path, content: Any, says: str) -> None:
@@ -129,6 +187,7 @@ CLOSED: list[tuple[dict[str, Any], str]] = [
     ({"required": ["b"], "additionalProperties": False, "allOf": [{"properties": {"b": {}}}]}, "schema.required: 'b'"),
     ({"properties": {"a": {"minLength": 3, "maxLength": 2}}}, "schema.properties.a.minLength: 3"),
     ({"properties": {"a": {"minimum": 3, "maximum": 2}}}, "schema.properties.a.minimum: 3"),
+    ({"properties": {"a": {"enum": []}}}, "schema.properties.a.enum: []"),
 ]
 
 

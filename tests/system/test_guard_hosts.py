@@ -202,6 +202,14 @@ def test_a_session_of_each_user(running: Running) -> None:
         body = {"shield_id": "session", "messages": said("hi")}
         assert http.post("/safety/run-shield", json=body).status_code == 400, "no session"
         assert http.post("/safety/run-shield", json=body, headers={"X-Moe-Session": "three"}).status_code == 200
+        data = "X-OGX-Provider-Data" if running.is_ogx else "X-LlamaStack-Provider-Data"
+        for more, headers, says in (
+            ({"metadata": "x"}, {}, "metadata: 'x' is not valid"),
+            ({"metadata": {"session_id": 5}}, {}, "metadata.session_id: 5 is not valid"),
+            ({}, {data: '{"moe_session": 5}'}, "moe_session of the provider data: 5 is not valid; expected text"),
+        ):
+            answer = http.post("/safety/run-shield", json=body | more, headers=headers)
+            assert (answer.status_code, says in answer.text) == (400, True), answer.text
 
 
 def test_without_a_token_nothing_is_checked(running: Running) -> None:
@@ -241,6 +249,13 @@ def test_shields_are_registered_over_the_api(running: Running) -> None:
         ):
             body = {"shield_id": "new", "provider_id": "moe-guard", "params": params}
             answer = http.post("/shields", json=body)
+            assert (answer.status_code, says in answer.text) == (400, True), answer.text
+        for ids, says in (
+            ({"shield_id": ""}, "shield_id: '' is not valid"),
+            ({"shield_id": "a b"}, "shield_id: 'a b' is not valid"),
+            ({"shield_id": "new", "provider_shield_id": "refused"}, "provider_shield_id: 'refused' is not valid"),
+        ):
+            answer = http.post("/shields", json={**ids, "provider_id": "moe-guard", "params": {"type": "tool_guard"}})
             assert (answer.status_code, says in answer.text) == (400, True), answer.text
         body = {"shield_id": "new", "provider_id": "moe-guard", "params": {"type": "rep_monitor", "probe": "refused",
                 "level": "warn"}}  # fmt: skip
@@ -365,3 +380,19 @@ def test_a_wrong_configuration_ends_the_start(host: HostUnderTest, tmp_path: Pat
     with pytest.raises(AssertionError, match="on_failure: is missing") as ended, start:
         pass
     assert "Traceback" not in str(ended.value)
+
+
+@pytest.mark.parametrize("host", hosts(HostName.OGX))
+def test_rules_alone_need_no_model_and_no_probe(host: HostUnderTest, tmp_path: Path) -> None:
+    required(host)
+    name = HOSTS[host.name].guarded[1]
+    done = moe_train("init", str(tmp_path / "new"), "--server", name, "--host", host.name)
+    assert done.code == 0, done.err
+    start = serving(tmp_path / "new" / f"{name}.yaml", tmp_path / "state", "/v1/safety/health", command=host.command)
+    with start as server:
+        found = httpx.get(f"{server.url}/v1/safety/health", timeout=60).json()
+        assert (found["status"], found["scorer"]) == ("ok", "none")
+        for path, code in (("/etc/passwd", 1), ("/srv/docs/a.txt", 0)):
+            file = tmp_path / "conversation.json"
+            file.write_text(json.dumps(calling("read_file", {"path": path})))
+            assert moe_train("guard", "run", str(file), "--url", server.url).code == code

@@ -92,7 +92,7 @@ def checked(file: Path) -> Checked:
                 problems.append(f"module: {entry.module!r} is not valid; expected {expected}")
             try:
                 if kind == run_yaml.GUARD_TYPE:
-                    guard, folder = _guard(entry, problems)
+                    guard, folder = _guard(entry, run_yaml.registered_shields(file, "FILE"), problems)
                     guards.append(guard)
                     keeps += [] if folder is None else [(guard, folder)]
                 else:
@@ -136,19 +136,21 @@ def _provider(entry: "ProviderEntry", problems: list[str]) -> tuple[Provider, Pa
     return used, None if config.feedback is None else config.feedback.folder
 
 
-def _guard(entry: "ProviderEntry", problems: list[str]) -> tuple[GuardProvider, Path | None]:
+def _guard(entry: "ProviderEntry", registered: list[object], problems: list[str]) -> tuple[GuardProvider, Path | None]:
     """What a provider of shields would do, and its folder of flagged conversations.
 
-    Adds what this machine lacks to `problems`.
+    Adds what this machine lacks, and what is wrong with the shields that the file registers, to `problems`.
     """
-    from llama_stack_provider_moe.control.config_check import guard_surroundings, run_yaml
+    from llama_stack_provider_moe.control.config_check import guard_surroundings, registered_shields, run_yaml
 
     config = run_yaml.guard_configured(entry, os.environ)
     found = guard_surroundings.check(config, os.environ)
     problems += found.problems
+    shields = registered_shields.check(registered, entry.provider_id, config, os.environ)
+    problems += shields.problems
     does: GuardProvider = {"provider_id": entry.provider_id, "on_failure": config.on_failure,
                            "rules": list(config.rules), "probes": list(config.probes),
-                           "warnings": found.warnings}  # fmt: skip
+                           "warnings": [*found.warnings, *shields.warnings]}  # fmt: skip
     return does, None if config.feedback is None else config.feedback.folder
 
 

@@ -15,6 +15,7 @@ from llama_stack_provider_moe.control.cli.job_file import read_value
 from llama_stack_provider_moe.control.cli.options import DEFAULT_URL, Json, Key, Url
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.ground.counting import number_of
 from llama_stack_provider_moe.ground.json_kinds import content_of
 
 RULES = "rules"  # how `run --rules` names its only shield
@@ -166,7 +167,8 @@ def _shown_rules(document: CheckedRules) -> RenderableType:
         for each in document["tools"]
     ]
     held = document["examples"] - len(document["failures"])
-    lines = [f"{document['file']}: {len(document['tools'])} tools; {held} of {document['examples']} examples hold"]
+    tools = number_of(len(document["tools"]), "tool")
+    lines = [f"{document['file']}: {tools}; {held} of {document['examples']} examples hold"]
     lines += [f"  failed: {each}" for each in document["failures"]]
     lines += [f"  warning: {each}" for each in document["warnings"]]
     return Group(table(("TOOL", "ARGUMENTS", "FOR", "RULES"), rows), *map(text, lines))

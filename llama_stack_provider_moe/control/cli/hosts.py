@@ -22,7 +22,7 @@ class Host(NamedTuple):
         extra: of this package, for pip.
         constraints: the packaged file of exact versions.
         server: the run config that starts on it.
-        guarded: the run config with shields.
+        guarded: the run configs with shields: all types of them, and rules for tool calls alone.
         command: starts `{file}`.
         is_external: whether post-training comes in through `external_apis_dir`.
     """
@@ -31,22 +31,23 @@ class Host(NamedTuple):
     extra: str
     constraints: str
     server: str
-    guarded: str
+    guarded: tuple[str, ...]
     command: str
     is_external: bool
 
 
 HOSTS = {
     HostName.LLAMA_STACK_0_6: Host(
-        "Llama Stack 0.6.1", "llama-stack", "constraints.txt", "quickstart", "guarded",
+        "Llama Stack 0.6.1", "llama-stack", "constraints.txt", "quickstart", ("guarded", "tool_guard"),
         "llama stack run {file} --port 8321", False,
     ),
     HostName.LLAMA_STACK_0_7: Host(
-        "Llama Stack 0.7.3", "llama-stack-0.7", "constraints-llama-stack-0.7.txt", "llama_stack_0_7", "guarded",
+        "Llama Stack 0.7.3", "llama-stack-0.7", "constraints-llama-stack-0.7.txt", "llama_stack_0_7",
+        ("guarded", "tool_guard"),
         "llama stack run {file} --port 8321", True,
     ),
     HostName.OGX: Host(
-        "OGX 1.5.0", "ogx", "constraints-ogx.txt", "ogx", "ogx_guarded",
+        "OGX 1.5.0", "ogx", "constraints-ogx.txt", "ogx", ("ogx_guarded", "ogx_tool_guard"),
         "ogx run {file} --insecure --port 8321", True,
     ),
 }  # fmt: skip
@@ -62,7 +63,7 @@ def chosen(name: HostName | None, server: str | None) -> tuple[Host, str]:
     Raises:
         InvalidInput: the run config is for another host.
     """
-    of_server = [host for host in HOSTS.values() if server in (host.server, host.guarded)]
+    of_server = [host for host in HOSTS.values() if server in (host.server, *host.guarded)]
     of_server = of_server or [HOSTS[HostName.LLAMA_STACK_0_6]]
     if name is None:
         return of_server[0], server or of_server[0].server

@@ -66,11 +66,14 @@ def deleted(document: DeletedDataset) -> RenderableType:
 
 def flagged(document: KeptFeedback) -> RenderableType:
     """Say how many conversations shields have flagged, and how a job names them."""
+    left_out = f"{document['left_out']:,} more that no job could take, such as with a tool call that is not JSON"
     if not document["rows"]:
-        return "none of your conversations is kept as flagged"
+        none = "none of your conversations is kept as flagged"
+        return Group(text(none), text(f"but for {left_out}")) if document["left_out"] else none
     return Group(
         text(f"{document['rows']:,} of your conversations were flagged, {document['answered']:,} of them end with an "
              f"answer; {size(document['bytes'])}"),
+        *([text(f"left out: {left_out}")] if document["left_out"] else []),
         text("in a job: data.dataset_id: feedback:all, or feedback:answered; as a data set: --name NAME"),
     )  # fmt: skip
 

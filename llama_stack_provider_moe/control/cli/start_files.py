@@ -82,8 +82,8 @@ def init(
         kept = _write(folder, contents, f"--server {config_name}")
         document: dict[str, object] = {name: str(folder / file) for name, file in named.items()}
         document["kept"] = [str(folder / file) for file in kept]
-        is_torch_needed = template is not None or _NEEDS_PROBE.search(content) is not None
-        return answer(screen, document, lambda files: _written(files, on, is_torch_needed))
+        is_probe_needed = _NEEDS_PROBE.search(content) is not None
+        return answer(screen, document, lambda files: _written(files, on, is_probe_needed))
 
     end(as_json, act)
 
@@ -168,12 +168,12 @@ def _holds(path: Path, content: str) -> bool:
         return False
 
 
-def _written(document: dict[str, object], host: hosts.Host, is_torch_needed: bool) -> str:
+def _written(document: dict[str, object], host: hosts.Host, is_probe_needed: bool) -> str:
     kept = document["kept"]
     assert isinstance(kept, list)
     files = {name: str(file) for name, file in document.items() if name != "kept"}
     # A server that trains serves the dashboard, whose charts need a package.
-    needed = {"dashboard": "job" in files, host.extra: True, "train": is_torch_needed}
+    needed = {"dashboard": "job" in files, host.extra: True, "train": "job" in files or is_probe_needed}
     extras = ",".join(extra for extra, is_needed in needed.items() if is_needed)
     serve = host.command.format(file=files["server"])
     lines = [
@@ -181,7 +181,9 @@ def _written(document: dict[str, object], host: hosts.Host, is_torch_needed: boo
     ]
     lines += ["", f"Install:  pip install 'llama-stack-provider-moe[{extras}]' -c {files['constraints']}"]
     if "rules" in files:
-        lines += [f"Rules:    moe-train guard check {files['rules']}", "Probe:    moe-train probe fit MODEL --help"]
+        lines.append(f"Rules:    moe-train guard check {files['rules']}")
+    if is_probe_needed:
+        lines.append("Probe:    moe-train probe fit MODEL --help")
         serve = f"MOE_PROBE=PROBE {serve}"
     lines.append(f"Serve:    {serve}")
     if "job" in files:

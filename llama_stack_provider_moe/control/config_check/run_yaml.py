@@ -136,6 +136,19 @@ def kinds(path: Path, field: str) -> list[str]:
     return [kind for kind, api in APIS.items() if isinstance(listed.get(api), list)] or [PROVIDER_TYPE]
 
 
+def registered_shields(path: Path, field: str) -> list[object]:
+    """Return `registered_resources.shields` of a run YAML, as written; empty if it has none.
+
+    Raises:
+        InvalidInput: the file is not a run YAML, or they are not a list.
+    """
+    resources = _read(path, field).get("registered_resources")
+    listed = resources.get("shields") if isinstance(resources, dict) else None
+    if listed is not None and not isinstance(listed, list):
+        raise InvalidInput(field, str(path), "a run YAML with a list of registered_resources.shields")
+    return listed or []
+
+
 def _read(path: Path, field: str) -> dict[object, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -10,7 +10,15 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from llama_stack_provider_moe.control.server import callers, compat
-from llama_stack_provider_moe.errors import Conflict, Forbidden, InvalidBody, MoeError, NotFound, Unavailable
+from llama_stack_provider_moe.errors import (
+    Conflict,
+    Forbidden,
+    InvalidBody,
+    InvalidInput,
+    MoeError,
+    NotFound,
+    Unavailable,
+)
 from llama_stack_provider_moe.shields.guard import Who
 
 _session: ContextVar[str | None] = ContextVar("moe_session", default=None)
@@ -103,4 +111,6 @@ def _session_in_provider_data() -> str | None:
     headers = import_module(f"{compat.HOST}.core.request_headers")
     data = headers.PROVIDER_DATA_VAR.get()
     found = data.get(SESSION_KEY) if isinstance(data, Mapping) else None
-    return found if isinstance(found, str) else None
+    if found is not None and not isinstance(found, str):
+        raise InvalidInput(f"{SESSION_KEY} of the provider data", found, "text")
+    return found

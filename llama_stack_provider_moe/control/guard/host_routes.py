@@ -19,7 +19,8 @@ from llama_stack_provider_moe.control.guard.routes import REFUSALS, Session, ses
 from llama_stack_provider_moe.control.guard.service import GuardService
 from llama_stack_provider_moe.control.server import compat
 from llama_stack_provider_moe.control.server.answers import answers_of
-from llama_stack_provider_moe.spec.validation_errors import invalid_body, validated
+from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.spec.validation_errors import invalid_body
 
 AnyBody = Annotated[Any, Body()]
 
@@ -103,7 +104,16 @@ async def _read(service: GuardService, model: type[BaseModel], body: object) -> 
 def _session(header: str | None, body: Any) -> str | None:
     """The session that a request names; the host's models have no metadata."""
     given = body.get("metadata")
-    return session_of(header, None if given is None else validated(wire.Metadata, given))
+    return session_of(header, None if given is None else _metadata(given))
+
+
+def _metadata(given: object) -> wire.Metadata:
+    if not isinstance(given, dict):
+        raise InvalidInput("metadata", given, "an object")
+    try:
+        return wire.Metadata.model_validate(given)
+    except ValidationError as error:
+        raise invalid_body(error.errors(include_url=False), wire.Metadata, lambda path: f"metadata.{path}") from None
 
 
 def _validated(model: type[BaseModel], body: object) -> BaseModel:

@@ -3,6 +3,7 @@
 The host's router parses bodies, finds the shield's provider, and answers a ValueError with 400.
 """
 
+import re
 from collections.abc import Awaitable
 from typing import Any
 
@@ -11,7 +12,7 @@ from llama_stack_provider_moe.control.guard.service import GuardService, result_
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.shields.guard import unknown_shield
 from llama_stack_provider_moe.shields.verdict import Verdict
-from llama_stack_provider_moe.spec.guard_config import ShieldParams, TrajectoryParams
+from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN, ShieldParams, TrajectoryParams
 
 
 class SafetyProvider:
@@ -41,8 +42,9 @@ class SafetyProvider:
         """Check a shield before the host registers it.
 
         Raises:
-            InvalidInput: parameters are not valid, or a trajectory adds up a shield that is not registered.
+            InvalidInput: its ids or parameters are not valid, or a trajectory adds up a shield that is not registered.
         """
+        await self._check_ids(shield)
         params = self._service.shields.params(shield.params)
         for name in params.shields if isinstance(params, TrajectoryParams) else ():
             other = self._registered.get(name) or await self._lookup(name)
@@ -50,6 +52,22 @@ class SafetyProvider:
                 raise InvalidInput("params.shields", name, "shields of type tool_guard or rep_monitor")
         self._registered[shield.identifier] = params
         return shield
+
+    async def _check_ids(self, shield: host.Shield) -> None:
+        """Refuse ids that no request can name, or that would name two shields; ids that are stored stay."""
+        stored = await self._shields()
+        if any(each.identifier == shield.identifier for each in stored):
+            return
+        if re.fullmatch(SHIELD_PATTERN, shield.identifier) is None:
+            expected = "1 to 128 letters, digits and . _ : / -, the first a letter or a digit"
+            raise InvalidInput("shield_id", shield.identifier, expected)
+        model = shield.provider_resource_id
+        for each in stored:
+            if each.provider_resource_id == model:
+                expected = (
+                    f"an id of its own, because moderations name shields by it; shield {each.identifier!r} has it"
+                )
+                raise InvalidInput("provider_shield_id", model, expected)
 
     async def unregister_shield(self, identifier: str) -> None:
         """Forget a shield."""

@@ -110,7 +110,7 @@ def _check(content: object) -> None:
 
 
 def _too_much() -> InvalidBody:
-    return InvalidBody([f"the body has more than {MAX_VALUES:,} values; put rows in a data set, not in a job"])
+    return InvalidBody([f"the body has more than {MAX_VALUES:,} values; rows of a job belong in a data set"])
 
 
 def _too_deep() -> InvalidBody:
@@ -128,8 +128,8 @@ def _bounded(receive: Receive, limit_bytes: int) -> Receive:
         if received > limit_bytes:
             raise FastAPIError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body has more than {limit_bytes} bytes (`max_body_bytes` of this server); put rows in a "
-                "data set, not in a job",
+                f"the body has more than {limit_bytes} bytes (`max_body_bytes` of this server); rows of a job "
+                "belong in a data set",
             )
         return message
 

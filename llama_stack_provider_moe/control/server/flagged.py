@@ -66,7 +66,7 @@ class Flagged:
     async def kept(self, owner: str) -> KeptFeedback:
         """Return how much is kept of an owner."""
         found = await _reading.run(feedback_files.kept, self._folder.folder, owner)
-        return KeptFeedback(rows=found.rows, answered=found.answered, bytes=found.bytes)
+        return KeptFeedback(rows=found.rows, answered=found.answered, bytes=found.bytes, left_out=found.left_out)
 
     async def erase(self, owner: str) -> ErasedFeedback:
         """Delete what is kept of an owner; data sets and jobs keep their copies."""

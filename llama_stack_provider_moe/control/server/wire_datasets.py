@@ -114,6 +114,9 @@ class KeptFeedback(BaseModel):
     rows: int = Field(description="Number of different conversations.")
     answered: int = Field(description="Number of those that end with an answer.")
     bytes: int = Field(description="Size of what is kept.")
+    left_out: int = Field(
+        description="Number of further ones that no job could take, such as those with a tool call that is not JSON."
+    )
 
 
 class ErasedFeedback(BaseModel):

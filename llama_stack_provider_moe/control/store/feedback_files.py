@@ -6,7 +6,8 @@ FOLDER/owners/
   <tenant>/<owner>.jsonl   of a user of a tenant
 
 A line is a row as a job takes it, with the shield that flagged it and the time: {"at", "shield", "messages"}. A row
-that was appended is on the disk. Several processes may append: each holds the file's lock. What a process that died has
+that was appended is on the disk. What a job could not take, such as a tool call that is not JSON, stays there and is
+left out of the rows. Several processes may append: each holds the file's lock. What a process that died has
 written of a line goes with the next append.
 """
 
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from llama_stack_provider_moe.control.store.owners import is_one_user
+from llama_stack_provider_moe.errors import RowProblem
 from llama_stack_provider_moe.ground.private import Privacy
+from llama_stack_provider_moe.spec.rows import canonical
 
 Outcome = Literal["kept", "full"]
 Only = Literal["all", "answered"]
@@ -39,15 +42,18 @@ class Kept(NamedTuple):
         rows: number of flagged conversations; equal ones count once.
         answered: number of those that end with an answer of the assistant.
         bytes: size of the file.
+        left_out: number of further ones that no job could take.
     """
 
     rows: int
     answered: int
     bytes: int
+    left_out: int = 0
 
 
 class _Row(NamedTuple):
     is_answered: bool
+    is_usable: bool  # whether a job could take it
     line: bytes  # the messages alone
 
 
@@ -108,14 +114,19 @@ def erase(folder: Path, owner: str) -> int:
 def kept(folder: Path, owner: str) -> Kept:
     """Return how much is kept of an owner."""
     path = path_of(folder, owner)
-    rows = answered = 0
+    rows = answered = left_out = 0
     for row in _rows([path], "all", None):
-        rows, answered = rows + 1, answered + row.is_answered
-    return Kept(rows, answered, path.stat().st_size if path.exists() else 0)
+        if row.is_usable:
+            rows, answered = rows + 1, answered + row.is_answered
+        else:
+            left_out += 1
+    return Kept(rows, answered, path.stat().st_size if path.exists() else 0, left_out)
 
 
 def pieces(folder: Path, whose: str | None, only: Only, shield: str | None = None) -> Iterator[bytes]:
     """Yield rows as JSON Lines, in pieces: those that are there now, each once, of one owner after the other.
+
+    One that a job could not take would end the job for all others, so it is left out; `kept` counts these.
 
     Args:
         folder: of all owners.
@@ -125,6 +136,8 @@ def pieces(folder: Path, whose: str | None, only: Only, shield: str | None = Non
     """
     lines, size = [], 0
     for row in _rows(_files(folder, whose), only, shield):
+        if not row.is_usable:
+            continue
         lines.append(row.line)
         size += len(row.line)
         if size >= _PIECE_BYTES:
@@ -159,7 +172,12 @@ def _rows(paths: list[Path], only: Only, shield: str | None) -> Iterator[_Row]:
                 digest = hashlib.blake2b(text, digest_size=12).digest()
                 if digest not in seen:
                     seen.add(digest)
-                    yield _Row(is_answered, text)
+                    yield _Row(is_answered, _is_usable(messages), text)
+
+
+def _is_usable(messages: object) -> bool:
+    row = canonical({"messages": messages}, 1, "circuit_breaker", "messages", answered=False)
+    return not isinstance(row, RowProblem)
 
 
 @contextmanager

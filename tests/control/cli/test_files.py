@@ -173,9 +173,9 @@ def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -
     done = moe_train("init", str(folder), "--server", server, *(["--job", "mixtral_dpo"] if runs_jobs else []))
     assert done.code == Exit.OK, done.err
     host = next(
-        (each for each in HOSTS.values() if server in (each.server, each.guarded)), HOSTS[HostName.LLAMA_STACK_0_6]
+        (each for each in HOSTS.values() if server in (each.server, *each.guarded)), HOSTS[HostName.LLAMA_STACK_0_6]
     )
-    is_guarded = server == host.guarded
+    is_guarded, has_probe = server in host.guarded, server == host.guarded[0]
     files = {f"{server}.yaml", "constraints.txt"} | ({"mixtral_dpo.json"} if runs_jobs else set())
     apis = f"external_apis{'_guarded' if is_guarded else ''}"
     folders = {apis} if host.is_external else set()
@@ -196,11 +196,12 @@ def test_init_writes_what_a_server_and_a_job_need(server: str, tmp_path: Path) -
     if runs_jobs:
         read_run_config(folder / f"{server}.yaml", None, {"MOE_STATE_DIR": str(tmp_path)})
     assert (folder / "constraints.txt").read_bytes() == (ROOT / host.constraints).read_bytes()
-    extras = f"{host.extra},train" if runs_jobs or is_guarded else host.extra
+    extras = f"{host.extra},train" if runs_jobs or has_probe else host.extra
     extras = f"dashboard,{extras}" if runs_jobs else extras
     assert f"[{extras}]' -c {folder / 'constraints.txt'}" in done.out
     assert host.command.format(file=folder / f"{server}.yaml") in done.out
     assert (f"moe-train guard check {folder / 'shields/tools.yaml'}" in done.out) == is_guarded
+    assert ("MOE_PROBE=PROBE" in done.out, "Probe:" in done.out) == (has_probe, has_probe)
     assert ("Train:" in done.out) == runs_jobs
     if runs_jobs:
         assert read_template(str(folder / "mixtral_dpo.json"), []) == read_template("@mixtral_dpo", [])

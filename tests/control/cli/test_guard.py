@@ -40,6 +40,7 @@ def test_check_fails_where_an_example_fails(tmp_path: Path) -> None:
              "examples": [{"tool": "a", "arguments": {}, "verdict": "refused"}]}  # fmt: skip
     done = moe_train("guard", "check", written(tmp_path, rules))
     assert done.code == Exit.FAILED
+    assert ": 1 tool; " in done.out
     assert "failed: examples.0: a for anonymous is allowed; expected refused" in done.out
     assert "warning: tools.a: nothing limits the text 'b'" in done.out
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from llama_stack_provider_moe.control.cli.exits import Exit
+from llama_stack_provider_moe.control.cli.hosts import HOSTS
 from llama_stack_provider_moe.control.config_check.guard_start import HostGuardConfig, plain_guard_errors
 from llama_stack_provider_moe.errors import InvalidConfig
 from tests.support.cli_support import moe_train
@@ -119,13 +120,67 @@ def test_flagged_conversations_that_jobs_do_not_find(tmp_path: Path, of_jobs: st
     assert [warns.format(tmp_path) in each for each in guard["warnings"]] == [True] if warns else not guard["warnings"]
 
 
-@pytest.mark.parametrize("name", ["guarded", "ogx_guarded"])
+@pytest.mark.parametrize("name", sorted({name for host in HOSTS.values() for name in host.guarded}))
 def test_our_run_configs_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_card(tmp_path / "probe")
     monkeypatch.setenv("MOE_PROBE", str(tmp_path / "probe"))
     monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path / "state"))
     done = moe_train("config", "check", str(RUN_CONFIGS / f"{name}.yaml"), "--json")
     assert done.code == Exit.OK, done.err
+    probes = [] if name.endswith("tool_guard") else ["refused"]
     assert done.document["guards"] == [
-        {"provider_id": "moe-guard", "on_failure": "block", "rules": ["default"], "probes": ["refused"], "warnings": []}
+        {"provider_id": "moe-guard", "on_failure": "block", "rules": ["default"], "probes": probes, "warnings": []}
     ]
+
+
+def registering(folder: Path, shields: list[Any]) -> Any:
+    path = Path(written(folder, {"on_failure": "block", "rules": {"default": RULES}}))
+    content = yaml.safe_load(path.read_text()) | {"registered_resources": {"shields": shields}}
+    path.write_text(yaml.safe_dump(content))
+    return moe_train("config", "check", str(path))
+
+
+def shield(shield_id: Any, params: Any, **more: Any) -> dict[str, Any]:
+    return {"shield_id": shield_id, "provider_id": "guard", "params": params, **more}
+
+
+TOOLS = {"type": "tool_guard"}
+SUMS = {"type": "trajectory", "shields": ["a"], "max_sum": 1}
+UNREGISTERED: list[tuple[list[Any], str]] = [
+    ([shield("a", {"type": "toolguard"})], "shields.0.params.type: 'toolguard' is not valid"),
+    ([shield("a", None)], "shields.0.params.type: None is not valid"),
+    ([shield("a", "x")], "shields.0.params: 'x' is not valid; expected an object"),
+    ([shield("a", {**TOOLS, "rules": "defalt"})], "shields.0.params.rules: 'defalt' is not valid"),
+    ([shield("a", PROBE)], "shields.0.params.probe: 'p' is not valid"),
+    ([shield("a", {**TOOLS, "rulse": 1})], "shields.0.params.rulse: unknown key"),
+    (
+        [shield("b", SUMS), shield("a", TOOLS)],
+        "shields.0.params.shields: 'a' is not valid; expected shields that stand",
+    ),
+    ([shield("x", {**SUMS, "shields": ["of-an-earlier-start"]})], ""),
+    ([shield("a", SUMS)], "shields.0.params.shields: 'a' is not valid; expected shields of type"),
+    ([shield("a", SUMS), shield("b", SUMS)], "shields.1.params.shields: 'a' is not valid; expected shields of type"),
+    ([shield("a", TOOLS), shield("a", TOOLS)], "shields.1.shield_id: 'a' is named twice"),
+    (
+        [shield("a", TOOLS), shield("b", TOOLS, provider_shield_id="a")],
+        "shields.1.provider_shield_id: 'a' is not valid",
+    ),
+    ([shield("a b", TOOLS)], "shields.0.shield_id: 'a b' is not valid"),
+    ([shield(3, TOOLS)], "shields.0.shield_id: 3 is not valid"),
+    ([shield("a", TOOLS), 7], "shields.1: 7 is not valid; expected an object"),
+    ([shield("a", TOOLS, provider_id="llama-guard"), shield("b", TOOLS)], ""),
+    ([shield("${env.NO_SHIELD:=}", PROBE)], ""),
+]
+
+
+@pytest.mark.parametrize(("shields", "says"), UNREGISTERED, ids=[str(number) for number in range(len(UNREGISTERED))])
+def test_a_shield_that_the_host_could_not_register_is_named(tmp_path: Path, shields: list[Any], says: str) -> None:
+    done = registering(tmp_path, shields)
+    assert done.code == (Exit.REFUSED if says else Exit.OK), done.err
+    assert says in done.err
+
+
+def test_a_shield_that_the_host_leaves_out_is_told(tmp_path: Path) -> None:
+    done = registering(tmp_path, [{"shield_id": "a", "params": TOOLS}])
+    assert done.code == Exit.OK
+    assert "shields.0.provider_id: is missing, so the host leaves shield 'a' out" in " ".join(done.out.split())

@@ -99,7 +99,7 @@ def test_nobody_reaches_what_others_said(service: PostTrainingService, folder: P
         assert ask(service, "DELETE", "/feedback").json() == {"bytes": 0}
     with caller("ann"):
         assert ask(service, "DELETE", "/feedback").json()["bytes"] > 0
-        assert ask(service, "GET", "/feedback").json() == {"rows": 0, "answered": 0, "bytes": 0}
+        assert ask(service, "GET", "/feedback").json() == {"rows": 0, "answered": 0, "bytes": 0, "left_out": 0}
         assert ask(service, "GET", "/datasets/flagged").status_code == 200, "the data set stays"
     with caller("bob"):
         assert made(service) == ["his"]
@@ -181,4 +181,9 @@ def test_the_command_line(service: PostTrainingService, folder: Path) -> None:
             assert told.code == 2
             assert "expected --erase alone" in " ".join(told.err.split())
         assert moe_train("data", "flagged", "--erase", "--json", *where).document["bytes"] > 0
-        assert moe_train("data", "flagged", "--json", *where).document == {"rows": 0, "answered": 0, "bytes": 0}
+        assert moe_train("data", "flagged", "--json", *where).document == {
+            "rows": 0,
+            "answered": 0,
+            "bytes": 0,
+            "left_out": 0,
+        }

@@ -70,7 +70,7 @@ def test_an_endless_body_is_not_read(service: PostTrainingService, path: str) ->
     asyncio.run(app_of(service)(scope, receive, send))
     assert sent[0]["status"] == 413
     assert json.loads(sent[1]["body"])["error"]["message"] == (
-        "the body has more than 100000 bytes (`max_body_bytes` of this server); put rows in a data set, not in a job"
+        "the body has more than 100000 bytes (`max_body_bytes` of this server); rows of a job belong in a data set"
     )
     assert taken <= LIMIT_BYTES + 2 * len(chunk)
 

@@ -72,7 +72,7 @@ def test_unknown_keys_do_not_block_the_event_loop(service: PostTrainingService, 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (unknown_keys(60_000), "the body has more than 50,000 values; put rows in a data set, not in a job"),
+        (unknown_keys(60_000), "the body has more than 50,000 values; rows of a job belong in a data set"),
         (b"[" * 100_000 + b"]" * 100_000, "the body is nested more than 64 levels deep"),
         (b'{"a":' * 70 + b"1" + b"}" * 70, "the body is nested more than 64 levels deep"),
         (b'{"recipe": ' + b"9" * 5000 + b"}", "the body can't be read (Exceeds the limit"),

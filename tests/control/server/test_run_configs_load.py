@@ -12,7 +12,7 @@ from llama_stack_provider_moe.spec.guard_config import GuardConfig
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 from tests.support.host_harness import API, RUN_CONFIGS
 
-GUARDED = ("guarded", "ogx_guarded")
+GUARDED = {name for host in HOSTS.values() for name in host.guarded}
 
 
 # llama-stack 0.6.1 reads its own field `image_name`, which it has marked deprecated.
@@ -30,7 +30,8 @@ def test_run_configs_load(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     if path.stem in GUARDED:  # these serve a model with shields
         (ours,) = config.providers["safety"]
         assert (ours.provider_type, ours.module) == ("inline::moe-guard", "llama_stack_provider_moe")
-        assert GuardConfig.model_validate(ours.config).probes == {"refused": tmp_path / "probe"}
+        probes = {} if path.stem.endswith("tool_guard") else {"refused": tmp_path / "probe"}
+        assert GuardConfig.model_validate(ours.config).probes == probes
         return
     (ours,) = config.providers["post_training"]
     assert (ours.provider_type, ours.module) == ("inline::moe", "llama_stack_provider_moe")

@@ -16,7 +16,9 @@ MOST = 1 << 20
 
 
 def line(text: str, shield: str = "s", role: str = "user") -> bytes:
-    row = {"at": "2026-01-01T00:00:00+00:00", "shield": shield, "messages": [{"role": role, "content": text}]}
+    row = {"at": "2026-01-01T00:00:00+00:00", "shield": shield, "messages": [{"role": "user", "content": text}]}
+    if role == "assistant":
+        row["messages"] = [*row["messages"], {"role": role, "content": text}]
     return json.dumps(row).encode() + b"\n"
 
 
@@ -46,7 +48,7 @@ def test_no_other_text_is_an_owner(tmp_path: Path, owner: str) -> None:
 
 
 def test_nothing_is_kept_of_an_owner_of_whom_nothing_was_flagged(tmp_path: Path) -> None:
-    assert kept(tmp_path, ANN) == (0, 0, 0)
+    assert kept(tmp_path, ANN) == (0, 0, 0, 0)
     assert (texts(tmp_path, None), used_bytes(tmp_path), erase(tmp_path, ANN)) == ([], 0, 0)
 
 
@@ -122,3 +124,19 @@ def test_several_processes_append_and_one_that_is_killed_damages_nothing(tmp_pat
     for name in ("one", "two"):
         assert [each for each in found if each.startswith(name)] == [f"{name} {number}" for number in range(100)]
     assert found[-1] == "last"
+
+
+BAD_ARGUMENTS = ['{"a": 1e999}', '{"a": NaN}', "not JSON", "[]", "{} {}", '{"a": "\\ud800"}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=range(len(BAD_ARGUMENTS)))
+def test_what_a_job_could_not_take_is_left_out_and_counted(tmp_path: Path, arguments: str) -> None:
+    function = {"name": "f", "arguments": arguments}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    row = {"at": "", "shield": "s", "messages": [{"role": "user", "content": "x"}, call]}
+    append(tmp_path, ANN, json.dumps(row).encode() + b"\n", MOST)
+    append(tmp_path, ANN, line("y", role="assistant"), MOST)
+    assert kept(tmp_path, ANN)[:2] == (1, 1)
+    assert kept(tmp_path, ANN).left_out == 1
+    for only in ("all", "answered"):
+        assert [json.loads(each)["messages"][0]["content"] for each in pieces(tmp_path, ANN, only)] == ["y"]
