@@ -83,7 +83,7 @@ class TokenFigures(Block):
     sequences: int = Field(description="Sequences of an epoch: a row may give several, one for each answer.")
     tokens: int = Field(description="Tokens of an epoch.")
     learnt: int = Field(description="Tokens of an epoch with a loss.")
-    rows_a_step: int = Field(description="Sequences of one optimiser step on one process.")
+    rows_a_step: int = Field(description="Sequences of one optimiser step on one process; if the model writes answers, answers.")
     steps: int = Field(description="Optimiser steps of an epoch on one process; fewer if rows are packed.")
     rows: int = Field(description="Rows that were read.")
     max_dropped: float = Field(description="`options.max_dropped`.")
