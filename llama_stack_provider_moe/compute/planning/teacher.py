@@ -61,7 +61,7 @@ def teacher_memory(spec: TrainingSpec, config: PreTrainedConfig) -> TeacherMemor
     weights = 0
     if (named := spec.teacher_named()) is not None:
         with torch.device("meta"):
-            teacher = blank_model(read_config(named[1])[0])
+            teacher = blank_model(read_config(named[1], named[0])[0])
         weights = size * sum(each.numel() for each in teacher.parameters())
     copies = int(named is None and spec.adapter is None)
     if isinstance(spec, DistillSpec):

@@ -8,7 +8,15 @@ from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import NotFound
 from llama_stack_provider_moe.graders.bounded import checked_schema
 from llama_stack_provider_moe.graders.judges import judge_named
-from llama_stack_provider_moe.spec.graders import AnyGrader, JsonSchema, Monitor, Multi, PlainGrader, Refusal, RewardModel
+from llama_stack_provider_moe.spec.graders import (
+    AnyGrader,
+    JsonSchema,
+    Monitor,
+    Multi,
+    PlainGrader,
+    Refusal,
+    RewardModel,
+)
 from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 

@@ -104,8 +104,8 @@ def test_every_part_becomes_a_job_that_waits_for_those_that_it_names(service: Po
 @pytest.mark.parametrize("job", [
     BODY | {"distill": {"model": "parts.a"}},
     BODY | {"recipe": "distill", "teacher": "parts.a/model"},
-    {"recipe": "surgery", "model": "owner/name", "surgery": {"action": "add", "add": {"count": 1, "mlp_from": "parts.a"}},
-     "data": {"dataset_id": "good"}},
+    {"recipe": "surgery", "model": "owner/name", "data": {"dataset_id": "good"},
+     "surgery": {"action": "add", "add": {"count": 1, "mlp_from": "parts.a"}}},
     GRPO | {"reward": [{"grader": {"type": "reward_model", "name": "x", "model": "parts.a"}}]},
     GRPO | {"reward": [{"grader": {"type": "multi", "name": "x", "calculate_output": "y", "graders": {
         "y": {"type": "refusal", "name": "y", "expect": "answer", "judge": "model", "model": "parts.a"}}}}]},

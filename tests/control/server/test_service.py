@@ -1,9 +1,9 @@
 """Tests the service without a server: ownership, traces of failed submissions, and the states of a job."""
 
 import asyncio
-import re
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
