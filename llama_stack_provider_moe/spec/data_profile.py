@@ -67,9 +67,9 @@ class ShownRow(Block):
 _REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
 
 
-def stood_in(recipe: object) -> dict[str, object]:
-    """Return what a job of a recipe must name, and rows do not depend on."""
-    return {"grpo": {"reward": _REWARD}, "distill": {"teacher": "none"}}.get(str(recipe), {})
+def stood_in(recipe: object, model: object) -> dict[str, object]:
+    """Return what a job of a recipe must name, and rows do not depend on; the model is its own teacher."""
+    return {"grpo": {"reward": _REWARD}, "distill": {"teacher": model}}.get(str(recipe), {})
 
 
 class TokenFigures(Block):

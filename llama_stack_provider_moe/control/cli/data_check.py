@@ -132,7 +132,7 @@ def _job(
             data["validation_dataset_id"] = "held-out"
     if body["recipe"] == "circuit_breaker":
         body.setdefault("circuit_breaker", {"retain": dict(_ROWS)})
-    return template.training_job(stood_in(body["recipe"]) | body), has_model
+    return template.training_job(stood_in(body["recipe"], body["model"]) | body), has_model
 
 
 def _of_domain(data: object, domain: str | None) -> object:

@@ -129,7 +129,7 @@ def draft(
         names[f"{writing}.max_completion_length"] = "max_completion_length"
     if recipe == "circuit_breaker":
         body["circuit_breaker"] = {"retain": {"dataset_id": f"data:{name}"}}
-    return Draft(body | stood_in(recipe), names, may_wait=False)
+    return Draft(body | stood_in(recipe, body["model"]), names, may_wait=False)
 
 
 def _key(spec: TrainingSpec, has_model: bool) -> str:

@@ -51,12 +51,17 @@ def test_prompts_are_profiled(service: PostTrainingService, recipe: str) -> None
     assert (found["recipe"], found["rows"], found["refused"]) == (recipe, 12, 0)
 
 
-def test_a_profile_of_prompts_with_a_model(service: PostTrainingService, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "steps"), [("grpo", 11), ("distill", 2)])
+def test_a_profile_of_prompts_with_a_model(
+    service: PostTrainingService, tmp_path: Path, recipe: str, steps: int
+) -> None:
     pushed(service)
-    path = f"/datasets/mine/profile?model={tmp_path}/allowed/mixtral&recipe=grpo&max_length=64&max_completion_length=16"
+    query = f"model={tmp_path}/allowed/mixtral&recipe={recipe}&max_length=64&max_completion_length=16"
+    path = f"/datasets/mine/profile?{query}"
+    assert ask(service, "GET", path).status_code == 200
     wait_for(lambda: ask(service, "GET", path).json()["is_ready"], timeout_s=300)
     tokens = ask(service, "GET", path).json()["profile"]["tokens"]
-    assert (tokens["max_length"], tokens["answer"], tokens["sequences"], tokens["steps"]) == (48, 16, 11, 11)
+    assert (tokens["max_length"], tokens["answer"], tokens["sequences"], tokens["steps"]) == (48, 16, 11, steps)
 
 
 def test_a_slow_profile_is_asked_for_again(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
