@@ -69,7 +69,8 @@ _REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
 
 def stood_in(recipe: object, model: object) -> dict[str, object]:
     """Return what a job of a recipe must name, and rows do not depend on; the model is its own teacher."""
-    return {"grpo": {"reward": _REWARD}, "distill": {"teacher": model}}.get(str(recipe), {})
+    named: dict[str, dict[str, object]] = {"grpo": {"reward": _REWARD}, "distill": {"teacher": model}}
+    return named.get(str(recipe), {})
 
 
 class TokenFigures(Block):
