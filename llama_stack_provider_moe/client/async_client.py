@@ -188,11 +188,12 @@ class AsyncClient(AsyncSweepMethods, AsyncPlaygroundMethods):
         max_length: int | None = None,
         version: str | None = None,
         timeout_s: float | None = None,
+        max_completion_length: int | None = None,
     ) -> DatasetProfile:
         """Return what a job would make of a data set, once the server has counted it; see `Client.profile`."""
         deadline = Deadline(timeout_s)
         while True:
-            found = await self._send(calls.profile(name, model, recipe, max_length, version))
+            found = await self._send(calls.profile(name, model, recipe, max_length, version, max_completion_length))
             if found["is_ready"] or timeout_s == 0:
                 return found
             deadline.check(f"the profile of data set {name!r} is not ready")

@@ -42,7 +42,7 @@ from llama_stack_provider_moe.client.sweep_documents import (
 from llama_stack_provider_moe.errors import InvalidInput
 
 API = "/v1alpha/post-training"
-Recipe = Literal["sft", "dpo", "circuit_breaker", "kto", "reward"]
+Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward", "distill"]
 type Query = Mapping[str, int | str | Sequence[str] | None]
 
 
@@ -244,7 +244,12 @@ def delete_dataset(name: str, version: str | None) -> Call[DeletedDataset]:
 
 
 def profile(
-    name: str, model: str | None, recipe: Recipe, max_length: int | None, version: str | None
+    name: str,
+    model: str | None,
+    recipe: Recipe,
+    max_length: int | None,
+    version: str | None,
+    max_completion_length: int | None,
 ) -> Call[DatasetProfile]:
     """Ask what a job would make of a data set.
 
@@ -254,8 +259,12 @@ def profile(
         recipe: of the job.
         max_length: `options.max_length` of the job.
         version: beginning of the SHA-256 of a version; None: the current one.
+        max_completion_length: of a job of recipe grpo or distill; None: the default.
     """
-    query: Query = {"model": model, "recipe": recipe, "max_length": max_length, "version": version}
+    query: Query = {
+        "model": model, "recipe": recipe, "max_length": max_length, "version": version,
+        "max_completion_length": max_completion_length,
+    }  # fmt: skip
     return Call(DatasetProfile, "GET", dataset_path(name) + "/profile", query)
 
 

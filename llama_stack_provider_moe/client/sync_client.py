@@ -208,14 +208,9 @@ class Client(SweepMethods, PlaygroundMethods):
         return self._send(calls.quotas())
 
     def profile(
-        self,
-        name: str,
-        model: str | None = None,
-        recipe: Recipe = "sft",
-        max_length: int | None = None,
-        version: str | None = None,
-        timeout_s: float | None = None,
-    ) -> DatasetProfile:
+        self, name: str, model: str | None = None, recipe: Recipe = "sft", max_length: int | None = None,
+        version: str | None = None, timeout_s: float | None = None, max_completion_length: int | None = None,
+    ) -> DatasetProfile:  # fmt: skip
         """Return what a job would make of a data set, once the server has counted it.
 
         Args:
@@ -225,13 +220,14 @@ class Client(SweepMethods, PlaygroundMethods):
             max_length: `options.max_length` of the job.
             version: beginning of the SHA-256 of a version; None: the current one.
             timeout_s: seconds to wait; None: no limit, 0: return even if it is not ready.
+            max_completion_length: of a job of recipe grpo or distill; None: the default.
 
         Raises:
             TimeoutError: it is not ready in time.
         """
         deadline = Deadline(timeout_s)
         while True:
-            found = self._send(calls.profile(name, model, recipe, max_length, version))
+            found = self._send(calls.profile(name, model, recipe, max_length, version, max_completion_length))
             if found["is_ready"] or timeout_s == 0:
                 return found
             deadline.check(f"the profile of data set {name!r} is not ready")

@@ -54,7 +54,7 @@ def on_base(name: str, adapter: str | None = None, option: str = "MODEL") -> tup
 
 
 def whole_model(name: str, option: str = "MODEL") -> str:
-    """Return a folder or a hub id; for a job, the folder of its whole model.
+    """Return a folder or a hub id; for a job, the folder of its whole model, and for a model of the server its folder.
 
     Raises:
         InvalidInput: As in `on_base`; or the job left only an adapter.
@@ -64,7 +64,7 @@ def whole_model(name: str, option: str = "MODEL") -> str:
         job = found[0].name
         why = f"job {job!r} left an adapter: run `moe-train export {job} --merged` to create one"
         raise InvalidInput(option, name, f"a whole model; {why}")
-    return name if found is None else str(found[1])
+    return _own_model(name) if found is None else str(found[1])
 
 
 def adapter_folder(name: str, option: str) -> str:

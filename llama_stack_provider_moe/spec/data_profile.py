@@ -63,6 +63,16 @@ class ShownRow(Block):
         )
 
 
+# Graders of a job without a job file: this one reads nothing of a row.
+_REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
+
+
+def stood_in(recipe: object, model: object) -> dict[str, object]:
+    """Return what a job of a recipe must name, and rows do not depend on; the model is its own teacher."""
+    named: dict[str, dict[str, object]] = {"grpo": {"reward": _REWARD}, "distill": {"teacher": model}}
+    return named.get(str(recipe), {})
+
+
 class TokenFigures(Block):
     """What the model's tokenizer and chat template make of the valid rows, with a job's settings."""
 
@@ -83,7 +93,7 @@ class TokenFigures(Block):
     sequences: int = Field(description="Sequences of an epoch: a row may give several, one for each answer.")
     tokens: int = Field(description="Tokens of an epoch.")
     learnt: int = Field(description="Tokens of an epoch with a loss.")
-    rows_a_step: int = Field(description="Sequences of one optimiser step on one process.")
+    rows_a_step: int = Field(description="Sequences, or answers that the model writes, of one step on one process.")
     steps: int = Field(description="Optimiser steps of an epoch on one process; fewer if rows are packed.")
     rows: int = Field(description="Rows that were read.")
     max_dropped: float = Field(description="`options.max_dropped`.")

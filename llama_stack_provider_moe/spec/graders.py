@@ -164,6 +164,8 @@ class Length(AnyKind):
             raise ValueError(f"most: {self.most} is not valid; expected at least `least`, which is {self.least}")
         if self.most is None and self.least == 0:
             raise ValueError("least: 0 has no effect without `most`; expected at least 1, or also `most`")
+        if self.unit == "tokens" and self.input != OUTPUT_TEXT:
+            raise ValueError("input: has no effect with unit 'tokens', which are those of the answer")
         return self
 
 

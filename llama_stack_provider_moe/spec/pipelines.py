@@ -12,11 +12,13 @@ from llama_stack_provider_moe.spec.notify import PipelineNotify
 
 MOST_PARTS = 64
 PREFIX = "parts."
-# Every setting that may name another job; * is each entry of a list. A test compares it with the specs.
+# Every setting that may name another job; * is each entry of a list or an object. A test compares it with the specs.
 REFERENCES = (
     "model", "adapter_folder", "measurements", "branches.*.model", "from_analysis.job", "adapter.init_from",
     "adapter.from_analysis.job", "eval.judge.model", "eval.masked_from_analysis.job", "eval.ablated.measurements",
-    "reward.*.grader.model",
+    "teacher", "distill.model", "surgery.add.mlp_from",
+    "reward.*.grader.model", "reward.*.grader.probe",
+    "reward.*.grader.graders.*.model", "reward.*.grader.graders.*.probe",
 )  # fmt: skip
 _NOT_PARTS = {
     "export": "a part's own `export` block, which makes its export once it has completed",
@@ -139,9 +141,9 @@ def _at(value: object, keys: list[str], path: str) -> Iterator[tuple[str, str]]:
     if not keys:
         if isinstance(value, str) and value.startswith(PREFIX):
             yield path, value
-    elif keys[0] == "*" and isinstance(value, list):
-        for number, each in enumerate(value):
-            yield from _at(each, keys[1:], f"{path}.{number}")
+    elif keys[0] == "*" and isinstance(value, list | dict):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _at(each, keys[1:], f"{path}.{key}")
     elif isinstance(value, dict) and keys[0] in value:
         yield from _at(value[keys[0]], keys[1:], f"{path}.{keys[0]}".removeprefix("."))
 

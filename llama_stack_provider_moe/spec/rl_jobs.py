@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 from llama_stack_provider_moe.spec.generation import Generation, least_rows, refuse_moving_routers, refuse_no_room
 from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, Refusal, RewardModel
 from llama_stack_provider_moe.spec.options import RLOptions
-from llama_stack_provider_moe.spec.rewards import Grading, Rewards
+from llama_stack_provider_moe.spec.rewards import PROMPT_CLASSES, Grading, Rewards
 from llama_stack_provider_moe.spec.rl import RL
-from llama_stack_provider_moe.spec.row_needs import RowNeeds
+from llama_stack_provider_moe.spec.row_needs import RowNeeds, noted
 from llama_stack_provider_moe.spec.row_sources import RowSource
 from llama_stack_provider_moe.spec.training_jobs import TrainingJob
 
@@ -110,6 +110,8 @@ class GRPOSpec(TrainingJob):
                 source = source._replace(answered=False, needs=needs)
             if source.part == "train":
                 source = source._replace(least=least, why_least=why_least)
+                if needs.class_column is not None:  # of one class alone the model learns to do one thing always
+                    source = source._replace(least_of_class=1, classes=tuple(map(noted, PROMPT_CLASSES)))
             found.append(source)
         return found
 

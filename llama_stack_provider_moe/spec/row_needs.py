@@ -53,6 +53,10 @@ class RowNeeds(NamedTuple):
         }
         return cls(grading.class_column if are_by_class(list(rewards)) else None, tuple(read))
 
+    def note(self, item: Mapping[str, object]) -> str | None:
+        """Return what reports call the class of a row without a problem; None: rows need none."""
+        return None if self.class_column is None else noted(str(item[self.class_column]))
+
     def problem(self, item: Mapping[str, object], number: int) -> RowProblem | None:
         """Return the first thing that a row lacks.
 
@@ -75,6 +79,11 @@ class RowNeeds(NamedTuple):
                     why += f" of each row of class {read.prompts!r}"
                 return RowProblem(number, column, f"{told}; {why}{_OF_THE_ANSWER.get(column, '')}")
         return None
+
+
+def noted(prompt_class: str) -> str:
+    """Return what reports of rows call a class of prompts."""
+    return f"class {prompt_class}"
 
 
 def paths_of(grader: PlainGrader) -> list[tuple[str, ...]]:

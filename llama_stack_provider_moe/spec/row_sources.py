@@ -48,7 +48,8 @@ class RowSource(NamedTuple):
         columns: the data's names of columns by the formats' names (`data.columns`).
         domains: the column that names each row's domain (`data.domain_column`).
         needs: what graders read of each row; None: there are no graders.
-        least_of_class: minimum number of rows with a thumb up, and with a thumb down; 0: rows have none.
+        least_of_class: minimum number of rows of each of `classes`; 0: rows have none.
+        classes: of rows, as reports of rows call them.
     """
 
     field: str
@@ -63,6 +64,7 @@ class RowSource(NamedTuple):
     domains: DomainColumn | None = None
     needs: "RowNeeds | None" = None
     least_of_class: int = 0
+    classes: tuple[str, ...] = THUMBS
 
     def shortage(self, rows: int, notes: Mapping[str, int]) -> str | None:
         """What the data set lacks, for the text of an error; None: nothing.
@@ -74,7 +76,7 @@ class RowSource(NamedTuple):
         if rows < self.least:
             return f"{self.why_least}; it has {rows:,}"
         if self.least_of_class:
-            for kind in THUMBS:
+            for kind in self.classes:
                 if (found := notes.get(kind, 0)) < self.least_of_class:
                     held_out = ", because one is held out" if self.least_of_class > 1 else ""
                     return f"at least {self.least_of_class} row(s) with {kind}{held_out}; it has {found:,} of {rows:,}"

@@ -128,7 +128,11 @@ def _without_tags(location: list[str | int]) -> list[str | int]:
     return [
         part
         for at, part in enumerate(location)
-        if not (part in GRADER_TYPES and (at == 0 or "grader" in location[:at] or "graders" in location[:at]))
+        # A field may have the name of a type, as json_schema does; a tag stands right behind its grader alone.
+        if not (
+            part in GRADER_TYPES
+            and (at == 0 or location[at - 1] == "grader" or (at > 1 and location[at - 2] == "graders"))
+        )
         and not (part in ENGINE_TYPES and at > 0 and location[at - 1] == "engine")
     ]
 

@@ -53,22 +53,25 @@ def test_every_setting_that_may_name_a_job_may_name_a_part() -> None:
     told = {
         path
         for path, field in every_field(JOB_SPEC)
-        if re.search(r"one of your jobs|named as in `model`", field.get("description") or "")
+        if re.search(
+            r"one of your jobs|named as in `model`|name of a job|or job that fitted", field.get("description") or ""
+        )
         or path.endswith("_analysis.job")
     }
     assert told == {*REFERENCES}
 
 
 def every_field(adapter: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Path and schema of each field of each kind of job; * is each entry of a list."""
+    """Path and schema of each field of each kind of job; * is each entry of a list or an object."""
     schema = adapter.json_schema()
 
     def inside(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
         for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
             yield from inside(option, path)
-        if "items" in node:
-            yield from inside(node["items"], f"{path}.*")
+        for entries in (node.get("items"), *node.get("patternProperties", {}).values()):
+            if entries:
+                yield from inside(entries, f"{path}.*")
         for name, field in node.get("properties", {}).items():
             where = f"{path}.{name}".removeprefix(".")
             yield where, field

@@ -11,7 +11,7 @@ from llama_stack_provider_moe.spec.graders import GRADER, PlainGrader
 from llama_stack_provider_moe.spec.judged_graders import JudgeMessage
 from llama_stack_provider_moe.spec.row_needs import paths_of
 from llama_stack_provider_moe.spec.row_sources import RowSource
-from llama_stack_provider_moe.spec.rows import canonical
+from llama_stack_provider_moe.spec.rows import RowsReport, canonical
 
 MATH = {"type": "math", "name": "right"}
 REFUSAL = {"type": "refusal", "name": "no", "expect": "refusal"}
@@ -122,3 +122,24 @@ def test_no_template_of_a_grader_is_forgotten(kind: Any) -> None:
     grader = GRADER.validate_python({"type": type_of, "name": "x", **needed.get(type_of, {}), **more})
     found = set(paths_of(grader))  # type: ignore[arg-type]  # it is no `multi`
     assert found == (expected or ({("expected_calls",)} if type_of == "tool_call" else set()))
+
+
+def test_prompts_of_one_class_alone_are_refused() -> None:
+    report = RowsReport()
+    train, held_out = sources(BY_CLASS, data={"dataset_id": "a", "validation_dataset_id": "b"})
+    row = {"prompt": "2+2?", "class": "refuse"}
+    assert not isinstance(canonical(row, 1, "grpo", "auto", False, report=report, needs=train.needs), RowProblem)
+    assert train.shortage(9, report.notes) == "at least 1 row(s) with class help; it has 0 of 9"
+    assert train.shortage(9, {**report.notes, "class help": 1}) is None
+    assert held_out.shortage(9, report.notes) is None
+    (alone,) = sources([{"grader": MATH}], options={"validation_split": 0})
+    assert alone.shortage(9, {}) is None
+
+
+def test_a_label_says_nothing_about_a_prompt() -> None:
+    report = RowsReport()
+    row = {"prompt": "2+2?", "completion": "5", "label": False}
+    found = canonical(row, 1, "distill", "auto", False, report=report)
+    assert not isinstance(found, RowProblem)
+    assert report.not_read == {"label": 1}
+    assert isinstance(canonical(row, 1, "sft", "auto"), RowProblem)

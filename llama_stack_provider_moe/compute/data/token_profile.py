@@ -31,6 +31,7 @@ from llama_stack_provider_moe.compute.data.encoding import (
     Problem,
     SftEncoder,
 )
+from llama_stack_provider_moe.compute.data.groups import Generations
 from llama_stack_provider_moe.compute.data.positions import by_config
 from llama_stack_provider_moe.compute.data.prompt_rows import PromptEncoder, prompt_limit
 from llama_stack_provider_moe.compute.data.rendering import Rendering
@@ -41,7 +42,16 @@ from llama_stack_provider_moe.compute.models.row_images import images_of
 from llama_stack_provider_moe.compute.models.vision import images_of_model, use_template
 from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.jobdir.folder import JobFolder
-from llama_stack_provider_moe.spec import JOB_SPEC, BreakerSpec, DPOSpec, KTOSpec, SFTSpec, TrainingSpec, WritingSpec
+from llama_stack_provider_moe.spec import (
+    JOB_SPEC,
+    BreakerSpec,
+    DPOSpec,
+    GRPOSpec,
+    KTOSpec,
+    SFTSpec,
+    TrainingSpec,
+    WritingSpec,
+)
 from llama_stack_provider_moe.spec.data_profile import ShownRow, TokenFigures
 from llama_stack_provider_moe.spec.reward_jobs import RewardSpec
 from llama_stack_provider_moe.spec.rows import CanonicalRow
@@ -151,10 +161,21 @@ class Sequences:
             tokens=self._tokens,
             learnt=self._learnt,
             rows_a_step=rows_a_step(training),
-            steps=steps_an_epoch(training, sequences),
+            steps=_steps(self._spec, sequences),
             rows=self._rows,
             max_dropped=self._spec.options.max_dropped,
         )
+
+
+def _steps(spec: TrainingSpec, sequences: int) -> int:
+    """Optimiser steps of an epoch over so many sequences, of a job in one process."""
+    if not isinstance(spec, WritingSpec):
+        return steps_an_epoch(spec.training, sequences)
+    if isinstance(spec, GRPOSpec):
+        made = Generations.of(spec.rl, spec.training, sequences, 1)
+    else:
+        made = Generations.of_a_step(spec.training, sequences, 1)
+    return made.count * made.steps
 
 
 def encoder_of(spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase, images: "Images | None" = None) -> Encoder:

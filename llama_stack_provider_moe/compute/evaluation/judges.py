@@ -62,10 +62,17 @@ class ModelJudge:
         tokenizer: of the model.
         batch_size: exchanges in one pass.
         max_length: tokens of a question; a longer answer is cut at its end.
+        field: that names the model, for errors.
     """
 
     def __init__(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_length: int,
+        field: str = "eval.judge.model",
     ) -> None:
         self.name = f"model {name}"
         self._model = model
@@ -75,7 +82,7 @@ class ModelJudge:
         yes, no = _first_tokens(tokenizer, YES), _first_tokens(tokenizer, NO)
         if not yes or not no or yes & no:
             raise ModelError(
-                f"eval.judge.model: {name!r} does not have different single tokens for Yes and No; choose another model"
+                f"{field}: {name!r} does not have different single tokens for Yes and No; choose another model"
             )
         self._yes, self._no = sorted(yes), sorted(no)
 

@@ -72,7 +72,8 @@ def torch_opener(dtype: DType, device: torch.device) -> OpenTorch:
             case Refusal(model=str() as name):
                 model, tokenizer = load_for_inference(name, dtype, device)
                 longest = min(JUDGE_LENGTH, getattr(model.config, "max_position_embeddings", JUDGE_LENGTH))
-                return ModelRefusal(grader, ModelJudge(name, model, tokenizer, JUDGE_BATCH, longest))
+                judge = ModelJudge(name, model, tokenizer, JUDGE_BATCH, longest, f"{grader.name}.model")
+                return ModelRefusal(grader, judge)
             case _:
                 raise AssertionError(f"a grader of type {grader.type} needs no torch")
 

@@ -65,13 +65,14 @@ class MetaModel:
     decoded: int
 
 
-def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+def read_config(name: str, field: str = "model") -> tuple[PreTrainedConfig, tuple[str, ...]]:
     """The model's config, and notes on it for a person.
 
     For a composite model without experts, which no job takes, it is that of its language model.
 
     Args:
         name: a folder with config.json, such a file, or the hub id of a model in the cache.
+        field: of the job that names it, for errors.
 
     Raises:
         ModelError: there is no config, or it is not that of a causal language model in 16 bits or more.
@@ -84,7 +85,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
         text = shorten(" ".join(str(error).split()), 300)[1:-1]
         what = "a file" if Path(name).is_file() else "a folder" if Path(name).is_dir() else "no file or folder here"
         raise ModelError(
-            f"model: the config of {name!r} ({what}) can't be read: {text}; expected a folder with config.json, that "
+            f"{field}: the config of {name!r} ({what}) can't be read: {text}; expected a folder with config.json, that "
             "file, or a hub id (which needs the network or an earlier download)"
         ) from error
     notes: tuple[str, ...] = ()
@@ -103,9 +104,9 @@ def read_config(name: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
         )
         config = text_config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_experts(config.model_type):
-        raise ModelError(f"model: {name!r} (model_type {config.model_type!r}) is not a causal language model")
+        raise ModelError(f"{field}: {name!r} (model_type {config.model_type!r}) is not a causal language model")
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"model: {name!r} is quantised; expected the unquantised weights")
+        raise ModelError(f"{field}: {name!r} is quantised; expected the unquantised weights")
     return config, notes
 
 

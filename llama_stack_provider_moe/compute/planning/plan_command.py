@@ -51,6 +51,9 @@ def planned(
         training_recipes = ", ".join(recipe.name for recipe in RECIPES.values() if recipe.trains)
         raise InvalidInput("recipe", spec.recipe, f"one that trains: {training_recipes}")
     training: TrainingSpec = spec
+    if (named := training.teacher_named()) is not None:
+        field, teacher = named
+        training = training.model_copy(update=training.with_teacher(local_names.whole_model(teacher, field)))
     resources = training.resources
     on_cpu = resources.gpus == 0
     machine = Machine("cpu", memory_bytes // resources.ranks) if on_cpu else Machine("cuda", memory_bytes)

@@ -32,7 +32,7 @@ def blank_teacher(spec: TrainingSpec) -> PreTrainedModel | None:
     if (named := spec.teacher_named()) is None:
         return None
     with torch.device("meta"):
-        teacher = blank_model(read_config(named[1])[0])
+        teacher = blank_model(read_config(named[1], named[0])[0])
     teacher.requires_grad_(False)
     return teacher
 

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -19,19 +19,17 @@ from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import TrainingSpec
-from llama_stack_provider_moe.spec.data_profile import DataProfile
+from llama_stack_provider_moe.spec.data_profile import DataProfile, stood_in
 from llama_stack_provider_moe.spec.row_domains import RowDomains
 from llama_stack_provider_moe.spec.row_files import RowFile
 from llama_stack_provider_moe.spec.rows.image_parts import ImageDoor
 from llama_stack_provider_moe.spec.rows.images import ImageLimits
 from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
+from llama_stack_provider_moe.spec.training_jobs import TrainingRecipe
 
 _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
 _SAID_LIMIT = 4000  # characters
 _ROWS = {"dataset_id": "rows"}  # a check reads a file, whatever the job names
-# Graders of a job without a job file: this one reads nothing of a row.
-_REWARD = [{"grader": {"type": "length", "name": "any", "least": 1}}]
-Recipe = Literal["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward", "distill"]
 
 
 def check(
@@ -47,7 +45,7 @@ def check(
                      "model in the server's folder, or hub id; default: the job file's, or no token is counted."),
     ] = None,
     recipe: Annotated[
-        Recipe | None,
+        TrainingRecipe | None,
         typer.Option(
             metavar="sft|dpo|circuit_breaker|grpo|kto|reward|distill",
             help="Recipe of the job; default: the job file's, or sft. For grpo, --job names the rewards whose "
@@ -109,7 +107,7 @@ def check(
 def _job(
     job: str | None,
     changes: list[str],
-    recipe: Recipe | None,
+    recipe: TrainingRecipe | None,
     model: str | None,
     has_held_out: bool,
     domain: str | None,
@@ -134,11 +132,7 @@ def _job(
             data["validation_dataset_id"] = "held-out"
     if body["recipe"] == "circuit_breaker":
         body.setdefault("circuit_breaker", {"retain": dict(_ROWS)})
-    if body["recipe"] == "grpo":
-        body.setdefault("reward", _REWARD)
-    if body["recipe"] == "distill":
-        body.setdefault("teacher", "none")
-    return template.training_job(body), has_model
+    return template.training_job(stood_in(body["recipe"], body["model"]) | body), has_model
 
 
 def _of_domain(data: object, domain: str | None) -> object:

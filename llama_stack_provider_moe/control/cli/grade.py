@@ -30,7 +30,7 @@ from llama_stack_provider_moe.spec.validation_errors import validated
 
 MODULE = "llama_stack_provider_moe.compute.grading.command"
 _ROWS_SHOWN = 8
-_WHAT = "a grader, an object with `reward` (and `grading`) as a job has it, or a list of rewards"
+_WHAT = "a grader, an object with `reward` (and `grading`) as a job has it, a list of rewards, or a job"
 
 
 class _Lone(Block):
@@ -43,7 +43,9 @@ class _File(Block):
 
 
 def grade(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON or YAML: a grader, or the `reward` of a job.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="JSON or YAML: a grader, the `reward` of a job, or a job.")
+    ],
     data: Annotated[Path, typer.Option("--data", metavar="ROWS", help="JSON Lines or CSV: rows with their answers.")],
     column: Annotated[
         str | None,
@@ -71,6 +73,8 @@ def grade(
 def _request(file: str, data: Path, column: str | None, judges: Path | None) -> GradeRequest:
     content = read_value(file, _WHAT)
     alone = isinstance(content, dict) and "type" in content
+    if isinstance(content, dict) and "recipe" in content:  # a job file
+        content = {name: content[name] for name in ("reward", "grading") if name in content}
     if alone:
         read = _File(reward=[Reward(grader=validated(_Lone, {"grader": content}).grader)])
     else:

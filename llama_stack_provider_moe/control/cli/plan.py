@@ -176,13 +176,15 @@ def plan(
             from llama_stack_provider_moe.control.config_check.run_yaml import read_run_config  # imports yaml
 
             body = read_run_config(run_config, provider_id).defaults.under(body)
-        training_job(body)
+        job = training_job(body)
         memory_bytes = bytes_of(memory)
         named = body.get("model")
         if isinstance(named, str) and model is None:
             model_checks.planned(named, "model")
         if model is not None:
             model_checks.planned(model, "--model")
+        if (teacher := job.teacher_named()) is not None:
+            model_checks.planned(teacher[1], teacher[0])
         sides_of(image_size)
         words = ["--memory", str(memory_bytes), *([] if model is None else ["--model", model])]
         words += ["--image-size", image_size, *([] if images is None else ["--images", str(images)])]

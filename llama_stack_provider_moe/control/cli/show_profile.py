@@ -77,10 +77,13 @@ def _tokens(found: TokenFigures) -> Table:
         rows = f"row {', '.join(map(str, found.beyond_rows))}{more}"
         told = f"{found.beyond_positions:,} sequences{with_answer} beyond the model's {found.positions:,} positions"
         facts.append(("too long", f"{told}: {rows}"))
+    what, learnt = "sequences", f"{found.learnt:,} of them learnt"
+    if found.answer:  # the model writes answers, and learns from these
+        what, learnt = "answers", "and the model learns from the answers that it writes"
     facts += [
         ("held out", f"{found.held_out:,} rows (options.validation_split)"),
-        ("an epoch", f"{found.sequences:,} sequences, {found.tokens:,} tokens, {found.learnt:,} of them learnt"),
-        ("steps", f"{found.steps:,} of {found.rows_a_step:,} sequences each on one process"),
+        ("an epoch", f"{found.sequences:,} {'prompts' if found.answer else what}, {found.tokens:,} tokens, {learnt}"),
+        ("steps", f"{found.steps:,} of {found.rows_a_step:,} {what} each on one process"),
     ]
     return _grid(facts)
 

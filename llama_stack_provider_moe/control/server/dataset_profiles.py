@@ -29,10 +29,11 @@ from llama_stack_provider_moe.control.supervisor.executors.local import training
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, NotFound, Unavailable
 from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.spec import TrainingSpec
-from llama_stack_provider_moe.spec.data_profile import DataProfile
+from llama_stack_provider_moe.spec.data_profile import DataProfile, stood_in
 from llama_stack_provider_moe.spec.row_files import loaded_row
 from llama_stack_provider_moe.spec.rows.profiling import RowsProfiler
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.training_jobs import TrainingRecipe
 
 WAIT_S = 20.0  # for a profile, before the caller is told to come again
 SHOWN = 6  # sequences with their learnt tokens
@@ -42,6 +43,8 @@ _MODULE = "llama_stack_provider_moe.compute.data.token_profile"
 _SAID_LIMIT = 2000  # characters
 _MOST_KEPT = 64  # profiles that failed, until they are asked for again
 log = logging.getLogger(__name__)
+# Recipes whose models write answers, and the block that says how.
+WRITING: dict[TrainingRecipe, str] = {"grpo": "rl", "distill": "generation"}
 _making = Pool("moe-profiles", 1, 64, "profiles of data sets")
 
 
@@ -93,7 +96,13 @@ class Profiles:
         return await waiting
 
 
-def draft(name: str, model: str | None, recipe: str, max_length: int | None) -> Draft:
+def draft(
+    name: str,
+    model: str | None,
+    recipe: TrainingRecipe,
+    max_length: int | None,
+    max_completion_length: int | None,
+) -> Draft:
     """Return the job whose settings count.
 
     Args:
@@ -101,13 +110,26 @@ def draft(name: str, model: str | None, recipe: str, max_length: int | None) -> 
         model: as in a job; None if no token is counted.
         recipe: of the job.
         max_length: `options.max_length`; None: the default.
+        max_completion_length: of a job whose model writes answers; None: the default.
+
+    Raises:
+        InvalidInput: `max_completion_length` is given for a recipe whose model writes no answers.
     """
     body: dict[str, object] = {"recipe": recipe, "model": model or "none", "data": {"dataset_id": f"data:{name}"}}
     if max_length is not None:
         body["options"] = {"max_length": max_length}
+    names = {"options.max_length": "max_length"}
+    writing = WRITING.get(recipe)
+    if max_completion_length is not None:
+        if writing is None:
+            known = " or ".join(map(repr, WRITING))
+            expected = f"nothing with recipe {recipe!r}; recipe {known} has it"
+            raise InvalidInput("max_completion_length", max_completion_length, expected)
+        body[writing] = {"max_completion_length": max_completion_length}
+        names[f"{writing}.max_completion_length"] = "max_completion_length"
     if recipe == "circuit_breaker":
         body["circuit_breaker"] = {"retain": {"dataset_id": f"data:{name}"}}
-    return Draft(body, {"options.max_length": "max_length"}, may_wait=False)
+    return Draft(body | stood_in(recipe, body["model"]), names, may_wait=False)
 
 
 def _key(spec: TrainingSpec, has_model: bool) -> str:

@@ -11,7 +11,7 @@
 Each caller sees only their own; a name that another owner uses is free.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request
 from pydantic import WrapValidator
@@ -19,6 +19,7 @@ from pydantic import WrapValidator
 from llama_stack_provider_moe.control.server import callers, uploads, wire_datasets
 from llama_stack_provider_moe.control.server.answers import streaming_answers_of
 from llama_stack_provider_moe.control.server.service import PostTrainingService
+from llama_stack_provider_moe.spec.training_jobs import TrainingRecipe
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ else:  # a thread validates it; the document has the real type
     FeedbackBody = Annotated[wire_datasets.FeedbackBody, WrapValidator(lambda body, _: body), Body()]
 MAX_DATASETS = 1000
 MAX_ROWS = 200
-ProfiledRecipe = Literal["sft", "dpo", "circuit_breaker", "kto", "reward"]
 Name = Annotated[str, Path(description="Name of the data set.")]
 _TEXT: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
@@ -68,11 +68,18 @@ def add_datasets(router: APIRouter, impl: PostTrainingService) -> None:
         model: Annotated[
             str | None, Query(description="Model as in a job; left out: no token is counted.", max_length=1024)
         ] = None,
-        recipe: Annotated[ProfiledRecipe, Query(description="Recipe of the job.")] = "sft",
+        recipe: Annotated[TrainingRecipe, Query(description="Recipe of the job.")] = "sft",
         max_length: Annotated[int | None, Query(description="`options.max_length` of the job.")] = None,
+        max_completion_length: Annotated[
+            int | None,
+            Query(
+                description="`rl.max_completion_length` of a job of recipe grpo, or `generation.max_completion_length` "
+                "of one of recipe distill."
+            ),
+        ] = None,
         version: Annotated[str | None, Query(description="Beginning of the SHA-256 of a version.")] = None,
     ) -> wire_datasets.DatasetProfile:
-        return await impl.dataset_profile(name, version, model, recipe, max_length)
+        return await impl.dataset_profile(name, version, model, recipe, max_length, max_completion_length)
 
     @router.get("/datasets/{name}/rows", summary="Get a page of the rows of a data set.")
     async def rows(

@@ -1,4 +1,4 @@
-"""Resolves the models and probes that graders name, as far as the caller may use them."""
+"""Resolves the models and probes that graders name, as far as the caller may use them, and checks their schemas."""
 
 from pathlib import Path
 
@@ -6,8 +6,17 @@ from llama_stack_provider_moe.control.server import allowed_paths, files, model_
 from llama_stack_provider_moe.control.server.api_requests import Draft
 from llama_stack_provider_moe.control.store.store import JobStore
 from llama_stack_provider_moe.errors import NotFound
+from llama_stack_provider_moe.graders.bounded import checked_schema
 from llama_stack_provider_moe.graders.judges import judge_named
-from llama_stack_provider_moe.spec.graders import AnyGrader, Monitor, Multi, PlainGrader, Refusal, RewardModel
+from llama_stack_provider_moe.spec.graders import (
+    AnyGrader,
+    JsonSchema,
+    Monitor,
+    Multi,
+    PlainGrader,
+    Refusal,
+    RewardModel,
+)
 from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
 
@@ -36,7 +45,8 @@ class GraderNames:
             path: of the grader, a dotted name.
 
         Raises:
-            InvalidInput, Forbidden, NotFound, Conflict: it names what is not there, or what the caller may not use.
+            InvalidInput, Forbidden, NotFound, Conflict: it names what is not there, or what the caller may not use; or
+                its schema is not valid.
         """
         if isinstance(grader, Multi):
             inner = {name: self._plain(each, f"{path}.graders.{name}") for name, each in grader.graders.items()}
@@ -47,6 +57,9 @@ class GraderNames:
         match grader:
             case ScoreModel() | LabelModel():
                 judge_named(grader.model, self._config.graders.judges, self._request.name(f"{path}.model"))
+                return grader
+            case JsonSchema():
+                checked_schema(grader.json_schema, grader.closed, self._request.name(f"{path}.json_schema"))
                 return grader
             case Refusal(model=str() as model):
                 return grader.model_copy(update={"model": self._names.whole_model(model, f"{path}.model")})

@@ -16,6 +16,7 @@ from llama_stack_provider_moe.jobdir import samples
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 
 MOST = 500
+STEPS_SHOWN = 6  # in an error
 
 
 class ListSamples(BaseModel):
@@ -42,8 +43,7 @@ def add_samples(router: APIRouter, impl: PostTrainingService) -> None:
             folder = views.folder_of(job).samples
             there = samples.steps(folder)
             if step is not None and step not in there:
-                span = f"one of {there[0]} to {there[-1]}" if there else "none, because the job keeps no answers"
-                raise InvalidInput("step", step, f"a step whose answers the job still has: {span}")
+                raise InvalidInput("step", step, f"a step whose answers the job still has: {_listed(there)}")
             found: list[GeneratedSample] = []
             for each in reversed(there) if step is None else [step]:
                 found += samples.read(folder, each, limit - len(found))
@@ -52,3 +52,10 @@ def add_samples(router: APIRouter, impl: PostTrainingService) -> None:
             return ListSamples(job_uuid=job.id, steps=there, data=found)
 
         return await impl.seen(view)
+
+
+def _listed(steps: list[int]) -> str:
+    if not steps:
+        return "none, because the job keeps no answers"
+    shown = list(map(str, steps))
+    return ", ".join(shown if len(shown) <= STEPS_SHOWN else [*shown[: STEPS_SHOWN - 2], "...", shown[-1]])

@@ -49,6 +49,7 @@ from llama_stack_provider_moe.control.store.store import Job, JobStore
 from llama_stack_provider_moe.errors import Forbidden, Unavailable
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
+from llama_stack_provider_moe.spec.training_jobs import TrainingRecipe
 from llama_stack_provider_moe.spec.validation_errors import validated
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,13 @@ class PostTrainingService:
         )
 
     async def dataset_profile(
-        self, name: str, version: str | None, model: str | None, recipe: str, max_length: int | None
+        self,
+        name: str,
+        version: str | None,
+        model: str | None,
+        recipe: TrainingRecipe,
+        max_length: int | None,
+        max_completion_length: int | None,
     ) -> wire_datasets.DatasetProfile:
         """Return what a job would make of a data set that the caller uploaded.
 
@@ -152,9 +159,10 @@ class PostTrainingService:
             model: as in a job; None: no token is counted.
             recipe: of the job.
             max_length: `options.max_length` of the job; None: the default.
+            max_completion_length: of a job whose model writes answers; None: the default.
         """
         found = await self.datasets.version(callers.owner(), name, version)
-        request = dataset_profiles.draft(name, model, recipe, max_length)
+        request = dataset_profiles.draft(name, model, recipe, max_length, max_completion_length)
         if model is None:
             spec = await self.guard.bodies.run(0, resolve.parse_spec, request, self.config)
         else:

@@ -49,6 +49,7 @@ MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
 }
 
+_OF_ANSWERS = ("label",)  # columns about a row's answer, for recipes that leave it out
 # Recipes that use every token of a row, so that a plain text will do.
 _WITH_TEXTS = ("sft", "surgery")
 
@@ -98,10 +99,12 @@ def canonical(
             lacks = None if needs is None else needs.problem(prompt["item"], number)
             if lacks is not None:
                 return lacks._replace(field=_by_its_own_name(lacks.field, renamed))
+            if needs is not None and (note := needs.note(prompt["item"])) is not None:
+                source.notes.add(note)
             found = prompt
         elif recipe == "distill":
             found = cast(PromptRow, {**without_answer(cast(Conversation, found)), "item": {}})
-            not_read = _not_read(present, shadowed, source, name)
+            not_read = _not_read(present, shadowed, source, name, _OF_ANSWERS)
         else:
             if label is not None:
                 found = thumb_row(cast(Conversation, found), label)
@@ -154,11 +157,13 @@ def _by_its_own_name(field: str, columns: Mapping[str, str]) -> str:
     return field
 
 
-def _not_read(row: Columns, shadowed: Columns, source: Source, name: str) -> list[str]:
+def _not_read(
+    row: Columns, shadowed: Columns, source: Source, name: str, without_effect: tuple[str, ...] = ()
+) -> list[str]:
     found = [(column, value) for column, value in row.items() if column not in source.read] + [*shadowed.items()]
     for column, value in found:
         advice = MEANT.get(column)
-        if advice is not None and not _says_nothing(column, value):
+        if advice is not None and column not in without_effect and not _says_nothing(column, value):
             raise BadRow(column, f"would change the meaning, but {name} rows have no such column; {advice}")
     return [column for column, _ in found]
 

@@ -84,6 +84,9 @@ def test_models_of_another_kind_are_refused(root: Path, reward: Path) -> None:
         graded(type="reward_model", model=str(classifier(root / "two", labels=2)))
     with pytest.raises(ModelError, match="not a sequence classifier"):
         graded(type="reward_model", model=str(root / "base"))
+    judge = tiny_models.build("llama", root / "wordless")  # its tokenizer has no words
+    with pytest.raises(ModelError, match=r"^g\.model: .* does not have different single tokens for Yes and No"):
+        graded(type="refusal", expect="answer", judge="model", model=str(judge))
 
 
 def test_a_monitor_gives_what_the_probe_gives() -> None:

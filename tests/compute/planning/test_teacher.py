@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from llama_stack_provider_moe.compute.planning.estimated_time import flops_a_token
+from llama_stack_provider_moe.compute.planning.plan_command import planned
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner
 from llama_stack_provider_moe.compute.planning.teacher import teacher_memory
 from llama_stack_provider_moe.compute.planning.throughput import count_flops
+from llama_stack_provider_moe.errors import MoeError
 from llama_stack_provider_moe.spec import JOB_SPEC
 from tests.compute.planning.test_planner import CONFIG, job
 from tests.support import tiny_models
@@ -45,6 +47,20 @@ def test_on_policy_distillation_compares_answers_a_tile_at_a_time(tmp_path: Path
     planner = Planner(CONFIG, Machine("cuda", 80 * 10**9))
     plain, held = (planner.estimate(each, "ddp") for each in (job(resources={"gpus": 1}), spec))  # type: ignore[arg-type]
     assert held[1] - plain[1] == found.weights
+
+
+def test_a_plan_finds_a_teacher_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_STATE_DIR", str(tmp_path))
+    for name in ("student", "before"):
+        tiny_models.build("granitemoe", tmp_path / "models" / name)
+    body = {"recipe": "distill", "model": "student", "teacher": "before", "data": {"dataset_id": "rows"},
+            "generation": {"max_completion_length": 16}, "options": {"max_length": 64},
+            "resources": {"gpus": 0}}  # fmt: skip
+    plan: Any = planned(body, 16 * 10**9)
+    assert plan["plan"]["verdict"] == "fits"
+    (tmp_path / "models" / "before" / "config.json").write_text("{}")
+    with pytest.raises(MoeError, match=r"^teacher: the config of "):
+        planned(body, 16 * 10**9)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

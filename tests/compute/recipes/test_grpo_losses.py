@@ -15,7 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llama_stack_provider_moe.compute.recipes.grpo import GRPO
+from llama_stack_provider_moe.compute.recipes.grpo.held_out import HeldOutRewards
 from llama_stack_provider_moe.compute.worker.main import COMPLETED
+from llama_stack_provider_moe.graders.panel import Graded
+from llama_stack_provider_moe.graders.samples import Sample
 from llama_stack_provider_moe.jobdir.samples import GeneratedSample
 from tests.support.training_support import Workshop, prompt_rows, workshop
 
@@ -276,3 +279,10 @@ def check_the_reference(steps: list[list[MicroBatch]], workshop: Workshop) -> No
                 logits = base(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
             wanted = logits.log_softmax(-1)[range(len(completion)), completion].tolist()
             assert answer.reference == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_held_out_reward_of_zero_has_no_sign() -> None:
+    found = HeldOutRewards()
+    found.add_answers([Sample({}, "no", tokens=2)], [Graded({"right": 0.0}, {}, 0.0, {})])
+    figures = found.figures()
+    assert (figures["reward"], math.copysign(1, figures["reward"])) == (0, 1)

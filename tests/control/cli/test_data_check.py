@@ -131,6 +131,28 @@ def test_tokens_are_those_that_a_job_learns(tmp_path: Path, model: str, recipe: 
     assert "".join(first["pieces"]) == tiny_models.tokenizer().decode(first["ids"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "steps"),
+    [
+        ("grpo", {"training.batch_size": 4}, 18),  # a prompt with its 4 answers
+        ("grpo", {"training.batch_size": 8, "rl.steps_per_generation": 2, "rl.n_iterations": 2}, 16),
+        ("grpo", {"training.batch_size": 4, "training.max_steps_per_epoch": 5}, 5),
+        ("distill", {"training.batch_size": 4}, 4),  # prompts that fill no step are left out
+    ],
+)
+def test_steps_of_a_job_that_writes_answers(
+    file: str, model: str, recipe: str, changes: dict[str, int], steps: int
+) -> None:
+    """18 of the 20 prompts train. The figures are those of `Generations`, which the job itself uses."""
+    words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    answer = "rl" if recipe == "grpo" else "generation"
+    words += ["--recipe", recipe, "--set", f"{answer}.max_completion_length=16", "--set", "options.max_length=128"]
+    done = moe_train("data", "check", file, "--model", model, *words)
+    assert done.code == Exit.OK, done.err
+    assert f"{steps} of {changes['training.batch_size']} answers each on one process" in done.out
+    assert "18 prompts" in done.out
+
+
 def test_long_rows_are_cut_left_out_and_too_many_fail(file: str, model: str) -> None:
     words = ("data", "check", file, "--model", model, "--set", "options.max_length=8")
     done = moe_train(*words)

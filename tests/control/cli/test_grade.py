@@ -38,6 +38,15 @@ def test_json_has_every_row_and_a_failure_is_exit_code_1(tmp_path: Path) -> None
     assert done.document["graders"][0]["failed"] == {"unknown_name": 1}
 
 
+def test_a_job_file_names_graders(tmp_path: Path) -> None:
+    job = {"recipe": "grpo", "model": "m", "data": {"dataset_id": "d"}, "reward": [{"grader": SHORT}],
+           "grading": {"retries": 0}}  # fmt: skip
+    done = grade(tmp_path, job, {"output_text": "a b"}, options=("--json",))
+    assert (done.code, done.document["mean_total"]) == (0, 1), done.err
+    done = grade(tmp_path, {"recipe": "sft", "model": "m"}, {"output_text": "a b"})
+    assert (done.code, "reward: is missing" in done.err) == (2, True)
+
+
 def test_the_last_turn_or_a_column_is_the_answer(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b c d"}], "mine": "a"}
     assert grade(tmp_path, SHORT, row, options=("--json",)).document["results"][0]["total"] == 0
@@ -56,6 +65,11 @@ def test_the_last_turn_or_a_column_is_the_answer(tmp_path: Path) -> None:
         ({"type": "regex", "name": "r", "pattern": "("}, {"output_text": "x"}, "references (unclosed group)"),
         ({"type": "regex", "name": "r", "pattern": r"(\w{1000}){1000}"}, {"output_text": "x"},
          "(it is too large once compiled: repeat less)"),
+        ({"type": "json_schema", "name": "form", "json_schema": True}, {"output_text": "x"},
+         "grader.json_schema: True is not valid; expected an object"),
+        ({"type": "multi", "name": "m", "calculate_output": "math", "graders": {"math": {**SHORT, "most": -1}}},
+         {"output_text": "x"}, "grader.graders.math.most: -1 is not valid"),
+        ({**SHORT, "unit": "tokens", "input": "{{item.text}}"}, {"output_text": "x"}, "input: has no effect with unit"),
         ({"type": "python", "name": "p"}, {"output_text": "x"}, "'python' is not valid"),
     ],
 )  # fmt: skip

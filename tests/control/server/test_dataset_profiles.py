@@ -44,6 +44,26 @@ def test_a_profile_with_a_model(service: PostTrainingService, tmp_path: Path) ->
     assert not list((service.config.state_dir / "staging").iterdir())
 
 
+@pytest.mark.parametrize("recipe", ["grpo", "distill"])
+def test_prompts_are_profiled(service: PostTrainingService, recipe: str) -> None:
+    pushed(service)
+    found = ask(service, "GET", f"/datasets/mine/profile?recipe={recipe}").json()["profile"]
+    assert (found["recipe"], found["rows"], found["refused"]) == (recipe, 12, 0)
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("grpo", 11), ("distill", 2)])
+def test_a_profile_of_prompts_with_a_model(
+    service: PostTrainingService, tmp_path: Path, recipe: str, steps: int
+) -> None:
+    pushed(service)
+    query = f"model={tmp_path}/allowed/mixtral&recipe={recipe}&max_length=64&max_completion_length=16"
+    path = f"/datasets/mine/profile?{query}"
+    assert ask(service, "GET", path).status_code == 200
+    wait_for(lambda: ask(service, "GET", path).json()["is_ready"], timeout_s=300)
+    tokens = ask(service, "GET", path).json()["profile"]["tokens"]
+    assert (tokens["max_length"], tokens["answer"], tokens["sequences"], tokens["steps"]) == (48, 16, 11, steps)
+
+
 def test_a_slow_profile_is_asked_for_again(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed(service)
     monkeypatch.setattr(dataset_profiles, "WAIT_S", 0.0)
@@ -58,6 +78,8 @@ def test_a_slow_profile_is_asked_for_again(service: PostTrainingService, monkeyp
         ("?model=/etc", 403, "/etc"),
         ("?recipe=export", 400, "recipe"),
         ("?max_length=2", 400, "max_length"),
+        ("?max_completion_length=8", 400, "max_completion_length: 8 is not valid; expected nothing with recipe 'sft'"),
+        ("?recipe=grpo&max_completion_length=0", 400, "max_completion_length"),
         ("?version=abcdef", 404, "abcdef"),
     ],
 )

@@ -28,6 +28,7 @@ MIX = {
 }  # fmt: skip
 ROUTERS = BODY | {"model": "parts.mix", "adapter": {"rank": 4, "plan": "trunk"}}
 SETS = {"recipe": "routing_analysis", "model": "parts.routers", "data": {"sets": {"a": "good", "b": "good"}}}
+GRPO = BODY | {"recipe": "grpo", "training": {"batch_size": 4}}
 ABLATION = {"recipe": "ablation", "model": "owner/name", "ablate": [{"layer": "0", "measurement": 0}]}
 JOBS = {"math": WHOLE, "code": LORA, "mix": MIX, "routers": ROUTERS, "look": SETS}
 
@@ -98,6 +99,21 @@ def test_every_part_becomes_a_job_that_waits_for_those_that_it_names(service: Po
         "p-routers/adapter",
         "p-routers/adapter",
     )
+
+
+@pytest.mark.parametrize("job", [
+    BODY | {"distill": {"model": "parts.a"}},
+    BODY | {"recipe": "distill", "teacher": "parts.a/model"},
+    {"recipe": "surgery", "model": "owner/name", "data": {"dataset_id": "good"},
+     "surgery": {"action": "add", "add": {"count": 1, "mlp_from": "parts.a"}}},
+    GRPO | {"reward": [{"grader": {"type": "reward_model", "name": "x", "model": "parts.a"}}]},
+    GRPO | {"reward": [{"grader": {"type": "multi", "name": "x", "calculate_output": "y", "graders": {
+        "y": {"type": "refusal", "name": "y", "expect": "answer", "judge": "model", "model": "parts.a"}}}}]},
+], ids=["distill", "teacher", "mlp_from", "grader", "multi"])  # fmt: skip
+def test_teachers_donors_and_graders_may_be_parts(service: PostTrainingService, job: dict[str, Any]) -> None:
+    answer = create(service, {"a": WHOLE, "b": job})
+    assert answer.status_code == 200, answer.text
+    assert seen(service)["parts"][1]["waits_for"] == ["p-a"]
 
 
 def test_names_are_resolved_one_after_the_other(service: PostTrainingService) -> None:

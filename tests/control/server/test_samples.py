@@ -56,7 +56,7 @@ def test_the_newest_step_comes_first_and_long_texts_are_cut(service: PostTrainin
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ({"step": "2"}, "step: 2 is not valid; expected a step whose answers the job still has: one of 1 to 3"),
+        ({"step": "2"}, "step: 2 is not valid; expected a step whose answers the job still has: 1, 3"),
         ({"limit": "0"}, "limit"),
         ({"step": "-1"}, "step"),
     ],

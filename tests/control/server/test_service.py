@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -210,6 +211,18 @@ def test_only_a_server_that_the_operator_names_may_generate(tmp_path: Path, data
         with pytest.raises(InvalidInput, match=r"rl\.engine\.server: 'other' is not valid; expected one of fast"):
             asked("other")
         assert asked("fast") == 12
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "multi"])
+def test_the_schema_of_a_grader_is_checked_at_the_door(service: PostTrainingService, within: bool) -> None:
+    grader: dict[str, Any] = {"type": "json_schema", "name": "form", "json_schema": {"$ref": "http://example.com/a"}}
+    field = "reward.0.grader.json_schema"
+    if within:
+        grader = {"type": "multi", "name": "m", "graders": {"form": grader}, "calculate_output": "form"}
+        field = "reward.0.grader.graders.form.json_schema"
+    body = BODY | {"recipe": "grpo", "training": {"batch_size": 4}, "reward": [{"grader": grader}]}
+    with pytest.raises(InvalidInput, match=rf"{re.escape(field)}.*'http://example\.com/a' is not valid"):
+        asyncio.run(service.validate(body))
 
 
 def test_each_domain_is_copied_and_counted(service: PostTrainingService, datasets: Datasets) -> None:

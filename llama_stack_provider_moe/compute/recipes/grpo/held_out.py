@@ -50,4 +50,4 @@ class HeldOutRewards(HeldOutAnswers):
         if not self.weight:
             why = "graders gave no value" if self.last_failure is None else self.last_failure
             raise GraderFailed(f"no answer to a held-out prompt got a reward; the last time: {why}")
-        return {**super().figures(), "reward": -self.loss / self.weight}
+        return {**super().figures(), "reward": 0.0 - self.loss / self.weight}  # never -0

@@ -22,8 +22,8 @@ class Spread:
             step: that would learn from it.
         """
         self._count = self._count + 1 if nothing else 0
-        told = (f"step {step}: for {self._count} generations all rewards were equal within each group, or every answer "
-                "was left out as too long")  # fmt: skip
+        told = (f"step {step}: for {_generations(self._count)} all rewards were equal within each group, or every "
+                "answer was left out as too long")  # fmt: skip
         if self._count == max(1, self._most // 2) < self._most:
             self._session.say(f"{told}, so that nothing was learnt; the job stops after {self._most} "
                               "(rl.no_spread_generations)", "warning")  # fmt: skip
@@ -31,3 +31,7 @@ class Spread:
             self._session.say(f"{told}; stopping (rl.no_spread_generations)", "warning")
             return True
         return False
+
+
+def _generations(count: int) -> str:
+    return "1 generation" if count == 1 else f"{count} generations"

@@ -4,9 +4,9 @@ import { get, part, remove } from "./api.js";
 import { byId, facts, h, put, say, table } from "./dom.js";
 import { bytes, count, moment } from "./format.js";
 import { showProfile } from "./profile.js";
+import { PROFILED } from "./recipes.js";
 import { BASE, lastOfPath, problem, question } from "./shell.js";
 
-const RECIPES = ["sft", "dpo", "circuit_breaker", "kto", "reward"];
 const name = lastOfPath();
 const path = `datasets/${part(name)}`;
 let version = null;
@@ -43,8 +43,8 @@ async function removeAll() {
 // The address may say for which job: `?recipe=sft&model=NAME&max_length=2048&version=3fa8c1`, as the page of a job does.
 function askProfile() {
   const asked = new URLSearchParams(location.search);
-  const recipe = h("select", { id: "recipe" }, RECIPES.map((each) => h("option", { value: each }, each.replaceAll("_", " "))));
-  if (RECIPES.includes(asked.get("recipe"))) recipe.value = asked.get("recipe");
+  const recipe = h("select", { id: "recipe" }, PROFILED.map((each) => h("option", { value: each }, each.replaceAll("_", " "))));
+  if (PROFILED.includes(asked.get("recipe"))) recipe.value = asked.get("recipe");
   const model = h("input", { id: "model", maxlength: 1024, spellcheck: "false", placeholder: "without a model, no token is counted", value: asked.get("model") ?? "" });
   const length = h("input", { id: "max-length", type: "number", min: 8, step: 1, placeholder: "default", value: asked.get("max_length") ?? "" });
   const found = h("div");

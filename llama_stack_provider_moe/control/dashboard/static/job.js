@@ -14,6 +14,7 @@ import { samples } from "./job_samples.js";
 import { settings } from "./job_settings.js";
 import { editLabels, labelLinks } from "./labels.js";
 import { bar, pill, tabs } from "./pieces.js";
+import { WRITE_ANSWERS } from "./recipes.js";
 import { every, jobPath, lastOfPath, pipelinePath, problem, sweepPath } from "./shell.js";
 
 const id = lastOfPath();
@@ -24,7 +25,7 @@ const TABS = {
   settings: ["Settings", settings], data: ["Data", data], log: ["Log", log], events: ["Events", events], files: ["Files", artifacts],
 };
 // A tab that not each recipe has.
-const fits = (name) => (name === "samples" ? ["grpo", "distill"].includes(job.recipe) : job.recipe !== "export" || !["curves", "experts", "evaluation", "data"].includes(name));
+const fits = (name) => (name === "samples" ? WRITE_ANSWERS.includes(job.recipe) : job.recipe !== "export" || !["curves", "experts", "evaluation", "data"].includes(name));
 let job = null;
 let close = () => {};
 

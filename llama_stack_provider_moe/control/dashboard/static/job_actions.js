@@ -4,9 +4,9 @@ import { part, post, remove } from "./api.js";
 import { h, note, prose } from "./dom.js";
 import { actButton } from "./pieces.js";
 import { BASE, jobPath, question, toast } from "./shell.js";
+import { WRITE_TEXT } from "./recipes.js";
 import { kind, schema } from "./schema.js";
 
-const TRAINS = ["sft", "dpo", "circuit_breaker", "kto", "distill"];
 
 export function actions(job, changed) {
   const id = part(job.job_uuid);
@@ -62,10 +62,10 @@ export function actions(job, changed) {
 
   const runs = ["scheduled", "in_progress"].includes(job.status);
   return [
-    job.status === "completed" && TRAINS.includes(job.recipe) ? h("a", { class: "button", href: `${BASE}/playground?of=${id}` }, "Try it") : null,
+    job.status === "completed" && WRITE_TEXT.includes(job.recipe) ? h("a", { class: "button", href: `${BASE}/playground?of=${id}` }, "Try it") : null,
     h("a", { class: "button", href: `${BASE}/compare?jobs=${id}` }, "Compare"),
     job.recipe === "export" ? null : h("a", { class: "button", href: `${BASE}/new?from=${id}` }, "Clone"),
-    job.status === "completed" && TRAINS.includes(job.recipe) ? actButton("Export", exported) : null,
+    job.status === "completed" && WRITE_TEXT.includes(job.recipe) ? actButton("Export", exported) : null,
     ["failed", "cancelled"].includes(job.status) ? actButton("Resume", resume, "primary") : null,
     runs && !job.cancel_requested_at ? actButton("Cancel", cancel, "danger") : null,
     runs ? null : actButton("Delete", deleted, "danger"),

@@ -4,9 +4,9 @@ import { get, part } from "./api.js";
 import { facts, h, put, table } from "./dom.js";
 import { count } from "./format.js";
 import { legend, marked, showProfile } from "./profile.js";
+import { PROFILED, WRITE_ANSWERS } from "./recipes.js";
 import { BASE, problem } from "./shell.js";
 
-const PROFILED = ["sft", "dpo", "circuit_breaker", "kto", "reward"];
 const HEAD_LINES = 2000; // training writes its first rows soon after its start
 const ROW = /^row {2,}(.*):$/;
 
@@ -16,7 +16,7 @@ export function data(panel, { path, job }) {
   const learnt = h("section");
   const profile = h("section");
   put(panel, origin(job(), sources), counted(rows), learnt, profile);
-  shownRows(path, left.signal).then((found) => { if (found.length) put(learnt, h("h2", {}, "Rows as training learns them"), legend(), h("ol", { class: "sequences" }, found.map(row))); }, problem);
+  shownRows(path, left.signal).then((found) => { if (found.length) put(learnt, h("h2", {}, WRITE_ANSWERS.includes(job().recipe) ? "Rows as the model reads them" : "Rows as training learns them"), legend(job().recipe), h("ol", { class: "sequences" }, found.map(row))); }, problem);
   offer(profile, job(), sources, left.signal);
   return () => left.abort();
 }
@@ -24,7 +24,7 @@ export function data(panel, { path, job }) {
 // The query of a profile with this job's settings; null for a data set that the server can't profile.
 function profiledAs({ recipe, spec, model }, source) {
   if (source.kind !== "data" || !PROFILED.includes(recipe) || !spec || spec.unreadable) return null;
-  return { recipe, model: spec.model_from ?? model, max_length: spec.options?.max_length, version: source.version };
+  return { recipe, model: spec.model_from ?? model, max_length: spec.options?.max_length, max_completion_length: (spec.rl ?? spec.generation)?.max_completion_length, version: source.version };
 }
 
 function origin(job, sources) {

@@ -5,6 +5,7 @@ import { ApiError, follow, get, part, post, remove } from "./api.js";
 import { byId, h, note, printable, put, say } from "./dom.js";
 import { count, duration } from "./format.js";
 import { pill } from "./pieces.js";
+import { WRITE_TEXT } from "./recipes.js";
 import { answered, servedAs } from "./served.js";
 import { Strip } from "./strip.js";
 import { every, jobPath, problem, question, toast } from "./shell.js";
@@ -257,7 +258,7 @@ async function load() {
   try {
     job = await find();
     const done = await get("jobs", { state: "completed", limit: 200 });
-    put(byId("known"), done.data.filter((line) => ["sft", "dpo", "circuit_breaker", "kto", "distill"].includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
+    put(byId("known"), done.data.filter((line) => WRITE_TEXT.includes(line.recipe)).map((line) => h("option", { value: line.job_uuid })));
     const about = await look();
     if (wanted && about && state.is_open && !isOf(wanted, about.model)) offerToReplace(wanted, about.model);
     await offerServed(wanted);

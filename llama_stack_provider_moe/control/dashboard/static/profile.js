@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { facts, h, note, put, table } from "./dom.js";
 import { count } from "./format.js";
+import { WRITE_ANSWERS } from "./recipes.js";
 import { problem } from "./shell.js";
 
 const AGAIN_MS = 2000;
@@ -52,10 +53,11 @@ export function runs({ labels, pieces }) {
   return found;
 }
 
-function sequence(row, which) {
+function sequence(row, which, recipe) {
   const learnt = row.labels.slice(1).filter((label) => label !== IGNORED).length;
+  const told = WRITE_ANSWERS.includes(recipe) ? `${count(row.labels.length)} tokens` : `${count(learnt)} of ${count(row.labels.length)} tokens are learnt`;
   return h("li", { class: "card sequence" },
-    h("p", { class: "sub" }, `Row ${count(row.row)}${which}: ${count(learnt)} of ${count(row.labels.length)} tokens are learnt${row.length > row.labels.length ? `; these are the first of its ${count(row.length)} tokens` : ""}`),
+    h("p", { class: "sub" }, `Row ${count(row.row)}${which}: ${told}${row.length > row.labels.length ? `; these are the first of its ${count(row.length)} tokens` : ""}`),
     marked(runs(row)));
 }
 
@@ -64,12 +66,13 @@ export function marked(parts) {
   return h("pre", { class: "tokens", tabindex: 0 }, parts.map(([text, isLearnt]) => (isLearnt ? h("mark", {}, text) : text)));
 }
 
-export const legend = () => h("p", { class: "muted" }, h("mark", {}, "Marked"), " tokens are learnt. The others are read, and no loss is computed for them.");
+export const legend = (recipe) => (WRITE_ANSWERS.includes(recipe) ? h("p", { class: "muted" }, "The model reads these prompts, and learns from the answers that it writes to them.")
+  : h("p", { class: "muted" }, h("mark", {}, "Marked"), " tokens are learnt. The others are read, and no loss is computed for them."));
 
 function sequences({ shown, recipe }) {
   if (!shown.length) return null;
   const which = (index) => (["dpo", "reward"].includes(recipe) ? [", chosen", ", rejected"][index % 2] : "");
-  return h("section", {}, h("h3", {}, "The first rows as they are learnt"), legend(), h("ol", { class: "sequences" }, shown.map((row, index) => sequence(row, which(index)))));
+  return h("section", {}, h("h3", {}, WRITE_ANSWERS.includes(recipe) ? "The first prompts as the model reads them" : "The first rows as they are learnt"), legend(recipe), h("ol", { class: "sequences" }, shown.map((row, index) => sequence(row, which(index), recipe))));
 }
 
 function profiled(found) {
@@ -79,7 +82,7 @@ function profiled(found) {
     found.refused ? note("bad", `${count(found.refused)} of ${count(found.rows)} rows are not valid for this recipe.`) : note("good", `All ${count(found.rows)} rows are valid for this recipe.`),
     facts([["Formats", listed(found.formats)], ["Columns read", listed(found.columns_read)], ["Columns not read", listed(found.columns_not_read)], ["Noticed", listed(found.notes)],
       ["Duplicates", found.duplicates ? count(found.duplicates) : "none"]]),
-    tokens ? facts([["How rows are rendered", tokens.plan.join("; ")], ["Tokens of an epoch", count(tokens.tokens)], ["Tokens with a loss", count(tokens.learnt)], ["Cut to the length", count(tokens.cut)],
+    tokens ? facts([["How rows are rendered", tokens.plan.join("; ")], ["Tokens of an epoch", count(tokens.tokens)], ...(WRITE_ANSWERS.includes(found.recipe) ? [] : [["Tokens with a loss", count(tokens.learnt)]]), ["Cut to the length", count(tokens.cut)],
       ["Steps of an epoch", count(tokens.steps)]]) : null,
     sequences(found),
     duplicates(found),
