@@ -46,9 +46,14 @@ def rows_of_experts() -> list[str]:
 
 def quantized() -> list[str]:
     found = newest("quantized_base")
-    sizes = [f"| {bits} | {found['bytes'][f'{bits} bits']['bytes_after'] / 1e6:.0f} MB |" for bits in (8, 4)]
-    worse = [f"| {found['mean_cross_entropy_above_16_bits'][f'{bits} bits']:.3f} |" for bits in (8, 4)]
-    return [f"{found['bytes']['8 bits']['bytes_before'] / 1e6:.0f} MB", *sizes, *worse]
+    rows = {"8": "8 bits", "4": "4 bits", "4, 8-bit scales": "4 bits, 8-bit scales"}
+    assert list(rows.values()) == list(found["bytes"])
+    told = [
+        f"| {title} | {found['bytes'][bits]['bytes_after'] / 1e6:.0f} MB | "
+        f"{found['mean_cross_entropy_above_16_bits'][bits]:.3f} |"
+        for title, bits in rows.items()
+    ]
+    return [f"{found['bytes']['8 bits']['bytes_before'] / 1e6:.0f} MB", *told]
 
 
 def loading() -> list[str]:
