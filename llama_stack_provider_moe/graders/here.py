@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from llama_stack_provider_moe.graders.calls import MAX_CALLS, Call, call_of
+from llama_stack_provider_moe.graders.calls import MAX_CALLS, Call, call_of, calls_in
 from llama_stack_provider_moe.graders.refusals import kind_of, prompt_of
 from llama_stack_provider_moe.graders.samples import (
     MAX_ANSWER,
@@ -128,8 +128,12 @@ def tool_calls(grader: ToolCall, sample: Sample) -> float:
     if grader.expected not in sample.item:
         raise GradeFailed("unknown_name", f"the row has no column {grader.expected!r}, which `expected` names")
     given = sample.item[grader.expected]
-    listed = given if isinstance(given, list) else [] if given is None else [given]
-    expected = [call_of(each) for each in listed]
+    if isinstance(given, str):
+        expected = list(calls_in(given))
+        if not expected and given.strip() != "[]":
+            expected = [Call("", None)]
+    else:
+        expected = [call_of(each) for each in (given if isinstance(given, list) else [] if given is None else [given])]
     if any(not call.name or call.arguments is None for call in expected) or len(expected) > MAX_CALLS:
         raise GradeFailed("bad_reference", f"{grader.expected} of the row is no list of calls, each "
                           "{name, arguments: an object}")  # fmt: skip

@@ -115,8 +115,8 @@ class ToolCall(AnyKind):
     expected: str = Field(
         default="expected_calls",
         pattern=VARIABLE_NAME_PATTERN,
-        description="Column of the row with the call or a list of calls, each `{name, arguments}`; an empty list: no "
-        "call.",
+        description="Column of the row with the call or a list of calls, each `{name, arguments}`, or JSON text of "
+        "them, as in a cell of CSV; null or an empty list: no call.",
     )
     arguments: Literal["equal", "include", "any"] = Field(
         default="equal",

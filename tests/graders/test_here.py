@@ -88,6 +88,10 @@ CALLS = [
     ({"arguments": "any"}, [CALL], '{"name": "read", "arguments": {}}', 1.0),
     ({}, [CALL], '{"name": "read", "arguments": {"path": "/a", "path": "/b", "n": 1}}', 0.0),
     ({}, [CALL], '<tool_call>{"name": "read", "arguments": "{\\"path\\": \\"/a\\", \\"n\\": 1}"}</tool_call>', 1.0),
+    ({}, json.dumps([CALL]), json.dumps(CALL), 1.0),
+    ({}, json.dumps(CALL), "I call read.", 0.0),
+    ({}, "[]", "I need no tool.", 1.0),
+    ({}, None, "I need no tool.", 1.0),
     ({}, [], "I need no tool.", 1.0),
     ({}, [], json.dumps(CALL), 0.0),
     ({}, [CALL], "I call read.", 0.0),
@@ -105,7 +109,17 @@ def test_tool_calls_apart_from_the_text() -> None:
     assert outcome({"type": "tool_call"}, "", {"expected_calls": [CALL]}, tool_calls=given).value == 1
 
 
-@pytest.mark.parametrize("column", [{}, {"expected_calls": "read"}, {"expected_calls": [{"arguments": {}}]}])
+@pytest.mark.parametrize(
+    "column",
+    [
+        {},
+        {"expected_calls": "read"},
+        {"expected_calls": [{"arguments": {}}]},
+        {"expected_calls": '{"arguments": {}}'},
+        {"expected_calls": ""},
+        {"expected_calls": '[{"name": "read", "argu'},
+    ],
+)
 def test_a_row_without_calls_is_named(column: dict[str, Any]) -> None:
     failed = outcome({"type": "tool_call"}, "x", column)
     assert failed.failure is not None
