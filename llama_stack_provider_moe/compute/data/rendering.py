@@ -248,8 +248,12 @@ class Renderer:
         whole = [*start, *ids, *end]
         return Tokens(whole, [True] * len(whole))
 
-    def plan(self) -> list[str]:
-        """Lines for a person: how the loss mask is made, what ends a turn, what becomes of reasoning and developers."""
+    def plan(self, learnt: bool = True) -> list[str]:
+        """Lines for a person: how the loss mask is made, what ends a turn, what becomes of reasoning and developers.
+
+        Args:
+            learnt: whether the rows' own answers are learnt; else the lines on them are left out.
+        """
         pair = self._pair({"messages": []})
         method, template = self._usual(pair), pair.marks or pair.own
         dialect = template.dialect
@@ -262,9 +266,9 @@ class Renderer:
         }[dialect.answer.kind]
         thoughts = {None: "not rendered by this chat template", INLINE: "in <think> tags in front of the content"}
         where = thoughts.get(dialect.reasoning, f"in the template's {dialect.reasoning!r}")
+        of_answers = [f"loss mask: {how}", f"end of a learnt turn: {ends}, {why}"] if learnt else []
         return [
-            f"loss mask: {how}",
-            f"end of a learnt turn: {ends}, {why}",
+            *of_answers,
             f"reasoning ({self._settings.reasoning}): {where}",
             "developer messages: " + ("as they are" if dialect.developer else "as system messages"),
         ]

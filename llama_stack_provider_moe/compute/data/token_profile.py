@@ -137,13 +137,19 @@ class Sequences:
             pieces = pieces_of(self._cut.tokenizer, ids)
             yield ShownRow(row=number, length=len(ids), ids=ids, labels=labels, pieces=pieces)
 
+    def _plan(self) -> list[str]:
+        learnt = not isinstance(self._spec, WritingSpec)
+        if self._has_conversations:
+            return self._whole.renderer.plan(learnt)
+        return ["plain text: every token is learnt" if learnt else "plain text"]
+
     def figures(self) -> TokenFigures:
         """All figures."""
         training, sequences = self._spec.training, self._sequences
         if isinstance(self._spec, KTOSpec):
             sequences = self._spec.with_kl(sequences)
         return TokenFigures(
-            plan=self._whole.renderer.plan() if self._has_conversations else ["plain text: every token is learnt"],
+            plan=self._plan(),
             counts=dict(self._whole.renderer.counts),
             lengths=self._lengths.lengths(),
             max_length=self._cut.limit.length,

@@ -62,6 +62,8 @@ def test_a_profile_of_prompts_with_a_model(
     wait_for(lambda: ask(service, "GET", path).json()["is_ready"], timeout_s=300)
     tokens = ask(service, "GET", path).json()["profile"]["tokens"]
     assert (tokens["max_length"], tokens["answer"], tokens["sequences"], tokens["steps"]) == (48, 16, 11, steps)
+    assert tokens["plan"]
+    assert not any("learnt" in line or "mask" in line for line in tokens["plan"]), "no answer of the rows is learnt"
 
 
 def test_a_slow_profile_is_asked_for_again(service: PostTrainingService, monkeypatch: pytest.MonkeyPatch) -> None:
