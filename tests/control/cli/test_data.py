@@ -204,7 +204,9 @@ def test_values_of_parquet_that_json_lacks(tmp_path: Path) -> None:
     assert sent[0] == {"text": "a", "when": "2026-11-29T06:00:00+00:00", "score": 0.5, "tags": ["x"],
                        "who": {"name": "n", "age": None}}  # fmt: skip
     assert sent[1]["score"] is None
-    bad = str(parquet_of([{"text": "a", "digest": None}, {"text": "b", "digest": b"\x89PNG"}], tmp_path / "bad.parquet"))
+    bad = str(
+        parquet_of([{"text": "a", "digest": None}, {"text": "b", "digest": b"\x89PNG"}], tmp_path / "bad.parquet")
+    )
     done = moe_train("data", "push", bad, "--name", "mine")
     assert done.code == Exit.REFUSED
     assert "row 2 has digest b'\\x89PNG' (bytes is not a value of JSON)" in done.err
