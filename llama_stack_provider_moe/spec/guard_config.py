@@ -13,12 +13,18 @@ from llama_stack_provider_moe.spec.scorer_config import MOST_PROBES, PROBE_NAME_
 from llama_stack_provider_moe.spec.server_config import HOST_NAME_PATTERN
 
 SHIELD_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
+SHIELD_WORDS = "1 to 128 letters, digits and . _ : / -, the first a letter or a digit"
 NAME_PATTERN = PROJECT_PATTERN
 Level = Literal["info", "warn", "error"]
 OnFailure = Literal["block", "allow"]
 Scored = Literal["last_message", "conversation", "both"]
 ShieldName = Annotated[str, Field(pattern=SHIELD_PATTERN)]
 FileName = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+def own_id(other: str) -> str:
+    """What is expected of the `provider_shield_id` of a shield where shield `other` has the same."""
+    return f"an id of its own, because moderations name shields by it; shield {other!r} has it"
 
 
 class ToolGuardParams(Block):

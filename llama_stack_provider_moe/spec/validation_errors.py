@@ -22,7 +22,7 @@ from llama_stack_provider_moe.spec.exports import SHARD_PATTERN
 from llama_stack_provider_moe.spec.grader_base import GRADER_NAME_PATTERN, VARIABLE_NAME_PATTERN
 from llama_stack_provider_moe.spec.graders import GRADER_TYPES
 from llama_stack_provider_moe.spec.graders_config import JUDGE_NAME_PATTERN
-from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN
+from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN, SHIELD_WORDS
 from llama_stack_provider_moe.spec.labels import LABEL_KEY_PATTERN
 from llama_stack_provider_moe.spec.notify import VARIABLE_PATTERN
 from llama_stack_provider_moe.spec.pipelines import PART_PATTERN
@@ -48,7 +48,7 @@ _PATTERNS = {
     VARIABLE_PATTERN: "1 to 128 letters, digits and '_', the first a letter or '_'",
     LABEL_KEY_PATTERN: "1 to 63 letters, digits, '.', '_', '/' and '-', the first and the last a letter or a digit",
     PROBE_NAME_PATTERN: "1 to 64 letters, digits, '_' and '-', the first a letter or a digit",
-    SHIELD_PATTERN: "1 to 128 letters, digits and . _ : / -, the first a letter or a digit",
+    SHIELD_PATTERN: SHIELD_WORDS,
     GRADER_NAME_PATTERN: "1 to 64 letters, digits, spaces and . _ -, the first a letter or a digit",
     VARIABLE_NAME_PATTERN: "1 to 64 letters, digits and '_', the first a letter or '_'",
     JUDGE_NAME_PATTERN: "1 to 128 letters, digits and . _ / : -, the first a letter or a digit",

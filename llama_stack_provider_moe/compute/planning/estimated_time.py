@@ -67,7 +67,8 @@ def _of_tower(planner: Planner, spec: TrainingSpec, references: float) -> float:
     if vision is None or vision.operations is None:
         return 0.0
     texts = spec.training.batch_size * (2 if spec.recipe in PAIRED else 1)
-    return (vision.operations.learning + references * vision.operations.alone) / texts
+    found = vision.operations()
+    return (found.learning + references * found.alone) / texts
 
 
 def _passes_beside(spec: GRPOSpec) -> float:

@@ -1,6 +1,8 @@
 """What the images of a micro-batch are expected to take: which images, how many tokens, and the tower's memory."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from llama_stack_provider_moe.compute.moe.layout import without_adapters
 from llama_stack_provider_moe.compute.planning.dry_run import NotMeasurable, Rehearsal
@@ -25,7 +27,7 @@ class VisionPlan:
         basis: where their number and sizes are from.
         tokens: that stand for the images of a row, at most; 0: not known.
         towers: without and with checkpointing; None: it can't be estimated.
-        operations: of the micro-batch's images; None: likewise.
+        operations: counts those of the micro-batch's images, which a plan without a time does not need; None: likewise.
         unknown: why it can't.
         checkpointing: which of both the job has.
     """
@@ -34,7 +36,7 @@ class VisionPlan:
     basis: str
     tokens: int = 0
     towers: tuple[TowerMemory, TowerMemory] | None = None
-    operations: TowerOperations | None = None
+    operations: Callable[[], TowerOperations] | None = None
     unknown: str | None = None
     checkpointing: bool = False
 
@@ -91,7 +93,7 @@ def vision_plan(
         given = tower_inputs(config, rows * 2 if recipe in PAIRED else rows, limits)
         plain = tower_memory(rehearsal, given, length, checkpointing=False)
         towers = plain, tower_memory(rehearsal, given, length, checkpointing=True)
-        operations = tower_operations(rehearsal, given, length)
+        operations = partial(tower_operations, rehearsal, given, length)
     except NotMeasurable as error:
         return VisionPlan(sum(map(len, asked)), _basis(images, asked, asked), unknown=str(error))
     return VisionPlan(count, basis, max(map(sum, given.tokens)), towers, operations)

@@ -7,7 +7,14 @@ from llama_stack_provider_moe.control.config_check import run_yaml
 from llama_stack_provider_moe.control.config_check.surroundings import Findings
 from llama_stack_provider_moe.errors import InvalidBody, InvalidInput
 from llama_stack_provider_moe.shields.guard import params_of
-from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN, GuardConfig, ShieldParams, TrajectoryParams
+from llama_stack_provider_moe.spec.guard_config import (
+    SHIELD_PATTERN,
+    SHIELD_WORDS,
+    GuardConfig,
+    ShieldParams,
+    TrajectoryParams,
+    own_id,
+)
 
 FIELD = "registered_resources.shields"
 _IDS = ("shield_id", "provider_shield_id")
@@ -68,16 +75,14 @@ class _Checked:
         """
         shield_id = shield.get("shield_id")
         if not isinstance(shield_id, str) or re.fullmatch(SHIELD_PATTERN, shield_id) is None:
-            expected = "1 to 128 letters, digits and . _ : / -, the first a letter or a digit"
-            self.problems.append(f"{field}.shield_id: {shield_id!r} is not valid; expected {expected}")
+            self.problems.append(f"{field}.shield_id: {shield_id!r} is not valid; expected {SHIELD_WORDS}")
             return
         given = shield.get("provider_shield_id") or shield_id
         other = self._ids.setdefault(str(given), shield_id)
         if shield_id in self._params:
             self.problems.append(f"{field}.shield_id: {shield_id!r} is named twice; expected each shield once")
         elif other != shield_id:
-            self.problems.append(f"{field}.provider_shield_id: {given!r} is not valid; expected an id of its own, "
-                                 f"because moderations name shields by it; shield {other!r} has it")  # fmt: skip
+            self.problems.append(f"{field}.provider_shield_id: {given!r} is not valid; expected {own_id(other)}")
         self._params[shield_id] = None
         try:
             params = params_of(self._config, _object(shield.get("params"), field), f"{field}.params")

@@ -12,7 +12,13 @@ from llama_stack_provider_moe.control.guard.service import GuardService, result_
 from llama_stack_provider_moe.errors import InvalidInput, MoeError
 from llama_stack_provider_moe.shields.guard import unknown_shield
 from llama_stack_provider_moe.shields.verdict import Verdict
-from llama_stack_provider_moe.spec.guard_config import SHIELD_PATTERN, ShieldParams, TrajectoryParams
+from llama_stack_provider_moe.spec.guard_config import (
+    SHIELD_PATTERN,
+    SHIELD_WORDS,
+    ShieldParams,
+    TrajectoryParams,
+    own_id,
+)
 
 
 class SafetyProvider:
@@ -59,15 +65,11 @@ class SafetyProvider:
         if any(each.identifier == shield.identifier for each in stored):
             return
         if re.fullmatch(SHIELD_PATTERN, shield.identifier) is None:
-            expected = "1 to 128 letters, digits and . _ : / -, the first a letter or a digit"
-            raise InvalidInput("shield_id", shield.identifier, expected)
+            raise InvalidInput("shield_id", shield.identifier, SHIELD_WORDS)
         model = shield.provider_resource_id
         for each in stored:
             if each.provider_resource_id == model:
-                expected = (
-                    f"an id of its own, because moderations name shields by it; shield {each.identifier!r} has it"
-                )
-                raise InvalidInput("provider_shield_id", model, expected)
+                raise InvalidInput("provider_shield_id", model, own_id(each.identifier))
 
     async def unregister_shield(self, identifier: str) -> None:
         """Forget a shield."""

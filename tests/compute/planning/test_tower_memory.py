@@ -220,7 +220,7 @@ def test_the_time_of_a_job_has_the_towers(tmp_path: Path) -> None:
         vision = shown_once.vision(spec)
         assert vision is not None
         assert vision.operations is not None
-        once = vision.operations.alone / (2 if recipe == "sft" else 4)  # texts of a micro-batch
+        once = vision.operations().alone / (2 if recipe == "sft" else 4)  # texts of a micro-batch
         assert (seeing - plain) * LENGTH == pytest.approx(passes * once)
 
 

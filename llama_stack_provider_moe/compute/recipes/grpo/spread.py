@@ -1,6 +1,7 @@
 """Watch whether anything is learnt: not where rewards are equal in every group, nor where no answer counts."""
 
 from llama_stack_provider_moe.compute.runtime.context import AnySession
+from llama_stack_provider_moe.ground.counting import number_of
 
 
 class Spread:
@@ -22,8 +23,9 @@ class Spread:
             step: that would learn from it.
         """
         self._count = self._count + 1 if nothing else 0
-        told = (f"step {step}: for {_generations(self._count)} all rewards were equal within each group, or every "
-                "answer was left out as too long")  # fmt: skip
+        passed = number_of(self._count, "generation")
+        told = (f"step {step}: for {passed} all rewards were equal within each group, or every answer was left out as "
+                "too long")  # fmt: skip
         if self._count == max(1, self._most // 2) < self._most:
             self._session.say(f"{told}, so that nothing was learnt; the job stops after {self._most} "
                               "(rl.no_spread_generations)", "warning")  # fmt: skip
@@ -31,7 +33,3 @@ class Spread:
             self._session.say(f"{told}; stopping (rl.no_spread_generations)", "warning")
             return True
         return False
-
-
-def _generations(count: int) -> str:
-    return "1 generation" if count == 1 else f"{count} generations"

@@ -1,4 +1,4 @@
-// Recipes by what the pages offer for them; a test compares both lists with the server's recipes.
+// Recipes by what the pages offer for them; a test compares the lists with the server's recipes.
 
 // The server profiles their rows.
 export const PROFILED = ["sft", "dpo", "circuit_breaker", "grpo", "kto", "reward", "distill"];
