@@ -3,17 +3,18 @@
 One experts module of four mid-size shapes, in bf16 and fp32, with some 256 and some 1,024 tokens a step: with LoRA of
 rank 16, ours (beside the weights) against PEFT's (W + s B A in one `baddbmm` since 0.21.2) over transformers'
 `grouped_mm` and over its eager loop; and fully trained, ours against `grouped_mm`. Each variant has its own process, as
-a job has: oneDNN keeps the code that it compiles for a process, so variants that share a process would influence one
-another. Each repetition draws a number of tokens and a routing, as each training step does, and gives them to all
-variants, one after the other; the order alternates. Time is the processor's, of one thread, because other programs may
-use the cores. Memory is the rise of the process's resident set during a step, in other processes, whose allocator gives
-large blocks back at once. Before any measurement, each variant's output and gradients are compared with those of the
-eager loop in fp32. Run
+a job has, forked from one that has imported the libraries and computed nothing: oneDNN keeps the code that it compiles
+for a process, so variants that share a process would influence one another. Each repetition draws a number of tokens
+and a routing, as each training step does, and gives them to all variants, one after the other; the order alternates.
+Time is the processor's, of one thread, because other programs may use the cores. Memory is the rise of the process's
+resident set during a step, in other processes, whose allocator gives large blocks back at once. Before any measurement,
+each variant's output and gradients are compared with those of the eager loop in fp32. Run
 
     python -m benchmarks.cpu_experts [--steps N] [--out FILE]
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -36,7 +37,8 @@ from llama_stack_provider_moe.compute.moe.backend import OURS
 from llama_stack_provider_moe.compute.moe.split_lora import split_lora
 
 RANK = 16
-MALLOC = "MALLOC_MMAP_THRESHOLD_"
+LIBRARIES = ["peft", MixtralExperts.__module__, split_lora.__module__]
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 MEMORY_STEPS = 3
 TOKENS = {"256 tokens": (192, 320), "1024 tokens": (768, 1280)}  # of a step, drawn anew
 
@@ -146,9 +148,23 @@ def check(shape: Shape) -> dict[str, float]:
     }
 
 
-def run_variant(name: str, shape: Shape, tokens_of: str, dtype: torch.dtype, threads: int, pipe: Connection) -> None:
+@dataclass(frozen=True)
+class Question:
+    """Of one measurement. Large blocks given back at once show what a step takes, and slow it down."""
+
+    shape: Shape
+    tokens_of: str
+    dtype: torch.dtype
+    threads: int
+    gives_back: bool
+
+
+def run_variant(name: str, asked: Question, pipe: Connection) -> None:
     """A process's work: a step's figures each time it is asked, until it is told to stop."""
-    torch.set_num_threads(threads)
+    if asked.gives_back:
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024) == 1
+    torch.set_num_threads(asked.threads)
+    shape, tokens_of, dtype = asked.shape, asked.tokens_of, asked.dtype
     layer = Layer(shape, dtype, *VARIANTS[name])
     draws = torch.Generator().manual_seed(0)
     pipe.send(None)
@@ -156,16 +172,15 @@ def run_variant(name: str, shape: Shape, tokens_of: str, dtype: torch.dtype, thr
         pipe.send(one_step(layer, drawn(shape, tokens_of, draws, dtype)))
 
 
-def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, list[tuple[float, int]]]:
+def measure(asked: Question, steps: int) -> dict[str, list[tuple[float, int]]]:
     """(seconds, bytes) a step, by variant, after two steps that are not counted."""
-    # Each in a new process.
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
     pipes: dict[str, Connection] = {}
     processes = []
     for name in VARIANTS:
-        pipes[name], theirs = spawn.Pipe()
-        arguments = (name, shape, tokens_of, dtype, torch.get_num_threads(), theirs)
-        processes.append(spawn.Process(target=run_variant, args=arguments, daemon=True))
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=run_variant, args=(name, asked, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
         pipes[name].recv()
@@ -184,10 +199,9 @@ def measure(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dic
 
 def measured(shape: Shape, tokens_of: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """Time and memory of a case. Ratios first, then what they are made of."""
-    timed = measure(shape, tokens_of, dtype, steps)
-    os.environ[MALLOC] = str(256 * 1024)  # read by the processes that are begun next
-    weighed = measure(shape, tokens_of, dtype, MEMORY_STEPS)
-    del os.environ[MALLOC]
+    threads = torch.get_num_threads()
+    timed = measure(Question(shape, tokens_of, dtype, threads, gives_back=False), steps)
+    weighed = measure(Question(shape, tokens_of, dtype, threads, gives_back=True), MEMORY_STEPS)
     seconds = {name: [second for second, _ in each] for name, each in timed.items()}
     peaks = {name: statistics.median(peak for _, peak in each) for name, each in weighed.items()}
     medians = {name: statistics.median(each) for name, each in seconds.items()}
@@ -209,6 +223,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     shapes: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "what": f"experts forward and backward, LoRA r={RANK} or full, new row counts at each step",
+        "command": f"python -m benchmarks.cpu_experts --steps {arguments.steps}",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shapes": shapes,
+        "machine": machine() | {"threads": torch.get_num_threads()},
+        "load_average": {"before": os.getloadavg()},
+        "versions": versions("torch", "transformers", "peft"),
+    }
     for title, shape in SHAPES.items():
         shapes[title] = {"relative_difference_to_eager_fp32": check(shape)}
         for tokens_of in TOKENS:
@@ -216,16 +239,8 @@ def main() -> None:
                 name = f"{str(dtype).removeprefix('torch.')}, {tokens_of}"
                 found = shapes[title][name] = measured(shape, tokens_of, dtype, arguments.steps)
                 print(title, name, found["times_as_fast"], found["times_the_memory"], flush=True)
-    result = {
-        "what": f"experts forward and backward, LoRA r={RANK} or full, new row counts at each step",
-        "command": f"python -m benchmarks.cpu_experts --steps {arguments.steps}",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "shapes": shapes,
-        "machine": machine() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
-        "versions": versions("torch", "transformers", "peft"),
-    }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+                result["load_average"]["after"] = os.getloadavg()
+                arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # it may be cut off
 
 
 if __name__ == "__main__":

@@ -32,11 +32,19 @@ def experts(kind: str, case: str, tokens: str) -> list[float]:
 
 
 def rows_of_experts() -> list[str]:
+    shapes = newest("cpu_experts")["shapes"]
+    smallest = {
+        dtype: shapes["H512 I256 E32 top-8"][f"{dtype}, 256 tokens"]["times_as_fast"][ADAPTED]
+        for dtype in ("float32", "bfloat16")
+    }
+    assert smallest["float32"] >= 2.5
+    assert shapes["H512 I1024 E16 top-2"]["float32, 256 tokens"]["times_as_fast"][ADAPTED] >= 4
     rows = [
         f"about {shown} | {span(experts('times_as_fast', ADAPTED, tokens), 1)} | "
         f"{span(experts('times_the_memory', ADAPTED, tokens), 2)} |"
         for shown, tokens in (("256", ", 256 tokens"), ("1,024", ", 1024 tokens"))
     ]
+    rows.append(f"{smallest['float32']:.1f} times in fp32 and {smallest['bfloat16']:.1f} in")
     rows.append(f"eager loop | both | {span(experts('times_as_fast', EAGER, 'tokens'), 1)} |")
     rows.append(
         f"all weights trained | both | {span(experts('times_as_fast', 'full: ours to grouped_mm', 'tokens'), 2)} |"

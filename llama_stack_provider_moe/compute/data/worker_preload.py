@@ -9,15 +9,17 @@ import os
 import signal
 
 from llama_stack_provider_moe.compute.runtime.threads import check_alone, forbid_threads
+from llama_stack_provider_moe.ground.imports import uncollected_imports
 
 forbid_threads(os.environ)
 
 # For what a worker unpickles: rows, collators, and torch's worker loop.
-import datasets  # noqa: E402
-import torch.utils.data  # noqa: E402, F401
-import trl.trainer.dpo_trainer  # noqa: E402
-import trl.trainer.kto_trainer  # noqa: E402
-import trl.trainer.sft_trainer  # noqa: E402, F401
+with uncollected_imports():
+    import datasets
+    import torch.utils.data  # noqa: F401
+    import trl.trainer.dpo_trainer
+    import trl.trainer.kto_trainer
+    import trl.trainer.sft_trainer  # noqa: F401
 
 datasets.disable_progress_bars()
 # A stop request is a signal to all processes of a job. The training process handles it, finishes the step and saves;

@@ -372,6 +372,7 @@ def _dtype_of(folder: Path) -> DType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`moe-train export check`; the exit code is 0 if all is equal, 1 if not, 2 for a mistake in the command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.disable_progress_bar()
     return answered(LoadCheckCommand, argv, "export check", _run, ())
 
@@ -391,5 +392,4 @@ def _run(command: LoadCheckCommand) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

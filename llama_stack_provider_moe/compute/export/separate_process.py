@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple, TypedDict, cast
 from llama_stack_provider_moe.compute.export.load_check import NotRecorded, check_adapter, check_merged, check_model
 from llama_stack_provider_moe.compute.export.load_figures import LoadCheck, MergedCheck
 from llama_stack_provider_moe.errors import ExportError, MoeError
-from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground import liveness, run
 
 Question = Literal["adapter", "model", "merged"]
+_MODULE = "llama_stack_provider_moe.compute.export.separate_process"
 _ERRORS_LIMIT = 600  # characters
 
 
@@ -51,7 +52,7 @@ def compare(question: Question, *places: str | Path) -> Answer:
         NotRecorded: there is nothing to compare with.
         ExportError: the models differ (with figures), or the process was killed.
     """
-    command = [sys.executable, "-m", __name__, question, *map(str, places)]
+    command = [*run.command(sys.executable, _MODULE), question, *map(str, places)]
     found: _Line = {}
     with (
         tempfile.TemporaryFile() as errors,
@@ -95,9 +96,10 @@ def _show(work: liveness.Work) -> None:
     print(json.dumps({"work": work}), flush=True)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The child process; the last line of its output is the answer."""
-    question, *places = arguments
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    question, *places = sys.argv[1:] if arguments is None else arguments
     try:
         with liveness.reports_to(_show):
             if question == "adapter":
@@ -114,5 +116,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
 
 from llama_stack_provider_moe.ground import liveness
+from llama_stack_provider_moe.ground.imports import uncollected_imports
 from llama_stack_provider_moe.jobdir.events import EventLog, Progress
 
 # For the lines that a process without events writes to the job's output.
@@ -55,7 +56,7 @@ def _of(total: int | None) -> str:
 @contextmanager
 def imports_counted() -> Iterator[None]:
     """Inside, each imported module counts: importing the libraries takes minutes on a busy machine."""
-    with liveness.stage("importing libraries", unit="modules") as counter:
+    with uncollected_imports(), liveness.stage("importing libraries", unit="modules") as counter:
         finder = _Finder(counter)
         sys.meta_path.insert(0, finder)
         try:

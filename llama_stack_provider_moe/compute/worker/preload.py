@@ -9,6 +9,7 @@ import importlib
 import os
 
 from llama_stack_provider_moe.compute.runtime.threads import check_alone, forbid_threads
+from llama_stack_provider_moe.ground.imports import uncollected_imports
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 
@@ -22,10 +23,11 @@ def preload() -> None:
     # By default torch asks the CUDA runtime whether there is a device (bitsandbytes triggers this at import), and after
     # that no forked process can use CUDA. With this variable torch asks NVML instead.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
+    with uncollected_imports():
+        import torch
 
-    for recipe in RECIPES.values():
-        importlib.import_module(recipe.module)
+        for recipe in RECIPES.values():
+            importlib.import_module(recipe.module)
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     assert not initialised, "an import has initialised CUDA: no child could use it"
     check_alone()

@@ -17,6 +17,7 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.options import Images, Json
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import DataProfile, stood_in
@@ -194,7 +195,7 @@ def _with_tokens(screen: Screen, spec: TrainingSpec, profile: DataProfile, valid
     request = json.dumps({"job": spec.model_dump(mode="json"), "rows": str(valid), "show": show})
     errors = subprocess.PIPE if screen.as_json else None  # progress goes to the terminal
     done = subprocess.run(
-        [sys.executable, "-m", _MODULE], check=False, input=request, stdout=subprocess.PIPE, stderr=errors,
+        run.command(sys.executable, _MODULE), check=False, input=request, stdout=subprocess.PIPE, stderr=errors,
         text=True, errors="replace",
     )  # fmt: skip
     if done.returncode or not done.stdout:

@@ -20,6 +20,7 @@ from llama_stack_provider_moe.graders.document import GradeReport, report_of, sa
 from llama_stack_provider_moe.graders.opening import check
 from llama_stack_provider_moe.graders.panel import panel_of
 from llama_stack_provider_moe.graders.request import GradeRequest, answered
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.jobdir import local_names
 from llama_stack_provider_moe.spec.blocks import Block
 from llama_stack_provider_moe.spec.graders import Grader, Monitor, Refusal, RewardModel, inside
@@ -107,7 +108,7 @@ def _graded(asked: GradeRequest) -> GradeReport:
             graded = panel.grade([each.sample() for each in asked.answers], limits_failures=False)
         return report_of(asked.reward, graded)
     local.require_training_environment()
-    command = [sys.executable, "-m", MODULE]
+    command = run.command(sys.executable, MODULE)
     done = subprocess.run(command, check=False, capture_output=True, input=asked.model_dump_json().encode())
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0:

@@ -17,6 +17,7 @@ from llama_stack_provider_moe.control.cli.exits import Exit
 from llama_stack_provider_moe.control.cli.job_file import read_job_file
 from llama_stack_provider_moe.control.cli.screen import Screen
 from llama_stack_provider_moe.errors import InvalidInput
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.spec.command_words import CommandLine, words
 
 _PACKAGE = "llama_stack_provider_moe"
@@ -57,7 +58,7 @@ def in_training_python(screen: Screen, module: str, line: CommandLine) -> int:
     """
     require_training_environment()
     json_option = ["--json"] if screen.as_json and "as_json" in type(line).model_fields else []
-    command = [sys.executable, "-m", f"{_PACKAGE}.{module}", *words(line), *json_option]
+    command = [*run.command(sys.executable, f"{_PACKAGE}.{module}"), *words(line), *json_option]
     if not screen.as_json:
         return _shell_code(subprocess.run(command, check=False).returncode)
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")

@@ -19,6 +19,7 @@ from llama_stack_provider_moe.control.cli.planning_documents import Report
 from llama_stack_provider_moe.control.cli.screen import Screen, table, text
 from llama_stack_provider_moe.control.cli.show import size
 from llama_stack_provider_moe.errors import InvalidInput, TrainingError
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.spec.expected_images import IMAGE_SIZE, MOST_IMAGES, sides_of
 
 _MODULE = "llama_stack_provider_moe.compute.planning.lora_report"
@@ -96,7 +97,7 @@ def answer_of[Document](kind: type[Document], module: str, words: list[str], giv
         raise InvalidInput("python", sys.executable, "an environment for training: pip install "
                            f"'llama-stack-provider-moe[train]' (this one lacks {', '.join(missing)})")  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", module, *words],
+        [*run.command(sys.executable, module), *words],
         check=False, input=given, capture_output=True, text=True, errors="replace",
     )  # fmt: skip
     lines = done.stdout.splitlines()

@@ -27,6 +27,7 @@ from llama_stack_provider_moe.control.store import dataset_files
 from llama_stack_provider_moe.control.store.dataset_rows import DatasetVersion
 from llama_stack_provider_moe.control.supervisor.executors.local import training_environment
 from llama_stack_provider_moe.errors import InvalidInput, ModelError, NotFound, Unavailable
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.jobdir.folder import write_atomic
 from llama_stack_provider_moe.spec import TrainingSpec
 from llama_stack_provider_moe.spec.data_profile import DataProfile, stood_in
@@ -185,7 +186,7 @@ def _with_tokens(config: ProviderConfig, spec: TrainingSpec, profile: DataProfil
     request = json.dumps({"job": spec.model_dump(mode="json"), "rows": str(valid), "show": SHOWN})
     try:
         done = subprocess.run(
-            [config.training_python, "-m", _MODULE], check=False, input=request, capture_output=True, text=True,
+            run.command(config.training_python, _MODULE), check=False, input=request, capture_output=True, text=True,
             errors="replace", timeout=LIMIT_S, env=training_environment(os.environ, config), cwd=config.state_dir,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

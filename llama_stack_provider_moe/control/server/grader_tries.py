@@ -35,6 +35,7 @@ from llama_stack_provider_moe.graders.opening import check, open_grader
 from llama_stack_provider_moe.graders.panel import Panel
 from llama_stack_provider_moe.graders.request import GradeRequest, answered
 from llama_stack_provider_moe.graders.samples import Sample
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.spec.graders import AnyGrader, inside
 from llama_stack_provider_moe.spec.judged_graders import LabelModel, ScoreModel
 from llama_stack_provider_moe.spec.rewards import Grading, Reward
@@ -136,7 +137,7 @@ class GraderTries:
             if self._closed:
                 raise Unavailable("the server is stopping")
             process = self._running = subprocess.Popen(
-                [self._config.training_python, "-m", MODULE],
+                run.command(self._config.training_python, MODULE),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 env=training_environment(os.environ, self._config), start_new_session=True,
             )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 from llama_stack_provider_moe.control.server.pools import Pool
 from llama_stack_provider_moe.control.supervisor.executors.local import training_environment
 from llama_stack_provider_moe.errors import InvalidInput, Unavailable
+from llama_stack_provider_moe.ground import run
 from llama_stack_provider_moe.spec import JobSpec, TrainingSpec
 from llama_stack_provider_moe.spec.recipes import RECIPES
 from llama_stack_provider_moe.spec.server_config import ProviderConfig
@@ -49,7 +50,7 @@ async def plan(
 def _planned(spec: TrainingSpec, memory_bytes: int, config: ProviderConfig, words: list[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [config.training_python, "-m", _MODULE, "--memory", str(memory_bytes), *words],
+            [*run.command(config.training_python, _MODULE), "--memory", str(memory_bytes), *words],
             check=False, input=spec.model_dump_json(), capture_output=True, text=True, errors="replace",
             timeout=LIMIT_S, env=training_environment(os.environ, config), cwd=config.state_dir,
         )  # fmt: skip
