@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from llama_stack_provider_moe.errors import InvalidInput, shorten
+from llama_stack_provider_moe.errors import InvalidBody, InvalidInput, shorten
 
 OPTION = "--images"
 _COLUMNS = ("images", "image")
@@ -68,6 +68,43 @@ def inlined(row: Mapping[str, object], number: int, read: Read | None) -> dict[s
     """
     row_of = _Row(number, read)
     return {name: row_of.column(name, value) for name, value in row.items()}
+
+
+class Faults:
+    """What is wrong with rows' images: several are named at once, because each try sends the rows again."""
+
+    MOST = 10
+
+    def __init__(self) -> None:
+        self._found: list[InvalidInput] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def inlined(self, row: Mapping[str, object], number: int, read: Read | None) -> dict[str, object] | None:
+        """`inlined`, or None for a row with a fault and for each row after it.
+
+        Raises:
+            InvalidInput: this fault makes `MOST`.
+        """
+        try:
+            done = inlined(row, number, read)
+        except InvalidInput as error:
+            self._found.append(error)
+            if len(self._found) == self.MOST:
+                self.check()
+        return None if self._found else done
+
+    def check(self) -> None:
+        """
+        Raises:
+            InvalidInput: there are faults.
+        """
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            more = [f"{self.MOST} faults; rows after the last were not read"] * (len(self._found) == self.MOST)
+            raise InvalidBody([*map(str, self._found), *more])
 
 
 class _Row:

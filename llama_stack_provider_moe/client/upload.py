@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, cast, get_args
 
-from llama_stack_provider_moe.client.images import Read, image_files, inlined
+from llama_stack_provider_moe.client.images import Faults, Read, image_files
 from llama_stack_provider_moe.errors import InvalidInput, shorten
 from llama_stack_provider_moe.ground.gunzip import GZIP_MAGIC
 
@@ -178,7 +178,7 @@ def _parquet(source: BinaryIO, file: str) -> Any:
 
 
 def _with_images(source: BinaryIO, file: str, read_image: Read) -> Iterator[bytes]:
-    number = 0
+    number, faults = 0, Faults()
     try:
         for line in source:
             if line.isspace():
@@ -190,14 +190,17 @@ def _with_images(source: BinaryIO, file: str, read_image: Read) -> Iterator[byte
                 raise InvalidInput("FILE", file, f"JSON on each line; row {number} has none ({error})") from None
             if not isinstance(row, dict):
                 raise InvalidInput("FILE", file, f"a JSON object on each line; row {number} is none")
-            yield _line(inlined(row, number, read_image), number, file)
+            done = faults.inlined(row, number, read_image)
+            if done is not None:
+                yield _line(done, number, file)
     except OSError as error:
         raise InvalidInput("FILE", file, f"a file that you can read ({_brief(error)})") from None
+    faults.check()
 
 
 def _rows_of(table: Any, file: str, read_image: Read | None) -> Iterator[bytes]:
     arrow = import_module("pyarrow")
-    number = 0
+    number, faults = 0, Faults()
     has_bytes = "binary" in str(table.schema_arrow)
     batches = table.iter_batches(batch_size=_ROWS_WITH_BYTES if has_bytes else _PARQUET_ROWS)
     while True:
@@ -206,12 +209,16 @@ def _rows_of(table: Any, file: str, read_image: Read | None) -> Iterator[bytes]:
         except (arrow.ArrowException, OSError) as error:
             raise InvalidInput("FILE", file, f"a whole Parquet file ({_brief(error)})") from None
         if batch is None:
-            return
+            break
         lines = []
         for row in batch.to_pylist():
             number += 1
-            lines.append(_line(inlined(row, number, read_image) if has_bytes or read_image else row, number, file))
-        yield b"".join(lines)
+            done = faults.inlined(row, number, read_image) if has_bytes or read_image else row
+            if done is not None:
+                lines.append(_line(done, number, file))
+        if not faults:
+            yield b"".join(lines)
+    faults.check()
 
 
 def _line(row: dict[str, object], number: int, file: str) -> bytes:

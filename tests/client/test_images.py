@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from importlib import import_module
 from pathlib import Path
@@ -108,6 +109,24 @@ def test_no_path_leads_out_of_the_folder(folder: Path, tmp_path: Path, name: str
     with pytest.raises(InvalidInput, match=reason) as refused:
         sent(file, folder)
     assert "row 2" in str(refused.value)
+
+
+def test_all_missing_files_are_named_at_once(folder: Path, tmp_path: Path) -> None:
+    rows = [asked({"type": "image_file", "image_file": "cats/red.png"})] * 20
+    for number in (3, 7, 20):
+        rows[number - 1] = asked({"type": "image_file", "image_file": f"none-{number}.png"})
+    with pytest.raises(InvalidInput) as refused:
+        sent(rows_file(tmp_path, *rows), folder)
+    assert re.findall(r"none-(\d+)\.png' is not valid.*?row (\d+) ", str(refused.value)) == [
+        ("3", "3"), ("7", "7"), ("20", "20")
+    ]  # fmt: skip
+    missing = [asked({"type": "image_file", "image_file": "none.png"})] * 11
+    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"images": ["none.png"], "prompt": "?"}] * 11), tmp_path / "p.parquet")
+    for file in (rows_file(tmp_path, *missing), tmp_path / "p.parquet"):
+        with pytest.raises(InvalidInput, match=r"row 10 .*; 10 faults; rows after the last were not read$") as refused:
+            sent(file, folder)
+        assert "row 11" not in str(refused.value)
 
 
 def odd(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
