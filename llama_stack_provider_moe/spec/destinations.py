@@ -61,7 +61,7 @@ class HubPush(Block):
     what: Literal["adapter", "merged", "gguf"] = Field(
         default="adapter",
         description="Files to push. adapter: the adapter (or the whole model, if all weights were trained); merged: "
-        "the merged model; gguf: all GGUF files.",
+        "the merged model; gguf: all GGUF files. Each with a model card.",
     )
 
     @field_validator("repo_id", mode="after")

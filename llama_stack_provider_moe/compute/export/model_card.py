@@ -1,4 +1,4 @@
-"""README.md of an adapter or a whole model: how it was made and how to load it, from recorded facts only.
+"""README.md of an adapter, a whole model or GGUF files: how it was made and how to load it, from recorded facts only.
 
 The facts are in the job's folder: its spec, `resolved.json`, the versions in its events, and the manifest's figures.
 What is not recorded is left out. A person adds the licence, the intended use and the limits.
@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from peft.utils import CONFIG_NAME
@@ -25,13 +26,21 @@ from llama_stack_provider_moe.spec.options import ROPE_FILE
 from llama_stack_provider_moe.spec.recipes import RECIPES
 
 CARD = "README.md"
-Kind = Literal["adapter", "model", "merged"]
-_LIBRARY: dict[Kind, str] = {"adapter": "peft", "model": "transformers", "merged": "transformers"}
+Kind = Literal["adapter", "model", "merged", "gguf"]
+_FRONT: dict[Kind, str] = {  # the hub itself recognises GGUF files
+    "adapter": "library_name: peft", "model": "library_name: transformers", "merged": "library_name: transformers",
+    "gguf": "tags: [gguf]",
+}  # fmt: skip
 _IS: dict[Kind, str] = {
     "adapter": "A LoRA adapter for {base}.",
     "model": "{base} with all its weights trained.",
     "merged": "{base} with a LoRA adapter merged into its weights.",
+    "gguf": "GGUF files of {base}, fine-tuned.",
 }
+PROJECTOR_FILE = "mmproj-"  # what the name of a projector file begins with
+
+
+_NO_FILES: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,13 @@ def recorded(job: JobFolder) -> tuple[dict[str, Any], dict[str, str]]:
     return plan, versions
 
 
-def model_card(kind: Kind, base: str, source: Source, adapted: Mapping[str, int] | None = None) -> str:
+def model_card(
+    kind: Kind,
+    base: str,
+    source: Source,
+    adapted: Mapping[str, int] | None = None,
+    files: Mapping[str, int] = _NO_FILES,
+) -> str:
     """The text of README.md.
 
     Args:
@@ -80,21 +95,24 @@ def model_card(kind: Kind, base: str, source: Source, adapted: Mapping[str, int]
         base: folder or hub id of the base model; of a folder only the name is shown.
         source: the adapter or model and its job.
         adapted: path of each target below a layer -> number of targets; None: as the plan says.
+        files: name of each GGUF file -> its bytes.
     """
     is_folder = Path(base).is_absolute() or Path(base).is_dir()
     job = getattr(source.spec, "model_from", None)  # its folder's name is only `merged` or `model`
     name = plain((job or Path(base).resolve().name) if is_folder else base)
-    front = ["---", f"library_name: {_LIBRARY[kind]}"]
+    front = ["---", _FRONT[kind]]
     if not is_folder:
         front.append(f"base_model: {json.dumps(base)}")
-    rows = [("Base", name), *_adapter(kind, source, adapted), *_training(source), *_figures(source)]
+    rows = [("Base", name), *_adapter(source, adapted), *_training(source), *_figures(source)]
     versions = ", ".join(f"{plain(each)} {plain(version, '()+')}" for each, version in source.versions.items())
+    loading = _with_llama_cpp(files) if files else _loading(kind, f"path/to/{name}" if is_folder else name, source)
     return "\n".join([
         *front, "---", "", f"# {name}, fine-tuned", "",
         f"{_IS[kind].format(base=f'`{name}`')} Fill in the licence: the base's terms apply.", "",
         "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows),
         *([f"| Versions | {versions} |"] if versions else []),
-        "", *_loading(kind, f"path/to/{name}" if is_folder else name, source), "",
+        *(f"| {plain(file)} | {size / 1e9:.2f} GB |" for file, size in files.items()),
+        "", *loading, "",
     ])  # fmt: skip
 
 
@@ -108,10 +126,11 @@ def plain(text: object, also: str = "") -> str:
     return "".join(each if each.isalnum() or each in " ._-/:{},@" or each in also else "?" for each in str(text))
 
 
-def _adapter(kind: Kind, source: Source, adapted: Mapping[str, int] | None) -> Iterator[tuple[str, str]]:
+def _adapter(source: Source, adapted: Mapping[str, int] | None) -> Iterator[tuple[str, str]]:
     report = source.plan.get("adapter")
     report = report if isinstance(report, dict) else {}
-    if kind != "model":
+    was_adapter = (source.adapter / CONFIG_NAME).is_file()
+    if was_adapter:
         config = read_object(source.adapter / CONFIG_NAME)
         names = {"use_dora": "DoRA", "use_rslora": "rank-stabilised LoRA"}
         method = " and ".join(word for key, word in names.items() if config.get(key)) or "LoRA"
@@ -119,7 +138,7 @@ def _adapter(kind: Kind, source: Source, adapted: Mapping[str, int] | None) -> I
         alpha = config.get("lora_alpha")
         shown = f"{alpha:g}" if isinstance(alpha, int | float) else plain(alpha)
         yield "Adapter", f"{method}, rank {plain(config.get('r'))}, alpha {shown}{several}"
-    targets = report.get("targets") if adapted is None and kind != "model" else adapted
+    targets = report.get("targets") if adapted is None and was_adapter else adapted
     if targets:
         yield "Adapted", ", ".join(f"{plain(path)} x{count}" for path, count in targets.items())
     if isinstance(total := report.get("total_parameters"), int):
@@ -166,6 +185,16 @@ def _figures(source: Source) -> Iterator[tuple[str, str]]:
         yield "Held-out loss, perplexity", f"{metrics.validation_loss:.4f}, {metrics.perplexity:.4f}"
     for key, value in sorted((source.summary or {}).items()):
         yield plain(key), f"{value:.6g}"
+
+
+def _with_llama_cpp(files: Mapping[str, int]) -> list[str]:
+    projector = next((name for name in files if name.startswith(PROJECTOR_FILE)), None)
+    option = "" if projector is None else f" --mmproj {plain(projector)}"
+    models = [name for name in files if not name.startswith(PROJECTOR_FILE)]
+    return [
+        "## Load it", "", "With llama.cpp:", "", "```sh",
+        *(f"llama-server -m {plain(name)}{option}" for name in models), "```",
+    ]  # fmt: skip
 
 
 def _loading(kind: Kind, base: str, source: Source) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from llama_stack_provider_moe.compute.export import merge as merging
 from llama_stack_provider_moe.compute.export.hub import HubResult
 from llama_stack_provider_moe.compute.export.load_check import NotRecorded
+from llama_stack_provider_moe.compute.export.model_card import Source, model_card
 from llama_stack_provider_moe.compute.recipes import export as recipe
 from llama_stack_provider_moe.compute.recipes.export import steps as export_steps
 from llama_stack_provider_moe.compute.recipes.export.step_log import Done, PlannedStep, Skipped, Steps
@@ -134,7 +135,7 @@ def test_what_was_never_recorded_is_skipped_and_fails_nothing(trained: Run, monk
     assert "not compared with the adapter: of an earlier version" in str(merged.note)
 
 
-def test_a_push_without_a_token_fails_for_itself(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_without_a_token_fails_for_itself(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     folder = asked(trained, "pushed", merged=True, push={"repo_id": "team/model", "what": "merged"})
     assert done(folder) == FAILED
@@ -163,7 +164,16 @@ def test_a_push_without_a_token_fails_for_itself(trained: Run, monkeypatch: pyte
         step = export_steps.pushed(session, recipe.find_trained(trained.folder.root))
         assert step.needs == ["gguf-f16", "gguf-q8_0"]
         step.run()
-    assert pushed[-1][0] == ["m-f16.gguf", "m-q8_0.gguf"]
+    assert pushed[-1][0] == ["README.md", "m-f16.gguf", "m-q8_0.gguf"]
+    card = (files.work / "gguf" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\ntags: [gguf]\n---\n")
+    assert "| Recipe | sft |" in card
+    assert "| Adapter | LoRA, rank " in card
+    assert "llama-server -m m-f16.gguf\nllama-server -m m-q8_0.gguf\n```" in card
+    card = model_card("gguf", "team/base", Source(tmp_path), files={"m.gguf": 5_000_000_000, "mmproj-m.gguf": 10})
+    assert 'base_model: "team/base"' in card
+    assert "| m.gguf | 5.00 GB |" in card
+    assert "llama-server -m m.gguf --mmproj mmproj-m.gguf\n```" in card
 
 
 def test_over_four_bits_it_is_the_16_bit_base_that_is_merged(workshop: Workshop) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from llama_stack_provider_moe.compute.export import gguf, hub, ollama
 from llama_stack_provider_moe.compute.export.load_check import NotRecorded
 from llama_stack_provider_moe.compute.export.merge import merge
+from llama_stack_provider_moe.compute.export.model_card import CARD, PROJECTOR_FILE, Source, model_card, recorded
 from llama_stack_provider_moe.compute.export.projector import NoProjector, reads_images
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
 from llama_stack_provider_moe.compute.export.separate_process import compare
@@ -155,6 +156,7 @@ def pushed(session: Session[ExportSpec], trained: Trained) -> PlannedStep:
             folder = merged_folder(session)
         elif to.what == "gguf":
             folder = _side_by_side(session, [session.folder.artifacts / name for name in (*needs, PROJECTOR)])
+            _describe(folder, session.spec.model, trained)
         result = hub.push(folder, to, _say)
         return Done(note=result.text(), figures=result.model_dump(mode="json"))
 
@@ -170,6 +172,15 @@ def _side_by_side(session: Session[ExportSpec], folders: Sequence[Path]) -> Path
         for file in folder.glob("*.gguf"):
             os.link(file, together / file.name)
     return together
+
+
+def _describe(folder: Path, base: str, trained: Trained) -> None:
+    """Add the model card of a folder of GGUF files."""
+    manifest = trained.job.read_manifest()
+    summary = None if manifest is None else manifest.summary
+    source = Source(trained.folder, trained.job.read_spec(), trained.entry, summary, *recorded(trained.job))
+    files = {file.name: file.stat().st_size for file in sorted(folder.glob("*.gguf"))}
+    (folder / CARD).write_text(model_card("gguf", base, source, files=files), encoding="utf-8")
 
 
 def step_of(type_: GgufType) -> str:
@@ -281,7 +292,7 @@ class Files:
 
     def _make_projector(self) -> Done:
         """Make the projector file; skip it for a family whose file the converter does not write."""
-        target, name = self._projector, f"mmproj-{self._name(gguf.lossless(self._model))}"
+        target, name = self._projector, f"{PROJECTOR_FILE}{self._name(gguf.lossless(self._model))}"
         with _written(target, self._trained.entry.step) as folder:
             try:
                 check = gguf.make_projector(self._model, folder / name, find_toolchain(), _say)
