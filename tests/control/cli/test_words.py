@@ -162,6 +162,8 @@ def test_a_run_config_that_is_not_usable(settings: str, provider_id: str | None,
 
 # Without torch, and without slow imports.
 
+RUN = "-m llama_stack_provider_moe.ground.run"
+
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_upcycling_is_another_process(code: int, tmp_path: Path, monkeypatch: py
     interpreter.write_text(f'#!/bin/sh\necho "got: $*" >&{stream}\nexit {code}\n')
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    got = "got: -m llama_stack_provider_moe.compute.models.upcycle A B --experts 4"
+    got = f"got: {RUN} llama_stack_provider_moe.compute.models.upcycle A B --experts 4"
     done = moe_train("upcycle", "A", "B", "--experts", "4", "--json")
     assert done.code == code
     if code == 0:
@@ -206,10 +208,10 @@ def test_an_export_is_another_process(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ADAPTER").mkdir()
     done = moe_train("export", "merge", "BASE", "ADAPTER", "OUT", "--dtype", "bf16", "--json")
-    got = "-m llama_stack_provider_moe.compute.export.merge BASE ADAPTER OUT --dtype bf16 --json"
+    got = f"{RUN} llama_stack_provider_moe.compute.export.merge BASE ADAPTER OUT --dtype bf16 --json"
     assert (done.code, done.document, done.err) == (0, {"got": got}, "")
     done = moe_train("export", "gguf", "MODEL", "OUT", "--type", "q8_0", "--json")
-    got = "-m llama_stack_provider_moe.compute.export.gguf MODEL OUT --type q8_0 --json"
+    got = f"{RUN} llama_stack_provider_moe.compute.export.gguf MODEL OUT --type q8_0 --json"
     assert (done.code, done.document, done.err) == (0, {"got": got}, "")
 
 
