@@ -1,11 +1,12 @@
 """Run a module that imports torch: `python -m llama_stack_provider_moe.ground.run MODULE ...`.
 
 It is `python -m MODULE ...` in two thirds of the time for a short command: no garbage is collected during the imports
-(`uncollected_imports`), and the libraries are not torn down at the end.
+(`uncollected_imports`), and the libraries are not torn down at the end. Ctrl-C ends it without a traceback.
 """
 
 import importlib
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
@@ -26,9 +27,19 @@ def command(python: str, module: str) -> list[str]:
 def main() -> NoReturn:
     """Import the module that is named first, and run its `main`."""
     name = sys.argv.pop(1)
+    answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
+    if answers:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries written in C++ abort if their import is interrupted
     with uncollected_imports():
         module = importlib.import_module(name)
-    code: int = module.main()
+    if answers:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code: int = module.main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise  # not reached
     with suppress(BrokenPipeError):  # nobody reads the rest
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -43,6 +44,25 @@ def test_nobody_reads_its_output(tmp_path: Path) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize("place", ["import", "main"])
+def test_an_interrupt_ends_it_without_a_traceback(tmp_path: Path, place: str) -> None:
+    """As Ctrl-C does: the signal reaches it at any time; what `main` has to put right it does."""
+    wait = "print('now', flush=True); time.sleep(60)"
+    main = f"    try:\n        {wait}\n    finally:\n        print('put right', flush=True)\n"
+    (tmp_path / "asked.py").write_text(
+        f"import time\n{wait if place == 'import' else ''}\ndef main():\n{main}", encoding="utf-8"
+    )
+    with subprocess.Popen(
+        command(sys.executable, "asked"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate()
+    assert (process.returncode, complained) == (-signal.SIGINT, "")
+    assert said == ("put right\n" if place == "main" else "")
 
 
 def test_only_the_first_imports_wait(monkeypatch: pytest.MonkeyPatch) -> None:

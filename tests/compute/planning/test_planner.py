@@ -10,6 +10,7 @@ import pytest
 
 from llama_stack_provider_moe.compute.moe.layout import text_config
 from llama_stack_provider_moe.compute.planning import plan_command
+from llama_stack_provider_moe.compute.planning.dry_run import Device
 from llama_stack_provider_moe.compute.planning.engine_memory import engine_bytes
 from llama_stack_provider_moe.compute.planning.estimated_time import UTILISATION, estimated, flops_a_token
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
@@ -286,6 +287,25 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(body)))
         assert plan_command.main(["--memory", "1000000000"]) == 2
         assert problem in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"adapter": {"dropout": 0.1}},
+        {"moe": {"expert_dropout": 0.1}},
+        {"adapter": None, "moe": {"expert_dropout": 0.1}},
+    ],
+)
+def test_dropout_on_experts_takes_no_less(device: Device, blocks: dict[str, Any]) -> None:
+    """Its seed is a number, and tensors of a plan have none."""
+    planner = Planner(CONFIG, Machine(device, 80 * 10**9))
+    one = {"gpus": 1 if device == "cuda" else 0}
+    plain = {"adapter": None} if blocks.get("adapter", 0) is None else {}
+    (without,) = peaks(planner, job(resources=one, **plain)).values()
+    (with_dropout,) = peaks(planner, job(resources=one, **blocks)).values()
+    assert without <= with_dropout < 1.5 * without
 
 
 def test_a_time_is_estimated_from_operations_and_a_devices_peak(roomy: Planner) -> None:

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 UP, INNER, DOWN = 0, 1, 2  # streams: LoRA on the up projection, the inner activation, LoRA on the down projection
 STEP, FIRST, SECOND = 0x61C88647, 0x21F0AAAD, 0x735A2D97
@@ -120,8 +121,9 @@ class Dropout(NamedTuple):
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator on the CPU."""
-    return int(torch.randint(0, 2**62, (), device="cpu"))
+    """A seed from torch's generator on the CPU, also where tensors have no numbers (`compute.planning`)."""
+    with unset_fake_temporarily():
+        return int(torch.randint(0, 2**62, (), device="cpu"))
 
 
 def limit_of(share: float) -> int:
