@@ -64,7 +64,7 @@ def measure(path: Path, folder: Path, processes: int) -> dict[str, Any]:
         began = time.monotonic()
         source = tokenising.Source(path, "train", list(stretches(path)), {})
         with liveness.reports_to(lambda work: firsts.append(time.monotonic() - began) if work.done else None):  # noqa: B023
-            made = tokenising.make_shards(recipe, source, folder, processes, lambda text: None)
+            made = tokenising.make_shards(recipe, source, folder, processes, lambda text, level: None)
         seconds.append(time.monotonic() - began)
     rows = sum(shard.counts.source for _, shard in made)
     digest = hashlib.sha256()

@@ -71,12 +71,15 @@ def inlined(row: Mapping[str, object], number: int, read: Read | None) -> dict[s
 
 
 class Faults:
-    """What is wrong with rows' images: several are named at once, because each try sends the rows again."""
+    """What is wrong with rows' images: several are named at once, because each try sends the rows again.
+
+    A file that is wrong in several rows is named once, with its first row.
+    """
 
     MOST = 10
 
     def __init__(self) -> None:
-        self._found: list[InvalidInput] = []
+        self._found: dict[object, InvalidInput] = {}  # by the file's name
 
     def __len__(self) -> int:
         return len(self._found)
@@ -90,9 +93,9 @@ class Faults:
         try:
             done = inlined(row, number, read)
         except InvalidInput as error:
-            self._found.append(error)
+            self._found.setdefault(error.value, error)
             if len(self._found) == self.MOST:
-                self.check()
+                raise self._all(f"{self.MOST} faults; later rows were not read") from None
         return None if self._found else done
 
     def check(self) -> None:
@@ -100,11 +103,12 @@ class Faults:
         Raises:
             InvalidInput: there are faults.
         """
-        if len(self._found) == 1:
-            raise self._found[0]
         if self._found:
-            more = [f"{self.MOST} faults; rows after the last were not read"] * (len(self._found) == self.MOST)
-            raise InvalidBody([*map(str, self._found), *more])
+            raise self._all()
+
+    def _all(self, *more: str) -> InvalidInput:
+        first, *others = self._found.values()
+        return InvalidBody([str(first), *map(str, others), *more]) if others else first
 
 
 class _Row:
@@ -181,7 +185,8 @@ def _of_folder(root: Path) -> Read:
             with real.open("rb") as file:
                 return _whole(file, name, number)
         except (OSError, RuntimeError) as error:
-            raise InvalidInput(OPTION, name, f"a file in {root} that row {number} can name ({error})") from None
+            why = getattr(error, "strerror", None) or error
+            raise InvalidInput(OPTION, name, f"a file in {root} that row {number} can name ({why})") from None
 
     return read
 

@@ -120,11 +120,18 @@ def test_all_missing_files_are_named_at_once(folder: Path, tmp_path: Path) -> No
     assert re.findall(r"none-(\d+)\.png' is not valid.*?row (\d+) ", str(refused.value)) == [
         ("3", "3"), ("7", "7"), ("20", "20")
     ]  # fmt: skip
-    missing = [asked({"type": "image_file", "image_file": "none.png"})] * 11
+    same = [asked({"type": "image_file", "image_file": "none.png"})] * 12
+    with pytest.raises(InvalidInput, match="row 1 ") as refused:
+        sent(rows_file(tmp_path, *same), folder)
+    assert "row 2 " not in str(refused.value)
+    names = [f"none-{number}.png" for number in range(11)]
+    missing = [asked({"type": "image_file", "image_file": name}) for name in names]
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    parquet.write_table(arrow.Table.from_pylist([{"images": ["none.png"], "prompt": "?"}] * 11), tmp_path / "p.parquet")
+    parquet.write_table(
+        arrow.Table.from_pylist([{"images": [name], "prompt": "?"} for name in names]), tmp_path / "p.parquet"
+    )
     for file in (rows_file(tmp_path, *missing), tmp_path / "p.parquet"):
-        with pytest.raises(InvalidInput, match=r"row 10 .*; 10 faults; rows after the last were not read$") as refused:
+        with pytest.raises(InvalidInput, match=r"row 10 .*; 10 faults; later rows were not read$") as refused:
             sent(file, folder)
         assert "row 11" not in str(refused.value)
 

@@ -239,6 +239,10 @@ def keep(task: Task, made: Shard) -> None:
     write_atomic(task.record, json.dumps(asdict(made)))
 
 
+class MadeOtherwise(ValueError):
+    """A shard is not what its task would make now."""
+
+
 def found(task: Task) -> Shard | None:
     """The shard that an earlier start made, if it is complete and of the same key.
 
@@ -252,7 +256,7 @@ def found(task: Task) -> Shard | None:
     except ValidationError:
         raise ValueError("damaged") from None
     if made.key != task.key:
-        raise ValueError("of other rows, another tokenizer, other settings or another version")
+        raise MadeOtherwise("of other rows, another tokenizer, other settings or another version")
     for part, digest in made.files.items():
         try:
             right = sha256_of(task.file(part)) == digest

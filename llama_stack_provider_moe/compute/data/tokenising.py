@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 from llama_stack_provider_moe.compute.data.row_parts import RowParts
 from llama_stack_provider_moe.compute.data.shards import (
+    MadeOtherwise,
     Misfit,
     Recipe,
     Shard,
@@ -34,7 +36,7 @@ from llama_stack_provider_moe.ground import liveness
 # Rows from which helper processes are worth their start: they import torch and the tokenizer, which takes seconds.
 PARALLEL_ROWS = 16_384
 
-Say = Callable[[str], None]
+Say = Callable[[str, Literal["info", "warning"]], None]
 Busy = dict[Connection, tuple[BaseProcess, Task]]  # by its pipe: a helper, and the shard that it makes
 
 
@@ -68,7 +70,7 @@ def make_shards(recipe: Recipe, source: Source, folder: Path, helpers: int, say:
         source: the rows.
         folder: for the shards.
         helpers: processes that may be used; none is started for few rows.
-        say: called with lines for a person.
+        say: called with lines for a person, and their level.
 
     Raises:
         RuntimeError: a helper process was killed, or failed.
@@ -104,21 +106,29 @@ def _task(recipe: Recipe, source: Source, stretch: Stretch, folder: Path) -> Tas
 
 def _reused(tasks: Sequence[Task], counter: liveness.Counter, say: Say) -> dict[str, Shard]:
     made: dict[str, Shard] = {}
-    unfit: dict[str, int] = {}
+    unfit: dict[tuple[type[ValueError], str], int] = {}
     for task in tasks:
         try:
             shard = found(task)
         except ValueError as error:
-            unfit[str(error)] = unfit.get(str(error), 0) + 1
+            reason = type(error), str(error)
+            unfit[reason] = unfit.get(reason, 0) + 1
             continue
         if shard is not None:
             made[task.name] = shard
             counter.advance(task.stretch.count)
     if made:
         rows = sum(task.stretch.count for task in tasks if task.name in made)
-        say(f"{rows:,} rows of {tasks[0].rest!r} were tokenised by an earlier start of this job; they are reused")
-    for why, count in unfit.items():
-        say(f"{count} of {len(tasks)} parts that an earlier start made of {tasks[0].rest!r} are {why}: made again")
+        say(
+            f"{rows:,} rows of {tasks[0].rest!r} were tokenised by an earlier start of this job; they are reused",
+            "info",
+        )
+    for (kind, why), count in unfit.items():
+        text = f"{count} of {len(tasks)} parts that an earlier start made of {tasks[0].rest!r} are {why}: made again"
+        if kind is MadeOtherwise:
+            say(f"{text}; a checkpoint of this job has learnt from what was there before", "warning")
+        else:
+            say(text, "info")
     return made
 
 

@@ -111,7 +111,7 @@ def model_card(
         f"{_IS[kind].format(base=f'`{name}`')} Fill in the licence: the base's terms apply.", "",
         "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows),
         *([f"| Versions | {versions} |"] if versions else []),
-        *(f"| {plain(file)} | {size / 1e9:.2f} GB |" for file, size in files.items()),
+        *(f"| {plain(file)} | {_size(size)} |" for file, size in files.items()),
         "", *loading, "",
     ])  # fmt: skip
 
@@ -185,6 +185,10 @@ def _figures(source: Source) -> Iterator[tuple[str, str]]:
         yield "Held-out loss, perplexity", f"{metrics.validation_loss:.4f}, {metrics.perplexity:.4f}"
     for key, value in sorted((source.summary or {}).items()):
         yield plain(key), f"{value:.6g}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _with_llama_cpp(files: Mapping[str, int]) -> list[str]:

@@ -108,8 +108,9 @@ def check(spec: TrainingSpec, implementation: ExpertsImplementation | None, devi
     quantized = spec.adapter is not None and spec.adapter.quantize_base
     if quantized and implementation is not None and implementation not in ALL_OURS:
         raise ModelError(
-            f"adapter.quantize_base: true is not valid with experts {implementation}; expected "
-            "moe.experts_backend 'auto' or 'torch', and moe.enable_moe_optimizations true"
+            f"adapter.quantize_base: true is not valid with moe.experts_backend {spec.moe.experts_backend!r} and "
+            f"moe.enable_moe_optimizations {str(spec.moe.enable_moe_optimizations).lower()}, which compute experts by "
+            f"{implementation}; expected 'auto' or 'torch', and true"
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from llama_stack_provider_moe.spec import Adapter, TrainingSpec
+from llama_stack_provider_moe.spec.blocks import OF_BITSANDBYTES
 
 # Settings of a job: dotted name -> value.
 Fields = Mapping[str, object]
@@ -30,10 +31,12 @@ def of_one_kind(spec: TrainingSpec, on_gpus: bool) -> Iterator[list[Fields]]:
         yield [{"adapter.quantize_base": True}, {"adapter.quantize_base": True, "adapter.quantize_scales": True}]
     elif spec.adapter.quantize_bits == 4 and not spec.adapter.quantize_scales:
         yield [{"adapter.quantize_scales": True}]
+    narrow = spec.adapter is not None and spec.adapter.dtype != "bf16" and spec.training.dtype == "bf16"
     if spec.optimizer.optimizer_type in ("adam", "adamw"):
         coded: Fields = {"optimizer.optimizer_type": "adamw_8bit"}
-        narrow = spec.adapter is not None and spec.training.dtype == "bf16"
         yield [coded, {**coded, "adapter.dtype": "bf16"}] if narrow else [coded]
+    elif narrow and spec.optimizer.optimizer_type in OF_BITSANDBYTES:
+        yield [{"adapter.dtype": "bf16"}]
     if on_gpus and spec.adapter is not None and not spec.efficiency.offload_experts:
         offloaded: Fields = {"efficiency.offload_experts": True}
         four_bits: Fields = {"adapter.quantize_base": True, **offloaded}

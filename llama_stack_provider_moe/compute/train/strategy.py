@@ -94,7 +94,7 @@ def _decide(spec: TrainingSpec, device: str, memory_bytes: int, folder: JobFolde
         f"expected at the peak, {estimate.moment} ({terms})"
     )
     if estimate.offloaded_bytes:
-        text += f"; {estimate.offloaded_bytes / 1e9:.2f} GB of experts in the machine's memory"
+        text += f"; {estimate.offloaded_bytes / 1e9:.2f} GB of experts per process in the machine's memory"
     if plan.vision is not None:
         text += f"; vision tower: {plan.vision.text()}"
     if plan.loading is not None:

@@ -105,12 +105,15 @@ def _options(found: Plan) -> Table:
 
 def _told(document: PlanDocument) -> list[str]:
     found, changes = document["plan"], document["changes"]
+    each_of = f", for each of {found['processes']} processes" if found["processes"] > 1 else ""
     lines = [f"{option['strategy']} is not valid here: {option['refused']}"
              for option in found["options"] if option["refused"]]  # fmt: skip
     if lent := max((each["estimate"]["machine_bytes"] for each in found["options"] if each["estimate"]), default=0):
-        lines.append(f"beside the peak, up to {size(lent)} of the optimiser's state may lie in the machine's memory")
+        lines.append(
+            f"beside the peak, up to {size(lent)} of the optimiser's state may lie in the machine's memory{each_of}"
+        )
     if away := max((each["estimate"]["offloaded_bytes"] for each in found["options"] if each["estimate"]), default=0):
-        lines.append(f"beside the peak, {size(away)} of experts lie in the machine's memory")
+        lines.append(f"beside the peak, {size(away)} of experts lie in the machine's memory{each_of}")
     if found["verdict"] == "fits":
         asked = " (resources.strategy auto)" if found["asked"] == "auto" and found["processes"] > 1 else ""
         return [*lines, f"it fits, with {found['strategy']}{asked}"]

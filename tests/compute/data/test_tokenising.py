@@ -65,7 +65,11 @@ def made(
     folder.mkdir(exist_ok=True)
     found = list(stretches(path, rows))
     held = dict.fromkeys(range(3, sum(each.count for each in found), 7), "validation")
-    say = (lambda text: None) if told is None else told.append
+    lines: list[str] = [] if told is None else told
+
+    def say(text: str, level: str) -> None:
+        lines.append(text if level == "info" else f"{level}: {text}")
+
     return make_shards(how, Source(path, "train", found, held), folder, helpers, say)
 
 
@@ -167,10 +171,15 @@ def test_what_differs_is_made_again_and_told(tmp_path: Path, tokenizer: PreTrain
         made(how, path, folder, 1, told, rows=10)
         return "; ".join(told)
 
-    other = "of other rows, another tokenizer, other settings or another version: made again"
+    other = (
+        "of other rows, another tokenizer, other settings or another version: made again; a checkpoint of this job has "
+        "learnt from what was there before"
+    )
     reused = "rows of 'train' were tokenised by an earlier start of this job; they are reused"
     assert again(recipe(tokenizer)) == f"50 {reused}"
-    assert again(recipe(tokenizer, length=61)) == f"5 of 5 parts that an earlier start made of 'train' are {other}"
+    assert again(recipe(tokenizer, length=61)) == (
+        f"warning: 5 of 5 parts that an earlier start made of 'train' are {other}"
+    )
     changed = tiny_models.tokenizer()
     changed.chat_template = tiny_models.CHATML.replace("'<|im_end|>\n'", "'<|im_end|>'")
     assert other in again(recipe(changed, length=61))
@@ -179,7 +188,7 @@ def test_what_differs_is_made_again_and_told(tmp_path: Path, tokenizer: PreTrain
     rows[45] = rows[44]
     rows_file(tmp_path, rows)
     assert again(recipe(changed, length=61)) == (
-        f"40 {reused}; 1 of 5 parts that an earlier start made of 'train' are {other}"
+        f"40 {reused}; warning: 1 of 5 parts that an earlier start made of 'train' are {other}"
     )
     damaged = folder / "train.000002.train.arrow"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")

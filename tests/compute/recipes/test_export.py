@@ -170,9 +170,9 @@ def test_a_push_without_a_token_fails_for_itself(trained: Run, tmp_path: Path, m
     assert "| Recipe | sft |" in card
     assert "| Adapter | LoRA, rank " in card
     assert "llama-server -m m-f16.gguf\nllama-server -m m-q8_0.gguf\n```" in card
-    card = model_card("gguf", "team/base", Source(tmp_path), files={"m.gguf": 5_000_000_000, "mmproj-m.gguf": 10})
+    card = model_card("gguf", "team/base", Source(tmp_path), files={"m.gguf": 5_000_000_000, "mmproj-m.gguf": 20_000})
     assert 'base_model: "team/base"' in card
-    assert "| m.gguf | 5.00 GB |" in card
+    assert "| m.gguf | 5.00 GB |\n| mmproj-m.gguf | 0.02 MB |" in card
     assert "llama-server -m m.gguf --mmproj mmproj-m.gguf\n```" in card
 
 
