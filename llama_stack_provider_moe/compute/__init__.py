@@ -1,6 +1,7 @@
 """The training process: from a job's folder to its checkpoints. Nothing here knows the store or the server."""
 
 import logging
+import warnings
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -14,3 +15,5 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+# peft 0.21.2 and trl 1.16 read the property by the name that it had before transformers 5.23.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

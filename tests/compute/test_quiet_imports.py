@@ -27,3 +27,15 @@ def test_only_the_missing_package_is_left_out(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
         "the hub does not answer.", "No module named 'other'.", ""
     ]  # fmt: skip
+
+
+def test_a_warning_that_no_user_can_mend_is_left_out() -> None:
+    code = (
+        "import warnings, llama_stack_provider_moe.compute\n"
+        "for name in ('is_gradient_checkpointing', 'other'):\n"
+        "    warnings.warn(f'`{name}` is deprecated and will be removed in v6.', FutureWarning)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "`other` is deprecated" in done.stderr
+    assert "is_gradient_checkpointing" not in done.stderr
