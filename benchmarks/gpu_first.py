@@ -88,7 +88,7 @@ def parsed() -> argparse.Namespace:
     if arguments.minutes <= 0:
         parser.error("--minutes must be > 0")
     if not (arguments.interpret or arguments.compile) and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --interpret and --compile run without one")
+        parser.error("there is no CUDA device here; --interpret and --compile, with --out FILE, run without one")
     if arguments.interpret and arguments.compile:
         parser.error("--interpret and --compile are two runs")
     if arguments.out is None:
