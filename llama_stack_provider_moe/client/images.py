@@ -99,7 +99,8 @@ class Faults:
         return None if self._found else done
 
     def check(self) -> None:
-        """
+        """Raise what was found, once all rows are read.
+
         Raises:
             InvalidInput: there are faults.
         """
