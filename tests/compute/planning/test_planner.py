@@ -16,7 +16,6 @@ from llama_stack_provider_moe.compute.planning.estimated_time import UTILISATION
 from llama_stack_provider_moe.compute.planning.meta_model import blank, read_config
 from llama_stack_provider_moe.compute.planning.per_process import process_memory, transient_memory, weights_of
 from llama_stack_provider_moe.compute.planning.planner import Machine, Planner, changed, refusal
-from llama_stack_provider_moe.compute.planning.smaller_settings import of_one_kind
 from llama_stack_provider_moe.compute.train import strategy
 from llama_stack_provider_moe.compute.worker.main import COMPLETED, FAILED
 from llama_stack_provider_moe.control.cli.plan import bytes_of, timed
@@ -140,16 +139,6 @@ def test_memory_of_settings(roomy: Planner) -> None:
     longcat = Planner(tiny_config("longcat_flash"), Machine("cuda", 80 * 10**9))
     (ep,) = [option for option in longcat.plan(job(resources={"gpus": 2})).options if option.strategy == "ep"]
     assert "LongcatFlashExperts is a stack of 6 matrices for 4 experts" in str(ep.refused)
-
-
-def test_adapters_in_bf16_are_proposed_for_every_optimiser_that_takes_them() -> None:
-    for kind, coded in (("adamw", True), ("adamw_8bit", False), ("paged_adamw_8bit", False)):
-        ladders = list(of_one_kind(job(optimizer={"optimizer_type": kind}), on_gpus=True))
-        wanted = {"adapter.dtype": "bf16"} | ({"optimizer.optimizer_type": "adamw_8bit"} if coded else {})
-        assert wanted in [each for ladder in ladders for each in ladder]
-    for blocks in ({"optimizer": {"optimizer_type": "sgd"}}, {"training": {"dtype": "fp32"}}):
-        ladders = list(of_one_kind(job(**blocks), on_gpus=True))
-        assert not any("adapter.dtype" in each for ladder in ladders for each in ladder)
 
 
 def test_memory_of_the_optimisers_of_bitsandbytes(roomy: Planner) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from llama_stack_provider_moe.compute.export import gguf, hub, ollama
+from llama_stack_provider_moe.compute.export.card import find_source
 from llama_stack_provider_moe.compute.export.load_check import NotRecorded
 from llama_stack_provider_moe.compute.export.merge import merge
-from llama_stack_provider_moe.compute.export.model_card import CARD, PROJECTOR_FILE, Source, model_card, recorded
+from llama_stack_provider_moe.compute.export.model_card import CARD, PROJECTOR_FILE, model_card
 from llama_stack_provider_moe.compute.export.projector import NoProjector, reads_images
 from llama_stack_provider_moe.compute.export.reference import Reference, read_reference
 from llama_stack_provider_moe.compute.export.separate_process import compare
@@ -176,11 +177,8 @@ def _side_by_side(session: Session[ExportSpec], folders: Sequence[Path]) -> Path
 
 def _describe(folder: Path, base: str, trained: Trained) -> None:
     """Add the model card of a folder of GGUF files."""
-    manifest = trained.job.read_manifest()
-    summary = None if manifest is None else manifest.summary
-    source = Source(trained.folder, trained.job.read_spec(), trained.entry, summary, *recorded(trained.job))
     files = {file.name: file.stat().st_size for file in sorted(folder.glob("*.gguf"))}
-    (folder / CARD).write_text(model_card("gguf", base, source, files=files), encoding="utf-8")
+    (folder / CARD).write_text(model_card("gguf", base, find_source(trained.folder), files=files), encoding="utf-8")
 
 
 def step_of(type_: GgufType) -> str:
